@@ -1,0 +1,1 @@
+"""What is done with a search space: measuring, searching, exporting, reporting."""

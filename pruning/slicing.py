@@ -1,0 +1,95 @@
+"""Cutting a smaller Arch's weights out of a larger one's, along the width table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from search_spaces import Arch, table
+from search_spaces.widths import Axis, Select, Width, indices
+
+
+def slice_weights(
+    parent: Arch,
+    weights: Mapping[str, Tensor],
+    child: Arch,
+    select: Select | None = None,
+    blocks: Mapping[str, str] | None = None,
+) -> dict[str, Tensor]:
+    """The child's state dict, taken from the parent's.
+
+    Args:
+        parent, weights: an Arch and its state dict.
+        child: an Arch of the same family, no width larger than the parent's.
+        select: parent width name -> kept unit indices; a width without an entry keeps its first units.
+        blocks: child block prefix -> parent block prefix ("stages.1.blocks.2" -> "stages.1.blocks.4"); a block
+            without an entry comes from the parent's block of the same name.
+
+    Returns:
+        One tensor per name of the child. The classifier is left out where the number of classes differs.
+
+    Raises:
+        ValueError: another family, a part the parent has not, or a width larger than the parent's.
+    """
+    if parent.family != child.family:
+        raise ValueError(f"cannot cut a {child.family} network out of a {parent.family} one")
+    sources = {entry.name: entry for entry in table(parent).entries}
+    renames = sorted((blocks or {}).items(), key=lambda pair: -len(pair[0]))
+
+    def rename(name: str) -> str:
+        for ours, theirs in renames:
+            if name.startswith(f"{ours}."):
+                return theirs + name[len(ours) :]
+        return name
+
+    cut = {}
+    for entry in table(child).entries:
+        name = rename(entry.name)
+        if name not in sources:
+            raise ValueError(f"the larger network has no {name}")
+        ours, theirs = _significant(entry.axes), _significant(sources[name].axes)
+        if len(ours) != len(theirs):
+            raise ValueError(f"{name} has {len(theirs)} axes in the larger network and {len(ours)} in the smaller")
+        if any(a.size != b.size for a, b in zip(ours, theirs, strict=True) if _is(a, "classes")):
+            continue
+        tensor = weights[name].reshape([axis.size for axis in theirs])
+        for dim, (axis, source) in enumerate(zip(ours, theirs, strict=True)):
+            if isinstance(axis, Width) and axis.rule == "resize":
+                tensor = resize(tensor, dim, axis.size)
+            else:
+                chosen = indices(axis, source, select or {}, rename)
+                tensor = tensor.index_select(dim, torch.from_numpy(chosen).long())
+        cut[entry.name] = tensor.reshape(entry.shape).clone()
+    return cut
+
+
+def resize(tensor: Tensor, dim: int, size: int) -> Tensor:
+    """Interpolate an axis that is a flattened square grid, bicubically; a leading class-token entry is kept as it is."""
+    if tensor.shape[dim] == size:
+        return tensor
+    last = tensor.movedim(dim, -1)
+    extra = _extra(last.shape[-1])
+    head, grid = last[..., :extra], last[..., extra:]
+    side, target = round(grid.shape[-1] ** 0.5), round((size - extra) ** 0.5)
+    if target**2 + extra != size:
+        raise ValueError(f"{size} positions are not a square grid like the {tensor.shape[dim]} of the larger network")
+    flat = grid.reshape(1, -1, side, side)
+    flat = F.interpolate(flat, size=(target, target), mode="bicubic", align_corners=False)
+    return torch.cat((head, flat.reshape(*grid.shape[:-1], target**2)), -1).movedim(-1, dim)
+
+
+def _extra(size: int) -> int:
+    """1 if the axis holds a class token before the square grid, else 0."""
+    return 0 if round(size**0.5) ** 2 == size else 1
+
+
+def _significant(axes: tuple[Axis, ...]) -> tuple[Axis, ...]:
+    """Without fixed axes of size 1: a 1x1 convolution's weight reads like a linear layer's."""
+    return tuple(a for a in axes if not (isinstance(a, Width) and a.rule == "fixed" and a.size == 1))
+
+
+def _is(axis: Axis, name: str) -> bool:
+    return isinstance(axis, Width) and axis.name == name

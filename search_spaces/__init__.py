@@ -1,0 +1,10 @@
+"""What can be built: Arch documents, five families of vision transformers, and their search axes.
+
+from search_spaces import Arch, create_model, get_arch, list_models
+model = create_model("levit_128s")
+"""
+
+from search_spaces.api import create_model, fold, get_arch, list_models, table
+from search_spaces.arch import Arch, ArchError
+
+__all__ = ["Arch", "ArchError", "create_model", "fold", "get_arch", "list_models", "table"]

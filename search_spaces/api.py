@@ -1,0 +1,87 @@
+"""Names and documents to networks."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from search_spaces import efficientvit, evit, levit, sepvit, shvit  # noqa: F401  (each registers its family)
+from search_spaces.arch import Arch, ArchError
+from search_spaces.layers import fold
+from search_spaces.registry import FAMILIES, Variant
+from search_spaces.weights import load_weights
+from search_spaces.widths import Table, width_table
+
+__all__ = ["create_model", "find_variant", "fold", "get_arch", "list_models", "table"]
+
+MAX_PARAMS = 1_000_000_000
+
+
+def list_models() -> list[str]:
+    """Names of all published variants, family by family."""
+    return [name for family in FAMILIES.values() for name in family.variants]
+
+
+def find_variant(name: str) -> tuple[str, Variant]:
+    """A published variant and its family's name.
+
+    Raises:
+        KeyError: no such name; the message names near ones.
+    """
+    for family in FAMILIES.values():
+        if name in family.variants:
+            return family.name, family.variants[name]
+    near = difflib.get_close_matches(name, list_models(), n=3, cutoff=0.5)
+    hint = f"did you mean {', '.join(near)}?" if near else "`vitnas models` lists them"
+    raise KeyError(f"unknown model {name!r}: {hint}")
+
+
+def get_arch(name: str, num_classes: int = 1000) -> Arch:
+    """The Arch of a published variant.
+
+    Raises:
+        KeyError: no such name.
+    """
+    family, variant = find_variant(name)
+    return FAMILIES[family].space.arch(variant.values, num_classes)
+
+
+def table(arch: Arch) -> Table:
+    """The width table of an Arch, from a build on the meta device (no memory, no weights).
+
+    Raises:
+        ArchError: more than a billion parameters.
+    """
+    with torch.device("meta"):
+        found = width_table(FAMILIES[arch.family].build(arch))
+    if found.params() > MAX_PARAMS:
+        raise ArchError(f"{found.params():,} parameters are more than the {MAX_PARAMS:,} this tool builds")
+    return found
+
+
+def create_model(
+    name_or_arch: str | Arch, num_classes: int | None = None, weights: str | Path | None = None
+) -> nn.Module:
+    """Build a network: (B, 3, R, R) -> (B, num_classes) logits.
+
+    Args:
+        name_or_arch: a published name or an Arch.
+        num_classes: None keeps the Arch's own (1000 for a name).
+        weights: None (random), "timm" (timm's pretrained ones, fetched by timm), or a path to a .safetensors or
+            .pth state dict in timm's naming or in ours.
+
+    Raises:
+        KeyError: unknown name. ArchError: too large. WeightsError: weights that do not fit or cannot be had.
+    """
+    arch = get_arch(name_or_arch) if isinstance(name_or_arch, str) else name_or_arch
+    if num_classes is not None:
+        arch = arch.replace(num_classes=num_classes)
+    table(arch)
+    model = FAMILIES[arch.family].build(arch)
+    model.arch = arch
+    if weights is not None:
+        load_weights(model, arch, weights)
+    return model

@@ -1,0 +1,168 @@
+"""The Arch: a small JSON document that fully determines a network.
+
+Every width a network has is a field of its Arch; nothing is derived at build time, so a pruned,
+irregular network is just another Arch. Each family file subclasses `Arch` with its own stages and blocks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+Dim = Annotated[int, Field(ge=1, le=8192)]
+Heads = Annotated[int, Field(ge=1, le=64)]
+Rate = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+Scale = Annotated[float, Field(gt=0, le=64, allow_inf_nan=False)]
+Kernel = Literal[1, 3, 5, 7, 9]
+MAX_BLOCKS = 64
+MAX_STAGES = 6
+
+
+class ArchError(ValueError):
+    """An Arch document that cannot be read or built, in one line."""
+
+
+class Doc(BaseModel):
+    """Base of every part of an Arch: strict types, no unknown keys, immutable, hashable."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Attn(Doc):
+    """Multi-head attention: `heads` heads of `key_dim` (q and k) and `value_dim` (v) channels each."""
+
+    heads: Heads
+    key_dim: Dim
+    value_dim: Dim
+    scale: Scale
+
+
+class Ffn(Doc):
+    """Two-layer FFN; below a `keep_rate` of 1 it runs on the tokens of largest L2 norm only."""
+
+    hidden: Dim
+    keep_rate: Rate
+
+
+class Arch(Doc):
+    """Fields every family has; `from_json` picks the family's subclass."""
+
+    families: ClassVar[dict[str, type[Arch]]] = {}
+
+    version: Literal[1]
+    family: str
+    resolution: Annotated[int, Field(ge=16, le=512)]
+    num_classes: Annotated[int, Field(ge=1, le=100_000)]
+
+    def __init_subclass__(cls, family: str, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        Arch.families[family] = cls
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """Accept the `family=` class keyword, already used by `__init_subclass__`."""
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Self:
+        """Read an Arch document.
+
+        Raises:
+            ArchError: not JSON, an unknown family or version, wrong types, unknown keys, sizes out of
+                range, or parts that do not fit together.
+        """
+        try:
+            raw = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ArchError(f"not a JSON document: {error}") from None
+        if not isinstance(raw, dict):
+            raise ArchError(f"an Arch is a JSON object, not {type(raw).__name__}")
+        family = raw.get("family")
+        if not isinstance(family, str) or family not in Arch.families:
+            known = ", ".join(sorted(Arch.families))
+            raise ArchError(f"unknown family {str(family)[:40]!r} (known: {known})")
+        try:
+            return Arch.families[family].model_validate_json(text)
+        except ValidationError as error:
+            raise ArchError(describe(error)) from None
+
+    def to_json(self) -> str:
+        """The document as indented JSON, ending in a newline."""
+        return json.dumps(self.model_dump(mode="json"), indent=1) + "\n"
+
+    def digest(self) -> str:
+        """SHA-256 of the canonical document, for caches."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def replace(self, **changes: Any) -> Self:
+        """A validated copy with some top-level fields changed.
+
+        Raises:
+            ArchError: the changed document does not hold together.
+        """
+        try:
+            return type(self).model_validate({**dict(self), **changes})
+        except ValidationError as error:
+            raise ArchError(describe(error)) from None
+
+    def summary(self) -> list[StageSummary]:
+        """One row a stage in the vocabulary of the five axes."""
+        raise NotImplementedError
+
+
+class StageSummary(Doc):
+    """A stage along the five axes; means over its blocks. FFN ratio is hidden width / embed_dim per block."""
+
+    embed_dim: int
+    depth: int
+    heads: float
+    key_dim: float
+    attention_share: float
+    ffn_ratio: float
+    keep_rate: float
+
+
+def describe(error: ValidationError) -> str:
+    """The first fault of a pydantic error in one line, with the number of others."""
+    faults = error.errors(include_url=False)
+    first = faults[0]
+    where = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    text = f"{where}: {message}" if where else message
+    return text + (f" (and {len(faults) - 1} more)" if len(faults) > 1 else "")
+
+
+def kept(rate: float, tokens: int) -> int:
+    """Tokens a keep rate keeps: ceil(rate * tokens), safe against binary rounding (0.55 * 20 is 11)."""
+    return min(tokens, max(1, math.ceil(rate * tokens - 1e-6)))
+
+
+def summarise(embed_dim: int, attns: list[Attn | None], ffn_hidden: list[int], keeps: list[float]) -> StageSummary:
+    """Build a stage's summary from its blocks' attentions, summed FFN widths and keep rates."""
+    present = [a for a in attns if a is not None]
+    depth = len(attns)
+    return StageSummary(
+        embed_dim=embed_dim,
+        depth=depth,
+        heads=sum(a.heads for a in present) / len(present) if present else 0.0,
+        key_dim=sum(a.key_dim for a in present) / len(present) if present else 0.0,
+        attention_share=len(present) / depth if depth else 0.0,
+        ffn_ratio=sum(ffn_hidden) / embed_dim / depth if depth else 0.0,
+        keep_rate=sum(keeps) / len(keeps) if keeps else 1.0,
+    )
+
+
+def check_downsamples(stages: Sequence[Any]) -> None:
+    """Every stage but the first begins with a downsampling.
+
+    Raises:
+        ValueError: one that does not, or a first stage that does.
+    """
+    for i, stage in enumerate(stages):
+        if (stage.downsample is None) != (i == 0):
+            raise ValueError(f"stages.{i}.downsample: the first stage has none, every other stage has one")

@@ -1,0 +1,268 @@
+"""EViT (Liang et al., ICLR 2022, arXiv 2202.07800): DeiT whose blocks drop or fuse the tokens the class token heeds least.
+
+With every keep rate at 1 it is DeiT (Touvron et al., ICML 2021). Tokens are (B, N, C), the class token first.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from search_spaces.arch import MAX_BLOCKS, Arch, Attn, Dim, Doc, Rate, StageSummary, kept, summarise
+from search_spaces.layers import RGB, Conv, Linear, attend, layer_norm, mlp, take_tokens
+from search_spaces.registry import Family, Variant, register
+from search_spaces.space import KEEPS, Space, Values, per_stage, with_attention
+from search_spaces.widths import Cat, Each, Width, fixed
+
+
+class Mlp(Doc):
+    hidden: Dim
+
+
+class EvitBlock(Doc):
+    """Attention, then token reduction to ceil(keep_rate * patches), then the MLP on what is left.
+
+    fuse: the dropped tokens leave one token behind, their sum weighted by the class token's attention.
+    """
+
+    attn: Attn | None
+    keep_rate: Rate
+    fuse: bool
+    ffn: Mlp | None
+
+
+class EvitArch(Arch, family="evit"):
+    family: Literal["evit"]
+    patch_size: Annotated[int, Field(ge=4, le=64)]
+    embed_dim: Dim
+    blocks: Annotated[tuple[EvitBlock, ...], Field(min_length=1, max_length=MAX_BLOCKS)]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.resolution % self.patch_size:
+            raise ValueError(f"resolution {self.resolution} is not a multiple of patch_size {self.patch_size}")
+        for i, block in enumerate(self.blocks):
+            if block.keep_rate < 1 and block.attn is None:
+                raise ValueError(f"blocks.{i}.keep_rate: a block without attention cannot rank tokens")
+        return self
+
+    def summary(self) -> list[StageSummary]:
+        """One row per run of blocks up to and including a reduction."""
+        rows, run = [], []
+        for i, block in enumerate(self.blocks):
+            run.append(block)
+            if block.keep_rate < 1 or i == len(self.blocks) - 1:
+                hidden = [b.ffn.hidden for b in run if b.ffn]
+                rows.append(summarise(self.embed_dim, [b.attn for b in run], hidden, [run[-1].keep_rate]))
+                run = []
+        return rows
+
+    def token_counts(self) -> list[int]:
+        """Tokens leaving each block, the class token not counted."""
+        counts, tokens = [], (self.resolution // self.patch_size) ** 2
+        for block in self.blocks:
+            tokens = reduced(tokens, block)
+            counts.append(tokens)
+        return counts
+
+
+def reduced(tokens: int, block: EvitBlock) -> int:
+    """Patch tokens left by a block that `tokens` enter: ceil(keep_rate * tokens), one more if it fuses."""
+    keep = kept(block.keep_rate, tokens)
+    return keep if keep == tokens else keep + block.fuse
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; also returns the class token's attention when the block reduces."""
+
+    def __init__(self, name: str, doc: Attn, embed: Width, tokens: int, scores: bool) -> None:
+        super().__init__()
+        heads, qk, v = (
+            Width(f"{name}.heads", doc.heads),
+            Width(f"{name}.qk", doc.key_dim),
+            Width(f"{name}.v", doc.value_dim),
+        )
+        self.heads, self.scale, self.scores = doc.heads, doc.scale, scores
+        self.dims = (doc.heads * doc.key_dim, doc.heads * doc.key_dim, doc.heads * doc.value_dim)
+        self.qkv = Linear(embed, Cat((Each(heads, qk), Each(heads, qk), Each(heads, v))), tokens)
+        self.proj = Linear(Each(heads, v), embed, tokens)
+        self.products = tokens * tokens * sum(self.dims[1:])
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(B, N, C) -> (B, N, C) and, if asked for, the mean over heads of the class row, (B, N - 1)."""
+        q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in self.qkv(x).split(self.dims, dim=2))
+        scores = None
+        if self.scores:
+            weights = ((q @ k.transpose(-2, -1)) * self.scale).softmax(-1)
+            scores, mixed = weights[:, :, 0, 1:].mean(1), weights @ v
+        else:
+            mixed = attend(q, k, v, self.scale)
+        return self.proj(mixed.transpose(1, 2).flatten(2)), scores
+
+
+class Block(nn.Module):
+    def __init__(self, name: str, doc: EvitBlock, embed: Width, patches: int) -> None:
+        super().__init__()
+        self.patches, self.keep, self.fuse = patches, kept(doc.keep_rate, patches), doc.fuse
+        reduces = self.keep < patches
+        self.norm1 = layer_norm(embed, patches + 1) if doc.attn else None
+        self.attn = Attention(f"{name}.attn", doc.attn, embed, patches + 1, reduces) if doc.attn else None
+        self.norm2 = self.ffn = None
+        if doc.ffn:
+            left = reduced(patches, doc) + 1
+            self.norm2 = layer_norm(embed, left)
+            self.ffn = mlp(f"{name}.ffn", doc.ffn.hidden, embed, left)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.attn is not None:
+            y, scores = self.attn(self.norm1(x))
+            x = x + y
+            if scores is not None:
+                x = self._reduce(x, scores)
+        return x if self.ffn is None else x + self.ffn(self.norm2(x))
+
+    def _reduce(self, x: Tensor, scores: Tensor) -> Tensor:
+        """Paper section 3.2: keep the class token and the best tokens, by falling score; fuse the rest."""
+        best = scores.topk(self.patches if self.fuse else self.keep, dim=1)
+        parts = [x[:, :1], take_tokens(x, best.indices[:, : self.keep] + 1)]
+        if self.fuse:
+            rest = take_tokens(x, best.indices[:, self.keep :] + 1)
+            parts.append(best.values[:, self.keep :].unsqueeze(1) @ rest)
+        return torch.cat(parts, 1)
+
+
+class Evit(nn.Module):
+    """(B, 3, R, R) -> (B, classes)."""
+
+    def __init__(self, arch: EvitArch) -> None:
+        super().__init__()
+        embed = Width("embed", arch.embed_dim)
+        side = arch.resolution // arch.patch_size
+        tokens = side * side
+        patch = fixed(arch.patch_size)
+        self.patch_embed = Conv(RGB, embed, patch, tokens, stride=arch.patch_size, padding=0, bias=True)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, arch.embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, tokens + 1, arch.embed_dim))
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        one = fixed(1)
+        self.axes = {
+            "cls_token": (one, one, embed),
+            "pos_embed": (one, Width("positions", tokens + 1, "resize"), embed),
+        }
+        self.blocks = nn.Sequential()
+        for i, doc in enumerate(arch.blocks):
+            self.blocks.append(Block(f"blocks.{i}", doc, embed, tokens))
+            tokens = reduced(tokens, doc)
+        self.norm = layer_norm(embed, positions=1)
+        self.head = Linear(embed, Width("classes", arch.num_classes, "fixed"), positions=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch_embed(x).flatten(2).transpose(1, 2)
+        x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), 1) + self.pos_embed
+        return self.head(self.norm(self.blocks(x)[:, 0]))
+
+
+RENAME = ((r"^patch_embed\.proj\.", "patch_embed."), (r"\.mlp\.", ".ffn."))
+
+
+def _arch(values: Values, num_classes: int) -> EvitArch:
+    """Four runs of blocks; the first three end in a reduction (after layers 3, 6 and 9 as published)."""
+    dim = values["qk"]
+    blocks: list[EvitBlock] = []
+    for s in (1, 2, 3, 4):
+        expansion, share = values[f"mix_s{s}"]
+        depth = values[f"depth_s{s}"]
+        attn = Attn(heads=values[f"heads_s{s}"], key_dim=dim, value_dim=dim, scale=dim**-0.5)
+        ffn = Mlp(hidden=int(values["width_s1"] * expansion))
+        for i, has in enumerate(with_attention(depth, share)):
+            rate = values[f"keep_s{s}"] if s < 4 and i == depth - 1 else 1.0
+            fuse = rate < 1 and values["form"] == "fused"
+            blocks.append(EvitBlock(attn=attn if has else None, keep_rate=rate, fuse=fuse, ffn=ffn))
+    return EvitArch(
+        version=1,
+        family="evit",
+        resolution=values["resolution"],
+        num_classes=num_classes,
+        patch_size=16,
+        embed_dim=values["width_s1"],
+        blocks=tuple(blocks),
+    )
+
+
+MIX = ((2.0, 1.0), (3.0, 1.0), (3.5, 1.0), (4.0, 1.0), (3.0, 0.5), (4.0, 0.5), (4.0, 0.34))
+HEADS = (2, 3, 4, 5, 6, 8, 12)
+
+SPACE = Space(
+    options={
+        "resolution": (128, 160, 192, 224, 256, 288, 304),
+        "form": ("fused", "dropped"),
+        "qk": (32, 64),
+        "width_s1": (128, 192, 256, 320, 384, 576, 768),
+        **per_stage("depth", (1, 2, 3, 4, 5), (1, 2, 3, 4), (1, 2, 3, 4), (1, 2, 3)),
+        **per_stage("heads", HEADS, HEADS, HEADS, HEADS),
+        **per_stage("mix", MIX, MIX, MIX, MIX),
+        **per_stage("keep", KEEPS, KEEPS, KEEPS),
+    },
+    arch=_arch,
+)
+
+
+def _variant(
+    width: int,
+    heads: int,
+    keep: float,
+    form: str,
+    top1: float | None,
+    source: str,
+    timm: str | None,
+) -> Variant:
+    values = {
+        "resolution": 224,
+        "form": form,
+        "qk": 64,
+        "width_s1": width,
+        **dict(zip((f"depth_s{s}" for s in (1, 2, 3, 4)), (4, 3, 3, 2), strict=True)),
+        **{f"heads_s{s}": heads for s in (1, 2, 3, 4)},
+        **{f"mix_s{s}": (4.0, 1.0) for s in (1, 2, 3, 4)},
+        **{f"keep_s{s}": keep for s in (1, 2, 3)},
+    }
+    return Variant(values, top1, source, timm)
+
+
+SIZES = {"tiny": (192, 3, 72.2), "small": (384, 6, 79.8), "base": (768, 12, 81.8)}
+REDUCED_TOP1 = {
+    ("small", "fused"): {0.9: 79.8, 0.8: 79.8, 0.7: 79.5, 0.6: 78.9, 0.5: 78.5},
+    ("small", "dropped"): {0.9: 79.9, 0.8: 79.7, 0.7: 79.4, 0.6: 79.1, 0.5: 78.4},
+    ("base", "fused"): {0.7: 81.3},
+}
+
+
+def _variants() -> dict[str, Variant]:
+    found = {
+        f"deit_{size}": _variant(
+            width,
+            heads,
+            1.0,
+            "fused",
+            top1,
+            "DeiT, ICML 2021 (300 epochs)",
+            f"deit_{size}_patch16_224",
+        )
+        for size, (width, heads, top1) in SIZES.items()
+    }
+    for size, (width, heads, _) in SIZES.items():
+        for form, suffix in (("fused", ""), ("dropped", "_drop")):
+            for keep in (0.9, 0.8, 0.7, 0.6, 0.5):
+                top1 = REDUCED_TOP1.get((size, form), {}).get(keep)
+                source = "EViT, ICLR 2022" + ("" if top1 else " (no top-1 found for this row)")
+                found[f"evit_{size}_keep{keep * 100:.0f}{suffix}"] = _variant(
+                    width, heads, keep, form, top1, source, None
+                )
+    return found
+
+
+register(Family(name="evit", build=Evit, space=SPACE, rename=RENAME, variants=_variants()))

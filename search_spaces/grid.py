@@ -1,0 +1,132 @@
+"""What EfficientViT and SHViT share: a pyramid of (B, C, H, W) stages, convolution-and-FFN mixers, and patch merging
+by an inverted residual with squeeze-excite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from search_spaces.arch import Arch, Dim, Doc, Ffn
+from search_spaces.layers import (
+    ONE,
+    Classifier,
+    ConvNorm,
+    FeedForward,
+    Residual,
+    SqueezeExcite,
+    halved,
+    stem,
+)
+from search_spaces.widths import Width, fixed
+
+
+class Mixer(Doc):
+    """A residual 3x3 depthwise convolution, then a residual FFN; either may be absent."""
+
+    conv: bool
+    ffn: Ffn | None
+
+
+class Merge(Doc):
+    """Patch merging between stages: a mixer, a stride-2 inverted residual with squeeze-excite, a mixer."""
+
+    before: Mixer
+    hidden: Dim
+    squeezed: Dim | None
+    after: Mixer
+
+
+class ConvMixer(nn.Module):
+    """A `Mixer` on (B, C, H, W)."""
+
+    def __init__(self, name: str, doc: Mixer, embed: Width, grid: int, gamma: float = 0.0) -> None:
+        super().__init__()
+        tokens = grid * grid
+        conv = ConvNorm(embed, embed, tokens, kernel=fixed(3), depthwise=True, gamma=gamma) if doc.conv else None
+        self.conv = Residual(conv) if conv is not None else None
+        self.ffn = FeedForward(f"{name}.ffn", doc.ffn, embed, tokens, nn.ReLU) if doc.ffn else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.conv is not None:
+            x = self.conv(x)
+        return x if self.ffn is None else self.ffn(x)
+
+
+class PatchMerging(nn.Module):
+    """(B, C, H, W) -> (B, C', ceil(H / 2), ceil(W / 2)); built whether or not the width changes."""
+
+    def __init__(self, name: str, doc: Merge, inp: Width, out: Width, grid: int) -> None:
+        super().__init__()
+        hidden, half = Width(f"{name}.hidden", doc.hidden), halved(grid)
+        self.before = ConvMixer(f"{name}.before", doc.before, inp, grid, gamma=1.0)
+        self.expand = ConvNorm(inp, hidden, grid * grid)
+        self.conv = ConvNorm(hidden, hidden, half * half, kernel=fixed(3), stride=2, depthwise=True)
+        self.se = SqueezeExcite(hidden, Width(f"{name}.squeezed", doc.squeezed)) if doc.squeezed else None
+        self.project = ConvNorm(hidden, out, half * half, kernel=ONE)
+        self.after = ConvMixer(f"{name}.after", doc.after, out, half, gamma=1.0)
+        self.act = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.conv(self.act(self.expand(self.before(x)))))
+        if self.se is not None:
+            x = self.se(x)
+        return self.after(self.project(x))
+
+
+def published_merge(inp: int, out: int) -> Merge:
+    """Both papers' subsampling: FFN ratio 2 on either side, expansion 4, squeeze-excite ratio 1/4 (in eights)."""
+    squeezed = (inp + 4) // 8 * 8
+    return Merge(
+        before=Mixer(conv=True, ffn=Ffn(hidden=2 * inp, keep_rate=1.0)),
+        hidden=4 * inp,
+        squeezed=max(8, squeezed),
+        after=Mixer(conv=True, ffn=Ffn(hidden=2 * out, keep_rate=1.0)),
+    )
+
+
+class Stage(nn.Module):
+    """Patch merging (but for the first stage), then blocks."""
+
+    def __init__(
+        self,
+        name: str,
+        doc: Any,
+        previous: Width | None,
+        embed: Width,
+        grid: int,
+        block: Callable[..., nn.Module],
+    ) -> None:
+        super().__init__()
+        self.downsample = None
+        if previous is not None:
+            self.downsample = PatchMerging(f"{name}.downsample", doc.downsample, previous, embed, grid)
+            grid = halved(grid)
+        self.grid = grid
+        self.blocks = nn.Sequential(*(block(f"{name}.blocks.{i}", b, embed, grid) for i, b in enumerate(doc.blocks)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.downsample is not None:
+            x = self.downsample(x)
+        return self.blocks(x)
+
+
+class Pyramid(nn.Module):
+    """Stem, stages of `block`s, mean over the grid, classifier: (B, 3, R, R) -> (B, classes)."""
+
+    def __init__(self, arch: Arch, block: Callable[..., nn.Module]) -> None:
+        super().__init__()
+        embeds = [Width(f"stages.{i}.embed", stage.embed_dim) for i, stage in enumerate(arch.stages)]
+        self.stem = stem(arch.stem, embeds[0], arch.resolution, nn.ReLU)
+        grid = arch.resolution
+        for _ in range(len(arch.stem) + 1):
+            grid = halved(grid)
+        self.stages = nn.Sequential()
+        for i, (doc, embed) in enumerate(zip(arch.stages, embeds, strict=True)):
+            self.stages.append(Stage(f"stages.{i}", doc, embeds[i - 1] if i else None, embed, grid, block))
+            grid = self.stages[-1].grid
+        self.head = Classifier(embeds[-1], Width("classes", arch.num_classes, "fixed"), arch.distilled)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        return self.head(self.stages(self.stem(x)).mean((2, 3)))

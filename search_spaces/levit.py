@@ -1,0 +1,385 @@
+"""LeViT (Graham et al., ICCV 2021, arXiv 2104.01136): convolutional stem, three stages of attention with learned
+biases, stages joined by strided attention. In linear form tokens are (B, N, C), in conv form (B, C, H, W); the
+weights are the same.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from search_spaces.arch import (
+    MAX_BLOCKS,
+    MAX_STAGES,
+    Arch,
+    Attn,
+    Dim,
+    Doc,
+    Ffn,
+    Rate,
+    StageSummary,
+    check_downsamples,
+    kept,
+    summarise,
+)
+from search_spaces.layers import (
+    AttentionBias,
+    Classifier,
+    FeedForward,
+    Form,
+    halved,
+    pointwise,
+    qkv_axis,
+    scale_rows,
+    stem,
+    strongest,
+    take_tokens,
+)
+from search_spaces.registry import Family, Variant, register
+from search_spaces.space import KEEPS, Space, Values, per_stage, with_attention
+from search_spaces.widths import Cat, Each, Width
+
+
+class LevitBlock(Doc):
+    attn: Attn | None
+    ffn: Ffn | None
+
+
+class LevitDownsample(Doc):
+    """Strided attention into the next stage, then an FFN at the new width."""
+
+    attn: Attn
+    ffn: Ffn | None
+
+
+class LevitStage(Doc):
+    """keep_rate drops tokens for good at the stage's entry (last stage only: nothing after needs the grid)."""
+
+    embed_dim: Dim
+    downsample: LevitDownsample | None
+    keep_rate: Rate
+    blocks: Annotated[tuple[LevitBlock, ...], Field(max_length=MAX_BLOCKS)]
+
+
+class LevitArch(Arch, family="levit"):
+    family: Literal["levit"]
+    form: Form
+    distilled: bool
+    stem: tuple[Dim, Dim, Dim]
+    stages: Annotated[tuple[LevitStage, ...], Field(min_length=1, max_length=MAX_STAGES)]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        check_downsamples(self.stages)
+        for i, stage in enumerate(self.stages):
+            if stage.keep_rate < 1 and i != len(self.stages) - 1:
+                raise ValueError(f"stages.{i}.keep_rate: only the last stage can drop tokens")
+        return self
+
+    def summary(self) -> list[StageSummary]:
+        return [
+            summarise(
+                s.embed_dim,
+                [b.attn for b in s.blocks],
+                [b.ffn.hidden for b in s.blocks if b.ffn],
+                [s.keep_rate * (b.ffn.keep_rate if b.ffn else 1.0) for b in s.blocks],
+            )
+            for s in self.stages
+        ]
+
+
+class Attention(nn.Module):
+    """x + proj(act(softmax(q k^T * scale + bias) v)); with `stride` 2 queries are strided and there is no residual.
+
+    In linear form (B, N, C), in conv form (B, C, H, W). With `index` (B, k), x holds only those positions of the
+    grid and the bias is gathered for them.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        doc: Attn,
+        embed: Width,
+        out: Width,
+        grid: int,
+        tokens: int,
+        form: Form,
+        stride: int = 1,
+    ) -> None:
+        super().__init__()
+        heads, qk, v = (
+            Width(f"{name}.heads", doc.heads),
+            Width(f"{name}.qk", doc.key_dim),
+            Width(f"{name}.v", doc.value_dim),
+        )
+        queries = tokens if stride == 1 else halved(grid) ** 2
+        self.form, self.grid, self.stride, self.scale = form, grid, stride, doc.scale
+        self.heads, self.key_dim, self.value_dim = doc.heads, doc.key_dim, doc.value_dim
+        if stride == 1:
+            self.qkv = pointwise(form, embed, qkv_axis(heads, qk, v), tokens)
+        else:
+            self.q = pointwise(form, embed, Each(heads, qk), queries)
+            self.kv = pointwise(form, embed, Each(heads, Cat((qk, v))), tokens)
+        self.bias = AttentionBias(name, heads, grid, stride)
+        self.act = nn.Hardswish()
+        self.proj = pointwise(form, Each(heads, v), out, queries, gamma=0.0 if stride == 1 else 1.0)
+        self.products = queries * tokens * doc.heads * (doc.key_dim + doc.value_dim)
+
+    def forward(self, x: Tensor, index: Tensor | None = None) -> Tensor:
+        if self.stride == 1:
+            q, k, v = self._per_head(self.qkv(x), (self.key_dim, self.key_dim, self.value_dim))
+        else:
+            (q,) = self._per_head(self.q(self._strided(x)), (self.key_dim,))
+            k, v = self._per_head(self.kv(x), (self.key_dim, self.value_dim))
+        bias = self.bias()
+        if index is not None:
+            bias = self._bias_at(bias, index)
+        if self.form == "linear":
+            logits = q.transpose(1, 2) @ k.permute(0, 2, 3, 1)
+            mixed = self._softmax(logits, bias) @ v.transpose(1, 2)
+            y = mixed.transpose(1, 2).flatten(2)
+        else:
+            logits = q.transpose(-2, -1) @ k
+            mixed = v @ self._softmax(logits, bias).transpose(-2, -1)
+            side = x.shape[2:] if self.stride == 1 else (halved(x.shape[2]), halved(x.shape[3]))
+            y = mixed.reshape(x.shape[0], -1, *side)
+        y = self.proj(self.act(y))
+        return x + y if self.stride == 1 else y
+
+    def _per_head(self, y: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, ...]:
+        """Split a projection into (B, N, heads, dim) (linear form) or (B, heads, dim, N) (conv form)."""
+        if self.form == "linear":
+            return y.view(*y.shape[:2], self.heads, -1).split(dims, dim=3)
+        return y.flatten(2).view(y.shape[0], self.heads, -1, y.shape[2] * y.shape[3]).split(dims, dim=2)
+
+    def _strided(self, x: Tensor) -> Tensor:
+        if self.form == "conv":
+            return x[:, :, :: self.stride, :: self.stride]
+        grid = x.view(x.shape[0], self.grid, self.grid, -1)
+        return grid[:, :: self.stride, :: self.stride].flatten(1, 2)
+
+    def _softmax(self, logits: Tensor, bias: Tensor) -> Tensor:
+        if self.scale != 1:
+            logits = logits * self.scale
+        return (logits + bias).softmax(-1)
+
+    def _bias_at(self, bias: Tensor, index: Tensor) -> Tensor:
+        """(heads, N, N) -> (B, heads, k, k) at each image's own positions."""
+        pairs = index.unsqueeze(2) * bias.shape[-1] + index.unsqueeze(1)
+        chosen = bias.flatten(1).index_select(1, pairs.flatten())
+        return chosen.view(-1, *pairs.shape).transpose(0, 1)
+
+    def folded(self) -> Attention:
+        projection, per_head = (
+            (self.qkv, 2 * self.key_dim + self.value_dim) if self.stride == 1 else (self.q, self.key_dim)
+        )
+        rows = torch.arange(self.heads)[:, None] * per_head + torch.arange(self.key_dim)
+        scale_rows(projection, rows.flatten(), self.scale)
+        self.scale = 1.0
+        return self
+
+
+class Block(nn.Module):
+    """Residual attention, then residual FFN; either may be absent."""
+
+    def __init__(self, name: str, doc: LevitBlock, embed: Width, grid: int, tokens: int, form: Form) -> None:
+        super().__init__()
+        self.attn = Attention(f"{name}.attn", doc.attn, embed, embed, grid, tokens, form) if doc.attn else None
+        self.ffn = FeedForward(f"{name}.ffn", doc.ffn, embed, tokens, nn.Hardswish, form) if doc.ffn else None
+
+    def forward(self, x: Tensor, index: Tensor | None) -> Tensor:
+        if self.attn is not None:
+            x = self.attn(x, index)
+        return x if self.ffn is None else self.ffn(x)
+
+
+class Downsample(nn.Module):
+    """Strided attention to a grid of half the side, then a residual FFN."""
+
+    def __init__(self, name: str, doc: LevitDownsample, inp: Width, out: Width, grid: int, form: Form) -> None:
+        super().__init__()
+        self.attn = Attention(f"{name}.attn", doc.attn, inp, out, grid, grid * grid, form, stride=2)
+        tokens = halved(grid) ** 2
+        self.ffn = FeedForward(f"{name}.ffn", doc.ffn, out, tokens, nn.Hardswish, form) if doc.ffn else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.attn(x)
+        return x if self.ffn is None else self.ffn(x)
+
+
+class Stage(nn.Module):
+    def __init__(
+        self,
+        name: str,
+        doc: LevitStage,
+        previous: Width | None,
+        embed: Width,
+        grid: int,
+        form: Form,
+    ) -> None:
+        super().__init__()
+        self.downsample = None
+        if doc.downsample is not None and previous is not None:
+            self.downsample = Downsample(f"{name}.downsample", doc.downsample, previous, embed, grid, form)
+            grid = halved(grid)
+        self.form, self.grid, self.keep = form, grid, kept(doc.keep_rate, grid * grid)
+        self.blocks = nn.ModuleList(
+            Block(f"{name}.blocks.{i}", block, embed, grid, self.keep, form) for i, block in enumerate(doc.blocks)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.downsample is not None:
+            x = self.downsample(x)
+        index = None
+        if self.keep < self.grid**2:
+            tokens = x if self.form == "linear" else x.flatten(2).transpose(1, 2)
+            index = strongest(tokens, self.keep)
+            x = take_tokens(tokens, index)
+            x = x if self.form == "linear" else x.transpose(1, 2).unsqueeze(-1)
+        for block in self.blocks:
+            x = block(x, index)
+        return x
+
+
+class Levit(nn.Module):
+    """(B, 3, R, R) -> (B, classes)."""
+
+    def __init__(self, arch: LevitArch) -> None:
+        super().__init__()
+        embeds = [Width(f"stages.{i}.embed", stage.embed_dim) for i, stage in enumerate(arch.stages)]
+        self.form = arch.form
+        self.stem = stem(arch.stem, embeds[0], arch.resolution, nn.Hardswish)
+        grid = arch.resolution
+        for _ in range(len(arch.stem) + 1):
+            grid = halved(grid)
+        self.stages = nn.ModuleList()
+        for i, (doc, embed) in enumerate(zip(arch.stages, embeds, strict=True)):
+            self.stages.append(Stage(f"stages.{i}", doc, embeds[i - 1] if i else None, embed, grid, arch.form))
+            grid = self.stages[-1].grid
+        self.head = Classifier(embeds[-1], Width("classes", arch.num_classes, "fixed"), arch.distilled)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        x = self.stem(x)
+        if self.form == "linear":
+            x = x.flatten(2).transpose(1, 2)
+        for stage in self.stages:
+            x = stage(x)
+        return self.head(x.mean(1) if self.form == "linear" else x.mean((2, 3)))
+
+
+RENAME = (
+    (r"^stem\.conv(\d)\.", lambda m: f"stem.{2 * int(m[1]) - 2}."),
+    (r"\.attn_downsample\.", ".attn."),
+    (r"\.(q|proj)\.ln\.", r".\1."),
+    (r"\.mlp\.ln(\d)\.", r".ffn.fc\1."),
+    (r"\.attention_biases$", ".bias.table"),
+    (r"^head\.(bn|linear)\.", r"head.cls.\1."),
+    (r"^head_dist\.", "head.dist."),
+    (r"\.bn\.", ".norm."),
+)
+
+
+def _arch(values: Values, num_classes: int) -> LevitArch:
+    """Paper section 3: V twice (strided: four times) as wide as K, strided heads = width / key_dim."""
+    key_dim = values["qk"]
+    stages: list[LevitStage] = []
+    for s in (1, 2, 3):
+        expansion, share = values[f"mix_s{s}"]
+        embed, keep = values[f"width_s{s}"], values[f"keep_s{s}"]
+        last = s == 3
+        attn = Attn(heads=values[f"heads_s{s}"], key_dim=key_dim, value_dim=2 * key_dim, scale=key_dim**-0.5)
+        ffn = Ffn(hidden=int(embed * expansion), keep_rate=1.0 if last else keep)
+        downsample = None
+        if stages:
+            strided = Attn(
+                heads=max(1, stages[-1].embed_dim // key_dim),
+                key_dim=key_dim,
+                value_dim=4 * key_dim,
+                scale=key_dim**-0.5,
+            )
+            downsample = LevitDownsample(attn=strided, ffn=Ffn(hidden=2 * embed, keep_rate=1.0))
+        blocks = tuple(
+            LevitBlock(attn=attn if has else None, ffn=ffn) for has in with_attention(values[f"depth_s{s}"], share)
+        )
+        stages.append(
+            LevitStage(
+                embed_dim=embed,
+                downsample=downsample,
+                keep_rate=keep if last else 1.0,
+                blocks=blocks,
+            )
+        )
+    first = stages[0].embed_dim
+    return LevitArch(
+        version=1,
+        family="levit",
+        resolution=values["resolution"],
+        num_classes=num_classes,
+        form=values["form"],
+        distilled=True,
+        stem=(first // 8, first // 4, first // 2),
+        stages=tuple(stages),
+    )
+
+
+MIX = ((1.0, 1.0), (1.5, 1.0), (2.0, 1.0), (3.0, 1.0), (4.0, 1.0), (2.0, 0.5), (2.0, 0.0))
+
+SPACE = Space(
+    options={
+        "resolution": (128, 144, 160, 176, 192, 224, 256),
+        "form": ("linear", "conv"),
+        "qk": (8, 16, 32),
+        **per_stage(
+            "width",
+            (64, 96, 128, 160, 192, 256, 384),
+            (96, 128, 192, 256, 288, 384, 512),
+            (128, 192, 256, 320, 384, 512, 768),
+        ),
+        **per_stage("depth", (1, 2, 3, 4, 5), (1, 2, 3, 4, 5), (1, 2, 3, 4, 5)),
+        **per_stage("heads", (2, 3, 4, 5, 6, 8), (2, 3, 4, 5, 6, 8, 9), (3, 4, 5, 6, 8, 10, 12)),
+        **per_stage("mix", MIX, MIX, MIX),
+        **per_stage("keep", KEEPS, KEEPS, KEEPS),
+    },
+    arch=_arch,
+)
+
+
+def _variant(
+    top1: float,
+    width: tuple[int, int, int],
+    qk: int,
+    heads: tuple[int, int, int],
+    depth: tuple[int, int, int],
+    timm: str,
+) -> Variant:
+    values = {
+        "resolution": 224,
+        "form": "linear",
+        "qk": qk,
+        **{f"width_s{s}": w for s, w in enumerate(width, 1)},
+        **{f"heads_s{s}": h for s, h in enumerate(heads, 1)},
+        **{f"depth_s{s}": d for s, d in enumerate(depth, 1)},
+        **{f"mix_s{s}": (2.0, 1.0) for s in (1, 2, 3)},
+        **{f"keep_s{s}": 1.0 for s in (1, 2, 3)},
+    }
+    return Variant(values, top1, "LeViT, ICCV 2021, tables 2 and 3 (1000 epochs, distilled)", timm)
+
+
+register(
+    Family(
+        name="levit",
+        build=Levit,
+        space=SPACE,
+        rename=RENAME,
+        variants={
+            "levit_128s": _variant(76.6, (128, 256, 384), 16, (4, 6, 8), (2, 3, 4), "levit_128s"),
+            "levit_128": _variant(78.6, (128, 256, 384), 16, (4, 8, 12), (4, 4, 4), "levit_128"),
+            "levit_192": _variant(80.0, (192, 288, 384), 32, (3, 5, 6), (4, 4, 4), "levit_192"),
+            "levit_256": _variant(81.6, (256, 384, 512), 32, (4, 6, 8), (4, 4, 4), "levit_256"),
+            "levit_384": _variant(82.6, (384, 512, 768), 32, (6, 9, 12), (4, 4, 4), "levit_384"),
+        },
+    )
+)

@@ -1,0 +1,370 @@
+"""SepViT (Li et al., 2022, arXiv 2203.15380): attention inside windows, then across windows through window tokens.
+
+Grids are (B, H, W, C). Depthwise separable attention within a window is followed by pointwise attention between
+the windows; grouped attention is the same on windows twice as wide. A stage with one window has plain attention.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from search_spaces.arch import (
+    MAX_BLOCKS,
+    MAX_STAGES,
+    Arch,
+    Attn,
+    Dim,
+    Doc,
+    Ffn,
+    Heads,
+    Rate,
+    Scale,
+    StageSummary,
+    kept,
+    summarise,
+)
+from search_spaces.layers import (
+    RGB,
+    Conv,
+    Linear,
+    Residual,
+    attend,
+    flat_rows,
+    halved,
+    layer_norm,
+    mlp,
+    on_strongest,
+    strongest,
+    take_tokens,
+)
+from search_spaces.registry import Family, Variant, register
+from search_spaces.space import KEEPS, Space, Values, per_stage
+from search_spaces.widths import Cat, Each, Width, fixed
+
+
+class SepAttn(Doc):
+    """Separable attention in windows of `window` x `window`.
+
+    point_key_dim, point_scale: q and k of the attention across windows (unused where there is one window).
+    keep_rate: share of windows, by energy, that attend; the others pass. residual: which input channel the inner
+    residual adds to each of the heads * value_dim inner channels (-1: none); null takes them in order.
+    """
+
+    window: Annotated[int, Field(ge=1, le=64)]
+    heads: Heads
+    key_dim: Dim
+    value_dim: Dim
+    scale: Scale
+    point_key_dim: Dim
+    point_scale: Scale
+    keep_rate: Rate
+    residual: tuple[Annotated[int, Field(ge=-1, le=8191)], ...] | None
+
+
+class SepVitBlock(Doc):
+    attn: SepAttn | None
+    ffn: Ffn | None
+
+
+class SepVitStage(Doc):
+    embed_dim: Dim
+    blocks: Annotated[tuple[SepVitBlock, ...], Field(max_length=MAX_BLOCKS)]
+
+
+class SepVitArch(Arch, family="sepvit"):
+    family: Literal["sepvit"]
+    stages: Annotated[tuple[SepVitStage, ...], Field(min_length=1, max_length=MAX_STAGES)]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for i, (stage, grid) in enumerate(zip(self.stages, grids(self.resolution, len(self.stages)), strict=True)):
+            for j, block in enumerate(stage.blocks):
+                where = f"stages.{i}.blocks.{j}.attn"
+                if block.attn is None:
+                    continue
+                if grid % block.attn.window:
+                    raise ValueError(f"{where}.window {block.attn.window} does not divide the {grid} x {grid} grid")
+                if block.attn.residual is not None:
+                    inner = block.attn.heads * block.attn.value_dim
+                    if len(block.attn.residual) != inner or max(block.attn.residual) >= stage.embed_dim:
+                        raise ValueError(f"{where}.residual names one channel below embed_dim for each of {inner}")
+        return self
+
+    def summary(self) -> list[StageSummary]:
+        return [
+            summarise(
+                s.embed_dim,
+                [_as_attn(b.attn) for b in s.blocks],
+                [b.ffn.hidden for b in s.blocks if b.ffn],
+                [b.ffn.keep_rate if b.ffn else 1.0 for b in s.blocks],
+            )
+            for s in self.stages
+        ]
+
+
+def _as_attn(doc: SepAttn | None) -> Attn | None:
+    if doc is None:
+        return None
+    return Attn(heads=doc.heads, key_dim=doc.key_dim, value_dim=doc.value_dim, scale=doc.scale)
+
+
+def grids(resolution: int, stages: int) -> list[int]:
+    """Side of each stage's grid: a stride of 4, then of 2 per stage."""
+    sides = [-(-resolution // 4)]
+    for _ in range(stages - 1):
+        sides.append(halved(sides[-1]))
+    return sides
+
+
+class SeparableAttention(nn.Module):
+    """norm, attention within windows, attention across windows, projection; added to the input.
+
+    (B, W, M*M, C) windows in and out. Both attentions have an inner residual: the first adds the normalised input,
+    the second its own input.
+    """
+
+    def __init__(self, name: str, doc: SepAttn, embed: Width, grid: int) -> None:
+        super().__init__()
+        heads, qk, v = (
+            Width(f"{name}.heads", doc.heads),
+            Width(f"{name}.qk", doc.key_dim),
+            Width(f"{name}.v", doc.value_dim),
+        )
+        inner = Each(heads, v)
+        count, area = (grid // doc.window) ** 2, doc.window**2
+        self.doc, self.windows, self.keep = doc, count, kept(doc.keep_rate, count)
+        self.separable = count > 1
+        tokens = area + self.separable
+        self.scale, self.point_scale = doc.scale, doc.point_scale
+        self.dims = (doc.heads * doc.key_dim, doc.heads * doc.key_dim, inner.size)
+        self.norm = layer_norm(embed, self.keep * tokens)
+        self.qkv = Linear(embed, Cat((Each(heads, qk), Each(heads, qk), inner)), self.keep * tokens)
+        self.proj = Linear(inner, embed, self.keep * area)
+        self.products = self.keep * tokens * tokens * sum(self.dims[1:])
+        if self.separable:
+            one = fixed(1)
+            self.window_token = nn.Parameter(torch.zeros(1, count, 1, embed.size))
+            self.axes = {"window_token": (one, Width(f"{name}.windows", count, "resize"), one, embed)}
+            point = Each(heads, Width(f"{name}.point_qk", doc.point_key_dim))
+            self.point_norm = layer_norm(inner, self.keep)
+            self.point_qk = Linear(inner, Cat((point, point)), self.keep)
+            self.products += self.keep**2 * (point.size + inner.size * area)
+        if doc.residual is not None:
+            source = torch.tensor([c if c >= 0 else embed.size for c in doc.residual], device="cpu")
+            self.register_buffer("source", source, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        token = self.window_token.expand(x.shape[0], -1, -1, -1) if self.separable else None
+        if self.keep == self.windows:
+            return x + self._attend(x, token)
+        flat = x.flatten(2)
+        index = strongest(flat, self.keep)
+        rows = flat_rows(index, self.windows)
+        chosen = flat.flatten(0, 1).index_select(0, rows).view(x.shape[0], self.keep, *x.shape[2:])
+        chosen = chosen + self._attend(chosen, take_tokens(token.squeeze(2), index).unsqueeze(2))
+        return flat.flatten(0, 1).index_put((rows,), chosen.flatten(2).flatten(0, 1)).view_as(x)
+
+    def _attend(self, x: Tensor, token: Tensor | None) -> Tensor:
+        y = self.norm(x if token is None else torch.cat((token, x), 2))
+        q, k, v = (
+            part.unflatten(3, (self.doc.heads, -1)).transpose(2, 3) for part in self.qkv(y).split(self.dims, dim=3)
+        )
+        z = attend(q, k, v, self.scale).transpose(2, 3).flatten(3) + self._inner(y)
+        if token is not None:
+            z = self._across(z[:, :, 0], z[:, :, 1:])
+        return self.proj(z)
+
+    def _across(self, token: Tensor, z: Tensor) -> Tensor:
+        """Pointwise attention: window tokens (B, W, E) mix whole feature maps (B, W, M*M, E)."""
+        heads, (b, w, area, _) = self.doc.heads, z.shape
+        q, k = self.point_qk(F.gelu(self.point_norm(token))).chunk(2, dim=2)
+        q, k = (part.unflatten(2, (heads, -1)).transpose(1, 2) for part in (q, k))
+        values = z.unflatten(3, (heads, -1)).permute(0, 3, 1, 2, 4).flatten(3)
+        weights = ((q @ k.transpose(-2, -1)) * self.point_scale).softmax(-1)
+        mixed = (weights @ values).view(b, heads, w, area, -1).permute(0, 2, 3, 1, 4).flatten(3)
+        return mixed + z
+
+    def _inner(self, y: Tensor) -> Tensor:
+        """The normalised input brought to the inner width."""
+        inner = self.dims[2]
+        if self.doc.residual is not None:
+            return F.pad(y, (0, 1)).index_select(3, self.source)
+        if inner == y.shape[3]:
+            return y
+        return y[..., :inner] if inner < y.shape[3] else F.pad(y, (0, inner - y.shape[3]))
+
+
+class Block(nn.Module):
+    """(B, H, W, C) -> same."""
+
+    def __init__(self, name: str, doc: SepVitBlock, embed: Width, grid: int) -> None:
+        super().__init__()
+        tokens = grid * grid
+        self.attn = SeparableAttention(f"{name}.attn", doc.attn, embed, grid) if doc.attn else None
+        self.norm = self.ffn = None
+        if doc.ffn:
+            self.keep, self.tokens = kept(doc.ffn.keep_rate, tokens), tokens
+            self.norm = layer_norm(embed, self.keep)
+            self.ffn = mlp(f"{name}.ffn", doc.ffn.hidden, embed, self.keep)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.attn is not None:
+            x = self._windowed(x, self.attn.doc.window)
+        if self.ffn is None:
+            return x
+        if self.keep == self.tokens:
+            return x + self.ffn(self.norm(x))
+        return on_strongest(x.flatten(1, 2), self.keep, lambda rows: self.ffn(self.norm(rows))).view_as(x)
+
+    def _windowed(self, x: Tensor, m: int) -> Tensor:
+        b, h, w, c = x.shape
+        if m == h:
+            return self.attn(x.view(b, 1, h * w, c)).view_as(x)
+        n = h // m
+        windows = x.view(b, n, m, n, m, c).transpose(2, 3).reshape(b, n * n, m * m, c)
+        return self.attn(windows).view(b, n, n, m, m, c).transpose(2, 3).reshape(b, h, w, c)
+
+
+class Stage(nn.Module):
+    """Overlapping patch embedding, blocks, and a depthwise position encoding after the first block."""
+
+    def __init__(self, name: str, doc: SepVitStage, previous: Width | None, embed: Width, grid: int) -> None:
+        super().__init__()
+        kernel, stride = (7, 4) if previous is None else (3, 2)
+        positions = grid * grid
+        self.patch_embed = Conv(previous or RGB, embed, fixed(kernel), positions, stride=stride, bias=True)
+        self.norm = layer_norm(embed, positions)
+        self.blocks = nn.ModuleList(Block(f"{name}.blocks.{i}", b, embed, grid) for i, b in enumerate(doc.blocks))
+        self.position = Residual(Conv(embed, embed, fixed(3), positions, depthwise=True, bias=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', H', W')."""
+        x = self.norm(self.patch_embed(x).permute(0, 2, 3, 1))
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if i == 0:
+                x = self.position(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return x.permute(0, 3, 1, 2)
+
+
+class SepVit(nn.Module):
+    """(B, 3, R, R) -> (B, classes)."""
+
+    def __init__(self, arch: SepVitArch) -> None:
+        super().__init__()
+        embeds = [Width(f"stages.{i}.embed", stage.embed_dim) for i, stage in enumerate(arch.stages)]
+        sides = grids(arch.resolution, len(arch.stages))
+        self.stages = nn.Sequential(
+            *(
+                Stage(f"stages.{i}", doc, embeds[i - 1] if i else None, embeds[i], sides[i])
+                for i, doc in enumerate(arch.stages)
+            )
+        )
+        self.norm = layer_norm(embeds[-1], sides[-1] ** 2)
+        self.head = Linear(embeds[-1], Width("classes", arch.num_classes, "fixed"), positions=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.stages(x).flatten(2).transpose(1, 2))
+        return self.head(x.mean(1))
+
+
+def _arch(values: Values, num_classes: int) -> SepVitArch:
+    """Windows of resolution / 32 (7 at 224); grouped attention doubles them where the grid allows."""
+    small = values["resolution"] // 32
+    dim = values["qk"]
+    stages: list[SepVitStage] = []
+    for s, grid in enumerate(grids(values["resolution"], 4), 1):
+        expansion, pattern = values[f"mix_s{s}"]
+        embed, keep, target = values[f"width_s{s}"], values[f"keep_s{s}"], values["form"]
+        ffn = Ffn(hidden=int(embed * expansion), keep_rate=keep if target != "windows" else 1.0)
+        blocks = []
+        for i in range(values[f"depth_s{s}"]):
+            grouped = pattern == "grouped" or (pattern == "alternate" and i % 2 == 1)
+            window = min(2 * small if grouped else small, grid)
+            attn = SepAttn(
+                window=window,
+                heads=values[f"heads_s{s}"],
+                key_dim=dim,
+                value_dim=dim,
+                scale=dim**-0.5,
+                point_key_dim=dim,
+                point_scale=dim**-0.5,
+                keep_rate=keep if target != "ffn" and window < grid else 1.0,
+                residual=None,
+            )
+            blocks.append(SepVitBlock(attn=attn, ffn=ffn))
+        stages.append(SepVitStage(embed_dim=embed, blocks=tuple(blocks)))
+    return SepVitArch(
+        version=1,
+        family="sepvit",
+        resolution=values["resolution"],
+        num_classes=num_classes,
+        stages=tuple(stages),
+    )
+
+
+MIX = (
+    (2.0, "alternate"),
+    (2.0, "windows"),
+    (3.0, "alternate"),
+    (3.0, "windows"),
+    (4.0, "alternate"),
+    (4.0, "windows"),
+    (4.0, "grouped"),
+)
+
+SPACE = Space(
+    options={
+        "resolution": (96, 128, 160, 192, 224, 256),
+        "form": ("ffn", "windows", "both"),
+        "qk": (16, 32),
+        **per_stage(
+            "width",
+            (16, 32, 48, 64, 96, 128),
+            (32, 64, 96, 128, 192, 256),
+            (64, 128, 192, 256, 384, 512),
+            (128, 256, 384, 512, 768, 1024),
+        ),
+        **per_stage("depth", (1, 2), (1, 2, 3), (1, 2, 4, 6, 8, 10, 14), (1, 2, 3)),
+        **per_stage("heads", (1, 2, 3, 4), (1, 2, 3, 4, 6, 8), (2, 4, 6, 8, 12, 16), (4, 8, 12, 16, 24, 32)),
+        **per_stage("mix", MIX, MIX, MIX, MIX),
+        **per_stage("keep", KEEPS, KEEPS, KEEPS, KEEPS),
+    },
+    arch=_arch,
+)
+
+
+def _variant(top1: float, width: int, depth: tuple[int, int, int, int], source: str) -> Variant:
+    values = {
+        "resolution": 224,
+        "form": "ffn",
+        "qk": 32,
+        **{f"width_s{s}": width * 2 ** (s - 1) for s in (1, 2, 3, 4)},
+        **{f"heads_s{s}": width // 32 * 2 ** (s - 1) for s in (1, 2, 3, 4)},
+        **{f"depth_s{s}": d for s, d in enumerate(depth, 1)},
+        **{f"mix_s{s}": (4.0, "alternate") for s in (1, 2, 3, 4)},
+        **{f"keep_s{s}": 1.0 for s in (1, 2, 3, 4)},
+    }
+    return Variant(values, top1, source)
+
+
+PAPER = "SepViT, arXiv 2203.15380, repository table (300 epochs)"
+
+register(
+    Family(
+        name="sepvit",
+        build=SepVit,
+        space=SPACE,
+        variants={
+            "sepvit_lite": _variant(72.3, 32, (1, 2, 6, 2), PAPER + "; this top-1 is unverified"),
+            "sepvit_tiny": _variant(82.7, 96, (1, 2, 6, 2), PAPER),
+            "sepvit_small": _variant(83.6, 96, (1, 2, 14, 2), PAPER),
+            "sepvit_base": _variant(84.2, 128, (1, 2, 14, 2), PAPER),
+        },
+    )
+)

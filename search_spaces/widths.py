@@ -1,0 +1,185 @@
+"""The table that ties weights to widths.
+
+A layer says at construction which widths index the axes of its parameters and buffers (`axes`) and at how many
+positions its weight is applied (`positions`). `width_table` collects that from a built module (the meta device
+is enough). Counting, slicing, growing and sharing weights all read this one table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Rule = Literal["slice", "crop", "resize", "fixed"]
+Select = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Width:
+    """A named run of units.
+
+    rule: "slice" takes units by index, "crop" the centre (kernels), "resize" interpolates a square grid
+    (bias tables; a leading class-token entry is kept apart), "fixed" must agree (classes, input channels).
+    part_of: (name, start) when these units are units start, start + 1, ... of another width.
+    """
+
+    name: str
+    size: int
+    rule: Rule = "slice"
+    part_of: tuple[str, int] | None = None
+
+
+@dataclass(frozen=True)
+class Cat:
+    """Axes laid end to end, such as the q, k and v rows of one projection."""
+
+    parts: tuple[Axis, ...]
+
+    @property
+    def size(self) -> int:
+        return sum(part.size for part in self.parts)
+
+
+@dataclass(frozen=True)
+class Each:
+    """For each unit of `outer` (a head), a run of `inner`."""
+
+    outer: Width
+    inner: Axis
+
+    @property
+    def size(self) -> int:
+        return self.outer.size * self.inner.size
+
+
+Axis = Width | Cat | Each
+
+
+def fixed(size: int) -> Width:
+    """An axis that never changes (3x3 kernels, the 1 of a depthwise weight)."""
+    return Width("", size, "fixed")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One parameter or buffer: its axes, and at how many positions of an image it multiplies (0: it does not)."""
+
+    name: str
+    axes: tuple[Axis, ...]
+    positions: int
+    trainable: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(axis.size for axis in self.axes)
+
+
+@dataclass(frozen=True)
+class Table:
+    """All entries of a network and the multiply-accumulates of its attention products."""
+
+    entries: tuple[Entry, ...]
+    products: int
+
+    def params(self) -> int:
+        """Number of trainable parameters."""
+        return sum(int(np.prod(e.shape)) for e in self.entries if e.trainable)
+
+    def macs(self) -> int:
+        """Multiply-accumulates per image: weights times positions, plus attention products.
+
+        LayerNorm and GroupNorm count 5 an element as in fvcore; BatchNorm (it folds away), softmax, biases and
+        activations count zero.
+        """
+        return self.products + sum(int(np.prod(e.shape)) * e.positions for e in self.entries)
+
+    def widths(self) -> dict[str, Width]:
+        """Every named width by name."""
+        found: dict[str, Width] = {}
+        for entry in self.entries:
+            for axis in entry.axes:
+                found.update((w.name, w) for w in _widths(axis) if w.name)
+        return found
+
+
+def width_table(model: nn.Module) -> Table:
+    """Collect the table from a module built by a family.
+
+    Raises:
+        LookupError: a parameter or persistent buffer that no layer declared.
+    """
+    entries: dict[str, Entry] = {}
+    products = 0
+    for prefix, module in model.named_modules():
+        products += getattr(module, "products", 0)
+        for name, axes in getattr(module, "axes", {}).items():
+            full = f"{prefix}.{name}" if prefix else name
+            positions = getattr(module, "positions", 0) if name == "weight" else 0
+            entries[full] = Entry(full, axes, positions, name in module._parameters)
+    state = model.state_dict()
+    for name in state:
+        if name not in entries:
+            raise LookupError(f"{name} is in no width table")
+    return Table(tuple(entries[name] for name in state), products)
+
+
+def indices(
+    child: Axis, parent: Axis, select: Select, rename: Callable[[str], str], row: int | None = None
+) -> np.ndarray:
+    """Which units of the parent's axis the child's axis takes, in the child's order.
+
+    select: parent width name -> kept units (1-D; or 2-D with one row per unit of the enclosing `Each`).
+    rename: the child's width name -> the parent's (depth: block 2 may come from block 4).
+
+    Raises:
+        ValueError: the axes differ in structure, or the child is larger than the parent.
+    """
+    if isinstance(child, Width) and isinstance(parent, Width):
+        chosen = _chosen(child, parent, select, rename(child.name))
+        return chosen[row] if chosen.ndim == 2 else chosen
+    if isinstance(child, Cat) and isinstance(parent, Cat) and len(child.parts) == len(parent.parts):
+        starts = np.cumsum([0, *(part.size for part in parent.parts)])
+        runs = [
+            start + indices(c, p, select, rename, row)
+            for start, c, p in zip(starts, child.parts, parent.parts, strict=False)
+        ]
+        return np.concatenate(runs)
+    if isinstance(child, Each) and isinstance(parent, Each):
+        outer = indices(child.outer, parent.outer, select, rename)
+        runs = [o * parent.inner.size + indices(child.inner, parent.inner, select, rename, int(o)) for o in outer]
+        return np.concatenate(runs) if runs else np.zeros(0, dtype=np.int64)
+    raise ValueError(f"the axes of {child} and {parent} differ in structure")
+
+
+def _chosen(child: Width, parent: Width, select: Select, name: str) -> np.ndarray:
+    if child.rule == "crop":
+        start = (parent.size - child.size) // 2
+        chosen = np.arange(start, start + child.size)
+    elif name in select:
+        chosen = np.asarray(select[name])
+    elif parent.part_of is not None and parent.part_of[0] in select:
+        start = parent.part_of[1]
+        whole = np.asarray(select[parent.part_of[0]])
+        chosen = whole[(whole >= start) & (whole < start + parent.size)] - start
+    else:
+        chosen = np.arange(child.size)
+    if chosen.shape[-1] != child.size or (chosen.size and (chosen.min() < 0 or chosen.max() >= parent.size)):
+        raise ValueError(f"{child.name or 'a fixed axis'}: cannot take {child.size} units out of {parent.size}")
+    return chosen
+
+
+def _widths(axis: Axis) -> Iterator[Width]:
+    if isinstance(axis, Width):
+        yield axis
+    elif isinstance(axis, Cat):
+        for part in axis.parts:
+            yield from _widths(part)
+    else:
+        yield axis.outer
+        yield from _widths(axis.inner)
