@@ -67,7 +67,7 @@ def slice_weights(
 
 
 def resize(tensor: Tensor, dim: int, size: int) -> Tensor:
-    """Interpolate an axis that is a flattened square grid, bicubically; a leading class-token entry is kept as it is."""
+    """Interpolate an axis that is a flattened square grid, bicubically; a leading class-token entry stays."""
     if tensor.shape[dim] == size:
         return tensor
     last = tensor.movedim(dim, -1)

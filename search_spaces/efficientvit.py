@@ -5,6 +5,7 @@ All tensors are (B, C, H, W). Not MIT's EfficientViT (timm's efficientvit_b*, ef
 
 from __future__ import annotations
 
+import itertools
 from typing import Annotated, Literal, Self
 
 import torch
@@ -52,7 +53,7 @@ class Cascade(Doc):
 
     @model_validator(mode="after")
     def _cascade(self) -> Self:
-        for j, (head, following) in enumerate(zip(self.heads, self.heads[1:], strict=False)):
+        for j, (head, following) in enumerate(itertools.pairwise(self.heads)):
             if head.value_dim != following.dim:
                 raise ValueError(
                     f"heads.{j}.value_dim is {head.value_dim} but head {j + 1}, which adds it, has dim {following.dim}"

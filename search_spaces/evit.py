@@ -1,4 +1,4 @@
-"""EViT (Liang et al., ICLR 2022, arXiv 2202.07800): DeiT whose blocks drop or fuse the tokens the class token heeds least.
+"""EViT (Liang et al., ICLR 2022, arXiv 2202.07800): DeiT that drops or fuses the tokens its class token heeds least.
 
 With every keep rate at 1 it is DeiT (Touvron et al., ICML 2021). Tokens are (B, N, C), the class token first.
 """

@@ -7,6 +7,7 @@ and exported: BatchNorm merged into its neighbour, bias tables gathered, attenti
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Literal
 
@@ -185,7 +186,7 @@ def stem(hidden: tuple[int, ...], embed: Width, resolution: int, act: Callable[[
     widths = [RGB, *(Width(f"stem.{i}", size) for i, size in enumerate(hidden)), embed]
     layers: list[nn.Module] = []
     grid = resolution
-    for inp, out in zip(widths, widths[1:], strict=False):
+    for inp, out in itertools.pairwise(widths):
         grid = halved(grid)
         layers += [ConvNorm(inp, out, grid * grid, kernel=fixed(3), stride=2), act()]
     return nn.Sequential(*layers[:-1])

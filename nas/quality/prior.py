@@ -1,0 +1,162 @@
+"""The size prior: a family's published top-1 against log2 MACs, with an error that grows away from what was published.
+
+It is no accuracy. A line is fitted per family, because families were trained by different recipes. EViT's line is
+DeiT's, and what its keep rates cost is read off EViT's own published rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from nas.quality import Estimate
+from search_spaces import Arch, get_arch, table
+from search_spaces.arch import StageSummary
+from search_spaces.evit import EvitArch
+from search_spaces.registry import FAMILIES
+
+EVIT_ANCHOR = "deit_small"
+SAMPLES = 12
+
+
+class Prior:
+    """The default tier of a search without data. An estimate costs one build on the meta device at most."""
+
+    name = "prior"
+    label = "predicted top-1 (prior, with that family's published recipe)"
+    note = (
+        "The prior knows only size: it favours the largest network that fits the budget. It cannot see which shape "
+        "suits your images; only training on them can."
+    )
+
+    def __init__(self) -> None:
+        self._lines: dict[str, Line] = {}
+        self._shapes: dict[str, Neighbourhood] = {}
+        self._token_cost: dict[bool, tuple[np.ndarray, np.ndarray]] = {}
+
+    def estimate(self, arch: Arch, macs: int) -> Estimate:
+        """Predicted ImageNet-1k top-1 of `arch`; the error is the leave-one-out error, grown with distance."""
+        line = self._line(arch.family)
+        if isinstance(arch, EvitArch) and any(block.keep_rate < 1 for block in arch.blocks):
+            whole = table(unreduced(arch)).macs()
+            value = line.at(whole) - self._reduction_cost(arch, macs / whole)
+        else:
+            value = line.at(macs)
+        distance = self._neighbourhood(arch.family).distance(arch)
+        return Estimate(min(value, 100.0), line.error * math.sqrt(1 + distance**2))
+
+    def _line(self, family: str) -> Line:
+        if family not in self._lines:
+            variants = FAMILIES[family].variants
+            points = [(table(get_arch(name)).macs(), variants[name].top1) for name in sizes(family)]
+            self._lines[family] = Line(points)
+        return self._lines[family]
+
+    def _neighbourhood(self, family: str) -> Neighbourhood:
+        if family not in self._shapes:
+            published = {name: get_arch(name) for name in FAMILIES[family].variants}
+            self._shapes[family] = Neighbourhood(published.values(), [published[name] for name in sizes(family)])
+        return self._shapes[family]
+
+    def _reduction_cost(self, arch: EvitArch, ratio: float) -> float:
+        """Points lost when reduction leaves `ratio` of the MACs, interpolated in EViT-DeiT-S's published rows."""
+        fused = any(block.fuse for block in arch.blocks)
+        if fused not in self._token_cost:
+            family = FAMILIES["evit"].variants
+            whole, best = table(get_arch(EVIT_ANCHOR)).macs(), family[EVIT_ANCHOR].top1
+            rows = [(1.0, 0.0)] + [
+                (table(get_arch(name)).macs() / whole, best - variant.top1)
+                for name, variant in family.items()
+                if name.startswith("evit_small") and name.endswith("_drop") != fused
+            ]
+            self._token_cost[fused] = tuple(np.array(column) for column in zip(*sorted(rows), strict=True))
+        ratios, costs = self._token_cost[fused]
+        if ratio < ratios[0]:
+            slope = (costs[1] - costs[0]) / (ratios[1] - ratios[0])
+            return float(costs[0] + slope * (ratio - ratios[0]))
+        return float(np.interp(ratio, ratios, costs))
+
+
+class Line:
+    """Least squares of top-1 on log2 MACs. `error` is the root mean square of the leave-one-out residuals."""
+
+    def __init__(self, points: Sequence[tuple[int, float]]) -> None:
+        self.x = np.log2([macs for macs, _ in points])
+        self.y = np.array([top1 for _, top1 in points])
+        self.slope, self.offset = np.polyfit(self.x, self.y, 1)
+        self.residuals = np.array([self._without(i) for i in range(len(points))])
+        self.error = float(np.sqrt(np.mean(self.residuals**2)))
+
+    def at(self, macs: int) -> float:
+        return float(self.slope * math.log2(macs) + self.offset)
+
+    def _without(self, left_out: int) -> float:
+        rest = np.arange(len(self.x)) != left_out
+        slope, offset = np.polyfit(self.x[rest], self.y[rest], 1)
+        return float(self.y[left_out] - slope * self.x[left_out] - offset)
+
+
+class Neighbourhood:
+    """Distance from the nearest published shape, in units of the median distance between neighbouring sizes."""
+
+    def __init__(self, published: Iterable[Arch], ladder: Sequence[Arch]) -> None:
+        self.published = [features(arch) for arch in published]
+        rungs = [features(arch) for arch in ladder]
+        nearest = [min(_apart(one, other) for other in rungs if other is not one) for one in rungs]
+        self.unit = float(np.median(nearest))
+
+    def distance(self, arch: Arch) -> float:
+        own = features(arch)
+        return min(_apart(own, other) for other in self.published) / self.unit
+
+
+def sizes(family: str) -> list[str]:
+    """The published variants that differ in size: all but EViT's reductions of DeiT."""
+    return [name for name in FAMILIES[family].variants if not name.startswith("evit_")]
+
+
+def unreduced(arch: EvitArch) -> EvitArch:
+    """The same network keeping all its tokens."""
+    blocks = tuple(block.model_copy(update={"keep_rate": 1.0, "fuse": False}) for block in arch.blocks)
+    return arch.model_copy(update={"blocks": blocks})
+
+
+def features(arch: Arch) -> np.ndarray:
+    """A network's shape: one row a stage, every column in doublings, but for shares in 0..1. Shape (stages, 7)."""
+    resolution = 2 * math.log2(arch.resolution)
+    return np.array([[*_row(stage), resolution] for stage in arch.summary()])
+
+
+def _row(stage: StageSummary) -> list[float]:
+    return [
+        math.log2(stage.embed_dim),
+        math.log2(1 + stage.depth),
+        math.log2(1 + stage.heads * stage.key_dim),
+        stage.attention_share,
+        math.log2(0.5 + stage.ffn_ratio),
+        2 * (1 - stage.keep_rate),
+    ]
+
+
+def _apart(a: np.ndarray, b: np.ndarray) -> float:
+    """Root mean square over stages of the distance between their rows; unequal stage counts compare by depth."""
+    if len(a) != len(b):
+        a, b = _by_depth(a), _by_depth(b)
+    return float(np.sqrt(((a - b) ** 2).sum(axis=1).mean()))
+
+
+def _by_depth(rows: np.ndarray) -> np.ndarray:
+    """Rows sampled at equal steps of relative depth; the depth column becomes the whole depth."""
+    depths = np.exp2(rows[:, 1]) - 1
+    ends = np.cumsum(depths) / depths.sum()
+    picked = rows[np.searchsorted(ends, (np.arange(SAMPLES) + 0.5) / SAMPLES)].copy()
+    picked[:, 1] = math.log2(1 + depths.sum())
+    return picked
+
+
+def references() -> Mapping[str, float]:
+    """Each family's leave-one-out error in points, for README and reports."""
+    known = Prior()
+    return {family: known._line(family).error for family in FAMILIES}
