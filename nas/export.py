@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from nas.errors import UserError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -13,6 +16,7 @@ if TYPE_CHECKING:
     from search_spaces import Arch
 
 OPSET = 17
+TOLERANCE = 1e-4
 
 
 def to_onnx(folded: nn.Module, path: Path, resolution: int, batch_size: int) -> None:
@@ -51,9 +55,64 @@ def label_onnx(path: Path, arch: Arch, trained: bool) -> None:
     import onnx
 
     model = onnx.load(path)
-    onnx.helper.set_model_props(model, {"vitnas.arch": arch.to_json(), "vitnas.weights": "trained" if trained else "untrained"})
+    onnx.helper.set_model_props(
+        model, {"vitnas.arch": arch.to_json(), "vitnas.weights": "trained" if trained else "untrained"}
+    )
     model.producer_name = "vitnas"
     onnx.save(model, path)
+
+
+def export_folder(arch: Arch, folder: Path, weights: str | None, num_classes: int | None, batch_size: int) -> str:
+    """Write arch.json, model.onnx and, where weights are given, model.safetensors; returns one line on what was done.
+
+    Raises:
+        UserError: a folder that cannot be written, weights that cannot be had or do not fit, or an ONNX network that
+            disagrees with PyTorch by more than 1e-4.
+    """
+    from safetensors.torch import save_file
+
+    from search_spaces import ArchError, create_model, fold
+    from search_spaces.weights import WeightsError
+
+    try:
+        model = create_model(arch, num_classes, weights)
+    except (ArchError, WeightsError) as error:
+        raise UserError(str(error)) from None
+    arch, folded, trained = model.arch, fold(model), weights is not None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            path = Path(scratch) / "model.onnx"
+            to_onnx(folded, path, arch.resolution, batch_size)
+            label_onnx(path, arch, trained)
+            error = disagreement(folded, path, arch.resolution, batch_size)
+            if error > TOLERANCE:
+                raise UserError(f"the exported network disagrees with PyTorch by {error:.1e} of its largest logit")
+            path.replace(folder / "model.onnx")
+        (folder / "arch.json").write_text(arch.to_json())
+        if trained:
+            save_file(
+                {name: value.contiguous() for name, value in model.state_dict().items()}, folder / "model.safetensors"
+            )
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}; give another --out") from None
+    what = "with the given weights" if trained else "with random, untrained weights"
+    return (
+        f"{folder}/model.onnx: {arch.family} {what}; ONNX Runtime and PyTorch agree to {error:.0e} of the largest logit"
+    )
+
+
+def disagreement(folded: nn.Module, path: Path, resolution: int, batch_size: int) -> float:
+    """Largest difference between ONNX Runtime's and PyTorch's logits on random images, over the largest logit."""
+    import onnxruntime
+    import torch
+
+    images = torch.randn(batch_size, 3, resolution, resolution, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = folded(images).numpy()
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"images": images.numpy()})
+    return float(abs(found - expected).max() / max(abs(expected).max(), 1e-30))
 
 
 def _export(arch: str, path: str, batch_size: int) -> dict[str, Any]:

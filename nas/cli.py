@@ -1,0 +1,299 @@
+"""The command line. Every verb imports what it needs when it runs, so that --help answers at once."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from nas.errors import UserError
+
+EPILOG = (
+    "Examples:\n\n"
+    "  vitnas search --latency-budget 2ms --device cpu\n\n"
+    "  vitnas bench efficientvit_m0 shvit_s1 runs/cpu-onnxruntime-2ms-all\n\n"
+    "  vitnas dashboard"
+)
+
+app = typer.Typer(
+    name="vitnas",
+    help="Find the vision transformer for your device, under a latency budget measured on it.",
+    epilog=EPILOG,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Device = Annotated[str, typer.Option(help="Device to measure on: cpu or cuda.")]
+RuntimeName = Annotated[
+    str | None, typer.Option(help="onnxruntime or torch.  [default: onnxruntime on cpu, torch on cuda]")
+]
+Threads = Annotated[int | None, typer.Option(help="CPU threads.  [default: the physical cores this process may use]")]
+BatchSize = Annotated[int, typer.Option(help="Images per inference.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+Model = Annotated[str, typer.Argument(help="A published name, an arch.json, or a run's folder.")]
+
+
+@app.command(epilog="Example:  vitnas search --latency-budget 2ms --family shvit --family levit --trials 200")
+def search(
+    latency_budget: Annotated[str, typer.Option(help="Latency with its unit: 2ms, 1.5ms, 800us.")],
+    device: Device = "cpu",
+    family: Annotated[list[str] | None, typer.Option(help="Family to search; repeatable.  [default: all five]")] = None,
+    trials: Annotated[
+        int, typer.Option(help="Trials the study shall hold in all, those of earlier runs included.")
+    ] = 100,
+    timeout: Annotated[str | None, typer.Option(help="Start no trial after this time: 90s, 10m, 1h.")] = None,
+    study: Annotated[
+        str | None, typer.Option(help="Study name.  [default: from device, runtime, budget and families]")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the run's folder.")] = Path("runs"),
+    batch_size: BatchSize = 1,
+    threads: Threads = None,
+    runtime: RuntimeName = None,
+    sampler: Annotated[str, typer.Option(help="auto, gp, tpe, nsga2 or random.")] = "auto",
+    storage: Annotated[
+        str | None, typer.Option(help="Database URL for workers on several machines.  [default: a journal in the run]")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the sampler.")] = None,
+    num_classes: Annotated[int, typer.Option(help="Classes of the networks' head.")] = 1000,
+    as_json: Json = False,
+) -> None:
+    """Search networks that meet a latency budget on this device, as measured on it.
+
+    The same command continues its study. Ctrl-C ends it cleanly, with the report written. Exit codes: 0 a network
+    was found, 1 nothing fits the budget, 2 bad input.
+    """
+    from nas.units import parse_budget, parse_duration
+
+    budget_ms = parse_budget(latency_budget)
+    timeout_s = parse_duration(timeout) if timeout else None
+    if trials < 1:
+        raise UserError(f"--trials is {trials}: give 1 or more")
+    if not 1 <= num_classes <= 100_000:
+        raise UserError(f"--num-classes is {num_classes}: give 1 to 100000")
+    settings = settings_of(runtime, device, threads, batch_size)
+    families = families_of(family)
+
+    from nas.display import show_result, watch
+    from nas.outcome import finish_run
+    from nas.search import Options, default_study
+    from nas.search import search as run_search
+
+    name = study or default_study(
+        {"device": device, "runtime": settings.runtime, "budget_ms": budget_ms, "families": families}
+    )
+    if not name.strip(".") or "/" in name or "\0" in name:
+        raise UserError(f"--study {name!r} cannot be a folder's name")
+    options = Options(budget_ms, settings, families, trials, timeout_s, name, out, storage, sampler, seed, num_classes)
+    with watch(options) as (progress, say):
+        found, run = run_search(options, progress, say)
+    with watch(options, closing=True) as (progress, _):
+        data = finish_run(options, found, run, command_line(), progress)
+    show_result(data, options.folder, to_stderr=as_json)
+    if as_json:
+        print(json.dumps({key: data[key] for key in data if key != "trials"} | {"folder": str(options.folder)}))
+    raise typer.Exit(0 if data["winner"] else 1)
+
+
+@app.command(epilog="Example:  vitnas models --json")
+def models(as_json: Json = False) -> None:
+    """List the published networks: parameters, MACs, resolution and published top-1."""
+    from nas.display import show_models
+    from search_spaces import get_arch, list_models, table
+    from search_spaces.api import find_variant
+
+    rows = []
+    for name in list_models():
+        arch, (family, variant) = get_arch(name), find_variant(name)
+        counts = table(arch)
+        rows.append(
+            {
+                "name": name,
+                "family": family,
+                "params": counts.params(),
+                "macs": counts.macs(),
+                "resolution": arch.resolution,
+                "top1": variant.top1,
+                "source": variant.source,
+            }
+        )
+    if as_json:
+        print(json.dumps(rows, indent=1))
+    else:
+        show_models(rows)
+
+
+@app.command(epilog="Example:  vitnas show runs/cpu-onnxruntime-2ms-all")
+def show(model: Model, as_json: Json = False) -> None:
+    """Show a network: its stages along the five axes, parameters, MACs and the prior's prediction."""
+    from nas.display import show_arch
+    from nas.quality.prior import Prior
+    from nas.targets import find_arch
+    from search_spaces import table
+
+    arch = find_arch(model)
+    counts, tier = table(arch), Prior()
+    estimate = tier.estimate(arch, counts.macs())
+    row = {
+        "model": model,
+        "family": arch.family,
+        "resolution": arch.resolution,
+        "num_classes": arch.num_classes,
+        "params": counts.params(),
+        "macs": counts.macs(),
+        "quality_estimate": estimate.value,
+        "quality_error": estimate.error,
+        "quality_label": tier.label,
+        "stages": [stage.model_dump() for stage in arch.summary()],
+    }
+    if as_json:
+        print(json.dumps(row, indent=1))
+    else:
+        show_arch(row)
+
+
+@app.command(epilog="Example:  vitnas bench efficientvit_m0 shvit_s1 my/arch.json other.onnx --threads 1")
+def bench(
+    models: Annotated[
+        list[str], typer.Argument(help="Published names, arch.json files, runs' folders or .onnx files.")
+    ],
+    device: Device = "cpu",
+    runtime: RuntimeName = None,
+    threads: Threads = None,
+    batch_size: BatchSize = 1,
+    rounds: Annotated[int, typer.Option(help="Rounds; every network is timed in each.")] = 30,
+    as_json: Json = False,
+) -> None:
+    """Measure networks side by side in one interleaved run; ratios are to the first one."""
+    from nas.bench import run_bench
+    from nas.display import show_bench, watch_rounds
+    from nas.targets import find_target
+
+    if rounds < 3:
+        raise UserError(f"--rounds is {rounds}: give 3 or more")
+    settings = settings_of(runtime, device, threads, batch_size)
+    targets = [find_target(model) for model in models]
+    with watch_rounds() as progress:
+        rows, errors = run_bench(targets, settings, rounds, progress)
+    if as_json:
+        print(json.dumps({"results": rows}, indent=1))
+    else:
+        show_bench(rows, settings)
+    if errors:
+        raise UserError("; ".join(errors))
+
+
+@app.command(epilog="Example:  vitnas export levit_128s --weights timm --out levit")
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder to write arch.json, model.onnx and model.safetensors to.")],
+    weights: Annotated[
+        str | None, typer.Option(help="timm, or a .safetensors or .pth state dict in timm's naming or ours.")
+    ] = None,
+    num_classes: Annotated[int | None, typer.Option(help="Classes.  [default: the network's own]")] = None,
+    batch_size: BatchSize = 1,
+) -> None:
+    """Write a network as ONNX (BatchNorm folded, static shapes), checked against PyTorch."""
+    from nas.export import export_folder
+    from nas.targets import find_arch
+
+    if batch_size < 1:
+        raise UserError(f"--batch-size is {batch_size}: give 1 or more")
+    print(export_folder(find_arch(model), out, weights, num_classes, batch_size))
+
+
+@app.command(epilog="Example:  vitnas dashboard runs/cpu-onnxruntime-2ms-all --port 8090")
+def dashboard(
+    run: Annotated[
+        str | None, typer.Argument(help="A run's folder, a journal, or a database URL.  [default: the newest in runs/]")
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; anyone who reaches it can change the study.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8080,
+) -> None:
+    """Look at a study in optuna-dashboard, with its latency constraint shown."""
+    from nas.dashboard import serve
+
+    serve(storage_of(run), host, port)
+
+
+def storage_of(run: str | None) -> str | Path:
+    """The storage of a run named on the command line, or of the newest one under runs/."""
+    if run is not None and "://" in run:
+        return run
+    if run is None:
+        journals = sorted(Path("runs").glob("*/study.journal"), key=lambda path: path.stat().st_mtime)
+        if not journals:
+            raise UserError("there is no run under runs/ here: name a run's folder, a journal or a database URL")
+        return journals[-1]
+    path = Path(run) / "study.journal" if Path(run).is_dir() else Path(run)
+    if not path.is_file():
+        raise UserError(f"{path}: no such journal; for a study in a database give its URL")
+    return path
+
+
+def settings_of(runtime: str | None, device: str, threads: int | None, batch_size: int) -> Any:
+    """Checked measuring settings with their defaults filled in."""
+    from nas.measure import Settings, check_settings, default_threads
+
+    settings = Settings(
+        runtime=runtime or ("torch" if device == "cuda" else "onnxruntime"),
+        device=device,
+        threads=default_threads() if threads is None else threads,
+        batch_size=batch_size,
+    )
+    check_settings(settings)
+    return settings
+
+
+def families_of(names: list[str] | None) -> tuple[str, ...]:
+    """Checked family names, in the registry's order."""
+    import difflib
+
+    from search_spaces.registry import FAMILIES
+
+    for name in names or ():
+        if name not in FAMILIES:
+            near = difflib.get_close_matches(name, FAMILIES, n=2, cutoff=0.4)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(FAMILIES)}"
+            raise UserError(f"unknown family {name!r}: {hint}")
+    return tuple(name for name in FAMILIES if not names or name in names)
+
+
+def command_line() -> str:
+    """The command as typed, without passwords."""
+    from nas.study import mask_url
+
+    words = [word if "://" not in word else mask_url(word) for word in sys.argv[1:]]
+    return " ".join(["vitnas", *words])
+
+
+def main() -> None:
+    """Run the command line; errors are one line on standard error and exit code 2."""
+    try:
+        code = app(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except UserError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if not hasattr(error, "format_message"):
+            raise
+        fail(error.format_message())
+
+
+def fail(message: str) -> None:
+    """Print one line and exit with code 2."""
+    print("vitnas: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,221 @@
+"""What a person sees on the terminal. Progress goes to standard error, results to standard output."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from nas.outcome import interval, overhead_share
+
+if TYPE_CHECKING:
+    from nas.measure import Settings
+    from nas.search import Options, Progress
+
+PIPE_WIDTH = 150
+LINES_EVERY = 10
+"""Trials between two lines of progress where standard error is no terminal."""
+
+
+@contextmanager
+def watch(options: Options, closing: bool = False) -> Iterator[tuple[Callable[..., None], Callable[[str], None]]]:
+    """Live progress of a search, or of its closing run: yields (progress callback, say)."""
+    if closing:
+        with watch_rounds("closing side-by-side run") as rounds:
+            yield rounds, lambda line: None
+        return
+    console = Console(stderr=True)
+    with Bar(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[state]}"),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    ) as bar:
+        task = bar.add_task("trials", total=options.trials, state="starting")
+
+        def update(progress: Progress) -> None:
+            bar.update(task, completed=progress.done, state=state_line(progress))
+            if not console.is_terminal and (progress.done % LINES_EVERY == 0 or progress.done >= progress.total):
+                print(f"trial {progress.done}/{progress.total}: {state_line(progress)}", file=sys.stderr, flush=True)
+
+        yield update, lambda line: bar.console.print(line)
+
+
+@contextmanager
+def watch_rounds(what: str = "rounds") -> Iterator[Callable[[int, int], None]]:
+    """Live progress of an interleaved run."""
+    console = Console(stderr=True)
+    with Bar(
+        TextColumn(what),
+        BarColumn(),
+        MofNCompleteColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    ) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def state_line(progress: Progress) -> str:
+    best = progress.best
+    parts = [f"{progress.feasible} within budget"]
+    if best:
+        parts.append(f"best {interval(best)} predicted ({best['family']}, {best['latency_ms']:.2f} ms)")
+    if progress.seconds_left:
+        parts.append(f"about {clock(progress.seconds_left)} left")
+    return ", ".join(parts)
+
+
+def clock(seconds: float) -> str:
+    return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
+
+
+def show_result(data: Mapping[str, Any], folder: Path, to_stderr: bool) -> None:
+    """A search's result: the answer, the closing table, ties, notes and where the time went."""
+    console = console_of(to_stderr)
+    budget = f"{data['budget_ms']:g} ms"
+    winner = data["winner"]
+    settings = data["settings"]
+    where = (
+        f"{settings['runtime']}, {settings['device']}, {settings['threads']} thread(s), batch {settings['batch_size']}"
+    )
+    if winner is None:
+        fastest = data["fastest"]
+        console.print(f"Nothing fits {budget} ({where}).")
+        if fastest:
+            console.print(
+                f"Fastest measured: {fastest['label']} ({fastest['family']}), {fastest['latency_ms']:.2f} ms."
+            )
+        for line in data["advice"]:
+            console.print(f"  may help: {line}")
+    else:
+        console.print(f"Best within {budget} ({where}): {winner['label']}, a network of the family {winner['family']}.")
+    if data["final"]:
+        console.print(final_table(data["final"], budget))
+        console.print("One interleaved run. Intervals of latency: 95%, of its median. Weights are untrained.")
+    for line in (*data["ties"], *data["notes"]):
+        console.print(line)
+    if data["skipped"]:
+        console.print("Some published networks, farther from the budget, were not tried: report.html lists them.")
+    failed = [row for row in data["trials"] if row["state"] == "failed"]
+    if failed:
+        console.print(f"{len(failed)} trial(s) failed; report.html groups them by reason")
+    console.print(data["quality_tier"]["note"])
+    if data["median_trial_s"]:
+        shares = ", ".join(f"{row['phase']} {row['share']:.1%}" for row in data["breakdown"])
+        console.print(
+            f"{data['trials_per_minute']:.1f} trials a minute, median {data['median_trial_s']:.2f} s; {shares}; "
+            f"overhead (estimate, storage, other) {overhead_share(data):.1%}"
+        )
+    console.print(f"Report: {folder / 'report.html'}")
+
+
+def final_table(final: Sequence[Mapping[str, Any]], budget: str) -> Table:
+    table = columns(
+        "network", "role", right=("predicted top-1", "published", "ms", "95%", "img/s", "M params", "MMACs")
+    )
+    for row in final:
+        label = row["label"] if row["name"] else f"{row['label']} ({row['family']})"
+        if row["error"]:
+            table.add_row(label, f"failed: {row['error']}")
+            continue
+        table.add_row(
+            label,
+            row["role"] if row["fits"] else f"over {budget}",
+            interval(row),
+            f"{row['published_top1']:.1f}" if row["published_top1"] else "",
+            f"{row['latency_ms']:.2f}",
+            f"{row['ci_low_ms']:.2f}..{row['ci_high_ms']:.2f}",
+            f"{row['throughput']:.0f}",
+            f"{row['params_m']:.1f}",
+            f"{row['macs_m']:.0f}",
+        )
+    return table
+
+
+def columns(*left: str, right: Sequence[str]) -> Table:
+    """A plain table with left- and right-aligned columns."""
+    table = Table(box=None, pad_edge=False)
+    for name in left:
+        table.add_column(name)
+    for name in right:
+        table.add_column(name, justify="right")
+    return table
+
+
+def console_of(stderr: bool = False) -> Console:
+    """A console that does not squeeze tables into 80 columns when its output goes to a file or a pipe."""
+    console = Console(stderr=stderr, highlight=False, soft_wrap=True)
+    return console if console.is_terminal else Console(stderr=stderr, highlight=False, soft_wrap=True, width=PIPE_WIDTH)
+
+
+def show_models(rows: Sequence[Mapping[str, Any]]) -> None:
+    table = columns("name", "family", right=("M params", "MMACs", "px", "top-1"))
+    table.add_column("source")
+    for row in rows:
+        table.add_row(
+            row["name"],
+            row["family"],
+            f"{row['params'] / 1e6:.2f}",
+            f"{row['macs'] / 1e6:.0f}",
+            str(row["resolution"]),
+            f"{row['top1']:.1f}" if row["top1"] else "",
+            row["source"],
+        )
+    console_of().print(table)
+
+
+def show_arch(row: Mapping[str, Any]) -> None:
+    console = console_of()
+    console.print(
+        f"{row['model']}: {row['family']}, {row['resolution']} px, {row['num_classes']} classes, "
+        f"{row['params'] / 1e6:.2f} M parameters, {row['macs'] / 1e6:.1f} MMACs"
+    )
+    table = columns(right=("stage", "embed_dim", "depth", "heads", "key_dim", "attention", "FFN ratio", "keep rate"))
+    for i, stage in enumerate(row["stages"], 1):
+        table.add_row(
+            str(i),
+            str(stage["embed_dim"]),
+            str(stage["depth"]),
+            f"{stage['heads']:g}",
+            f"{stage['key_dim']:g}",
+            f"{stage['attention_share']:.0%}",
+            f"{stage['ffn_ratio']:.2f}",
+            f"{stage['keep_rate']:.2f}",
+        )
+    console.print(table)
+    console.print(f"{row['quality_label']}: {interval(row)}")
+
+
+def show_bench(rows: Sequence[Mapping[str, Any]], settings: Settings) -> None:
+    if not rows:
+        return
+    table = columns("network", right=("ms", "95% of the median", "p95", "img/s", "samples", "ratio"))
+    for row in rows:
+        low, high = row["ci"]
+        table.add_row(
+            row["model"],
+            f"{row['latency_ms']:.3f}",
+            f"{low:.3f}..{high:.3f}",
+            f"{row['p95_ms']:.3f}",
+            f"{row['throughput']:.1f}",
+            str(row["samples"]),
+            f"{row['ratio']:.3f}",
+        )
+    console = console_of()
+    console.print(table)
+    console.print(
+        f"One interleaved run: {settings.runtime}, {settings.device}, {settings.threads} thread(s), "
+        f"batch {settings.batch_size}. Weights do not matter and are random where an Arch was given."
+    )

@@ -1,0 +1,322 @@
+"""When which process runs: rounds of short timed slices, one process running at a time.
+
+Every network lives in its own pinned process, stopped by SIGSTOP unless it is being timed, because the
+thread pools of live sessions spin and slow each other down. A machine drifts within seconds, so a
+candidate and a fixed reference network take turns and both keep every sample.
+"""
+
+import contextlib
+import dataclasses
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from nas.process import Worker, WorkerError, usable_cpus
+
+if TYPE_CHECKING:
+    from nas.measure import Settings
+
+WORKER = "nas.measure.worker"
+MIN_ROUNDS, MAX_ROUNDS = 8, 30
+FEWEST_ROUNDS = 3  # where the budget is far away, or time runs out
+PRECISION = 0.02  # half-width of the interval over the median
+HOPELESS = 1.5  # times the budget
+CONFIDENCE = 0.95
+LOAD_TIMEOUT_S = 60
+
+
+class MeasureError(RuntimeError):
+    """A network that could not be measured: one line that says why."""
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Distribution-free 95% confidence interval of the median, by order statistics.
+
+    The k-th smallest and k-th largest of n values enclose the median unless fewer than k of them fall
+    on one of its sides, so the coverage is 1 - 2 P(Binomial(n, 1/2) < k); k is the largest that keeps
+    it at 95%. Under 6 values none does: the smallest and largest, 75% for 3 (David and Nagaraja, Order
+    Statistics, section 7.1).
+    """
+    n, k, tail = len(values), 0, 0.0
+    while 2 * (tail + math.comb(n, k) / 2**n) <= 1 - CONFIDENCE:
+        tail += math.comb(n, k) / 2**n
+        k += 1
+    k = max(k, 1)
+    ordered = sorted(values)
+    return ordered[k - 1], ordered[n - k]
+
+
+def quantile(values: Sequence[float], q: float) -> float:
+    """Linear interpolation between order statistics (numpy's default)."""
+    ordered = sorted(values)
+    place = q * (len(ordered) - 1)
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+
+@dataclass
+class Measurement:
+    """Every timed inference of one network, and of the reference beside it, in milliseconds."""
+
+    rounds_ms: list[list[float]] = field(default_factory=list)
+    reference_rounds_ms: list[list[float]] = field(default_factory=list)
+    load_s: float = 0.0  # until the network was ready: what was left of the process start, its session
+    wall_s: float = 0.0  # all of it, load_s included
+
+    @property
+    def n(self) -> int:
+        """Timed inferences."""
+        return sum(map(len, self.rounds_ms))
+
+    @property
+    def p50_ms(self) -> float:
+        """Median of all samples."""
+        return statistics.median(_samples(self.rounds_ms))
+
+    @property
+    def p95_ms(self) -> float:
+        return quantile(_samples(self.rounds_ms), 0.95)
+
+    @property
+    def ci_ms(self) -> tuple[float, float]:
+        """95% interval of the median latency, from the rounds' medians (see `median_interval`).
+
+        Samples of one round share the machine's mood and are not independent; the rounds' medians
+        nearly are, so they are what is counted. Where the median of all samples lies outside (a
+        machine that jumps between two speeds), the interval is widened to hold it.
+        """
+        return _interval(self.rounds_ms)
+
+    def throughput(self, batch_size: int) -> float:
+        """Images a second at the median latency of a batch."""
+        return 1000 * batch_size / self.p50_ms
+
+    @property
+    def reference_p50_ms(self) -> float | None:
+        """The reference's median; None where there was none (`compare`)."""
+        return statistics.median(_samples(self.reference_rounds_ms)) if self._has_reference else None
+
+    @property
+    def reference_drift(self) -> float | None:
+        """How far the machine moved meanwhile: (p90 - p10) / median of the reference's round medians."""
+        if not self._has_reference:
+            return None
+        medians = _medians(self.reference_rounds_ms)
+        return (quantile(medians, 0.9) - quantile(medians, 0.1)) / statistics.median(medians)
+
+    @property
+    def _has_reference(self) -> bool:
+        return bool(self.reference_rounds_ms)
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict) -> Self:
+        return cls(**fields)
+
+
+def enough(rounds_ms: list[list[float]], budget_ms: float | None = None) -> bool:
+    """Whether these rounds settle the latency, or settle that it is far above the budget."""
+    if len(rounds_ms) < FEWEST_ROUNDS:
+        return False
+    low, high = _interval(rounds_ms)
+    if budget_ms is not None and low > HOPELESS * budget_ms:
+        return True
+    precise = (high - low) / 2 <= PRECISION * statistics.median(_samples(rounds_ms))
+    return len(rounds_ms) >= MAX_ROUNDS or (len(rounds_ms) >= MIN_ROUNDS and precise)
+
+
+class Measurer:
+    """Measures candidates one after the other against a reference that stays loaded.
+
+    settings: as checked by `check_settings`. reference: the file of a small network of the same runtime
+    and batch size. workdir: folder for what the processes print (`reference.log`, and `candidate.log`
+    of the last candidate). The caller holds `device_lock`. Entering raises MeasureError where the
+    reference cannot be loaded; the reference is loaded again whenever its process has died.
+    """
+
+    def __init__(self, settings: "Settings", reference: Path, workdir: Path):
+        self._settings = settings
+        self._reference_path = reference
+        self._workdir = workdir
+        self._reference: _Model | None = None
+        self._prepared: _Model | None = None
+
+    def __enter__(self) -> Self:
+        self._start_reference(time.monotonic() + LOAD_TIMEOUT_S)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for model in (self._reference, self._prepared):
+            if model:
+                model.close()
+
+    def prepare(self) -> None:
+        """Starts the next candidate's process; it imports its runtime while the caller goes on."""
+        if self._prepared is None:
+            self._prepared = _Model(self._settings, self._workdir / "candidate.log")
+
+    def measure(
+        self,
+        path: Path,
+        budget_ms: float | None = None,
+        timeout_s: float = 60,
+        pause: Sequence[Worker] = (),
+    ) -> Measurement:
+        """Latency of the network in `path`, in a process of its own; see `enough` for how long.
+
+        pause: workers of the caller, stopped while anything is timed. Raises MeasureError where the
+        process raises, crashes, hangs, or gets fewer than 3 rounds done in timeout_s.
+        """
+        started = time.monotonic()
+        deadline = started + timeout_s
+        self.prepare()
+        candidate, self._prepared = self._prepared, None
+        result = Measurement()
+        try:
+            candidate.load(path, deadline)
+            result.load_s = time.monotonic() - started
+            with _stopped(pause):
+                candidate.warm_up(deadline)
+                while not enough(result.rounds_ms, budget_ms):
+                    round_started = time.monotonic()
+                    result.reference_rounds_ms.append(self._time_reference(deadline))
+                    result.rounds_ms.append(candidate.time_slice(deadline))
+                    now = time.monotonic()
+                    time_is_up = now + 2 * (now - round_started) > deadline
+                    if time_is_up and len(result.rounds_ms) >= FEWEST_ROUNDS:
+                        break
+        except WorkerError as error:
+            late = f"not measured in {timeout_s:g} s, {len(result.rounds_ms)} rounds done"
+            raise MeasureError(late if time.monotonic() > deadline else str(error)) from None
+        finally:
+            candidate.close()
+        result.wall_s = time.monotonic() - started
+        return result
+
+    def _time_reference(self, deadline: float) -> list[float]:
+        try:
+            return self._reference.time_slice(deadline)
+        except WorkerError:  # not the candidate's fault: once more
+            self._start_reference(deadline)
+            return self._reference.time_slice(deadline)
+
+    def _start_reference(self, deadline: float) -> None:
+        if self._reference:
+            self._reference.close()
+        self._reference = _Model(self._settings, self._workdir / "reference.log")
+        try:
+            self._reference.load(self._reference_path, deadline)
+            self._reference.warm_up(deadline)
+        except WorkerError as error:
+            self._reference.close()
+            raise MeasureError(f"reference model: {error}") from None
+
+
+def compare(
+    paths: dict[str, Path],
+    settings: "Settings",
+    rounds: int = MAX_ROUNDS,
+    progress: Callable[[int, int], None] | None = None,
+    timeout_s: float = 60,
+) -> dict[str, Measurement | MeasureError]:
+    """Latencies of several networks side by side, by name: one process each, one running at a time.
+
+    The order changes from round to round (fixed seed), so that none always follows the same one. A
+    network that fails, or does not answer in timeout_s, has its MeasureError as its value. progress is
+    called with (rounds done, rounds). The caller holds `device_lock`.
+    """
+    results: dict[str, Measurement | MeasureError] = {name: Measurement() for name in paths}
+    models: dict[str, _Model] = {}
+    order = random.Random(0)
+
+    def load(name: str, result: Measurement, deadline: float) -> None:
+        models[name] = stack.enter_context(contextlib.closing(_Model(settings)))
+        models[name].load(paths[name], deadline)
+        result.load_s = time.monotonic() - (deadline - timeout_s)
+        models[name].warm_up(deadline)
+
+    def add_round(name: str, result: Measurement, deadline: float) -> None:
+        result.rounds_ms.append(models[name].time_slice(deadline))
+
+    with contextlib.ExitStack() as stack:
+        for done in range(rounds + 1):
+            step = add_round if done else load
+            for name in order.sample(list(paths), len(paths)):
+                result = results[name]
+                if isinstance(result, MeasureError):
+                    continue
+                started = time.monotonic()
+                try:
+                    step(name, result, started + timeout_s)
+                    result.wall_s += time.monotonic() - started
+                except WorkerError as error:
+                    models[name].close()
+                    results[name] = MeasureError(str(error))
+            if progress:
+                progress(done, rounds)
+    return results
+
+
+class _Model:
+    """One network in a pinned process, stopped by SIGSTOP unless it is asked for something."""
+
+    def __init__(self, settings: "Settings", log: Path | None = None):
+        self._worker = Worker(WORKER, usable_cpus()[: settings.threads], log)
+        self._worker.send("start", settings=dataclasses.asdict(settings))
+
+    def load(self, path: Path, deadline: float) -> None:
+        self._worker.receive(_left(deadline))
+        self._worker.call("load", _left(deadline), path=str(path))
+
+    def warm_up(self, deadline: float) -> None:
+        self._ask("warm_up", deadline)
+
+    def time_slice(self, deadline: float) -> list[float]:
+        return self._ask("time_slice", deadline)["samples_ms"]
+
+    def _ask(self, method: str, deadline: float) -> dict:
+        self._worker.resume()
+        try:
+            return self._worker.call(method, _left(deadline))
+        finally:
+            self._worker.pause()
+
+    def close(self) -> None:
+        self._worker.close()
+
+
+@contextlib.contextmanager
+def _stopped(workers: Sequence[Worker]) -> Iterator[None]:
+    try:
+        for worker in workers:
+            worker.pause()
+        yield
+    finally:
+        for worker in workers:
+            worker.resume()
+
+
+def _interval(rounds_ms: list[list[float]]) -> tuple[float, float]:
+    low, high = median_interval(_medians(rounds_ms))
+    median = statistics.median(_samples(rounds_ms))
+    return min(low, median), max(high, median)
+
+
+def _left(deadline: float) -> float:
+    return max(0.1, deadline - time.monotonic())
+
+
+def _samples(rounds_ms: list[list[float]]) -> list[float]:
+    return [sample for samples in rounds_ms for sample in samples]
+
+
+def _medians(rounds_ms: list[list[float]]) -> list[float]:
+    return [statistics.median(samples) for samples in rounds_ms]

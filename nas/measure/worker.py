@@ -1,0 +1,77 @@
+"""The measuring process: holds one network and times it when asked (`python -m nas.measure.worker`).
+
+Methods, in the order they are called: start (imports), load, warm_up, then time_slice once a round.
+"""
+
+import importlib
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from nas.measure import RUNTIMES, Settings
+from nas.process import serve
+
+WARM_UP_MS = 50
+UNTIMED_RUNS = 3  # after SIGCONT: caches, clock and thread pool come back
+SLICE_MS = 20
+MIN_RUNS, MAX_RUNS = 3, 30
+SLOW_MS = 500  # from here on one timed run a slice, after one untimed, is enough
+
+
+class TimedModel:
+    """One network on one runtime; the methods the parent calls. Times are in milliseconds."""
+
+    settings: Settings
+    infer: Callable[[], None]
+    untimed: int
+    timed: int
+
+    def start(self, settings: dict) -> None:
+        """Imports the runtime: the slow part of a fresh process, done before there is a file."""
+        self.settings = Settings(**settings)
+        importlib.import_module(self.settings.runtime)
+
+    def load(self, path: str) -> None:
+        self.infer = RUNTIMES[self.settings.runtime].load(Path(path), self.settings)
+
+    def warm_up(self) -> None:
+        """Runs until caches, arenas and clocks have settled, then fixes the length of a slice.
+
+        The number of runs does not change from slice to slice: stopping by the clock would give quiet
+        moments more samples than busy ones.
+        """
+        self.run_ms()
+        runs = [self.run_ms()]
+        end = time.perf_counter() + WARM_UP_MS / 1000
+        while runs[0] < SLOW_MS and (len(runs) < MIN_RUNS or time.perf_counter() < end):
+            runs.append(self.run_ms())
+        slow = min(runs) > SLOW_MS
+        self.untimed = 1 if slow else UNTIMED_RUNS
+        self.timed = 1 if slow else min(MAX_RUNS, max(MIN_RUNS, math.ceil(SLICE_MS / min(runs))))
+
+    def time_slice(self) -> dict:
+        for _ in range(self.untimed):
+            self.infer()
+        return {"samples_ms": [self.run_ms() for _ in range(self.timed)]}
+
+    def run_ms(self) -> float:
+        started = time.perf_counter_ns()
+        self.infer()
+        return round((time.perf_counter_ns() - started) / 1e6, 5)
+
+
+def main() -> None:
+    model = TimedModel()
+    serve(
+        {
+            "start": model.start,
+            "load": model.load,
+            "warm_up": model.warm_up,
+            "time_slice": model.time_slice,
+        }
+    )
+
+
+if __name__ == "__main__":
+    main()

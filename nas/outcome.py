@@ -1,0 +1,392 @@
+"""What a study found: rows, the feasible front, the closing side-by-side run, and the files of a run's folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nas.export import label_onnx, to_onnx
+from nas.measure import RUNTIMES, MeasureError, Settings, compare, device_lock
+from nas.quality import TIERS, Estimate
+
+if TYPE_CHECKING:
+    import optuna
+
+    from nas.search import Options, Run
+    from search_spaces import Arch
+
+Row = dict[str, Any]
+CLOSING_ROUNDS = 30
+RESERVES = 3
+"""How many of the best trials enter the closing run, should the first not meet the budget there."""
+
+
+def rows_of(study: optuna.Study) -> list[Row]:
+    """One flat row per told trial, in the report's columns."""
+    from optuna.trial import TrialState
+
+    rows = []
+    for trial in study.get_trials(deepcopy=False):
+        if trial.state not in (TrialState.COMPLETE, TrialState.FAIL):
+            continue
+        attrs = trial.user_attrs
+        detail = attrs.get("detail", {})
+        complete = trial.state == TrialState.COMPLETE
+        rows.append(
+            {
+                "trial": trial.number,
+                "family": attrs.get("family", trial.params.get("family", "")),
+                "name": attrs.get("name", ""),
+                "state": "complete" if complete else "failed",
+                "error": attrs.get("error", ""),
+                "quality": trial.values[0] if complete else None,
+                "quality_estimate": detail.get("quality_estimate"),
+                "quality_error": detail.get("quality_error"),
+                "latency_ms": detail.get("latency_ms"),
+                "latency_p95_ms": detail.get("latency_p95_ms"),
+                "latency_ci_low_ms": detail.get("latency_ci_low_ms"),
+                "latency_ci_high_ms": detail.get("latency_ci_high_ms"),
+                "samples": detail.get("samples"),
+                "reference_ms": detail.get("reference_ms"),
+                "throughput": detail.get("throughput"),
+                "params_m": attrs.get("params_m"),
+                "macs_m": attrs.get("macs_m"),
+                "resolution": attrs.get("resolution"),
+                "feasible": bool(complete and attrs.get("feasible")),
+                "source": detail.get("source", ""),
+                "arch": attrs.get("arch"),
+            }
+        )
+    return rows
+
+
+def best_of(rows: Sequence[Row]) -> Row | None:
+    """The row of highest quality; equal ones go by parameters."""
+    return max(rows, key=lambda row: (row["quality"], row["params_m"]), default=None)
+
+
+def front_of(rows: Sequence[Row]) -> list[Row]:
+    """Feasible rows that no other feasible row beats in both quality and latency, fastest first."""
+    front: list[Row] = []
+    for row in sorted((r for r in rows if r["feasible"]), key=lambda r: (r["latency_ms"], -r["quality"])):
+        if not front or row["quality"] > front[-1]["quality"]:
+            front.append(row)
+    return front
+
+
+def finalists_of(rows: Sequence[Row]) -> list[Row]:
+    """Rows for the closing run: the best ones, the best of each family, and every published one that fits."""
+    feasible = [row for row in rows if row["feasible"]]
+    ranked = sorted(feasible, key=lambda row: (-row["quality"], -row["params_m"]))
+    chosen: list[Row] = []
+    seen: set[str] = set()
+
+    def add(row: Row | None) -> None:
+        if row is None:
+            return
+        key = json.dumps(row["arch"], sort_keys=True)
+        if key not in seen:
+            seen.add(key)
+            chosen.append(row)
+
+    for row in [row for row in feasible if row["name"]] + ranked[:RESERVES]:
+        add(row)
+    for family in dict.fromkeys(row["family"] for row in ranked):
+        add(best_of([row for row in feasible if row["family"] == family]))
+    return chosen
+
+
+def label_of(row: Row) -> str:
+    return row["name"] or f"trial {row['trial']}"
+
+
+def write_artifact(arch: Arch, settings: Settings, stem: Path) -> Path:
+    """The file `settings.runtime` loads for a freshly initialised network."""
+    from search_spaces import create_model, fold
+
+    if RUNTIMES[settings.runtime].artifact == "arch":
+        path = stem.with_suffix(".json")
+        path.write_text(arch.to_json())
+        return path
+    path = stem.with_suffix(".onnx")
+    to_onnx(fold(create_model(arch)), path, arch.resolution, settings.batch_size)
+    return path
+
+
+def closing_run(options: Options, rows: Sequence[Row], progress: Callable[[int, int], None] | None = None) -> list[Row]:
+    """Measure the finalists once more, side by side in one interleaved run; rows of the final table, best first."""
+    from search_spaces import Arch
+    from search_spaces.api import find_variant
+
+    finalists = finalists_of(rows)
+    with tempfile.TemporaryDirectory(prefix="vitnas-") as folder, device_lock(options.settings.device):
+        paths = {
+            str(i): write_artifact(Arch.from_json(json.dumps(row["arch"])), options.settings, Path(folder) / str(i))
+            for i, row in enumerate(finalists)
+        }
+        results = compare(paths, options.settings, rounds=CLOSING_ROUNDS, progress=progress)
+    final = []
+    for i, row in enumerate(finalists):
+        result = results[str(i)]
+        entry = {
+            "label": label_of(row),
+            "role": "published" if row["name"] else "found",
+            "published_top1": find_variant(row["name"])[1].top1 if row["name"] else None,
+            "error": str(result) if isinstance(result, MeasureError) else "",
+            "fits": False,
+            **{k: row[k] for k in FINAL_KEYS},
+        }
+        if not isinstance(result, MeasureError):
+            low, high = result.ci_ms
+            entry |= {
+                "latency_ms": result.p50_ms,
+                "latency_p95_ms": result.p95_ms,
+                "ci_low_ms": low,
+                "ci_high_ms": high,
+                "samples": result.n,
+                "throughput": result.throughput(options.settings.batch_size),
+                "fits": result.p50_ms <= options.budget_ms,
+            }
+        final.append(entry)
+    fitting = sorted((e for e in final if e["fits"]), key=lambda e: (-e["quality"], -e["params_m"]))
+    for place, entry in enumerate(fitting):
+        first_of_family = all(e["family"] != entry["family"] for e in fitting[:place])
+        if place == 0:
+            entry["role"] = "winner"
+        elif first_of_family:
+            entry["role"] = "family winner"
+    return sorted(final, key=lambda e: (not e["fits"], -e["quality"]))
+
+
+FINAL_KEYS = (
+    "trial",
+    "family",
+    "name",
+    "quality",
+    "quality_estimate",
+    "quality_error",
+    "params_m",
+    "macs_m",
+    "resolution",
+    "arch",
+)
+
+
+def ties_of(final: Sequence[Row]) -> list[str]:
+    """Which family winners the tier cannot tell from the winner."""
+    winners = [e for e in final if e["role"] in ("winner", "family winner")]
+    if not winners:
+        return []
+    first, *others = winners
+    estimate = Estimate(first["quality_estimate"], first["quality_error"])
+    lines = []
+    for other in others:
+        if estimate.overlaps(Estimate(other["quality_estimate"], other["quality_error"])):
+            lines.append(
+                f"{other['label']} ({other['family']}) ties with {first['label']} ({first['family']}): "
+                f"{interval(other)} and {interval(first)} overlap"
+            )
+    return lines
+
+
+def interval(row: Row) -> str:
+    return f"{row['quality_estimate']:.1f} +- {row['quality_error']:.1f}"
+
+
+def finish_run(
+    options: Options,
+    study: optuna.Study,
+    run: Run,
+    command: str,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Closing run (left out after Ctrl-C), best/ and every file of the run's folder; returns the report's data."""
+    from nas.hardware import describe
+    from nas.report import write_run
+    from search_spaces import Arch
+
+    rows = rows_of(study)
+    feasible = [row for row in rows if row["feasible"]]
+    final = closing_run(options, rows, progress) if feasible and not run.interrupted else []
+    notes = list(run.notes)
+    winner = next((e for e in final if e["role"] == "winner"), None)
+    if winner is None and not final:
+        winner = best_of(feasible)
+    measured = [row for row in rows if row["state"] == "complete"]
+    fastest = min(measured, key=lambda row: row["latency_ms"], default=None)
+    best = options.folder / "best"
+    if winner is None:
+        shutil.rmtree(best, ignore_errors=True)
+    else:
+        save_best(Arch.from_json(json.dumps(winner["arch"])), options.settings, best)
+    if final:
+        first = best_of(feasible)
+        if winner is None:
+            notes.append("every trial that had met the budget was over it in the closing side-by-side run")
+        elif first and first["trial"] != winner["trial"]:
+            notes.append(
+                f"{label_of(first)} ranked first in the search but was not the best within budget in the closing run"
+            )
+    if run.interrupted:
+        notes.append("interrupted: no closing side-by-side run was made; latencies are those of the single trials")
+    data = {
+        "study": options.study,
+        "command": command,
+        "started": run.started,
+        "finished": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "interrupted": run.interrupted,
+        "budget_ms": options.budget_ms,
+        "settings": asdict(options.settings),
+        "num_classes": options.num_classes,
+        "seed": options.seed,
+        "sampler": options.sampler,
+        "hardware": describe(options.settings),
+        "quality_tier": tier_data(options.quality),
+        "trials": [{k: v for k, v in row.items() if k != "arch"} for row in rows],
+        "pareto": [{k: row[k] for k in PARETO_KEYS} for row in front_of(rows)],
+        "final": [{k: v for k, v in entry.items() if k != "arch"} for entry in final],
+        "winner": winner_data(winner),
+        "fastest": fastest and {"label": label_of(fastest), **{k: fastest[k] for k in ("family", "latency_ms")}},
+        "ties": ties_of(final),
+        "advice": advice(options) if winner is None else [],
+        "notes": notes,
+        "skipped": skipped_lines(study),
+        "protocol": protocol(options),
+        "breakdown": breakdown(run),
+        "trials_per_minute": 60 * len(run.trial_s) / run.wall_s if run.trial_s else 0.0,
+        "median_trial_s": statistics.median(run.trial_s) if run.trial_s else 0.0,
+        "untrained": True,
+    }
+    write_run(options.folder, data)
+    study.set_user_attr("result", winner_line(data))
+    return data
+
+
+PARETO_KEYS = (
+    "arch",
+    "family",
+    "name",
+    "quality",
+    "quality_estimate",
+    "quality_error",
+    "latency_ms",
+    "throughput",
+    "params_m",
+    "macs_m",
+    "trial",
+)
+
+
+def save_best(arch: Arch, settings: Settings, folder: Path) -> None:
+    """best/arch.json and best/model.onnx, whose metadata says that its weights are untrained."""
+    from search_spaces import create_model, fold
+
+    folder.mkdir(exist_ok=True)
+    (folder / "arch.json").write_text(arch.to_json())
+    partial = folder / "model.onnx.partial"
+    to_onnx(fold(create_model(arch)), partial, arch.resolution, settings.batch_size)
+    label_onnx(partial, arch, trained=False)
+    partial.replace(folder / "model.onnx")
+
+
+def tier_data(name: str) -> dict[str, str]:
+    tier = TIERS[name]()
+    return {"name": tier.name, "label": tier.label, "note": tier.note}
+
+
+def winner_data(winner: Row | None) -> dict[str, Any] | None:
+    from search_spaces import Arch
+
+    if winner is None:
+        return None
+    arch = Arch.from_json(json.dumps(winner["arch"]))
+    return {
+        "label": label_of(winner),
+        "family": winner["family"],
+        "trial": winner["trial"],
+        "arch": winner["arch"],
+        "summary": [stage.model_dump() for stage in arch.summary()],
+    }
+
+
+def winner_line(data: Mapping[str, Any]) -> str:
+    """The study's result in one line."""
+    if data["winner"] is None:
+        return f"nothing fits {data['budget_ms']:g} ms"
+    return f"{data['winner']['label']} ({data['winner']['family']}) within {data['budget_ms']:g} ms"
+
+
+def skipped_lines(study: optuna.Study) -> list[str]:
+    """Published variants that were not tried, a line a family."""
+    from search_spaces.api import find_variant
+
+    per_family: dict[str, list[str]] = {}
+    for name in study.user_attrs.get("skipped", []):
+        per_family.setdefault(find_variant(name)[0], []).append(name)
+    return [
+        f"published, not tried ({family}; farther from the budget by MACs): {', '.join(names)}"
+        for family, names in per_family.items()
+    ]
+
+
+def breakdown(run: Run) -> list[dict[str, Any]]:
+    """Where the trials' wall time went."""
+    total = sum(run.trial_s)
+    phases = dict(run.phases)
+    phases["other"] += total - sum(phases.values())
+    return [{"phase": name, "seconds": s, "share": s / total if total else 0.0} for name, s in phases.items()]
+
+
+OVERHEAD = ("estimate", "storage", "other")
+
+
+def overhead_share(data: Mapping[str, Any]) -> float:
+    """Share of the trials' wall time outside sampling, export, session creation and timed runs."""
+    return sum(row["share"] for row in data["breakdown"] if row["phase"] in OVERHEAD)
+
+
+def advice(options: Options) -> list[str]:
+    """What may bring the budget within reach."""
+    from search_spaces.registry import FAMILIES
+
+    lines = []
+    if options.settings.device == "cpu":
+        from nas.process import default_threads
+
+        if options.settings.threads < default_threads():
+            lines.append(f"--threads {default_threads()}: this search used {options.settings.threads}")
+    others = [name for name, runtime in RUNTIMES.items() if options.settings.device in runtime.devices]
+    if others != [options.settings.runtime]:
+        lines.append(
+            f"--runtime: {', '.join(name for name in others if name != options.settings.runtime)} may be faster"
+        )
+    left_out = sorted(set(FAMILIES) - set(options.families))
+    if left_out:
+        lines.append(f"--family: {', '.join(left_out)} were not searched")
+    lowest = min(FAMILIES[family].space.options["resolution"][0] for family in options.families)
+    lines.append(f"more --trials: lower resolutions (down to {lowest} px) and smaller widths are in the space")
+    return lines
+
+
+def protocol(options: Options) -> list[str]:
+    from nas.measure.protocol import CONFIDENCE, MAX_ROUNDS, MIN_ROUNDS, PRECISION
+    from nas.search import REFERENCE
+
+    return [
+        f"Each network runs in a fresh process pinned to {options.settings.threads} CPU(s); every other process of "
+        "the search is stopped while it is timed.",
+        f"{MIN_ROUNDS} to {MAX_ROUNDS} rounds of short slices alternate with {REFERENCE} as the fixed reference, after "
+        "untimed runs; a trial ends early where it is far over the budget.",
+        f"Latency is the median of all samples; its {CONFIDENCE:.0%} interval comes from the rounds' medians by order "
+        f"statistics, and rounds stop once its half-width is {PRECISION:.0%} of the median. samples.jsonl keeps every "
+        "sample.",
+        f"The closing table is one run of {CLOSING_ROUNDS} rounds, all networks interleaved in shuffled order.",
+        "Weights are random; BatchNorm is folded and attention biases are gathered before export.",
+    ]

@@ -1,0 +1,361 @@
+"""A run's folder for people and other tools: trials.csv, pareto.json, pareto.png and report.html.
+
+Everything is drawn from the one JSON-able document a search hands over; nothing is measured or ranked here.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+import math
+import os
+import uuid
+from collections import Counter
+from datetime import datetime
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nas.study import mask_url
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Looks = dict[str, tuple[str, str]]  # a family's colour and marker
+
+COLUMNS = (
+    *("trial", "family", "name", "state", "quality", "quality_estimate", "quality_error"),
+    *("latency_ms", "latency_p95_ms", "latency_ci_low_ms", "latency_ci_high_ms", "n", "spread", "reference_ms"),
+    *("throughput", "params_m", "macs_m", "resolution", "feasible", "source", "error"),
+)
+REASONS_SHOWN = 12  # failed trials are grouped by reason; more reasons than these are only counted
+
+# One pair a family, in alphabetical order: shapes, and colours after Okabe and Ito for colour-blind readers.
+COLOURS = ("#D55E00", "#009E73", "#0072B2", "#E69F00", "#B5539C", "#3A8FB7", "#7A6A00", "#555555")
+MARKERS = "s^ovDPXh"
+INK, SOFT = "#1d2733", "#6b7580"
+SIDES = ((1, 0), (-1, 0), (-1, 1), (1, -1), (0, 1), (0, -1), (1, 1), (-1, -1))  # of its point a label may stand on
+
+
+def write_run(folder: Path, data: dict[str, Any]) -> None:
+    """Write the four files into `folder`, each replaced in one step, so that a reader never sees half of one.
+
+    `trials.csv` has one row a trial; `n` is its number of timed inferences and `spread` how far the 95th
+    percentile lies above the median latency, as a share of the median. Passwords in URLs are masked.
+
+    Args:
+        folder: the run's folder, which exists.
+        data: the search's result; latencies in ms, throughput in images/s, quality in percent.
+
+    Raises:
+        OSError: the folder cannot be written; what stood there before is untouched.
+    """
+    data = _masked(data)
+    _replace(folder / "trials.csv", _csv(data["trials"]).encode())
+    _replace(folder / "pareto.json", json.dumps(data["pareto"], indent=1).encode())
+    plot = _plot(data)
+    _replace(folder / "pareto.png", plot)
+    _replace(folder / "report.html", _html(data, plot).encode())
+
+
+def _masked(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _masked(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_masked(item) for item in value]
+    return mask_url(value) if isinstance(value, str) else value
+
+
+def _replace(path: Path, content: bytes) -> None:
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        draft.write_bytes(content)
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _csv(trials: list[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    for trial in trials:
+        p50, p95 = trial["latency_ms"], trial["latency_p95_ms"]
+        spread = round(p95 / p50 - 1, 4) if p50 and p95 else None
+        writer.writerow(trial | {"n": trial["samples"], "spread": spread})
+    return text.getvalue()
+
+
+# ---------------------------------------------------------------------------------- report.html
+
+
+def _html(data: dict[str, Any], plot: bytes) -> str:
+    import jinja2
+
+    page = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page.filters |= {"significant": _significant, "points": _points, "millions": _millions, "duration": _duration}
+    trials = data["trials"]
+    winner = data["winner"]
+    reasons = Counter(t["error"] for t in trials if t["state"] == "failed").most_common()
+    return page.get_template("report.html").render(
+        data,
+        plot=base64.b64encode(plot).decode(),
+        quality_name=_quality_name(data),
+        best=_measured_winner(data) if winner else None,
+        families=_families(data),
+        complete=[t for t in trials if t["state"] == "complete"],
+        feasible=[t for t in trials if t["feasible"]],
+        reasons=reasons[:REASONS_SHOWN],
+        other_reasons=reasons[REASONS_SHOWN:],
+        wall_s=(datetime.fromisoformat(data["finished"]) - datetime.fromisoformat(data["started"])).total_seconds(),
+    )
+
+
+def _measured_winner(data: dict[str, Any]) -> dict[str, Any]:
+    """The winner's numbers: of the final side-by-side run where there was one, else of its trial."""
+    for row in data["final"]:
+        if row["role"] == "winner" and row["latency_ms"] is not None:
+            return row
+    trial = next(t for t in data["trials"] if t["trial"] == data["winner"]["trial"])
+    ci = {"ci_low_ms": trial["latency_ci_low_ms"], "ci_high_ms": trial["latency_ci_high_ms"]}
+    return trial | ci | {"fits": trial["feasible"]}
+
+
+def _families(data: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row a family: what was tried, its best trial that fits, its fastest; the best family first.
+
+    What the closing run, or the search, declared a winner is its family's best.
+    """
+    trials, rows = data["trials"], []
+    winners = {row["trial"] for row in data["final"] if "winner" in row["role"]}
+    if data["winner"]:
+        winners.add(data["winner"]["trial"])
+    for family in sorted({t["family"] for t in trials}):
+        own = [t for t in trials if t["family"] == family]
+        measured = [t for t in own if t["state"] == "complete"]
+        fitting = [t for t in own if t["feasible"]]
+        best = max(
+            fitting,
+            key=lambda t: (t["trial"] in winners, t["quality"], -t["latency_ms"]),
+            default=None,
+        )
+        fastest = min(measured, key=lambda t: t["latency_ms"], default=None)
+        counts = {"tried": len(own), "fitting": len(fitting), "failed": len(own) - len(measured)}
+        rows.append({"family": family, "best": best, "fastest": fastest, **counts})
+    return sorted(rows, key=lambda row: row["best"]["quality"] if row["best"] else float("-inf"), reverse=True)
+
+
+def _quality_name(data: dict[str, Any]) -> str:
+    return data["quality_tier"]["label"].partition(" (")[0]
+
+
+def _significant(value: float | None) -> str:
+    """`value` in plain decimals with three significant digits at least (1234.5 as 1,234); a dash for None."""
+    if value is None:
+        return "–"
+    decimals = 2 - math.floor(math.log10(abs(value))) if value else 0
+    return f"{value:,.{max(0, decimals)}f}"
+
+
+def _points(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f}"
+
+
+def _millions(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{_significant(value / 1000)} G" if value >= 1000 else f"{_significant(value)} M"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{_significant(seconds)} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+# ---------------------------------------------------------------------------------- pareto.png
+
+
+def _plot(data: dict[str, Any]) -> bytes:
+    """Quality as ranked (the lower bound) against latency; a bar reaches up to the end of a front point's interval."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 6.4), dpi=150, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    measured = [t for t in data["trials"] if t["state"] == "complete"]
+    scored = [t for t in measured if t["quality"] is not None]
+    front = sorted(data["pareto"], key=lambda p: p["latency_ms"])
+    looks = dict(
+        zip(sorted({t["family"] for t in data["trials"]}), cycle(zip(COLOURS, MARKERS, strict=True)), strict=False)
+    )
+    winner = data["winner"] and next(t for t in scored if t["trial"] == data["winner"]["trial"])
+
+    _frame(axes, data, measured, scored, front)
+    _draw_trials(axes, looks, measured)
+    if front:
+        _draw_front(axes, looks, front, data["budget_ms"])
+    if winner:
+        axes.plot(winner["latency_ms"], winner["quality"], "o", ms=18, mfc="none", mec=INK, mew=1.6, zorder=6)
+    _legend(figure, looks, bool(front))
+    _label(figure, axes, winner, scored, front, data["budget_ms"])
+    png = io.BytesIO()
+    figure.savefig(png, format="png", metadata={"Software": None})
+    return png.getvalue()
+
+
+def _frame(axes: Axes, data: dict[str, Any], measured: list[dict], scored: list[dict], front: list[dict]) -> None:
+    """Scales, axis labels, the budget, and limits that keep in sight what matters; what lies beyond is counted."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    budget = data["budget_ms"]
+    latencies = [budget, *(t["latency_ms"] for t in measured)]
+    fastest = min(latencies[1:], default=budget)
+    left, right = min(latencies) / 1.2, min(1.3 * max(latencies), max(8 * budget, 4 * fastest))
+    axes.set_xscale("log")
+    axes.set_xlim(left, right)
+    axes.xaxis.set_major_locator(MaxNLocator(7) if right < 5 * left else LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+    notes = [(sum(latency > right for latency in latencies), f"slower than {right:.2g} ms", "right")]
+    if scored:
+        tenth = sorted(t["quality"] for t in scored)[len(scored) // 10]
+        bottom = min([tenth, *(t["quality"] for t in [*front, *scored] if "arch" in t or t["name"])])
+        top = max([*(t["quality"] for t in scored), *map(_upper, front)])
+        margin = max(1.0, 0.06 * (top - bottom))
+        axes.set_ylim(bottom - margin, top + 1.5 * margin)
+        notes.append((sum(t["quality"] < bottom - margin for t in scored), "below the frame", "left"))
+    else:
+        axes.set_yticks([])
+    for count, where, side in notes:
+        if count:
+            words = f"{count} trial{'s' * (count > 1)} {where}"
+            at = {"left": 0.008, "right": 0.992}[side], 0.035
+            axes.text(*at, words, ha=side, transform=axes.transAxes, fontsize=9.5, color=SOFT)
+    axes.axvspan(budget, right, color="#f4f5f7", zorder=0, lw=0)
+    axes.axvline(budget, color=INK, lw=1.2, ls=(0, (5, 3)), zorder=1)
+
+    settings = data["settings"]
+    threads = f"{settings['threads']} thread{'s' * (settings['threads'] > 1)}"
+    where = f"{settings['runtime']}, {settings['device']}, {threads}, batch {settings['batch_size']}"
+    axes.set_xlabel(f"median latency in ms, log scale ({where})", color=INK, fontsize=11)
+    axes.set_ylabel(f"{_quality_name(data)} ({data['quality_tier']['name']}), lower bound, %", color=INK, fontsize=11)
+    axes.grid(color="#e6e9ed", lw=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#8a94a0")
+    axes.tick_params(colors=INK, labelsize=10.5, length=3)
+
+
+def _draw_trials(axes: Axes, looks: Looks, measured: list[dict]) -> None:
+    """A dot a trial, faded over the budget; published variants hollow; a tick at the foot where quality is unknown."""
+    for t in measured:
+        colour, marker = looks[t["family"]]
+        if t["quality"] is None:
+            foot = {"transform": axes.get_xaxis_transform(), "alpha": 0.5, "ms": 8}
+            axes.plot(t["latency_ms"], 0.014, "|", color=colour, **foot)
+        elif t["name"]:
+            look = {"mfc": "white", "mec": colour, "mew": 1.8, "ms": 8.5, "alpha": 1 if t["feasible"] else 0.5}
+            axes.plot(t["latency_ms"], t["quality"], marker, zorder=5, **look)
+        else:
+            look = {"mew": 0, "ms": 5, "alpha": 0.65 if t["feasible"] else 0.22}
+            axes.plot(t["latency_ms"], t["quality"], marker, color=colour, zorder=2, **look)
+
+
+def _draw_front(axes: Axes, looks: Looks, front: list[dict], budget: float) -> None:
+    for p in front:
+        bar = {"color": INK, "lw": 0.9, "ms": 5, "markevery": [1], "alpha": 0.3, "zorder": 1}
+        axes.plot([p["latency_ms"]] * 2, [p["quality"], _upper(p)], marker="_", **bar)
+        if not p["name"]:
+            colour, marker = looks[p["family"]]
+            axes.plot(p["latency_ms"], p["quality"], marker, color=colour, ms=7.5, mec=INK, mew=1, zorder=4)
+    ends = [*(p["latency_ms"] for p in front[1:]), budget]
+    steps = [(x, p["quality"]) for p, end in zip(front, ends, strict=True) for x in (p["latency_ms"], end)]
+    axes.plot(*zip(*steps, strict=True), color=INK, lw=1.3, zorder=3)
+
+
+def _legend(figure: Figure, looks: Looks, front: bool) -> None:
+    from matplotlib.lines import Line2D
+
+    entries = [
+        *(Line2D([], [], color=look[0], marker=look[1], ls="", ms=7, label=family) for family, look in looks.items()),
+        Line2D([], [], marker="o", mfc="white", mec=INK, mew=1.6, ls="", ms=7.5, label="published"),
+        Line2D([], [], marker="o", color=INK, alpha=0.25, mew=0, ls="", ms=6, label="over budget"),
+    ]
+    if front:
+        entries.append(Line2D([], [], color=INK, lw=1.3, label="front"))
+    figure.legend(handles=entries, loc="outside upper left", ncols=8, frameon=False, fontsize=10.5, handletextpad=0.3)
+
+
+def _label(
+    figure: Figure, axes: Axes, winner: dict | None, scored: list[dict], front: list[dict], budget: float
+) -> None:
+    """Name the budget, the winner and the published variants, each where it covers least, or not at all."""
+    from matplotlib.patheffects import withStroke
+    from matplotlib.transforms import Bbox
+
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # what is added from here on moves nothing
+    renderer, point = figure.canvas.get_renderer(), figure.dpi / 72
+    named = sorted(
+        (t for t in scored if t["name"] and t is not winner), key=lambda t: (not t["feasible"], -t["quality"])
+    )
+    dots, marks = (
+        [axes.transData.transform((row["latency_ms"], row["quality"])) for row in rows]
+        for rows in (scored, [*front, *named])
+    )
+    lines = [line.get_transform().transform_path(line.get_path()) for line in axes.lines if len(line.get_xdata()) > 1]
+    labels = [(t["name"], t, 7, {"color": INK if t["feasible"] else SOFT, "fontsize": 9.5}) for t in named]
+    if winner:
+        words = f"winner: {winner['name'] or 'trial ' + str(winner['trial'])}"
+        labels.insert(0, (words, winner, 11, {"color": INK, "fontsize": 11, "fontweight": "bold"}))
+    halo = {"zorder": 7, "path_effects": [withStroke(linewidth=2.5, foreground="white")]}
+    offset = {"xytext": (6, -4), "textcoords": "offset points", **halo}
+    edge = (budget, axes.get_ylim()[1])
+    budget_label = axes.annotate(f"budget {budget:g} ms", edge, va="top", color=INK, fontsize=11, **offset)
+    taken = [text.get_window_extent(renderer) for text in [budget_label, *axes.texts]]
+
+    def cost(box: Bbox) -> int:
+        """What a label here would cover: a dot 1, a line 4, a mark 10, another label or the frame's edge 100."""
+        outside = not (axes.bbox.contains(*box.min) and axes.bbox.contains(*box.max))
+        covered = sum(box.padded(5 * point).contains(*mark) for mark in marks)
+        crossed = sum(line.intersects_bbox(box, filled=False) for line in lines)
+        return (
+            100 * (outside or box.count_overlaps(taken) > 0)
+            + 10 * covered
+            + 4 * crossed
+            + sum(box.contains(*dot) for dot in dots)
+        )
+
+    for words, t, reach, look in labels:
+        x, y = axes.transData.transform((t["latency_ms"], t["quality"]))
+        text = axes.annotate(words, (t["latency_ms"], t["quality"]), **look, **offset)
+        wide, high = text.get_window_extent(renderer).size
+        places = [
+            (x + dx * reach * point - wide * (1 - dx) / 2, y + dy * reach * point - high * (1 - dy) / 2)
+            for dx, dy in SIDES
+        ]
+        best = min((Bbox.from_bounds(*place, wide, high) for place in places), key=cost)
+        if cost(best) < 30 or t is winner:
+            text.set_position(((best.x0 - x) / point, (best.y0 - y) / point))
+            taken.append(best)
+        else:
+            text.remove()
+
+
+def _upper(row: dict[str, Any]) -> float:
+    return row["quality_estimate"] + row["quality_error"]

@@ -1,0 +1,431 @@
+"""The search: ask the study for a network, export it, measure it, estimate it, tell the study.
+
+A trial that cannot be built, exported or measured is a failed trial with its reason. On a CPU the device that is
+measured is the one that computes, so a worker holds the device's lock for a whole trial; workers on one machine take
+turns, and workers on several machines share a study through a database.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nas.errors import UserError
+from nas.measure import RUNTIMES, MeasureError, Measurer, Settings, check_settings, device_lock
+from nas.process import Worker, WorkerError
+
+if TYPE_CHECKING:
+    import optuna
+
+    from nas.quality import Tier
+    from search_spaces import Arch
+
+REFERENCE = "efficientvit_m0"
+EXPORT_TIMEOUT_S = 180
+MEASURE_TIMEOUT_S = 60
+LEASE_S = EXPORT_TIMEOUT_S + MEASURE_TIMEOUT_S + 60
+PHASES = ("sampler", "build and export", "session", "timed runs", "estimate", "storage", "other")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a search is asked to do; `study` and `storage` are resolved by `resolve`."""
+
+    budget_ms: float
+    settings: Settings
+    families: tuple[str, ...]
+    trials: int
+    timeout_s: float | None
+    study: str
+    out: Path
+    storage: str | None
+    sampler: str
+    seed: int | None
+    num_classes: int
+    quality: str = "prior"
+
+    @property
+    def folder(self) -> Path:
+        return self.out / self.study
+
+
+@dataclass
+class Progress:
+    """What a display shows between trials."""
+
+    done: int
+    total: int
+    feasible: int
+    best: dict[str, Any] | None
+    seconds_left: float | None
+
+
+@dataclass
+class Run:
+    """What happened in this process: for the breakdown and the exit."""
+
+    started: str
+    wall_s: float = 0.0
+    trial_s: list[float] = field(default_factory=list)
+    phases: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    interrupted: bool = False
+    notes: list[str] = field(default_factory=list)
+
+
+def default_study(options: Mapping[str, Any]) -> str:
+    """Study name from device, runtime, budget and families."""
+    from search_spaces.registry import FAMILIES
+
+    families = "all" if set(options["families"]) == set(FAMILIES) else "+".join(sorted(options["families"]))
+    return f"{options['device']}-{options['runtime']}-{options['budget_ms']:g}ms-{families}"
+
+
+def meta(options: Options) -> dict[str, Any]:
+    """What must agree for a command to continue a study."""
+    from nas.hardware import fingerprint
+    from search_spaces.registry import FAMILIES
+    from search_spaces.space import fingerprint as space_fingerprint
+
+    return {
+        "budget_ms": options.budget_ms,
+        "families": sorted(options.families),
+        "space": space_fingerprint({name: FAMILIES[name].space for name in options.families}),
+        "num_classes": options.num_classes,
+        "quality": options.quality,
+        "hardware": fingerprint(options.settings),
+    }
+
+
+def search(
+    options: Options, progress: Callable[[Progress], None], say: Callable[[str], None]
+) -> tuple[optuna.Study, Run]:
+    """Run trials until the study holds `options.trials`, the time is up, or Ctrl-C.
+
+    Raises:
+        UserError: settings this machine cannot measure, a folder or storage that cannot be used, a study that
+            disagrees with this command.
+    """
+    from nas.quality import TIERS
+    from nas.samplers import make_sampler
+    from nas.study import open_study, remaining, storage_errors, sweep
+
+    check_settings(options.settings)
+    sampler = make_sampler(options.sampler, options.seed)
+    make_folder(options.folder)
+    storage = options.storage or options.folder / "study.journal"
+    study = open_study(options.study, storage, meta(options), sampler)
+    write_hardware(options)
+    run = Run(datetime.now().astimezone().isoformat(timespec="seconds"))
+    begun = time.perf_counter()
+    deadline = begun + options.timeout_s if options.timeout_s is not None else None
+    with ExitStack() as stack:
+        stack.enter_context(storage_errors(storage))
+        stack.enter_context(interruptible())
+        try:
+            if remaining(study, options.trials):
+                worker = stack.enter_context(TrialRunner(options, study, TIERS[options.quality]()))
+                if not study.get_trials(deepcopy=False):
+                    enqueue_published(options, study, worker.reference_ms)
+            while remaining(study, options.trials) and (deadline is None or time.perf_counter() < deadline):
+                sweep(study)
+                started = time.perf_counter()
+                worker.trial(run)
+                run.trial_s.append(time.perf_counter() - started)
+                progress(state_of(study, options, run))
+        except KeyboardInterrupt:
+            run.interrupted = True
+            say("interrupted: finishing with what was measured; the same command continues")
+    run.wall_s = time.perf_counter() - begun
+    return study, run
+
+
+class TrialRunner:
+    """Runs one trial after the other with a persistent exporter process and a `Measurer`."""
+
+    def __init__(self, options: Options, study: optuna.Study, tier: Tier) -> None:
+        self.options, self.study, self.tier = options, study, tier
+        self._stack = ExitStack()
+        self._exporter: Worker | None = None
+
+    def __enter__(self) -> TrialRunner:
+        self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="vitnas-")))
+        self._stack.callback(self._close_exporter)
+        try:
+            with device_lock(self.options.settings.device):
+                reference = self._write(reference_arch(), self._folder / "reference")
+                self.measurer = self._stack.enter_context(Measurer(self.options.settings, reference, self._folder))
+                self.reference_ms = self.measurer.measure(reference, pause=self._running()).p50_ms
+        except (MeasureError, WorkerError) as error:
+            self._stack.close()
+            raise UserError(f"the reference network {REFERENCE} cannot be measured here: {error}") from None
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def trial(self, run: Run) -> None:
+        """Ask, build, export, measure, estimate, tell."""
+        from nas.study import fail, lease
+
+        with device_lock(self.options.settings.device):
+            clock = Clock(run.phases)
+            trial = self.study.ask()
+            arch = suggest(trial, self.options)
+            clock.lap("sampler")
+            lease(trial, LEASE_S)
+            clock.lap("storage")
+            try:
+                self._measure_and_tell(trial, arch, clock)
+            except (MeasureError, WorkerError, ValueError) as error:
+                fail(self.study, trial, f"{type(error).__name__}: {error}")
+                clock.lap("storage")
+            except KeyboardInterrupt:
+                fail(self.study, trial, "interrupted", retry=True)
+                raise
+
+    def _measure_and_tell(self, trial: optuna.Trial, arch: Arch, clock: Clock) -> None:
+        from nas.study import finish
+        from search_spaces import table
+
+        settings = self.options.settings
+        digest = arch.digest()
+        counts = table(arch)
+        clock.lap("build and export")
+        known = self._known(digest)
+        if known is None:
+            self.measurer.prepare()
+            path = self._write(arch, self._folder / "candidate")
+            clock.lap("build and export")
+            result = self.measurer.measure(
+                path, self.options.budget_ms, timeout_s=MEASURE_TIMEOUT_S, pause=self._running()
+            )
+            clock.add("session", result.load_s)
+            clock.lap("timed runs", less=result.load_s)
+            low, high = result.ci_ms
+            latency = {
+                "latency_ms": result.p50_ms,
+                "latency_p95_ms": result.p95_ms,
+                "latency_ci_low_ms": low,
+                "latency_ci_high_ms": high,
+                "samples": result.n,
+                "reference_ms": result.reference_p50_ms,
+                "reference_drift": result.reference_drift,
+                "throughput": result.throughput(settings.batch_size),
+            }
+            self._keep_samples(trial.number, result)
+        else:
+            latency = known
+        clock.lap("other")
+        estimate = self.tier.estimate(arch, counts.macs())
+        clock.lap("estimate")
+        constraint = latency["latency_ms"] / self.options.budget_ms - 1
+        finish(
+            self.study,
+            trial,
+            quality=estimate.bound,
+            throughput=latency["throughput"],
+            constraint=constraint,
+            attrs={
+                "family": arch.family,
+                "latency_ms": latency["latency_ms"],
+                "feasible": int(constraint <= 0),
+                "budget_ms": self.options.budget_ms,
+                "params_m": counts.params() / 1e6,
+                "macs_m": counts.macs() / 1e6,
+                "resolution": arch.resolution,
+                "arch": json.loads(arch.to_json()),
+                "detail": {
+                    "digest": digest,
+                    "quality_estimate": estimate.value,
+                    "quality_error": estimate.error,
+                    "source": "measured" if known is None else "reused",
+                    **latency,
+                },
+            },
+        )
+        clock.lap("storage")
+
+    def _known(self, digest: str) -> dict[str, Any] | None:
+        """What an earlier trial of this study measured for the same Arch."""
+        for trial in self.study.get_trials(deepcopy=False):
+            detail = trial.user_attrs.get("detail")
+            if detail and detail["digest"] == digest:
+                return {key: detail[key] for key in LATENCY_KEYS}
+        return None
+
+    def _write(self, arch: Arch, stem: Path) -> Path:
+        """The file the runtime loads: an ONNX network, or the Arch itself."""
+        if RUNTIMES[self.options.settings.runtime].artifact == "arch":
+            path = stem.with_suffix(".json")
+            path.write_text(arch.to_json())
+            return path
+        if self._exporter is None or not self._exporter.alive:
+            self._close_exporter()
+            self._exporter = Worker("nas.export")
+        path = stem.with_suffix(".onnx")
+        self._exporter.call(
+            "export", EXPORT_TIMEOUT_S, arch=arch.to_json(), path=str(path), batch_size=self.options.settings.batch_size
+        )
+        return path
+
+    def _running(self) -> list[Worker]:
+        return [self._exporter] if self._exporter is not None and self._exporter.alive else []
+
+    def _close_exporter(self) -> None:
+        if self._exporter is not None:
+            self._exporter.close()
+
+    def _keep_samples(self, number: int, result: Any) -> None:
+        with (self.options.folder / "samples.jsonl").open("a") as file:
+            file.write(json.dumps({"trial": number, "host": _host(), **result.to_dict()}) + "\n")
+
+
+LATENCY_KEYS = (
+    "latency_ms",
+    "latency_p95_ms",
+    "latency_ci_low_ms",
+    "latency_ci_high_ms",
+    "samples",
+    "reference_ms",
+    "reference_drift",
+    "throughput",
+)
+
+
+class Clock:
+    """Adds the time since the last lap to a phase."""
+
+    def __init__(self, phases: dict[str, float]) -> None:
+        self._phases, self._last = phases, time.perf_counter()
+
+    def lap(self, phase: str, less: float = 0.0) -> None:
+        now = time.perf_counter()
+        self._phases[phase] += now - self._last - less
+        self._last = now
+
+    def add(self, phase: str, seconds: float) -> None:
+        self._phases[phase] += seconds
+
+
+def suggest(trial: optuna.Trial, options: Options) -> Arch:
+    """Every parameter of the shared vocabulary, then the family's Arch."""
+    from search_spaces.registry import FAMILIES
+    from search_spaces.space import LEVELS, PARAMETERS
+
+    family = trial.suggest_categorical("family", list(options.families))
+    params = {name: trial.suggest_int(name, 0, LEVELS - 1) for name in PARAMETERS}
+    return FAMILIES[family].space.decode(params, options.num_classes)
+
+
+def choices(options: Options) -> dict[str, Any]:
+    """Every parameter's permitted values."""
+    from search_spaces.space import LEVELS, PARAMETERS
+
+    return {"family": list(options.families), **{name: range(LEVELS) for name in PARAMETERS}}
+
+
+def reference_arch() -> Arch:
+    from search_spaces import get_arch
+
+    return get_arch(REFERENCE)
+
+
+def published_order(options: Options, reference_ms: float) -> list[str]:
+    """Published variants of the searched families, likeliest nearest the budget first, one of each family in front.
+
+    Nearness goes by MACs, at the reference network's measured time per MAC: rough (within about 2x between
+    families), but it only decides what is tried first.
+    """
+    import math
+
+    from search_spaces import get_arch, table
+    from search_spaces.registry import FAMILIES
+
+    per_mac = reference_ms / table(reference_arch()).macs()
+    distance = {
+        name: abs(math.log(table(get_arch(name)).macs() * per_mac / options.budget_ms))
+        for family in options.families
+        for name in FAMILIES[family].variants
+    }
+    ordered = sorted(distance, key=distance.__getitem__)
+    first = [next(n for n in ordered if n in FAMILIES[family].variants) for family in options.families]
+    return first + [name for name in ordered if name not in first]
+
+
+def enqueue_published(options: Options, study: optuna.Study, reference_ms: float) -> None:
+    """Enqueue the published variants nearest the budget: one a family at least, a quarter of the trials at most."""
+    from nas.study import enqueue
+    from search_spaces.api import find_variant
+    from search_spaces.registry import FAMILIES
+
+    order = published_order(options, reference_ms)
+    count = max(len(options.families), options.trials // 4)
+    for name in order[:count]:
+        family, variant = find_variant(name)
+        params = {"family": family, **FAMILIES[family].space.encode(variant.values)}
+        enqueue(study, params, {"name": name}, choices(options))
+    study.set_user_attr("skipped", order[count:])
+
+
+def state_of(study: optuna.Study, options: Options, run: Run) -> Progress:
+    """Progress after a trial."""
+    from nas.outcome import best_of, rows_of
+    from nas.study import remaining
+
+    rows = rows_of(study)
+    left = remaining(study, options.trials)
+    feasible = [row for row in rows if row["feasible"]]
+    seconds = left * statistics.median(run.trial_s[-20:]) if run.trial_s else None
+    return Progress(len(rows), options.trials, len(feasible), best_of(feasible), seconds)
+
+
+def make_folder(folder: Path) -> None:
+    """Create a run's folder and see that it can be written.
+
+    Raises:
+        UserError: it cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}; give another --out") from None
+
+
+def write_hardware(options: Options) -> None:
+    from nas.hardware import describe
+
+    (options.folder / "hardware.json").write_text(json.dumps(describe(options.settings), indent=1) + "\n")
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """SIGTERM ends a search as Ctrl-C does."""
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _host() -> str:
+    import socket
+
+    return socket.gethostname()
+
+
+def settings_dict(settings: Settings) -> dict[str, Any]:
+    return asdict(settings)

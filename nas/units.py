@@ -1,0 +1,39 @@
+"""Times as people type them."""
+
+from __future__ import annotations
+
+import re
+
+from nas.errors import UserError
+
+MILLISECONDS = {"us": 1e-3, "ms": 1.0, "s": 1e3}
+SECONDS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+
+
+def parse_budget(text: str) -> float:
+    """A latency with its unit ("2ms", "1.5ms", "800us", "0.1s") in milliseconds.
+
+    Raises:
+        UserError: no unit, or not a positive time below an hour.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([a-z]*)\s*", text)
+    if match and match[2] == "":
+        raise UserError(f"latency budget {text!r} has no unit: write {text.strip()}ms")
+    if not match or match[2] not in MILLISECONDS:
+        raise UserError(f"latency budget {text!r} is not a time: write it like 2ms, 1.5ms, 800us or 0.1s")
+    value = float(match[1]) * MILLISECONDS[match[2]]
+    if not 0 < value < 3.6e6:
+        raise UserError(f"latency budget {text!r} must be more than zero and less than an hour")
+    return value
+
+
+def parse_duration(text: str) -> float:
+    """A duration ("90", "90s", "10m", "1.5h") in seconds.
+
+    Raises:
+        UserError: not a positive duration.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|m|min|h)?\s*", text)
+    if not match or float(match[1]) == 0:
+        raise UserError(f"timeout {text!r} is not a duration: write it like 90s, 10m or 1h")
+    return float(match[1]) * SECONDS[match[2] or "s"]

@@ -1,0 +1,232 @@
+"""The command line as a user meets it: bad input, the small verbs, and what they print."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nas import cli
+from search_spaces import get_arch
+
+
+@pytest.fixture
+def vitnas(capsys, monkeypatch):
+    """Run the command in this process: (exit code, stdout, stderr)."""
+
+    def run(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["vitnas", *words])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        captured = capsys.readouterr()
+        return stop.value.code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def arch_file(tmp_path: Path):
+    """Write a changed arch.json and return its path."""
+
+    def write(change=lambda doc: doc) -> str:
+        path = tmp_path / "arch.json"
+        document = change(json.loads(get_arch("efficientvit_m0").to_json()))
+        path.write_text(document if isinstance(document, str) else json.dumps(document))
+        return str(path)
+
+    return write
+
+
+def refused(result: tuple[int, str, str], *words: str) -> None:
+    """Exit code 2, nothing on stdout, one line on stderr that holds the words."""
+    code, out, err = result
+    assert code == 2, (code, out, err)
+    assert out == ""
+    assert err.endswith("\n")
+    assert err.count("\n") == 1, err
+    assert "Traceback" not in err
+    for word in words:
+        assert word in err, (word, err)
+
+
+@pytest.mark.parametrize("budget", ["2", "-1ms", "2mss", "0ms", "", "ms", "nan ms", "1e3ms", "two"])
+def test_bad_budget(vitnas, tmp_path, budget):
+    refused(vitnas("search", "--out", str(tmp_path / "runs"), f"--latency-budget={budget}"), "budget", "ms")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--family", "levitt", ("levit",)),
+        ("--family", "resnet", ("unknown family",)),
+        ("--device", "tpu", ("unknown device",)),
+        ("--device", "cuda", ("cpu",)),
+        ("--runtime", "onnxruntimes", ("onnxruntime",)),
+        ("--sampler", "tpee", ("tpe",)),
+        ("--threads", "0", ("threads",)),
+        ("--threads", "4096", ("threads",)),
+        ("--batch-size", "0", ("batch",)),
+        ("--trials", "0", ("trials",)),
+        ("--trials", "many", ("trials",)),
+        ("--num-classes", "0", ("num-classes",)),
+        ("--timeout", "soon", ("10m",)),
+        ("--study", "../elsewhere", ("study",)),
+        ("--quality", "x", ("quality",)),
+        ("--storage", "postgresql://me:secret@127.0.0.1:1/none", ("127.0.0.1",)),
+        ("--storage", "nonsense://x", ("nonsense",)),
+    ],
+)
+def test_bad_search_option(vitnas, tmp_path, option, value, words):
+    if (option, value) == ("--device", "cuda"):
+        torch = pytest.importorskip("torch")
+        if torch.cuda.is_available():
+            pytest.skip("this machine has CUDA")
+    result = vitnas("search", "--out", str(tmp_path / "runs"), "--latency-budget", "2ms", option, value)
+    refused(result, *words)
+    assert "secret" not in result[2]
+    assert not list((tmp_path / "runs").rglob("study.journal"))
+
+
+def test_unwritable_out(vitnas, tmp_path):
+    blocker = tmp_path / "file"
+    blocker.write_text("kept")
+    refused(vitnas("search", "--latency-budget", "2ms", "--out", str(blocker)), "--out")
+    assert blocker.read_text() == "kept"
+
+
+@pytest.mark.parametrize("verb", [("show",), ("bench",), ("export", "--out", "x")])
+def test_unknown_model_names_near_ones(vitnas, verb):
+    refused(vitnas(*verb, "efficientvit_m9"), "efficientvit_m")
+
+
+def test_unknown_verb_and_missing_option(vitnas):
+    refused(vitnas("serch"), "search")
+    refused(vitnas("search"), "--latency-budget")
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (lambda doc: json.dumps(doc)[:200], "JSON"),
+        (lambda doc: {**doc, "stages": 3}, "stages"),
+        (lambda doc: {**doc, "extra": 1}, "extra"),
+        (lambda doc: {**doc, "stem": [-8, 16, 32]}, "stem"),
+        (lambda doc: {**doc, "stem": [8, 16, 10**9]}, "stem"),
+        (lambda doc: {**doc, "resolution": 10**6}, "resolution"),
+        (lambda doc: {**doc, "family": "vgg"}, "vgg"),
+        (lambda doc: {**doc, "version": 2}, "version"),
+        (lambda doc: {**doc, "stages": [{**doc["stages"][0], "downsample": doc["stages"][1]["downsample"]}]}, "first"),
+        (lambda doc: [doc], "object"),
+        (lambda doc: "\x00\xff", "JSON"),
+    ],
+)
+@pytest.mark.parametrize("verb", [("show",), ("bench",), ("export", "--out", "{out}")])
+def test_bad_arch_file(vitnas, arch_file, tmp_path, verb, change, word):
+    verb = [part.format(out=tmp_path / "exported") for part in verb]
+    refused(vitnas(*verb, arch_file(change)), "arch.json", word)
+    assert not (tmp_path / "exported").exists()
+
+
+def test_broken_onnx_file(vitnas, tmp_path):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"not a network")
+    refused(vitnas("bench", str(path)), "model.onnx")
+
+
+def test_export_weights_that_do_not_fit(vitnas, tmp_path):
+    import torch
+
+    path, out = tmp_path / "weights.pth", tmp_path / "exported"
+    torch.save({"stem.0.linear.weight": torch.zeros(1)}, path)
+    refused(vitnas("export", "efficientvit_m0", "--weights", str(path), "--out", str(out)), "stem.0")
+    refused(
+        vitnas("export", "efficientvit_m0", "--weights", str(tmp_path / "none.pth"), "--out", str(out)), "no such file"
+    )
+
+
+class Exploding:
+    def __reduce__(self):
+        return (Path.touch, (Path("exploded"),))
+
+
+def test_export_refuses_a_pickle_with_code(vitnas, tmp_path, monkeypatch):
+    import pickle
+
+    monkeypatch.chdir(tmp_path)
+    Path("weights.pth").write_bytes(pickle.dumps({"a": Exploding()}))
+    refused(vitnas("export", "efficientvit_m0", "--weights", "weights.pth", "--out", "out"), "state dict")
+    assert not Path("exploded").exists()
+
+
+def test_models_json(vitnas):
+    code, out, _ = vitnas("models", "--json")
+    rows = json.loads(out)
+    assert code == 0
+    assert len(rows) == 52
+    m0 = next(row for row in rows if row["name"] == "efficientvit_m0")
+    assert m0["params"] == 2_349_436
+    assert isinstance(m0["macs"], int)
+    assert m0.keys() == {"name", "family", "params", "macs", "resolution", "top1", "source"}
+
+
+def test_show(vitnas, arch_file):
+    code, out, _ = vitnas("show", arch_file())
+    assert code == 0
+    assert "2.35 M parameters" in out
+    assert "prior" in out
+    assert "accuracy" not in out
+    code, out, _ = vitnas("show", "shvit_s1", "--json")
+    assert json.loads(out)["params"] == 6_330_808
+
+
+def test_bench_json_is_to_the_first_row(vitnas):
+    code, out, _ = vitnas("bench", "efficientvit_m0", "shvit_s1", "--rounds", "3", "--threads", "1", "--json")
+    rows = json.loads(out)["results"]
+    assert code == 0
+    assert [row["model"] for row in rows] == ["efficientvit_m0", "shvit_s1"]
+    assert rows[0]["ratio"] == 1
+    assert rows[1]["ratio"] == pytest.approx(rows[1]["latency_ms"] / rows[0]["latency_ms"])
+    assert rows[0]["ci"][0] <= rows[0]["latency_ms"] <= rows[0]["ci"][1]
+
+
+def test_export_folder(vitnas, tmp_path):
+    import onnx
+
+    out = tmp_path / "exported"
+    code, text, _ = vitnas("export", "efficientvit_m0", "--out", str(out), "--num-classes", "7")
+    assert code == 0
+    assert "untrained" in text
+    model = onnx.load(out / "model.onnx")
+    props = {p.key: p.value for p in model.metadata_props}
+    assert props["vitnas.weights"] == "untrained"
+    assert json.loads(props["vitnas.arch"])["num_classes"] == 7
+    assert not (out / "model.safetensors").exists()
+    assert {path.name for path in out.iterdir()} == {"arch.json", "model.onnx"}
+
+
+def test_help_is_fast_and_has_examples():
+    command = [sys.executable, "-m", "nas.cli", "--help"]
+    subprocess.run(command, check=True, capture_output=True)
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        times.append(time.perf_counter() - started)
+    assert "vitnas search --latency-budget 2ms --device cpu" in done.stdout
+    assert min(times) < 0.5
+
+
+@pytest.mark.parametrize("verb", ["search", "models", "show", "bench", "export", "dashboard"])
+def test_every_verb_has_help_with_an_example(vitnas, verb):
+    code, out, _ = vitnas(verb, "--help")
+    assert code == 0
+    assert f"Example:  vitnas {verb}" in out
+
+
+def test_dashboard_bad_input(vitnas, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused(vitnas("dashboard"), "runs/")
+    refused(vitnas("dashboard", "nowhere"), "nowhere")

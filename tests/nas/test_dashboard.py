@@ -1,0 +1,146 @@
+"""The dashboard, through its WSGI callable and as a server, on every kind of storage."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+from typing import Any
+from wsgiref.util import setup_testing_defaults
+
+import optuna
+import pytest
+from optuna.samplers import RandomSampler
+from optuna.trial import TrialState
+
+import nas
+from nas import dashboard
+from nas.errors import UserError
+from nas.study import finish, open_study
+
+
+def make_study(storage: str) -> optuna.Study:
+    study = open_study("levit", storage, {"budget_ms": 2.0}, RandomSampler())
+    for quality, constraint in [(70.0, -0.25), (75.0, 0.5)]:
+        trial = study.ask()
+        trial.suggest_int("width", 0, 6)
+        finish(study, trial, quality, 500.0, constraint, {"latency_ms": 1.5})
+    study.ask()
+    return study
+
+
+def get(app: Any, path: str) -> tuple[str, bytes]:
+    environ: dict[str, Any] = {"PATH_INFO": path, "wsgi.input": io.BytesIO()}
+    setup_testing_defaults(environ)
+    answer: list[str] = []
+    body = b"".join(app(environ, lambda status, headers, exc_info=None: answer.append(status)))
+    return answer[0], body
+
+
+@pytest.fixture(params=["journal", "sqlite", "postgres"])
+def any_storage(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "journal":
+        return str(tmp_path / "study.journal")
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/study.db"
+    return request.getfixturevalue("postgres_url")
+
+
+def test_lists_the_study_and_every_trials_constraint(any_storage: str) -> None:
+    study = make_study(any_storage)
+    app = dashboard.app(any_storage)
+    status, body = get(app, "/api/studies")
+    (summary,) = json.loads(body)["study_summaries"]
+    assert (status[:3], summary["study_name"]) == ("200", "levit")
+
+    status, body = get(app, f"/api/studies/{summary['study_id']}")
+    detail = json.loads(body)
+    assert status.startswith("200")
+    assert detail["objective_names"] == ["quality", "throughput"]
+    fits, over, running = detail["trials"]
+    assert fits["constraints"] == [-0.25]
+    assert over["constraints"] == [0.5]
+    assert running["constraints"] == []
+    assert fits["values"] == [70.0, 500.0]
+    assert [running["state"], over["state"]] == ["Running", "Complete"]
+    assert {"key": "latency_ms", "value": "1.5"} in fits["user_attrs"]
+
+    assert get(app, "/dashboard")[0].startswith("200")
+    assert get(app, "/api/studies/99")[0].startswith("404")
+    # Neither the stored trials nor another reader's see the list.
+    assert [t.constraints for t in study.trials[:2]] == [{"latency": -0.25}, {"latency": 0.5}]
+
+
+def test_other_views_work_on_the_wrapped_storage(any_storage: str) -> None:
+    make_study(any_storage)
+    app = dashboard.app(any_storage)
+    study_id = json.loads(get(app, "/api/studies")[1])["study_summaries"][0]["study_id"]
+    for path in [
+        "/api/meta",
+        f"/api/studies/{study_id}/param_importances",
+        f"/csv/{study_id}",
+    ]:
+        status, body = get(app, path)
+        assert status.startswith("200"), (path, status, body[:300])
+
+
+def test_journal_of_a_live_search_is_not_touched(tmp_path: Path) -> None:
+    path = tmp_path / "study.journal"
+    study = make_study(str(path))
+    half = b'{"op_code":4,"worker_id":"a writer in the midd'
+    with path.open("ab") as file:
+        file.write(half)
+    before = path.read_bytes()
+    app = dashboard.app(path)
+    assert b"levit" in get(app, "/api/studies")[1]
+    assert path.read_bytes() == before
+    assert {p.name for p in tmp_path.iterdir()} <= {"study.journal", "study.journal.guard"}
+    study.tell(study.ask(), state=TrialState.FAIL)
+    assert len(open_study("levit", path, {"budget_ms": 2.0}, RandomSampler()).trials) == 4
+
+
+@pytest.mark.parametrize("storage", ["none.journal", "sqlite:///{}/none.db", "postgresql://u:pw@127.0.0.1:9/d"])
+def test_missing_storage_is_one_line_and_nothing_is_made(tmp_path: Path, storage: str) -> None:
+    storage = storage.format(tmp_path) if "://" in storage else str(tmp_path / storage)
+    with pytest.raises(UserError) as error:
+        dashboard.serve(storage)
+    assert "\n" not in str(error.value)
+    assert "pw@" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_port_in_use(tmp_path: Path) -> None:
+    make_study(str(tmp_path / "j"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"127.0.0.1:{port}: Address already in use"):
+            dashboard.serve(tmp_path / "j", port=port)
+
+
+def test_serves_the_printed_address_until_interrupted(tmp_path: Path) -> None:
+    make_study(str(tmp_path / "j"))
+    code = f"from nas.dashboard import serve; serve({str(tmp_path / 'j')!r}, port=0)"
+    server = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(nas.__file__).parents[1])},
+    )
+    try:
+        line = server.stdout.readline()
+        url = re.search(r"http://127\.0\.0\.1:\d+/dashboard", line)[0]
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            assert answer.status == 200
+        server.send_signal(signal.SIGINT)
+        assert server.communicate(timeout=10) == ("", "")
+        assert server.returncode == 0
+    finally:
+        server.kill()
