@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 CLOSING_ROUNDS = 30
+BUSY_DRIFT = 0.25
 RESERVES = 3
 """How many of the best trials enter the closing run, should the first not meet the budget there."""
 
@@ -55,6 +56,7 @@ def rows_of(study: optuna.Study) -> list[Row]:
                 "latency_ci_high_ms": detail.get("latency_ci_high_ms"),
                 "samples": detail.get("samples"),
                 "reference_ms": detail.get("reference_ms"),
+                "reference_drift": detail.get("reference_drift"),
                 "throughput": detail.get("throughput"),
                 "params_m": attrs.get("params_m"),
                 "macs_m": attrs.get("macs_m"),
@@ -234,6 +236,12 @@ def finish_run(
             notes.append(
                 f"{label_of(first)} ranked first in the search but was not the best within budget in the closing run"
             )
+    drifts = [row["reference_drift"] for row in measured if row["reference_drift"] is not None]
+    if drifts and statistics.median(drifts) > BUSY_DRIFT:
+        notes.append(
+            f"this machine was busy: within a trial the reference network's latency moved by {statistics.median(drifts):.0%} "
+            "(median); run again on a quiet machine for figures to rely on"
+        )
     if run.interrupted:
         notes.append("interrupted: no closing side-by-side run was made; latencies are those of the single trials")
     data = {

@@ -33,7 +33,16 @@ REFERENCE = "efficientvit_m0"
 EXPORT_TIMEOUT_S = 180
 MEASURE_TIMEOUT_S = 60
 LEASE_S = EXPORT_TIMEOUT_S + MEASURE_TIMEOUT_S + 60
-PHASES = ("sampler", "build and export", "session", "timed runs", "estimate", "storage", "other")
+PHASES = (
+    "waiting for the device",
+    "sampler",
+    "build and export",
+    "session",
+    "timed runs",
+    "estimate",
+    "storage",
+    "other",
+)
 
 
 @dataclass(frozen=True)
@@ -179,8 +188,9 @@ class TrialRunner:
         """Ask, build, export, measure, estimate, tell."""
         from nas.study import fail, lease
 
+        clock = Clock(run.phases)
         with device_lock(self.options.settings.device):
-            clock = Clock(run.phases)
+            clock.lap("waiting for the device")
             trial = self.study.ask()
             arch = suggest(trial, self.options)
             clock.lap("sampler")

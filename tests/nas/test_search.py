@@ -102,10 +102,7 @@ def test_run_folder(killed_and_resumed):
         assert (float(row["latency_ms"]) <= 30) == (row["feasible"].lower() in ("true", "1"))
     front = json.loads((folder / "pareto.json").read_text())
     assert front
-    assert all(
-        a["latency_ms"] < b["latency_ms"] and a["quality"] < b["quality"]
-        for a, b in zip(front, front[1:], strict=False)
-    )
+    assert all(a["latency_ms"] < b["latency_ms"] and a["quality"] < b["quality"] for a, b in itertools.pairwise(front))
     for point in front:
         assert point["quality"] == pytest.approx(point["quality_estimate"] - point["quality_error"])
     assert "accuracy" not in resumed.stdout
