@@ -237,10 +237,11 @@ def finish_run(
                 f"{label_of(first)} ranked first in the search but was not the best within budget in the closing run"
             )
     drifts = [row["reference_drift"] for row in measured if row["reference_drift"] is not None]
-    if drifts and statistics.median(drifts) > BUSY_DRIFT:
+    drift = statistics.median(drifts) if drifts else 0.0
+    if drift > BUSY_DRIFT:
         notes.append(
-            f"this machine was busy: within a trial the reference network's latency moved by {statistics.median(drifts):.0%} "
-            "(median); run again on a quiet machine for figures to rely on"
+            f"this machine was busy: within a trial the reference network's latency moved by {drift:.0%} (median); "
+            "run again on a quiet machine for figures to rely on"
         )
     if run.interrupted:
         notes.append("interrupted: no closing side-by-side run was made; latencies are those of the single trials")

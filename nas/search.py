@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -140,16 +140,16 @@ def search(
         stack.enter_context(storage_errors(storage))
         stack.enter_context(interruptible())
         try:
+            sweep(study)
             if remaining(study, options.trials):
                 worker = stack.enter_context(TrialRunner(options, study, TIERS[options.quality]()))
-                if not study.get_trials(deepcopy=False):
-                    enqueue_published(options, study, worker.reference_ms)
+                enqueue_published(options, study, worker.reference_ms)
             while remaining(study, options.trials) and (deadline is None or time.perf_counter() < deadline):
-                sweep(study)
                 started = time.perf_counter()
                 worker.trial(run)
                 run.trial_s.append(time.perf_counter() - started)
                 progress(state_of(study, options, run))
+                sweep(study)
         except KeyboardInterrupt:
             run.interrupted = True
             say("interrupted: finishing with what was measured; the same command continues")
@@ -186,21 +186,25 @@ class TrialRunner:
 
     def trial(self, run: Run) -> None:
         """Ask, build, export, measure, estimate, tell."""
+        from optuna.exceptions import UpdateFinishedTrialError
+
         from nas.study import fail, lease
 
         clock = Clock(run.phases)
         with device_lock(self.options.settings.device):
             clock.lap("waiting for the device")
             trial = self.study.ask()
-            arch = suggest(trial, self.options)
-            clock.lap("sampler")
-            lease(trial, LEASE_S)
-            clock.lap("storage")
             try:
+                lease(trial, LEASE_S)
+                clock.lap("storage")
+                arch = suggest(trial, self.options)
+                clock.lap("sampler")
                 self._measure_and_tell(trial, arch, clock)
             except (MeasureError, WorkerError, ValueError) as error:
                 fail(self.study, trial, f"{type(error).__name__}: {error}")
                 clock.lap("storage")
+            except UpdateFinishedTrialError:
+                run.notes.append(f"trial {trial.number} was taken for dead by another worker; its result was dropped")
             except KeyboardInterrupt:
                 fail(self.study, trial, "interrupted", retry=True)
                 raise
@@ -375,18 +379,23 @@ def published_order(options: Options, reference_ms: float) -> list[str]:
 
 
 def enqueue_published(options: Options, study: optuna.Study, reference_ms: float) -> None:
-    """Enqueue the published variants nearest the budget: one a family at least, a quarter of the trials at most."""
+    """Enqueue the published variants nearest the budget: one a family at least, a quarter of the trials at most.
+
+    The choice is made once a study; a worker that joins enqueues what one killed meanwhile had not.
+    """
     from nas.study import enqueue
     from search_spaces.api import find_variant
     from search_spaces.registry import FAMILIES
 
-    order = published_order(options, reference_ms)
-    count = max(len(options.families), options.trials // 4)
-    for name in order[:count]:
+    if "published" not in study.user_attrs:
+        order = published_order(options, reference_ms)
+        count = max(len(options.families), options.trials // 4)
+        study.set_user_attr("skipped", order[count:])
+        study.set_user_attr("published", order[:count])
+    for name in study.user_attrs["published"]:
         family, variant = find_variant(name)
         params = {"family": family, **FAMILIES[family].space.encode(variant.values)}
         enqueue(study, params, {"name": name}, choices(options))
-    study.set_user_attr("skipped", order[count:])
 
 
 def state_of(study: optuna.Study, options: Options, run: Run) -> Progress:
@@ -435,7 +444,3 @@ def _host() -> str:
     import socket
 
     return socket.gethostname()
-
-
-def settings_dict(settings: Settings) -> dict[str, Any]:
-    return asdict(settings)

@@ -5,22 +5,20 @@ that holds one network and times it, `protocol.py` decides when which process ru
 package imports no runtime.
 """
 
+import contextlib
 import difflib
 import importlib.metadata
 import importlib.util
 import os
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from nas.errors import UserError
 from nas.measure.protocol import MeasureError, Measurement, Measurer, compare
 from nas.process import default_threads, usable_cpus
-
-if TYPE_CHECKING:
-    from filelock import FileLock
 
 __all__ = [
     "RUNTIMES",
@@ -107,11 +105,26 @@ def _known(what: str, name: str, choices: list[str]) -> None:
         raise UserError(f"unknown {what} {name!r}: {meant}")
 
 
-def device_lock(device: str) -> "FileLock":
-    """The lock of this user that whoever measures on `device` holds: one measuring at a time."""
-    from filelock import FileLock
+@contextlib.contextmanager
+def device_lock(device: str) -> Iterator[None]:
+    """Held by whoever measures on `device`: one process of this user at a time. Who has to wait is told, once."""
+    from filelock import FileLock, Timeout
 
-    return FileLock(Path(tempfile.gettempdir()) / f"vitnas-{os.getuid()}-{device}.lock")
+    lock = FileLock(Path(tempfile.gettempdir()) / f"vitnas-{os.getuid()}-{device}.lock")
+    try:
+        lock.acquire(timeout=-1 if device in _told else PATIENCE_S)
+    except Timeout:
+        _told.add(device)
+        print(f"waiting for another vitnas process that measures on this {device}", file=sys.stderr, flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+PATIENCE_S = 2
+_told: set[str] = set()
 
 
 from nas.measure import eager, ort  # noqa: E402, F401 (each registers itself above)

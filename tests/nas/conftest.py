@@ -87,18 +87,13 @@ def postgres_server() -> Iterator[str]:
                 time.sleep(0.05)
         yield f"postgresql://vitnas:{PASSWORD.replace('/', '%2F')}@127.0.0.1:{port}"
     finally:
-        import sys
-
-        t0 = time.time()
         if server is not None:
             server.send_signal(signal.SIGQUIT)  # without a checkpoint: the data goes too
             try:
                 server.wait(20)
             except subprocess.TimeoutExpired:
                 server.kill()
-        t1 = time.time()
         shutil.rmtree(home, ignore_errors=True)
-        print("TD", t1 - t0, time.time() - t1, file=sys.__stderr__)
 
 
 @pytest.fixture

@@ -517,19 +517,19 @@ def test_an_absent_runtime_is_named_with_its_command(monkeypatch: pytest.MonkeyP
 
 
 def test_one_measuring_at_a_time_per_device() -> None:
-    code = """if True:
-        from filelock import Timeout
-        from nas.measure import device_lock
-        for device in ("test-a", "test-b"):
-            try:
-                with device_lock(device).acquire(timeout=0):
-                    print("got", device)
-            except Timeout:
-                print("no", device)
-    """
+    """A second process waits, says so once, and goes on when the first is done; another device is free."""
+    code = "import sys; from nas.measure import device_lock\nwith device_lock(sys.argv[1]): print('got it')"
+
+    def other(device: str) -> subprocess.Popen:
+        command = [sys.executable, "-c", code, device]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
     with device_lock("test-a"):
-        answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert answer.stdout.split("\n")[:2] == ["no test-a", "got test-b"]
+        assert other("test-b").communicate(timeout=30) == ("got it\n", "")
+        waiting = other("test-a")
+        assert "waiting for another vitnas process" in waiting.stderr.readline()
+        assert waiting.poll() is None
+    assert waiting.communicate(timeout=30) == ("got it\n", "")
 
 
 def test_importing_is_light() -> None:

@@ -237,8 +237,8 @@ def _shvit(rng: random.Random) -> dict[str, Any]:
 def _evit(rng: random.Random) -> dict[str, Any]:
     patch = rng.choice((4, 8, 16))
     blocks = []
-    for _ in range(rng.randint(1, 4)):
-        attn = _maybe(rng, _attn(rng))
+    for i in range(rng.randint(1, 4)):
+        attn = _maybe(rng, _attn(rng), chance=0.8 if i else 1.0)  # without any, the class token would see no image
         blocks.append(
             {
                 "attn": attn,

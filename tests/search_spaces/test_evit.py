@@ -1,0 +1,200 @@
+"""EViT: token counts as tabulated, DeiT at keep 1.0, and a reference in plain loops over tokens."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import search_spaces
+from search_spaces import Arch
+from search_spaces.arch import kept
+
+FUSED = {90: (178, 162, 147), 80: (158, 128, 104), 70: (139, 99, 71), 60: (119, 73, 45), 50: (99, 51, 27)}
+DROPPED = {90: (177, 160, 144), 80: (157, 126, 101), 70: (138, 97, 68), 60: (118, 71, 43), 50: (98, 49, 25)}
+ROWS = [(keep, suffix, row) for suffix, table in (("", FUSED), ("_drop", DROPPED)) for keep, row in table.items()]
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "base"])
+@pytest.mark.parametrize(("keep", "suffix", "row"), ROWS)
+def test_token_counts(size: str, keep: int, suffix: str, row: tuple[int, int, int]) -> None:
+    """The reductions are in the 0-based layers 3, 6 and 9."""
+    first, second, third = row
+    arch = search_spaces.get_arch(f"evit_{size}_keep{keep}{suffix}")
+    assert arch.token_counts() == [196] * 3 + [first] * 3 + [second] * 3 + [third] * 3
+
+
+@pytest.mark.parametrize(("keep", "suffix"), [(70, ""), (50, "_drop")])
+def test_tokens_that_really_flow(keep: int, suffix: str) -> None:
+    model = search_spaces.create_model(f"evit_tiny_keep{keep}{suffix}").eval()
+    seen: list[int] = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda _module, _inputs, output: seen.append(output.shape[1] - 1))
+    with torch.no_grad():
+        model(torch.randn(1, 3, 224, 224))
+    assert seen == model.arch.token_counts()
+
+
+def test_reduction_precedes_the_mlp() -> None:
+    """In a reducing layer attention sees all tokens, the MLP only those that stay."""
+    model = search_spaces.create_model("evit_tiny_keep50_drop").eval()
+    seen: dict[str, int] = {}
+    for part in ("attn", "ffn"):
+        getattr(model.blocks[3], part).register_forward_hook(
+            lambda _module, inputs, _output, part=part: seen.update({part: inputs[0].shape[1]})
+        )
+    with torch.no_grad():
+        model(torch.randn(1, 3, 224, 224))
+    assert seen == {"attn": 197, "ffn": 99}
+
+
+@pytest.mark.parametrize("size", ["tiny", "small"])
+def test_keep_one_is_deit(size: str, helpers: ModuleType) -> None:
+    """Whether it says fused or not, a keep rate of 1 leaves DeiT, with the same parameter names."""
+    deit = helpers.randomise(search_spaces.create_model(f"deit_{size}").eval(), 1)
+    raw = helpers.document(search_spaces.get_arch(f"evit_{size}_keep70"))
+    for block in raw["blocks"]:
+        block["keep_rate"] = 1.0
+    model = search_spaces.create_model(helpers.read(raw)).eval()
+    model.load_state_dict(deit.state_dict())
+    x = helpers.image(224, 1, dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(model(x), deit(x))
+
+
+def test_keep_below_one_is_not_deit(helpers: ModuleType) -> None:
+    deit = helpers.randomise(search_spaces.create_model("deit_tiny").eval(), 1)
+    x = helpers.image(224, 2, dtype=torch.float32)
+    outputs = [deit(x)]
+    for name in ("evit_tiny_keep50", "evit_tiny_keep50_drop"):
+        model = search_spaces.create_model(name).eval()
+        model.load_state_dict(deit.state_dict())
+        outputs.append(model(x))
+    for i, found in enumerate(outputs):
+        for wanted in outputs[:i]:
+            assert helpers.error(found, wanted) > 1e-3
+
+
+def test_float_trap() -> None:
+    """ceil(rate * tokens) in exact decimal arithmetic, where binary rounding would give one more."""
+    assert math.ceil(0.55 * 100) == 56  # what the trap looks like
+    assert kept(0.55, 100) == 55
+    for percent in range(1, 101):
+        for tokens in (*range(1, 40), 49, 64, 100, 196, 256, 324, 361, 576, 1024, 4096):
+            assert kept(percent / 100, tokens) == math.ceil(Fraction(percent, 100) * tokens), (percent, tokens)
+
+
+# A reference in plain loops, from the description of the mechanism.
+
+
+def layer_norm(x: Tensor, state: dict[str, Tensor], name: str) -> Tensor:
+    centred = x - x.mean()
+    scaled = centred / math.sqrt(float(centred.square().mean()) + 1e-6)
+    return scaled * state[f"{name}.weight"] + state[f"{name}.bias"]
+
+
+def linear(x: Tensor, state: dict[str, Tensor], name: str) -> Tensor:
+    return state[f"{name}.weight"] @ x + state[f"{name}.bias"]
+
+
+def gelu(x: Tensor) -> Tensor:
+    return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
+
+
+def mlp(x: Tensor, state: dict[str, Tensor], name: str) -> Tensor:
+    return linear(gelu(linear(x, state, f"{name}.fc1")), state, f"{name}.fc2")
+
+
+def softmax(logits: list[float]) -> list[float]:
+    weights = [math.exp(logit - max(logits)) for logit in logits]
+    return [weight / sum(weights) for weight in weights]
+
+
+def reference(arch: Arch, state: dict[str, Tensor], pixels: Tensor) -> Tensor:
+    """Logits of one image (3, R, R)."""
+    size = arch.patch_size
+    side = arch.resolution // size
+    weight = state["patch_embed.weight"].flatten(1)
+    tokens = [state["cls_token"][0, 0]]
+    for row in range(side):
+        for column in range(side):
+            patch = pixels[:, row * size : (row + 1) * size, column * size : (column + 1) * size]
+            tokens.append(weight @ patch.flatten() + state["patch_embed.bias"])
+    tokens = [token + position for token, position in zip(tokens, state["pos_embed"][0], strict=True)]
+
+    for i, block in enumerate(arch.blocks):
+        if block.attn is not None:
+            updates, scores = attention(tokens, block.attn, state, f"blocks.{i}")
+            tokens = [token + update for token, update in zip(tokens, updates, strict=True)]
+            tokens = reduction(tokens, scores, block)
+        if block.ffn is not None:
+            tokens = [t + mlp(layer_norm(t, state, f"blocks.{i}.norm2"), state, f"blocks.{i}.ffn") for t in tokens]
+    return linear(layer_norm(tokens[0], state, "norm"), state, "head")
+
+
+def attention(tokens: list[Tensor], doc: Any, state: dict[str, Tensor], name: str) -> tuple[list[Tensor], list[float]]:
+    """What each token gains, and the class token's attention to each other token, averaged over heads."""
+    heads, key_dim, value_dim = doc.heads, doc.key_dim, doc.value_dim
+    qkv = [linear(layer_norm(token, state, f"{name}.norm1"), state, f"{name}.attn.qkv") for token in tokens]
+    queries = [row[: heads * key_dim] for row in qkv]
+    keys = [row[heads * key_dim : 2 * heads * key_dim] for row in qkv]
+    values = [row[2 * heads * key_dim :] for row in qkv]
+    gains, scores = [], [0.0] * (len(tokens) - 1)
+    for i, query in enumerate(queries):
+        mixed = []
+        for head in range(heads):
+            q = query[head * key_dim : (head + 1) * key_dim]
+            logits = [float(q @ key[head * key_dim : (head + 1) * key_dim]) * doc.scale for key in keys]
+            weights = softmax(logits)
+            pairs = zip(weights, values, strict=True)
+            mixed.append(sum(w * value[head * value_dim : (head + 1) * value_dim] for w, value in pairs))
+            if i == 0:
+                scores = [score + weight / heads for score, weight in zip(scores, weights[1:], strict=True)]
+        gains.append(linear(torch.cat(mixed), state, f"{name}.attn.proj"))
+    return gains, scores
+
+
+def reduction(tokens: list[Tensor], scores: list[float], block: Any) -> list[Tensor]:
+    """The class token, the ceil(rate * others) best of the others, and the raw weighted sum of the rest."""
+    others = tokens[1:]
+    keep = math.ceil(Fraction(str(block.keep_rate)) * len(others))
+    if keep == len(others):
+        return tokens
+    order = sorted(range(len(others)), key=lambda j: -scores[j])
+    reduced = [tokens[0]] + [others[j] for j in order[:keep]]
+    if block.fuse:
+        reduced.append(sum(scores[j] * others[j] for j in order[keep:]))
+    return reduced
+
+
+def compare(arch: Arch, seed: int, helpers: ModuleType) -> None:
+    model = helpers.build(arch, seed)
+    x = helpers.image(arch, 2, seed)
+    state = model.state_dict()
+    with torch.no_grad():
+        found = model(x)
+    wanted = torch.stack([reference(arch, state, pixels) for pixels in x])
+    assert helpers.error(found, wanted) < 1e-8  # float64; the requirement is 1e-5
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_equals_the_reference(seed: int, helpers: ModuleType) -> None:
+    compare(helpers.random_arch("evit", seed), seed, helpers)
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize("rates", [(0.5, 0.5, 0.5), (0.9, 0.7, 0.3), (1.0, 0.55, 1.0), (0.35, 0.35, 0.05)])
+@pytest.mark.parametrize(("resolution", "embed", "heads"), [(32, 12, 1), (40, 16, 4)])
+def test_schedules_equal_the_reference(
+    fuse: bool, rates: tuple[float, ...], resolution: int, embed: int, heads: int, helpers: ModuleType
+) -> None:
+    """Uniform layers, repeated reductions: a fused token is an ordinary candidate at the next one."""
+    attn = {"heads": heads, "key_dim": embed // heads, "value_dim": embed // heads, "scale": (embed / heads) ** -0.5}
+    blocks = [{"attn": attn, "keep_rate": rate, "fuse": fuse, "ffn": {"hidden": 4 * embed}} for rate in (*rates, 1.0)]
+    arch = helpers.random_arch("evit", 0, resolution=resolution, patch_size=8, embed_dim=embed, blocks=blocks)
+    compare(arch, 5, helpers)
