@@ -267,7 +267,7 @@ def families_of(names: list[str] | None) -> tuple[str, ...]:
 
 def command_line() -> str:
     """The command as typed, without passwords."""
-    from nas.study import mask_url
+    from nas.storage import mask_url
 
     words = [word if "://" not in word else mask_url(word) for word in sys.argv[1:]]
     return " ".join(["vitnas", *words])

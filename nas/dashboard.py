@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from nas.errors import UserError
-from nas.study import open_storage
+from nas.storage import open_storage
 
 if TYPE_CHECKING:
     from collections.abc import Container

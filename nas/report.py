@@ -18,7 +18,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nas.study import mask_url
+from nas.storage import mask_url
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -125,7 +125,8 @@ def search(
     """
     from nas.quality import TIERS
     from nas.samplers import make_sampler
-    from nas.study import open_study, remaining, storage_errors, sweep
+    from nas.storage import storage_errors
+    from nas.study import open_study, remaining, sweep
 
     check_settings(options.settings)
     sampler = make_sampler(options.sampler, options.seed)

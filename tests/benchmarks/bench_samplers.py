@@ -23,7 +23,7 @@ from nas.measure import Settings
 from nas.quality.prior import Prior, features
 from nas.samplers import make_sampler
 from nas.search import Options, choices, published_order, suggest
-from nas.study import open_storage
+from nas.storage import open_storage
 from search_spaces import Arch, table
 from search_spaces.api import find_variant
 from search_spaces.registry import FAMILIES

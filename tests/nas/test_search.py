@@ -35,7 +35,7 @@ def start(out: Path, *words: str, **options) -> subprocess.Popen:
 def trials_of(out: Path) -> list:
     import optuna
 
-    from nas.study import open_storage
+    from nas.storage import open_storage
 
     storage = open_storage(out / STUDY / "study.journal", read_only=True)
     return optuna.load_study(study_name=STUDY, storage=storage).get_trials(deepcopy=False)

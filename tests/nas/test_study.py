@@ -1,11 +1,8 @@
-"""The study layer on a journal file and on a real PostgreSQL, with processes that are killed."""
+"""Studies on a journal file and on a real PostgreSQL, with processes that are killed."""
 
 from __future__ import annotations
 
 import os
-import re
-import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -16,12 +13,12 @@ import optuna
 import pytest
 from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
-from sqlalchemy.exc import SQLAlchemyError
 
 import nas
 from nas import study as layer
 from nas.errors import UserError
-from nas.study import enqueue, fail, finish, finished, lease, mask_url, open_study, remaining, sweep
+from nas.storage import open_storage
+from nas.study import enqueue, fail, finish, lease, open_study, remaining, sweep
 
 META = {"budget_ms": 2.0, "runtime": "onnxruntime", "hardware": {"cpu": "Zen 3", "threads": 1}}
 CHOICES = {"width": range(7), "depth": range(7)}
@@ -30,7 +27,7 @@ PROLOGUE = f"""
 import os, sys, time
 from optuna.samplers import RandomSampler
 from pathlib import Path
-from nas.study import enqueue, fail, finish, finished, lease, open_study, remaining, sweep
+from nas.study import enqueue, finish, lease, open_study, remaining, sweep
 storage = sys.argv[1]
 META, CHOICES = {META!r}, {CHOICES!r}
 def start():
@@ -46,7 +43,7 @@ def wait_for_all(n, what="go"):
     folder.mkdir(exist_ok=True)
     (folder / str(os.getpid())).touch()
     while len(list(folder.iterdir())) < n:
-        pass
+        time.sleep(0.001)
 """
 
 
@@ -149,7 +146,7 @@ def test_tuples_and_lists_are_the_same_to_a_resumed_study(tmp_path: Path) -> Non
 
 def test_foreign_study_of_the_same_name_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "j"
-    foreign = optuna.create_study(study_name="s", storage=layer.open_storage(path))
+    foreign = optuna.create_study(study_name="s", storage=open_storage(path))
     foreign.tell(foreign.ask(), 1.0)
     with pytest.raises(UserError, match="not made by vitnas"):
         start(path)
@@ -158,280 +155,22 @@ def test_foreign_study_of_the_same_name_is_left_alone(tmp_path: Path) -> None:
 
 def test_processes_create_and_enqueue_at_the_same_moment(storage: str, tmp_path: Path) -> None:
     body = """
-wait_for_all(4)
+wait_for_all(3)
 study = start()
 print(study._study_id)
-wait_for_all(4, "created")
-for n in range(20):
+wait_for_all(3, "created")
+for n in range(10):
     print(enqueue(study, {"width": n % 7, "depth": n // 7}, {}, CHOICES))
 """
     folder = barrier(tmp_path)
-    results = outputs([process(body, storage, folder) for _ in range(4)])
+    results = outputs([process(body, storage, folder) for _ in range(3)])
     assert len({ids for ids, *_ in results}) == 1
-    assert sum(out.count("True") for out in results) == 20
+    assert sum(out.count("True") for out in results) == 10
     study = start(storage)
     assert optuna.get_all_study_names(study._storage) == ["s"]
     assert study.user_attrs == {"vitnas": META}
     enqueued = [t.system_attrs["fixed_params"] for t in study.trials]
-    assert len({tuple(params.items()) for params in enqueued}) == len(enqueued) == 20
-
-
-@pytest.mark.parametrize(
-    ("url", "masked"),
-    [
-        ("postgresql://u:pw@h:1/db", "postgresql://u:***@h:1/db"),
-        ("postgresql+psycopg://u:p@s/s:w@h/db", "postgresql+psycopg://u:***@h/db"),
-        (
-            "postgresql://u@h/db?password=pw&sslmode=off",
-            "postgresql://u@h/db?password=***&sslmode=off",
-        ),
-        ("postgresql://u@h:5432/db", "postgresql://u@h:5432/db"),
-        ("sqlite:////tmp/a:b@c.db", "sqlite:////tmp/a:b@c.db"),
-        ("runs/a:b@c/study.journal", "runs/a:b@c/study.journal"),
-    ],
-)
-def test_mask_url(url: str, masked: str) -> None:
-    assert mask_url(url) == masked
-
-
-@pytest.mark.parametrize(
-    ("url", "expected"),
-    [
-        ("postgresql://u:hunter2@127.0.0.1:9/db", "refused"),
-        ("postgresql://u@127.0.0.1:9/db?password=hunter2", "refused"),
-        ("postgresql://u:hunter2@no-such-host.invalid/db", "no-such-host.invalid"),
-        ("postgresql://u:hunter2@host:port/db", "should look like"),
-        ("postgresql://u:hun@ter2@host/db", "should look like"),
-        ("postgresql://u:hun@ter2:hunter2@host/db", "should look like"),
-        ("postgre://u:hunter2@host/db", "unknown database 'postgre'"),
-        ("postgresql+nodriver://u:hunter2@host/db", "no driver"),
-        ("://hunter2", "should look like"),
-        ("sqlite://", "needs a file"),
-        ("sqlite:////no-such/folder/study.db", "cannot use /no-such/folder/study.db: No such file"),
-    ],
-)
-def test_bad_url_is_one_line_without_the_password(url: str, expected: str) -> None:
-    begun = time.monotonic()
-    with pytest.raises(UserError) as error:
-        start(url)
-    message = one_line(error)
-    assert expected in message
-    assert url.startswith("://") or not re.search("hunter2|ter2|hun@", message)
-    assert time.monotonic() - begun < 10
-
-
-def test_server_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layer, "CONNECT_TIMEOUT_S", 2)
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        begun = time.monotonic()
-        with pytest.raises(UserError, match="timeout"):
-            start(f"postgresql://u:pw@127.0.0.1:{silent.getsockname()[1]}/db")
-        assert time.monotonic() - begun < 8
-
-
-def test_postgresql_means_psycopg_3() -> None:
-    assert layer._sql_url("postgresql://u:pw@h/db").drivername == "postgresql+psycopg"
-
-
-def test_wrong_password_is_not_repeated(postgres_url: str) -> None:
-    wrong = postgres_url.replace("s3cret%2Fword", "hunter%2F2")
-    with pytest.raises(UserError, match="authentication failed") as error:
-        start(wrong)
-    assert not re.search("hunter", one_line(error))
-
-
-def test_password_in_a_drivers_own_words_is_hidden() -> None:
-    url = "postgresql://u:hunter%2F2@h/db?password=pass%3Dword"
-    with pytest.raises(UserError) as error, layer.storage_errors(url):
-        raise SQLAlchemyError("no entry for hunter/2, hunter%2F2, pass=word\nmore")
-    assert one_line(error) == (
-        "cannot use the storage postgresql://u:***@h/db?password=***: no entry for ***, ***, ***"
-    )
-
-
-def test_server_that_goes_away_is_one_line(postgres_url: str) -> None:
-    import psycopg
-
-    study = start(postgres_url)
-    name = postgres_url.rpartition("/")[2]
-    with psycopg.connect(postgres_url.rpartition("/")[0] + "/postgres", autocommit=True) as admin:
-        admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
-    with (
-        pytest.raises(UserError, match=f'"{name}" does not exist'),
-        layer.storage_errors(postgres_url),
-    ):
-        study.ask()
-
-
-def test_sqlite_works(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path}/study.db"
-    study = start(url)
-    finish(study, ask(study), 70.0, 500.0, -0.1, {})
-    assert len(finished(start(url))) == 1
-
-
-# ---------------------------------------------------------------------- the journal file
-
-
-@pytest.mark.parametrize("content", [b"just a note", b"a note\n", b"SQLite format 3\x00" + bytes(100), b"[1]\n[2]\n"])
-def test_file_that_is_no_journal_is_left_as_it_was(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "notes"
-    path.write_bytes(content)
-    with pytest.raises(UserError, match="not an Optuna journal"):
-        start(path)
-    assert path.read_bytes() == content
-
-
-@pytest.mark.parametrize("line", [b'{"op_code": broken\n', b'{"op_code":99}\n', b'{"op_code":4}\n'])
-def test_damaged_journal_is_one_line(tmp_path: Path, line: bytes) -> None:
-    path = tmp_path / "j"
-    start(path)
-    whole = path.read_bytes()
-    path.write_bytes(whole + line + whole)
-    with pytest.raises(UserError, match="damaged") as error:
-        start(path)
-    one_line(error)
-    assert path.read_bytes() == whole + line + whole
-
-
-@pytest.mark.parametrize(
-    ("path", "expected"),
-    [
-        (".", "is not a file"),
-        ("file/j", "Not a directory"),
-        ("missing/j", "No such file or directory"),
-        ("sealed/j", "Permission denied"),
-        ("sealed/hidden/j", "Permission denied"),
-    ],
-)
-def test_unusable_path_is_one_line(tmp_path: Path, path: str, expected: str) -> None:
-    (tmp_path / "file").write_text("")
-    (tmp_path / "sealed").mkdir(0o000)
-    root = os.geteuid() == 0
-    if root:  # whom no permission stops
-        os.chown(tmp_path, 65534, -1)
-        os.chmod(tmp_path.parent, 0o755)
-        os.chmod(tmp_path.parent.parent, 0o755)
-        os.seteuid(65534)
-    try:
-        with pytest.raises(UserError, match=expected) as error:
-            start(tmp_path / path)
-        one_line(error)
-    finally:
-        if root:
-            os.seteuid(0)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "sealed"]
-
-
-def test_torn_last_line_is_cut_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = tmp_path / "j"
-    study = start(path)
-    for _ in range(3):
-        finish(study, ask(study), 70.0, 500.0, -0.1, {})
-    before = study.trials
-    whole = path.read_bytes()
-    path.write_bytes(whole + whole.splitlines()[-1][:25])
-    study = start(path)
-    assert path.read_bytes() == whole
-    assert [r.getMessage() for r in caplog.records if r.name == "nas.study"] == [
-        f"{path}: cut 25 bytes of an unfinished last line"
-    ]
-    assert study.trials == before
-    finish(study, ask(study), 71.0, 500.0, -0.1, {})
-    assert len(finished(start(path))) == 4
-
-
-def test_live_worker_survives_a_line_torn_by_another(tmp_path: Path) -> None:
-    path = tmp_path / "j"
-    live = start(path)
-    with path.open("ab") as file:
-        file.write(b'{"op_code":4,"worker_id":"killed whi')
-    finish(live, ask(live), 70.0, 500.0, -0.1, {})
-    assert len(finished(start(path))) == 1
-
-
-def test_torn_very_first_line(tmp_path: Path) -> None:
-    path = tmp_path / "j"
-    path.write_bytes(b'{"op_c')
-    finish(study := start(path), ask(study), 70.0, 500.0, -0.1, {})
-    assert len(finished(start(path))) == 1
-
-
-def test_lock_of_a_killed_process_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "run" / "j"
-    path.parent.mkdir()
-    start(path)
-    killed = process(
-        "import nas.study as s\ns._JournalLock(Path(storage)).acquire()\nos.kill(os.getpid(), 9)",
-        path,
-    )
-    killed.communicate(timeout=60)
-    assert killed.returncode == -9
-    assert Path(f"{path}.lock").exists()
-    shutil.move(path.parent, tmp_path / "moved")
-    monkeypatch.setattr(layer, "JOURNAL_LOCK_GRACE_S", 3)
-    begun = time.monotonic()
-    start(tmp_path / "moved" / "j")
-    assert 2 < time.monotonic() - begun < 15
-
-
-def test_interrupts_leave_memory_and_file_in_step(tmp_path: Path) -> None:
-    """Ctrl-C at some hundred random moments while trials are stored: no lock stays, no trial is misfiled."""
-    body = """
-import random, signal
-from nas import study as layer
-layer.JOURNAL_LOCK_GRACE_S = 3
-signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
-study, interrupts, longest = start(), 0, 0.0
-end = time.monotonic() + 4
-while time.monotonic() < end:
-    begun = time.monotonic()
-    try:
-        signal.setitimer(signal.ITIMER_REAL, random.uniform(0.0001, 0.006))
-        trial = ask(study)
-        finish(study, trial, 70.0, 500.0, -0.1, {"number": trial.number})
-        signal.setitimer(signal.ITIMER_REAL, 0)
-    except KeyboardInterrupt:
-        interrupts += 1
-    longest = max(longest, time.monotonic() - begun)
-signal.setitimer(signal.ITIMER_REAL, 0)
-assert longest < 3, longest
-assert start().trials == study.trials
-assert all(t.user_attrs.get("number", t.number) == t.number for t in study.trials)
-print(interrupts)
-"""
-    (out,) = outputs([process(body, tmp_path / "j")])
-    assert int(out[0]) > 50
-    assert not (tmp_path / "j.lock").exists()
-
-
-def test_full_disk_keeps_finished_trials(tmp_path: Path) -> None:
-    path = tmp_path / "j"
-    body = """
-import resource
-from nas.errors import UserError
-study = start()
-try:
-    for n in range(1000):
-        finish(study, ask(study), n, 1.0, -0.1, {})
-        if n == 4:
-            size = os.path.getsize(storage) + 2500
-            resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-except UserError as error:
-    print(n, error)
-"""
-    (out,) = outputs([process(body, path)])
-    assert 5 <= int(out[0]) < 20
-    assert " ".join(out[1:]).startswith(f"disk full while writing {path}: finished trials are kept")
-    assert not path.read_bytes().endswith(b"\n")
-    study = start(path)
-    done = finished(study)
-    assert [t.values[0] for t in done] == list(range(int(out[0])))
-    running = [t for t in study.trials if t.state == TrialState.RUNNING]
-    assert sweep(study) == [t.number for t in running]
-    finish(study, ask(study), 1.0, 1.0, -0.1, {})
-    states = {t.state for t in start(path).trials}
-    assert states <= {TrialState.COMPLETE, TrialState.FAIL}
+    assert len({tuple(params.items()) for params in enqueued}) == len(enqueued) == 10
 
 
 # ------------------------------------------------------------------------- running a trial
@@ -451,7 +190,7 @@ time.sleep(60)
     number = int(killed.stdout.readline())
     assert sweep(study) == []  # it is alive
     killed.kill()
-    time.sleep(0.2)  # not waited for: a zombie, as under an init that reaps nothing
+    os.waitid(os.P_PID, killed.pid, os.WEXITED | os.WNOWAIT)  # a zombie still, as under an init that reaps nothing
     assert sweep(study) == [number]
     assert sweep(study) == []
     killed.communicate()
@@ -597,7 +336,6 @@ def test_remaining_counts_finished_and_running(tmp_path: Path) -> None:
     fail(study, ask(study), "broken")
     ask(study)
     assert remaining(study, 4) == 1
-    assert [t.number for t in finished(study)] == [0, 1]
     interrupted = ask(study)
     assert remaining(study, 4) == 0
     fail(study, interrupted, "interrupted", retry=True)
