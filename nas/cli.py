@@ -92,7 +92,11 @@ def search(
     with watch(options) as (progress, say):
         found, run = run_search(options, progress, say)
     with watch(options, closing=True) as (progress, _):
-        data = finish_run(options, found, run, command_line(), progress)
+        try:
+            data = finish_run(options, found, run, command_line(), progress)
+        except KeyboardInterrupt:
+            run.interrupted = True
+            data = finish_run(options, found, run, command_line())
     show_result(data, options.folder, to_stderr=as_json)
     if as_json:
         print(json.dumps({key: data[key] for key in data if key != "trials"} | {"folder": str(options.folder)}))

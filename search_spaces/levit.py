@@ -5,6 +5,7 @@ weights are the same.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Literal, Self
 
 import torch
@@ -28,8 +29,10 @@ from search_spaces.arch import (
 from search_spaces.layers import (
     AttentionBias,
     Classifier,
+    ConvNorm,
     FeedForward,
     Form,
+    LinearNorm,
     halved,
     pointwise,
     qkv_axis,
@@ -121,7 +124,8 @@ class Attention(nn.Module):
         if stride == 1:
             self.qkv = pointwise(form, embed, qkv_axis(heads, qk, v), tokens)
         else:
-            self.q = pointwise(form, embed, Each(heads, qk), queries)
+            strided = partial(ConvNorm, stride=stride) if form == "conv" else LinearNorm
+            self.q = strided(embed, Each(heads, qk), queries)
             self.kv = pointwise(form, embed, Each(heads, Cat((qk, v))), tokens)
         self.bias = AttentionBias(name, heads, grid, stride)
         self.act = nn.Hardswish()
@@ -132,7 +136,7 @@ class Attention(nn.Module):
         if self.stride == 1:
             q, k, v = self._per_head(self.qkv(x), (self.key_dim, self.key_dim, self.value_dim))
         else:
-            (q,) = self._per_head(self.q(self._strided(x)), (self.key_dim,))
+            (q,) = self._per_head(self.q(self._strided(x) if self.form == "linear" else x), (self.key_dim,))
             k, v = self._per_head(self.kv(x), (self.key_dim, self.value_dim))
         bias = self.bias()
         if index is not None:
@@ -144,7 +148,7 @@ class Attention(nn.Module):
         else:
             logits = q.transpose(-2, -1) @ k
             mixed = v @ self._softmax(logits, bias).transpose(-2, -1)
-            side = x.shape[2:] if self.stride == 1 else (halved(x.shape[2]), halved(x.shape[3]))
+            side = x.shape[2:] if self.stride == 1 else (halved(self.grid), halved(self.grid))
             y = mixed.reshape(x.shape[0], -1, *side)
         y = self.proj(self.act(y))
         return x + y if self.stride == 1 else y
@@ -156,8 +160,7 @@ class Attention(nn.Module):
         return y.flatten(2).view(y.shape[0], self.heads, -1, y.shape[2] * y.shape[3]).split(dims, dim=2)
 
     def _strided(self, x: Tensor) -> Tensor:
-        if self.form == "conv":
-            return x[:, :, :: self.stride, :: self.stride]
+        """Tokens of every stride-th row and column; in conv form the projection itself is strided."""
         grid = x.view(x.shape[0], self.grid, self.grid, -1)
         return grid[:, :: self.stride, :: self.stride].flatten(1, 2)
 

@@ -1,12 +1,17 @@
 """ONNX export: static shapes, BatchNorm folded away, equal to PyTorch."""
 
+import random
+
 import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import nn
 
 from nas.export import disagreement, to_onnx
 from search_spaces import create_model, fold, get_arch, list_models
+from search_spaces.registry import FAMILIES
+from search_spaces.space import LEVELS, PARAMETERS
 
 SMALLEST = (
     "levit_128s",
@@ -57,3 +62,23 @@ def test_disagreement_sees_a_changed_network(tmp_path):
 def test_no_batch_norm_module_is_left():
     for name in SMALLEST:
         assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in fold(create_model(name)).modules())
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_random_points_of_every_space_export(family, tmp_path):
+    """Odd grids, dropped tokens, every form: what the search may ask for can be measured."""
+    space, draw = FAMILIES[family].space, random.Random(1)
+    for _ in range(6):
+        arch = space.decode({name: draw.randrange(LEVELS) for name in PARAMETERS}, 10)
+        folded = fold(create_model(arch))
+        to_onnx(folded, tmp_path / "model.onnx", arch.resolution, batch_size=1)
+        onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize("resolution", [128, 144, 176, 208, 224])
+@pytest.mark.parametrize("form", ["linear", "conv"])
+def test_levit_exports_on_odd_grids(form, resolution, tmp_path):
+    arch = get_arch("levit_128s", num_classes=10).replace(form=form, resolution=resolution)
+    folded = fold(randomise(create_model(arch)))
+    to_onnx(folded, tmp_path / "model.onnx", resolution, batch_size=1)
+    assert disagreement(folded, tmp_path / "model.onnx", resolution, batch_size=1) < 1e-4

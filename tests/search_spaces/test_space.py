@@ -125,11 +125,11 @@ GROWING = ("resolution", "width", "depth", "keep")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_options_are_ordered(family: str) -> None:
     """A higher level of these axes never means fewer multiply-accumulates."""
-    space = FAMILIES[family].space
+    space, base = FAMILIES[family].space, MIDDLE | {"form": 0}
     for name in space.options:
         if not name.startswith(GROWING):
             continue
-        macs = [search_spaces.table(space.decode(DEEP | {name: level}, 10)).macs() for level in range(LEVELS)]
+        macs = [search_spaces.table(space.decode(base | {name: level}, 10)).macs() for level in (0, 3, 6)]
         assert macs == sorted(macs), name
         assert macs[0] < macs[-1], name
 
