@@ -147,8 +147,10 @@ def search(
                 enqueue_published(options, study, worker.reference_ms)
             while remaining(study, options.trials) and (deadline is None or time.perf_counter() < deadline):
                 started = time.perf_counter()
-                worker.trial(run)
-                run.trial_s.append(time.perf_counter() - started)
+                try:
+                    worker.trial(run)
+                finally:
+                    run.trial_s.append(time.perf_counter() - started)
                 progress(state_of(study, options, run))
                 sweep(study)
         except KeyboardInterrupt:

@@ -3,9 +3,9 @@
     vitnas search --latency-budget 2ms --sampler random --trials 300 --study table --out DIR
     python tests/benchmarks/bench_samplers.py DIR/table/study.journal [--seconds 240] [--seeds 3] [--budget 2]
 
-The latencies of the random study are fitted per family (ridge regression of log latency on log MACs and the shape);
-the held-out error of that fit is printed first. Samplers then search the real space, with the real prior and the
-fitted latency (with 2% noise). A trial costs the study's median trial time outside its sampler, plus the time the
+The latencies of the random study are fitted per family (nonnegative costs of MACs, activations and layers); the
+held-out error of that fit is printed first. Samplers then search the real space, with the real prior and the
+fitted latency (with 2% noise). A trial costs the study's median trial time (or --trial-seconds), plus the time the
 sampler really takes here. Score: feasible hypervolume over latency 0..budget and quality bound 40..80, in percent.
 """
 
@@ -18,44 +18,53 @@ from pathlib import Path
 
 import numpy as np
 import optuna
+from scipy.optimize import nnls
 
 from nas.measure import Settings
-from nas.quality.prior import Prior, features
+from nas.quality.prior import Prior
 from nas.samplers import make_sampler
 from nas.search import Options, choices, published_order, suggest
 from nas.storage import open_storage
 from search_spaces import Arch, table
 from search_spaces.api import find_variant
 from search_spaces.registry import FAMILIES
+from search_spaces.widths import Table
 
+Point = tuple[Arch, Table, float]
 FLOOR, CEILING = 40.0, 80.0
-RIDGE = 1e-2
+LARGE_GRID = 256
 
 
-def inputs(arch: Arch, macs: int) -> np.ndarray:
-    shape = features(arch)
-    rows = shape if len(shape) > 1 else np.repeat(shape, 3, axis=0)
-    fixed = np.stack([rows.mean(0), rows[0], rows[-1]]).ravel()
-    return np.array([1.0, math.log2(macs), math.log2(macs) ** 2 / 10, len(shape), *fixed])
+def inputs(arch: Arch, counts: Table) -> np.ndarray:
+    """What latency is spent on: MACs on large and on small grids, depthwise MACs, attention, activations, layers."""
+    large = depthwise = activations = 0.0
+    for entry in counts.entries:
+        work = entry.positions * float(np.prod(entry.shape))
+        large += work * (entry.positions >= LARGE_GRID)
+        depthwise += work * (len(entry.axes) == 4 and entry.axes[1].size == 1)
+        activations += entry.positions * entry.axes[0].size if entry.axes else 0
+    small = counts.macs() - counts.products - large
+    reduced = sum(stage.keep_rate < 1 for stage in arch.summary())
+    weights = [large, small, depthwise, counts.products, activations, counts.params()]
+    return np.array([*(w / 1e6 for w in weights), len(counts.entries) / 100, reduced, 1.0])
 
 
 class LatencyFit:
-    """Ridge regression of log2 latency, a family at a time."""
+    """Latency as a sum of nonnegative costs, a family at a time; relative errors are minimised."""
 
-    def __init__(self, points: list[tuple[Arch, int, float]]) -> None:
-        self._weights = {}
+    def __init__(self, points: list[Point]) -> None:
+        self._costs = {}
         for family in FAMILIES:
             own = [p for p in points if p[0].family == family]
-            x = np.array([inputs(arch, macs) for arch, macs, _ in own])
-            y = np.log2([ms for _, _, ms in own])
-            penalty = RIDGE * np.eye(x.shape[1])
-            self._weights[family] = np.linalg.solve(x.T @ x + penalty, x.T @ y)
+            x = np.array([inputs(arch, counts) for arch, counts, _ in own])
+            y = np.array([ms for _, _, ms in own])
+            self._costs[family], _ = nnls(x / y[:, None], np.ones(len(y)))
 
-    def at(self, arch: Arch, macs: int) -> float:
-        return float(2 ** (inputs(arch, macs) @ self._weights[arch.family]))
+    def at(self, arch: Arch, counts: Table) -> float:
+        return float(inputs(arch, counts) @ self._costs[arch.family])
 
 
-def held_out_error(points: list[tuple[Arch, int, float]], folds: int = 5) -> float:
+def held_out_error(points: list[Point], folds: int = 5) -> float:
     """Median relative error of predictions for points left out of the fit."""
     errors = []
     for fold in range(folds):
@@ -102,9 +111,7 @@ def replay(name: str, seed: int, enqueue: bool, world: "World", seconds: float) 
 class World:
     """The real space and prior, with fitted latencies."""
 
-    def __init__(
-        self, points: list[tuple[Arch, int, float]], trial_s: float, reference_ms: float, budget: float
-    ) -> None:
+    def __init__(self, points: list[Point], trial_s: float, reference_ms: float, budget: float) -> None:
         self.options = Options(budget, Settings(), tuple(FAMILIES), 100, None, "", Path(), None, "", None, 1000)
         self.trial_s, self._fit, self._prior = trial_s, LatencyFit(points), Prior()
         self._known: dict[str, tuple[float, float]] = {}
@@ -117,8 +124,8 @@ class World:
     def look_up(self, arch: Arch) -> tuple[float, float]:
         key = arch.digest()
         if key not in self._known:
-            macs = table(arch).macs()
-            self._known[key] = (self._prior.estimate(arch, macs).bound, self._fit.at(arch, macs))
+            counts = table(arch)
+            self._known[key] = (self._prior.estimate(arch, counts.macs()).bound, self._fit.at(arch, counts))
         return self._known[key]
 
 
@@ -128,6 +135,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=240)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--budget", type=float, default=2.0)
+    parser.add_argument("--trial-seconds", type=float, help="cost of a trial beside its sampler (default: the study's)")
     parser.add_argument("--samplers", nargs="+", default=["random", "nsga2", "tpe", "gp"])
     args = parser.parse_args()
     storage = open_storage(args.journal, read_only=True)
@@ -136,10 +144,10 @@ def main() -> None:
     points = []
     for trial in trials:
         arch = Arch.from_json(json.dumps(trial.user_attrs["arch"]))
-        points.append((arch, table(arch).macs(), trial.user_attrs["latency_ms"]))
+        points.append((arch, table(arch), trial.user_attrs["latency_ms"]))
     reference = statistics.median(t.user_attrs["detail"]["reference_ms"] for t in trials)
     durations = sorted((t.datetime_complete - t.datetime_start).total_seconds() for t in trials)
-    trial_s = statistics.median(durations)
+    trial_s = args.trial_seconds or statistics.median(durations)
     world = World(points, trial_s, reference, args.budget)
     print(
         f"{len(points)} measured networks; held-out median error of the fitted latency {held_out_error(points):.1%}; "

@@ -35,7 +35,12 @@ def every(names: Any, default: tuple[str, ...] = SMALLEST) -> list[Any]:
 def oracle(helpers: ModuleType, name: str) -> nn.Module:
     """timm's model in eval mode, all its parameters and running statistics random. Shared: copy before changing it."""
     model = helpers.randomise(timm.create_model(name), 1)
-    return helpers.calibrate(model, helpers.image(model.pretrained_cfg["input_size"][1], 8, 9, torch.float32), 2)
+    return helpers.calibrate(model, pictures(helpers, model.pretrained_cfg["input_size"][1], 8), 2)
+
+
+def pictures(helpers: ModuleType, arch_or_size: Any, count: int) -> Tensor:
+    """Some of the images the running statistics are near: others would magnify rounding errors."""
+    return helpers.image(arch_or_size, 8, dtype=torch.float32)[:count]
 
 
 def ours(name: str, state: dict[str, Tensor], **changes: Any) -> nn.Module:
@@ -61,9 +66,11 @@ def test_all_of_timms_models_are_compared() -> None:
 def test_eval_logits(name: str, helpers: ModuleType) -> None:
     theirs = oracle(helpers, ORACLES[name])
     model = ours(name, theirs.state_dict())
-    x = helpers.image(model.arch, 3, dtype=torch.float32)
+    x = pictures(helpers, model.arch, 3)
     same(model, theirs, x, helpers)
-    same(search_spaces.fold(model), theirs, x, helpers)
+    model, x = model.double(), x.double()
+    with torch.no_grad():
+        assert helpers.error(search_spaces.fold(model)(x), model(x)) < 1e-8
 
 
 @pytest.mark.parametrize("name", every(ORACLES))
@@ -71,10 +78,13 @@ def test_train_logits_gradients_and_statistics(name: str, helpers: ModuleType) -
     """Every parameter gets timm's gradient, so every parameter stands where timm has it."""
     theirs = copy.deepcopy(oracle(helpers, ORACLES[name])).train()
     model = ours(name, theirs.state_dict()).train()
-    x = helpers.image(model.arch, 4, dtype=torch.float32)
+    x = pictures(helpers, model.arch, 4)
+    same(model, theirs, x, helpers)
+
+    model, theirs, x = model.double(), theirs.double(), x[:3].double()
     wanted, found = theirs(x), model(x)
-    assert helpers.error(found, wanted) < 1e-4
-    direction = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(3))
+    assert helpers.error(found, wanted) < 1e-8
+    direction = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     (wanted * direction).sum().backward()
     (found * direction).sum().backward()
 
@@ -83,10 +93,10 @@ def test_train_logits_gradients_and_statistics(name: str, helpers: ModuleType) -
     grads = {key: value.grad for key, value in theirs.named_parameters()}
     grads = translate(grads, model.arch.family, set(own))
     assert grads.keys() == own.keys()
-    floor = 1e-4 * max(float(grad.norm()) for grad in grads.values())
+    floor = 1e-6 * max(float(grad.norm()) for grad in grads.values())
     for key, grad in own.items():
         wanted_grad = grads[key].reshape(grad.shape)
-        assert (grad - wanted_grad).norm() <= 1e-2 * max(float(wanted_grad.norm()), floor), key
+        assert (grad - wanted_grad).norm() <= 1e-6 * max(float(wanted_grad.norm()), floor), key
 
     state = translate(theirs.state_dict(), model.arch.family, set(model.state_dict()))
     for key, value in model.state_dict().items():
@@ -103,15 +113,15 @@ def test_levit_forms(name: str, source: str, form: str, helpers: ModuleType) -> 
     wanted = oracle(helpers, name.replace("levit_", "levit_conv_") if source == "conv" else name)
     theirs = copy.deepcopy(wanted)
     model = ours(name, theirs.state_dict(), form=form)
-    x = helpers.image(224, 3, dtype=torch.float32)
-    same(model, theirs, x, helpers)
-    if source != form:  # BatchNorm of few images magnifies the rounding of another order of sums
+    x = pictures(helpers, 224, 3)
+    if source != form:  # random networks magnify the rounding of another order of sums
         model, theirs, x = model.double(), theirs.double(), x.double()
+    same(model, theirs, x, helpers)
     same(model.train(), theirs.train(), x, helpers)
 
 
 def test_levit_with_one_head(helpers: ModuleType) -> None:
-    x = helpers.image(224, 4, dtype=torch.float32)
+    x = pictures(helpers, 224, 4)
     theirs = helpers.randomise(timm.create_model("levit_128s", distilled=False), 1)
     helpers.calibrate(theirs, x, 2)
     same(ours("levit_128s", theirs.state_dict(), distilled=False), theirs, x, helpers)
@@ -121,7 +131,7 @@ def test_levit_distilled_training_returns_both_heads(helpers: ModuleType) -> Non
     theirs = copy.deepcopy(oracle(helpers, "levit_128s"))
     model = ours("levit_128s", theirs.state_dict())
     theirs.distilled_training = model.head.distilled_training = True
-    x = helpers.image(224, 4, dtype=torch.float32)
+    x = pictures(helpers, 224, 4)
     with torch.no_grad():
         for found, wanted in zip(model.train()(x), theirs.train()(x), strict=True):
             assert helpers.error(found, wanted) < 1e-4
@@ -140,7 +150,7 @@ FILES = [
 def test_weights_from_a_file(name: str, suffix: str, helpers: ModuleType, tmp_path: Path) -> None:
     """timm's names, then ours."""
     theirs = oracle(helpers, ORACLES[name])
-    x = helpers.image(search_spaces.get_arch(name), 2, dtype=torch.float32)
+    x = pictures(helpers, search_spaces.get_arch(name), 2)
     path = tmp_path / f"weights{suffix}"
     _save(theirs.state_dict(), path)
     model = search_spaces.create_model(name, weights=path).eval()
@@ -186,7 +196,7 @@ def test_timm_weights_up_to_the_download(name: str, helpers: ModuleType, monkeyp
 
     monkeypatch.setattr(timm, "create_model", create)
     model = search_spaces.create_model(name, weights="timm").eval()
-    same(model, theirs, helpers.image(model.arch, 2, dtype=torch.float32), helpers)
+    same(model, theirs, pictures(helpers, model.arch, 2), helpers)
     assert asked == [(ORACLES[name], True)]
 
 
