@@ -36,7 +36,10 @@ def slice_weights(
     """
     if parent.family != child.family:
         raise ValueError(f"cannot cut a {child.family} network out of a {parent.family} one")
-    sources = {entry.name: entry for entry in table(parent).entries}
+    larger = table(parent)
+    for width in (select or {}).keys() - larger.widths().keys():
+        raise ValueError(f"the larger network has no width {width}")
+    sources = {entry.name: entry for entry in larger.entries}
     renames = sorted((blocks or {}).items(), key=lambda pair: -len(pair[0]))
 
     def rename(name: str) -> str:
@@ -60,7 +63,7 @@ def slice_weights(
             if isinstance(axis, Width) and axis.rule == "resize":
                 tensor = resize(tensor, dim, axis.size)
             else:
-                chosen = indices(axis, source, select or {}, rename)
+                chosen = indices(axis, source, select or {})
                 tensor = tensor.index_select(dim, torch.from_numpy(chosen).long())
         cut[entry.name] = tensor.reshape(entry.shape).clone()
     return cut
@@ -88,7 +91,7 @@ def _extra(size: int) -> int:
 
 def _significant(axes: tuple[Axis, ...]) -> tuple[Axis, ...]:
     """Without fixed axes of size 1: a 1x1 convolution's weight reads like a linear layer's."""
-    return tuple(a for a in axes if not (isinstance(a, Width) and a.rule == "fixed" and a.size == 1))
+    return tuple(a for a in axes if not (isinstance(a, Width) and a.rule == "fixed" and a.size == 1 and not a.name))
 
 
 def _is(axis: Axis, name: str) -> bool:

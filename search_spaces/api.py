@@ -43,10 +43,10 @@ def get_arch(name: str, num_classes: int = 1000) -> Arch:
     """The Arch of a published variant.
 
     Raises:
-        KeyError: no such name.
+        KeyError: no such name. ArchError: a number of classes outside 1..100000.
     """
     family, variant = find_variant(name)
-    return FAMILIES[family].space.arch(variant.values, num_classes)
+    return FAMILIES[family].space.arch(variant.values, 1000).replace(num_classes=num_classes)
 
 
 def table(arch: Arch) -> Table:

@@ -131,14 +131,15 @@ def describe(error: ValidationError) -> str:
     """The first fault of a pydantic error in one line, with the number of others."""
     faults = error.errors(include_url=False)
     first = faults[0]
-    where = ".".join(str(part) for part in first["loc"])
+    path = ".".join(str(part) for part in first["loc"])[:200]
+    where = "".join(c if c.isprintable() else "?" for c in path)
     message = first["msg"].removeprefix("Value error, ")
     text = f"{where}: {message}" if where else message
     return text + (f" (and {len(faults) - 1} more)" if len(faults) > 1 else "")
 
 
 def kept(rate: float, tokens: int) -> int:
-    """Tokens a keep rate keeps: ceil(rate * tokens), safe against binary rounding (0.55 * 20 is 11)."""
+    """Tokens a keep rate keeps: ceil(rate * tokens), safe against binary rounding (0.55 * 100 is 55)."""
     return min(tokens, max(1, math.ceil(rate * tokens - 1e-6)))
 
 

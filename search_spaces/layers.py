@@ -7,6 +7,7 @@ and exported: BatchNorm merged into its neighbour, bias tables gathered, attenti
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Literal
@@ -288,6 +289,15 @@ def on_strongest(x: Tensor, keep: int, delta: Callable[[Tensor], Tensor]) -> Ten
     return flat.index_put((rows,), updated).view_as(x)
 
 
+@functools.lru_cache(maxsize=16)
+def offsets(grid: int, stride: int) -> np.ndarray:
+    """Entry of the bias table for each (query, key); one array for all layers of a grid."""
+    keys = np.stack(np.meshgrid(np.arange(grid), np.arange(grid), indexing="ij")).reshape(2, -1)
+    queries = keys.reshape(2, grid, grid)[:, ::stride, ::stride].reshape(2, -1)
+    offset = np.abs(queries[:, :, None] - keys[:, None, :])
+    return offset[0] * grid + offset[1]
+
+
 class AttentionBias(nn.Module):
     """A learned bias per head for every offset (|dy|, |dx|) between two positions of a grid.
 
@@ -299,10 +309,7 @@ class AttentionBias(nn.Module):
         super().__init__()
         self.table = nn.Parameter(torch.zeros(heads.size, grid * grid))
         self.axes = {"table": (heads, Width(f"{name}.offsets", grid * grid, "resize"))}
-        keys = np.stack(np.meshgrid(np.arange(grid), np.arange(grid), indexing="ij")).reshape(2, -1)
-        queries = keys.reshape(2, grid, grid)[:, ::stride, ::stride].reshape(2, -1)
-        offset = np.abs(queries[:, :, None] - keys[:, None, :])
-        self.register_buffer("offset", torch.from_numpy(offset[0] * grid + offset[1]), persistent=False)
+        self.register_buffer("offset", torch.from_numpy(offsets(grid, stride)), persistent=False)
 
     def forward(self) -> Tensor:
         return self.table[:, self.offset]

@@ -240,7 +240,8 @@ class Stage(nn.Module):
         self.patch_embed = Conv(previous or RGB, embed, fixed(kernel), positions, stride=stride, bias=True)
         self.norm = layer_norm(embed, positions)
         self.blocks = nn.ModuleList(Block(f"{name}.blocks.{i}", b, embed, grid) for i, b in enumerate(doc.blocks))
-        self.position = Residual(Conv(embed, embed, fixed(3), positions, depthwise=True, bias=True))
+        if doc.blocks:
+            self.position = Residual(Conv(embed, embed, fixed(3), positions, depthwise=True, bias=True))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H', W')."""

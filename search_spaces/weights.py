@@ -39,8 +39,9 @@ def timm_state(arch: Arch) -> State:
     import timm
 
     family = FAMILIES[arch.family]
+    shape = arch.replace(form="linear") if arch.family == "levit" else arch
     for variant in family.variants.values():
-        if variant.timm and family.space.arch(variant.values, arch.num_classes) == arch.replace():
+        if variant.timm and family.space.arch(variant.values, arch.num_classes) == shape:
             try:
                 return timm.create_model(variant.timm, pretrained=True).state_dict()
             except Exception as error:

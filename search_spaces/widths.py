@@ -7,7 +7,7 @@ is enough). Counting, slicing, growing and sharing weights all read this one tab
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -129,46 +129,44 @@ def width_table(model: nn.Module) -> Table:
     return Table(tuple(entries[name] for name in state), products)
 
 
-def indices(
-    child: Axis, parent: Axis, select: Select, rename: Callable[[str], str], row: int | None = None
-) -> np.ndarray:
+def indices(child: Axis, parent: Axis, select: Select, row: int | None = None) -> np.ndarray:
     """Which units of the parent's axis the child's axis takes, in the child's order.
 
     select: parent width name -> kept units (1-D; or 2-D with one row per unit of the enclosing `Each`).
-    rename: the child's width name -> the parent's (depth: block 2 may come from block 4).
 
     Raises:
         ValueError: the axes differ in structure, or the child is larger than the parent.
     """
     if isinstance(child, Width) and isinstance(parent, Width):
-        chosen = _chosen(child, parent, select, rename(child.name))
+        chosen = _chosen(child, parent, select)
         return chosen[row] if chosen.ndim == 2 else chosen
-    if isinstance(child, Cat) and isinstance(parent, Cat) and len(child.parts) == len(parent.parts):
+    if isinstance(child, Cat) and isinstance(parent, Cat) and len(child.parts) <= len(parent.parts):
         starts = np.cumsum([0, *(part.size for part in parent.parts)])
         runs = [
-            start + indices(c, p, select, rename, row)
-            for start, c, p in zip(starts, child.parts, parent.parts, strict=False)
+            start + indices(c, p, select, row) for start, c, p in zip(starts, child.parts, parent.parts, strict=False)
         ]
         return np.concatenate(runs)
     if isinstance(child, Each) and isinstance(parent, Each):
-        outer = indices(child.outer, parent.outer, select, rename)
-        runs = [o * parent.inner.size + indices(child.inner, parent.inner, select, rename, int(o)) for o in outer]
+        outer = indices(child.outer, parent.outer, select)
+        runs = [o * parent.inner.size + indices(child.inner, parent.inner, select, int(o)) for o in outer]
         return np.concatenate(runs) if runs else np.zeros(0, dtype=np.int64)
     raise ValueError(f"the axes of {child} and {parent} differ in structure")
 
 
-def _chosen(child: Width, parent: Width, select: Select, name: str) -> np.ndarray:
+def _chosen(child: Width, parent: Width, select: Select) -> np.ndarray:
     if child.rule == "crop":
         start = (parent.size - child.size) // 2
         chosen = np.arange(start, start + child.size)
-    elif name in select:
-        chosen = np.asarray(select[name])
+    elif parent.name in select:
+        chosen = np.asarray(select[parent.name])
     elif parent.part_of is not None and parent.part_of[0] in select:
         start = parent.part_of[1]
         whole = np.asarray(select[parent.part_of[0]])
         chosen = whole[(whole >= start) & (whole < start + parent.size)] - start
     else:
         chosen = np.arange(child.size)
+    if chosen.dtype.kind not in "iu" or (np.diff(np.sort(chosen)) == 0).any():
+        raise ValueError(f"{parent.name}: a selection is a list of distinct unit numbers")
     if chosen.shape[-1] != child.size or (chosen.size and (chosen.min() < 0 or chosen.max() >= parent.size)):
         raise ValueError(f"{child.name or 'a fixed axis'}: cannot take {child.size} units out of {parent.size}")
     return chosen
