@@ -326,11 +326,11 @@ def _variant(
         "resolution": 224,
         "form": kernels,
         "qk": 16,
-        **{f"width_s{s}": w for s, w in enumerate(width, 1)},
-        **{f"heads_s{s}": h for s, h in enumerate(heads, 1)},
-        **{f"depth_s{s}": d for s, d in enumerate(depth, 1)},
-        **{f"mix_s{s}": (1, 2.0) for s in (1, 2, 3)},
-        **{f"keep_s{s}": 1.0 for s in (1, 2, 3)},
+        **per_stage("width", *width),
+        **per_stage("heads", *heads),
+        **per_stage("depth", *depth),
+        **per_stage("mix", *[(1, 2.0)] * 3),
+        **per_stage("keep", *[1.0] * 3),
     }
     return Variant(values, top1, "EfficientViT, CVPR 2023, and its repository (300 epochs)", timm)
 

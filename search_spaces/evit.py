@@ -225,10 +225,10 @@ def _variant(
         "form": form,
         "qk": 64,
         "width_s1": width,
-        **dict(zip((f"depth_s{s}" for s in (1, 2, 3, 4)), (4, 3, 3, 2), strict=True)),
-        **{f"heads_s{s}": heads for s in (1, 2, 3, 4)},
-        **{f"mix_s{s}": (4.0, 1.0) for s in (1, 2, 3, 4)},
-        **{f"keep_s{s}": keep for s in (1, 2, 3)},
+        **per_stage("depth", 4, 3, 3, 2),
+        **per_stage("heads", *[heads] * 4),
+        **per_stage("mix", *[(4.0, 1.0)] * 4),
+        **per_stage("keep", *[keep] * 3),
     }
     return Variant(values, top1, source, timm)
 

@@ -345,11 +345,11 @@ def _variant(top1: float, width: int, depth: tuple[int, int, int, int], source: 
         "resolution": 224,
         "form": "ffn",
         "qk": 32,
-        **{f"width_s{s}": width * 2 ** (s - 1) for s in (1, 2, 3, 4)},
-        **{f"heads_s{s}": width // 32 * 2 ** (s - 1) for s in (1, 2, 3, 4)},
-        **{f"depth_s{s}": d for s, d in enumerate(depth, 1)},
-        **{f"mix_s{s}": (4.0, "alternate") for s in (1, 2, 3, 4)},
-        **{f"keep_s{s}": 1.0 for s in (1, 2, 3, 4)},
+        **per_stage("width", *(width * 2**s for s in range(4))),
+        **per_stage("heads", *(width // 32 * 2**s for s in range(4))),
+        **per_stage("depth", *depth),
+        **per_stage("mix", *[(4.0, "alternate")] * 4),
+        **per_stage("keep", *[1.0] * 4),
     }
     return Variant(values, top1, source)
 

@@ -251,13 +251,11 @@ def _variant(
         "resolution": resolution,
         "form": PAPER_RATIO,
         "qk": 16,
-        **{f"width_s{s}": w for s, w in enumerate(width, 1)},
-        **{f"heads_s{s}": 1 for s in (1, 2, 3)},
-        **{f"depth_s{s}": d for s, d in enumerate(depth, 1)},
-        "mix_s1": (2.0, 0.0),
-        "mix_s2": (2.0, 1.0),
-        "mix_s3": (2.0, 1.0),
-        **{f"keep_s{s}": 1.0 for s in (1, 2, 3)},
+        **per_stage("width", *width),
+        **per_stage("heads", *[1] * 3),
+        **per_stage("depth", *depth),
+        **per_stage("mix", (2.0, 0.0), (2.0, 1.0), (2.0, 1.0)),
+        **per_stage("keep", *[1.0] * 3),
     }
     return Variant(values, top1, "SHViT, CVPR 2024, and its repository (300 epochs, not distilled)", timm)
 

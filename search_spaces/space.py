@@ -58,9 +58,9 @@ class Space:
         return params
 
 
-def per_stage(axis: str, *options: Sequence[Any]) -> dict[str, Sequence[Any]]:
-    """Options of one axis for stages 1, 2, ...: {"width_s1": ..., "width_s2": ...}."""
-    return {f"{axis}_s{stage}": values for stage, values in zip(STAGES, options, strict=False)}
+def per_stage(axis: str, *values: Any) -> dict[str, Any]:
+    """One axis's values (or lists of options) for stages 1, 2, ...: {"width_s1": ..., "width_s2": ...}."""
+    return {f"{axis}_s{stage}": value for stage, value in zip(STAGES, values, strict=False)}
 
 
 def with_attention(depth: int, share: float) -> list[bool]:
