@@ -29,10 +29,13 @@ def run_bench(
             if target.onnx:
                 raise UserError(f"{target.label}: runtime {settings.runtime} does not load ONNX; use onnxruntime")
     with tempfile.TemporaryDirectory(prefix="vitnas-") as folder, device_lock(settings.device):
-        paths = {
-            str(i): target.onnx or write_artifact(target.arch, settings, Path(folder) / str(i))
-            for i, target in enumerate(targets)
-        }
+        paths = {}
+        for i, target in enumerate(targets):
+            try:
+                paths[str(i)] = target.onnx or write_artifact(target.arch, settings, Path(folder) / str(i))
+            except (RuntimeError, ValueError) as error:
+                reason = str(error).strip().splitlines()[0][:200]
+                raise UserError(f"{target.label} cannot be exported: {reason}") from None
         results = compare(paths, settings, rounds, progress)
     rows, errors, first = [], [], None
     for i, target in enumerate(targets):

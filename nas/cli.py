@@ -80,8 +80,9 @@ def search(
 
     from nas.display import show_result, watch
     from nas.outcome import finish_run
-    from nas.search import Options, default_study
+    from nas.search import Options, default_study, storage_of
     from nas.search import search as run_search
+    from nas.storage import storage_errors
 
     name = study or default_study(
         {"device": device, "runtime": settings.runtime, "budget_ms": budget_ms, "families": families}
@@ -91,7 +92,7 @@ def search(
     options = Options(budget_ms, settings, families, trials, timeout_s, name, out, storage, sampler, seed, num_classes)
     with watch(options) as (progress, say):
         found, run = run_search(options, progress, say)
-    with watch(options, closing=True) as (progress, _):
+    with storage_errors(storage_of(options)), watch(options, closing=True) as (progress, _):
         try:
             data = finish_run(options, found, run, command_line(), progress)
         except KeyboardInterrupt:
@@ -223,10 +224,10 @@ def dashboard(
     """Look at a study in optuna-dashboard, with its latency constraint shown."""
     from nas.dashboard import serve
 
-    serve(storage_of(run), host, port)
+    serve(storage_named(run), host, port)
 
 
-def storage_of(run: str | None) -> str | Path:
+def storage_named(run: str | None) -> str | Path:
     """The storage of a run named on the command line, or of the newest one under runs/."""
     if run is not None and "://" in run:
         return run
@@ -287,9 +288,14 @@ def main() -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except OSError as error:
+        fail(f"{error.filename or 'input or output'}: {error.strerror or error}")
     except Exception as error:
         if not hasattr(error, "format_message"):
             raise
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error.format_message())
+            sys.exit(2)
         fail(error.format_message())
 
 

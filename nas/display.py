@@ -40,11 +40,12 @@ def watch(options: Options, closing: bool = False) -> Iterator[tuple[Callable[..
         console=console,
         disable=not console.is_terminal,
         transient=True,
+        auto_refresh=False,
     ) as bar:
         task = bar.add_task("trials", total=options.trials, state="starting")
 
         def update(progress: Progress) -> None:
-            bar.update(task, completed=progress.done, state=state_line(progress))
+            bar.update(task, completed=progress.done, state=state_line(progress), refresh=True)
             if not console.is_terminal and (progress.done % LINES_EVERY == 0 or progress.done >= progress.total):
                 print(f"trial {progress.done}/{progress.total}: {state_line(progress)}", file=sys.stderr, flush=True)
 
@@ -62,9 +63,10 @@ def watch_rounds(what: str = "rounds") -> Iterator[Callable[[int, int], None]]:
         console=console,
         disable=not console.is_terminal,
         transient=True,
+        auto_refresh=False,
     ) as bar:
         task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        yield lambda done, total: bar.update(task, completed=done, total=total, refresh=True)
 
 
 def state_line(progress: Progress) -> str:
@@ -90,17 +92,19 @@ def show_result(data: Mapping[str, Any], folder: Path, to_stderr: bool) -> None:
     where = (
         f"{settings['runtime']}, {settings['device']}, {settings['threads']} thread(s), batch {settings['batch_size']}"
     )
-    if winner is None:
-        fastest = data["fastest"]
+    fastest = data["fastest"]
+    if fastest is None:
+        console.print("No trial was measured.")
+    elif winner is None:
         console.print(f"Nothing fits {budget} ({where}).")
-        if fastest:
-            console.print(
-                f"Fastest measured: {fastest['label']} ({fastest['family']}), {fastest['latency_ms']:.2f} ms."
-            )
+        console.print(f"Fastest measured: {fastest['label']} ({fastest['family']}), {fastest['latency_ms']:.2f} ms.")
         for line in data["advice"]:
             console.print(f"  may help: {line}")
     else:
-        console.print(f"Best within {budget} ({where}): {winner['label']}, a network of the family {winner['family']}.")
+        console.print(
+            f"Best within {budget} ({where}): {winner['label']} of the family {winner['family']}, "
+            f"{winner['latency_ms']:.2f} ms, predicted top-1 {interval(winner)} (prior)."
+        )
     if data["final"]:
         console.print(final_table(data["final"], budget))
         console.print("One interleaved run. Intervals of latency: 95%, of its median. Weights are untrained.")
@@ -156,8 +160,9 @@ def columns(*left: str, right: Sequence[str]) -> Table:
 
 def console_of(stderr: bool = False) -> Console:
     """A console that does not squeeze tables into 80 columns when its output goes to a file or a pipe."""
-    console = Console(stderr=stderr, highlight=False, soft_wrap=True)
-    return console if console.is_terminal else Console(stderr=stderr, highlight=False, soft_wrap=True, width=PIPE_WIDTH)
+    terminal = (sys.stderr if stderr else sys.stdout).isatty()
+    width = None if terminal else PIPE_WIDTH
+    return Console(stderr=stderr, highlight=False, soft_wrap=True, markup=False, emoji=False, width=width)
 
 
 def show_models(rows: Sequence[Mapping[str, Any]]) -> None:

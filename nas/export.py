@@ -75,10 +75,12 @@ def export_folder(arch: Arch, folder: Path, weights: str | None, num_classes: in
     from search_spaces.weights import WeightsError
 
     try:
-        model = create_model(arch, num_classes, weights)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = create_model(arch, num_classes, weights)
     except (ArchError, WeightsError) as error:
         raise UserError(str(error)) from None
-    arch, folded, trained = model.arch, fold(model), weights is not None
+    arch, folded, trained = model.arch, fold(model), not model.untrained
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -90,13 +92,17 @@ def export_folder(arch: Arch, folder: Path, weights: str | None, num_classes: in
                 raise UserError(f"the exported network disagrees with PyTorch by {error:.1e} of its largest logit")
             path.replace(folder / "model.onnx")
         (folder / "arch.json").write_text(arch.to_json())
-        if trained:
+        if weights is not None:
             save_file(
                 {name: value.contiguous() for name, value in model.state_dict().items()}, folder / "model.safetensors"
             )
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}; give another --out") from None
-    what = "with the given weights" if trained else "with random, untrained weights"
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"this network cannot be exported: {str(error).strip().splitlines()[0][:200]}") from None
+    what = "with the given weights" if weights is not None else "with random, untrained weights"
+    if weights is not None and not trained:
+        what += " but an untrained classifier"
     return (
         f"{folder}/model.onnx: {arch.family} {what}; ONNX Runtime and PyTorch agree to {error:.0e} of the largest logit"
     )

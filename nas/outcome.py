@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from nas.export import label_onnx, to_onnx
 from nas.measure import RUNTIMES, MeasureError, Settings, compare, device_lock
 from nas.quality import TIERS, Estimate
+from nas.search import keep_samples
 
 if TYPE_CHECKING:
     import optuna
@@ -26,6 +27,7 @@ Row = dict[str, Any]
 CLOSING_ROUNDS = 30
 BUSY_DRIFT = 0.25
 RESERVES = 3
+MARGINS = (0.95, 0.85, 0.7)
 """How many of the best trials enter the closing run, should the first not meet the budget there."""
 
 
@@ -69,9 +71,13 @@ def rows_of(study: optuna.Study) -> list[Row]:
     return rows
 
 
+def rank(row: Row) -> tuple[float, float, float]:
+    """Sorts best first: by quality, then parameters, then latency (forms of one network differ in nothing else)."""
+    return -row["quality"], -row["params_m"], row["latency_ms"]
+
+
 def best_of(rows: Sequence[Row]) -> Row | None:
-    """The row of highest quality; equal ones go by parameters."""
-    return max(rows, key=lambda row: (row["quality"], row["params_m"]), default=None)
+    return min(rows, key=rank, default=None)
 
 
 def front_of(rows: Sequence[Row]) -> list[Row]:
@@ -83,10 +89,12 @@ def front_of(rows: Sequence[Row]) -> list[Row]:
     return front
 
 
-def finalists_of(rows: Sequence[Row]) -> list[Row]:
-    """Rows for the closing run: the best ones, the best of each family, and every published one that fits."""
+def finalists_of(rows: Sequence[Row], budget_ms: float) -> list[Row]:
+    """Rows for the closing run: every published one that fits, the best ones, the best of each family, and the best
+    with some margin, should the machine be slower in the closing run.
+    """
     feasible = [row for row in rows if row["feasible"]]
-    ranked = sorted(feasible, key=lambda row: (-row["quality"], -row["params_m"]))
+    ranked = sorted(feasible, key=rank)
     chosen: list[Row] = []
     seen: set[str] = set()
 
@@ -102,6 +110,8 @@ def finalists_of(rows: Sequence[Row]) -> list[Row]:
         add(row)
     for family in dict.fromkeys(row["family"] for row in ranked):
         add(best_of([row for row in feasible if row["family"] == family]))
+    for share in MARGINS:
+        add(best_of([row for row in feasible if row["latency_ms"] <= share * budget_ms]))
     return chosen
 
 
@@ -127,7 +137,7 @@ def closing_run(options: Options, rows: Sequence[Row], progress: Callable[[int, 
     from search_spaces import Arch
     from search_spaces.api import find_variant
 
-    finalists = finalists_of(rows)
+    finalists = finalists_of(rows, options.budget_ms)
     with tempfile.TemporaryDirectory(prefix="vitnas-") as folder, device_lock(options.settings.device):
         paths = {
             str(i): write_artifact(Arch.from_json(json.dumps(row["arch"])), options.settings, Path(folder) / str(i))
@@ -146,6 +156,7 @@ def closing_run(options: Options, rows: Sequence[Row], progress: Callable[[int, 
             **{k: row[k] for k in FINAL_KEYS},
         }
         if not isinstance(result, MeasureError):
+            keep_samples(options.folder, {"closing": entry["label"], **result.to_dict()})
             low, high = result.ci_ms
             entry |= {
                 "latency_ms": result.p50_ms,
@@ -157,14 +168,14 @@ def closing_run(options: Options, rows: Sequence[Row], progress: Callable[[int, 
                 "fits": result.p50_ms <= options.budget_ms,
             }
         final.append(entry)
-    fitting = sorted((e for e in final if e["fits"]), key=lambda e: (-e["quality"], -e["params_m"]))
+    fitting = sorted((e for e in final if e["fits"]), key=rank)
     for place, entry in enumerate(fitting):
         first_of_family = all(e["family"] != entry["family"] for e in fitting[:place])
         if place == 0:
             entry["role"] = "winner"
         elif first_of_family:
             entry["role"] = "family winner"
-    return sorted(final, key=lambda e: (not e["fits"], -e["quality"]))
+    return fitting + sorted((e for e in final if not e["fits"]), key=lambda e: -e["quality"])
 
 
 FINAL_KEYS = (
@@ -266,7 +277,7 @@ def finish_run(
         "ties": ties_of(final),
         "advice": advice(options) if winner is None else [],
         "notes": notes,
-        "skipped": skipped_lines(study),
+        "skipped": skipped_lines(options, rows),
         "protocol": protocol(options),
         "breakdown": breakdown(run),
         "trials_per_minute": 60 * len(run.trial_s) / run.wall_s if run.trial_s else 0.0,
@@ -320,6 +331,7 @@ def winner_data(winner: Row | None) -> dict[str, Any] | None:
         "label": label_of(winner),
         "family": winner["family"],
         "trial": winner["trial"],
+        **{key: winner[key] for key in ("latency_ms", "quality", "quality_estimate", "quality_error")},
         "arch": winner["arch"],
         "summary": [stage.model_dump() for stage in arch.summary()],
     }
@@ -332,28 +344,24 @@ def winner_line(data: Mapping[str, Any]) -> str:
     return f"{data['winner']['label']} ({data['winner']['family']}) within {data['budget_ms']:g} ms"
 
 
-def skipped_lines(study: optuna.Study) -> list[str]:
-    """Published variants that were not tried, a line a family."""
-    from search_spaces.api import find_variant
+def skipped_lines(options: Options, rows: Sequence[Row]) -> list[str]:
+    """Published variants that were not tried, a line a family: farther from the budget, or the search ended first."""
+    from search_spaces.registry import FAMILIES
 
-    per_family: dict[str, list[str]] = {}
-    for name in study.user_attrs.get("skipped", []):
-        per_family.setdefault(find_variant(name)[0], []).append(name)
-    return [
-        f"published, not tried ({family}; farther from the budget by MACs): {', '.join(names)}"
-        for family, names in per_family.items()
-    ]
+    tried = {row["name"] for row in rows}
+    per_family = {family: [n for n in FAMILIES[family].variants if n not in tried] for family in options.families}
+    return [f"published, not tried ({family}): {', '.join(names)}" for family, names in per_family.items() if names]
 
 
 def breakdown(run: Run) -> list[dict[str, Any]]:
-    """Where the trials' wall time went."""
-    total = sum(run.trial_s)
+    """Where the wall time of the search (without the closing run) went."""
+    total = run.wall_s if run.trial_s else 0.0
     phases = dict(run.phases)
     phases["other"] += total - sum(phases.values())
     return [{"phase": name, "seconds": s, "share": s / total if total else 0.0} for name, s in phases.items()]
 
 
-OVERHEAD = ("estimate", "storage", "other")
+OVERHEAD = ("start", "estimate", "storage", "other")
 
 
 def overhead_share(data: Mapping[str, Any]) -> float:

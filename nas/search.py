@@ -8,7 +8,10 @@ turns, and workers on several machines share a study through a database.
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import signal
+import socket
 import statistics
 import tempfile
 import time
@@ -33,7 +36,9 @@ REFERENCE = "efficientvit_m0"
 EXPORT_TIMEOUT_S = 180
 MEASURE_TIMEOUT_S = 60
 LEASE_S = EXPORT_TIMEOUT_S + MEASURE_TIMEOUT_S + 60
+SWEPT = "trial {} was taken for dead by another worker; its result was dropped"
 PHASES = (
+    "start",
     "waiting for the device",
     "sampler",
     "build and export",
@@ -130,9 +135,15 @@ def search(
 
     check_settings(options.settings)
     sampler = make_sampler(options.sampler, options.seed)
+    fresh = not options.folder.exists()
     make_folder(options.folder)
-    storage = options.storage or options.folder / "study.journal"
-    study = open_study(options.study, storage, meta(options), sampler)
+    storage = storage_of(options)
+    try:
+        study = open_study(options.study, storage, meta(options), sampler)
+    except UserError:
+        if fresh:
+            shutil.rmtree(options.folder, ignore_errors=True)
+        raise
     write_hardware(options)
     run = Run(datetime.now().astimezone().isoformat(timespec="seconds"))
     begun = time.perf_counter()
@@ -143,16 +154,20 @@ def search(
         try:
             sweep(study)
             if remaining(study, options.trials):
+                starting = Clock(run.phases)
                 worker = stack.enter_context(TrialRunner(options, study, TIERS[options.quality]()))
                 enqueue_published(options, study, worker.reference_ms)
+                starting.lap("start")
             while remaining(study, options.trials) and (deadline is None or time.perf_counter() < deadline):
                 started = time.perf_counter()
                 try:
                     worker.trial(run)
                 finally:
                     run.trial_s.append(time.perf_counter() - started)
+                around = Clock(run.phases)
                 progress(state_of(study, options, run))
                 sweep(study)
+                around.lap("other")
         except KeyboardInterrupt:
             run.interrupted = True
             say("interrupted: finishing with what was measured; the same command continues")
@@ -202,17 +217,20 @@ class TrialRunner:
                 clock.lap("storage")
                 arch = suggest(trial, self.options)
                 clock.lap("sampler")
-                self._measure_and_tell(trial, arch, clock)
+                if not self._measure_and_tell(trial, arch, clock):
+                    run.notes.append(SWEPT.format(trial.number))
             except (MeasureError, WorkerError, ValueError) as error:
+                clock.lap("timed runs" if isinstance(error, MeasureError) else "build and export")
                 fail(self.study, trial, f"{type(error).__name__}: {error}")
                 clock.lap("storage")
             except UpdateFinishedTrialError:
-                run.notes.append(f"trial {trial.number} was taken for dead by another worker; its result was dropped")
+                run.notes.append(SWEPT.format(trial.number))
             except KeyboardInterrupt:
                 fail(self.study, trial, "interrupted", retry=True)
                 raise
 
-    def _measure_and_tell(self, trial: optuna.Trial, arch: Arch, clock: Clock) -> None:
+    def _measure_and_tell(self, trial: optuna.Trial, arch: Arch, clock: Clock) -> bool:
+        """False if the trial had been taken for dead by another worker."""
         from nas.study import finish
         from search_spaces import table
 
@@ -248,7 +266,7 @@ class TrialRunner:
         estimate = self.tier.estimate(arch, counts.macs())
         clock.lap("estimate")
         constraint = latency["latency_ms"] / self.options.budget_ms - 1
-        finish(
+        told = finish(
             self.study,
             trial,
             quality=estimate.bound,
@@ -273,6 +291,7 @@ class TrialRunner:
             },
         )
         clock.lap("storage")
+        return told
 
     def _known(self, digest: str) -> dict[str, Any] | None:
         """What an earlier trial of this study measured for the same Arch."""
@@ -305,8 +324,7 @@ class TrialRunner:
             self._exporter.close()
 
     def _keep_samples(self, number: int, result: Any) -> None:
-        with (self.options.folder / "samples.jsonl").open("a") as file:
-            file.write(json.dumps({"trial": number, "host": _host(), **result.to_dict()}) + "\n")
+        keep_samples(self.options.folder, {"trial": number, **result.to_dict()})
 
 
 LATENCY_KEYS = (
@@ -393,7 +411,6 @@ def enqueue_published(options: Options, study: optuna.Study, reference_ms: float
     if "published" not in study.user_attrs:
         order = published_order(options, reference_ms)
         count = max(len(options.families), options.trials // 4)
-        study.set_user_attr("skipped", order[count:])
         study.set_user_attr("published", order[:count])
     for name in study.user_attrs["published"]:
         family, variant = find_variant(name)
@@ -410,7 +427,11 @@ def state_of(study: optuna.Study, options: Options, run: Run) -> Progress:
     left = remaining(study, options.trials)
     feasible = [row for row in rows if row["feasible"]]
     seconds = left * statistics.median(run.trial_s[-20:]) if run.trial_s else None
-    return Progress(len(rows), options.trials, len(feasible), best_of(feasible), seconds)
+    return Progress(max(0, options.trials - left), options.trials, len(feasible), best_of(feasible), seconds)
+
+
+def storage_of(options: Options) -> str | Path:
+    return options.storage or options.folder / "study.journal"
 
 
 def make_folder(folder: Path) -> None:
@@ -443,7 +464,13 @@ def interruptible() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def _host() -> str:
-    import socket
-
-    return socket.gethostname()
+def keep_samples(folder: Path, record: dict[str, Any]) -> None:
+    """Append one line to samples.jsonl; a last line torn by a kill or a full disk is left to itself."""
+    path = folder / "samples.jsonl"
+    with path.open("ab+") as file:
+        torn = False
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            torn = file.read() != b"\n"
+        line = json.dumps({"host": socket.gethostname(), **record})
+        file.write((("\n" if torn else "") + line + "\n").encode())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,16 +29,16 @@ def find_target(text: str) -> Target:
         UserError: none of these, or a document that cannot be read.
     """
     path = Path(text)
-    if path.is_dir():
+    if os.path.isdir(text):
         for candidate in (path / "arch.json", path / "best" / "arch.json"):
-            if candidate.is_file():
+            if os.path.isfile(candidate):
                 return Target(text, arch=read_arch(candidate))
         raise UserError(f"{text} holds no arch.json and no best/arch.json")
     if path.suffix == ".onnx":
-        if not path.is_file():
+        if not os.path.isfile(text):
             raise UserError(f"{text}: no such file")
         return Target(text, onnx=path)
-    if path.is_file():
+    if os.path.isfile(text):
         return Target(text, arch=read_arch(path))
     if path.suffix == ".json" or "/" in text:
         raise UserError(f"{text}: no such file or folder")

@@ -17,7 +17,7 @@ from search_spaces.widths import Table, width_table
 
 __all__ = ["create_model", "find_variant", "fold", "get_arch", "list_models", "table"]
 
-MAX_PARAMS = 1_000_000_000
+MAX_PARAMS = 500_000_000
 
 
 def list_models() -> list[str]:
@@ -53,7 +53,7 @@ def table(arch: Arch) -> Table:
     """The width table of an Arch, from a build on the meta device (no memory, no weights).
 
     Raises:
-        ArchError: more than a billion parameters.
+        ArchError: more parameters than fit an ONNX file (2 GB).
     """
     with torch.device("meta"):
         found = width_table(FAMILIES[arch.family].build(arch))
@@ -65,7 +65,7 @@ def table(arch: Arch) -> Table:
 def create_model(
     name_or_arch: str | Arch, num_classes: int | None = None, weights: str | Path | None = None
 ) -> nn.Module:
-    """Build a network: (B, 3, R, R) -> (B, num_classes) logits.
+    """Build a network: (B, 3, R, R) -> (B, num_classes) logits; `untrained` on it names tensors left random.
 
     Args:
         name_or_arch: a published name or an Arch.
@@ -82,6 +82,5 @@ def create_model(
     table(arch)
     model = FAMILIES[arch.family].build(arch)
     model.arch = arch
-    if weights is not None:
-        load_weights(model, arch, weights)
+    model.untrained = load_weights(model, arch, weights) if weights is not None else list(model.state_dict())
     return model

@@ -21,17 +21,18 @@ class WeightsError(ValueError):
     """Weights that cannot be had or do not fit, in one line."""
 
 
-def load_weights(model: nn.Module, arch: Arch, weights: str | Path) -> None:
+def load_weights(model: nn.Module, arch: Arch, weights: str | Path) -> list[str]:
     """Load `weights` ("timm" or a path) into `model`, which was built from `arch`.
 
-    A classifier for another number of classes is left at its initialisation, with a warning.
+    Returns:
+        Names of tensors left at their initialisation: a classifier for another number of classes (with a warning).
 
     Raises:
         WeightsError: no such file, not a plain state dict (pickles with code are refused, never run), no
             pretrained weights for this Arch, or tensors that do not fit (the first one is named).
     """
     state = timm_state(arch) if str(weights) == "timm" else read_state(Path(weights))
-    fit(model, translate(state, arch.family, set(model.state_dict())))
+    return fit(model, translate(state, arch.family, set(model.state_dict())))
 
 
 def timm_state(arch: Arch) -> State:
@@ -89,8 +90,11 @@ def translate(state: State, family: str, ours: set[str]) -> dict[str, Tensor]:
     return renamed
 
 
-def fit(model: nn.Module, state: dict[str, Tensor]) -> None:
+def fit(model: nn.Module, state: dict[str, Tensor]) -> list[str]:
     """Copy `state` into `model`; linear and 1x1-convolution weights take each other's shape.
+
+    Returns:
+        Names of classifier tensors that were left alone because the number of classes differs.
 
     Raises:
         WeightsError: naming the first tensor that is missing, unknown, or of the wrong shape.
@@ -122,6 +126,7 @@ def fit(model: nn.Module, state: dict[str, Tensor]) -> None:
             f"classifier for another number of classes, left untrained: {', '.join(skipped)}",
             stacklevel=2,
         )
+    return skipped
 
 
 def _core(tensor: Tensor) -> tuple[int, ...]:

@@ -112,7 +112,7 @@ def replay(name: str, seed: int, enqueue: bool, world: "World", seconds: float) 
 def fastest_samples(path: Path) -> dict[int, float]:
     """Each trial's fastest sample: what a busy machine disturbs least."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return {row["trial"]: min(min(samples) for samples in row["rounds_ms"]) for row in rows}
+    return {row["trial"]: min(min(samples) for samples in row["rounds_ms"]) for row in rows if "trial" in row}
 
 
 class World:

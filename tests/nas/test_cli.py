@@ -230,3 +230,45 @@ def test_dashboard_bad_input(vitnas, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     refused(vitnas("dashboard"), "runs/")
     refused(vitnas("dashboard", "nowhere"), "nowhere")
+
+
+def test_no_arguments_prints_the_help(vitnas):
+    code, out, _ = vitnas()
+    assert code == 2
+    assert "\n  search " in out
+
+
+def test_paths_that_cannot_be_looked_up(vitnas):
+    refused(vitnas("show", "x" * 300), "unknown model")
+    refused(vitnas("show", "y/" + "x" * 300 + "/arch.json"), "no such file")
+
+
+def test_batch_larger_than_memory(vitnas, tmp_path):
+    refused(
+        vitnas("export", "shvit_s1", "--batch-size", "100000000", "--out", str(tmp_path / "out")), "cannot be exported"
+    )
+
+
+def test_a_classifier_left_random_is_not_called_trained(vitnas, tmp_path):
+    import onnx
+    from safetensors.torch import save_file
+
+    from search_spaces import create_model
+
+    save_file(create_model("shvit_s1").state_dict(), tmp_path / "weights.safetensors")
+    words = ("export", "shvit_s1", "--weights", str(tmp_path / "weights.safetensors"), "--out", str(tmp_path / "out"))
+    code, out, _ = vitnas(*words, "--num-classes", "7")
+    assert code == 0
+    assert "untrained classifier" in out
+    props = {p.key: p.value for p in onnx.load(tmp_path / "out" / "model.onnx").metadata_props}
+    assert props["vitnas.weights"] == "untrained"
+    code, out, _ = vitnas(*words)
+    assert "untrained" not in out
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_text_in_brackets_is_printed_as_it_is(capsys):
+    from nas.display import console_of
+
+    console_of().print("runs[test]/report.html [/x]")
+    assert capsys.readouterr().out == "runs[test]/report.html [/x]\n"

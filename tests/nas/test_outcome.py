@@ -1,0 +1,59 @@
+"""Which trials win, enter the closing run, and form the front."""
+
+import json
+
+from nas.outcome import best_of, finalists_of, front_of, ties_of
+from nas.search import keep_samples
+
+
+def row(trial: int, quality: float, latency: float, params: float = 1.0, family: str = "levit", name: str = "") -> dict:
+    return {
+        "trial": trial,
+        "quality": quality,
+        "latency_ms": latency,
+        "params_m": params,
+        "family": family,
+        "name": name,
+        "feasible": latency <= 2,
+        "arch": {"trial": trial},
+        "role": "",
+        "label": f"trial {trial}",
+        "quality_estimate": quality + 1,
+        "quality_error": 1.0,
+    }
+
+
+def test_equal_quality_goes_by_parameters_then_by_latency():
+    assert best_of([row(0, 70, 1.0), row(1, 70, 1.5, params=2)])["trial"] == 1
+    assert best_of([row(0, 70, 1.5), row(1, 70, 1.0)])["trial"] == 1
+    assert best_of([]) is None
+
+
+def test_front_has_no_dominated_and_no_infeasible_row():
+    rows = [row(0, 60, 1.0), row(1, 59, 1.1), row(2, 65, 1.5), row(3, 80, 2.5), row(4, 65, 1.6)]
+    assert [r["trial"] for r in front_of(rows)] == [0, 2]
+
+
+def test_finalists_keep_a_margin_below_the_budget():
+    """Should the machine be slower at the end, networks well within the budget are among the finalists."""
+    rows = [row(i, 70 - i, 1.99) for i in range(5)] + [row(9, 50, 1.3), row(10, 40, 0.5, name="published")]
+    chosen = {r["trial"] for r in finalists_of(rows, 2.0)}
+    assert {0, 1, 2, 9, 10} <= chosen
+    assert 4 not in chosen
+
+
+def test_overlapping_winners_are_called_a_tie():
+    first, near, far = row(0, 70, 1.0), row(1, 69, 1.0, family="shvit"), row(2, 60, 1.0, family="evit")
+    first["role"], near["role"], far["role"] = "winner", "family winner", "family winner"
+    lines = ties_of([first, near, far])
+    assert len(lines) == 1
+    assert "trial 1" in lines[0]
+
+
+def test_a_torn_last_sample_spoils_no_other(tmp_path):
+    keep_samples(tmp_path, {"trial": 0})
+    path = tmp_path / "samples.jsonl"
+    path.write_text(path.read_text() + '{"trial": 1, "rounds')
+    keep_samples(tmp_path, {"trial": 2})
+    lines = path.read_text().splitlines()
+    assert [json.loads(lines[0])["trial"], json.loads(lines[2])["trial"]] == [0, 2]
