@@ -30,8 +30,8 @@ class Prior:
     name = "prior"
     label = "predicted top-1 (prior, with that family's published recipe)"
     note = (
-        "The prior knows only size: it favours the largest network that fits the budget. It cannot see which shape "
-        "suits your images; only training on them can."
+        "The prior knows only size: it favours the largest network that fits the budget. To find what suits your "
+        "images, train the networks of pareto.json on them (vitnas does not train yet)."
     )
 
     def __init__(self) -> None:
