@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from nas.outcome import interval, overhead_share
+from nas.outcome import OVERHEAD, interval, overhead_share
 
 if TYPE_CHECKING:
     from nas.measure import Settings
@@ -120,7 +120,7 @@ def show_result(data: Mapping[str, Any], folder: Path, to_stderr: bool) -> None:
         shares = ", ".join(f"{row['phase']} {row['share']:.1%}" for row in data["breakdown"])
         console.print(
             f"{data['trials_per_minute']:.1f} trials a minute, median {data['median_trial_s']:.2f} s; {shares}; "
-            f"overhead (estimate, storage, other) {overhead_share(data):.1%}"
+            f"overhead ({', '.join(OVERHEAD)}) {overhead_share(data):.1%}"
         )
     console.print(f"Report: {folder / 'report.html'}")
 

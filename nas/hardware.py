@@ -53,15 +53,6 @@ def describe(settings: Settings) -> dict:
     }
 
 
-def differences(recorded: dict, here: dict) -> list[str]:
-    """One phrase for every entry of two fingerprints that differs."""
-    return [
-        f"{key.replace('_', ' ')}: {recorded.get(key)} recorded, {here.get(key)} here"
-        for key in recorded | here
-        if recorded.get(key) != here.get(key)
-    ]
-
-
 def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     """The CPU's name; where the kernel gives none (many ARM boards), its implementer and part codes."""
     fields: dict[str, str] = {}
