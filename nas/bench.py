@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from nas.errors import UserError
+from nas.errors import UserError, first_line
+from nas.export import write_artifact
 from nas.measure import RUNTIMES, MeasureError, Settings, compare, device_lock
-from nas.outcome import write_artifact
 from nas.targets import Target
 
 
@@ -34,8 +34,7 @@ def run_bench(
             try:
                 paths[str(i)] = target.onnx or write_artifact(target.arch, settings, Path(folder) / str(i))
             except (RuntimeError, ValueError) as error:
-                reason = str(error).strip().splitlines()[0][:200]
-                raise UserError(f"{target.label} cannot be exported: {reason}") from None
+                raise UserError(f"{target.label} cannot be exported: {first_line(error)}") from None
         results = compare(paths, settings, rounds, progress)
     rows, errors, first = [], [], None
     for i, target in enumerate(targets):

@@ -31,40 +31,39 @@ def watch(options: Options, closing: bool = False) -> Iterator[tuple[Callable[..
         with watch_rounds("closing side-by-side run") as rounds:
             yield rounds, lambda line: None
         return
-    console = Console(stderr=True)
-    with Bar(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[state]}"),
-        console=console,
-        disable=not console.is_terminal,
-        transient=True,
-        auto_refresh=False,
-    ) as bar:
+    with bar_of(TextColumn("{task.fields[state]}")) as bar:
         task = bar.add_task("trials", total=options.trials, state="starting")
 
         def update(progress: Progress) -> None:
             bar.update(task, completed=progress.done, state=state_line(progress), refresh=True)
-            if not console.is_terminal and (progress.done % LINES_EVERY == 0 or progress.done >= progress.total):
+            if bar.disable and (progress.done % LINES_EVERY == 0 or progress.done >= progress.total):
                 print(f"trial {progress.done}/{progress.total}: {state_line(progress)}", file=sys.stderr, flush=True)
 
         yield update, lambda line: bar.console.print(line)
 
 
-@contextmanager
-def watch_rounds(what: str = "rounds") -> Iterator[Callable[[int, int], None]]:
-    """Live progress of an interleaved run."""
+def bar_of(*more: TextColumn) -> Bar:
+    """A progress bar on standard error, silent where that is no terminal.
+
+    It is drawn only when told to: a refreshing thread would take time from what is being measured.
+    """
     console = Console(stderr=True)
-    with Bar(
-        TextColumn(what),
+    return Bar(
+        TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
+        *more,
         console=console,
         disable=not console.is_terminal,
         transient=True,
         auto_refresh=False,
-    ) as bar:
+    )
+
+
+@contextmanager
+def watch_rounds(what: str = "rounds") -> Iterator[Callable[[int, int], None]]:
+    """Live progress of an interleaved run."""
+    with bar_of() as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total, refresh=True)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import tempfile
-import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from nas.errors import UserError
+from nas.errors import UserError, first_line
+from nas.measure import RUNTIMES, Settings
 
 if TYPE_CHECKING:
     from torch import nn
@@ -44,6 +45,26 @@ def to_onnx(folded: nn.Module, path: Path, resolution: int, batch_size: int) -> 
             opset_version=OPSET,
             dynamo=False,
         )
+
+
+def write_onnx(arch: Arch, path: Path, batch_size: int) -> None:
+    """Write a freshly initialised network, folded, as ONNX."""
+    from search_spaces import create_model, fold
+
+    to_onnx(fold(create_model(arch)), path, arch.resolution, batch_size)
+
+
+def write_artifact(
+    arch: Arch, settings: Settings, stem: Path, export: Callable[[Arch, Path, int], None] = write_onnx
+) -> Path:
+    """The file `settings.runtime` loads for an Arch: an ONNX network written by `export`, or the Arch itself."""
+    if RUNTIMES[settings.runtime].artifact == "arch":
+        path = stem.with_suffix(".json")
+        path.write_text(arch.to_json())
+    else:
+        path = stem.with_suffix(".onnx")
+        export(arch, path, settings.batch_size)
+    return path
 
 
 def label_onnx(path: Path, arch: Arch, trained: bool) -> None:
@@ -99,7 +120,7 @@ def export_folder(arch: Arch, folder: Path, weights: str | None, num_classes: in
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}; give another --out") from None
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"this network cannot be exported: {str(error).strip().splitlines()[0][:200]}") from None
+        raise UserError(f"this network cannot be exported: {first_line(error)}") from None
     what = "with the given weights" if weights is not None else "with random, untrained weights"
     if weights is not None and not trained:
         what += " but an untrained classifier"
@@ -121,27 +142,13 @@ def disagreement(folded: nn.Module, path: Path, resolution: int, batch_size: int
     return float(abs(found - expected).max() / max(abs(expected).max(), 1e-30))
 
 
-def _export(arch: str, path: str, batch_size: int) -> dict[str, Any]:
-    from search_spaces import Arch, create_model, fold
+def _export(arch: str, path: str, batch_size: int) -> None:
+    from search_spaces import Arch
 
-    document = Arch.from_json(arch)
-    start = time.perf_counter()
-    folded = fold(create_model(document))
-    built = time.perf_counter()
-    to_onnx(folded, Path(path), document.resolution, batch_size)
-    return {"build_s": built - start, "export_s": time.perf_counter() - built}
-
-
-def _warm() -> dict[str, Any]:
-    """Import what exporting needs, so that the first candidate does not pay for it."""
-    import onnx  # noqa: F401
-
-    import search_spaces  # noqa: F401
-
-    return {}
+    write_onnx(Arch.from_json(arch), Path(path), batch_size)
 
 
 if __name__ == "__main__":
     from nas.process import serve
 
-    serve({"export": _export, "warm": _warm})
+    serve({"export": _export})

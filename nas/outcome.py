@@ -12,10 +12,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nas.export import label_onnx, to_onnx
+from nas.export import label_onnx, write_artifact, write_onnx
 from nas.measure import RUNTIMES, MeasureError, Settings, compare, device_lock
 from nas.quality import TIERS, Estimate
-from nas.search import keep_samples
+from nas.search import LATENCY_KEYS, keep_samples
 
 if TYPE_CHECKING:
     import optuna
@@ -27,8 +27,9 @@ Row = dict[str, Any]
 CLOSING_ROUNDS = 30
 BUSY_DRIFT = 0.25
 RESERVES = 3
-MARGINS = (0.95, 0.85, 0.7)
 """How many of the best trials enter the closing run, should the first not meet the budget there."""
+MARGINS = (0.95, 0.85, 0.7)
+"""Shares of the budget below which the best trial enters it too, should all of those be over it."""
 
 
 def rows_of(study: optuna.Study) -> list[Row]:
@@ -52,14 +53,7 @@ def rows_of(study: optuna.Study) -> list[Row]:
                 "quality": trial.values[0] if complete else None,
                 "quality_estimate": detail.get("quality_estimate"),
                 "quality_error": detail.get("quality_error"),
-                "latency_ms": detail.get("latency_ms"),
-                "latency_p95_ms": detail.get("latency_p95_ms"),
-                "latency_ci_low_ms": detail.get("latency_ci_low_ms"),
-                "latency_ci_high_ms": detail.get("latency_ci_high_ms"),
-                "samples": detail.get("samples"),
-                "reference_ms": detail.get("reference_ms"),
-                "reference_drift": detail.get("reference_drift"),
-                "throughput": detail.get("throughput"),
+                **{key: detail.get(key) for key in LATENCY_KEYS},
                 "params_m": attrs.get("params_m"),
                 "macs_m": attrs.get("macs_m"),
                 "resolution": attrs.get("resolution"),
@@ -119,28 +113,20 @@ def label_of(row: Row) -> str:
     return row["name"] or f"trial {row['trial']}"
 
 
-def write_artifact(arch: Arch, settings: Settings, stem: Path) -> Path:
-    """The file `settings.runtime` loads for a freshly initialised network."""
-    from search_spaces import create_model, fold
+def arch_of(row: Row) -> Arch:
+    from search_spaces import Arch
 
-    if RUNTIMES[settings.runtime].artifact == "arch":
-        path = stem.with_suffix(".json")
-        path.write_text(arch.to_json())
-        return path
-    path = stem.with_suffix(".onnx")
-    to_onnx(fold(create_model(arch)), path, arch.resolution, settings.batch_size)
-    return path
+    return Arch.from_json(json.dumps(row["arch"]))
 
 
 def closing_run(options: Options, rows: Sequence[Row], progress: Callable[[int, int], None] | None = None) -> list[Row]:
     """Measure the finalists once more, side by side in one interleaved run; rows of the final table, best first."""
-    from search_spaces import Arch
     from search_spaces.api import find_variant
 
     finalists = finalists_of(rows, options.budget_ms)
     with tempfile.TemporaryDirectory(prefix="vitnas-") as folder, device_lock(options.settings.device):
         paths = {
-            str(i): write_artifact(Arch.from_json(json.dumps(row["arch"])), options.settings, Path(folder) / str(i))
+            str(i): write_artifact(arch_of(row), options.settings, Path(folder) / str(i))
             for i, row in enumerate(finalists)
         }
         results = compare(paths, options.settings, rounds=CLOSING_ROUNDS, progress=progress)
@@ -223,7 +209,6 @@ def finish_run(
     """Closing run (left out after Ctrl-C), best/ and every file of the run's folder; returns the report's data."""
     from nas.hardware import describe
     from nas.report import write_run
-    from search_spaces import Arch
 
     rows = rows_of(study)
     feasible = [row for row in rows if row["feasible"]]
@@ -238,7 +223,7 @@ def finish_run(
     if winner is None:
         shutil.rmtree(best, ignore_errors=True)
     else:
-        save_best(Arch.from_json(json.dumps(winner["arch"])), options.settings, best)
+        save_best(arch_of(winner), options.settings, best)
     if final:
         first = best_of(feasible)
         if winner is None:
@@ -306,12 +291,10 @@ PARETO_KEYS = (
 
 def save_best(arch: Arch, settings: Settings, folder: Path) -> None:
     """best/arch.json and best/model.onnx, whose metadata says that its weights are untrained."""
-    from search_spaces import create_model, fold
-
     folder.mkdir(exist_ok=True)
     (folder / "arch.json").write_text(arch.to_json())
     partial = folder / "model.onnx.partial"
-    to_onnx(fold(create_model(arch)), partial, arch.resolution, settings.batch_size)
+    write_onnx(arch, partial, settings.batch_size)
     label_onnx(partial, arch, trained=False)
     partial.replace(folder / "model.onnx")
 
@@ -322,18 +305,15 @@ def tier_data(name: str) -> dict[str, str]:
 
 
 def winner_data(winner: Row | None) -> dict[str, Any] | None:
-    from search_spaces import Arch
-
     if winner is None:
         return None
-    arch = Arch.from_json(json.dumps(winner["arch"]))
     return {
         "label": label_of(winner),
         "family": winner["family"],
         "trial": winner["trial"],
         **{key: winner[key] for key in ("latency_ms", "quality", "quality_estimate", "quality_error")},
         "arch": winner["arch"],
-        "summary": [stage.model_dump() for stage in arch.summary()],
+        "summary": [stage.model_dump() for stage in arch_of(winner).summary()],
     }
 
 

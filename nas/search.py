@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nas.errors import UserError
-from nas.measure import RUNTIMES, MeasureError, Measurer, Settings, check_settings, device_lock
+from nas.export import write_artifact
+from nas.measure import MeasureError, Measurer, Settings, check_settings, device_lock
 from nas.process import Worker, WorkerError
 
 if TYPE_CHECKING:
@@ -259,7 +260,7 @@ class TrialRunner:
                 "reference_drift": result.reference_drift,
                 "throughput": result.throughput(settings.batch_size),
             }
-            self._keep_samples(trial.number, result)
+            keep_samples(self.options.folder, {"trial": trial.number, **result.to_dict()})
         else:
             latency = known
         clock.lap("other")
@@ -280,7 +281,7 @@ class TrialRunner:
                 "params_m": counts.params() / 1e6,
                 "macs_m": counts.macs() / 1e6,
                 "resolution": arch.resolution,
-                "arch": json.loads(arch.to_json()),
+                "arch": arch.model_dump(mode="json"),
                 "detail": {
                     "digest": digest,
                     "quality_estimate": estimate.value,
@@ -302,19 +303,14 @@ class TrialRunner:
         return None
 
     def _write(self, arch: Arch, stem: Path) -> Path:
-        """The file the runtime loads: an ONNX network, or the Arch itself."""
-        if RUNTIMES[self.options.settings.runtime].artifact == "arch":
-            path = stem.with_suffix(".json")
-            path.write_text(arch.to_json())
-            return path
+        """The file the runtime loads; ONNX comes from the exporter's process."""
+        return write_artifact(arch, self.options.settings, stem, self._export)
+
+    def _export(self, arch: Arch, path: Path, batch_size: int) -> None:
         if self._exporter is None or not self._exporter.alive:
             self._close_exporter()
             self._exporter = Worker("nas.export")
-        path = stem.with_suffix(".onnx")
-        self._exporter.call(
-            "export", EXPORT_TIMEOUT_S, arch=arch.to_json(), path=str(path), batch_size=self.options.settings.batch_size
-        )
-        return path
+        self._exporter.call("export", EXPORT_TIMEOUT_S, arch=arch.to_json(), path=str(path), batch_size=batch_size)
 
     def _running(self) -> list[Worker]:
         return [self._exporter] if self._exporter is not None and self._exporter.alive else []
@@ -322,9 +318,6 @@ class TrialRunner:
     def _close_exporter(self) -> None:
         if self._exporter is not None:
             self._exporter.close()
-
-    def _keep_samples(self, number: int, result: Any) -> None:
-        keep_samples(self.options.folder, {"trial": number, **result.to_dict()})
 
 
 LATENCY_KEYS = (

@@ -10,8 +10,8 @@ import argparse
 import tempfile
 from pathlib import Path
 
+from nas.export import write_artifact
 from nas.measure import MeasureError, Settings, compare, default_threads, device_lock
-from nas.outcome import write_artifact
 from search_spaces import table
 from search_spaces.registry import FAMILIES
 

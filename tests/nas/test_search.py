@@ -126,8 +126,8 @@ print(statistics.median(times[20:]) * 1000)
 
 def test_reported_latency_holds_in_an_independent_loop(killed_and_resumed, tmp_path):
     """The winner against bare ONNX Runtime in new processes, in units of the reference network: machines drift."""
+    from nas.export import write_artifact
     from nas.measure import Settings
-    from nas.outcome import write_artifact
     from nas.search import reference_arch
 
     out, _, _ = killed_and_resumed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -341,3 +342,14 @@ def _shrink_cascade(heads: list[dict[str, Any]], rng: random.Random, embed: int)
         head["kernel"] = rng.randrange(1, head["kernel"] + 1, 2)
     for j, head in enumerate(heads):
         head["value_dim"] = heads[j + 1]["dim"] if j + 1 < len(heads) else rng.randint(1, head["value_dim"])
+
+
+def assert_equals_reference(reference: Callable[..., Tensor], arch: Arch, seed: int) -> None:
+    """The network equals reference(arch, state, image), image by image."""
+    model = build(arch, seed)
+    x = image(arch, 2, seed)
+    state = model.state_dict()
+    with torch.no_grad():
+        found = model(x)
+    wanted = torch.stack([reference(arch, state, pixels) for pixels in x])
+    assert error(found, wanted) < 1e-8  # float64; the requirement is 1e-5

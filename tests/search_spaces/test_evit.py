@@ -172,19 +172,9 @@ def reduction(tokens: list[Tensor], scores: list[float], block: Any) -> list[Ten
     return reduced
 
 
-def compare(arch: Arch, seed: int, helpers: ModuleType) -> None:
-    model = helpers.build(arch, seed)
-    x = helpers.image(arch, 2, seed)
-    state = model.state_dict()
-    with torch.no_grad():
-        found = model(x)
-    wanted = torch.stack([reference(arch, state, pixels) for pixels in x])
-    assert helpers.error(found, wanted) < 1e-8  # float64; the requirement is 1e-5
-
-
 @pytest.mark.parametrize("seed", range(25))
 def test_equals_the_reference(seed: int, helpers: ModuleType) -> None:
-    compare(helpers.random_arch("evit", seed), seed, helpers)
+    helpers.assert_equals_reference(reference, helpers.random_arch("evit", seed), seed)
 
 
 @pytest.mark.parametrize("fuse", [True, False])
@@ -197,4 +187,4 @@ def test_schedules_equal_the_reference(
     attn = {"heads": heads, "key_dim": embed // heads, "value_dim": embed // heads, "scale": (embed / heads) ** -0.5}
     blocks = [{"attn": attn, "keep_rate": rate, "fuse": fuse, "ffn": {"hidden": 4 * embed}} for rate in (*rates, 1.0)]
     arch = helpers.random_arch("evit", 0, resolution=resolution, patch_size=8, embed_dim=embed, blocks=blocks)
-    compare(arch, 5, helpers)
+    helpers.assert_equals_reference(reference, arch, 5)

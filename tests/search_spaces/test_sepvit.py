@@ -167,16 +167,6 @@ def inner(y: Tensor, doc: Any) -> Tensor:
     return out
 
 
-def compare(arch: Arch, seed: int, helpers: ModuleType) -> None:
-    model = helpers.build(arch, seed)
-    x = helpers.image(arch, 2, seed)
-    state = model.state_dict()
-    with torch.no_grad():
-        found = model(x)
-    wanted = torch.stack([reference(arch, state, pixels) for pixels in x])
-    assert helpers.error(found, wanted) < 1e-8  # float64; the requirement is 1e-5
-
-
 def uniform(
     helpers: ModuleType, windows: list[list[int]], embed: int, heads: int, key: int, value: int, **attn: Any
 ) -> Arch:
@@ -215,7 +205,7 @@ def test_shapes_equal_the_reference(
     windows: list[list[int]], heads: int, key: int, value: int, helpers: ModuleType
 ) -> None:
     """heads * value equals the width (12), is narrower (8) and is wider (18)."""
-    compare(uniform(helpers, windows, 12, heads, key, value), 3, helpers)
+    helpers.assert_equals_reference(reference, uniform(helpers, windows, 12, heads, key, value), 3)
 
 
 @pytest.mark.parametrize("residual", [[11, 0, 3, -1, 5, 5, 2, 8], [-1] * 8])
@@ -223,17 +213,17 @@ def test_shapes_equal_the_reference(
 def test_explicit_residuals_equal_the_reference(
     residual: list[int], windows: list[list[int]], helpers: ModuleType
 ) -> None:
-    compare(uniform(helpers, windows, 12, 2, 3, 4, residual=residual), 4, helpers)
+    helpers.assert_equals_reference(reference, uniform(helpers, windows, 12, 2, 3, 4, residual=residual), 4)
 
 
 @pytest.mark.parametrize("rate", [0.3, 0.55, 0.9])
 def test_kept_windows_equal_the_reference(rate: float, helpers: ModuleType) -> None:
-    compare(uniform(helpers, [[2, 4]], 12, 3, 4, 4, keep_rate=rate), 5, helpers)
+    helpers.assert_equals_reference(reference, uniform(helpers, [[2, 4]], 12, 3, 4, 4, keep_rate=rate), 5)
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_irregular_networks_equal_the_reference(seed: int, helpers: ModuleType) -> None:
-    compare(helpers.random_arch("sepvit", seed), seed, helpers)
+    helpers.assert_equals_reference(reference, helpers.random_arch("sepvit", seed), seed)
 
 
 def test_window_tokens_only_where_there_are_windows() -> None:
