@@ -1,15 +1,16 @@
-"""Cutting a smaller Arch's weights out of a larger one's, along the width table."""
+"""Another Arch's weights out of a trained one's, along the width table: units cut away, units grown."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from search_spaces import Arch, table
-from search_spaces.widths import Axis, Select, Width, indices
+from search_spaces.widths import NEW_ZERO, Axis, Select, Width, indices
 
 
 def slice_weights(
@@ -18,21 +19,25 @@ def slice_weights(
     child: Arch,
     select: Select | None = None,
     blocks: Mapping[str, str] | None = None,
+    generator: torch.Generator | None = None,
 ) -> dict[str, Tensor]:
     """The child's state dict, taken from the parent's.
 
     Args:
         parent, weights: an Arch and its state dict.
-        child: an Arch of the same family, no width larger than the parent's.
-        select: parent width name -> kept unit indices; a width without an entry keeps its first units.
+        child: an Arch of the same family.
+        select: parent width name -> kept unit indices, and `widths.NEW` for new units; a width without an entry
+            keeps its first units. New units write at random (keys at zero) and are read with weight zero, so the
+            outputs are the parent's, except under a LayerNorm or GroupNorm, whose statistics change.
         blocks: child block prefix -> parent block prefix ("stages.1.blocks.2" -> "stages.1.blocks.4"); a block
             without an entry comes from the parent's block of the same name.
+        generator: source of the new units' random weights.
 
     Returns:
         One tensor per name of the child. The classifier is left out where the number of classes differs.
 
     Raises:
-        ValueError: another family, a part the parent has not, or a width larger than the parent's.
+        ValueError: another family, a part the parent has not, or a width that the selection does not fill.
     """
     if parent.family != child.family:
         raise ValueError(f"cannot cut a {child.family} network out of a {parent.family} one")
@@ -64,9 +69,29 @@ def slice_weights(
                 tensor = resize(tensor, dim, axis.size)
             else:
                 chosen = indices(axis, source, select or {})
-                tensor = tensor.index_select(dim, torch.from_numpy(chosen).long())
+                tensor = tensor.index_select(dim, torch.from_numpy(np.maximum(chosen, 0)).long())
+                if (chosen < 0).any():
+                    grow(tensor, entry.name, dim, chosen, weights[name].std().item(), generator)
         cut[entry.name] = tensor.reshape(entry.shape).clone()
     return cut
+
+
+def grow(
+    tensor: Tensor, name: str, dim: int, chosen: np.ndarray, std: float, generator: torch.Generator | None
+) -> None:
+    """Start the new units of a freshly gathered tensor, in place.
+
+    A vector per unit (bias, BatchNorm) starts as in an untrained layer; rows of a weight are normal with the standard
+    deviation of the trained ones; columns, where others read the units, are zero.
+    """
+    new = torch.from_numpy(np.flatnonzero(chosen < 0))
+    if tensor.ndim == 1:
+        tensor[new] = 1.0 if name.endswith(("norm.weight", "running_var")) else 0.0
+    elif dim > 0:
+        tensor.index_fill_(dim, new, 0.0)
+    else:
+        tensor[new] = torch.randn(len(new), *tensor.shape[1:], generator=generator, dtype=tensor.dtype) * std
+        tensor[torch.from_numpy(np.flatnonzero(chosen == NEW_ZERO))] = 0.0
 
 
 def resize(tensor: Tensor, dim: int, size: int) -> Tensor:

@@ -9,10 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal, Self
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Dim = Annotated[int, Field(ge=1, le=8192)]
 Heads = Annotated[int, Field(ge=1, le=64)]
@@ -20,6 +23,8 @@ Rate = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Scale = Annotated[float, Field(gt=0, le=64, allow_inf_nan=False)]
 Kernel = Literal[1, 3, 5, 7, 9]
 MAX_BLOCKS = 64
+FIELDS = {"embed": "embed_dim", "qk": "key_dim", "v": "value_dim", "point_qk": "point_key_dim"}
+"""Where a width's last name differs from its field's."""
 MAX_STAGES = 6
 
 
@@ -110,9 +115,65 @@ class Arch(Doc):
         except ValidationError as error:
             raise ArchError(describe(error)) from None
 
+    def resized(self, units: Mapping[str, np.ndarray]) -> Self:
+        """The Arch whose widths hold `units` of this one's: width name -> unit numbers, ascending along the network's
+        own order, `widths.NEW` for new units; 2-D with one row per head. What is tied to a width follows it.
+
+        Raises:
+            ArchError: the changed document does not hold together.
+        """
+        raw = self.model_dump(mode="json")
+        for name, chosen in units.items():
+            *path, last = name.split(".")
+            part = at(raw, path)
+            key = int(last) if isinstance(part, list) else FIELDS.get(last, last)
+            if not isinstance(part[key], list):
+                part[key] = chosen.shape[-1]
+        self._follow(raw, units)
+        return Arch.from_json(json.dumps(raw))
+
+    def _follow(self, raw: dict[str, Any], units: Mapping[str, np.ndarray]) -> None:
+        """Adjust, in the resized document, what a family ties to its widths."""
+
+    def without(self, branches: Collection[str]) -> tuple[Self, dict[str, str]]:
+        """The Arch without some residual branches, named by their paths ("stages.1.blocks.0.ffn"). A block left with
+        none goes too, unless it is its stage's first.
+
+        Returns:
+            The Arch, and each block's path in it -> its path in this one.
+
+        Raises:
+            ArchError: a branch the network cannot do without.
+        """
+        raw = self.model_dump(mode="json")
+        for branch in branches:
+            *path, last = branch.split(".")
+            part = at(raw, path)
+            part[last] = False if last == "conv" else None
+        origins = {}
+        for prefix, stage in [(f"stages.{i}.", s) for i, s in enumerate(raw.get("stages", ()))] or [("", raw)]:
+            left = [i for i, block in enumerate(stage["blocks"]) if i == 0 or not _empty(block)]
+            stage["blocks"] = [stage["blocks"][i] for i in left]
+            origins |= {f"{prefix}blocks.{ours}": f"{prefix}blocks.{theirs}" for ours, theirs in enumerate(left)}
+        return Arch.from_json(json.dumps(raw)), origins
+
     def summary(self) -> list[StageSummary]:
         """One row a stage in the vocabulary of the five axes."""
         raise NotImplementedError
+
+
+def at(raw: Any, path: Sequence[str]) -> Any:
+    """The part of a document at a path of keys and list positions."""
+    for key in path:
+        raw = raw[int(key) if isinstance(raw, list) else key]
+    return raw
+
+
+def _empty(part: Any) -> bool:
+    """Whether a part of a block's document holds no branch (keep rates alone do nothing)."""
+    if isinstance(part, dict):
+        return all(_empty(value) for key, value in part.items() if key not in ("keep_rate", "fuse"))
+    return all(map(_empty, part)) if isinstance(part, list) else part is None or part is False
 
 
 class StageSummary(Doc):

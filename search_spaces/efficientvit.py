@@ -6,8 +6,10 @@ All tensors are (B, C, H, W). Not MIT's EfficientViT (timm's efficientvit_b*, ef
 from __future__ import annotations
 
 import itertools
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
@@ -28,10 +30,10 @@ from search_spaces.arch import (
     summarise,
 )
 from search_spaces.grid import ConvMixer, Merge, Mixer, Pyramid, published_merge
-from search_spaces.layers import AttentionBias, ConvNorm, scale_rows
+from search_spaces.layers import AttentionBias, ConvNorm, Gate, key, scale_rows
 from search_spaces.registry import Family, Variant, register
 from search_spaces.space import KEEPS, Space, Values, per_stage
-from search_spaces.widths import Cat, Width
+from search_spaces.widths import Axis, Cat, Width, boundary
 
 
 class CascadeHead(Doc):
@@ -94,6 +96,19 @@ class EfficientVitArch(Arch, family="efficientvit"):
                         )
         return self
 
+    def _follow(self, raw: dict[str, Any], units: Mapping[str, np.ndarray]) -> None:
+        """Heads read what is left of their channels; heads go from the last: each adds the output of the one before."""
+        for i, stage in enumerate(raw["stages"]):
+            embed = units.get(f"stages.{i}.embed", np.arange(stage["embed_dim"]))
+            for j, block in enumerate(stage["blocks"]):
+                heads = block["attn"]["heads"] if block["attn"] else []
+                for head in heads:
+                    start, end = (boundary(embed, unit) for unit in (head["offset"], head["offset"] + head["dim"]))
+                    head |= {"offset": start, "dim": end - start}
+                for head, following in itertools.pairwise(heads):
+                    head["value_dim"] = following["dim"]
+                del heads[len(units.get(f"stages.{i}.blocks.{j}.attn.heads", heads)) :]
+
     def summary(self) -> list[StageSummary]:
         rows = []
         for stage in self.stages:
@@ -134,8 +149,10 @@ class CascadedGroupAttention(nn.Module):
         tokens = self.window**2
         positions = tokens * self.per_side**2
         self.qkv, self.query = nn.ModuleList(), nn.ModuleList()
+        self.q_gates, self.v_gates = nn.ModuleList(), nn.ModuleList()
+        heads = Width(f"{name}.heads", len(doc.heads))
         values: list[Width] = []
-        self.products = 0
+        products: list[tuple[Axis, int]] = []
         for j, head in enumerate(doc.heads):
             dim = Width(f"{name}.heads.{j}.dim", head.dim, part_of=(embed.name, head.offset))
             qk = Width(f"{name}.heads.{j}.qk", head.key_dim)
@@ -143,17 +160,20 @@ class CascadedGroupAttention(nn.Module):
             start = doc.heads[j + 1].offset if j + 1 < len(doc.heads) else 0
             tied = (embed.name, start) if j + 1 < len(doc.heads) else None
             values.append(Width(follows, head.value_dim, part_of=tied))
-            self.qkv.append(ConvNorm(dim, Cat((qk, qk, values[-1])), positions))
+            self.qkv.append(ConvNorm(dim, Cat((qk, key(qk), values[-1])), positions))
             kernel = Width(f"{name}.heads.{j}.kernel", head.kernel, "crop")
             self.query.append(ConvNorm(qk, qk, positions, kernel=kernel, depthwise=True))
-            self.products += positions * tokens * (head.key_dim + head.value_dim)
-        heads = Width(f"{name}.heads", len(doc.heads))
+            products.append((Cat((qk, values[-1])), positions * tokens))
+            self.q_gates.append(Gate(qk, 1))
+            self.v_gates.append(Gate(values[-1], 1, heads=(heads, j)))
+        self.products = tuple(products)
         self.bias = AttentionBias(name, heads, self.window)
         self.act = nn.ReLU()
         self.proj = ConvNorm(Cat(tuple(values)), embed, positions, gamma=0.0)
+        self.branch_gate = Gate(embed, 1, branch=name)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self._join(self._cascade(self._split(x)))
+        return x + self.branch_gate(self._join(self._cascade(self._split(x))))
 
     def _cascade(self, x: Tensor) -> Tensor:
         bias, outputs = self.bias(), []
@@ -162,11 +182,12 @@ class CascadedGroupAttention(nn.Module):
             if outputs:
                 feature = feature + outputs[-1]
             q, k, v = self.qkv[j](feature).split((head.key_dim, head.key_dim, head.value_dim), dim=1)
-            q, k, v = self.query[j](q).flatten(2), k.flatten(2), v.flatten(2)
+            q, k, v = self.q_gates[j](self.query[j](q)).flatten(2), k.flatten(2), v.flatten(2)
             if self.scales[j] != 1:
                 q = q * self.scales[j]
             weights = (q.transpose(-2, -1) @ k + bias[j]).softmax(-1)
-            outputs.append((v @ weights.transpose(-2, -1)).view(-1, head.value_dim, self.window, self.window))
+            mixed = (v @ weights.transpose(-2, -1)).view(-1, head.value_dim, self.window, self.window)
+            outputs.append(self.v_gates[j](mixed))
         return self.proj(self.act(torch.cat(outputs, 1)))
 
     def _split(self, x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from search_spaces.arch import MAX_BLOCKS, Arch, Attn, Dim, Doc, Rate, StageSummary, kept, summarise
-from search_spaces.layers import RGB, Conv, Linear, attend, layer_norm, mlp, take_tokens
+from search_spaces.layers import RGB, Conv, Gate, Linear, attend, key, layer_norm, mlp, take_tokens
 from search_spaces.registry import Family, Variant, register
 from search_spaces.space import KEEPS, Space, Values, per_stage, with_attention
 from search_spaces.widths import Cat, Each, Width, fixed
@@ -87,20 +87,23 @@ class Attention(nn.Module):
         )
         self.heads, self.scale, self.scores = doc.heads, doc.scale, scores
         self.dims = (doc.heads * doc.key_dim, doc.heads * doc.key_dim, doc.heads * doc.value_dim)
-        self.qkv = Linear(embed, Cat((Each(heads, qk), Each(heads, qk), Each(heads, v))), tokens)
+        self.qkv = Linear(embed, Cat((Each(heads, qk), Each(heads, key(qk)), Each(heads, v))), tokens)
         self.proj = Linear(Each(heads, v), embed, tokens)
-        self.products = tokens * tokens * sum(self.dims[1:])
+        self.products = ((Each(heads, Cat((qk, v))), tokens * tokens),)
+        self.q_gate = Gate(Each(heads, qk), 1, 3)
+        self.v_gate = Gate(Each(heads, v), -1, heads=(heads, None))
+        self.branch_gate = Gate(embed, -1, branch=name)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """(B, N, C) -> (B, N, C) and, if asked for, the mean over heads of the class row, (B, N - 1)."""
         q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in self.qkv(x).split(self.dims, dim=2))
-        scores = None
+        q, scores = self.q_gate(q), None
         if self.scores:
             weights = ((q @ k.transpose(-2, -1)) * self.scale).softmax(-1)
             scores, mixed = weights[:, :, 0, 1:].mean(1), weights @ v
         else:
             mixed = attend(q, k, v, self.scale)
-        return self.proj(mixed.transpose(1, 2).flatten(2)), scores
+        return self.branch_gate(self.proj(self.v_gate(mixed.transpose(1, 2).flatten(2)))), scores
 
 
 class Block(nn.Module):
@@ -153,6 +156,7 @@ class Evit(nn.Module):
             "cls_token": (one, one, embed),
             "pos_embed": (one, Width("positions", tokens + 1, "resize"), embed),
         }
+        self.entry_gate = Gate(embed, -1)
         self.blocks = nn.Sequential()
         for i, doc in enumerate(arch.blocks):
             self.blocks.append(Block(f"blocks.{i}", doc, embed, tokens))
@@ -163,7 +167,7 @@ class Evit(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.patch_embed(x).flatten(2).transpose(1, 2)
         x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), 1) + self.pos_embed
-        return self.head(self.norm(self.blocks(x)[:, 0]))
+        return self.head(self.norm(self.blocks(self.entry_gate(x))[:, 0]))
 
 
 RENAME = ((r"^patch_embed\.proj\.", "patch_embed."), (r"\.mlp\.", ".ffn."))

@@ -14,6 +14,7 @@ from search_spaces.layers import (
     Classifier,
     ConvNorm,
     FeedForward,
+    Gate,
     Residual,
     SqueezeExcite,
     halved,
@@ -45,7 +46,7 @@ class ConvMixer(nn.Module):
         super().__init__()
         tokens = grid * grid
         conv = ConvNorm(embed, embed, tokens, kernel=fixed(3), depthwise=True, gamma=gamma) if doc.conv else None
-        self.conv = Residual(conv) if conv is not None else None
+        self.conv = Residual(conv, Gate(embed, 1, branch=f"{name}.conv")) if conv is not None else None
         self.ffn = FeedForward(f"{name}.ffn", doc.ffn, embed, tokens, nn.ReLU) if doc.ffn else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -63,16 +64,17 @@ class PatchMerging(nn.Module):
         self.before = ConvMixer(f"{name}.before", doc.before, inp, grid, gamma=1.0)
         self.expand = ConvNorm(inp, hidden, grid * grid)
         self.conv = ConvNorm(hidden, hidden, half * half, kernel=fixed(3), stride=2, depthwise=True)
+        self.gate, self.entry_gate = Gate(hidden, 1), Gate(out, 1)
         self.se = SqueezeExcite(hidden, Width(f"{name}.squeezed", doc.squeezed)) if doc.squeezed else None
         self.project = ConvNorm(hidden, out, half * half, kernel=ONE)
         self.after = ConvMixer(f"{name}.after", doc.after, out, half, gamma=1.0)
         self.act = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.act(self.conv(self.act(self.expand(self.before(x)))))
+        x = self.gate(self.act(self.conv(self.act(self.expand(self.before(x))))))
         if self.se is not None:
             x = self.se(x)
-        return self.after(self.project(x))
+        return self.after(self.entry_gate(self.project(x)))
 
 
 def published_merge(inp: int, out: int) -> Merge:

@@ -10,6 +10,7 @@ import copy
 import functools
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -49,6 +50,40 @@ def layer_norm(axis: Axis, positions: int) -> nn.LayerNorm:
     declare_norm(norm, axis)
     norm.positions = NORM_MACS * positions
     return norm
+
+
+class Gate(nn.Module):
+    """Where the units of `axis` can be silenced or weighed: the identity until `mask` is set.
+
+    dims: the dimensions the units lie along, one, or two for the heads and the units of an `Each`. branch: the path
+    of the residual branch whose output this is. heads: the width, and the head of it where each has a gate of its
+    own, whose heads fall silent with all their units here. mask: (B or 1, *units), multiplied in; where windows have
+    joined the batch, those of an image follow one another.
+    """
+
+    def __init__(
+        self, axis: Axis, *dims: int, branch: str | None = None, heads: tuple[Width, int | None] | None = None
+    ) -> None:
+        super().__init__()
+        self.axis, self.dims, self.branch, self.heads = axis, dims, branch, heads
+        self.mask: Tensor | None = None
+
+    @property
+    def units(self) -> tuple[int, ...]:
+        """Shape of one image's mask."""
+        return (self.axis.outer.size, self.axis.inner.size) if isinstance(self.axis, Each) else (self.axis.size,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.mask is None:
+            return x
+        shape = [1] * x.ndim
+        for dim in self.dims:
+            shape[dim] = x.shape[dim]
+        mask = self.mask.reshape(len(self.mask), *shape[1:])
+        return x * (mask if len(mask) == 1 else mask.repeat_interleave(len(x) // len(mask), 0))
+
+    def folded(self) -> nn.Identity:
+        return nn.Identity()
 
 
 class Linear(nn.Linear):
@@ -185,12 +220,14 @@ def pointwise(form: Form, inp: Axis, out: Axis, positions: int, gamma: float = 1
 def stem(hidden: tuple[int, ...], embed: Width, resolution: int, act: Callable[[], nn.Module]) -> nn.Sequential:
     """Stride-2 3x3 convolutions with BatchNorm, `act` between: (B, 3, R, R) -> (B, C, R', R')."""
     widths = [RGB, *(Width(f"stem.{i}", size) for i, size in enumerate(hidden)), embed]
-    layers: list[nn.Module] = []
-    grid = resolution
-    for inp, out in itertools.pairwise(widths):
+    layers, grid = nn.Sequential(), resolution
+    for i, (inp, out) in enumerate(itertools.pairwise(widths)):
         grid = halved(grid)
-        layers += [ConvNorm(inp, out, grid * grid, kernel=fixed(3), stride=2), act()]
-    return nn.Sequential(*layers[:-1])
+        layers.add_module(f"{2 * i}", ConvNorm(inp, out, grid * grid, kernel=fixed(3), stride=2))
+        if out is not embed:
+            layers.add_module(f"{2 * i + 1}", act())
+        layers.add_module(f"gate{i}", Gate(out, 1))
+    return layers
 
 
 def halved(grid: int) -> int:
@@ -201,12 +238,12 @@ def halved(grid: int) -> int:
 class Residual(nn.Module):
     """x + branch(x); a depthwise convolution takes the identity into its centre tap when folded."""
 
-    def __init__(self, branch: nn.Module) -> None:
+    def __init__(self, branch: nn.Module, gate: Gate) -> None:
         super().__init__()
-        self.branch = branch
+        self.branch, self.gate = branch, gate
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.branch(x)
+        return x + self.gate(self.branch(x))
 
     def folded(self) -> nn.Module:
         conv = self.branch
@@ -236,31 +273,38 @@ class FeedForward(nn.Module):
         super().__init__()
         hidden = Width(f"{name}.hidden", doc.hidden)
         self.form, self.keep, self.tokens = form, kept(doc.keep_rate, tokens), tokens
+        dim = 1 if form == "conv" else -1
         self.fc1 = pointwise(form, embed, hidden, self.keep)
         self.act = act()
+        self.gate = Gate(hidden, dim)
         self.fc2 = pointwise(form, hidden, embed, self.keep, gamma=0.0)
+        self.branch_gate = Gate(embed, dim, branch=name)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.keep == self.tokens:
-            return x + self.fc2(self.act(self.fc1(x)))
+            return x + self._branch(x)
         if self.form == "linear":
-            return on_strongest(x, self.keep, lambda kept: self.fc2(self.act(self.fc1(kept))))
+            return on_strongest(x, self.keep, self._branch)
         rows = x.flatten(2).transpose(1, 2)
         rows = on_strongest(rows, self.keep, self._on_rows)
         return rows.transpose(1, 2).reshape(x.shape)
 
+    def _branch(self, x: Tensor) -> Tensor:
+        return self.branch_gate(self.fc2(self.gate(self.act(self.fc1(x)))))
+
     def _on_rows(self, rows: Tensor) -> Tensor:
-        grid = rows.transpose(1, 2).unsqueeze(-1)
-        return self.fc2(self.act(self.fc1(grid))).squeeze(-1).transpose(1, 2)
+        return self._branch(rows.transpose(1, 2).unsqueeze(-1)).squeeze(-1).transpose(1, 2)
 
 
 def mlp(name: str, hidden: int, embed: Width, positions: int) -> nn.Sequential:
-    """Linear, GELU, Linear."""
+    """Linear, GELU, Linear: a residual branch, and the path `name` its place."""
     inner = Width(f"{name}.hidden", hidden)
     layers = nn.Sequential()
     layers.add_module("fc1", Linear(embed, inner, positions))
     layers.add_module("act", nn.GELU())
+    layers.add_module("gate", Gate(inner, -1))
     layers.add_module("fc2", Linear(inner, embed, positions))
+    layers.add_module("branch_gate", Gate(embed, -1, branch=name))
     return layers
 
 
@@ -334,11 +378,12 @@ class SqueezeExcite(nn.Module):
 
     def __init__(self, channels: Axis, squeezed: Axis) -> None:
         super().__init__()
+        self.gate = Gate(squeezed, 1)
         self.fc1 = Conv(channels, squeezed, ONE, positions=1, bias=True)
         self.fc2 = Conv(squeezed, channels, ONE, positions=1, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.fc2(F.relu(self.fc1(x.mean((2, 3), keepdim=True)))).sigmoid()
+        return x * self.fc2(self.gate(F.relu(self.fc1(x.mean((2, 3), keepdim=True))))).sigmoid()
 
 
 def affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
@@ -379,6 +424,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
+def key(qk: Width) -> Width:
+    """The keys' side of `qk`: a new key begins at zero and its query at random, so that neither stays dead."""
+    return replace(qk, grown="zero")
+
+
 def qkv_axis(heads: Width, qk: Width, v: Width) -> Each:
     """Rows of a fused projection that lays out q, k and v of one head after the other."""
-    return Each(heads, Cat((qk, qk, v)))
+    return Each(heads, Cat((qk, key(qk), v)))

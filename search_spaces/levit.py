@@ -32,8 +32,10 @@ from search_spaces.layers import (
     ConvNorm,
     FeedForward,
     Form,
+    Gate,
     LinearNorm,
     halved,
+    key,
     pointwise,
     qkv_axis,
     scale_rows,
@@ -126,11 +128,15 @@ class Attention(nn.Module):
         else:
             strided = partial(ConvNorm, stride=stride) if form == "conv" else LinearNorm
             self.q = strided(embed, Each(heads, qk), queries)
-            self.kv = pointwise(form, embed, Each(heads, Cat((qk, v))), tokens)
+            self.kv = pointwise(form, embed, Each(heads, Cat((key(qk), v))), tokens)
         self.bias = AttentionBias(name, heads, grid, stride)
         self.act = nn.Hardswish()
         self.proj = pointwise(form, Each(heads, v), out, queries, gamma=0.0 if stride == 1 else 1.0)
-        self.products = queries * tokens * doc.heads * (doc.key_dim + doc.value_dim)
+        self.products = ((Each(heads, Cat((qk, v))), queries * tokens),)
+        dim = -1 if form == "linear" else 1
+        self.q_gate = Gate(Each(heads, qk), *((2, 3) if form == "linear" else (1, 2)))
+        self.v_gate = Gate(Each(heads, v), dim, heads=(heads, None))
+        self.out_gate = Gate(out, dim, branch=name if stride == 1 else None)
 
     def forward(self, x: Tensor, index: Tensor | None = None) -> Tensor:
         if self.stride == 1:
@@ -138,7 +144,7 @@ class Attention(nn.Module):
         else:
             (q,) = self._per_head(self.q(self._strided(x) if self.form == "linear" else x), (self.key_dim,))
             k, v = self._per_head(self.kv(x), (self.key_dim, self.value_dim))
-        bias = self.bias()
+        q, bias = self.q_gate(q), self.bias()
         if index is not None:
             bias = self._bias_at(bias, index)
         if self.form == "linear":
@@ -150,7 +156,7 @@ class Attention(nn.Module):
             mixed = v @ self._softmax(logits, bias).transpose(-2, -1)
             side = x.shape[2:] if self.stride == 1 else (halved(self.grid), halved(self.grid))
             y = mixed.reshape(x.shape[0], -1, *side)
-        y = self.proj(self.act(y))
+        y = self.out_gate(self.proj(self.v_gate(self.act(y))))
         return x + y if self.stride == 1 else y
 
     def _per_head(self, y: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, ...]:

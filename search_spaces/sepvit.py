@@ -6,8 +6,10 @@ the windows; grouped attention is the same on windows twice as wide. A stage wit
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
@@ -31,11 +33,13 @@ from search_spaces.arch import (
 from search_spaces.layers import (
     RGB,
     Conv,
+    Gate,
     Linear,
     Residual,
     attend,
     flat_rows,
     halved,
+    key,
     layer_norm,
     mlp,
     on_strongest,
@@ -95,6 +99,22 @@ class SepVitArch(Arch, family="sepvit"):
                         raise ValueError(f"{where}.residual names one channel below embed_dim for each of {inner}")
         return self
 
+    def _follow(self, raw: dict[str, Any], units: Mapping[str, np.ndarray]) -> None:
+        for i, (stage, changed) in enumerate(zip(self.stages, raw["stages"], strict=True)):
+            embed = units.get(f"stages.{i}.embed", np.arange(stage.embed_dim))
+            place = {int(channel): ours for ours, channel in enumerate(embed) if channel >= 0}
+            for j, (block, attn) in enumerate(zip(stage.blocks, (b["attn"] for b in changed["blocks"]), strict=True)):
+                if block.attn is None:
+                    continue
+                name = f"stages.{i}.blocks.{j}.attn"
+                heads = units.get(f"{name}.heads", np.arange(block.attn.heads))
+                inner = units.get(f"{name}.v", np.arange(block.attn.value_dim))
+                sources = inner_sources(block.attn, stage.embed_dim).reshape(block.attn.heads, -1)
+                kept = [(h, inner[h] if inner.ndim == 2 else inner) for h in heads]
+                channels = [sources[h][u] if u >= 0 else -1 for h, row in kept for u in row]
+                residual = tuple(place.get(int(channel), -1) for channel in channels)
+                attn["residual"] = None if residual == tuple(in_order(len(residual), len(embed))) else residual
+
     def summary(self) -> list[StageSummary]:
         return [
             summarise(
@@ -105,6 +125,17 @@ class SepVitArch(Arch, family="sepvit"):
             )
             for s in self.stages
         ]
+
+
+def in_order(inner: int, embed: int) -> np.ndarray:
+    """The input channel of each of `inner` inner channels taken in order; -1 beyond the last."""
+    channels = np.arange(inner)
+    return np.where(channels < embed, channels, -1)
+
+
+def inner_sources(doc: SepAttn, embed: int) -> np.ndarray:
+    """Which input channel the inner residual adds to each inner channel; -1 for none."""
+    return in_order(doc.heads * doc.value_dim, embed) if doc.residual is None else np.array(doc.residual)
 
 
 def _as_attn(doc: SepAttn | None) -> Attn | None:
@@ -143,17 +174,22 @@ class SeparableAttention(nn.Module):
         self.scale, self.point_scale = doc.scale, doc.point_scale
         self.dims = (doc.heads * doc.key_dim, doc.heads * doc.key_dim, inner.size)
         self.norm = layer_norm(embed, self.keep * tokens)
-        self.qkv = Linear(embed, Cat((Each(heads, qk), Each(heads, qk), inner)), self.keep * tokens)
+        self.qkv = Linear(embed, Cat((Each(heads, qk), Each(heads, key(qk)), inner)), self.keep * tokens)
         self.proj = Linear(inner, embed, self.keep * area)
-        self.products = self.keep * tokens * tokens * sum(self.dims[1:])
+        self.products = ((Each(heads, Cat((qk, v))), self.keep * tokens * tokens),)
+        self.q_gate = Gate(Each(heads, qk), 2, 4)
+        self.v_gate = Gate(inner, -1, heads=(heads, None))
+        self.branch_gate = Gate(embed, -1, branch=name)
         if self.separable:
             one = fixed(1)
             self.window_token = nn.Parameter(torch.zeros(1, count, 1, embed.size))
             self.axes = {"window_token": (one, Width(f"{name}.windows", count, "resize"), one, embed)}
-            point = Each(heads, Width(f"{name}.point_qk", doc.point_key_dim))
+            point_qk = Width(f"{name}.point_qk", doc.point_key_dim)
+            point = Each(heads, point_qk)
             self.point_norm = layer_norm(inner, self.keep)
-            self.point_qk = Linear(inner, Cat((point, point)), self.keep)
-            self.products += self.keep**2 * (point.size + inner.size * area)
+            self.point_qk = Linear(inner, Cat((point, Each(heads, key(point_qk)))), self.keep)
+            self.point_gate = Gate(point, 1, 3)
+            self.products += ((point, self.keep**2), (inner, self.keep**2 * area))
         if doc.residual is not None:
             source = torch.tensor([c if c >= 0 else embed.size for c in doc.residual], device="cpu")
             self.register_buffer("source", source, persistent=False)
@@ -174,10 +210,10 @@ class SeparableAttention(nn.Module):
         q, k, v = (
             part.unflatten(3, (self.doc.heads, -1)).transpose(2, 3) for part in self.qkv(y).split(self.dims, dim=3)
         )
-        z = attend(q, k, v, self.scale).transpose(2, 3).flatten(3) + self._inner(y)
+        z = self.v_gate(attend(self.q_gate(q), k, v, self.scale).transpose(2, 3).flatten(3) + self._inner(y))
         if token is not None:
             z = self._across(z[:, :, 0], z[:, :, 1:])
-        return self.proj(z)
+        return self.branch_gate(self.proj(z))
 
     def _across(self, token: Tensor, z: Tensor) -> Tensor:
         """Pointwise attention: window tokens (B, W, E) mix whole feature maps (B, W, M*M, E)."""
@@ -185,7 +221,7 @@ class SeparableAttention(nn.Module):
         q, k = self.point_qk(F.gelu(self.point_norm(token))).chunk(2, dim=2)
         q, k = (part.unflatten(2, (heads, -1)).transpose(1, 2) for part in (q, k))
         values = z.unflatten(3, (heads, -1)).permute(0, 3, 1, 2, 4).flatten(3)
-        weights = ((q @ k.transpose(-2, -1)) * self.point_scale).softmax(-1)
+        weights = ((self.point_gate(q) @ k.transpose(-2, -1)) * self.point_scale).softmax(-1)
         mixed = (weights @ values).view(b, heads, w, area, -1).permute(0, 2, 3, 1, 4).flatten(3)
         return mixed + z
 
@@ -241,11 +277,13 @@ class Stage(nn.Module):
         self.norm = layer_norm(embed, positions)
         self.blocks = nn.ModuleList(Block(f"{name}.blocks.{i}", b, embed, grid) for i, b in enumerate(doc.blocks))
         if doc.blocks:
-            self.position = Residual(Conv(embed, embed, fixed(3), positions, depthwise=True, bias=True))
+            conv = Conv(embed, embed, fixed(3), positions, depthwise=True, bias=True)
+            self.position = Residual(conv, Gate(embed, 1))
+        self.entry_gate = Gate(embed, -1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H', W')."""
-        x = self.norm(self.patch_embed(x).permute(0, 2, 3, 1))
+        x = self.entry_gate(self.norm(self.patch_embed(x).permute(0, 2, 3, 1)))
         for i, block in enumerate(self.blocks):
             x = block(x)
             if i == 0:

@@ -6,8 +6,10 @@ search uses; the published networks have one head and values as wide as the atte
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
+import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -31,6 +33,7 @@ from search_spaces.layers import (
     NORM_MACS,
     ConvNorm,
     FeedForward,
+    Gate,
     Residual,
     declare_norm,
     qkv_axis,
@@ -38,7 +41,7 @@ from search_spaces.layers import (
 )
 from search_spaces.registry import Family, Variant, register
 from search_spaces.space import KEEPS, Space, Values, per_stage, with_attention
-from search_spaces.widths import Cat, Each, Width, fixed
+from search_spaces.widths import Cat, Each, Width, boundary, fixed
 
 
 class PartialAttn(Doc):
@@ -82,6 +85,12 @@ class ShvitArch(Arch, family="shvit"):
                     )
         return self
 
+    def _follow(self, raw: dict[str, Any], units: Mapping[str, np.ndarray]) -> None:
+        for i, stage in enumerate(raw["stages"]):
+            for block in stage["blocks"]:
+                if block["attn"] and f"stages.{i}.embed" in units:
+                    block["attn"]["dim"] = boundary(units[f"stages.{i}.embed"], block["attn"]["dim"])
+
     def summary(self) -> list[StageSummary]:
         return [
             summarise(
@@ -122,7 +131,10 @@ class PartialAttention(nn.Module):
         self.qkv = ConvNorm(part, qkv_axis(heads, qk, v), tokens)
         self.act = nn.ReLU()
         self.proj = ConvNorm(Cat((Each(heads, v), rest)), embed, tokens, gamma=0.0)
-        self.products = tokens * tokens * doc.heads * (doc.key_dim + doc.value_dim)
+        self.products = ((Each(heads, Cat((qk, v))), tokens * tokens),)
+        self.q_gate = Gate(Each(heads, qk), *((1,) if doc.heads == 1 else (1, 2)))
+        self.v_gate = Gate(Each(heads, v), 1, heads=(heads, None))
+        self.branch_gate = Gate(embed, 1, branch=name)
 
     def forward(self, x: Tensor) -> Tensor:
         part, rest = x[:, : self.dims[0]], x[:, self.dims[0] :]
@@ -130,13 +142,13 @@ class PartialAttention(nn.Module):
         if self.heads > 1:
             y = y.view(y.shape[0], self.heads, -1, y.shape[2])
         q, k, v = y.split(self.split, dim=-2)
-        logits = q.transpose(-2, -1) @ k
+        logits = self.q_gate(q).transpose(-2, -1) @ k
         if self.scale != 1:
             logits = logits * self.scale
         mixed = v @ logits.softmax(-1).transpose(-2, -1)
-        mixed = mixed.reshape(x.shape[0], -1, *x.shape[2:])
+        mixed = self.v_gate(mixed.reshape(x.shape[0], -1, *x.shape[2:]))
         joined = torch.cat((mixed, rest), 1) if self.dims[1] else mixed
-        return x + self.proj(self.act(joined))
+        return x + self.branch_gate(self.proj(self.act(joined)))
 
     def folded(self) -> PartialAttention:
         key_dim, per_head = self.split[0], sum(self.split)
@@ -150,7 +162,7 @@ class Block(nn.Module):
     def __init__(self, name: str, doc: ShvitBlock, embed: Width, grid: int) -> None:
         super().__init__()
         conv = ConvNorm(embed, embed, grid * grid, kernel=fixed(3), depthwise=True, gamma=0.0) if doc.conv else None
-        self.conv = Residual(conv) if conv is not None else None
+        self.conv = Residual(conv, Gate(embed, 1, branch=f"{name}.conv")) if conv is not None else None
         self.attn = PartialAttention(f"{name}.attn", doc.attn, embed, grid) if doc.attn else None
         self.ffn = FeedForward(f"{name}.ffn", doc.ffn, embed, grid * grid, nn.ReLU) if doc.ffn else None
 

@@ -26,13 +26,15 @@ class Width:
 
     rule: "slice" takes units by index, "crop" the centre (kernels), "resize" interpolates a square grid
     (bias tables; a leading class-token entry is kept apart), "fixed" must agree (classes, input channels).
-    part_of: (name, start) when these units are units start, start + 1, ... of another width.
+    part_of: (name, start) when these units are units start, start + 1, ... of another width. grown: how new units
+    begin where they write ("zero" for keys, beside random queries); where others read them they always begin at zero.
     """
 
     name: str
     size: int
     rule: Rule = "slice"
     part_of: tuple[str, int] | None = None
+    grown: Literal["random", "zero"] = "random"
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,10 @@ class Each:
 Axis = Width | Cat | Each
 
 
+NEW, NEW_ZERO = -1, -2
+"""Entries of a selection: a unit that the larger network has not, and one that begins at zero even where it writes."""
+
+
 def fixed(size: int) -> Width:
     """An axis that never changes (3x3 kernels, the 1 of a depthwise weight)."""
     return Width("", size, "fixed")
@@ -81,11 +87,20 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Product:
+    """Attention's products q k^T and weights v in the module `name`: `times` multiplications for each unit."""
+
+    name: str
+    axis: Axis
+    times: int
+
+
+@dataclass(frozen=True)
 class Table:
-    """All entries of a network and the multiply-accumulates of its attention products."""
+    """All entries of a network, and its attention products."""
 
     entries: tuple[Entry, ...]
-    products: int
+    products: tuple[Product, ...]
 
     def params(self) -> int:
         """Number of trainable parameters."""
@@ -97,14 +112,18 @@ class Table:
         LayerNorm and GroupNorm count 5 an element as in fvcore; BatchNorm (it folds away), softmax, biases and
         activations count zero.
         """
-        return self.products + sum(int(np.prod(e.shape)) * e.positions for e in self.entries)
+        return self.product_macs() + sum(int(np.prod(e.shape)) * e.positions for e in self.entries)
+
+    def product_macs(self) -> int:
+        """Multiply-accumulates of q k^T and of the weighted sums of v."""
+        return sum(product.axis.size * product.times for product in self.products)
 
     def widths(self) -> dict[str, Width]:
         """Every named width by name."""
         found: dict[str, Width] = {}
         for entry in self.entries:
             for axis in entry.axes:
-                found.update((w.name, w) for w in _widths(axis) if w.name)
+                found.update((w.name, w) for w in widths_of(axis) if w.name)
         return found
 
 
@@ -115,9 +134,9 @@ def width_table(model: nn.Module) -> Table:
         LookupError: a parameter or persistent buffer that no layer declared.
     """
     entries: dict[str, Entry] = {}
-    products = 0
+    products: list[Product] = []
     for prefix, module in model.named_modules():
-        products += getattr(module, "products", 0)
+        products += [Product(prefix, axis, times) for axis, times in getattr(module, "products", ())]
         for name, axes in getattr(module, "axes", {}).items():
             full = f"{prefix}.{name}" if prefix else name
             positions = getattr(module, "positions", 0) if name == "weight" else 0
@@ -126,29 +145,52 @@ def width_table(model: nn.Module) -> Table:
     for name in state:
         if name not in entries:
             raise LookupError(f"{name} is in no width table")
-    return Table(tuple(entries[name] for name in state), products)
+    return Table(tuple(entries[name] for name in state), tuple(products))
+
+
+def places(axis: Axis, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Head (0 outside an `Each`) and unit of the width `name` at each position of an axis; -1 where it has none."""
+    if isinstance(axis, Width):
+        units, rows = np.full(axis.size, -1), np.zeros(axis.size, dtype=np.int64)
+        if axis.name == name:
+            units = np.arange(axis.size)
+        elif axis.part_of is not None and axis.part_of[0] == name:
+            units = axis.part_of[1] + np.arange(axis.size)
+        return rows, units
+    if isinstance(axis, Cat):
+        found = [places(part, name) for part in axis.parts]
+        return np.concatenate([rows for rows, _ in found]), np.concatenate([units for _, units in found])
+    heads = np.repeat(np.arange(axis.outer.size), axis.inner.size)
+    if axis.outer.name == name:
+        return np.zeros_like(heads), heads
+    return heads, np.tile(places(axis.inner, name)[1], axis.outer.size)
 
 
 def indices(child: Axis, parent: Axis, select: Select, row: int | None = None) -> np.ndarray:
-    """Which units of the parent's axis the child's axis takes, in the child's order.
+    """Which units of the parent's axis the child's axis takes, in the child's order; NEW or NEW_ZERO for a new unit.
 
-    select: parent width name -> kept units (1-D; or 2-D with one row per unit of the enclosing `Each`).
+    select: parent width name -> kept units (1-D; or 2-D with one row per unit of the enclosing `Each`), NEW for a
+    unit that the parent has not.
 
     Raises:
         ValueError: the axes differ in structure, or the child is larger than the parent.
     """
     if isinstance(child, Width) and isinstance(parent, Width):
         chosen = _chosen(child, parent, select)
-        return chosen[row] if chosen.ndim == 2 else chosen
+        chosen = chosen[row] if chosen.ndim == 2 else chosen
+        return np.where(chosen == NEW, NEW_ZERO, chosen) if parent.grown == "zero" else chosen
     if isinstance(child, Cat) and isinstance(parent, Cat) and len(child.parts) <= len(parent.parts):
         starts = np.cumsum([0, *(part.size for part in parent.parts)])
         runs = [
-            start + indices(c, p, select, row) for start, c, p in zip(starts, child.parts, parent.parts, strict=False)
+            _shifted(start, indices(c, p, select, row))
+            for start, c, p in zip(starts, child.parts, parent.parts, strict=False)
         ]
         return np.concatenate(runs)
     if isinstance(child, Each) and isinstance(parent, Each):
         outer = indices(child.outer, parent.outer, select)
-        runs = [o * parent.inner.size + indices(child.inner, parent.inner, select, int(o)) for o in outer]
+        if (outer < 0).any():
+            raise ValueError(f"{parent.outer.name}: only units within a head can be new")
+        runs = [_shifted(o * parent.inner.size, indices(child.inner, parent.inner, select, int(o))) for o in outer]
         return np.concatenate(runs) if runs else np.zeros(0, dtype=np.int64)
     raise ValueError(f"the axes of {child} and {parent} differ in structure")
 
@@ -161,23 +203,39 @@ def _chosen(child: Width, parent: Width, select: Select) -> np.ndarray:
         chosen = np.asarray(select[parent.name])
     elif parent.part_of is not None and parent.part_of[0] in select:
         start = parent.part_of[1]
-        whole = np.asarray(select[parent.part_of[0]])
-        chosen = whole[(whole >= start) & (whole < start + parent.size)] - start
+        chosen = _shifted(-start, run(np.asarray(select[parent.part_of[0]]), start, parent.size))
     else:
         chosen = np.arange(child.size)
-    if chosen.dtype.kind not in "iu" or (np.diff(np.sort(chosen)) == 0).any():
+    ordered = np.sort(chosen)
+    if chosen.dtype.kind not in "iu" or ((np.diff(ordered) == 0) & (ordered[..., 1:] != NEW)).any():
         raise ValueError(f"{parent.name}: a selection is a list of distinct unit numbers")
-    if chosen.shape[-1] != child.size or (chosen.size and (chosen.min() < 0 or chosen.max() >= parent.size)):
+    if chosen.shape[-1] != child.size or (chosen.size and (chosen.min() < NEW or chosen.max() >= parent.size)):
         raise ValueError(f"{child.name or 'a fixed axis'}: cannot take {child.size} units out of {parent.size}")
     return chosen
 
 
-def _widths(axis: Axis) -> Iterator[Width]:
+def run(chosen: np.ndarray, start: int, size: int) -> np.ndarray:
+    """The part of an ascending selection that falls on units start .. start + size; new units follow the unit before
+    them."""
+    return chosen[boundary(chosen, start) : boundary(chosen, start + size)]
+
+
+def boundary(chosen: np.ndarray, unit: int) -> int:
+    """How many entries of an ascending selection lie before `unit`, new ones counted with the unit they follow."""
+    beyond = np.flatnonzero(chosen >= unit)
+    return 0 if unit == 0 else int(beyond[0]) if beyond.size else len(chosen)
+
+
+def _shifted(start: int, chosen: np.ndarray) -> np.ndarray:
+    return np.where(chosen < 0, chosen, chosen + start)
+
+
+def widths_of(axis: Axis) -> Iterator[Width]:
     if isinstance(axis, Width):
         yield axis
     elif isinstance(axis, Cat):
         for part in axis.parts:
-            yield from _widths(part)
+            yield from widths_of(part)
     else:
         yield axis.outer
-        yield from _widths(axis.inner)
+        yield from widths_of(axis.inner)

@@ -44,9 +44,9 @@ def inputs(arch: Arch, counts: Table) -> np.ndarray:
         large += work * (entry.positions >= LARGE_GRID)
         depthwise += work * (len(entry.axes) == 4 and entry.axes[1].size == 1)
         activations += entry.positions * entry.axes[0].size if entry.axes else 0
-    small = counts.macs() - counts.products - large
+    small = counts.macs() - counts.product_macs() - large
     reduced = sum(stage.keep_rate < 1 for stage in arch.summary())
-    weights = [large, small, depthwise, counts.products, activations, counts.params()]
+    weights = [large, small, depthwise, counts.product_macs(), activations, counts.params()]
     return np.array([*(w / 1e6 for w in weights), len(counts.entries) / 100, reduced, 1.0])
 
 

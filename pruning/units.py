@@ -1,0 +1,194 @@
+"""What can be pruned or grown in a network: its knobs, and what is left of it at given settings of them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from search_spaces import Arch, ArchError
+from search_spaces.layers import Gate
+from search_spaces.registry import FAMILIES
+from search_spaces.widths import NEW, Each, Entry, Table, width_table, widths_of
+
+Kind = Literal["ffn", "qk", "v", "heads", "embed", "blocks"]
+KINDS: dict[Kind, str] = {
+    "ffn": "hidden units of FFNs, patch merging and squeeze-excite",
+    "qk": "query and key dims",
+    "v": "value dims",
+    "heads": "attention heads",
+    "embed": "stage widths and the stem",
+    "blocks": "whole residual branches, and blocks left without one",
+}
+BY_NAME: dict[str, Kind] = {
+    "hidden": "ffn",
+    "squeezed": "ffn",
+    "qk": "qk",
+    "point_qk": "qk",
+    "v": "v",
+    "heads": "heads",
+    "embed": "embed",
+}
+Scores = Mapping[str, np.ndarray]
+"""Importance by width name, (units,) or (heads, units), and by the path of a residual branch, ()."""
+
+
+@dataclass(frozen=True)
+class Knob:
+    """One thing that can change its size, by itself.
+
+    width: the width's name, or the path of a residual branch (kind "blocks", size 1). start, size: its run of units
+    in that width (a stage's width is cut where attention heads divide it); within each of `rows` heads where those
+    rank their units apart. follows: widths that change with it. from_last: units go from the last one. grows: units
+    can be added without changing the outputs.
+    """
+
+    width: str
+    kind: Kind
+    size: int
+    start: int = 0
+    rows: int = 1
+    follows: tuple[str, ...] = ()
+    from_last: bool = False
+    grows: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.width if not self.start else f"{self.width}[{self.start}:]"
+
+    def importance(self, scores: Scores) -> np.ndarray:
+        """Scores of this knob's units, (rows, size)."""
+        return np.atleast_1d(scores[self.width])[..., self.start : self.start + self.size].reshape(self.rows, -1)
+
+    def ranking(self, scores: Scores) -> np.ndarray:
+        """Its units from the least important up, (rows, size), numbered from `start`."""
+        values = self.importance(scores)
+        if self.from_last:
+            return np.arange(self.size)[::-1].reshape(1, -1)
+        return np.argsort(values, axis=1, kind="stable")
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """A network's width table, its gates and its knobs."""
+
+    arch: Arch
+    table: Table
+    gates: Mapping[str, Gate]
+    knobs: tuple[Knob, ...]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {name: width.size for name, width in self.table.widths().items()}
+
+
+def anatomy(arch: Arch) -> Anatomy:
+    """Take a network apart, on the meta device.
+
+    Residual branches that the network cannot do without (attention that ranks tokens) are no knobs.
+    """
+    with torch.device("meta"):
+        model = FAMILIES[arch.family].build(arch)
+    table = width_table(model)
+    gates = gates_of(model)
+    return Anatomy(arch, table, gates, (*_widths(arch, table, gates), *_branches(arch, gates)))
+
+
+def gates_of(model: nn.Module) -> dict[str, Gate]:
+    """A network's gates by module name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Gate)}
+
+
+def _widths(arch: Arch, table: Table, gates: Mapping[str, Gate]) -> Iterator[Knob]:
+    widths = table.widths()
+    normed = {width.name for entry in table.entries if _is_norm(entry) for width in widths_of(entry.axes[0])}
+    rows = {gate.axis.inner.name: gate.axis.outer.size for gate in gates.values() if isinstance(gate.axis, Each)}
+    in_cascade = {g.heads[0].name for g in gates.values() if g.heads is not None and g.heads[1] is not None}
+    drops_tokens = any(rate < 1 for rate in keep_rates(arch.model_dump(mode="json")))
+    for width in widths.values():
+        kind = "embed" if width.name.startswith("stem.") else BY_NAME.get(width.name.split(".")[-1])
+        if kind is None:
+            continue
+        parts = [part for part in widths.values() if part.part_of is not None and part.part_of[0] == width.name]
+        cuts = {0, width.size}.union(*({p.part_of[1], p.part_of[1] + p.size} for p in parts))
+        edges = sorted(cuts)
+        for start, end in itertools.pairwise(edges):
+            follows = [p for p in parts if p.part_of[1] <= start and end <= p.part_of[1] + p.size]
+            touches_norm = normed & {width.name, *(p.name for p in follows)}
+            yield Knob(
+                width=width.name,
+                kind=kind,
+                size=end - start,
+                start=start,
+                rows=rows.get(width.name, 1),
+                follows=tuple(p.name for p in follows),
+                from_last=width.name in in_cascade,
+                grows=kind != "heads" and not touches_norm and not (kind == "embed" and drops_tokens),
+            )
+
+
+def _branches(arch: Arch, gates: Mapping[str, Gate]) -> Iterator[Knob]:
+    for gate in gates.values():
+        if gate.branch is None:
+            continue
+        try:
+            arch.without([gate.branch])
+        except ArchError:
+            continue
+        yield Knob(width=gate.branch, kind="blocks", size=1)
+
+
+def _is_norm(entry: Entry) -> bool:
+    """LayerNorm or GroupNorm: a vector that multiplies at positions."""
+    return len(entry.axes) == 1 and entry.positions > 0
+
+
+def keep_rates(part: object) -> Iterator[float]:
+    """Every token keep rate of an Arch document."""
+    if isinstance(part, dict):
+        for key, value in part.items():
+            yield from [value] if key == "keep_rate" else keep_rates(value)
+    elif isinstance(part, list):
+        for value in part:
+            yield from keep_rates(value)
+
+
+Settings = Mapping[str, int]
+"""Size of each knob by name; a knob that is not named keeps its size, 0 removes a residual branch."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A network at other settings of its knobs, as `slice_weights` wants it."""
+
+    arch: Arch
+    select: Mapping[str, np.ndarray]
+    blocks: Mapping[str, str]
+
+
+def cut(parts: Anatomy, scores: Scores, settings: Settings) -> Cut:
+    """The Arch at these settings; each knob keeps its most important units, and new ones follow them."""
+    chosen: dict[str, list[tuple[int, np.ndarray]]] = {}
+    changed, gone = set(), []
+    for knob in parts.knobs:
+        size = settings.get(knob.name, knob.size)
+        if knob.kind == "blocks":
+            gone += [knob.width] if size == 0 else []
+            continue
+        kept = np.sort(knob.ranking(scores)[:, max(0, knob.size - size) :], axis=1) + knob.start
+        new = np.full((knob.rows, max(0, size - knob.size)), NEW)
+        chosen.setdefault(knob.width, []).append((knob.start, np.concatenate([kept, new], axis=1)))
+        if size != knob.size:
+            changed.add(knob.width)
+    select = {}
+    for width in changed:
+        units = np.concatenate([run for _, run in sorted(chosen[width], key=lambda pair: pair[0])], axis=1)
+        select[width] = units if len(units) > 1 else units[0]
+    resized = parts.arch.resized(select)
+    arch, blocks = resized.without(gone)
+    return Cut(arch, select, blocks)
