@@ -68,6 +68,17 @@ def watch_rounds(what: str = "rounds") -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total, refresh=True)
 
 
+@contextmanager
+def watch_phases() -> Iterator[tuple[Callable[[str, int, int], None], Callable[[str], None]]]:
+    """Live progress of a command that goes through phases: yields (progress callback, say)."""
+    with bar_of() as bar:
+        task = bar.add_task("starting", total=None)
+        yield (
+            lambda phase, done, total: bar.update(task, description=phase, completed=done, total=total, refresh=True),
+            lambda line: bar.console.print(line, markup=False, highlight=False, soft_wrap=True),
+        )
+
+
 def state_line(progress: Progress) -> str:
     best = progress.best
     parts = [f"{progress.feasible} within budget"]
@@ -200,6 +211,50 @@ def show_arch(row: Mapping[str, Any]) -> None:
         )
     console.print(table)
     console.print(f"{row['quality_label']}: {interval(row)}")
+
+
+def show_prune(data: Mapping[str, Any], folder: Path, to_stderr: bool) -> None:
+    """What a pruning changed, what it cost and what it bought."""
+    console = console_of(to_stderr)
+    before, after, budget = data["before"], data["after"], data["budget"]
+    blocks = columns("block", right=("width", "heads", "q, k", "v", "FFN", "FFN ratio"))
+    for row in data["blocks"]:
+        old, new = row["before"], row["after"]
+        if new is None:
+            blocks.add_row(row["block"], "removed")
+        elif old != new:
+            blocks.add_row(row["block"], *(change(old[key], new[key]) for key in WIDTHS))
+    if blocks.row_count:
+        console.print(blocks)
+    table = columns("", right=("before", "after", "ratio"))
+    for label, key, unit in (("M parameters", "params", 1e6), ("MMACs", "macs", 1e6), ("ms", "latency_ms", 1)):
+        table.add_row(
+            label, f"{before[key] / unit:.3g}", f"{after[key] / unit:.3g}", f"{after[key] / before[key]:.2f}x"
+        )
+    console.print(table)
+    for which, found in data["accuracy"].items():
+        if found:
+            low, high = found["ci"]
+            console.print(
+                f"top-1 on {data['data']['name']}, {which}: {found['top1']:.1f}% [{low:.1f}..{high:.1f}]", markup=False
+            )
+    (old_low, old_high), (new_low, new_high) = before["ci"], after["ci"]
+    if new_low <= old_high and old_low <= new_high:
+        console.print("The latencies are a tie: their 95% intervals overlap.")
+    console.print(
+        f"Budget {budget['metric']} {budget['text']}: {'met' if budget['met'] else 'NOT met'}"
+        + (" as measured in the closing run" if budget["metric"] == "latency" else "")
+        + f". Report: {folder / 'report.html'}",
+        markup=False,
+    )
+
+
+WIDTHS = ("embed", "heads", "qk", "v", "ffn", "ratio")
+
+
+def change(old: float, new: float) -> str:
+    """A width before and after; one figure where it stayed."""
+    return f"{old:.3g}" if old == new else f"{old:.3g} > {new:.3g}"
 
 
 def show_bench(rows: Sequence[Mapping[str, Any]], settings: Settings) -> None:

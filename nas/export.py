@@ -83,25 +83,21 @@ def label_onnx(path: Path, arch: Arch, trained: bool) -> None:
     onnx.save(model, path)
 
 
-def export_folder(arch: Arch, folder: Path, weights: str | None, num_classes: int | None, batch_size: int) -> str:
-    """Write arch.json, model.onnx and, where weights are given, model.safetensors; returns one line on what was done.
+def save_network(model: nn.Module, folder: Path, batch_size: int, trained: bool, with_weights: bool = True) -> float:
+    """Write a network built by `create_model` as arch.json, model.onnx and, unless told not to, model.safetensors.
+
+    Returns:
+        ONNX Runtime's largest disagreement with PyTorch, over the largest logit.
 
     Raises:
-        UserError: a folder that cannot be written, weights that cannot be had or do not fit, or an ONNX network that
-            disagrees with PyTorch by more than 1e-4.
+        UserError: a folder that cannot be written, a network that cannot be exported, or one whose ONNX form disagrees
+            with PyTorch by more than 1e-4.
     """
     from safetensors.torch import save_file
 
-    from search_spaces import ArchError, create_model, fold
-    from search_spaces.weights import WeightsError
+    from search_spaces import fold
 
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model = create_model(arch, num_classes, weights)
-    except (ArchError, WeightsError) as error:
-        raise UserError(str(error)) from None
-    arch, folded, trained = model.arch, fold(model), not model.untrained
+    arch, folded = model.arch, fold(model)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -113,7 +109,7 @@ def export_folder(arch: Arch, folder: Path, weights: str | None, num_classes: in
                 raise UserError(f"the exported network disagrees with PyTorch by {error:.1e} of its largest logit")
             path.replace(folder / "model.onnx")
         (folder / "arch.json").write_text(arch.to_json())
-        if weights is not None:
+        if with_weights:
             save_file(
                 {name: value.contiguous() for name, value in model.state_dict().items()}, folder / "model.safetensors"
             )
@@ -121,6 +117,27 @@ def export_folder(arch: Arch, folder: Path, weights: str | None, num_classes: in
         raise UserError(f"cannot write to {folder}: {error.strerror}; give another --out") from None
     except (RuntimeError, ValueError) as error:
         raise UserError(f"this network cannot be exported: {first_line(error)}") from None
+    return error
+
+
+def export_folder(arch: Arch, folder: Path, weights: str | None, num_classes: int | None, batch_size: int) -> str:
+    """Write arch.json, model.onnx and, where weights are given, model.safetensors; returns one line on what was done.
+
+    Raises:
+        UserError: a folder that cannot be written, weights that cannot be had or do not fit, or an ONNX network that
+            disagrees with PyTorch by more than 1e-4.
+    """
+    from search_spaces import ArchError, create_model
+    from search_spaces.weights import WeightsError
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = create_model(arch, num_classes, weights)
+    except (ArchError, WeightsError) as error:
+        raise UserError(str(error)) from None
+    trained = not model.untrained
+    error = save_network(model, folder, batch_size, trained, with_weights=weights is not None)
     what = "with the given weights" if weights is not None else "with random, untrained weights"
     if weights is not None and not trained:
         what += " but an untrained classifier"

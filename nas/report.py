@@ -14,6 +14,7 @@ import os
 import uuid
 from collections import Counter
 from datetime import datetime
+from functools import cache
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from nas.storage import mask_url
 
 if TYPE_CHECKING:
+    from jinja2 import Environment
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -54,11 +56,11 @@ def write_run(folder: Path, data: dict[str, Any]) -> None:
         OSError: the folder cannot be written; what stood there before is untouched.
     """
     data = _masked(data)
-    _replace(folder / "trials.csv", _csv(data["trials"]).encode())
-    _replace(folder / "pareto.json", json.dumps(data["pareto"], indent=1).encode())
+    replace_file(folder / "trials.csv", _csv(data["trials"]).encode())
+    replace_file(folder / "pareto.json", json.dumps(data["pareto"], indent=1).encode())
     plot = _plot(data)
-    _replace(folder / "pareto.png", plot)
-    _replace(folder / "report.html", _html(data, plot).encode())
+    replace_file(folder / "pareto.png", plot)
+    replace_file(folder / "report.html", _html(data, plot).encode())
 
 
 def _masked(value: Any) -> Any:
@@ -69,7 +71,8 @@ def _masked(value: Any) -> Any:
     return mask_url(value) if isinstance(value, str) else value
 
 
-def _replace(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file in one step: a reader sees the old one or the new one, and a failed write leaves the old one."""
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         draft.write_bytes(content)
@@ -92,32 +95,42 @@ def _csv(trials: list[dict[str, Any]]) -> str:
 # ---------------------------------------------------------------------------------- report.html
 
 
-def _html(data: dict[str, Any], plot: bytes) -> str:
+def render(template: str, data: dict[str, Any]) -> str:
+    """A page of this package's templates, all text escaped. Undefined names are errors."""
+    return _pages().get_template(template).render(data)
+
+
+@cache
+def _pages() -> Environment:
     import jinja2
 
-    page = jinja2.Environment(
+    pages = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page.filters |= {"significant": _significant, "points": _points, "millions": _millions, "duration": _duration}
+    pages.filters |= {"significant": significant, "points": points, "millions": millions, "duration": duration}
+    return pages
+
+
+def _html(data: dict[str, Any], plot: bytes) -> str:
     trials = data["trials"]
     winner = data["winner"]
     reasons = Counter(t["error"] for t in trials if t["state"] == "failed").most_common()
-    return page.get_template("report.html").render(
-        data,
-        plot=base64.b64encode(plot).decode(),
-        quality_name=_quality_name(data),
-        best=_measured_winner(data) if winner else None,
-        families=_families(data),
-        complete=[t for t in trials if t["state"] == "complete"],
-        feasible=[t for t in trials if t["feasible"]],
-        reasons=reasons[:REASONS_SHOWN],
-        other_reasons=reasons[REASONS_SHOWN:],
-        wall_s=(datetime.fromisoformat(data["finished"]) - datetime.fromisoformat(data["started"])).total_seconds(),
-    )
+    shown = {
+        "plot": base64.b64encode(plot).decode(),
+        "quality_name": _quality_name(data),
+        "best": _measured_winner(data) if winner else None,
+        "families": _families(data),
+        "complete": [t for t in trials if t["state"] == "complete"],
+        "feasible": [t for t in trials if t["feasible"]],
+        "reasons": reasons[:REASONS_SHOWN],
+        "other_reasons": reasons[REASONS_SHOWN:],
+        "wall_s": wall_seconds(data),
+    }
+    return render("report.html", data | shown)
 
 
 def _measured_winner(data: dict[str, Any]) -> dict[str, Any]:
@@ -158,7 +171,7 @@ def _quality_name(data: dict[str, Any]) -> str:
     return data["quality_tier"]["label"].partition(" (")[0]
 
 
-def _significant(value: float | None) -> str:
+def significant(value: float | None) -> str:
     """`value` in plain decimals with three significant digits at least (1234.5 as 1,234); a dash for None."""
     if value is None:
         return "–"
@@ -166,22 +179,62 @@ def _significant(value: float | None) -> str:
     return f"{value:,.{max(0, decimals)}f}"
 
 
-def _points(value: float | None) -> str:
+def points(value: float | None) -> str:
+    """A percentage to a tenth; a dash for None."""
     return "–" if value is None else f"{value:.1f}"
 
 
-def _millions(value: float | None) -> str:
+def millions(value: float | None) -> str:
+    """Millions of parameters or MACs with their unit letter (M, G); a dash for None."""
     if value is None:
         return "–"
-    return f"{_significant(value / 1000)} G" if value >= 1000 else f"{_significant(value)} M"
+    return f"{significant(value / 1000)} G" if value >= 1000 else f"{significant(value)} M"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 2.35 s, 4 min 41 s, 1 h 2 min."""
     if seconds < 60:
-        return f"{_significant(seconds)} s"
+        return f"{significant(seconds)} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def conditions(settings: dict[str, Any]) -> str:
+    """What a latency is a property of, besides the network and the machine, in words."""
+    threads = f"{settings['threads']} thread{'s' * (settings['threads'] > 1)}"
+    return f"{settings['runtime']}, {settings['device']}, {threads}, batch {settings['batch_size']}"
+
+
+def wall_seconds(data: dict[str, Any]) -> float:
+    """From the run's start to its end."""
+    return (datetime.fromisoformat(data["finished"]) - datetime.fromisoformat(data["started"])).total_seconds()
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of this size in inches that needs no display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=150, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def png_of(figure: Figure) -> bytes:
+    """A figure as PNG."""
+    png = io.BytesIO()
+    figure.savefig(png, format="png", metadata={"Software": None})
+    return png.getvalue()
+
+
+def plain_axes(axes: Axes) -> None:
+    """The reports' look: a faint grid behind, no box."""
+    axes.grid(color="#e6e9ed", lw=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#8a94a0")
+    axes.tick_params(colors=INK, labelsize=10.5, length=3)
 
 
 # ---------------------------------------------------------------------------------- pareto.png
@@ -189,11 +242,7 @@ def _duration(seconds: float) -> str:
 
 def _plot(data: dict[str, Any]) -> bytes:
     """Quality as ranked (the lower bound) against latency; a bar reaches up to the end of a front point's interval."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 6.4), dpi=150, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(10, 6.4)
     axes = figure.add_subplot()
     measured = [t for t in data["trials"] if t["state"] == "complete"]
     scored = [t for t in measured if t["quality"] is not None]
@@ -211,9 +260,7 @@ def _plot(data: dict[str, Any]) -> bytes:
         axes.plot(winner["latency_ms"], winner["quality"], "o", ms=18, mfc="none", mec=INK, mew=1.6, zorder=6)
     _legend(figure, looks, bool(front))
     _label(figure, axes, winner, scored, front, data["budget_ms"])
-    png = io.BytesIO()
-    figure.savefig(png, format="png", metadata={"Software": None})
-    return png.getvalue()
+    return png_of(figure)
 
 
 def _frame(axes: Axes, data: dict[str, Any], measured: list[dict], scored: list[dict], front: list[dict]) -> None:
@@ -249,16 +296,9 @@ def _frame(axes: Axes, data: dict[str, Any], measured: list[dict], scored: list[
     axes.axvspan(budget, right, color="#f4f5f7", zorder=0, lw=0)
     axes.axvline(budget, color=INK, lw=1.2, ls=(0, (5, 3)), zorder=1)
 
-    settings = data["settings"]
-    threads = f"{settings['threads']} thread{'s' * (settings['threads'] > 1)}"
-    where = f"{settings['runtime']}, {settings['device']}, {threads}, batch {settings['batch_size']}"
-    axes.set_xlabel(f"median latency in ms, log scale ({where})", color=INK, fontsize=11)
+    axes.set_xlabel(f"median latency in ms, log scale ({conditions(data['settings'])})", color=INK, fontsize=11)
     axes.set_ylabel(f"{_quality_name(data)} ({data['quality_tier']['name']}), lower bound, %", color=INK, fontsize=11)
-    axes.grid(color="#e6e9ed", lw=0.7)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#8a94a0")
-    axes.tick_params(colors=INK, labelsize=10.5, length=3)
+    plain_axes(axes)
 
 
 def _draw_trials(axes: Axes, looks: Looks, measured: list[dict]) -> None:

@@ -15,11 +15,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Target:
-    """label: how tables call it. Exactly one of `arch` and `onnx` is set."""
+    """label: how tables call it. Exactly one of `arch` and `onnx` is set. folder: where the Arch was read."""
 
     label: str
     arch: Arch | None = None
     onnx: Path | None = None
+    folder: Path | None = None
 
 
 def find_target(text: str) -> Target:
@@ -32,14 +33,14 @@ def find_target(text: str) -> Target:
     if os.path.isdir(text):
         for candidate in (path / "arch.json", path / "best" / "arch.json"):
             if os.path.isfile(candidate):
-                return Target(text, arch=read_arch(candidate))
+                return Target(text, arch=read_arch(candidate), folder=candidate.parent)
         raise UserError(f"{text} holds no arch.json and no best/arch.json")
     if path.suffix == ".onnx":
         if not os.path.isfile(text):
             raise UserError(f"{text}: no such file")
         return Target(text, onnx=path)
     if os.path.isfile(text):
-        return Target(text, arch=read_arch(path))
+        return Target(text, arch=read_arch(path), folder=path.parent)
     if path.suffix == ".json" or "/" in text:
         raise UserError(f"{text}: no such file or folder")
     return Target(text, arch=published(text))

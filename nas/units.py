@@ -27,6 +27,36 @@ def parse_budget(text: str) -> float:
     return value
 
 
+COUNTS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}
+
+
+def parse_share(text: str) -> float | None:
+    """A share of a network's own cost ("0.5x"); None for anything else.
+
+    Raises:
+        UserError: a share of zero, or above 1x.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*x\s*", text.lower())
+    if not match:
+        return None
+    share = float(match[1])
+    if not 0 < share <= 1:
+        raise UserError(f"budget {text!r} is no share of the network's own cost: give more than 0x and at most 1x")
+    return share
+
+
+def parse_count(text: str) -> float:
+    """A count ("150M", "1.2G", "800k") as a number.
+
+    Raises:
+        UserError: not a positive count.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([kmg]?)\s*", text.lower())
+    if not match or float(match[1]) == 0:
+        raise UserError(f"budget {text!r} is not a count: write it like 150M, 1.2G or 0.5x")
+    return float(match[1]) * COUNTS[match[2]]
+
+
 def parse_duration(text: str) -> float:
     """A duration ("90", "90s", "10m", "1.5h") in seconds.
 

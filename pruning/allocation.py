@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -25,6 +26,10 @@ MARGIN = 1.5
 from nothing and the promise is an extrapolation."""
 LARGEST = 2
 """Times its size that a knob may grow."""
+GROWING: tuple[Kind, ...] = ("ffn", "qk", "v")
+"""Kinds that reallocation widens. Not stage widths: their units look important because everything hangs on them, but
+new ones start unread. Allowed to grow they doubled, at the cost of every FFN, and won nothing (bench_pruning.py).
+"""
 Metric = Literal["macs", "params"]
 
 
@@ -34,15 +39,6 @@ class BudgetError(ValueError):
     def __init__(self, reachable: float) -> None:
         super().__init__(f"the smallest reachable cost is {reachable:g}")
         self.reachable = reachable
-
-
-def size_of(axis: Axis, sizes: Mapping[str, int]) -> int:
-    """Length of an axis when its widths have other sizes."""
-    if isinstance(axis, Width):
-        return sizes.get(axis.name, axis.size)
-    if isinstance(axis, Cat):
-        return sum(size_of(part, sizes) for part in axis.parts)
-    return size_of(axis.outer, sizes) * size_of(axis.inner, sizes)
 
 
 class Costs:
@@ -60,15 +56,22 @@ class Costs:
         if metric == "macs":
             terms += [(f"{p.name}.", (p.axis,), p.times) for p in table.products]
         self._terms = [(name, axes, times) for name, axes, times in terms if times]
-        self._by_width: dict[str, list[int]] = {}
+        self._by_width: dict[str, set[int]] = defaultdict(set)
         for i, (_, axes, _) in enumerate(self._terms):
             for name in {width.name for axis in axes for width in widths_of(axis)}:
-                self._by_width.setdefault(name, []).append(i)
+                self._by_width[name].add(i)
         self._by_branch = {
             knob.width: {i for i, (name, _, _) in enumerate(self._terms) if name.startswith(f"{knob.width}.")}
             for knob in parts.knobs
             if knob.kind == "blocks"
         }
+        self._head_of: dict[str, tuple[str, int]] = {}
+        for gate in parts.gates.values():
+            if gate.heads is not None and gate.heads[1] is not None:
+                heads, which = gate.heads[0].name, gate.heads[1]
+                for name in (gate.axis.name, f"{heads}.{which}.qk"):
+                    self._head_of[name] = heads, which
+                    self._by_width[heads] |= self._by_width[name]
         self._branch_of = {i: branch for branch, terms in self._by_branch.items() for i in terms}
         self._rates = rates
         self.base = self._sum(range(len(self._terms)), {}, ()) if base is None else base
@@ -79,7 +82,7 @@ class Costs:
         if knob.kind == "blocks":
             return math.copysign(rate, change) * self._sum(self._by_branch[knob.width], sizes, {*gone} - {knob.width})
         changed = (knob.width, *knob.follows)
-        terms = {i for name in changed for i in self._by_width.get(name, ())}
+        terms = set().union(*(self._by_width[name] for name in changed))
         after = dict(sizes)
         for name in changed:
             after[name] += change
@@ -90,8 +93,17 @@ class Costs:
         for i in terms:
             if self._branch_of.get(i) not in gone:
                 _, axes, times = self._terms[i]
-                total += times * math.prod(size_of(axis, sizes) for axis in axes)
+                total += times * math.prod(self._length(axis, sizes) for axis in axes)
         return total
+
+    def _length(self, axis: Axis, sizes: Mapping[str, int]) -> int:
+        """Length of an axis at these sizes of its widths; those of a cascade's removed heads are gone."""
+        if isinstance(axis, Width):
+            heads, which = self._head_of.get(axis.name, ("", 0))
+            return 0 if sizes.get(heads, which + 1) <= which else sizes.get(axis.name, axis.size)
+        if isinstance(axis, Cat):
+            return sum(self._length(part, sizes) for part in axis.parts)
+        return self._length(axis.outer, sizes) * self._length(axis.inner, sizes)
 
 
 @dataclass
@@ -153,9 +165,9 @@ def smaller_size(knob: Knob, size: int, multiple_of: int) -> int | None:
 
 
 def larger_size(knob: Knob, size: int, multiple_of: int) -> int | None:
-    """The next size up; None where the knob cannot grow or has doubled."""
+    """The next size up; None where the knob does not grow or has doubled."""
     higher = (size // multiple_of + 1) * multiple_of
-    return higher if knob.grows and higher <= LARGEST * knob.size else None
+    return higher if knob.grows and knob.kind in GROWING and higher <= LARGEST * knob.size else None
 
 
 def allocate(
@@ -271,10 +283,11 @@ def _exchange(
         if best <= MARGIN * cheapest:
             return
         down.bar(knob)
+        before = state.at(knob)
         state.move(knob, larger)
         while state.cost > target:
             if not down.take():
-                state.move(knob, state.at(knob) - multiple_of)
+                state.move(knob, before)
                 return
 
 

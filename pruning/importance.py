@@ -8,7 +8,7 @@ which are summed with their sign, per sample, before the magnitude is taken.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pruning.units import Anatomy, Scores, gates_of
 from search_spaces.layers import Gate
-from search_spaces.widths import Axis, Each, places, widths_of
+from search_spaces.widths import Axis, Each, Width, places, widths_of
 
 if TYPE_CHECKING:
     from torch_pruning.dependency import Group
@@ -46,7 +46,7 @@ def score(model: nn.Module, parts: Anatomy, batches: Batches, name: str, seed: i
     """Importance of every unit and residual branch by the criterion `name`, the model in eval mode.
 
     Raises:
-        ImportanceError: scores that are not finite, or a residual branch whose every unit scores zero.
+        ImportanceError: scores that are not finite, or a residual branch that scores zero.
     """
     was_training = model.training
     model.eval()
@@ -57,11 +57,12 @@ def score(model: nn.Module, parts: Anatomy, batches: Batches, name: str, seed: i
     for width, values in scores.items():
         if not np.isfinite(values).all():
             raise ImportanceError(f"the importance of {width} is not finite: the loss or the weights overflow")
-    silent = [knob.width for knob in parts.knobs if not knob.importance(scores).any()]
+    branches = [gate.branch for gate in parts.gates.values() if gate.branch in scores]
+    silent = [branch for branch in branches if not scores[branch].any()]
     if silent:
         raise ImportanceError(
-            f"{silent[0]} has no effect on the loss ({len(silent)} such parts): an untrained network, whose residual "
-            "branches begin with a zero BatchNorm weight? Train it first"
+            f"{silent[0]} has no effect on the loss ({len(silent)} of {len(branches)} residual branches): an untrained "
+            "network, whose branches begin with a zero BatchNorm weight? Train it first"
         )
     return scores
 
@@ -110,11 +111,12 @@ def torch_pruning(model: nn.Module, parts: Anatomy, batches: Batches, seed: int)
             scores[width] = effect[width]
         else:
             group = _group(model, parts, width, shape)
-            scores[width] = scorer(group)[: int(np.prod(shape))].numpy().astype(np.float64).reshape(shape)
+            scores[width] = scorer(group)[: int(np.prod(shape))].cpu().numpy().astype(np.float64).reshape(shape)
     model.zero_grad(set_to_none=True)
     branches = [scores[knob.width] for knob in parts.knobs if knob.kind == "blocks"]
     return {
-        width: values / (np.mean(branches) if values.ndim == 0 else values.mean()) for width, values in scores.items()
+        width: values / ((np.mean(branches) if values.ndim == 0 else values.mean()) or 1.0)
+        for width, values in scores.items()
     }
 
 
@@ -137,23 +139,26 @@ def gate_gradients(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str
             gate.mask = None
         for parameter in trainable:
             parameter.requires_grad_(True)
+    sizes = {gate.axis.name: gate.axis.size for gate in gates.values() if isinstance(gate.axis, Width)}
     found: dict[str, Tensor] = {}
     for gate, gradient in zip(gates.values(), gradients, strict=True):
-        for name, value in _shares(gate, gradient):
+        for name, value in _shares(gate, gradient, sizes):
             found[name] = found[name] + value if name in found else value
     return found
 
 
-def _shares(gate: Gate, gradient: Tensor) -> Iterable[tuple[str, Tensor]]:
-    """What a gate's gradient (B, *units) says of widths, heads and its branch."""
-    nested = isinstance(gate.axis, Each)
-    whole = gate.axis.inner if nested else gate.axis
-    if whole.part_of is None:
-        yield whole.name, gradient
+def _shares(gate: Gate, gradient: Tensor, sizes: Mapping[str, int]) -> Iterable[tuple[str, Tensor]]:
+    """What a gate's gradient (B, *units) says of widths of these `sizes`, of heads and of its branch."""
+    width = gate.axis.inner if isinstance(gate.axis, Each) else gate.axis
+    if width.part_of is None:
+        yield width.name, gradient
+    else:
+        whole, start = width.part_of
+        yield whole, F.pad(gradient, (start, sizes[whole] - start - width.size))
     if gate.heads is not None:
         heads, which = gate.heads
         each = gradient.sum(-1)
-        yield heads.name, each if which is None else F.one_hot(torch.tensor(which), heads.size) * each[:, None]
+        yield heads.name, each if which is None else F.pad(each[:, None], (which, heads.size - which - 1))
     if gate.branch is not None:
         yield gate.branch, gradient.sum(-1)
 

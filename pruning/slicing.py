@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from search_spaces import Arch, table
-from search_spaces.widths import NEW_ZERO, Axis, Select, Width, indices
+from search_spaces.widths import NEW_POSITIVE, NEW_ZERO, Axis, Select, Width, indices
 
 
 def slice_weights(
@@ -82,16 +82,23 @@ def grow(
     """Start the new units of a freshly gathered tensor, in place.
 
     A vector per unit (bias, BatchNorm) starts as in an untrained layer; rows of a weight are normal with the standard
-    deviation of the trained ones; columns, where others read the units, are zero.
+    deviation of the trained ones; columns, where others read the units, are zero. What begins at zero where it writes
+    does so by its BatchNorm's weight where it has one: that norm would blow up the smallest step of a zero row.
     """
-    new = torch.from_numpy(np.flatnonzero(chosen < 0))
+    new, zero, positive = (
+        torch.from_numpy(np.flatnonzero(which)) for which in (chosen < 0, chosen == NEW_ZERO, chosen == NEW_POSITIVE)
+    )
     if tensor.ndim == 1:
         tensor[new] = 1.0 if name.endswith(("norm.weight", "running_var")) else 0.0
+        if name.endswith("norm.weight"):
+            tensor[zero] = 0.0
     elif dim > 0:
         tensor.index_fill_(dim, new, 0.0)
     else:
         tensor[new] = torch.randn(len(new), *tensor.shape[1:], generator=generator, dtype=tensor.dtype) * std
-        tensor[torch.from_numpy(np.flatnonzero(chosen == NEW_ZERO))] = 0.0
+        tensor[positive] = tensor[positive].abs()
+        if not name.endswith(".linear.weight"):
+            tensor[zero] = 0.0
 
 
 def resize(tensor: Tensor, dim: int, size: int) -> Tensor:

@@ -128,7 +128,7 @@ def _widths(arch: Arch, table: Table, gates: Mapping[str, Gate]) -> Iterator[Kno
                 rows=rows.get(width.name, 1),
                 follows=tuple(p.name for p in follows),
                 from_last=width.name in in_cascade,
-                grows=kind != "heads" and not touches_norm and not (kind == "embed" and drops_tokens),
+                grows=kind != "heads" and not touches_norm and not (width.name.endswith("embed") and drops_tokens),
             )
 
 

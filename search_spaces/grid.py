@@ -65,7 +65,9 @@ class PatchMerging(nn.Module):
         self.expand = ConvNorm(inp, hidden, grid * grid)
         self.conv = ConvNorm(hidden, hidden, half * half, kernel=fixed(3), stride=2, depthwise=True)
         self.gate, self.entry_gate = Gate(hidden, 1), Gate(out, 1)
-        self.se = SqueezeExcite(hidden, Width(f"{name}.squeezed", doc.squeezed)) if doc.squeezed else None
+        self.se = (
+            SqueezeExcite(hidden, Width(f"{name}.squeezed", doc.squeezed, grown="positive")) if doc.squeezed else None
+        )
         self.project = ConvNorm(hidden, out, half * half, kernel=ONE)
         self.after = ConvMixer(f"{name}.after", doc.after, out, half, gamma=1.0)
         self.act = nn.ReLU()

@@ -137,7 +137,15 @@ class ConvNorm(nn.Module):
         self.norm = batch_norm(out, gamma, dims=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.linear(x))
+        x = self.linear(x)
+        if 1 not in x.shape:
+            return self.norm(x)
+        # With a dimension of 1, torch (2.15, on a CPU) mistakes channels-last for contiguous: BatchNorm's backward is
+        # wrong where x and its gradient differ in layout.
+        y = self.norm(x.contiguous())
+        if y.requires_grad:
+            y.register_hook(Tensor.contiguous)
+        return y
 
     def folded(self) -> nn.Conv2d:
         conv, scale, shift = self.linear, *affine(self.norm)
@@ -172,15 +180,23 @@ class LinearNorm(nn.Module):
 
 
 class NormLinear(nn.Module):
-    """BatchNorm, then the classifier. (B, C) -> (B, classes)."""
+    """BatchNorm, then the classifier. (B, C) -> (B, classes).
+
+    What writes x has gates of its own; the one here, for eval mode, is of the shift that BatchNorm adds to them.
+    """
 
     def __init__(self, inp: Axis, out: Axis) -> None:
         super().__init__()
         self.norm = batch_norm(inp, 1.0, dims=1)
+        self.shift_gate = Gate(inp, 1)
         self.linear = Linear(inp, out, positions=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(self.norm(x))
+        y = self.norm(x)
+        if self.shift_gate.mask is not None:
+            shift = affine(self.norm)[1].expand_as(y)
+            y = y - shift + self.shift_gate(shift)
+        return self.linear(y)
 
     def folded(self) -> nn.Linear:
         scale, shift = affine(self.norm)

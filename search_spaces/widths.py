@@ -27,14 +27,15 @@ class Width:
     rule: "slice" takes units by index, "crop" the centre (kernels), "resize" interpolates a square grid
     (bias tables; a leading class-token entry is kept apart), "fixed" must agree (classes, input channels).
     part_of: (name, start) when these units are units start, start + 1, ... of another width. grown: how new units
-    begin where they write ("zero" for keys, beside random queries); where others read them they always begin at zero.
+    begin where they write ("zero" for keys, beside random queries; "positive" behind a ReLU that reads positive means
+    of a whole image and would be silent for all images or none); where others read them they always begin at zero.
     """
 
     name: str
     size: int
     rule: Rule = "slice"
     part_of: tuple[str, int] | None = None
-    grown: Literal["random", "zero"] = "random"
+    grown: Literal["random", "zero", "positive"] = "random"
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,10 @@ class Each:
 Axis = Width | Cat | Each
 
 
-NEW, NEW_ZERO = -1, -2
-"""Entries of a selection: a unit that the larger network has not, and one that begins at zero even where it writes."""
+NEW, NEW_ZERO, NEW_POSITIVE = -1, -2, -3
+"""Entries of a selection: a unit that the larger network has not; `indices` makes it one of the others where a width's
+new units begin so."""
+GROWN = {"random": NEW, "zero": NEW_ZERO, "positive": NEW_POSITIVE}
 
 
 def fixed(size: int) -> Width:
@@ -167,7 +170,7 @@ def places(axis: Axis, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def indices(child: Axis, parent: Axis, select: Select, row: int | None = None) -> np.ndarray:
-    """Which units of the parent's axis the child's axis takes, in the child's order; NEW or NEW_ZERO for a new unit.
+    """Which units of the parent's axis the child's axis takes, in the child's order; a value of GROWN for a new unit.
 
     select: parent width name -> kept units (1-D; or 2-D with one row per unit of the enclosing `Each`), NEW for a
     unit that the parent has not.
@@ -178,7 +181,7 @@ def indices(child: Axis, parent: Axis, select: Select, row: int | None = None) -
     if isinstance(child, Width) and isinstance(parent, Width):
         chosen = _chosen(child, parent, select)
         chosen = chosen[row] if chosen.ndim == 2 else chosen
-        return np.where(chosen == NEW, NEW_ZERO, chosen) if parent.grown == "zero" else chosen
+        return np.where(chosen == NEW, GROWN[parent.grown], chosen)
     if isinstance(child, Cat) and isinstance(parent, Cat) and len(child.parts) <= len(parent.parts):
         starts = np.cumsum([0, *(part.size for part in parent.parts)])
         runs = [

@@ -1,4 +1,4 @@
-"""A real PostgreSQL server for the tests that need one, or a skip that says why there is none."""
+"""The command line in this process; a real PostgreSQL server for the tests that need one, or a skip that says why."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -113,3 +114,36 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "journal":
         return str(tmp_path / "study.journal")
     return request.getfixturevalue("postgres_url")
+
+
+class Cli:
+    """The command in this process: call it with its words for (exit code, stdout, stderr)."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        self._capsys, self._monkeypatch = capsys, monkeypatch
+
+    def __call__(self, *words: str) -> tuple[int, str, str]:
+        from nas import cli
+
+        self._monkeypatch.setattr(sys, "argv", ["vitnas", *words])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        captured = self._capsys.readouterr()
+        return stop.value.code, captured.out, captured.err
+
+    @staticmethod
+    def refused(result: tuple[int, str, str], *words: str) -> None:
+        """Exit code 2, nothing on stdout, one line on stderr that holds the words."""
+        code, out, err = result
+        assert code == 2, (code, out, err)
+        assert out == ""
+        assert err.endswith("\n")
+        assert err.count("\n") == 1, err
+        assert "Traceback" not in err
+        for word in words:
+            assert word in err, (word, err)
+
+
+@pytest.fixture
+def vitnas(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
+    return Cli(capsys, monkeypatch)

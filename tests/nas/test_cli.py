@@ -8,22 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nas import cli
 from search_spaces import get_arch
-
-
-@pytest.fixture
-def vitnas(capsys, monkeypatch):
-    """Run the command in this process: (exit code, stdout, stderr)."""
-
-    def run(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["vitnas", *words])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        captured = capsys.readouterr()
-        return stop.value.code, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture
@@ -39,21 +24,9 @@ def arch_file(tmp_path: Path):
     return write
 
 
-def refused(result: tuple[int, str, str], *words: str) -> None:
-    """Exit code 2, nothing on stdout, one line on stderr that holds the words."""
-    code, out, err = result
-    assert code == 2, (code, out, err)
-    assert out == ""
-    assert err.endswith("\n")
-    assert err.count("\n") == 1, err
-    assert "Traceback" not in err
-    for word in words:
-        assert word in err, (word, err)
-
-
 @pytest.mark.parametrize("budget", ["2", "-1ms", "2mss", "0ms", "", "ms", "nan ms", "1e3ms", "two"])
 def test_bad_budget(vitnas, tmp_path, budget):
-    refused(vitnas("search", "--out", str(tmp_path / "runs"), f"--latency-budget={budget}"), "budget", "ms")
+    vitnas.refused(vitnas("search", "--out", str(tmp_path / "runs"), f"--latency-budget={budget}"), "budget", "ms")
     assert not (tmp_path / "runs").exists()
 
 
@@ -85,7 +58,7 @@ def test_bad_search_option(vitnas, tmp_path, option, value, words):
         if torch.cuda.is_available():
             pytest.skip("this machine has CUDA")
     result = vitnas("search", "--out", str(tmp_path / "runs"), "--latency-budget", "2ms", option, value)
-    refused(result, *words)
+    vitnas.refused(result, *words)
     assert "secret" not in result[2]
     assert not list((tmp_path / "runs").rglob("study.journal"))
 
@@ -93,18 +66,18 @@ def test_bad_search_option(vitnas, tmp_path, option, value, words):
 def test_unwritable_out(vitnas, tmp_path):
     blocker = tmp_path / "file"
     blocker.write_text("kept")
-    refused(vitnas("search", "--latency-budget", "2ms", "--out", str(blocker)), "--out")
+    vitnas.refused(vitnas("search", "--latency-budget", "2ms", "--out", str(blocker)), "--out")
     assert blocker.read_text() == "kept"
 
 
 @pytest.mark.parametrize("verb", [("show",), ("bench",), ("export", "--out", "x")])
 def test_unknown_model_names_near_ones(vitnas, verb):
-    refused(vitnas(*verb, "efficientvit_m9"), "efficientvit_m")
+    vitnas.refused(vitnas(*verb, "efficientvit_m9"), "efficientvit_m")
 
 
 def test_unknown_verb_and_missing_option(vitnas):
-    refused(vitnas("serch"), "search")
-    refused(vitnas("search"), "--latency-budget")
+    vitnas.refused(vitnas("serch"), "search")
+    vitnas.refused(vitnas("search"), "--latency-budget")
 
 
 @pytest.mark.parametrize(
@@ -126,14 +99,14 @@ def test_unknown_verb_and_missing_option(vitnas):
 @pytest.mark.parametrize("verb", [("show",), ("bench",), ("export", "--out", "{out}")])
 def test_bad_arch_file(vitnas, arch_file, tmp_path, verb, change, word):
     verb = [part.format(out=tmp_path / "exported") for part in verb]
-    refused(vitnas(*verb, arch_file(change)), "arch.json", word)
+    vitnas.refused(vitnas(*verb, arch_file(change)), "arch.json", word)
     assert not (tmp_path / "exported").exists()
 
 
 def test_broken_onnx_file(vitnas, tmp_path):
     path = tmp_path / "model.onnx"
     path.write_bytes(b"not a network")
-    refused(vitnas("bench", str(path)), "model.onnx")
+    vitnas.refused(vitnas("bench", str(path)), "model.onnx")
 
 
 def test_export_weights_that_do_not_fit(vitnas, tmp_path):
@@ -141,8 +114,8 @@ def test_export_weights_that_do_not_fit(vitnas, tmp_path):
 
     path, out = tmp_path / "weights.pth", tmp_path / "exported"
     torch.save({"stem.0.linear.weight": torch.zeros(1)}, path)
-    refused(vitnas("export", "efficientvit_m0", "--weights", str(path), "--out", str(out)), "stem.0")
-    refused(
+    vitnas.refused(vitnas("export", "efficientvit_m0", "--weights", str(path), "--out", str(out)), "stem.0")
+    vitnas.refused(
         vitnas("export", "efficientvit_m0", "--weights", str(tmp_path / "none.pth"), "--out", str(out)), "no such file"
     )
 
@@ -157,7 +130,7 @@ def test_export_refuses_a_pickle_with_code(vitnas, tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     Path("weights.pth").write_bytes(pickle.dumps({"a": Exploding()}))
-    refused(vitnas("export", "efficientvit_m0", "--weights", "weights.pth", "--out", "out"), "state dict")
+    vitnas.refused(vitnas("export", "efficientvit_m0", "--weights", "weights.pth", "--out", "out"), "state dict")
     assert not Path("exploded").exists()
 
 
@@ -228,8 +201,8 @@ def test_every_verb_has_help_with_an_example(vitnas, verb):
 
 def test_dashboard_bad_input(vitnas, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    refused(vitnas("dashboard"), "runs/")
-    refused(vitnas("dashboard", "nowhere"), "nowhere")
+    vitnas.refused(vitnas("dashboard"), "runs/")
+    vitnas.refused(vitnas("dashboard", "nowhere"), "nowhere")
 
 
 def test_no_arguments_prints_the_help(vitnas):
@@ -239,12 +212,12 @@ def test_no_arguments_prints_the_help(vitnas):
 
 
 def test_paths_that_cannot_be_looked_up(vitnas):
-    refused(vitnas("show", "x" * 300), "unknown model")
-    refused(vitnas("show", "y/" + "x" * 300 + "/arch.json"), "no such file")
+    vitnas.refused(vitnas("show", "x" * 300), "unknown model")
+    vitnas.refused(vitnas("show", "y/" + "x" * 300 + "/arch.json"), "no such file")
 
 
 def test_batch_larger_than_memory(vitnas, tmp_path):
-    refused(
+    vitnas.refused(
         vitnas("export", "shvit_s1", "--batch-size", "100000000", "--out", str(tmp_path / "out")), "cannot be exported"
     )
 

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 import search_spaces
 from pruning import slice_weights
 from pruning.slicing import resize
+from pruning.units import cut
 from search_spaces import Arch
 from search_spaces.registry import FAMILIES
+from search_spaces.widths import Axis, places
 
 State = dict[str, Tensor]
 
@@ -693,6 +695,75 @@ def test_layer_norms_against_torch_pruning(helpers: ModuleType) -> None:
         same_tensors(norm, state, name)
     position = pruned(model.stages[0].position.branch, torch_pruning.prune_depthwise_conv_out_channels, gone)
     same_tensors(position, state, "stages.0.position.branch")
+
+
+LAYERS = {
+    nn.Linear: (torch_pruning.prune_linear_out_channels, torch_pruning.prune_linear_in_channels),
+    nn.Conv2d: (torch_pruning.prune_conv_out_channels, torch_pruning.prune_conv_in_channels),
+    nn.BatchNorm1d: (torch_pruning.prune_batchnorm_out_channels,),
+    nn.BatchNorm2d: (torch_pruning.prune_batchnorm_out_channels,),
+    nn.LayerNorm: (torch_pruning.prune_layernorm_out_channels,),
+    nn.GroupNorm: (torch_pruning.prune_groupnorm_out_channels,),
+}
+UNITS = {
+    "levit": ("stem", "embed", "hidden", "qk", "v", "heads"),
+    "efficientvit": ("stem", "embed", "hidden", "squeezed", "qk", "v"),
+    "shvit": ("stem", "embed", "hidden", "squeezed", "qk", "v", "heads"),
+    "evit": ("embed", "hidden", "qk", "v", "heads"),
+    "sepvit": ("embed", "hidden", "qk", "point_qk", "v", "heads"),
+}
+
+
+def gone_from(axis: Axis, select: dict[str, Any]) -> list[int]:
+    """Positions of an axis whose units are not selected."""
+    found: set[int] = set()
+    for width, chosen in select.items():
+        rows, units = places(axis, width)
+        kept = np.atleast_2d(chosen)
+        found |= {i for i, (row, unit) in enumerate(zip(rows, units, strict=True))
+                  if unit >= 0 and unit not in kept[row % len(kept)]}  # fmt: skip
+    return sorted(found)
+
+
+@pytest.mark.parametrize(("family", "unit"), [(family, unit) for family, units in UNITS.items() for unit in units])
+def test_every_kind_of_unit_against_torch_pruning(family: str, unit: str, helpers: ModuleType) -> None:
+    """All layers of a random network; bias tables, tokens and positions are no layers of torch-pruning's."""
+    subjects = (helpers.subject(family, seed) for seed in range(8))
+    subject, knobs = next(
+        (subject, found)
+        for subject in subjects
+        if (found := [k for k in subject.parts.knobs if helpers.unit_name(k) == unit and k.size > 1])
+    )
+    done = cut(subject.parts, subject.scores, helpers.shrunk(knobs, 1))
+    state = slice_weights(subject.arch, subject.model.state_dict(), done.arch, done.select)
+    changed = set()
+    for name, module in subject.model.named_modules():
+        functions = next((found for kind, found in LAYERS.items() if isinstance(module, kind)), ())
+        if isinstance(module, nn.Conv2d) and module.groups > 1:
+            functions = (torch_pruning.prune_depthwise_conv_out_channels,)
+        if not functions or f"{name}.weight" not in state:
+            continue
+        layer = copy.deepcopy(module)
+        for function, axis in zip(functions, module.axes["weight"], strict=False):
+            gone = gone_from(axis, done.select)
+            if gone:
+                function(layer, gone)
+                changed.add(type(layer).__name__)
+        same_tensors(layer, state, name)
+    assert changed
+
+
+def test_cascade_heads_against_torch_pruning(helpers: ModuleType) -> None:
+    """Their own projections are whole modules; the output projection loses the columns of their values."""
+    parent, model, _ = parent_of("efficientvit", helpers)
+    raw, name = helpers.document(parent), "stages.0.blocks.1.attn"
+    del raw["stages"][0]["blocks"][1]["attn"]["heads"][1:]
+    state = slice_weights(parent, model.state_dict(), helpers.read(raw))
+    attn = model.get_submodule(name)
+    proj = pruned(attn.proj.linear, torch_pruning.prune_conv_in_channels, list(range(4, 12)))
+    same_tensors(proj, state, f"{name}.proj.linear")
+    same_tensors(attn.qkv[0], state, f"{name}.qkv.0")
+    assert not any(key.startswith((f"{name}.qkv.1.", f"{name}.query.1.")) for key in state)
 
 
 # Errors

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pruning import slice_weights
+from pruning.importance import score
+from pruning.units import Anatomy, Cut, Knob, Scores, anatomy
 from search_spaces import Arch
+from search_spaces.layers import Gate
 from search_spaces.registry import FAMILIES
+from search_spaces.widths import Each, widths_of
 
 SMALLEST = {
     "levit": "levit_128s",
@@ -93,12 +102,13 @@ def image(arch_or_size: Arch | int, batch: int = 2, seed: int = 0, dtype: torch.
     return (nn.functional.interpolate(coarse, size=size) + 0.5 * noise).to(dtype)
 
 
-def error(found: Tensor, wanted: Tensor) -> float:
-    """Largest deviation relative to how much `wanted` varies between images (not to a constant all share)."""
+def error(found: Tensor, wanted: Tensor, whole: Tensor | None = None) -> float:
+    """Largest deviation relative to how much `wanted` (or `whole`) varies between images (not to what all share)."""
     found, wanted = found.detach(), wanted.detach()
     assert found.shape == wanted.shape
     assert found.isfinite().all()
-    spread = (wanted - wanted.mean(0)).abs().max() if wanted.shape[0] > 1 else wanted.abs().max()
+    scale = wanted if whole is None else whole
+    spread = (scale - scale.mean(0)).abs().max() if scale.shape[0] > 1 else scale.abs().max()
     assert spread > 1e-3, "the reference does not depend on the image: the comparison would show nothing"
     return float((found - wanted).abs().max() / spread)
 
@@ -353,3 +363,122 @@ def assert_equals_reference(reference: Callable[..., Tensor], arch: Arch, seed: 
         found = model(x)
     wanted = torch.stack([reference(arch, state, pixels) for pixels in x])
     assert error(found, wanted) < 1e-8  # float64; the requirement is 1e-5
+
+
+# Networks taken apart, for the tests of pruning
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A random network with its anatomy, random scores, images, labels and its logits. Shared: leave it as it is."""
+
+    arch: Arch
+    model: nn.Module
+    parts: Anatomy
+    scores: Scores
+    x: Tensor
+    labels: Tensor
+    out: Tensor
+
+    def unprovable(self) -> set[str]:
+        """Widths whose units cannot go without a trace: what is left is normalised anew.
+
+        LayerNorm and GroupNorm over them; in EViT, the mean over heads of the attention that ranks tokens.
+        """
+        norms = [m for m in self.model.modules() if isinstance(m, nn.LayerNorm | nn.GroupNorm)]
+        ranking = {f"{name}.heads" for name, module in self.model.named_modules() if getattr(module, "scores", False)}
+        return {width.name for norm in norms for width in widths_of(norm.axes["weight"][0])} | ranking
+
+    def provable(self) -> list[Knob]:
+        """Knobs whose units can go without a trace."""
+        return [knob for knob in self.parts.knobs if not self.unprovable() & {knob.width, *knob.follows}]
+
+
+@functools.cache
+def subject(family: str, seed: int, whole: bool = False) -> Subject:
+    """The `seed`th random network of a family, calibrated; `whole`: with no token dropped."""
+    arch = random_arch(family, seed)
+    if whole:
+        arch = read(_replaced(document(arch), "keep_rate", 1.0))
+    model, x = build(arch, seed), image(arch, 4, seed)
+    calibrate(model, x, seed)
+    parts = anatomy(arch)
+    scores = score(model, parts, (), "random", seed)
+    with torch.no_grad():
+        return Subject(arch, model, parts, scores, x, torch.arange(4) % arch.num_classes, model(x))
+
+
+def _replaced(part: Any, key: str, value: Any) -> Any:
+    """A document with another value wherever it has a key."""
+    if isinstance(part, dict):
+        return {name: value if name == key else _replaced(inner, key, value) for name, inner in part.items()}
+    return [_replaced(inner, key, value) for inner in part] if isinstance(part, list) else part
+
+
+def unit_name(knob: Knob) -> str:
+    """What a knob's units are called: "stem", or the last part of its path."""
+    return "stem" if knob.width.startswith("stem.") else knob.width.split(".")[-1]
+
+
+def shrunk(knobs: Iterable[Knob], seed: int) -> dict[str, int]:
+    """Random smaller sizes."""
+    rng = random.Random(seed)
+    return {k.name: 0 if k.kind == "blocks" else rng.randint((k.size + 1) // 2, max(1, k.size - 1)) for k in knobs}
+
+
+def child_of(subject: Subject, cut: Cut, seed: int = 0) -> nn.Module:
+    """The network of a cut, with weights sliced out of its subject's."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = subject.model.state_dict()
+    child = build(cut.arch)
+    child.load_state_dict(slice_weights(subject.arch, weights, cut.arch, cut.select, cut.blocks, generator))
+    return child
+
+
+def gate_units(gate: Gate, name: str) -> np.ndarray | None:
+    """Which unit of a width (counted head by head) or branch each entry of a gate's mask silences; None: of none."""
+    width = gate.axis.inner if isinstance(gate.axis, Each) else gate.axis
+    numbers = np.arange(np.prod(gate.units)).reshape(gate.units)
+    if name == width.name:
+        return numbers
+    if width.part_of is not None and width.part_of[0] == name:
+        return numbers + width.part_of[1]
+    if gate.heads is not None and gate.heads[0].name == name:
+        return numbers // gate.units[-1] if gate.heads[1] is None else np.full(gate.units, gate.heads[1])
+    return np.zeros(gate.units, dtype=int) if gate.branch == name else None
+
+
+@contextmanager
+def masks(model: nn.Module, of: Callable[[Gate], np.ndarray]) -> Iterator[None]:
+    """A network with the masks (B or 1, *units) that `of` gives for its gates."""
+    gates = [module for module in model.modules() if isinstance(module, Gate)]
+    for gate in gates:
+        gate.mask = torch.from_numpy(of(gate))
+    try:
+        yield
+    finally:
+        for gate in gates:
+            gate.mask = None
+
+
+@torch.no_grad()
+def silenced(subject: Subject, cut: Cut, gone: Collection[str] = ()) -> Tensor:
+    """Logits of a subject whose gates are shut for all that a cut removes."""
+    kept = dict.fromkeys(gone, np.zeros(1))
+    rows = {knob.width: knob.rows for knob in subject.parts.knobs}
+    for name, chosen in cut.select.items():
+        flags = np.zeros((rows[name], subject.parts.sizes[name]))
+        for row, units in zip(flags, np.broadcast_to(chosen, (rows[name], chosen.shape[-1])), strict=True):
+            row[units[units >= 0]] = 1
+        kept[name] = flags.flatten()
+
+    def mask(gate: Gate) -> np.ndarray:
+        found = np.ones(gate.units)
+        for name, flags in kept.items():
+            units = gate_units(gate, name)
+            if units is not None:
+                found *= flags[units]
+        return found[None]
+
+    with masks(subject.model, mask):
+        return subject.model(subject.x)

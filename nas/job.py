@@ -1,0 +1,166 @@
+"""A long command's folder and data: what is done so far, so that the same command goes on where it was interrupted."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nas.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from nas.data import Images, Loader
+
+CALIBRATION_IMAGES = 512
+EVALUATED_IMAGES = 5_000
+BATCH = 32
+
+Say = Callable[[str], None]
+Progress = Callable[[str, int, int], None]
+"""Called with a phase, what is done of it and its total."""
+
+
+@dataclass
+class State:
+    """What is done so far. network names the saved network that stands; rounds: a row each; origins: a block's path in
+    that network -> its path in the first one; phases: seconds."""
+
+    options: dict[str, Any]
+    started: str
+    network: str = ""
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+    origins: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    phases: dict[str, float] = field(default_factory=dict)
+    found: dict[str, Any] = field(default_factory=dict)
+
+
+class Job:
+    """options: what must be equal for the folder's run to go on, as JSON has it. device: where networks train."""
+
+    def __init__(self, folder: Path, options: dict[str, Any], say: Say, progress: Progress, device: str) -> None:
+        self.folder, self.kept, self.device = folder, folder / "state", device
+        self._say, self._progress = say, progress
+        self._loaders: list[Loader] = []
+        path = self.kept / "state.json"
+        if not path.is_file():
+            self.state = State(options, now())
+            return
+        self.state = State(**json.loads(path.read_text()))
+        for key, value in options.items():
+            known = self.state.options.get(key)
+            if known != value:
+                raise UserError(f"{folder} holds another run ({key} {known}, not {value}): give another --out")
+        if self.state.network and not self.finished:
+            say(f"going on after {self.state.network} in {folder}")
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.state.found.get("finished")) and (self.folder / "prune.json").is_file()
+
+    def make_folder(self) -> None:
+        try:
+            self.kept.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write to {self.folder}: {error.strerror}; give another --out") from None
+
+    def save(self) -> None:
+        partial = self.kept / "state.json.partial"
+        partial.write_text(json.dumps(asdict(self.state), indent=1))
+        partial.replace(self.kept / "state.json")
+
+    def finish(self) -> None:
+        """Everything is written: the networks of the single rounds are no longer needed."""
+        self.state.found["finished"] = True
+        self.save()
+        for kept in self.kept.glob("*.safetensors"):
+            kept.unlink()
+
+    def say(self, line: str) -> None:
+        self._say(line)
+
+    def note(self, line: str) -> None:
+        """Tell the user, and the report."""
+        self.state.notes.append(line)
+        self._say(line)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[Callable[..., None]]:
+        """Time a phase; yields its progress callback (done, total, ...)."""
+        started = time.monotonic()
+        try:
+            yield lambda done, total, *_: self._progress(name, done, total)
+        finally:
+            self.state.phases[name] = self.state.phases.get(name, 0.0) + time.monotonic() - started
+
+    # Data
+
+    def open_data(self, path: Path | None, resolution: int, num_classes: int | None, seed: int) -> None:
+        """Open the images; `data`, `evaluated` and `calibration` hold them from here on."""
+        from nas.data import open_data, sample
+
+        self.seed = seed
+        self.data = open_data(path, resolution, num_classes, seed)
+        self.evaluated = sample(self.data.val, EVALUATED_IMAGES, seed)
+        self.calibration = sample(self.data.calibration, CALIBRATION_IMAGES, seed)
+
+    def batches(self, images: Images) -> Loader:
+        """The images in order."""
+        return self._loader(images, shuffle=False)
+
+    def _loader(self, images: Images, shuffle: bool) -> Loader:
+        from nas.data import loader
+
+        self._loaders.append(loader(images, BATCH, shuffle, self.seed))
+        return self._loaders[-1]
+
+    def accuracy(self, model: nn.Module, which: str) -> None:
+        """Evaluate a network once; what is known is kept in `state.found[which]`."""
+        from nas.train import evaluate
+
+        if which in self.state.found:
+            return
+        with self.phase("evaluating"):
+            found = evaluate(model, self.batches(self.evaluated), self.device)
+        low, high = found.interval
+        self.state.found[which] = {"top1": found.top1, "ci": [low, high], "loss": found.loss, "images": found.total}
+        self.save()
+        self.say(
+            f"top-1 {which}: {found.top1:.1f}% [{low:.1f}..{high:.1f}] on {found.total:,} images of {self.data.name}"
+        )
+
+    def fit(self, phase: str, model: nn.Module, images: int, lr: float, teacher: nn.Module | None = None) -> None:
+        """Train a network in place; the order of the images does not depend on what was trained before."""
+        from nas.train import fit
+
+        train = self._loader(self.data.train, shuffle=True)
+        with self.phase(phase) as progress:
+            fit(model, train, images, lr, seed=self.seed, teacher=teacher, device=self.device, progress=progress)
+
+    def describe_data(self) -> dict[str, Any]:
+        """What a report says of the images; broken ones become a note."""
+        from nas.data import skipped_line
+
+        broken = skipped_line(self._loaders)
+        if broken:
+            self.note(broken)
+        return {
+            "name": self.data.name,
+            "demo": self.data.demo,
+            "classes": len(self.data.classes),
+            "train": len(self.data.train),
+            "val": len(self.data.val),
+            "evaluated": len(self.evaluated),
+            "calibration": len(self.calibration),
+        }
+
+
+def now() -> str:
+    return datetime.now().astimezone().isoformat(timespec="seconds")

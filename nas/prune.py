@@ -1,0 +1,646 @@
+"""`vitnas prune`: score, cut, grow, recover, measure; a folder that says what was done and what it bought."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from nas.errors import UserError, first_line
+from nas.export import save_network, write_artifact
+from nas.job import Job, Progress, Say, now
+from nas.measure import MeasureError, Measurement, Settings, compare, device_lock
+from nas.units import parse_budget, parse_count, parse_share
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from pruning.units import Anatomy, Scores
+    from search_spaces import Arch
+
+BRIEF_IMAGES = 4_500
+"""Images that train a network which comes without weights, or whose classifier does."""
+BRIEF_LR = 1e-3
+FINETUNE_LR = 5e-4
+CLOSING_ROUNDS = 30
+COST_ROUNDS = 10
+CORRECTIONS = 3
+"""More rounds, or tries, when the measured latency misses the budget that its estimate met."""
+HEADROOM = 0.98
+"""Share of a latency budget that is aimed at: the closing run is another run."""
+
+Metric = Literal["macs", "params", "latency"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a pruned network may cost: `amount` of the metric (MACs, parameters, ms), or that share of the network's
+    own."""
+
+    metric: Metric
+    amount: float
+    relative: bool
+    text: str
+
+    def target(self, own: float) -> float:
+        """The budget in the metric's unit, for a network whose own figure is `own`.
+
+        Raises:
+            UserError: the network is within the budget already.
+        """
+        if not self.relative and self.amount > own:
+            raise UserError(
+                f"--{self.option} {self.text} is above the network's own {show(self.metric, own)}: lower it"
+            )
+        return self.amount * own if self.relative else self.amount
+
+    @property
+    def option(self) -> str:
+        return "latency-budget" if self.metric == "latency" else self.metric
+
+
+@dataclass(frozen=True)
+class Options:
+    """A pruning as asked for. kinds, criterion: keys of `pruning.KINDS` and `pruning.CRITERIA`."""
+
+    model: str
+    budget: Budget
+    settings: Settings
+    folder: Path
+    reallocate: bool = True
+    kinds: tuple[str, ...] = ()
+    criterion: str = "taylor"
+    multiple_of: int = 8
+    rounds: int = 3
+    finetune: float = 1.0
+    distill: bool = False
+    data: Path | None = None
+    weights: str | None = None
+    num_classes: int | None = None
+    seed: int = 0
+
+    @property
+    def train_device(self) -> str:
+        return "cuda" if self.settings.device == "cuda" else "cpu"
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What must be equal for a run to go on."""
+        found = asdict(self) | {"data": str(self.data) if self.data else None}
+        del found["folder"]
+        return json.loads(json.dumps(found))
+
+    def check(self) -> None:
+        """Raises UserError for what no network could satisfy."""
+        from pruning.importance import CRITERIA
+
+        if self.criterion not in CRITERIA:
+            raise UserError(f"unknown --criterion {self.criterion!r}: choose from {', '.join(CRITERIA)}")
+        if self.budget.relative and self.budget.amount == 1 and not self.reallocate:
+            raise UserError(f"--{self.budget.option} 1x with --no-reallocate leaves nothing to do: lower the budget")
+        for name, value, least in (("rounds", self.rounds, 1), ("multiple-of", self.multiple_of, 1)):
+            if value < least:
+                raise UserError(f"--{name} is {value}: give {least} or more")
+        if not 0 <= self.finetune < 1e4:
+            raise UserError(f"--finetune is {self.finetune:g}: give a number of epochs, 0 for none")
+
+
+def parse_pruning_budget(macs: str | None, params: str | None, latency: str | None) -> Budget:
+    """The one budget given; 0.5x of the MACs without any.
+
+    Raises:
+        UserError: more than one, or one that cannot be read.
+    """
+    given: list[tuple[Metric, str]] = [
+        (metric, text)
+        for metric, text in (("macs", macs), ("params", params), ("latency", latency))
+        if text is not None
+    ]
+    if len(given) > 1:
+        raise UserError("give one budget: --macs, --params or --latency-budget")
+    metric, text = given[0] if given else ("macs", "0.5x")
+    share = parse_share(text)
+    if share is not None:
+        return Budget(metric, share, True, text)
+    return Budget(metric, parse_budget(text) if metric == "latency" else parse_count(text), False, text)
+
+
+def kinds_of(axes: str) -> tuple[str, ...]:
+    """Checked `--axes`, in the order of `pruning.KINDS`."""
+    from pruning.units import KINDS
+
+    names = [name.strip() for name in axes.split(",") if name.strip()]
+    unknown = [name for name in names if name not in KINDS]
+    if unknown or not names:
+        raise UserError(f"--axes {axes!r}: choose from {','.join(KINDS)}")
+    return tuple(kind for kind in KINDS if kind in names)
+
+
+def default_folder(model: str, budget: Budget) -> Path:
+    """runs/prune-<model>-<budget>."""
+    label = "-".join(part for part in model.strip("/").split("/") if part not in ("", ".", "..", "runs"))
+    return Path("runs") / f"prune-{label.removesuffix('.json')}-{budget.option.split('-')[0]}-{budget.text.strip()}"
+
+
+def prune(options: Options, command: str, say: Say, progress: Progress) -> dict[str, Any]:
+    """Prune a network as `options` say; writes the folder's files and returns the report's data.
+
+    Raises:
+        UserError: anything that the user can put right.
+    """
+    from pruning.allocation import BudgetError
+    from pruning.importance import ImportanceError
+    from search_spaces import ArchError
+
+    if options.model.startswith("timm/"):
+        from nas.prune_outside import prune_outside
+
+        return prune_outside(options, command, say, progress)
+    try:
+        return _Run(options, command, say, progress).run()
+    except BudgetError as error:
+        budget = options.budget
+        raise UserError(
+            f"--{budget.option} {budget.text} cannot be reached: the minimum widths of "
+            f"--axes {','.join(options.kinds)} come to {show(budget.metric, error.reachable)}"
+        ) from None
+    except (ImportanceError, ArchError) as error:
+        raise UserError(str(error)) from None
+
+
+class _Run:
+    """One run of the command, from its folder's state to its report."""
+
+    def __init__(self, options: Options, command: str, say: Say, progress: Progress) -> None:
+        self.options, self.command = options, command
+        self.job = Job(options.folder, options.fingerprint(), say, progress, options.train_device)
+        self.state = self.job.state
+        self._batches: list[tuple[Tensor, Tensor]] = []
+
+    def run(self) -> dict[str, Any]:
+        if self.job.finished:
+            self.job.say(f"{self.options.folder} is finished: these are its results")
+            return json.loads((self.options.folder / "prune.json").read_text())
+        arch, weights = self._source()
+        self.job.open_data(self.options.data, arch.resolution, self.options.num_classes, self.options.seed)
+        arch = arch.replace(num_classes=len(self.job.data.classes))
+        self._check_budget(arch)
+        self.job.make_folder()
+        self._dense(arch, weights)
+        self._rounds()
+        self._recover()
+        return self._write()
+
+    def _keep(self, name: str, model: nn.Module) -> None:
+        """Save a network under a name, then make it the one that stands."""
+        from safetensors.torch import save_file
+
+        tensors = {key: value.contiguous().cpu() for key, value in model.state_dict().items()}
+        save_file(tensors, self.job.kept / f"{name}.safetensors")
+        (self.job.kept / f"{name}.json").write_text(model.arch.to_json())
+        self.state.network = name
+        self.job.save()
+
+    def _load(self, name: str) -> nn.Module:
+        from search_spaces import Arch, create_model
+
+        arch = Arch.from_json((self.job.kept / f"{name}.json").read_bytes())
+        return create_model(arch, weights=self.job.kept / f"{name}.safetensors").eval().to(self.job.device)
+
+    # What is pruned
+
+    def _source(self) -> tuple[Arch, str | Path | None]:
+        """The network's Arch, and where its weights come from; None for nowhere."""
+        from nas.targets import find_target
+
+        target = find_target(self.options.model)
+        if target.arch is None:
+            raise UserError(f"{self.options.model} is an ONNX file: give a published name, an arch.json or a folder")
+        if self.options.weights is not None:
+            return target.arch, self.options.weights
+        beside = target.folder / "model.safetensors" if target.folder else None
+        if beside is not None and beside.is_file():
+            return target.arch, beside
+        return target.arch, "timm" if self.options.data is not None and target.folder is None else None
+
+    def _check_budget(self, arch: Arch) -> None:
+        """Refuse a budget that counting alone shows to be above the network's own, or out of reach."""
+        from pruning.allocation import Costs, allocate
+        from pruning.units import anatomy
+
+        options, parts = self.options, anatomy(arch)
+        metric = options.budget.metric
+        if metric != "latency":
+            target = options.budget.target(getattr(parts.table, metric)())
+            allocate(parts, indifferent(parts), Costs(parts, metric), target, options.kinds, options.multiple_of)
+
+    def _dense(self, arch: Arch, weights: str | Path | None) -> None:
+        """The network to prune, trained: with weights that fit, or briefly on the data."""
+        if self.state.network:
+            self.dense = self._load("dense")
+            return
+        model, untrained = self._with_weights(arch, weights)
+        if untrained:
+            self.job.fit("training", model, BRIEF_IMAGES, BRIEF_LR)
+            self.state.found["trained_images"] = BRIEF_IMAGES
+        self.dense = model.eval().to(self.job.device)
+        self._keep("dense", model)
+
+    def _with_weights(self, arch: Arch, weights: str | Path | None) -> tuple[nn.Module, bool]:
+        import warnings
+
+        import torch
+
+        from search_spaces import create_model
+        from search_spaces.weights import WeightsError
+
+        torch.manual_seed(self.options.seed)
+        what = brief_line(self.job)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model = create_model(arch, weights=weights)
+        except WeightsError as error:
+            if weights != "timm" or self.options.weights is not None:
+                raise UserError(str(error)) from None
+            self.job.note(f"no pretrained weights ({error}); {what}")
+            return create_model(arch), True
+        if weights is None:
+            self.job.note(f"no weights given{'' if self.options.data else ' and no --data'}; {what}")
+        elif model.untrained:
+            self.job.note(f"weights {weights} have another classifier; {what}")
+        elif self.job.data.demo:
+            self.job.note(f"no --data: pruned, tuned and evaluated on {self.job.data.name}")
+        self.state.found["weights"] = str(weights) if weights else None
+        return model, bool(model.untrained)
+
+    # Rounds
+
+    def _rounds(self) -> None:
+        from pruning.units import anatomy
+
+        self.job.accuracy(self.dense, "before")
+        self.whole = anatomy(self.dense.arch)
+        budget = self.options.budget
+        if budget.metric == "latency":
+            if "rates" not in self.state.found:
+                self.state.found["rates"], self.state.found["own"] = self._measured_costs()
+                self.job.save()
+            own = self.state.found["own"]
+        else:
+            own = getattr(self.whole.table, budget.metric)()
+        self.target = budget.target(own)
+        aim = self.target * (HEADROOM if budget.metric == "latency" else 1.0)
+        rounds = self.options.rounds if aim < own else 1
+        counts = budget.metric != "latency"
+        for number in range(len(self.state.rounds) + 1, rounds + 1):
+            self._round(own * (aim / own) ** (number / rounds), counts and self.options.reallocate and number == rounds)
+        if not counts:
+            self._meet(aim, rounds)
+
+    def _round(self, target: float, reallocate: bool) -> None:
+        """Score the network that stands, cut it to `target`, and keep the result."""
+        model = self._load(self.state.network)
+        parts, scores = self._scores(model, f"round {len(self.state.rounds) + 1}")
+        self._apply(model, parts, scores, target, reallocate)
+
+    def _scores(self, model: nn.Module, what: str) -> tuple[Anatomy, Scores]:
+        from pruning.importance import score
+        from pruning.units import anatomy
+
+        if not self._batches:
+            self._batches = [
+                (x.to(self.job.device), y.to(self.job.device)) for x, y in self.job.batches(self.job.calibration)
+            ]
+        parts = anatomy(model.arch)
+        with self.job.phase("scoring") as progress:
+
+            def watched() -> Iterator[tuple[Tensor, Tensor]]:
+                for i, batch in enumerate(self._batches):
+                    progress(i, len(self._batches))
+                    yield batch
+
+            scores = score(model, parts, watched(), self.options.criterion, self.options.seed)
+        if "importance" not in self.state.found:
+            self.state.found["importance"] = importance_rows(parts, scores)
+        return parts, scores
+
+    def _apply(self, model: nn.Module, parts: Anatomy, scores: Scores, target: float, reallocate: bool) -> float:
+        """Cut the network to an estimated cost of `target`, keep it as a round; returns its cost (ms: measured)."""
+        import torch
+
+        from pruning import slice_weights
+        from pruning.allocation import allocate
+        from pruning.units import cut
+        from search_spaces import create_model, table
+
+        number = len(self.state.rounds) + 1
+        costs = self._costs(parts)
+        with self.job.phase("cutting"):
+            settings = allocate(parts, scores, costs, target, self.options.kinds, self.options.multiple_of, reallocate)
+            found = cut(parts, scores, settings)
+            generator = torch.Generator().manual_seed(self.options.seed)
+            state = {name: value.cpu() for name, value in model.state_dict().items()}
+            weights = slice_weights(parts.arch, state, found.arch, found.select, found.blocks, generator)
+            child = create_model(found.arch)
+            child.load_state_dict(weights)
+        counts = table(found.arch)
+        metric = self.options.budget.metric
+        reached = self._side_by_side(child.arch) if metric == "latency" else getattr(counts, metric)()
+        origins = self.state.origins
+        self.state.origins = {ours: origins.get(theirs, theirs) for ours, theirs in found.blocks.items()}
+        self.state.rounds.append(
+            {
+                "round": number,
+                "target": target,
+                "reached": reached,
+                "reallocated": reallocate,
+                "params": counts.params(),
+                "macs": counts.macs(),
+            }
+        )
+        self._keep(f"round-{number}", child)
+        self.job.say(
+            f"round {number}: {show('macs', counts.macs())}, {show('params', counts.params())}"
+            + (f", {show('latency', reached)}" if metric == "latency" else "")
+        )
+        return reached
+
+    # Latency
+
+    def _costs(self, parts: Anatomy) -> Any:
+        from pruning.allocation import Costs
+
+        metric = self.options.budget.metric
+        if metric != "latency":
+            return Costs(parts, metric)
+        rates = {knob.name: self.state.found["rates"][group_of(knob.width, knob.kind)] for knob in parts.knobs}
+        base = self.state.rounds[-1]["reached"] if self.state.rounds else self.state.found["own"]
+        return Costs(parts, "macs", rates, base)
+
+    def _meet(self, aim: float, rounds: int) -> None:
+        """Cut further while the measured latency is over the budget; then reallocate within it."""
+        while self._reached() > aim and len(self.state.rounds) < rounds + CORRECTIONS:
+            self._round(aim, reallocate=False)
+        if not self.options.reallocate or self._reached() > self.target or self.state.rounds[-1]["reallocated"]:
+            return
+        standing, done, origins = self.state.network, list(self.state.rounds), self.state.origins
+        model = self._load(standing)
+        parts, scores = self._scores(model, "reallocation")
+        target = aim
+        for _ in range(CORRECTIONS):
+            if (reached := self._apply(model, parts, scores, target, reallocate=True)) <= self.target:
+                return
+            target *= aim / reached
+            self.state.network, self.state.rounds, self.state.origins = standing, list(done), origins
+        self.job.note("no reallocation met the latency budget as measured: units were cut only")
+        self.job.save()
+
+    def _reached(self) -> float:
+        return self.state.rounds[-1]["reached"] if self.state.rounds else self.state.found["own"]
+
+    def _measured_costs(self) -> tuple[dict[str, float], float]:
+        """Milliseconds that a multiply-accumulate costs in each group of knobs, by halving the group and measuring it
+        beside the whole network; and the whole network's latency."""
+        from pruning.units import cut
+        from search_spaces import table
+
+        parts = self.whole
+        groups: dict[str, dict[str, int]] = {}
+        for knob in parts.knobs:
+            if knob.kind in self.options.kinds:
+                size = 0 if knob.kind == "blocks" else half(knob.size, knob.kind, self.options.multiple_of)
+                if size != knob.size:
+                    groups.setdefault(group_of(knob.width, knob.kind), {})[knob.name] = size
+        archs = {"": parts.arch} | {
+            name: cut(parts, indifferent(parts), settings).arch for name, settings in groups.items()
+        }
+        with self.job.phase("measuring costs") as progress:
+            results = self._compare(archs, COST_ROUNDS, progress)
+        own, macs = results[""].p50_ms, parts.table.macs()
+        rates = {}
+        for name in groups:
+            saved = macs - table(archs[name]).macs()
+            rates[name] = max(0.0, own - results[name].p50_ms) / saved if saved > 0 else 0.0
+        free = [name for name, rate in rates.items() if rate == 0]
+        if free:
+            self.job.note(f"halving these saved no time as measured, so they are left alone: {', '.join(free)}")
+        everything = {group_of(k.width, k.kind) for k in parts.knobs}
+        return {name: rates.get(name, 0.0) for name in everything}, own
+
+    def _side_by_side(self, arch: Arch) -> float:
+        """The network's latency in ms beside the whole one; for a relative budget in the first run's milliseconds."""
+        with self.job.phase("measuring") as progress:
+            results = self._compare({"whole": self.dense.arch, "cut": arch}, COST_ROUNDS, progress)
+        if not self.options.budget.relative:
+            return results["cut"].p50_ms
+        return results["cut"].p50_ms / results["whole"].p50_ms * self.state.found["own"]
+
+    def _compare(
+        self, archs: Mapping[str, Arch], rounds: int, progress: Callable[[int, int], None]
+    ) -> dict[str, Measurement]:
+        """Measure untrained copies side by side: latency does not depend on weights."""
+        settings = self.options.settings
+        with tempfile.TemporaryDirectory(prefix="vitnas-") as folder, device_lock(settings.device):
+            paths = {}
+            for i, (name, arch) in enumerate(archs.items()):
+                try:
+                    paths[name] = write_artifact(arch, settings, Path(folder) / str(i))
+                except (RuntimeError, ValueError) as error:
+                    raise UserError(f"this network cannot be exported: {first_line(error)}") from None
+            results = compare(paths, settings, rounds, progress)
+        for name, result in results.items():
+            if isinstance(result, MeasureError):
+                raise UserError(f"{name or 'the network'} could not be measured: {result}")
+        return results
+
+    # Recovery, results
+
+    def _recover(self) -> None:
+        model = self._load(self.state.network)
+        if self.state.network != "tuned":
+            self.job.accuracy(model, "pruned")
+            images = round(self.options.finetune * len(self.job.data.train))
+            if images:
+                teacher = self.dense if self.options.distill else None
+                self.job.fit("fine-tuning", model, images, FINETUNE_LR, teacher)
+                self.state.found["tuned_images"] = images
+            self._keep("tuned", model)
+        if self.state.found.get("tuned_images"):
+            self.job.accuracy(model, "recovered")
+        self.model = model
+
+    def _write(self) -> dict[str, Any]:
+        from search_spaces import table
+
+        options = self.options
+        archs = {"before": self.dense.arch, "after": self.model.arch}
+        with self.job.phase("closing run") as progress:
+            results = self._compare(archs, CLOSING_ROUNDS, progress)
+        with self.job.phase("exporting"):
+            self.model.cpu()
+            save_network(self.model, options.folder, options.settings.batch_size, trained=True)
+        networks = {}
+        for name, arch in archs.items():
+            counts = table(arch)
+            networks[name] = network_row(counts.params(), counts.macs(), results[name], options.settings)
+            networks[name]["arch"] = json.loads(arch.to_json())
+        details = {
+            "family": self.model.arch.family,
+            "resolution": self.model.arch.resolution,
+            "blocks": block_rows(self.dense.arch, self.model.arch, self.state.origins),
+            "importance": self.state.found["importance"],
+            "rates": self.state.found.get("rates"),
+        }
+        return write_results(self.job, options, self.command, networks, details)
+
+
+def brief_line(job: Job) -> str:
+    """What is said of a network that is trained here first."""
+    trained = f"the network is briefly trained on {BRIEF_IMAGES:,} images of {job.data.name}"
+    return f"{trained}: its figures say nothing of ImageNet"
+
+
+def network_row(params: int, macs: int, latency: Measurement, settings: Settings) -> dict[str, Any]:
+    """Counts and closing latency of one network."""
+    return {
+        "params": params,
+        "macs": macs,
+        "latency_ms": latency.p50_ms,
+        "p95_ms": latency.p95_ms,
+        "ci": list(latency.ci_ms),
+        "samples": latency.n,
+        "throughput": latency.throughput(settings.batch_size),
+    }
+
+
+def write_results(
+    job: Job, options: Options, command: str, networks: Mapping[str, dict[str, Any]], details: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Write prune.json and report.html of a finished pruning; returns their data."""
+    from nas.hardware import describe
+    from nas.prune_report import write_report
+
+    before, after = networks["before"], networks["after"]
+    key = "latency_ms" if options.budget.metric == "latency" else options.budget.metric
+    target = options.budget.amount * before[key] if options.budget.relative else options.budget.amount
+    found = job.state.found
+    data = {
+        "model": options.model,
+        "command": command,
+        "started": job.state.started,
+        "finished": now(),
+        "options": options.fingerprint(),
+        "settings": asdict(options.settings),
+        "hardware": describe(options.settings),
+        "data": job.describe_data(),
+        "weights": found.get("weights"),
+        "trained_images": found.get("trained_images", 0),
+        "tuned_images": found.get("tuned_images", 0),
+        "budget": {
+            "metric": options.budget.metric,
+            "text": options.budget.text,
+            "target": target,
+            "reached": after[key],
+            "met": after[key] <= target,
+        },
+        "before": before,
+        "after": after,
+        "accuracy": {which: found.get(which) for which in ("before", "pruned", "recovered")},
+        "rounds": job.state.rounds,
+        "notes": job.state.notes,
+        "phases": job.state.phases,
+        **details,
+    }
+    write_report(options.folder, data)
+    job.finish()
+    return data
+
+
+def indifferent(parts: Anatomy) -> Scores:
+    """Scores that hold all units equal."""
+    import numpy as np
+
+    return {knob.width: np.ones((knob.rows, parts.sizes.get(knob.width, 1))) for knob in parts.knobs}
+
+
+def importance_rows(parts: Anatomy, scores: Scores) -> list[dict[str, Any]]:
+    """A row for each knob of the whole network: its units, their importance, and what they cost together."""
+    from pruning.allocation import Costs
+
+    costs = Costs(parts, "macs")
+    rows = []
+    for knob in parts.knobs:
+        values = knob.importance(scores).sum(axis=0)
+        rows.append(
+            {
+                "name": knob.name,
+                "kind": knob.kind,
+                "units": knob.size,
+                "importance": float(values.sum()),
+                "least": float(values.min()),
+                "most": float(values.max()),
+                "macs": -costs.difference(knob, -knob.size, parts.sizes, ()),
+            }
+        )
+    return rows
+
+
+def block_rows(before: Arch, after: Arch, origins: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Widths of every block of `before` and of what became of it, by the path it had; `after` is None where it went."""
+    left = {origins.get(path, path): widths for path, widths in block_widths(after).items()}
+    return [{"block": path, "before": widths, "after": left.get(path)} for path, widths in block_widths(before).items()]
+
+
+def block_widths(arch: Arch) -> dict[str, dict[str, float]]:
+    """embed, heads, qk, v (per head, means) and ffn (hidden units in all), ratio (ffn / embed), by block path."""
+    from search_spaces import table
+
+    found: dict[str, dict[str, list[int]]] = {}
+    sizes = {name: width.size for name, width in table(arch).widths().items()}
+    for name, size in sizes.items():
+        *path, last = name.split(".")
+        for i, part in enumerate(path):
+            if part in ("blocks", "downsample"):
+                block = ".".join(path[: i + (2 if part == "blocks" else 1)])
+                key = {"hidden": "ffn"}.get(last, last)
+                found.setdefault(block, {}).setdefault(key, []).append(size)
+                break
+    rows = {}
+    for block, widths in found.items():
+        stage = block.split(".blocks")[0].split(".downsample")[0] if block.startswith("stages") else ""
+        embed = sizes[f"{stage}.embed" if stage else "embed"]
+        heads = widths.get("heads", [0])[0]
+        mean = {key: sum(widths[key]) / len(widths[key]) for key in ("qk", "v", "dim") if key in widths}
+        ffn = sum(widths.get("ffn", []))
+        rows[block] = {
+            "embed": embed,
+            "heads": heads,
+            "qk": mean.get("qk", 0),
+            "v": mean.get("v", mean.get("dim", 0)),
+            "ffn": ffn,
+            "ratio": ffn / embed,
+        }
+    return rows
+
+
+def group_of(width: str, kind: str) -> str:
+    """Knobs whose latency is measured together: a kind within a stage; branches by what they are."""
+    stage = ".".join(width.split(".")[:2]) if width.startswith("stages.") else ""
+    return " ".join(filter(None, (stage, kind, width.split(".")[-1] if kind == "blocks" else "")))
+
+
+def half(size: int, kind: str, multiple_of: int) -> int:
+    """Half of a width, on its multiples; the width itself where there is none."""
+    step = 1 if kind == "heads" else multiple_of
+    return min(size, max(step, size // 2 // step * step))
+
+
+def show(metric: str, amount: float) -> str:
+    """An amount with its unit."""
+    if metric == "latency":
+        return f"{amount:.3g} ms"
+    unit = {"macs": "MMACs", "params": "M parameters"}[metric]
+    return f"{amount / 1e6:.4g} {unit}"

@@ -1,0 +1,374 @@
+"""`vitnas prune` as a user meets it, on small networks: what it writes, resumes, refuses and says."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import nas.job
+import nas.prune
+from nas.measure import Measurement
+from nas.prune import parse_pruning_budget
+from pruning.units import anatomy
+from search_spaces import Arch, create_model, get_arch, table
+
+COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (40, 60, 220)}
+
+
+@pytest.fixture(autouse=True)
+def brief(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
+    """Little training and few images."""
+    monkeypatch.setattr(nas.prune, "BRIEF_IMAGES", 320)
+    monkeypatch.setattr(nas.job, "CALIBRATION_IMAGES", 32)
+    monkeypatch.setattr(nas.job, "EVALUATED_IMAGES", 64)
+    monkeypatch.setattr(nas.prune, "CLOSING_ROUNDS", 3)
+
+
+@pytest.fixture
+def fake_clock(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Latencies that follow MACs: a millisecond and one more per MMAC. Holds how many networks each run had."""
+    runs: list[int] = []
+
+    def compare(paths, settings, rounds, progress=None, timeout_s=60):
+        runs.append(len(paths))
+        found = {}
+        for name, path in paths.items():
+            latency = 1 + table(Arch.from_json(Path(path).read_bytes())).macs() / 1e6
+            found[name] = Measurement(rounds_ms=[[latency] * 3] * 3)
+        return found
+
+    monkeypatch.setattr(nas.prune, "compare", compare)
+    return runs
+
+
+def small(classes: int = 10) -> Arch:
+    """A network of the EfficientViT family at 48 px with widths that are multiples of 8."""
+    raw = json.loads(get_arch("efficientvit_m0", classes).to_json())
+    raw |= {"resolution": 48, "stem": [8, 8, 8]}
+    for stage in raw["stages"]:
+        stage["blocks"] = stage["blocks"][:1]
+    return Arch.from_json(json.dumps(raw))
+
+
+@pytest.fixture
+def arch_file(tmp_path: Path) -> Path:
+    path = tmp_path / "net" / "arch.json"
+    path.parent.mkdir()
+    path.write_text(small().to_json())
+    return path
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Three classes of noisy one-coloured images."""
+    rng = np.random.default_rng(0)
+    for name, colour in COLOURS.items():
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(20):
+            pixels = np.clip(np.array(colour) + rng.normal(0, 40, (24, 24, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / name / f"{i}.png")
+    return tmp_path / "images"
+
+
+def words(model: Path | str, out: Path, *more: str) -> list[str]:
+    return ["prune", "--model", str(model), "--out", str(out), "--runtime", "torch", "--threads", "1", *more]
+
+
+def result(out: Path) -> dict[str, Any]:
+    return json.loads((out / "prune.json").read_text())
+
+
+def test_end_to_end_without_data(vitnas, arch_file, tmp_path):
+    """The default command: digits, brief training, half the MACs; every file is there and holds together."""
+    out = tmp_path / "out"
+    code, printed, said = vitnas(*words(arch_file, out))
+    assert code == 0, said
+    assert "digits" in said
+    assert "ImageNet" in said
+    data = result(out)
+    assert data["data"]["demo"]
+    assert data["trained_images"] == 320
+    whole, arch = small(), Arch.from_json((out / "arch.json").read_bytes())
+    assert table(arch).macs() <= table(whole).macs() / 2
+    assert data["budget"]["met"]
+    assert data["after"]["macs"] == table(arch).macs()
+    assert data["before"]["macs"] == table(whole).macs()
+    assert arch.resolution == whole.resolution
+    assert data["before"]["latency_ms"] > 0
+    assert {"before", "pruned", "recovered"} == {k for k, v in data["accuracy"].items() if v}
+    assert all(size % 8 == 0 for name, size in widths(arch).items() if name.split(".")[-1] in ("hidden", "qk", "embed"))
+    model = create_model(arch, weights=out / "model.safetensors").eval()
+    assert not model.untrained
+    x = torch.randn(1, 3, arch.resolution, arch.resolution)
+    session = onnxruntime.InferenceSession(out / "model.onnx")
+    (found,) = session.run(None, {"images": x.numpy()})
+    assert np.allclose(found, model(x).detach().numpy(), atol=1e-3)
+    assert (out / "report.html").is_file()
+    assert "0.5x" in printed
+    assert not list((out / "state").glob("*.safetensors"))
+
+    before = (out / "prune.json").read_bytes()
+    code, _, said = vitnas(*words(arch_file, out))
+    assert code == 0
+    assert "finished" in said
+    assert (out / "prune.json").read_bytes() == before
+
+
+def widths(arch: Arch) -> dict[str, int]:
+    return {name: width.size for name, width in table(arch).widths().items()}
+
+
+def test_a_folder_brings_its_weights(vitnas, images, tmp_path, fake_clock):
+    """Nothing is trained before pruning; the same images are split and calibrated; the result can be pruned again."""
+    model = trained(images, tmp_path / "net")
+    out = tmp_path / "out"
+    code, _, said = vitnas(*words(tmp_path / "net", out, "--data", str(images), "--finetune", "0", "--macs", "0.7x"))
+    assert code == 0, said
+    data = result(out)
+    assert data["trained_images"] == data["tuned_images"] == 0
+    assert not data["data"]["demo"]
+    assert data["data"]["classes"] == 3
+    assert data["accuracy"]["recovered"] is None
+    again = tmp_path / "again"
+    code, _, said = vitnas(
+        *words(out, again, "--data", str(images), "--finetune", "1", "--distill", "--params", "0.9x")
+    )
+    assert code == 0, said
+    second = result(again)
+    assert second["trained_images"] == 0
+    assert second["before"]["params"] == data["after"]["params"] < sum(p.numel() for p in model.parameters())
+    assert second["after"]["params"] <= 0.9 * second["before"]["params"]
+
+
+def trained(images: Path, folder: Path) -> torch.nn.Module:
+    """A network whose branches do something, saved with its Arch."""
+    torch.manual_seed(0)
+    model = create_model(small(3))
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            torch.nn.init.constant_(parameter, 0.5)
+    folder.mkdir(exist_ok=True)
+    (folder / "arch.json").write_text(model.arch.to_json())
+    save_file(model.state_dict(), folder / "model.safetensors")
+    return model
+
+
+@pytest.mark.parametrize("budget", ["0.6x", "4ms"])
+def test_latency_budget_is_met_as_measured(vitnas, images, tmp_path, fake_clock, budget):
+    trained(images, tmp_path / "net")
+    out = tmp_path / "out"
+    code, _, said = vitnas(
+        *words(tmp_path / "net", out, "--data", str(images), "--finetune", "0", "--latency-budget", budget)
+    )
+    assert code == 0, said
+    data = result(out)
+    assert data["budget"]["metric"] == "latency"
+    assert data["after"]["latency_ms"] <= data["budget"]["target"]
+    assert data["after"]["latency_ms"] >= 0.8 * data["budget"]["target"]
+    assert fake_clock[0] > 8  # the whole network, and one for each group of knobs
+    assert all(rate == pytest.approx(1e-6, rel=0.01) for rate in data["rates"].values() if rate)
+
+
+def test_a_latency_budget_missed_as_measured_is_said(vitnas, images, tmp_path, monkeypatch):
+    """A device on which nothing gets faster: the budget cannot be reached, one line says so."""
+    monkeypatch.setattr(
+        nas.prune, "compare", lambda paths, *_: {name: Measurement(rounds_ms=[[2.0] * 3] * 3) for name in paths}
+    )
+    trained(images, tmp_path / "net")
+    command = words(tmp_path / "net", tmp_path / "out", "--data", str(images), "--latency-budget", "0.5x")
+    code, _, said = vitnas(*command)
+    assert code == 2
+    assert "cannot be reached" in said
+    assert "2 ms" in said
+
+
+def test_the_closing_run_decides(vitnas, images, tmp_path, fake_clock, monkeypatch):
+    """A budget met while pruning and missed in the closing run is reported as missed, with exit code 1."""
+    honest = nas.prune.compare
+
+    def slower_at_the_end(paths, settings, rounds, progress=None, timeout_s=60):
+        found = honest(paths, settings, rounds, progress)
+        if rounds == nas.prune.CLOSING_ROUNDS:
+            found["after"] = Measurement(rounds_ms=[[statistics.mean([found["before"].p50_ms])] * 3] * 3)
+        return found
+
+    monkeypatch.setattr(nas.prune, "compare", slower_at_the_end)
+    trained(images, tmp_path / "net")
+    out = tmp_path / "out"
+    code, printed, _ = vitnas(
+        *words(tmp_path / "net", out, "--data", str(images), "--finetune", "0", "--latency-budget", "0.7x")
+    )
+    assert code == 1
+    assert "NOT met" in printed
+    assert not result(out)["budget"]["met"]
+
+
+def test_reallocation_alone(vitnas, images, tmp_path, fake_clock):
+    trained(images, tmp_path / "net")
+    out = tmp_path / "out"
+    code, _, said = vitnas(
+        *words(tmp_path / "net", out, "--data", str(images), "--finetune", "0", "--macs", "1x", "--axes", "ffn,qk,v")
+    )
+    assert code == 0, said
+    data = result(out)
+    assert 0.9 * data["before"]["macs"] < data["after"]["macs"] <= data["before"]["macs"]
+    before, after = widths(small(3)), widths(Arch.from_json((out / "arch.json").read_bytes()))
+    assert any(after[name] > size for name, size in before.items())
+    assert any(after[name] < size for name, size in before.items())
+    code, _, said = vitnas(*words(tmp_path / "net", tmp_path / "o2", "--macs", "1x", "--no-reallocate"))
+    assert code == 2
+    assert "nothing to do" in said
+
+
+def test_no_reallocation_only_cuts(vitnas, images, tmp_path, fake_clock):
+    trained(images, tmp_path / "net")
+    out = tmp_path / "out"
+    command = words(tmp_path / "net", out, "--data", str(images), "--finetune", "0", "--no-reallocate", "--axes", "ffn")
+    assert vitnas(*command)[0] == 0
+    before, after = widths(small(3)), widths(Arch.from_json((out / "arch.json").read_bytes()))
+    assert all(after[name] <= size for name, size in before.items())
+    assert {name.split(".")[-1] for name in before if after[name] < before[name]} <= {"hidden", "squeezed"}
+
+
+def test_interrupted_runs_go_on_after_the_last_round(vitnas, images, tmp_path, fake_clock, monkeypatch):
+    trained(images, tmp_path / "net")
+    command = words(tmp_path / "net", tmp_path / "out", "--data", str(images), "--finetune", "0")
+    assert vitnas(*words(tmp_path / "net", tmp_path / "whole", "--data", str(images), "--finetune", "0"))[0] == 0
+
+    scores = nas.prune._Run._scores
+    scored = []
+
+    def stop_in_round_3(self, model, what):
+        scored.append(what)
+        if what == "round 3" and len(scored) == 3:
+            raise KeyboardInterrupt
+        return scores(self, model, what)
+
+    monkeypatch.setattr(nas.prune._Run, "_scores", stop_in_round_3)
+    code, _, said = vitnas(*command)
+    assert code == 130
+    assert "interrupted" in said
+    code, _, said = vitnas(*command)
+    assert code == 0
+    assert "going on after round-2" in said
+    assert scored == ["round 1", "round 2", "round 3", "round 3"]
+    whole, found = tmp_path / "whole", tmp_path / "out"
+    assert (found / "arch.json").read_text() == (whole / "arch.json").read_text()
+    assert (found / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    code, _, said = vitnas(*command, "--criterion", "magnitude")
+    assert code == 2
+    assert "another run" in said
+    assert "criterion" in said
+
+
+def test_broken_images_are_named(vitnas, images, tmp_path, fake_clock):
+    trained(images, tmp_path / "net")
+    (images / "red" / "0.png").write_bytes(b"no image")
+    command = words(tmp_path / "net", tmp_path / "out", "--data", str(images), "--finetune", "1")
+    code, _, said = vitnas(*command)
+    assert code == 0, said
+    assert "0.png" in said
+    assert any("0.png" in note for note in result(tmp_path / "out")["notes"])
+    for path in images.rglob("*.png"):
+        path.write_bytes(b"no image")
+    shutil.rmtree(tmp_path / "out")
+    code, _, said = vitnas(*command)
+    assert code == 2
+    assert "cannot be decoded" in said
+
+
+def test_json_for_machines(vitnas, images, tmp_path, fake_clock):
+    trained(images, tmp_path / "net")
+    command = words(tmp_path / "net", tmp_path / "out", "--data", str(images), "--finetune", "0", "--json")
+    code, printed, _ = vitnas(*command)
+    assert code == 0
+    assert json.loads(printed)["after"]["macs"] == result(tmp_path / "out")["after"]["macs"]
+
+
+@pytest.mark.parametrize("criterion", ["taylor2", "magnitude", "random", "torch-pruning"])
+def test_every_criterion_meets_the_budget(vitnas, images, tmp_path, fake_clock, criterion):
+    trained(images, tmp_path / "net")
+    out = tmp_path / "out"
+    code, _, said = vitnas(
+        *words(
+            tmp_path / "net", out, "--data", str(images), "--finetune", "0", "--criterion", criterion, "--rounds", "1"
+        )
+    )
+    assert code == 0, said
+    assert result(out)["after"]["macs"] <= result(out)["before"]["macs"] / 2
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--macs", "0.5x", "--params", "0.5x"], ["one budget"]),
+        (["--macs", "1.5x"], ["at most 1x"]),
+        (["--macs", "0x"], ["0x"]),
+        (["--macs", "many"], ["150M"]),
+        (["--macs", "90G"], ["above", "lower it"]),
+        (["--macs", "10"], ["cannot be reached", "MMACs"]),
+        (["--params", "0.2x", "--axes", "qk"], ["cannot be reached", "--axes qk", "parameters"]),
+        (["--latency-budget", "2"], ["unit", "2ms"]),
+        (["--criterion", "tailor"], ["tailor", "taylor"]),
+        (["--axes", "ffn,width"], ["--axes", "embed"]),
+        (["--rounds", "0"], ["rounds"]),
+        (["--multiple-of", "0"], ["multiple-of"]),
+        (["--finetune", "-1"], ["finetune"]),
+        (["--data", "nowhere"], ["nowhere", "no such folder"]),
+        (["--num-classes", "7"], ["--num-classes is 7", "3 classes"]),
+        (["--weights", "nowhere.safetensors"], ["no such file"]),
+        (["--weights", "pickle.pth"], ["plain state dict"]),
+        (["--weights", "narrow.safetensors"], ["stem.0.linear.weight", "(4, 3, 3, 3)"]),
+    ],
+)
+def test_bad_input(vitnas, images, tmp_path, fake_clock, monkeypatch, more, said):
+    trained(images, tmp_path / "net")
+    monkeypatch.chdir(tmp_path)
+    state = create_model(small(3)).state_dict()
+    state["stem.0.linear.weight"] = torch.zeros(4, 3, 3, 3)
+    save_file(state, "narrow.safetensors")
+    torch.save(torch.nn.Linear(2, 2), "pickle.pth")
+    given = [] if "--data" in more else ["--data", str(images)]
+    vitnas.refused(vitnas(*words(tmp_path / "net", tmp_path / "out", *given, "--finetune", "0", *more)), *said)
+
+
+@pytest.mark.parametrize("model", ["efficientvit_m9", "nowhere/arch.json"])
+def test_models_that_do_not_exist(vitnas, tmp_path, model):
+    vitnas.refused(vitnas(*words(model, tmp_path / "out")), model)
+
+
+def test_an_untrained_network_is_refused(vitnas, images, tmp_path, fake_clock):
+    model = create_model(small(3))
+    (tmp_path / "net").mkdir()
+    (tmp_path / "net" / "arch.json").write_text(model.arch.to_json())
+    save_file(model.state_dict(), tmp_path / "net" / "model.safetensors")
+    command = words(tmp_path / "net", tmp_path / "out", "--data", str(images))
+    code, _, said = vitnas(*command)
+    assert code == 2
+    assert "no effect on the loss" in said
+
+
+def test_budgets():
+    assert parse_pruning_budget(None, None, None).text == "0.5x"
+    assert parse_pruning_budget("150M", None, None).target(3e8) == 1.5e8
+    assert parse_pruning_budget(None, "0.25x", None).target(4e6) == 1e6
+    assert parse_pruning_budget(None, None, "1.5ms").target(2.0) == 1.5
+
+
+def test_groups_of_costs_cover_every_knob():
+    """Knobs of a stage that are of one kind are measured together, and none is left without a rate."""
+    parts = anatomy(small())
+    groups = {nas.prune.group_of(knob.width, knob.kind) for knob in parts.knobs}
+    assert "stages.1 ffn" in groups
+    assert "stages.2 blocks attn" in groups
+    assert 10 < len(groups) < 40

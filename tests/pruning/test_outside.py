@@ -1,0 +1,399 @@
+"""timm models outside the families: the trial, its refusals, and what pruning leaves."""
+
+from __future__ import annotations
+
+import copy
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import huggingface_hub
+import pytest
+import timm
+import torch
+import torch_pruning as tp
+from huggingface_hub import constants
+from torch import Tensor, nn
+
+from pruning import outside
+from pruning.outside import OutsideError, Trial, count_macs, load_outside, prune_outside, resize_outside, run_trial
+
+CLASSES = 10
+
+
+def ordinary(name: str) -> nn.Module:
+    """A model as if trained: no zero-initialised scales."""
+    torch.manual_seed(0)
+    model, _ = load_outside(name, CLASSES, pretrained=False)
+    outside._randomise(model)
+    return model
+
+
+def batches(resolution: int) -> Callable[[], list[tuple[Tensor, Tensor]]]:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(8, 3, resolution, resolution, generator=generator)
+    return lambda: [(images, torch.arange(8))]
+
+
+def logits(model: nn.Module, resolution: int) -> Tensor:
+    images = torch.randn(2, 3, resolution, resolution, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return outside._fresh(model)(images)
+
+
+def macs(model: nn.Module, resolution: int) -> int:
+    return count_macs(outside._fresh(model), torch.zeros(1, 3, resolution, resolution))[""]
+
+
+def network(model: nn.Module, resolution: int) -> outside._Network:
+    return outside._Network(model, torch.zeros(1, 3, resolution, resolution), multiple_of=8, inner=False)
+
+
+def group_of(pruned: outside._Network, layer: str) -> outside._Group:
+    """The group that holds output channels of a layer."""
+    module = pruned.model.get_submodule(layer)
+    return next(
+        g for g in pruned.groups() if any(d.target.module is module and pruned._outputs(d) for d, _ in g.coupled)
+    )
+
+
+@pytest.fixture(scope="module")
+def resnet_trial() -> Trial:
+    return run_trial("resnet18", 64, CLASSES, 8, time_limit_s=120)
+
+
+@pytest.fixture
+def no_trial(monkeypatch: pytest.MonkeyPatch, resnet_trial: Trial) -> None:
+    """The child process answers as it did for resnet18."""
+    monkeypatch.setattr(outside, "run_trial", lambda *_: resnet_trial)
+
+
+def child(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    monkeypatch.setattr(outside, "TRIAL", [sys.executable, "-c", code])
+
+
+# --- loading
+
+
+def test_unknown_name_says_near_ones() -> None:
+    with pytest.raises(OutsideError, match=r"no model 'resnet18x': did you mean .*timm/resnet18\b"):
+        load_outside("resnet18x", None, pretrained=False)
+    with pytest.raises(OutsideError, match="no model 'hf_hub:someone/something'"):
+        load_outside("hf_hub:someone/something", None, pretrained=False)
+    with pytest.raises(OutsideError, match=r"could not build resnet18\.nope: .*nope"):
+        load_outside("resnet18.nope", None, pretrained=False)
+
+
+def test_no_classifier_is_refused() -> None:
+    with pytest.raises(OutsideError, match="no classifier"):
+        load_outside("test_resnet", 0, pretrained=False)
+
+
+def test_resolution_is_the_models_own() -> None:
+    model, resolution = load_outside("test_vit", None, pretrained=False)
+    assert resolution == 160
+    assert model.num_classes == 1000
+    assert not model.training
+
+
+def test_weights_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable() -> None:
+        raise OSError("no route")
+
+    def create_model(*_: object, **__: object) -> None:
+        assert constants.HF_HUB_OFFLINE  # else its client retries for a minute
+        raise RuntimeError("no such file\nsecond line")
+
+    monkeypatch.setattr(huggingface_hub, "get_session", unreachable)
+    monkeypatch.setattr(timm, "create_model", create_model)
+    before = constants.HF_HUB_OFFLINE
+    with pytest.raises(OutsideError, match=r"^timm could not fetch the weights of resnet18: no such file$"):
+        load_outside("resnet18", None, pretrained=True)
+    assert constants.HF_HUB_OFFLINE is before
+
+
+# --- the trial
+
+
+def test_hang_is_killed_and_points_to_our_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    child(monkeypatch, "import time; print('build the graph of', flush=True); time.sleep(60)")
+    start = time.monotonic()
+    with pytest.raises(OutsideError) as caught:
+        run_trial("efficientvit_m0", 224, CLASSES, 8, time_limit_s=3)
+    assert time.monotonic() - start < 30
+    assert str(caught.value) == (
+        "torch-pruning could not build the graph of timm/efficientvit_m0 within 3 s; "
+        "our own efficientvit_m0 can be pruned: vitnas prune --model efficientvit_m0"
+    )
+
+
+def test_failing_child_gives_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    child(monkeypatch, "import sys; print('cut'); sys.exit('IndexError: out of bounds')")
+    with pytest.raises(
+        OutsideError, match=r"^torch-pruning could not cut timm/resnet18 \(IndexError: out of bounds\)$"
+    ):
+        run_trial("resnet18", 224, CLASSES, 8, time_limit_s=60)
+
+
+def test_killed_child_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    child(monkeypatch, "import os; os.kill(os.getpid(), 9)")
+    with pytest.raises(OutsideError, match="killed by SIGKILL"):
+        run_trial("resnet18", 224, CLASSES, 8, time_limit_s=60)
+
+
+def trial_here(name: str, resolution: int, inner: bool = False) -> int:
+    return outside._trial(name, resolution, CLASSES, 8, inner, stage=lambda _: None)
+
+
+def test_a_network_that_runs_but_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert trial_here("test_vit", 160) > 0
+    monkeypatch.setattr(outside, "_scale_queries", lambda *_: None)
+    with pytest.raises(OutsideError, match="differs from the masked one"):
+        trial_here("test_vit", 160)
+
+
+def test_channels_coupled_wrongly_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    get_pruning_group = tp.DependencyGraph.get_pruning_group
+
+    def shifted(self: tp.DependencyGraph, *args: object) -> tp.dependency.Group:
+        group = get_pruning_group(self, *args)
+        dep, indices = group[-1]
+        if 0 < len(indices) < 16:
+            group[-1] = tp._helpers.GroupItem(dep, [i ^ 1 for i in indices])
+        return group
+
+    monkeypatch.setattr(tp.DependencyGraph, "get_pruning_group", shifted)
+    with pytest.raises(OutsideError, match="differs from the masked one"):
+        trial_here("resnet18", 64)
+
+
+def test_residual_streams_stay_where_only_inner_widths_work() -> None:
+    model, _ = load_outside("fasternet_t0", CLASSES, pretrained=False)
+    with pytest.raises(IndexError):
+        trial_here("fasternet_t0", 64)
+    assert trial_here("fasternet_t0", 64, inner=True) < macs(model, 64) / 2
+
+
+# --- pruning
+
+
+def test_prunes_end_to_end(resnet_trial: Trial, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outside, "run_trial", lambda *_: resnet_trial)
+    model, told = ordinary("resnet18"), []
+    before = macs(model, 64)
+    result = prune_outside(model, 64, batches(64), before // 2, "taylor", 8, 3, progress=lambda *now: told.append(now))
+    assert result.macs_before == before
+    assert before * 0.4 < result.macs_after <= before // 2
+    assert result.macs_after == macs(model, 64)
+    assert result.params_after == sum(p.numel() for p in model.parameters()) < result.params_before
+    assert [now[:2] for now in told] == [(1, 3), (2, 3), (3, 3)]
+    assert before > told[0][2] > told[1][2] > told[2][2] == result.macs_after
+    assert result.inner_only is None
+
+    layers = {layer.name: layer for layer in result.layers}
+    assert layers["fc"].after[1] == CLASSES
+    assert all(layer.after[1] % 8 == 0 for layer in result.layers if layer.name != "fc")
+    conv = layers["layer4.1.conv1"]
+    assert conv.after == (model.layer4[1].conv1.in_channels, model.layer4[1].conv1.out_channels)
+    assert conv.removed == pytest.approx(1 - conv.after[0] * conv.after[1] / (conv.before[0] * conv.before[1]))
+
+    assert logits(model, 64).shape == (2, CLASSES)
+    model.train()(torch.randn(2, 3, 64, 64)).sum().backward()  # trains on
+    assert all(p.grad.shape == p.shape for p in model.parameters())
+    again, _ = load_outside("resnet18", CLASSES, pretrained=False)
+    resize_outside(again, model.state_dict())
+    assert torch.equal(logits(again, 64), logits(model, 64))
+
+
+def test_vit_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    trial = Trial(trial_here("test_vit", 160), inner_only=None)
+    monkeypatch.setattr(outside, "run_trial", lambda *_: trial)
+    model = ordinary("test_vit")
+    before = macs(model, 160)
+    result = prune_outside(model, 160, batches(160), int(0.4 * before), "magnitude", 8, 2)
+    assert result.macs_after <= 0.4 * before
+    attention = model.blocks[0].attn
+    assert attention.head_dim < 32
+    assert attention.head_dim % 8 == 0
+    again, _ = load_outside("test_vit", CLASSES, pretrained=False)
+    assert torch.equal(logits(resize_outside(again, model.state_dict()), 160), logits(model, 160))
+
+
+@pytest.mark.usefixtures("no_trial")
+@pytest.mark.parametrize("criterion", ["magnitude", "random", "torch-pruning"])
+def test_uniform_criteria_cut_the_same_share_of_every_group(criterion: str) -> None:
+    model = ordinary("resnet18")
+    result = prune_outside(model, 64, batches(64), int(0.5 * macs(model, 64)), criterion, 8, 2)
+    layers = [layer for layer in result.layers if layer.name != "fc"]
+    kept = layers[-1].after[1] / layers[-1].before[1]  # of the widest
+    assert 0.5 < kept < 0.9
+    assert all(layer.after[1] / layer.before[1] == pytest.approx(kept, abs=8 / layer.before[1]) for layer in layers)
+
+
+@pytest.mark.usefixtures("no_trial")
+def test_the_stated_minimum_is_reachable_and_nothing_below(resnet_trial: Trial) -> None:
+    model = ordinary("resnet18")
+    minimum = resnet_trial.minimum_macs
+    with pytest.raises(OutsideError, match=f"the reachable minimum is {minimum / 1e6:.1f} M with widths of 8"):
+        prune_outside(model, 64, batches(64), minimum - 1, "magnitude", 8, 1)
+    result = prune_outside(model, 64, batches(64), minimum, "magnitude", 8, 1)
+    assert result.macs_after == minimum
+    assert {layer.after[1] for layer in result.layers} == {8, CLASSES}
+
+
+def test_target_must_be_below_the_model() -> None:
+    model = ordinary("resnet18")
+    with pytest.raises(OutsideError, match="not below"):
+        prune_outside(model, 64, batches(64), macs(model, 64), "taylor", 8, 1)
+
+
+@pytest.mark.usefixtures("no_trial")
+@pytest.mark.parametrize("criterion", ["taylor", "torch-pruning"])
+def test_zero_initialised_scales_are_refused(criterion: str) -> None:
+    model, _ = load_outside("resnet18", CLASSES, pretrained=False)  # the last BatchNorm of each branch is zero
+    before = macs(model, 64)
+    with pytest.raises(OutsideError, match=r"importances of layer\d\.\d\.conv1's \d+ units are all zero or not finite"):
+        prune_outside(model, 64, batches(64), before // 2, criterion, 8, 1)
+    assert macs(model, 64) == before
+
+
+@pytest.mark.usefixtures("no_trial")
+def test_cutting_nothing_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tp.dependency.Group, "prune", lambda *_: None)
+    model = ordinary("resnet18")
+    with pytest.raises(OutsideError, match="cut nothing"):
+        prune_outside(model, 64, batches(64), macs(model, 64) // 2, "magnitude", 8, 1)
+
+
+@pytest.mark.usefixtures("no_trial")
+def test_no_images_are_refused() -> None:
+    model = ordinary("resnet18")
+    with pytest.raises(OutsideError, match="no images"):
+        prune_outside(model, 64, list, macs(model, 64) // 2, "taylor", 8, 1)
+
+
+def test_taylor_importance_is_what_the_docstring_says() -> None:
+    model = ordinary("resnet18")
+    pruned = network(model, 64)
+    outside._gradients(model, batches(64)())
+    scores = pruned._scores(group_of(pruned, "layer1.0.conv1"), outside.CRITERIA["taylor"].importance())
+    first, second = ((c.weight * c.weight.grad).abs().detach() for c in (model.layer1[0].conv1, model.layer1[0].conv2))
+    torch.testing.assert_close(scores, first.sum((1, 2, 3)) + second.sum((0, 2, 3)))
+
+
+def test_estimated_macs_of_a_unit_are_exact_for_one_group() -> None:
+    for name, layer, resolution in [("resnet18", "layer2.0.conv1", 64), ("test_vit", "blocks.0.attn.qkv", 160)]:
+        pruned = network(ordinary(name), resolution)
+        group = group_of(pruned, layer)
+        estimate = pruned._unit_macs(group, count_macs(pruned.model, pruned.images)) * 8
+        before = pruned.macs()
+        pruned.cut(group, list(range(8)))
+        assert before - pruned.macs() == pytest.approx(estimate, rel=1e-6)
+
+
+# --- masked equals sliced, against masks written by hand
+
+
+@pytest.mark.parametrize(
+    ("layer", "convolutions", "norms"),
+    [
+        ("layer1.0.conv1", ["layer1.0.conv1"], ["layer1.0.bn1"]),
+        (
+            "layer2.0.conv2",
+            ["layer2.0.conv2", "layer2.0.downsample.0", "layer2.1.conv2"],
+            ["layer2.0.bn2", "layer2.0.downsample.1", "layer2.1.bn2"],
+        ),
+    ],
+)
+def test_masked_equals_sliced(layer: str, convolutions: list[str], norms: list[str]) -> None:
+    model = ordinary("resnet18")
+    masked, units = copy.deepcopy(model), [1, 2, 5, 11, 30, 31, 40, 63]
+    with torch.no_grad():
+        for name in convolutions:
+            masked.get_submodule(name).weight[units] = 0
+        forgotten = logits(masked, 64)  # BatchNorm's bias and running mean are left behind
+        for name in norms:
+            masked.get_submodule(name).weight[units] = 0
+            masked.get_submodule(name).bias[units] = 0
+    pruned = network(model, 64)
+    pruned.cut(group_of(pruned, layer), units)
+    expected = logits(masked, 64)
+    torch.testing.assert_close(logits(model, 64), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    assert (forgotten - expected).abs().max() > 1e-3 * expected.abs().max()
+
+
+def test_head_dims_keep_the_scale_fused_or_not() -> None:
+    model = ordinary("test_vit")
+    attention = model.blocks[0].attn
+    with torch.no_grad():
+        attention.qkv.weight.mul_(20)  # logits far from uniform, so that their scale shows
+    masked, units = copy.deepcopy(model), [0, 3, 4, 9, 16, 22, 30, 31]
+    rows = [part * 64 + head * 32 + unit for part in range(3) for head in range(2) for unit in units]
+    with torch.no_grad():
+        masked.blocks[0].attn.qkv.weight[rows] = 0
+        masked.blocks[0].attn.qkv.bias[rows] = 0
+    pruned = network(model, 160)
+    pruned.cut(group_of(pruned, "blocks.0.attn.qkv"), units)
+    assert attention.head_dim == 24
+    expected = logits(masked, 160)
+    tolerance = 1e-5 * expected.abs().max().item()
+    for fused in (True, False):
+        attention.fused_attn = fused
+        torch.testing.assert_close(logits(model, 160), expected, rtol=0, atol=tolerance)
+    with torch.no_grad():
+        outside._scale_queries(attention, (32 / 24) ** 0.5)  # the scale of the new head dim instead
+    assert (logits(model, 160) - expected).abs().max() > 100 * tolerance
+
+
+def test_macs_agree_with_fvcore() -> None:
+    from fvcore.nn import FlopCountAnalysis
+
+    model, images = ordinary("resnet18"), torch.zeros(1, 3, 64, 64)
+    theirs = FlopCountAnalysis(model, images).by_operator()
+    assert count_macs(model, images)[""] == theirs["conv"] + theirs["linear"]
+
+
+# --- slow
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["efficientvit_m0", "levit_128s", "shvit_s1"])
+def test_our_families_are_refused_with_a_pointer(name: str) -> None:
+    with pytest.raises(OutsideError, match=rf"could not .* timm/{name} .*vitnas prune --model {name}$"):
+        run_trial(name, 224, CLASSES, 8, time_limit_s=30)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "inner"),
+    [
+        ("mobilenetv3_small_100", False),
+        ("lcnet_075", False),
+        ("deit_tiny_patch16_224", False),
+        ("convnext_atto", False),
+        ("repghostnet_100", False),
+        ("tiny_vit_5m_224", False),
+        ("swin_tiny_patch4_window7_224", True),
+        ("fasternet_t0", True),
+    ],
+)
+def test_well_known_models(name: str, inner: bool) -> None:
+    model = ordinary(name)
+    before = macs(model, 224)
+    result = prune_outside(model, 224, batches(224), before // 2, "taylor", 8, 2, time_limit_s=120)
+    assert 0.45 * before < result.macs_after <= before // 2
+    assert (result.inner_only is not None) == inner
+    again, _ = load_outside(name, CLASSES, pretrained=False)
+    assert torch.equal(logits(resize_outside(again, model.state_dict()), 224), logits(model, 224))
+
+
+@pytest.mark.slow
+def test_child_ends_by_itself_where_nobody_waits() -> None:
+    request = {"name": "efficientvit_m0", "resolution": 224, "num_classes": 10, "multiple_of": 8}
+    orphan = subprocess.Popen(outside.TRIAL, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    orphan.stdin.write(json.dumps(request | {"time_limit_s": 10, "fallback": False}))
+    orphan.stdin.close()
+    assert orphan.wait(60) == -signal.SIGALRM
