@@ -394,6 +394,7 @@ class _Run:
             if (reached := self._apply(model, parts, scores, target, reallocate=True)) <= self.target:
                 return
             target *= aim / reached
+            self.job.say(f"over the budget as measured; again, for an estimate of {show('latency', target)}")
             self.state.network, self.state.rounds, self.state.origins = standing, list(done), origins
         self.job.note("no reallocation met the latency budget as measured: units were cut only")
         self.job.save()
