@@ -483,6 +483,11 @@ class _Run:
         with self.job.phase("exporting"):
             self.model.cpu()
             save_network(self.model, options.folder, options.settings.batch_size, trained=True)
+        blocks = block_rows(self.dense.arch, self.model.arch, self.state.origins)
+        if any(row["before"]["heads"] for row in blocks) and not any(
+            row["after"] and row["after"]["heads"] for row in blocks
+        ):
+            self.job.note("no attention is left: on these images it was worth less than it costs")
         networks = {}
         for name, arch in archs.items():
             counts = table(arch)
@@ -491,7 +496,7 @@ class _Run:
         details = {
             "family": self.model.arch.family,
             "resolution": self.model.arch.resolution,
-            "blocks": block_rows(self.dense.arch, self.model.arch, self.state.origins),
+            "blocks": blocks,
             "importance": self.state.found["importance"],
             "rates": self.state.found.get("rates"),
         }
@@ -607,6 +612,8 @@ def block_widths(arch: Arch) -> dict[str, dict[str, float]]:
             if part in ("blocks", "downsample"):
                 block = ".".join(path[: i + (2 if part == "blocks" else 1)])
                 key = {"hidden": "ffn"}.get(last, last)
+                if last == "dim" and path[-2:-1] == ["heads"] and path[-1] != "0":
+                    key = "v"  # in a cascade, what a head reads is as wide as the values of the head before it
                 found.setdefault(block, {}).setdefault(key, []).append(size)
                 break
     rows = {}
@@ -614,13 +621,13 @@ def block_widths(arch: Arch) -> dict[str, dict[str, float]]:
         stage = block.split(".blocks")[0].split(".downsample")[0] if block.startswith("stages") else ""
         embed = sizes[f"{stage}.embed" if stage else "embed"]
         heads = widths.get("heads", [0])[0]
-        mean = {key: sum(widths[key]) / len(widths[key]) for key in ("qk", "v", "dim") if key in widths}
+        mean = {key: sum(widths[key]) / len(widths[key]) for key in ("qk", "v") if key in widths}
         ffn = sum(widths.get("ffn", []))
         rows[block] = {
             "embed": embed,
             "heads": heads,
             "qk": mean.get("qk", 0),
-            "v": mean.get("v", mean.get("dim", 0)),
+            "v": mean.get("v", 0),
             "ffn": ffn,
             "ratio": ffn / embed,
         }

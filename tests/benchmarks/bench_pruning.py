@@ -19,7 +19,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -56,12 +56,10 @@ Choose = Callable[[Anatomy, Scores, float, bool], Settings]
 """(network, scores, target in MACs, last round) -> settings."""
 
 
-def across(*kinds: str, reallocate: bool = False, steady: tuple[str, ...] = ()) -> Choose:
-    """Our allocation over all knobs of these kinds (of all kinds without any); `steady` kinds do not grow."""
+def across(*kinds: str, reallocate: bool = False) -> Choose:
+    """Our allocation over all knobs of these kinds (of all kinds without any)."""
 
     def choose(parts: Anatomy, scores: Scores, target: float, last: bool) -> Settings:
-        knobs = tuple(replace(knob, grows=knob.grows and knob.kind not in steady) for knob in parts.knobs)
-        parts = replace(parts, knobs=knobs)
         costs = Costs(parts, "macs")
         return allocate(parts, scores, costs, target, kinds or tuple(KINDS), MULTIPLE, reallocate and last)
 
@@ -121,7 +119,6 @@ METHODS = {
     "random, no blocks": Method("random", across(*NO_BLOCKS)),
     "torch-pruning's default, no blocks": Method("torch-pruning", across(*NO_BLOCKS)),
     "ours without reallocation, no blocks": Method("taylor", across(*NO_BLOCKS)),
-    "ours, stage widths do not grow": Method("taylor", across(reallocate=True, steady=("embed",))),
 }
 DENSE = "dense, fine-tuned as well"
 

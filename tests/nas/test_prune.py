@@ -372,3 +372,21 @@ def test_groups_of_costs_cover_every_knob():
     assert "stages.1 ffn" in groups
     assert "stages.2 blocks attn" in groups
     assert 10 < len(groups) < 40
+
+
+def test_widths_of_blocks():
+    """In a cascade a head's values are as wide as what the next head reads; only the last head's are free."""
+    raw = json.loads(get_arch("efficientvit_m4").to_json())
+    raw["stages"][0]["blocks"][0]["attn"]["heads"][3]["value_dim"] = 64
+    rows = nas.prune.block_widths(Arch.from_json(json.dumps(raw)))
+    assert rows["stages.0.blocks.0"] == {"embed": 128, "heads": 4, "qk": 16, "v": 40, "ffn": 512, "ratio": 4}
+    assert rows["stages.1.blocks.0"]["v"] == 64
+    assert nas.prune.block_widths(get_arch("levit_128s"))["stages.1.blocks.2"] == {
+        "embed": 256,
+        "heads": 6,
+        "qk": 16,
+        "v": 32,
+        "ffn": 512,
+        "ratio": 2,
+    }
+    assert nas.prune.block_widths(get_arch("deit_tiny"))["blocks.11"]["ffn"] == 768
