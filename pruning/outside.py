@@ -35,6 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import search_spaces  # noqa: F401  (registers the families)
 from search_spaces.registry import FAMILIES
+from search_spaces.weights import offline_if_unreachable
 
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 
@@ -116,7 +117,7 @@ def load_outside(name: str, num_classes: int | None, pretrained: bool) -> tuple[
         raise OutsideError(f"timm has no model {name!r}: {hint}")
     kwargs = {} if num_classes is None else {"num_classes": num_classes}
     try:
-        with _offline_if_unreachable() if pretrained else contextlib.nullcontext():
+        with offline_if_unreachable() if pretrained else contextlib.nullcontext():
             model = timm.create_model(name, pretrained=pretrained, **kwargs)
     except Exception as error:
         failed = "fetch the weights of" if pretrained else "build"
@@ -607,21 +608,6 @@ def _shapes(model: nn.Module) -> dict[str, tuple[tuple[int, int], int]]:
             channels = (layer.in_features, layer.out_features) if linear else (layer.in_channels, layer.out_channels)
             shapes[name] = channels, _params(layer)
     return shapes
-
-
-@contextlib.contextmanager
-def _offline_if_unreachable() -> Iterator[None]:
-    """Ask the weights' host once: without an answer its client retries for most of a minute before it looks at home."""
-    import huggingface_hub
-    from huggingface_hub import constants
-
-    try:
-        huggingface_hub.get_session().head(constants.ENDPOINT, timeout=5)
-        unreachable = False
-    except Exception:
-        unreachable = True
-    with mock.patch.object(constants, "HF_HUB_OFFLINE", constants.HF_HUB_OFFLINE or unreachable):
-        yield
 
 
 def _first_line(error: Exception) -> str:

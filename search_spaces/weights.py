@@ -5,7 +5,8 @@ from __future__ import annotations
 import pickle
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -44,11 +45,28 @@ def timm_state(arch: Arch) -> State:
     for variant in family.variants.values():
         if variant.timm and family.space.arch(variant.values, arch.num_classes) == shape:
             try:
-                return timm.create_model(variant.timm, pretrained=True).state_dict()
+                with offline_if_unreachable():
+                    return timm.create_model(variant.timm, pretrained=True).state_dict()
             except Exception as error:
                 reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
                 raise WeightsError(f"timm could not fetch {variant.timm}: {reason[:200]}") from None
     raise WeightsError("timm has no pretrained weights for this Arch; give a .safetensors or .pth file")
+
+
+@contextmanager
+def offline_if_unreachable() -> Iterator[None]:
+    """Ask the weights' host once: without an answer its client retries for most of a minute before it looks at home."""
+    from huggingface_hub import constants, get_session
+
+    before = constants.HF_HUB_OFFLINE
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception:
+        constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def read_state(path: Path) -> State:
