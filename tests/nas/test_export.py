@@ -59,23 +59,19 @@ def test_disagreement_sees_a_changed_network(tmp_path):
     assert disagreement(folded, path, arch.resolution, batch_size=1) > 1e-2
 
 
-def test_no_batch_norm_module_is_left():
-    for name in SMALLEST:
-        assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in fold(create_model(name)).modules())
-
-
+@pytest.mark.parametrize("points", [2, pytest.param(12, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", list(FAMILIES))
-def test_random_points_of_every_space_export(family, tmp_path):
+def test_random_points_of_every_space_export(family, points, tmp_path):
     """Odd grids, dropped tokens, every form: what the search may ask for can be measured."""
     space, draw = FAMILIES[family].space, random.Random(1)
-    for _ in range(6):
+    for _ in range(points):
         arch = space.decode({name: draw.randrange(LEVELS) for name in PARAMETERS}, 10)
         folded = fold(create_model(arch))
         to_onnx(folded, tmp_path / "model.onnx", arch.resolution, batch_size=1)
         onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
 
 
-@pytest.mark.parametrize("resolution", [128, 144, 176, 208, 224])
+@pytest.mark.parametrize("resolution", [128, 176, 208])
 @pytest.mark.parametrize("form", ["linear", "conv"])
 def test_levit_exports_on_odd_grids(form, resolution, tmp_path):
     arch = get_arch("levit_128s", num_classes=10).replace(form=form, resolution=resolution)

@@ -75,7 +75,6 @@ def check_costs(family: str, seed: int, helpers: ModuleType) -> None:
             left = left_norms(parts, done, metric)
             assert price(parts, costs, settings) == getattr(table, metric)() + left
             assert left == 0 or family in ("evit", "sepvit")
-            assert left < 0.05 * costs.base
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -74,7 +74,7 @@ def check_grown_and_pruned(family: str, seed: int, helpers: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", range(4))
 def test_growing_some_and_pruning_others(family: str, seed: int, helpers: ModuleType) -> None:
     check_grown_and_pruned(family, seed, helpers)
 
@@ -202,15 +202,19 @@ def test_queries_and_keys_both_at_zero_never_learn(family: str, helpers: ModuleT
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_first_step_of_training_is_a_small_one(family: str, helpers: ModuleType) -> None:
+def test_the_first_step_of_training_is_as_small_as_before(family: str, helpers: ModuleType) -> None:
     """In training mode too the new units come in smoothly: BatchNorm must not blow a zero row's first step up."""
-    subject, model, _ = learners(family, "qk", helpers)
-    model.train()
-    with torch.no_grad():
-        before = model(subject.x)
-    trained(model, subject, torch.optim.SGD(model.parameters(), lr=1e-10), steps=1)
-    with torch.no_grad():
-        assert helpers.error(model(subject.x), before) < 1e-4
+    subject, grown_model, _ = learners(family, "qk", helpers)
+    whole = helpers.build(subject.arch)
+    whole.load_state_dict(subject.model.state_dict())
+    moved = []
+    for model in (whole.train(), grown_model.train()):
+        with torch.no_grad():
+            before = model(subject.x)
+        trained(model, subject, torch.optim.SGD(model.parameters(), lr=1e-6), steps=1)
+        with torch.no_grad():
+            moved.append(helpers.error(model(subject.x), before))
+    assert 0 < moved[1] < 2 * moved[0]
 
 
 def test_a_new_squeezed_channel_is_not_dead(helpers: ModuleType) -> None:

@@ -17,7 +17,7 @@ from torch_pruning.pruner.importance import GroupTaylorImportance
 from pruning.importance import CRITERIA, ImportanceError, gate_gradients, score
 from pruning.units import Anatomy, Knob, anatomy, gates_of
 from search_spaces import Arch
-from search_spaces.layers import Gate
+from search_spaces.layers import Gate, NormLinear
 from search_spaces.registry import FAMILIES
 from search_spaces.widths import Width
 
@@ -167,6 +167,23 @@ def test_a_width_adds_its_gates_with_their_signs(helpers: ModuleType) -> None:
     found = score(subject.model, subject.parts, [(subject.x, subject.labels)], "taylor")["stages.0.embed"]
     assert np.allclose(found, signed.abs().mean(0))
     assert not np.allclose(found, apart.mean(0), rtol=0.05)
+
+
+def test_the_classifiers_own_gate_is_of_the_shift_alone() -> None:
+    """What writes its input has gates already: with the whole of BatchNorm's output they would count twice."""
+    layer = NormLinear(Width("embed", 4), Width("classes", 3)).double().eval()
+    with torch.no_grad():
+        layer.norm.bias.copy_(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    layer.norm.running_mean += 0.5
+    layer.norm.running_var *= 2
+    x, mask = torch.randn(2, 4, dtype=torch.float64), torch.tensor([[1.0, 0.0, 1.0, 0.5]], dtype=torch.float64)
+    scale = (2 + layer.norm.eps) ** -0.5
+    wanted = layer.linear(scale * x + mask * (layer.norm.bias - 0.5 * scale))
+    whole = layer(x)
+    layer.shift_gate.mask = mask
+    assert torch.allclose(layer(x), wanted)
+    assert not torch.allclose(wanted, whole)
+    assert torch.allclose(layer.folded()(x), whole)
 
 
 # The model is left as it was

@@ -65,7 +65,7 @@ def check_all_at_once(family: str, seed: int, helpers: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", range(5))
 def test_masked_equals_sliced_in_many_knobs_at_once(family: str, seed: int, helpers: ModuleType) -> None:
     check_all_at_once(family, seed, helpers)
 
@@ -245,7 +245,7 @@ def test_a_cut_keeps_the_most_important_units_in_their_order(helpers: ModuleType
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_two_cuts_are_one(family: str, seed: int, helpers: ModuleType) -> None:
     """Cutting a cut network gives the tensors that cutting at once gives."""
     subject = helpers.subject(family, seed)
