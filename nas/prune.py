@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 BRIEF_IMAGES = 4_500
 """Images that train a network which comes without weights, or whose classifier does."""
 BRIEF_LR = 1e-3
-FINETUNE_LR = 5e-4
+FINETUNE_LR = 1e-4
 CLOSING_ROUNDS = 30
 COST_ROUNDS = 10
 CORRECTIONS = 3
@@ -471,6 +471,12 @@ class _Run:
             self._keep("tuned", model)
         if self.state.found.get("tuned_images"):
             self.job.accuracy(model, "recovered")
+            if worse_after_tuning(self.state.found):
+                last = f"round-{len(self.state.rounds)}"
+                self.job.note(
+                    "fine-tuning lowered the accuracy: the weights before it are kept; try more --finetune epochs"
+                )
+                model = self._load(last)
         self.model = model
 
     def _write(self) -> dict[str, Any]:
@@ -501,6 +507,11 @@ class _Run:
             "rates": self.state.found.get("rates"),
         }
         return write_results(self.job, options, self.command, networks, details)
+
+
+def worse_after_tuning(found: Mapping[str, Any]) -> bool:
+    """Whether accuracy fell in fine-tuning by more than the two 95% intervals allow."""
+    return found["recovered"]["ci"][1] < found["pruned"]["ci"][0]
 
 
 def brief_line(job: Job) -> str:

@@ -390,3 +390,19 @@ def test_widths_of_blocks():
         "ratio": 2,
     }
     assert nas.prune.block_widths(get_arch("deit_tiny"))["blocks.11"]["ffn"] == 768
+
+
+def test_tuning_that_harms_is_not_kept(vitnas, images, tmp_path, fake_clock, monkeypatch):
+    trained(images, tmp_path / "net")
+    found = {"pruned": {"ci": [60.0, 80.0]}, "recovered": {"ci": [20.0, 50.0]}}
+    assert nas.prune.worse_after_tuning(found)
+    assert not nas.prune.worse_after_tuning({"pruned": {"ci": [60.0, 80.0]}, "recovered": {"ci": [40.0, 65.0]}})
+    command = words(tmp_path / "net", tmp_path / "plain", "--data", str(images), "--finetune", "0")
+    assert vitnas(*command)[0] == 0
+    monkeypatch.setattr(nas.prune, "worse_after_tuning", lambda found: True)
+    command = words(tmp_path / "net", tmp_path / "tuned", "--data", str(images), "--finetune", "1")
+    code, _, said = vitnas(*command)
+    assert code == 0
+    assert "fine-tuning lowered the accuracy" in said
+    plain, kept = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("plain", "tuned"))
+    assert plain == kept
