@@ -93,8 +93,6 @@ def save_network(model: nn.Module, folder: Path, batch_size: int, trained: bool,
         UserError: a folder that cannot be written, a network that cannot be exported, or one whose ONNX form disagrees
             with PyTorch by more than 1e-4.
     """
-    from safetensors.torch import save_file
-
     from search_spaces import fold
 
     arch, folded = model.arch, fold(model)
@@ -104,20 +102,23 @@ def save_network(model: nn.Module, folder: Path, batch_size: int, trained: bool,
             path = Path(scratch) / "model.onnx"
             to_onnx(folded, path, arch.resolution, batch_size)
             label_onnx(path, arch, trained)
-            error = disagreement(folded, path, arch.resolution, batch_size)
-            if error > TOLERANCE:
-                raise UserError(f"the exported network disagrees with PyTorch by {error:.1e} of its largest logit")
+            error = agreement(folded, path, arch.resolution, batch_size)
             path.replace(folder / "model.onnx")
         (folder / "arch.json").write_text(arch.to_json())
         if with_weights:
-            save_file(
-                {name: value.contiguous() for name, value in model.state_dict().items()}, folder / "model.safetensors"
-            )
+            save_weights(model, folder / "model.safetensors")
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}; give another --out") from None
     except (RuntimeError, ValueError) as error:
         raise UserError(f"this network cannot be exported: {first_line(error)}") from None
     return error
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """Write a network's state dict as safetensors."""
+    from safetensors.torch import save_file
+
+    save_file({name: value.contiguous().cpu() for name, value in model.state_dict().items()}, path)
 
 
 def export_folder(arch: Arch, folder: Path, weights: str | None, num_classes: int | None, batch_size: int) -> str:
@@ -144,6 +145,18 @@ def export_folder(arch: Arch, folder: Path, weights: str | None, num_classes: in
     return (
         f"{folder}/model.onnx: {arch.family} {what}; ONNX Runtime and PyTorch agree to {error:.0e} of the largest logit"
     )
+
+
+def agreement(folded: nn.Module, path: Path, resolution: int, batch_size: int) -> float:
+    """`disagreement`, which must be within 1e-4.
+
+    Raises:
+        UserError: it is not.
+    """
+    error = disagreement(folded, path, resolution, batch_size)
+    if error > TOLERANCE:
+        raise UserError(f"the exported network disagrees with PyTorch by {error:.1e} of its largest logit")
+    return error
 
 
 def disagreement(folded: nn.Module, path: Path, resolution: int, batch_size: int) -> float:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from nas.errors import UserError, first_line
-from nas.export import save_network, write_artifact
+from nas.export import save_network, save_weights, write_artifact
 from nas.job import Job, Progress, Say, now
 from nas.measure import MeasureError, Measurement, Settings, compare, device_lock
 from nas.units import parse_budget, parse_count, parse_share
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from pruning.units import Anatomy, Scores
     from search_spaces import Arch
 
+OUTSIDE = "timm/"
+"""Begins the names of networks outside the five families."""
 BRIEF_IMAGES = 4_500
 """Images that train a network which comes without weights, or whose classifier does."""
 BRIEF_LR = 1e-3
@@ -81,10 +83,6 @@ class Options:
     weights: str | None = None
     num_classes: int | None = None
     seed: int = 0
-
-    @property
-    def train_device(self) -> str:
-        return "cuda" if self.settings.device == "cuda" else "cpu"
 
     def fingerprint(self) -> dict[str, Any]:
         """What must be equal for a run to go on."""
@@ -154,7 +152,7 @@ def prune(options: Options, command: str, say: Say, progress: Progress) -> dict[
     from pruning.importance import ImportanceError
     from search_spaces import ArchError
 
-    if options.model.startswith("timm/"):
+    if options.model.startswith(OUTSIDE):
         from nas.prune_outside import prune_outside
 
         return prune_outside(options, command, say, progress)
@@ -175,18 +173,21 @@ class _Run:
 
     def __init__(self, options: Options, command: str, say: Say, progress: Progress) -> None:
         self.options, self.command = options, command
-        self.job = Job(options.folder, options.fingerprint(), say, progress, options.train_device)
+        self.job = Job(options.folder, options.fingerprint(), say, progress, options.settings.device)
         self.state = self.job.state
         self._batches: list[tuple[Tensor, Tensor]] = []
 
     def run(self) -> dict[str, Any]:
+        from pruning.units import anatomy
+
         if self.job.finished:
             self.job.say(f"{self.options.folder} is finished: these are its results")
             return json.loads((self.options.folder / "prune.json").read_text())
         arch, weights = self._source()
         self.job.open_data(self.options.data, arch.resolution, self.options.num_classes, self.options.seed)
         arch = arch.replace(num_classes=len(self.job.data.classes))
-        self._check_budget(arch)
+        self.whole = anatomy(arch)
+        self._check_budget()
         self.job.make_folder()
         self._dense(arch, weights)
         self._rounds()
@@ -195,10 +196,7 @@ class _Run:
 
     def _keep(self, name: str, model: nn.Module) -> None:
         """Save a network under a name, then make it the one that stands."""
-        from safetensors.torch import save_file
-
-        tensors = {key: value.contiguous().cpu() for key, value in model.state_dict().items()}
-        save_file(tensors, self.job.kept / f"{name}.safetensors")
+        save_weights(model, self.job.kept / f"{name}.safetensors")
         (self.job.kept / f"{name}.json").write_text(model.arch.to_json())
         self.state.network = name
         self.job.save()
@@ -225,12 +223,12 @@ class _Run:
             return target.arch, beside
         return target.arch, "timm" if self.options.data is not None and target.folder is None else None
 
-    def _check_budget(self, arch: Arch) -> None:
+    def _check_budget(self) -> None:
         """Refuse a budget that counting alone shows to be above the network's own, or out of reach."""
         from pruning.allocation import Costs, allocate
-        from pruning.units import anatomy
+        from pruning.units import indifferent
 
-        options, parts = self.options, anatomy(arch)
+        options, parts = self.options, self.whole
         metric = options.budget.metric
         if metric != "latency":
             target = options.budget.target(getattr(parts.table, metric)())
@@ -243,8 +241,7 @@ class _Run:
             return
         model, untrained = self._with_weights(arch, weights)
         if untrained:
-            self.job.fit("training", model, BRIEF_IMAGES, BRIEF_LR)
-            self.state.found["trained_images"] = BRIEF_IMAGES
+            train_briefly(self.job, model)
         self.dense = model.eval().to(self.job.device)
         self._keep("dense", model)
 
@@ -279,10 +276,7 @@ class _Run:
     # Rounds
 
     def _rounds(self) -> None:
-        from pruning.units import anatomy
-
         self.job.accuracy(self.dense, "before")
-        self.whole = anatomy(self.dense.arch)
         budget = self.options.budget
         if budget.metric == "latency":
             if "rates" not in self.state.found:
@@ -405,7 +399,7 @@ class _Run:
     def _measured_costs(self) -> tuple[dict[str, float], float]:
         """Milliseconds that a multiply-accumulate costs in each group of knobs, by halving the group and measuring it
         beside the whole network; and the whole network's latency."""
-        from pruning.units import cut
+        from pruning.units import cut, indifferent
         from search_spaces import table
 
         parts = self.whole
@@ -451,11 +445,7 @@ class _Run:
                     paths[name] = write_artifact(arch, settings, Path(folder) / str(i))
                 except (RuntimeError, ValueError) as error:
                     raise UserError(f"this network cannot be exported: {first_line(error)}") from None
-            results = compare(paths, settings, rounds, progress)
-        for name, result in results.items():
-            if isinstance(result, MeasureError):
-                raise UserError(f"{name or 'the network'} could not be measured: {result}")
-        return results
+            return measured(paths, settings, rounds, progress)
 
     # Recovery, results
 
@@ -463,11 +453,7 @@ class _Run:
         model = self._load(self.state.network)
         if self.state.network != "tuned":
             self.job.accuracy(model, "pruned")
-            images = round(self.options.finetune * len(self.job.data.train))
-            if images:
-                teacher = self.dense if self.options.distill else None
-                self.job.fit("fine-tuning", model, images, FINETUNE_LR, teacher)
-                self.state.found["tuned_images"] = images
+            tune(self.job, self.options, model, self.dense)
             self._keep("tuned", model)
         if self.state.found.get("tuned_images"):
             self.job.accuracy(model, "recovered")
@@ -509,9 +495,38 @@ class _Run:
         return write_results(self.job, options, self.command, networks, details)
 
 
+def measured(
+    paths: Mapping[str, Path], settings: Settings, rounds: int, progress: Callable[[int, int], None] | None = None
+) -> dict[str, Measurement]:
+    """`compare`, where every network must be measured.
+
+    Raises:
+        UserError: one that could not be.
+    """
+    results = compare(paths, settings, rounds, progress)
+    for name, result in results.items():
+        if isinstance(result, MeasureError):
+            raise UserError(f"{name or 'the network'} could not be measured: {result}")
+    return results
+
+
 def worse_after_tuning(found: Mapping[str, Any]) -> bool:
     """Whether accuracy fell in fine-tuning by more than the two 95% intervals allow."""
     return found["recovered"]["ci"][1] < found["pruned"]["ci"][0]
+
+
+def train_briefly(job: Job, model: nn.Module) -> None:
+    """Train a network that comes without weights, or whose classifier does."""
+    job.fit("training", model, BRIEF_IMAGES, BRIEF_LR)
+    job.state.found["trained_images"] = BRIEF_IMAGES
+
+
+def tune(job: Job, options: Options, model: nn.Module, dense: nn.Module) -> None:
+    """Fine-tune a pruned network for the epochs asked for, if asked from the unpruned one."""
+    images = round(options.finetune * len(job.data.train))
+    if images:
+        job.fit("fine-tuning", model, images, FINETUNE_LR, dense if options.distill else None)
+        job.state.found["tuned_images"] = images
 
 
 def brief_line(job: Job) -> str:
@@ -576,13 +591,6 @@ def write_results(
     return data
 
 
-def indifferent(parts: Anatomy) -> Scores:
-    """Scores that hold all units equal."""
-    import numpy as np
-
-    return {knob.width: np.ones((knob.rows, parts.sizes.get(knob.width, 1))) for knob in parts.knobs}
-
-
 def importance_rows(parts: Anatomy, scores: Scores) -> list[dict[str, Any]]:
     """A row for each knob of the whole network: its units, their importance, and what they cost together."""
     from pruning.allocation import Costs
@@ -629,7 +637,7 @@ def block_widths(arch: Arch) -> dict[str, dict[str, float]]:
                 break
     rows = {}
     for block, widths in found.items():
-        stage = block.split(".blocks")[0].split(".downsample")[0] if block.startswith("stages") else ""
+        stage = stage_of(block)
         embed = sizes[f"{stage}.embed" if stage else "embed"]
         heads = widths.get("heads", [0])[0]
         mean = {key: sum(widths[key]) / len(widths[key]) for key in ("qk", "v") if key in widths}
@@ -645,10 +653,14 @@ def block_widths(arch: Arch) -> dict[str, dict[str, float]]:
     return rows
 
 
+def stage_of(path: str) -> str:
+    """stages.1 of stages.1.blocks.0; nothing for a network without stages."""
+    return ".".join(path.split(".")[:2]) if path.startswith("stages.") else ""
+
+
 def group_of(width: str, kind: str) -> str:
     """Knobs whose latency is measured together: a kind within a stage; branches by what they are."""
-    stage = ".".join(width.split(".")[:2]) if width.startswith("stages.") else ""
-    return " ".join(filter(None, (stage, kind, width.split(".")[-1] if kind == "blocks" else "")))
+    return " ".join(filter(None, (stage_of(width), kind, width.split(".")[-1] if kind == "blocks" else "")))
 
 
 def half(size: int, kind: str, multiple_of: int) -> int:

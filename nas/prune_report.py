@@ -15,7 +15,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nas.prune import group_of, show
+from nas.prune import group_of, show, stage_of
 from nas.report import (
     COLOURS,
     INK,
@@ -240,11 +240,6 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}{'s' * (number != 1)}"
 
 
-def _stage(path: str) -> str:
-    """stages.1 of stages.1.blocks.0; nothing for a network without stages."""
-    return ".".join(path.split(".")[:2]) if path.startswith("stages.") else ""
-
-
 def _stages(data: Doc) -> list[dict[str, Any]]:
     """The blocks' table: per stage its width, per block what it had and has."""
     if not data["blocks"]:
@@ -252,7 +247,7 @@ def _stages(data: Doc) -> list[dict[str, Any]]:
     old, new = (_stage_widths(data[which]["arch"]) for which in ("before", "after"))
     stages: dict[str, list[dict[str, Any]]] = {stage: [] for stage in old}
     for row in data["blocks"]:
-        stage, left = _stage(row["block"]), row["after"]
+        stage, left = stage_of(row["block"]), row["after"]
         had = row["before"]
         stages[stage].append(
             {

@@ -200,7 +200,7 @@ def allocate(
     if reallocate:
         _exchange(knobs, values, state, down, target, multiple_of)
     _refill(down.taken, state, target)
-    return {name: size for name, size in state.settings.items() if size != _size(knobs, name)}
+    return {knob.name: state.at(knob) for knob in knobs if state.at(knob) != knob.size}
 
 
 class _Descent:
@@ -296,7 +296,3 @@ def _refill(taken: list[tuple[Knob, int]], state: _State, target: float) -> None
     for knob, before in reversed(taken):
         if state.at(knob) < before and state.cost + state.price(knob, before) <= target:
             state.move(knob, before)
-
-
-def _size(knobs: Collection[Knob], name: str) -> int:
-    return next(knob.size for knob in knobs if knob.name == name)

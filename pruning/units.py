@@ -158,6 +158,11 @@ def keep_rates(part: object) -> Iterator[float]:
             yield from keep_rates(value)
 
 
+def indifferent(parts: Anatomy) -> Scores:
+    """Scores that hold all units equal."""
+    return {knob.width: np.ones((knob.rows, parts.sizes.get(knob.width, 1))) for knob in parts.knobs}
+
+
 Settings = Mapping[str, int]
 """Size of each knob by name; a knob that is not named keeps its size, 0 removes a residual branch."""
 

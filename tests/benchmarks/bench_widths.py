@@ -9,11 +9,9 @@ import argparse
 import tempfile
 from pathlib import Path
 
-import numpy as np
-
 from nas.export import write_onnx
 from nas.measure import Settings, compare, device_lock
-from pruning.units import anatomy, cut
+from pruning.units import anatomy, cut, indifferent
 from search_spaces import get_arch, table
 
 
@@ -24,7 +22,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=40)
     options = parser.parse_args()
     parts = anatomy(get_arch(options.model))
-    equal = {knob.width: np.ones((knob.rows, parts.sizes.get(knob.width, 1))) for knob in parts.knobs}
+    equal = indifferent(parts)
     archs = {"whole": parts.arch}
     for more in (0, 1, 3, 4, 8):
         half = {k.name: k.size // 2 // 8 * 8 + more for k in parts.knobs if k.width.endswith("ffn.hidden")}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import errno
 import itertools
 import json
 import re
@@ -575,7 +574,7 @@ def test_markup_in_any_text_stays_text(report: Report, outside: bool) -> None:
         assert value in page.text
 
 
-def test_files_are_replaced_whole(report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_replaced_whole(report: Report, tmp_path: Path, fill_disk: Callable[[], None]) -> None:
     report(invent())
     names = ["prune.json", "report.html"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
@@ -588,13 +587,7 @@ def test_files_are_replaced_whole(report: Report, tmp_path: Path, monkeypatch: p
         assert (tmp_path / name).read_bytes() != before[name]
 
     after = {name: (tmp_path / name).read_bytes() for name in names}
-    whole = Path.write_bytes
-
-    def full_disk(path: Path, content: bytes) -> int:
-        whole(path, content[: len(content) // 2])
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    fill_disk()
     with pytest.raises(OSError, match="No space left"):
         write_report(tmp_path, invent())
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == after

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import csv
-import errno
 import io
 import itertools
 import json
@@ -13,6 +12,7 @@ import random
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -395,7 +395,7 @@ def test_only_failed_trials(tmp_path: Path) -> None:
     assert "1 out of memory" in text
 
 
-def test_files_are_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_replaced_whole(tmp_path: Path, fill_disk: Callable[[], None]) -> None:
     write_run(tmp_path, invent(20))
     before = {name: (tmp_path / name).read_bytes() for name in FILES}
     readers = {name: (tmp_path / name).open("rb") for name in FILES}
@@ -406,13 +406,7 @@ def test_files_are_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert (tmp_path / name).read_bytes() != before[name]
 
     after = {name: (tmp_path / name).read_bytes() for name in FILES}
-    whole = Path.write_bytes
-
-    def full_disk(path: Path, content: bytes) -> int:
-        whole(path, content[: len(content) // 2])
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    fill_disk()
     with pytest.raises(OSError, match="No space left"):
         write_run(tmp_path, invent(20))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == after
