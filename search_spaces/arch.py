@@ -135,6 +135,20 @@ class Arch(Doc):
     def _follow(self, raw: dict[str, Any], units: Mapping[str, np.ndarray]) -> None:
         """Adjust, in the resized document, what a family ties to its widths."""
 
+    def at(self, resolution: int) -> Self:
+        """The same widths at another input resolution. Windows keep their number: their size follows the grid's.
+
+        Raises:
+            ArchError: a resolution out of range, or whose grids cannot be cut into the family's patches or windows.
+        """
+        raw = self.model_dump(mode="json") | {"resolution": resolution}
+        if resolution != self.resolution:
+            self._rescale(raw)
+        return Arch.from_json(json.dumps(raw))
+
+    def _rescale(self, raw: dict[str, Any]) -> None:
+        """Adjust, in the document at another resolution, what a family ties to its grids."""
+
     def without(self, branches: Collection[str]) -> tuple[Self, dict[str, str]]:
         """The Arch without some residual branches, named by their paths ("stages.1.blocks.0.ffn"). A block left with
         none goes too, unless it is its stage's first.

@@ -109,6 +109,12 @@ class EfficientVitArch(Arch, family="efficientvit"):
                     head["value_dim"] = following["dim"]
                 del heads[len(units.get(f"stages.{i}.blocks.{j}.attn.heads", heads)) :]
 
+    def _rescale(self, raw: dict[str, Any]) -> None:
+        before, after = (-(-resolution // 16) for resolution in (self.resolution, raw["resolution"]))
+        for attn in (block["attn"] for stage in raw["stages"] for block in stage["blocks"] if block["attn"]):
+            per_side = -(-before // attn["window"])
+            attn["window"] = -(-after // per_side)
+
     def summary(self) -> list[StageSummary]:
         rows = []
         for stage in self.stages:

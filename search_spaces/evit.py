@@ -5,6 +5,8 @@ With every keep rate at 1 it is DeiT (Touvron et al., ICML 2021). Tokens are (B,
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Annotated, Literal, Self
 
 import torch
@@ -78,14 +80,14 @@ def reduced(tokens: int, block: EvitBlock) -> int:
 class Attention(nn.Module):
     """Multi-head self-attention; also returns the class token's attention when the block reduces."""
 
-    def __init__(self, name: str, doc: Attn, embed: Width, tokens: int, scores: bool) -> None:
+    def __init__(self, name: str, doc: Attn, embed: Width, tokens: int) -> None:
         super().__init__()
         heads, qk, v = (
             Width(f"{name}.heads", doc.heads),
             Width(f"{name}.qk", doc.key_dim),
             Width(f"{name}.v", doc.value_dim),
         )
-        self.heads, self.scale, self.scores = doc.heads, doc.scale, scores
+        self.heads, self.scale = doc.heads, doc.scale
         self.dims = (doc.heads * doc.key_dim, doc.heads * doc.key_dim, doc.heads * doc.value_dim)
         self.qkv = Linear(embed, Cat((Each(heads, qk), Each(heads, key(qk)), Each(heads, v))), tokens)
         self.proj = Linear(Each(heads, v), embed, tokens)
@@ -94,11 +96,11 @@ class Attention(nn.Module):
         self.v_gate = Gate(Each(heads, v), -1, heads=(heads, None))
         self.branch_gate = Gate(embed, -1, branch=name)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, scored: bool) -> tuple[Tensor, Tensor | None]:
         """(B, N, C) -> (B, N, C) and, if asked for, the mean over heads of the class row, (B, N - 1)."""
         q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in self.qkv(x).split(self.dims, dim=2))
         q, scores = self.q_gate(q), None
-        if self.scores:
+        if scored:
             weights = ((q @ k.transpose(-2, -1)) * self.scale).softmax(-1)
             scores, mixed = weights[:, :, 0, 1:].mean(1), weights @ v
         else:
@@ -107,12 +109,19 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
+    """(B, 1 + patches, C) -> (B, 1 + fewer, C).
+
+    rank: (tokens kept, whether the others are fused) -> the tokens (B, kept or all) by falling rank; what ranks them in
+    training in place of the block's own class token (`oracle.with_oracle` sets it).
+    """
+
     def __init__(self, name: str, doc: EvitBlock, embed: Width, patches: int) -> None:
         super().__init__()
-        self.patches, self.keep, self.fuse = patches, kept(doc.keep_rate, patches), doc.fuse
-        reduces = self.keep < patches
+        self.keep_rate, self.fuse = doc.keep_rate, doc.fuse
+        self.patches, self.keep = patches, kept(doc.keep_rate, patches)
+        self.rank: Callable[[int, bool], Tensor] | None = None
         self.norm1 = layer_norm(embed, patches + 1) if doc.attn else None
-        self.attn = Attention(f"{name}.attn", doc.attn, embed, patches + 1, reduces) if doc.attn else None
+        self.attn = Attention(f"{name}.attn", doc.attn, embed, patches + 1) if doc.attn else None
         self.norm2 = self.ffn = None
         if doc.ffn:
             left = reduced(patches, doc) + 1
@@ -121,7 +130,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.attn is not None:
-            y, scores = self.attn(self.norm1(x))
+            y, scores = self.attn(self.norm1(x), self.keep < self.patches)
             x = x + y
             if scores is not None:
                 x = self._reduce(x, scores)
@@ -129,22 +138,27 @@ class Block(nn.Module):
 
     def _reduce(self, x: Tensor, scores: Tensor) -> Tensor:
         """Paper section 3.2: keep the class token and the best tokens, by falling score; fuse the rest."""
-        best = scores.topk(self.patches if self.fuse else self.keep, dim=1)
-        parts = [x[:, :1], take_tokens(x, best.indices[:, : self.keep] + 1)]
+        if self.rank is not None and self.training:
+            order = self.rank(self.keep, self.fuse)
+            weights = scores.gather(1, order)
+        else:
+            weights, order = scores.topk(self.patches if self.fuse else self.keep, dim=1)
+        parts = [x[:, :1], take_tokens(x, order[:, : self.keep] + 1)]
         if self.fuse:
-            rest = take_tokens(x, best.indices[:, self.keep :] + 1)
-            parts.append(best.values[:, self.keep :].unsqueeze(1) @ rest)
+            rest = take_tokens(x, order[:, self.keep :] + 1)
+            parts.append(weights[:, self.keep :].unsqueeze(1) @ rest)
         return torch.cat(parts, 1)
 
 
 class Evit(nn.Module):
-    """(B, 3, R, R) -> (B, classes)."""
+    """(B, 3, R, R) -> (B, classes). In eval mode at the Arch's keep rates, in training at `set_keep_progress`'s."""
 
     def __init__(self, arch: EvitArch) -> None:
         super().__init__()
         embed = Width("embed", arch.embed_dim)
         side = arch.resolution // arch.patch_size
-        tokens = side * side
+        self.patches = tokens = side * side
+        self.keep_progress = 1.0
         patch = fixed(arch.patch_size)
         self.patch_embed = Conv(RGB, embed, patch, tokens, stride=arch.patch_size, padding=0, bias=True)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, arch.embed_dim))
@@ -165,9 +179,38 @@ class Evit(nn.Module):
         self.head = Linear(embed, Width("classes", arch.num_classes, "fixed"), positions=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.blocks(self.tokens(x))[:, 0]))
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """(B, 3, R, R) -> (B, 1 + patches, C), what enters the first block."""
         x = self.patch_embed(x).flatten(2).transpose(1, 2)
-        x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), 1) + self.pos_embed
-        return self.head(self.norm(self.blocks(self.entry_gate(x))[:, 0]))
+        return self.entry_gate(torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), 1) + self.pos_embed)
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        self.keep_at(self.keep_progress if mode else 1.0)
+        return self
+
+    def keep_at(self, progress: float) -> None:
+        """Token counts of every block, its rate at `progress` between 1 and its own."""
+        tokens, share = self.patches, (1 + math.cos(math.pi * progress)) / 2
+        for block in self.blocks:
+            block.patches, block.keep = tokens, kept(block.keep_rate + (1 - block.keep_rate) * share, tokens)
+            tokens = block.keep + (block.fuse and block.keep < tokens)
+
+
+def set_keep_progress(model: nn.Module, progress: float) -> None:
+    """How far EViT's keep rates have come from 1 (at 0 and below: DeiT) to the Arch's own (at 1 and above), by half a
+    cosine; published: (epoch - 10) / 100, anew each iteration.
+
+    It holds in training mode; eval mode, folding and export are always at the Arch's rates. Other families' networks
+    have nothing to set. Each new token count makes torch.compile compile again: compile after the schedule.
+    """
+    for module in model.modules():
+        if isinstance(module, Evit):
+            module.keep_progress = min(max(progress, 0.0), 1.0)
+            if module.training:
+                module.keep_at(module.keep_progress)
 
 
 RENAME = ((r"^patch_embed\.proj\.", "patch_embed."), (r"\.mlp\.", ".ffn."))

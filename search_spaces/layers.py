@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal
@@ -58,7 +59,8 @@ class Gate(nn.Module):
     dims: the dimensions the units lie along, one, or two for the heads and the units of an `Each`. branch: the path
     of the residual branch whose output this is. heads: the width, and the head of it where each has a gate of its
     own, whose heads fall silent with all their units here. mask: (B or 1, *units), multiplied in; where windows have
-    joined the batch, those of an image follow one another.
+    joined the batch, those of an image follow one another. drop_path: chance, in training, that an image goes without
+    the branch; a branch has the images in its first dimension.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Gate(nn.Module):
         super().__init__()
         self.axis, self.dims, self.branch, self.heads = axis, dims, branch, heads
         self.mask: Tensor | None = None
+        self.drop_path = 0.0
 
     @property
     def units(self) -> tuple[int, ...]:
@@ -74,6 +77,9 @@ class Gate(nn.Module):
         return (self.axis.outer.size, self.axis.inner.size) if isinstance(self.axis, Each) else (self.axis.size,)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.drop_path and self.training:
+            keep = 1 - self.drop_path
+            x = x * x.new_empty((len(x), *[1] * (x.ndim - 1))).bernoulli_(keep).div_(keep)
         if self.mask is None:
             return x
         shape = [1] * x.ndim
@@ -84,6 +90,25 @@ class Gate(nn.Module):
 
     def folded(self) -> nn.Identity:
         return nn.Identity()
+
+
+def set_drop_path(model: nn.Module, rate: float) -> None:
+    """Stochastic depth (Huang et al., ECCV 2016) at the residual branches, in training mode: 0 turns it off.
+
+    As in DeiT and Swin, the chance to drop rises evenly from 0 at the first block to `rate` at the last, is the same
+    for a block's branches, and what is kept is scaled by 1 / (1 - chance). A downsampling counts as a block. Each
+    image draws for itself from torch's generator.
+
+    Raises:
+        ValueError: a rate outside 0 <= rate < 1.
+    """
+    if not 0 <= rate < 1:
+        raise ValueError(f"drop path {rate} is not at least 0 and below 1")
+    gates = [module for module in model.modules() if isinstance(module, Gate) and module.branch is not None]
+    blocks = [re.match(r"(stages\.\d+\.)?(blocks\.\d+|downsample)", gate.branch)[0] for gate in gates]
+    order = list(dict.fromkeys(blocks))
+    for gate, block in zip(gates, blocks, strict=True):
+        gate.drop_path = rate * order.index(block) / max(1, len(order) - 1)
 
 
 class Linear(nn.Linear):
@@ -206,7 +231,7 @@ class NormLinear(nn.Module):
 class Classifier(nn.Module):
     """BatchNorm and Linear on pooled features (B, C), with an optional second head for distillation.
 
-    Returns the mean of both heads; with `distilled_training` set, training returns them as a pair.
+    Returns the mean of both heads; `heads_of` has them as a pair.
     """
 
     def __init__(self, embed: Width, classes: Width, distilled: bool) -> None:
@@ -218,7 +243,7 @@ class Classifier(nn.Module):
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         if self.dist is None:
             return self.cls(x)
-        if self.training and self.distilled_training:
+        if self.distilled_training:
             return self.cls(x), self.dist(x)
         return (self.cls(x) + self.dist(x)) / 2
 
@@ -226,6 +251,22 @@ class Classifier(nn.Module):
         if self.dist is None:
             return self.cls
         return as_linear((self.cls.weight + self.dist.weight) / 2, (self.cls.bias + self.dist.bias) / 2)
+
+
+def heads_of(model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
+    """The logits (B, classes) of each of a network's heads, the class head first; their mean is what it returns.
+
+    One call of `model`, which may be wrapped (DDP, compiled). Of timm's LeViT, training mode only has both.
+    """
+    heads = [module for module in model.modules() if hasattr(module, "distilled_training")]
+    for head in heads:
+        head.distilled_training = True
+    try:
+        out = model(images)
+    finally:
+        for head in heads:
+            head.distilled_training = False
+    return out if isinstance(out, tuple) else (out,)
 
 
 def pointwise(form: Form, inp: Axis, out: Axis, positions: int, gamma: float = 1.0) -> nn.Module:

@@ -19,6 +19,7 @@ from search_spaces.arch import (
     MAX_BLOCKS,
     MAX_STAGES,
     Arch,
+    ArchError,
     Attn,
     Dim,
     Doc,
@@ -114,6 +115,18 @@ class SepVitArch(Arch, family="sepvit"):
                 channels = [sources[h][u] if u >= 0 else -1 for h, row in kept for u in row]
                 residual = tuple(place.get(int(channel), -1) for channel in channels)
                 attn["residual"] = None if residual == tuple(in_order(len(residual), len(embed))) else residual
+
+    def _rescale(self, raw: dict[str, Any]) -> None:
+        sides = (grids(resolution, len(self.stages)) for resolution in (self.resolution, raw["resolution"]))
+        for i, (stage, before, after) in enumerate(zip(raw["stages"], *sides, strict=True)):
+            for attn in (block["attn"] for block in stage["blocks"] if block["attn"]):
+                per_side = before // attn["window"]
+                if after % per_side:
+                    what = (
+                        f"the {after} x {after} grid of stages.{i} cannot be cut into {per_side} x {per_side} windows"
+                    )
+                    raise ArchError(f"resolution {raw['resolution']}: {what}")
+                attn["window"] = after // per_side
 
     def summary(self) -> list[StageSummary]:
         return [

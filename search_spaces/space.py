@@ -40,10 +40,15 @@ class Space:
     options: Mapping[str, Sequence[Any]]
     arch: Callable[[Values, int], Arch]
 
-    def decode(self, params: Mapping[str, int], num_classes: int) -> Arch:
-        """The Arch of a trial's integer parameters."""
+    def decode(self, params: Mapping[str, int], num_classes: int, resolution: int | None = None) -> Arch:
+        """The Arch of a trial's integer parameters; `resolution` stands in for the trial's.
+
+        Raises:
+            ArchError: a resolution that the family cannot have. All have the multiples of 32 from 32 to 512.
+        """
         values = {name: options[params[name] * len(options) // LEVELS] for name, options in self.options.items()}
-        return self.arch(values, num_classes)
+        arch = self.arch(values, num_classes)
+        return arch if resolution is None else arch.at(resolution)
 
     def encode(self, values: Values) -> dict[str, int]:
         """Integer parameters of the given option values; inactive ones sit in the middle.

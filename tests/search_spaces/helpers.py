@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pruning import slice_weights
 from pruning.importance import score
 from pruning.units import Anatomy, Cut, Knob, Scores, anatomy
-from search_spaces import Arch
+from search_spaces import Arch, evit
 from search_spaces.layers import Gate
 from search_spaces.registry import FAMILIES
 from search_spaces.widths import Each, widths_of
@@ -386,7 +386,8 @@ class Subject:
         LayerNorm and GroupNorm over them; in EViT, the mean over heads of the attention that ranks tokens.
         """
         norms = [m for m in self.model.modules() if isinstance(m, nn.LayerNorm | nn.GroupNorm)]
-        ranking = {f"{name}.heads" for name, module in self.model.named_modules() if getattr(module, "scores", False)}
+        blocks = [(name, module) for name, module in self.model.named_modules() if isinstance(module, evit.Block)]
+        ranking = {f"{name}.attn.heads" for name, block in blocks if block.keep < block.patches}
         return {width.name for norm in norms for width in widths_of(norm.axes["weight"][0])} | ranking
 
     def provable(self) -> list[Knob]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from fractions import Fraction
 from types import ModuleType
@@ -9,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import search_spaces
 from search_spaces import Arch
 from search_spaces.arch import kept
+from search_spaces.evit import set_keep_progress
+from search_spaces.registry import FAMILIES
 
 FUSED = {90: (178, 162, 147), 80: (158, 128, 104), 70: (139, 99, 71), 60: (119, 73, 45), 50: (99, 51, 27)}
 DROPPED = {90: (177, 160, 144), 80: (157, 126, 101), 70: (138, 97, 68), 60: (118, 71, 43), 50: (98, 49, 25)}
@@ -87,6 +90,85 @@ def test_float_trap() -> None:
     for percent in range(1, 101):
         for tokens in (*range(1, 40), 49, 64, 100, 196, 256, 324, 361, 576, 1024, 4096):
             assert kept(percent / 100, tokens) == math.ceil(Fraction(percent, 100) * tokens), (percent, tokens)
+
+
+# The schedule of keep rates
+
+
+def flow(model: nn.Module, x: Tensor) -> list[int]:
+    """Tokens leaving each block, the class token not counted."""
+    seen: list[int] = []
+    handles = [
+        block.register_forward_hook(lambda _module, _inputs, output: seen.append(output.shape[1] - 1))
+        for block in model.blocks
+    ]
+    with torch.no_grad():
+        model(x)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize("suffix", ["", "_drop"])
+def test_token_counts_along_the_schedule(suffix: str, helpers: ModuleType) -> None:
+    """At each progress the tokens are those of an Arch whose rate is half a cosine on its way from 1 to 0.5."""
+    model = search_spaces.create_model(f"evit_tiny_keep50{suffix}")
+    raw, x = helpers.document(model.arch), torch.randn(1, 3, 224, 224)
+    first = []
+    for progress in (-1, 0, 0.25, 0.5, 0.8, 1, 7):
+        set_keep_progress(model, progress)
+        rate = 0.5 + 0.5 * (1 + math.cos(math.pi * min(1, max(0, progress)))) / 2
+        for block in (raw["blocks"][i] for i in (3, 6, 9)):
+            block["keep_rate"] = rate
+        wanted = helpers.read(raw).token_counts()
+        assert flow(model.train(), x) == wanted
+        assert flow(model.eval(), x) == model.arch.token_counts()
+        first.append(wanted[3] - (suffix == "" and wanted[3] < 196))
+    assert first == [196, 196, 182, 147, 108, 98, 98]
+
+
+def test_each_block_goes_to_its_own_rate(helpers: ModuleType) -> None:
+    """Halfway, a block has come half of its own way."""
+    attn = {"heads": 1, "key_dim": 4, "value_dim": 4, "scale": 0.5}
+    blocks = [{"attn": attn, "keep_rate": rate, "fuse": False, "ffn": None} for rate in (0.8, 1.0, 0.4)]
+    arch = helpers.random_arch("evit", 0, resolution=80, patch_size=8, blocks=blocks)
+    model = helpers.build(arch).train()
+    set_keep_progress(model, 0.5)
+    assert flow(model, helpers.image(arch)) == [90, 90, 63]
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_schedule_begins_as_deit_and_ends_as_it_was(fuse: bool, helpers: ModuleType) -> None:
+    attn = {"heads": 2, "key_dim": 4, "value_dim": 6, "scale": 0.5}
+    blocks = [{"attn": attn, "keep_rate": r, "fuse": fuse, "ffn": {"hidden": 20}} for r in (1.0, 0.6, 0.5, 1.0)]
+    arch = helpers.random_arch("evit", 0, resolution=64, patch_size=8, embed_dim=12, blocks=blocks)
+    model, x = helpers.build(arch, 1), helpers.image(arch)
+    deit = helpers.build(helpers.read(helpers.document(arch) | {"blocks": [b | {"keep_rate": 1.0} for b in blocks]}))
+    deit.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        reduced, whole = model(x), deit(x)
+        assert helpers.error(reduced, whole) > 1e-3
+        set_keep_progress(model, 0)
+        assert torch.equal(model(x), reduced)  # in eval mode
+        assert torch.equal(model.train()(x), whole)
+        copied, folded = copy.deepcopy(model), search_spaces.fold(model)
+        assert torch.equal(copied(x), whole)
+        assert torch.equal(copied.eval()(x), reduced)
+        assert torch.equal(folded(x), reduced)
+        assert torch.equal(nn.Sequential(model).eval()(x), reduced)  # as a wrapper does
+        set_keep_progress(nn.Sequential(model).train(), 1)
+        assert torch.equal(model(x), reduced)
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "evit"])
+def test_other_families_have_no_schedule(family: str, helpers: ModuleType) -> None:
+    arch = helpers.random_arch(family, 1)
+    model, x = helpers.build(arch, 1), helpers.image(arch)
+    helpers.calibrate(model, x, 1)
+    with torch.no_grad():
+        before = model(x)
+        set_keep_progress(model, 0)
+        assert torch.equal(model(x), before)
 
 
 # A reference in plain loops, from the description of the mechanism.

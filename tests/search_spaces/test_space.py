@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import search_spaces
+from search_spaces import Arch, ArchError
 from search_spaces.registry import FAMILIES
 from search_spaces.space import LEVELS, PARAMETERS, Space, fingerprint, with_attention
 
@@ -202,3 +205,99 @@ def test_published_top1() -> None:
     }  # fmt: skip
     assert {name: variant.top1 for name, variant in found.items() if variant.top1 is not None} == wanted
     assert all(variant.source for variant in found.values())
+
+
+# Other resolutions
+
+
+def runs(arch: Arch, helpers: ModuleType) -> None:
+    """Both forms of a network take two images and tell them apart."""
+    model = helpers.build(arch, 1, torch.float32)
+    with torch.no_grad():
+        x = helpers.image(arch, 2, dtype=torch.float32)
+        for form in (model, search_spaces.fold(model)):
+            found = form(x)
+            assert found.shape == (2, arch.num_classes)
+            assert found.isfinite().all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(max_examples=20, deadline=None, database=None, derandomize=True)
+@given(
+    levels=st.lists(st.integers(0, LEVELS - 1), min_size=len(PARAMETERS), max_size=len(PARAMETERS)),
+    resolution=st.sampled_from(range(32, 513, 32)),
+)
+def test_every_point_at_every_multiple_of_32(family: str, levels: list[int], resolution: int) -> None:
+    """It is the network the family would have made had the trial said that resolution."""
+    space, params = FAMILIES[family].space, dict(zip(PARAMETERS, levels, strict=True))
+    arch = space.decode(params, 10, resolution)
+    values = {name: options[params[name] * len(options) // LEVELS] for name, options in space.options.items()}
+    assert arch == space.arch(values | {"resolution": resolution}, 10)
+    assert search_spaces.table(arch).params() > 0
+    assert space.decode(params, 10).at(resolution) == arch
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("resolution", [32, 64, 96])
+def test_small_images_run(family: str, resolution: int, helpers: ModuleType) -> None:
+    """Forwards and backwards, down to a grid of one position."""
+    params = MIDDLE | {name: 0 for name in PARAMETERS if name.startswith("width")}
+    arch = FAMILIES[family].space.decode(params, 10, resolution)
+    runs(arch, helpers)
+    model = helpers.build(arch).train()
+    model(helpers.image(arch, 4)).square().sum().backward()
+    assert all(value.grad.isfinite().all() for value in model.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("resolution", [32, 64, 96, 128, 160, 224])
+def test_published_networks_at_other_resolutions(family: str, resolution: int, helpers: ModuleType) -> None:
+    """Only what the resize rule covers (bias tables, positions, window tokens) differs."""
+    name = helpers.SMALLEST[family]
+    variant, arch = FAMILIES[family].variants[name], search_spaces.get_arch(name)
+    found = arch.at(resolution)
+    assert found == FAMILIES[family].space.arch(variant.values | {"resolution": resolution}, 1000)
+    assert found.at(arch.resolution) == arch
+    before, after = (search_spaces.table(a).widths() for a in (arch, found))
+    assert before.keys() == after.keys()
+    assert [w for w in before if before[w].rule != "resize" and before[w] != after[w]] == []
+
+
+def test_windows_follow_the_grids() -> None:
+    """SepViT at 64 px has grids of 16, 8, 4 and 2: as many windows as at 224 px, so the same window tokens."""
+    arch = search_spaces.get_arch("sepvit_lite").at(64)
+    windows = [[block.attn.window for block in stage.blocks] for stage in arch.stages]
+    assert windows == [[2], [2, 4], [2, 4] * 3, [2, 2]]
+    assert arch.stages[0].blocks[0].attn.heads == 1
+    cascade = search_spaces.get_arch("efficientvit_m0").at(128)
+    assert {block.attn.window for stage in cascade.stages for block in stage.blocks} == {4}
+
+
+@pytest.mark.parametrize(
+    ("name", "resolution", "match"),
+    [
+        ("sepvit_lite", 100, r"resolution 100: the 25 x 25 grid of stages\.0 cannot be cut into 8 x 8 windows"),
+        ("deit_tiny", 72, "patch_size 16"),
+        ("levit_128s", 8, "resolution"),
+        ("sepvit_lite", 0, "."),
+        ("efficientvit_m0", 0, "."),
+        ("shvit_s1", 1024, "resolution"),
+    ],
+)
+def test_resolutions_that_cannot_be(name: str, resolution: int, match: str) -> None:
+    with pytest.raises(ArchError, match=match):
+        search_spaces.get_arch(name).at(resolution)
+    family = next(f for f, n in VARIANTS if n == name)
+    with pytest.raises(ArchError, match=match):
+        FAMILIES[family].space.decode(MIDDLE, 10, resolution)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("seed", range(6))
+def test_irregular_networks_at_other_resolutions(family: str, seed: int, helpers: ModuleType) -> None:
+    arch = helpers.random_arch(family, seed)
+    assert arch.at(arch.resolution) == arch
+    wanted = 2 * arch.resolution
+    found = arch.at(wanted)
+    assert found.resolution == wanted
+    runs(found, helpers)
