@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from nas.data import Images, decode, loader, open_data, skipped_line, split
+from nas.data import Augmentation, Images, decode, hold_out, loader, open_data, skipped_line, split
+from nas.data.images import train_transform
 from nas.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -136,16 +138,143 @@ def test_digits_stay_upright():
     small = torch.nn.functional.interpolate(image[None], 8, mode="area")[0, 0]
     raw = torch.from_numpy(data.calibration.sources[seven].astype(np.float32))
     assert np.corrcoef(small.flatten(), raw.flatten())[0, 1] > 0.97
-    shown = torch.stack([data.train[seven][0] for _ in range(50)]).mean(0)[None]
-    small = torch.nn.functional.interpolate(shown, 8, mode="area")[0, 0].flatten()
-    assert np.corrcoef(small, raw.flatten())[0, 1] > np.corrcoef(small, raw.flip(1).flatten())[0, 1] + 0.2
+    for each in (data, data.at(64, Augmentation(scale=0.08, hflip=1.0))):
+        shown = torch.stack([each.train[seven][0] for _ in range(50)]).mean(0)[None]
+        small = torch.nn.functional.interpolate(shown, 8, mode="area")[0, 0].flatten()
+        assert np.corrcoef(small, raw.flatten())[0, 1] > np.corrcoef(small, raw.flip(1).flatten())[0, 1] + 0.2
 
 
-@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "I;16", "1"])
-def test_every_mode_becomes_rgb(tmp_path, mode):
-    file = tmp_path / f"x.{'tif' if mode == 'CMYK' else 'png'}"
-    Image.new(mode, (9, 9)).save(file)
-    assert decode(file).mode == "RGB"
+def halves(folder: Path) -> Path:
+    """Two classes of pictures that are black on the left and white on the right."""
+    image = Image.new("RGB", (40, 40), "black")
+    image.paste("white", (20, 0, 40, 40))
+    for name in ("a", "b"):
+        (folder / name).mkdir()
+        for i in range(4):
+            image.save(folder / name / f"{i}.png")
+    return folder
+
+
+def mirrored(images: Images) -> list[bool]:
+    return [bool(image[..., :2].mean() > image[..., -2:].mean()) for image, _ in (images[0] for _ in range(40))]
+
+
+def test_augmentation(tmp_path):
+    data = open_data(halves(tmp_path), 16, 2, seed=0)
+    same = data.at(24, Augmentation(scale=1.0, hflip=0.0))
+    assert same.train[0][0].shape == same.calibration[0][0].shape == same.val[0][0].shape == (3, 24, 24)
+    assert (same.train.sources, same.val.labels) == (data.train.sources, data.val.labels)
+    assert not any(mirrored(same.train))
+    assert all(mirrored(data.at(24, Augmentation(scale=1.0, hflip=1.0)).train))
+    assert 5 < sum(mirrored(data.at(24).train)) < 35
+    assert not any(mirrored(data.at(24, Augmentation(hflip=1.0)).calibration))
+
+    erased = same.at(24, Augmentation(scale=1.0, hflip=0.0, erasing=1.0)).train
+    for _ in range(10):
+        assert 0.01 < (erased[0][0] != same.train[0][0]).any(0).float().mean() < 0.5
+    mixed = data.at(24, Augmentation(scale=1.0, hflip=0.0, auto_augment="rand-m9-mstd0.5-inc1")).train
+    assert len({mixed[0][0].sum().item() for _ in range(10)}) > 5
+
+
+def test_least_crop():
+    """The smallest of 300 crops shows as little of a ramp from left to right as `scale` and the side ratio allow."""
+    ramp = np.tile(np.linspace(0, 255, 100).astype(np.uint8), (100, 1))
+    images = Images([ramp], [0], None)
+    for scale in (0.08, 0.5):
+        shown = images.transformed(train_transform(32, Augmentation(scale=scale, hflip=0.0), demo=False))
+        spans = [(image.max() - image.min()).item() for image, _ in (shown[0] for _ in range(300))]
+        least = (scale * 3 / 4) ** 0.5 * (1 / torch.tensor(IMAGENET_DEFAULT_STD)).min()
+        assert 0.8 * least < min(spans) < 1.5 * least
+
+
+def test_held_out_by_class():
+    labels = [0] * 100 + [1] * 50 + [2] * 7
+    images = Images([np.full((2, 2), i, np.uint8) for i in range(157)], labels, None)
+    rest, held = hold_out(images, 31, seed=3)
+    assert (len(rest), len(held)) == (126, 31)
+    assert [held.labels.count(label) for label in range(3)] == pytest.approx([19.7, 9.9, 1.4], abs=1)
+    pixels = [int(source[0, 0]) for source in (*rest.sources, *held.sources)]
+    assert sorted(pixels) == list(range(157))
+    assert all(labels[int(source[0, 0])] == label for source, label in zip(held.sources, held.labels, strict=True))
+
+    def chosen(seed: int, of: Images = images) -> list[int]:
+        return [int(source[0, 0]) for source in hold_out(of, 31, seed)[1].sources]
+
+    assert chosen(3) == [int(source[0, 0]) for source in held.sources] == chosen(3, images.transformed(None))
+    assert chosen(3) != chosen(4)
+    with pytest.raises(UserError, match="157 images cannot be held out of 157"):
+        hold_out(images, 157, seed=0)
+
+
+@pytest.mark.parametrize("count", [1, 2, 9, 10, 11, 85])
+def test_held_out_shares_for_every_count(count):
+    labels = [i % 10 if i < 50 else 9 for i in range(90)]
+    images = Images([np.zeros((2, 2), np.uint8)] * 90, labels, None)
+    rest, held = hold_out(images, count, seed=0)
+    assert (len(held), len(rest)) == (count, 90 - count)
+    for label in range(10):
+        assert abs(held.labels.count(label) - count * labels.count(label) / 90) <= 1
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "expected"),
+    [
+        ("L", 77, (77, 77, 77)),
+        ("1", 1, (255, 255, 255)),
+        ("LA", (77, 255), (77, 77, 77)),
+        ("LA", (77, 0), (255, 255, 255)),  # nothing of it shows: white does
+        ("RGBA", (200, 100, 0, 255), (200, 100, 0)),
+        ("RGBA", (0, 0, 0, 51), (204, 204, 204)),
+        ("P", 3, (10, 20, 30)),
+        ("CMYK", (0, 255, 255, 0), (255, 0, 0)),
+        ("I;16", 0, (0, 0, 0)),
+        ("I;16", 25700, (100, 100, 100)),
+        ("I;16", 65535, (255, 255, 255)),
+    ],
+)
+def test_every_mode_becomes_rgb(tmp_path, mode, colour, expected):
+    image = Image.new(mode, (9, 9), colour)
+    if mode == "P":
+        image.putpalette([0] * 9 + [10, 20, 30])
+    image.save(tmp_path / ("x.tif" if mode == "CMYK" else "x.png"))
+    with Image.open(next(tmp_path.iterdir())) as stored:
+        assert stored.mode == mode
+    found = decode(next(tmp_path.iterdir()))
+    assert (found.mode, found.size) == ("RGB", (9, 9))
+    assert np.abs(np.asarray(found, int) - expected).max() <= 1
+
+
+def test_a_palette_with_a_transparent_entry(tmp_path):
+    image = Image.new("P", (2, 1), 0)
+    image.putpalette([9, 9, 9, 60, 70, 80])
+    image.putpixel((1, 0), 1)
+    image.save(tmp_path / "x.png", transparency=0)
+    assert np.asarray(decode(tmp_path / "x.png")).tolist() == [[[255, 255, 255], [60, 70, 80]]]
+
+
+@pytest.mark.parametrize(("mode", "levels"), [("I;16", "<u2"), ("I;16B", ">u2"), ("I", "<i4")])
+def test_grey_of_16_bits_keeps_its_levels(tmp_path, mode, levels):
+    """Every 8-bit level comes back; Pillow's own conversion makes all but 256 of the 65,536 levels white."""
+    ramp = (np.arange(256) * 257).astype(levels).reshape(16, 16)
+    Image.frombytes(mode, (16, 16), ramp.tobytes()).save(tmp_path / "x.tif")
+    with Image.open(tmp_path / "x.tif") as stored:
+        assert stored.mode == mode
+    assert np.asarray(decode(tmp_path / "x.tif"))[..., 1].flatten().tolist() == list(range(256))
+
+
+def test_a_turned_camera(tmp_path):
+    """Orientation 6: the first row of the sensor is the right side of the scene."""
+    sensor = Image.new("RGB", (4, 2), "black")
+    sensor.paste("white", (0, 0, 4, 1))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    sensor.save(tmp_path / "x.png", exif=exif)
+    assert np.asarray(decode(tmp_path / "x.png"))[..., 0].tolist() == [[0, 255]] * 4
+
+
+def test_an_array_in_colour():
+    pixels = np.random.default_rng(0).integers(0, 255, (5, 4, 3), dtype=np.uint8)
+    assert np.array_equal(np.asarray(decode(pixels)), pixels)
 
 
 def no_folder(folder: Path) -> Path:
@@ -258,10 +387,11 @@ def test_too_many_broken_images_are_refused(tmp_path, workers):
         list(batches)
     assert sum(name in str(error.value) for name in broken) == 3
     assert "\n" not in str(error.value)
+    assert not multiprocessing.active_children()
 
 
 def test_nothing_but_broken_images_is_refused_at_the_first_batch(tmp_path):
-    data = open_data(fill(tmp_path, black=300, white=300), 16, 2, seed=0)
+    data = open_data(fill(tmp_path, black=100, white=100), 16, 2, seed=0)
     for file in data.train.sources:
         spoil(file)
     with pytest.raises(UserError, match=r"^8 of the first 8 images \(100%\) cannot be decoded"):

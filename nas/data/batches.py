@@ -1,0 +1,167 @@
+"""Batches of images in an order, and with an augmentation, that seed and epoch fix."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from nas.data.images import Images, Key
+from nas.errors import UserError
+
+MAX_BROKEN = 0.05
+"""Share of the images of one pass that may be broken; one broken image is always skipped, never refused alone."""
+BROKEN_BASE = 1000
+"""`MAX_BROKEN` is a share of at least this many images (or of all, where there are fewer), so that a few broken files
+next to each other refuse no large folder."""
+ALL_BROKEN = 8
+"""A pass that begins with this many broken images (or consists of them) is refused at once."""
+NAMED = 3
+SHUFFLE_BUFFER = 8192
+"""Images in files are shown at most this many places after their turn in the files' order: the window that is read at
+any time stays small enough for the operating system's cache."""
+
+Batch = tuple[Tensor, Tensor]
+"""Images (B, 3, R, R) float32 and labels (B,) int64."""
+
+
+class Order(Sampler[Key]):
+    """One rank's part of a pass. Of the order that (seed, epoch) fix, rank r of W has each W-th image from the r-th on.
+
+    Ranks have disjoint parts of equal length; the last len(images) % W places of the order are left out. With
+    `repeats` each image has that many places in a row, on one rank after another, and the pass keeps its length, so it
+    shows 1 / `repeats` of the images: repeated augmentation, Hoffer et al., Augment Your Batch, 2019.
+    """
+
+    def __init__(self, images: Images, shuffle: bool, seed: int, rank: int, world_size: int, repeats: int) -> None:
+        self.images, self.shuffle, self.seed, self.repeats = images, shuffle, seed, repeats
+        self.rank, self.world_size = rank, world_size
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.images) // self.world_size
+
+    def __iter__(self) -> Iterator[Key]:
+        order = self._shuffled() if self.shuffle else torch.arange(len(self.images))
+        epoch = self.epoch
+        for place in range(self.rank, len(self) * self.world_size, self.world_size):
+            yield Key(int(order[place // self.repeats]), place % self.repeats, epoch, self.seed)
+
+    def _shuffled(self) -> Tensor:
+        count = len(self.images)
+        seed = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1, np.uint64)[0]
+        generator = torch.Generator().manual_seed(int(seed))
+        if self.images.files is None:
+            return torch.randperm(count, generator=generator)
+        files = torch.from_numpy(self.images.files)
+        turn = torch.randperm(int(files.max()) + 1, generator=generator)
+        by_file = torch.argsort(turn[files], stable=True)
+        delay = SHUFFLE_BUFFER * torch.rand(count, generator=generator, dtype=torch.float64)
+        return by_file[torch.argsort(torch.arange(count) + delay)]
+
+
+class Loader(DataLoader):
+    """Batches of the images that can be decoded: one with broken files is smaller, one with nothing else is left out.
+
+    epoch: the number of the next pass, which fixes its order and augmentation. skipped: names of the broken files met
+    so far.
+    """
+
+    def __init__(self, images: Images, batch_size: int, order: Order, workers: int) -> None:
+        super().__init__(
+            images,
+            batch_size=batch_size,
+            sampler=order,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            collate_fn=_collate,
+            generator=torch.Generator(),  # of its own: a pass draws nothing from the global one
+        )
+        self.epoch = 0
+        self.skipped: list[str] = []
+
+    def set_epoch(self, epoch: int) -> None:
+        """Make the next pass that of `epoch`; each one begun adds one."""
+        self.epoch = epoch
+
+    def close(self) -> None:
+        """End the processes that decode; another pass starts new ones."""
+        self._iterator = None  # where torch keeps them between passes
+
+    def __iter__(self) -> Iterator[Batch]:
+        """One pass.
+
+        Raises:
+            UserError: more broken images than `MAX_BROKEN` allows, or nothing else at its beginning.
+        """
+        self.sampler.epoch = self.epoch
+        self.epoch += 1
+        seen, broken = 0, []
+        try:
+            for images, labels, names in super().__iter__():
+                seen += len(labels) + len(names)
+                broken += names
+                self.skipped += [name for name in names if name not in self.skipped]
+                self._refuse_if_too_many(broken, seen)
+                if len(labels):
+                    yield images, labels
+        except Exception:
+            self.close()
+            raise
+
+    def _refuse_if_too_many(self, broken: list[str], seen: int) -> None:
+        total = len(self.sampler)
+        most = max(1, MAX_BROKEN * max(seen, min(total, BROKEN_BASE)))
+        if len(broken) > most or len(broken) == seen >= min(ALL_BROKEN, total):
+            raise UserError(
+                f"{len(broken)} of the first {seen} images ({len(broken) / seen:.0%}) cannot be decoded, "
+                f"{MAX_BROKEN:.0%} may be: {_first(broken)}"
+            )
+
+
+def loader(
+    images: Images,
+    batch_size: int,
+    shuffle: bool,
+    seed: int,
+    workers: int = 0,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    repeats: int = 1,
+) -> Loader:
+    """Batches in an order that `seed` and the epoch fix, another one each pass.
+
+    The order and what augmentation does to each image are the same for any number of workers, and in a training that
+    goes on at epoch e after `set_epoch(e)`.
+
+    Args:
+        workers: processes that decode (0: this one); they live until the loader does not, or is closed.
+        rank, world_size: which of how many equal, disjoint parts of each pass this loader has. `Order` says which
+            images are left out where the parts do not come out even: to evaluate, leave `world_size` at 1.
+        repeats: how often a pass shows each of its images, augmented differently each time; it keeps its length.
+    """
+    return Loader(images, batch_size, Order(images, shuffle, seed, rank, world_size, repeats), workers)
+
+
+def skipped_line(loaders: Sequence[Loader]) -> str | None:
+    """What to tell the user about the files that could not be decoded; None where all could."""
+    names = list(dict.fromkeys(itertools.chain.from_iterable(each.skipped for each in loaders)))
+    if not names:
+        return None
+    return f"skipped {len(names)} image{'s' * (len(names) > 1)} that cannot be decoded: {_first(names)}"
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+
+
+def _collate(items: list[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor, list[str]]:
+    good = [item for item in items if not isinstance(item, str)]
+    images = torch.stack([image for image, _ in good]) if good else torch.empty(0)
+    labels = torch.tensor([label for _, label in good], dtype=torch.int64)
+    return images, labels, [item for item in items if isinstance(item, str)]

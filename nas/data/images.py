@@ -1,0 +1,284 @@
+"""Images with labels: how each is decoded, augmented and picked.
+
+Images are decoded when they are asked for. What a random transform does to an image depends on nothing but a `Key`, so
+a training that is resumed, or has another number of workers, sees the same pictures.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from io import BytesIO
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from timm.data import create_transform
+from timm.data.constants import DEFAULT_CROP_PCT
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms import Compose, InterpolationMode
+from torchvision.transforms.functional import resize
+
+from nas.errors import UserError
+
+BACKGROUND = "white"
+"""What shows through transparent pixels: the page that such pictures are drawn for."""
+CACHE_LIMIT = 2 * 2**30
+"""Bytes that `cached` may take. No share of the free memory: what a resumed training sees must not depend on that."""
+CACHE_PROBE = 64
+"""Images that `cached` decodes to learn how much all would take."""
+DEMO_CROP = (0.7, 1.0)
+DEMO_RATIO = (0.9, 1.1)
+
+
+class Stored(Protocol):
+    """An image that is fetched when it is read; str() names it for the user."""
+
+    def read(self) -> bytes | Image.Image:
+        """The encoded image, or the decoded one."""
+
+
+Source = Path | np.ndarray | Stored
+
+
+class Key(NamedTuple):
+    """Which image of a pass, and what fixes its augmentation: the `copy`-th time it is shown in that pass."""
+
+    index: int
+    copy: int
+    epoch: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What happens to a training image.
+
+    scale: least share of the image's area that a random crop keeps. hflip: chance of a mirrored image. auto_augment:
+    a policy in timm's words, "rand-m9-mstd0.5-inc1". erasing: chance of a rectangle of noise.
+    """
+
+    scale: float = 0.35
+    hflip: float = 0.5
+    auto_augment: str | None = None
+    erasing: float = 0.0
+
+
+class Rows(Sequence[Source]):
+    """The sources `fetch(row)` for the given rows, each made when it is asked for."""
+
+    def __init__(self, fetch: Callable[[int], Source], rows: Sequence[int] | np.ndarray) -> None:
+        self.fetch, self.rows = fetch, np.asarray(rows, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Source:  # type: ignore[override]  # no slices
+        return self.fetch(int(self.rows[index]))
+
+    def pick(self, indices: Sequence[int]) -> Rows:
+        return Rows(self.fetch, self.rows[np.asarray(indices, dtype=np.int64)])
+
+
+class Images(Dataset):
+    """Map-style: index -> (image (3, R, R) float32, label), or the image's name where it cannot be decoded.
+
+    files: for images that are read fastest in the order of the files that hold them, the number of each one's file.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        labels: Sequence[int],
+        transform: Compose,
+        files: np.ndarray | None = None,
+    ) -> None:
+        self.sources, self.labels, self.transform, self.files = sources, labels, transform, files
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | str:
+        """One image; a random transform draws from the global generators."""
+        source = self.sources[index]
+        try:
+            image = decode(source)
+        except Exception:  # Pillow's decoders raise a dozen kinds, from OSError to struct.error
+            return str(source)
+        return self.transform(image), self.labels[index]
+
+    def __getitems__(self, keys: Sequence[Key]) -> list[tuple[Tensor, int] | str]:
+        """Many images; random transforms draw from generators that each key seeds, the global ones stay as they are."""
+        found = []
+        with _generators_kept():
+            for key in keys:
+                _seed_generators(key)
+                found.append(self[key.index])
+        return found
+
+    def pick(self, indices: Sequence[int]) -> Images:
+        """The images with these indices, in this order."""
+        return Images(
+            self.sources.pick(indices) if isinstance(self.sources, Rows) else [self.sources[i] for i in indices],
+            [self.labels[i] for i in indices],
+            self.transform,
+            None if self.files is None else self.files[np.asarray(indices, dtype=np.int64)],
+        )
+
+    def transformed(self, transform: Compose) -> Images:
+        """The same images, otherwise transformed."""
+        return Images(self.sources, self.labels, transform, self.files)
+
+
+def decode(source: Source) -> Image.Image:
+    """An RGB image from a file, a stored image, or grey levels (H, W) or colours (H, W, 3) uint8.
+
+    Transparent pixels let white through, grey of 16 bits is scaled to 8, and a turned camera's picture is turned back
+    as its EXIF orientation says.
+    """
+    if isinstance(source, np.ndarray):
+        return Image.fromarray(source).convert("RGB")
+    found = source if isinstance(source, Path) else source.read()
+    if isinstance(found, Image.Image):
+        return _to_rgb(found)
+    with Image.open(BytesIO(found) if isinstance(found, bytes) else found) as image:
+        return _to_rgb(image)
+
+
+def train_transform(resolution: int, augmentation: Augmentation | None, demo: bool) -> Compose:
+    """demo: the digits', which keep a gentle crop of their own and are never mirrored."""
+    how = augmentation or Augmentation()
+    crop = {"scale": DEMO_CROP, "ratio": DEMO_RATIO, "hflip": 0.0} if demo else {"scale": (how.scale, 1.0)}
+    return _transform(
+        resolution,
+        is_training=True,
+        **{"hflip": how.hflip} | crop,
+        auto_augment=how.auto_augment,
+        re_prob=how.erasing,
+        re_mode="pixel",
+    )
+
+
+def plain_transform(resolution: int, demo: bool) -> Compose:
+    """The middle of an image, without augmentation; all of a digit."""
+    return _transform(resolution, is_training=False, crop_pct=1.0 if demo else None)
+
+
+def _transform(resolution: int, **kwargs: Any) -> Compose:
+    found = create_transform((3, resolution, resolution), interpolation="bicubic", color_jitter=None, **kwargs)
+    for policy in found.transforms:
+        for operation in getattr(policy, "ops", ()):  # of RandAugment
+            if operation.name.startswith("Posterize"):
+                operation.level_fn = partial(_at_least_one_bit, operation.level_fn)
+    return found
+
+
+def _at_least_one_bit(level_fn: Callable[..., tuple[int]], level: float, hparams: dict[str, Any]) -> tuple[int]:
+    """timm's strongest posterization leaves no bit, which Pillow refuses."""
+    return (max(1, level_fn(level, hparams)[0]),)
+
+
+def split(labels: Sequence[int], share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Indices for training and validation: `share` of each class, at least one image, goes to validation."""
+    rng = np.random.default_rng(seed)
+    values = np.asarray(labels)
+    train, val = [], []
+    for label in np.unique(values):
+        members = rng.permutation(np.flatnonzero(values == label))
+        count = max(1, round(share * len(members)))
+        val += members[:count].tolist()
+        train += members[count:].tolist()
+    return sorted(train), sorted(val)
+
+
+def sample(images: Images, count: int, seed: int) -> Images:
+    """At most `count` of the images, picked by `seed`."""
+    if len(images) <= count:
+        return images
+    return images.pick(np.sort(np.random.default_rng(seed).permutation(len(images))[:count]).tolist())
+
+
+def hold_out(images: Images, count: int, seed: int) -> tuple[Images, Images]:
+    """(the rest, `count` images), disjoint, each class with its share in both to within one image.
+
+    Which images they are depends on the labels, `count` and `seed` alone: from `train` and `calibration` of one
+    `ImageData` the same ones are held out.
+
+    Raises:
+        UserError: nothing would be left.
+    """
+    if count >= len(images):
+        raise UserError(f"{count:,} images cannot be held out of {len(images):,}")
+    rng = np.random.default_rng(seed)
+    values = np.asarray(images.labels)
+    place = np.empty(len(images))
+    for label in np.unique(values):
+        members = rng.permutation(np.flatnonzero(values == label))
+        place[members] = (np.arange(len(members)) + rng.random()) / len(members)
+    order = np.argsort(place)
+    return images.pick(np.sort(order[count:]).tolist()), images.pick(np.sort(order[:count]).tolist())
+
+
+def cached(images: Images, resolution: int) -> Images:
+    """The images decoded once and kept in memory, for training at up to R = `resolution` pixels a side.
+
+    Each is kept as (H, W, 3) uint8; what is larger than evaluation at R needs (the shorter side R / 0.875) is reduced
+    to that: evaluation at R sees the same pixels as before, a random crop of a part of a large image is less sharp.
+    What cannot be decoded stays where it is. An image takes 3 H W bytes: 50,000 of 32 x 32 pixels 0.16 GB, 8,000
+    photographs (4:3) at R = 224 2.1 GB. Processes that decode share them where they are forked (Linux); each rank has
+    its own. Where all would take more than `CACHE_LIMIT`, `images` itself is returned.
+    """
+    side = math.floor(resolution / DEFAULT_CROP_PCT)
+    probe = [_pixels(images.sources[i], side) for i in range(0, len(images), math.ceil(len(images) / CACHE_PROBE))]
+    size = np.mean([found.nbytes for found in probe if isinstance(found, np.ndarray)] or [0])
+    if size * len(images) > CACHE_LIMIT:
+        return images
+    sources = [_pixels(images.sources[i], side) for i in range(len(images))]
+    return Images(sources, images.labels, images.transform, images.files)
+
+
+def _pixels(source: Source, side: int) -> Source:
+    try:
+        image = decode(source)
+    except Exception:  # as in Images: it is skipped, counted and named when its turn comes
+        return source
+    if min(image.size) > side:
+        image = resize(image, side, InterpolationMode.BICUBIC)
+    return np.asarray(image)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I"):  # 16 bits, which convert() would clip to white; "I" holds them in 32
+        levels = np.asarray(image).clip(0, 65535)
+        return Image.fromarray((levels / 257).round().astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _seed_generators(key: Key) -> None:
+    """Seed what timm's transforms draw from: Python's, NumPy's and torch's CPU generator."""
+    draws = np.random.SeedSequence((key.seed, key.epoch, key.copy, key.index)).generate_state(3)
+    random.seed(int(draws[0]))
+    np.random.seed(draws[1])
+    torch.default_generator.manual_seed(int(draws[2]))
+
+
+@contextmanager
+def _generators_kept() -> Iterator[None]:
+    kept = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(kept[0])
+        np.random.set_state(kept[1])
+        torch.default_generator.set_state(kept[2])

@@ -1,0 +1,279 @@
+"""Where images come from: a function for each kind of name, which finds the images; the caller splits them."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from filelock import FileLock
+from PIL import Image
+from timm.data import create_dataset
+from timm.utils.misc import natural_key
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
+from nas.data.images import Rows, Source
+from nas.data.shards import find_shards, read_index
+from nas.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    import datasets
+
+CACHE = "VITNAS_DATA"
+"""The environment variable that says where downloads go."""
+TORCH = (
+    *("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist"),
+    *("imagenet", "inaturalist", "places365"),
+)
+VAL_FOLDERS = ("val", "validation", "test")
+VAL_SPLITS = ("validation", "valid", "val", "dev", "test", "eval")
+VAL_SHARDS = re.compile(r"(?<![a-z])(val|validation|valid|test)(?![a-z])")
+SECRET = -1
+"""The hub's label of images whose class is kept back; a split of them cannot validate."""
+TIMEOUT = 10.0
+"""Seconds in which a host must answer."""
+
+
+@dataclass(frozen=True)
+class Part:
+    sources: Sequence[Source]
+    labels: list[int]
+    files: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """classes: None where labels are bare numbers. val: None where `train` is to be split."""
+
+    name: str
+    classes: list[str] | None
+    train: Part
+    val: Part | None = None
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get(CACHE) or "~/.cache/vitnas/data").expanduser()
+
+
+def digits() -> Found:
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    images = list((found.images * (255 / 16)).round().astype(np.uint8))
+    return Found(
+        f"digits (scikit-learn, {len(images):,} images of 8x8 pixels)",
+        [str(name) for name in found.target_names],
+        Part(images, found.target.tolist()),
+    )
+
+
+def folder(name: str) -> Found:
+    path = Path(name)
+    if not path.exists():
+        raise UserError(f"{path}: no such folder")
+    if not path.is_dir():
+        raise UserError(f"{path} is not a folder: give one of images, <class>/*.jpg")
+    val_root = next((path / name for name in VAL_FOLDERS if (path / name).is_dir()), None)
+    if val_root is None or not (path / "train").is_dir():
+        return Found(str(path), *_scan(path))
+    classes, train = _scan(path / "train")
+    val_classes, val = _scan(val_root)
+    for each in sorted(set(classes) ^ set(val_classes), key=natural_key):
+        here, there = ("train", val_root.name) if each in classes else (val_root.name, "train")
+        raise UserError(f"{path}: class {each!r} is in {here}/ but not in {there}/")
+    return Found(str(path), classes, train, val)
+
+
+def _scan(root: Path) -> tuple[list[str], Part]:
+    """Classes (the visible folders in `root`, in timm's order), and the images anywhere below each with its label."""
+    names = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not names:
+        hint = f"; for its shards write wds/{root}" if any(root.glob("*.tar")) else ""
+        raise UserError(f"{root} has no class folders: {root}/<class>/*.jpg is needed{hint}")
+    classes = sorted(names, key=natural_key)
+    number = {name: label for label, name in enumerate(classes)}
+    found = make_dataset(root, number, is_valid_file=_is_image, allow_empty=True)
+    labels = [label for _, label in found]
+    empty = set(number.values()) - set(labels)
+    if empty:
+        raise UserError(f"{root / classes[min(empty)]} holds no images ({', '.join(IMG_EXTENSIONS)})")
+    return classes, Part([Path(file) for file, _ in found], labels)
+
+
+def _is_image(file: str) -> bool:
+    path = Path(file)
+    return path.suffix.lower() in IMG_EXTENSIONS and not path.name.startswith(".")
+
+
+@dataclass(frozen=True)
+class TorchImage:
+    """A row of a torchvision data set."""
+
+    name: str
+    dataset: Any
+    row: int
+
+    def read(self) -> Image.Image:
+        return self.dataset[self.row][0]
+
+    def __str__(self) -> str:
+        return f"{self.name}[{self.row}]"
+
+
+def torch_dataset(name: str) -> Found:
+    """A torchvision data set as timm names it, downloaded where it is not there yet."""
+    name = name.lower()
+    if name not in TORCH:
+        near = difflib.get_close_matches(name, TORCH) or TORCH
+        raise UserError(f"torch/{name} is not known: did you mean torch/{', torch/'.join(near)}?")
+    root = cache_folder() / "torch"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / f"{name}.lock"):
+            parts = [_torch_split(name, root, split) for split in ("train", "validation")]
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"torch/{name} cannot be had in {root} ({first_line(error)}); ${CACHE} names another") from None
+    classes, train, val = parts[0][0], parts[0][1], parts[1][1]
+    return Found(f"torch/{name}", classes, train, val)
+
+
+def _torch_split(name: str, root: Path, split: str) -> tuple[list[str], Part]:
+    with _answer_within(TIMEOUT):
+        dataset = create_dataset(f"torch/{name}", str(root), split, download=True)
+    if name == "inaturalist":
+        dataset.index.sort()  # it comes in the file system's order
+        classes, labels = dataset.all_categories, [label for label, _ in dataset.index]
+    else:
+        classes, labels = dataset.classes, np.asarray(dataset.targets)
+        labels = (labels[:, 0] if labels.ndim == 2 else labels).tolist()  # qmnist tells more than the digit
+    names = [each if isinstance(each, str) else ", ".join(each) for each in classes]
+    return names, Part(Rows(partial(TorchImage, f"torch/{name}, {split}", dataset), np.arange(len(labels))), labels)
+
+
+@contextmanager
+def _answer_within(seconds: float) -> Iterator[None]:
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+@dataclass(frozen=True)
+class HubImage:
+    """A row of a Hugging Face data set whose column `image` is not decoded."""
+
+    name: str
+    dataset: datasets.Dataset
+    image: str
+    row: int
+
+    def read(self) -> bytes:
+        found = self.dataset[self.row][self.image]
+        return found["bytes"] or Path(found["path"]).read_bytes()
+
+    def __str__(self) -> str:
+        return f"{self.name}[{self.row}]"
+
+
+def hub_dataset(name: str) -> Found:
+    """A data set that `datasets` loads, from Hugging Face's hub or a folder."""
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(f"hfds/{name} needs the package datasets: pip install 'vitnas[huggingface]'") from None
+    from search_spaces.weights import offline_if_unreachable
+
+    with nullcontext() if Path(name).exists() else offline_if_unreachable():
+        try:
+            splits = datasets.load_dataset(name)
+        except Exception as error:  # of any kind: what is wrong lies in the data set or its host
+            raise UserError(f"hfds/{name} cannot be loaded: {first_line(error)}") from None
+    if "train" not in splits:
+        raise UserError(f"hfds/{name} has no split 'train' but {', '.join(splits)}")
+    image, label = _columns(splits["train"].features, name)
+    values = {split: _column(splits[split], label) for split in ("train", *VAL_SPLITS) if split in splits}
+    feature = splits["train"].features[label]
+    known = set().union(*values.values()) - {None}
+    classes = None
+    if isinstance(feature, datasets.ClassLabel):
+        classes = feature.names
+    elif all(isinstance(each, str) for each in known):
+        classes = sorted(known, key=natural_key)
+        number = {each: i for i, each in enumerate(classes)} | {None: None}
+        values = {split: [number[each] for each in column] for split, column in values.items()}
+    elif not all(isinstance(each, int) for each in known):
+        raise UserError(f"hfds/{name}: column {label} holds no labels but {feature}")
+    labels = {split: [SECRET if each is None else each for each in column] for split, column in values.items()}
+    parts = {
+        split: Part(_hub_rows(f"hfds/{name}, {split}", splits[split], image, len(values)), values)
+        for split, values in labels.items()
+        if split == "train" or min(values) > SECRET
+    }
+    val = next((parts[split] for split in VAL_SPLITS if split in parts), None)
+    return Found(f"hfds/{name}" + f" (label: {label})" * (label != "label"), classes, parts["train"], val)
+
+
+def _columns(features: datasets.Features, name: str) -> tuple[str, str]:
+    """The columns of images and labels; of several labels the one with most classes."""
+    import datasets
+
+    images = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]
+    named = {column: f.num_classes for column, f in features.items() if isinstance(f, datasets.ClassLabel)}
+    plain = [column for column in ("label", "labels", "target", "class") if column in features]
+    label = "label" if "label" in features else max(named, key=named.get) if named else next(iter(plain), None)
+    if not images or label is None:
+        raise UserError(f"hfds/{name} needs a column of images and one of labels, but has {', '.join(features)}")
+    return "image" if "image" in images else images[0], label
+
+
+def _column(dataset: datasets.Dataset, column: str) -> list[Any]:
+    return dataset.select_columns([column])[:][column]
+
+
+def _hub_rows(name: str, dataset: datasets.Dataset, image: str, count: int) -> Rows:
+    import datasets
+
+    stored = dataset.select_columns([image]).cast_column(image, datasets.Image(decode=False))
+    return Rows(partial(HubImage, name, stored, image), np.arange(count))
+
+
+def shards(name: str) -> Found:
+    """Shards; those with val, validation or test in their names, or below a folder called so, are for validation."""
+    found = find_shards(name)
+    cache = cache_folder() / "shards"
+    try:
+        index = read_index(found, cache)
+    except OSError as error:
+        raise UserError(f"cannot write to {cache} ({error.strerror}): ${CACHE} names another") from None
+    base = Path(os.path.commonpath([path.parent for path in found]))
+    val = {path for path in found if VAL_SHARDS.search(str(path.relative_to(base)).lower())}
+    if len(val) == len(found):
+        val = set()
+
+    def part(wanted: set[Path]) -> Part:
+        rows = index.rows(wanted)
+        return Part(index.sources(rows), index.label[rows].tolist(), index.file[rows])
+
+    return Found(name, None, part(set(found) - val), part(val) if val else None)
+
+
+SOURCES: dict[str, Callable[[str], Found]] = {"torch/": torch_dataset, "hfds/": hub_dataset, "wds/": shards}
+"""By timm's prefixes."""
+
+
+def find(name: str) -> Found:
+    """The images of that name: with one of the prefixes of `SOURCES`, else a pattern of shards, else a folder."""
+    for prefix, source in SOURCES.items():
+        if name.lower().startswith(prefix):
+            return source(name[len(prefix) :])
+    return shards(name) if name.endswith(".tar") or "{" in name else folder(name)
