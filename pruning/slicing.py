@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -58,7 +59,7 @@ def slice_weights(
         name = rename(entry.name)
         if name not in sources:
             raise ValueError(f"the larger network has no {name}")
-        ours, theirs = _significant(entry.axes), _significant(sources[name].axes)
+        ours, theirs = significant(entry.axes), significant(sources[name].axes)
         if len(ours) != len(theirs):
             raise ValueError(f"{name} has {len(theirs)} axes in the larger network and {len(ours)} in the smaller")
         if any(a.size != b.size for a, b in zip(ours, theirs, strict=True) if _is(a, "classes")):
@@ -89,7 +90,7 @@ def grow(
         torch.from_numpy(np.flatnonzero(which)) for which in (chosen < 0, chosen == NEW_ZERO, chosen == NEW_POSITIVE)
     )
     if tensor.ndim == 1:
-        tensor[new] = 1.0 if name.endswith(("norm.weight", "running_var")) else 0.0
+        tensor[new] = 1.0 if re.search(r"(norm\d?\.weight|running_var)$", name) else 0.0
         if name.endswith("norm.weight"):
             tensor[zero] = 0.0
     elif dim > 0:
@@ -121,7 +122,7 @@ def _extra(size: int) -> int:
     return 0 if round(size**0.5) ** 2 == size else 1
 
 
-def _significant(axes: tuple[Axis, ...]) -> tuple[Axis, ...]:
+def significant(axes: tuple[Axis, ...]) -> tuple[Axis, ...]:
     """Without fixed axes of size 1: a 1x1 convolution's weight reads like a linear layer's."""
     return tuple(a for a in axes if not (isinstance(a, Width) and a.rule == "fixed" and a.size == 1 and not a.name))
 
