@@ -43,10 +43,19 @@ class State:
 
 
 class Job:
-    """options: what must be equal for the folder's run to go on, as JSON has it. device: where networks train."""
+    """options: what must be equal for the folder's run to go on, as JSON has it. device: where networks train. result:
+    the file that a finished run leaves."""
 
-    def __init__(self, folder: Path, options: dict[str, Any], say: Say, progress: Progress, device: str) -> None:
-        self.folder, self.kept, self.device = folder, folder / "state", device
+    def __init__(
+        self,
+        folder: Path,
+        options: dict[str, Any],
+        say: Say,
+        progress: Progress,
+        device: str,
+        result: str = "prune.json",
+    ) -> None:
+        self.folder, self.kept, self.device, self.result = folder, folder / "state", device, folder / result
         self._say, self._progress = say, progress
         self._loaders: list[Loader] = []
         path = self.kept / "state.json"
@@ -63,7 +72,7 @@ class Job:
 
     @property
     def finished(self) -> bool:
-        return bool(self.state.found.get("finished")) and (self.folder / "prune.json").is_file()
+        return bool(self.state.found.get("finished")) and self.result.is_file()
 
     def make_folder(self) -> None:
         try:
@@ -102,12 +111,12 @@ class Job:
 
     # Data
 
-    def open_data(self, path: Path | None, resolution: int, num_classes: int | None, seed: int) -> None:
+    def open_data(self, name: str | None, resolution: int, num_classes: int | None, seed: int) -> None:
         """Open the images; `data`, `evaluated` and `calibration` hold them from here on."""
         from nas.data import open_data, sample
 
         self.seed = seed
-        self.data = open_data(path, resolution, num_classes, seed)
+        self.data = open_data(name, resolution, num_classes, seed)
         self.evaluated = sample(self.data.val, EVALUATED_IMAGES, seed)
         self.calibration = sample(self.data.calibration, CALIBRATION_IMAGES, seed)
 

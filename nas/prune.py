@@ -79,7 +79,7 @@ class Options:
     rounds: int = 3
     finetune: float = 1.0
     distill: bool = False
-    data: Path | None = None
+    data: str | None = None
     weights: str | None = None
     num_classes: int | None = None
     seed: int = 0
@@ -218,9 +218,8 @@ class _Run:
             raise UserError(f"{self.options.model} is an ONNX file: give a published name, an arch.json or a folder")
         if self.options.weights is not None:
             return target.arch, self.options.weights
-        beside = target.folder / "model.safetensors" if target.folder else None
-        if beside is not None and beside.is_file():
-            return target.arch, beside
+        if target.weights is not None:
+            return target.arch, target.weights
         return target.arch, "timm" if self.options.data is not None and target.folder is None else None
 
     def _check_budget(self) -> None:

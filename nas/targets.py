@@ -22,6 +22,12 @@ class Target:
     onnx: Path | None = None
     folder: Path | None = None
 
+    @property
+    def weights(self) -> Path | None:
+        """The trained weights beside the Arch, if there are any."""
+        path = self.folder / "model.safetensors" if self.folder else None
+        return path if path is not None and path.is_file() else None
+
 
 def find_target(text: str) -> Target:
     """Resolve a published name, an arch.json, a folder that holds one (a run, or its best/), or a .onnx file.

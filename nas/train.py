@@ -2,27 +2,44 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
+import itertools
+import json
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.stats import binomtest
-from timm.optim import create_optimizer_v2
+from timm.data import Mixup
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
-from timm.utils import random_seed
+from timm.utils import ModelEmaV3, dispatch_clip_grad, distribute_bn, random_seed
 from torch import Tensor, nn
+from torch import distributed as dist
 
-from nas.data import Batch
-from nas.errors import UserError
+from nas.data import Batch, Images, loader
+from nas.errors import TrainingError, UserError
+from nas.recipes import Recipe
+from nas.report import replace_file
+from search_spaces.evit import set_keep_progress
+from search_spaces.layers import heads_of, set_drop_path
 
-LABEL_SMOOTHING = 0.1
-WEIGHT_DECAY = 0.05
-MAX_GRADIENT_NORM = 1.0
-WARMUP = 0.05
-"""Share of the images over which the learning rate rises from a tenth to all of it."""
 TEMPERATURE = 2.0
+T = TypeVar("T")
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+BRIEF = Recipe("brief", "`fit`", 1, 1, lr=1e-3, lr_batch=1, weight_decay=0.05, distillation="soft")
+CHECK_EVERY = 10
+"""Updates between two looks at the loss on an accelerator, each of which waits for it."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +77,382 @@ def evaluate(model: nn.Module, loader: Iterable[Batch], device: str | torch.devi
     return Accuracy(correct, total, loss / total)
 
 
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+class Training:
+    """A network being trained by a recipe, in place; it can be stopped at any epoch and goes on.
+
+    Each epoch seeds the global random generators from `seed` and its number, so on a CPU a training that was stopped,
+    or took turns with others, ends with the weights of one that was not (equal data and threads). Incomplete updates
+    at an epoch's end are left out. In several processes (an initialised `torch.distributed`) gradients are averaged
+    over them, BatchNorm's statistics at each epoch's end, and rank 0 writes.
+
+    epoch: epochs done. history: a row for each: epoch, loss (mean over updates), lr (last), images_per_s, seconds, and
+    what `validate` adds. images, updates: images an update, updates an epoch.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Images,
+        recipe: Recipe,
+        *,
+        seed: int = 0,
+        device: str = "cpu",
+        precision: str = "fp32",
+        teacher: nn.Module | None = None,
+        checkpoint: Path | None = None,
+        workers: int = 0,
+        accumulate: int = 1,
+        compiled: bool = False,
+        validate: Callable[[nn.Module], Mapping[str, Any]] | None = None,
+        say: Callable[[str], None] = _to_stderr,
+    ) -> None:
+        """Goes on from `checkpoint` if there is one.
+
+        Args:
+            model: (B, 3, R, R) -> (B, classes).
+            data: the training images, augmented as the recipe wants.
+            precision: fp32, or bf16 or fp16 by autocast.
+            teacher: (B, 3, R, R) -> (B, classes), what the recipe's distillation learns from.
+            checkpoint: the file that holds the training after each epoch.
+            workers: processes that decode images.
+            accumulate: parts that an update's images come in.
+            compiled: use torch.compile.
+            validate: called with `network` after each epoch; its findings enter the history.
+            say: told of smaller batches.
+
+        Raises:
+            UserError: a checkpoint of another training, or fewer than two images an update.
+        """
+        self.model, self.seed, self._checkpoint = model.to(device), seed, checkpoint
+        self._validate, self._accumulate = validate, accumulate
+        self.epoch, self.history = 0, []
+        self.rank, world = ranks()
+        batch = min(recipe.batch_size, len(data)) // (world * accumulate)
+        if batch < 2:
+            raise UserError(
+                f"batches of {batch} images ({recipe.batch_size} of {len(data)} in {world * accumulate} parts): two or "
+                "more are needed, BatchNorm cannot train on one"
+            )
+        self.images = batch * world * accumulate
+        if self.images != recipe.batch_size:
+            say(f"updates of {self.images} images, not {recipe.batch_size}: the learning rate is scaled with them")
+        self.recipe = recipe = replace(recipe, batch_size=self.images)
+        self.updates = len(data) // self.images
+        self.loader = loader(
+            data,
+            batch,
+            shuffle=True,
+            seed=seed,
+            workers=workers,
+            rank=self.rank,
+            world_size=world,
+            repeats=recipe.repeats,
+        )
+        self._agree = {
+            "recipe": json.loads(json.dumps(asdict(recipe))),
+            "seed": seed,
+            "network": _digest(model),
+            "images": len(data),
+            "labels": hashlib.sha256(np.asarray(data.labels).tobytes()).hexdigest()[:16],
+            "batch": batch,
+            "precision": precision,
+            "teacher": teacher is not None,
+        }
+        self._updater = Updater(
+            model,
+            recipe,
+            self.updates * recipe.epochs,
+            device,
+            precision,
+            teacher,
+            compiled,
+            say,
+        )
+        set_drop_path(model, recipe.drop_path)
+        self._ema = ModelEmaV3(model, recipe.ema, use_warmup=True) if recipe.ema else None
+        self.restore()
+
+    @property
+    def network(self) -> nn.Module:
+        """What to evaluate and save: the moving average of the weights where the recipe has one."""
+        return self._ema.module if self._ema is not None else self.model
+
+    def run(self, until: int | None = None, progress: Callable[[int, int, float], None] | None = None) -> None:
+        """Train up to epoch `until`, all without it, with a checkpoint after each.
+
+        Args:
+            progress: called after each update with images done, images of all epochs, and the last known loss.
+
+        Raises:
+            TrainingError: the loss is no longer finite; the checkpoint is that of the epoch before.
+            UserError: the checkpoint cannot be written, the images are broken, or there is no memory for two images.
+        """
+        last = self.recipe.epochs if until is None else min(until, self.recipe.epochs)
+        while self.epoch < last:
+            self.history.append(self._train_epoch(progress))
+            self.epoch += 1
+            if self._validate is not None:
+                self.history[-1] |= self._validate(self.network)
+            self._save()
+
+    def _train_epoch(self, progress: Callable[[int, int, float], None] | None) -> dict[str, Any]:
+        started = time.perf_counter()
+        self._reseed()
+        self.loader.set_epoch(self.epoch)
+        self.model.train()
+        device = next(self.model.parameters()).device
+        look = 1 if device.type == "cpu" else CHECK_EVERY
+        total, value, done, seen = torch.zeros((), device=device), 0.0, 0, 0
+        batches = iter(self.loader)
+        for i in range(self.updates):
+            parts = [batch for batch in itertools.islice(batches, self._accumulate) if len(batch[1]) > 1]
+            if not parts:
+                if dist.is_initialized():
+                    raise UserError(f"process {self.rank} ran out of images that can be decoded: use fewer processes")
+                break
+            update = self.epoch * self.updates + i
+            if self.recipe.keep_warmup is not None:
+                start, end = (share * self.updates * self.recipe.epochs for share in self.recipe.keep_warmup)
+                set_keep_progress(self.model, (update - start) / (end - start))
+            total += self._updater.step(update, parts)
+            done += 1
+            seen += sum(len(labels) for _, labels in parts)
+            if self._ema is not None:
+                self._ema.update(self.model, update + 1)
+            if done % look == 0 or i == self.updates - 1:
+                value = self._finite(total) / done
+            if progress is not None:
+                progress((update + 1) * self.images, self.updates * self.recipe.epochs * self.images, value)
+        if not done:
+            raise UserError("no batch holds two images that can be decoded: BatchNorm needs two, raise the batch size")
+        if dist.is_initialized():
+            for network in (self.model, self.network) if self._ema is not None else (self.model,):
+                distribute_bn(network, dist.get_world_size(), reduce=True)
+        loss = self._finite(total) / done
+        if not all(torch.stack([p.detach().sum().isfinite() for p in self.model.parameters()]).tolist()):
+            raise self._diverged("weights are")
+        seconds = time.perf_counter() - started
+        return {
+            "epoch": self.epoch + 1,
+            "loss": loss,
+            "lr": self._updater.lr,
+            "images_per_s": seen * ranks()[1] / seconds,
+            "seconds": seconds,
+        }
+
+    def _finite(self, total: Tensor) -> float:
+        """Of a sum of losses, its mean over processes."""
+        if dist.is_initialized():
+            total = total / dist.get_world_size()
+            dist.all_reduce(total)
+        value = total.item()
+        if not math.isfinite(value):
+            raise self._diverged("loss is")
+        return value
+
+    def _diverged(self, what: str) -> TrainingError:
+        return TrainingError(
+            f"the {what} no longer finite in epoch {self.epoch + 1}: lower the learning rate ({self.recipe.peak_lr:g})",
+            self.epoch + 1,
+        )
+
+    def _reseed(self) -> None:
+        """Before each epoch, so that no state of a generator has to be kept."""
+        random_seed(int(np.random.SeedSequence([self.seed, self.epoch, self.rank]).generate_state(1)[0]))
+
+    def _save(self) -> None:
+        if self._checkpoint is None or self.rank:
+            return
+        content = io.BytesIO()
+        torch.save(
+            {
+                "agree": self._agree,
+                "epoch": self.epoch,
+                "history": self.history,
+                "model": self.model.state_dict(),
+                "ema": self._ema.module.state_dict() if self._ema is not None else None,
+                "updater": self._updater.state(),
+            },
+            content,
+        )
+        try:
+            self._checkpoint.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(self._checkpoint, content.getbuffer())
+        except OSError as error:
+            left = f"; epoch {self.epoch - 1} is kept, and the same command goes on from there"
+            raise UserError(
+                f"the checkpoint of epoch {self.epoch} cannot be written to {self._checkpoint}: {error.strerror}"
+                + left * self._checkpoint.is_file()
+            ) from None
+
+    def restore(self) -> None:
+        """Go back to the last checkpoint, if there is one.
+
+        Raises:
+            UserError: it cannot be read, or is of another training.
+        """
+        state = None
+        if self._checkpoint is not None and self.rank == 0 and self._checkpoint.is_file():
+            try:
+                state = torch.load(self._checkpoint, map_location="cpu", weights_only=True)
+            except (RuntimeError, UnpicklingError, EOFError):
+                raise UserError(f"{self._checkpoint} is no checkpoint: remove it to begin anew") from None
+        state = agreed(state)
+        if state is None:
+            return
+        for key, value in self._agree.items():
+            if state["agree"].get(key) != value:
+                raise UserError(
+                    f"{self._checkpoint} is of another training ({key} differs): remove it, or keep it elsewhere"
+                )
+        self.epoch, self.history = state["epoch"], state["history"]
+        self.model.load_state_dict(state["model"])
+        if self._ema is not None:
+            self._ema.module.load_state_dict(state["ema"])
+        self._updater.load(state["updater"])
+
+
+class Updater:
+    """Loss, optimizer and schedule of a network in training: one update at a time.
+
+    total: where the schedule ends, in the unit of `step`'s first argument.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        total: int,
+        device: str | torch.device,
+        precision: str = "fp32",
+        teacher: nn.Module | None = None,
+        compiled: bool = False,
+        say: Callable[[str], None] = _to_stderr,
+    ) -> None:
+        self._model, self._recipe, self._teacher, self._say = model, recipe, teacher, say
+        self._device = torch.device(device)
+        if teacher is not None:
+            teacher.to(device).eval()
+        self._mixup, self._smoothing = None, recipe.label_smoothing
+        if recipe.mixup or recipe.cutmix:
+            classes = model.arch.num_classes if hasattr(model, "arch") else model.num_classes
+            self._mixup = Mixup(
+                recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=classes
+            )
+            self._smoothing = 0.0
+        lr = recipe.peak_lr
+        self._optimizer = create_optimizer_v2(
+            model, "adamw", lr=lr, weight_decay=recipe.weight_decay, param_group_fn=_groups(recipe.weight_decay)
+        )
+        self._schedule = CosineLRScheduler(
+            self._optimizer,
+            t_initial=total,
+            t_in_epochs=False,
+            lr_min=min(recipe.min_lr, lr),
+            warmup_t=math.ceil(recipe.warmup * total),
+            warmup_lr_init=min(recipe.warmup_lr, lr),
+        )
+        self._dtype = PRECISIONS[precision]
+        self._scaler = torch.amp.GradScaler(self._device.type, enabled=precision == "fp16")
+        self._parallel = None
+        if dist.is_initialized():
+            self._parallel = nn.parallel.DistributedDataParallel(
+                model, device_ids=[self._device] if self._device.type == "cuda" else None
+            )
+        self._forward = self._parallel or model
+        if compiled:
+            self._forward = torch.compile(self._forward)
+        self._parts = 1
+
+    @property
+    def lr(self) -> float:
+        return self._optimizer.param_groups[0]["lr"]
+
+    def step(self, at: int, batches: Sequence[Batch]) -> Tensor:
+        """One update on all the batches' images together; returns their mean loss, on the device.
+
+        Where memory does not suffice the batches are halved, from then on, and their gradients added up.
+        """
+        self._schedule.step_update(at)
+        while (loss := self._gradients(batches)) is None:
+            largest = max(len(labels) for _, labels in batches)
+            if self._parallel is not None:
+                raise UserError(f"out of memory with {largest // self._parts} images a process: raise --accumulate")
+            if largest // (2 * self._parts) < 2:
+                raise UserError(f"out of memory with {largest // self._parts} images: lower --resolution")
+            self._parts *= 2
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
+            self._say(
+                f"out of memory: going on with {largest // self._parts} images at a time, "
+                "gradients accumulated to the same update"
+            )
+        self._scaler.unscale_(self._optimizer)
+        if self._recipe.clip is not None:
+            mode, bound = self._recipe.clip
+            dispatch_clip_grad(self._model.parameters(), bound, mode)
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        return loss
+
+    def _gradients(self, batches: Sequence[Batch]) -> Tensor | None:
+        """Leave the update's gradients at the parameters; None where memory did not suffice."""
+        self._optimizer.zero_grad()
+        try:
+            images = sum(len(labels) for _, labels in batches)
+            total = torch.zeros((), device=self._device)
+            left = sum(self._parts_of(batch) for batch in batches)
+            for batch in batches:
+                for x, y in self._prepared(batch):
+                    left -= 1
+                    waits = self._parallel.no_sync() if self._parallel is not None and left else nullcontext()
+                    with waits:
+                        with torch.autocast(self._device.type, self._dtype, enabled=self._dtype is not None):
+                            loss = self._loss(x, y) * (len(y) / images)
+                        self._scaler.scale(loss).backward()
+                    total += loss.detach()
+        except (RuntimeError, MemoryError) as error:
+            if not _out_of_memory(error):
+                raise
+            return None
+        return total
+
+    def _parts_of(self, batch: Batch) -> int:
+        return min(self._parts, len(batch[1]) // 2)
+
+    def _prepared(self, batch: Batch) -> Iterable[Batch]:
+        """A batch on the device, mixed, in parts of two images or more."""
+        images, labels = _to(self._device, *batch)
+        if self._mixup is not None:
+            even = len(labels) // 2 * 2
+            images, labels = self._mixup(images[:even], labels[:even])
+        parts = self._parts_of(batch)
+        return zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True)
+
+    def _loss(self, images: Tensor, targets: Tensor) -> Tensor:
+        if self._teacher is None:
+            return F.cross_entropy(self._forward(images), targets, label_smoothing=self._smoothing)
+        heads = [logits.float() for logits in heads_of(self._forward, images)]
+        label_loss = F.cross_entropy(heads[0], targets, label_smoothing=self._smoothing)
+        with torch.no_grad():
+            wanted = self._teacher(images).float()
+        if self._recipe.distillation == "soft":
+            return distillation_loss(label_loss, heads[-1], wanted)
+        return (label_loss + F.cross_entropy(heads[-1], wanted.argmax(1))) / 2
+
+    def state(self) -> dict[str, Any]:
+        return {"optimizer": self._optimizer.state_dict(), "scaler": self._scaler.state_dict(), "parts": self._parts}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._scaler.load_state_dict(state["scaler"])
+        self._parts = state["parts"]
+
+
 def fit(
     model: nn.Module,
     loader: Iterable[Batch],
@@ -88,30 +481,14 @@ def fit(
     """
     random_seed(seed)
     model.to(device).train()
-    if teacher is not None:
-        teacher.to(device).eval()
-    optimizer = create_optimizer_v2(model, "adamw", lr=lr, weight_decay=WEIGHT_DECAY)
-    schedule = CosineLRScheduler(
-        optimizer, t_initial=images, t_in_epochs=False, warmup_t=math.ceil(WARMUP * images), warmup_lr_init=lr / 10
-    )
-    for done, (inputs, labels) in _batches(loader, images):
-        schedule.step_update(done)
-        inputs, labels = _to(device, inputs, labels)
-        logits = model(inputs)
-        loss = F.cross_entropy(logits, labels, label_smoothing=LABEL_SMOOTHING)
-        if teacher is not None:
-            with torch.no_grad():
-                wanted = teacher(inputs)
-            loss = distillation_loss(loss, logits, wanted)
-        value = loss.item()
+    recipe = replace(BRIEF, lr=lr, warmup_lr=lr / 10)
+    updater = Updater(model, recipe, images, device, teacher=teacher)
+    for done, batch in _batches(loader, images):
+        value = updater.step(done, [batch]).item()
         if not math.isfinite(value):
             raise UserError(f"the loss is {value} after {done:,} images: lower the learning rate ({lr:g})")
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
-        optimizer.step()
         if progress is not None:
-            progress(min(done + len(labels), images), images, value)
+            progress(min(done + len(batch[1]), images), images, value)
     model.eval()
 
 
@@ -128,6 +505,45 @@ def distillation_loss(label_loss: Tensor, logits: Tensor, wanted: Tensor) -> Ten
         log_target=True,
     )
     return (label_loss + TEMPERATURE**2 * soft) / 2
+
+
+def agreed(found: T) -> T:
+    """What the first process found, in all of them; they wait for each other here."""
+    if not dist.is_initialized():
+        return found
+    everywhere = [found]
+    dist.broadcast_object_list(everywhere)
+    dist.barrier()
+    return everywhere[0]
+
+
+def ranks() -> tuple[int, int]:
+    """This process's rank, and the number of processes that train together."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def _groups(weight_decay: float) -> Callable[[nn.Module], list[dict[str, Any]]]:
+    """Parameter groups: only what is called weight and is no vector decays, so no bias tables, tokens or positions."""
+
+    def groups(model: nn.Module) -> list[dict[str, Any]]:
+        free = [name for name, _ in model.named_parameters() if name.split(".")[-1] != "weight"]
+        return param_groups_weight_decay(model, weight_decay, no_weight_decay_list=free)
+
+    return groups
+
+
+def _digest(model: nn.Module) -> str:
+    """What kind of network this is: its Arch, or its tensors' names and shapes."""
+    if hasattr(model, "arch"):
+        return model.arch.digest()
+    shapes = [(name, tuple(value.shape)) for name, value in model.state_dict().items()]
+    return hashlib.sha256(repr(shapes).encode()).hexdigest()
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        words in str(error) for words in ("allocate memory", "not enough memory")
+    )
 
 
 def _batches(loader: Iterable[Batch], images: int) -> Iterable[tuple[int, Batch]]:

@@ -1,0 +1,491 @@
+"""`vitnas train`: a network trained by a recipe on images; a folder with its weights and how they came about."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nas.errors import TrainingError, UserError, first_line
+from nas.export import save_network
+from nas.job import Job, Progress, Say, now
+from nas.process import usable_cpus
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from nas.data import ImageData
+    from nas.recipes import Recipe
+    from nas.train import Training
+    from search_spaces import Arch
+
+TIMM = "timm/"
+"""Begins the names of timm's networks."""
+RESULT = "metrics.json"
+MAX_WORKERS = 8
+EVALUATED_AT_ONCE = 256
+PATIENCE = timedelta(hours=1)
+"""How long the other processes wait for the first one, which evaluates and writes."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """A training as asked for. model, teacher, oracle: as `find_target` takes them, a teacher timm/NAME as well.
+    weights, teacher_weights: "timm" or a file. resolution: None is the network's own."""
+
+    model: str
+    recipe: Recipe
+    device: str
+    folder: Path
+    data: str | None = None
+    resolution: int | None = None
+    num_classes: int | None = None
+    weights: str | None = None
+    teacher: str | None = None
+    teacher_weights: str | None = None
+    oracle: str | None = None
+    precision: str = "fp32"
+    accumulate: int = 1
+    compiled: bool = False
+    workers: int = 0
+    seed: int = 0
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What must be equal for a training to go on."""
+        found = asdict(self)
+        recipe = found.pop("recipe")
+        for name in ("folder", "workers", "compiled"):
+            del found[name]
+        for name in ("source", "teacher"):
+            del recipe[name]
+        return json.loads(json.dumps(found | {"recipe": recipe.pop("name")} | recipe))
+
+    def check(self) -> None:
+        """Raises UserError for what no network could be trained with."""
+        from nas.train import PRECISIONS
+
+        recipe = self.recipe
+        for name, value, least in (
+            ("epochs", recipe.epochs, 1),
+            ("batch-size", recipe.batch_size, 2),
+            ("accumulate", self.accumulate, 1),
+            ("workers", self.workers, 0),
+        ):
+            if value < least:
+                raise UserError(f"--{name} is {value}: give {least} or more")
+        if self.precision not in PRECISIONS:
+            raise UserError(f"--precision {self.precision!r}: choose from {', '.join(PRECISIONS)}")
+        if not 0 < recipe.lr < 1e3:
+            raise UserError(f"--lr is {recipe.lr:g}: give a learning rate above 0, such as 1e-3")
+        if self.teacher is None and self.teacher_weights is not None:
+            raise UserError("--teacher-weights needs --teacher")
+
+
+def choose_recipe(
+    name: str, epochs: int | None, batch_size: int | None, lr: float | None, distillation: str | None
+) -> Recipe:
+    """A recipe by name, with the user's changes. lr: the highest rate at the batch size in use.
+
+    Raises:
+        UserError: an unknown recipe or distillation.
+    """
+    from nas.recipes import RECIPES
+
+    if name not in RECIPES:
+        raise UserError(f"unknown --recipe {name!r}: choose from {', '.join(RECIPES)}")
+    if distillation not in (None, "hard", "soft"):
+        raise UserError(f"--distillation {distillation!r}: choose hard or soft")
+    recipe = RECIPES[name]
+    size = batch_size or recipe.batch_size
+    changes = {"epochs": epochs, "batch_size": batch_size, "distillation": distillation}
+    if lr is not None:
+        changes |= {"lr": lr, "lr_batch": size}
+    return replace(recipe, **{key: value for key, value in changes.items() if value is not None})
+
+
+def check_device(device: str | None) -> str:
+    """cpu or cuda; without one, cuda where it can be used.
+
+    Raises:
+        UserError: another device, or one that is not here.
+    """
+    import torch
+
+    here = torch.cuda.is_available()
+    if device not in (None, "cpu", "cuda"):
+        raise UserError(f"--device {device!r}: choose cpu or cuda")
+    if device == "cuda" and not here:
+        raise UserError("--device cuda: torch finds no CUDA device here")
+    return device or ("cuda" if here else "cpu")
+
+
+def default_workers(device: str) -> int:
+    """Processes that decode: none beside a training on the CPU, which uses its cores itself."""
+    return 0 if device == "cpu" else min(MAX_WORKERS, len(usable_cpus()))
+
+
+def default_folder(model: str, recipe: str) -> Path:
+    """runs/train-<model>-<recipe>."""
+    label = "-".join(part for part in model.strip("/").split("/") if part not in ("", ".", "..", "runs"))
+    return Path("runs") / f"train-{label.removesuffix('.json')}-{recipe}"
+
+
+def train(options: Options, command: str, say: Say, progress: Progress) -> dict[str, Any]:
+    """Train a network as `options` say; writes the folder's files and returns what metrics.json holds.
+
+    Where `torchrun` has started several processes, all of them call this; the first one writes and speaks.
+
+    Raises:
+        UserError: anything that the user can put right.
+    """
+    from search_spaces import ArchError
+
+    with processes(options.device) as device:
+        try:
+            return _Run(options, device, command, say, progress).run()
+        except ArchError as error:
+            raise UserError(str(error)) from None
+
+
+class _Run:
+    """One run of the command, from its folder's state to its results."""
+
+    def __init__(self, options: Options, device: str, command: str, say: Say, progress: Progress) -> None:
+        from nas.train import ranks
+
+        self.options, self.device, self.command = options, device, command
+        self.rank, self.processes = ranks()
+        if self.rank:
+            say, progress = (lambda line: None), (lambda *_: None)
+        self.job = Job(options.folder, options.fingerprint(), say, progress, device, RESULT)
+        self._queued: list[str] | None = []
+
+    def run(self) -> dict[str, Any]:
+        from nas.train import agreed
+
+        if agreed(self.job.finished):
+            self.job.say(f"{self.options.folder} is finished: these are its results")
+            return json.loads(self.job.result.read_text()) if not self.rank else {"error": None}
+        self._open()
+        training, guided = self._training(self._network(), self._teacher())
+        self._begin(training)
+        error = None
+        try:
+            with guided:
+                self._epochs(training)
+        except TrainingError as found:
+            error = found
+            self._go_back(training, found)
+        data = self._write(training, error) if not self.rank else {"error": error}
+        agreed(True)  # torchrun ends all processes when one has failed: the others wait until the first has written
+        return data
+
+    # What is trained, on what
+
+    def _open(self) -> None:
+        from nas.data import open_data
+        from nas.targets import find_target
+
+        options = self.options
+        self.target = find_target(options.model)
+        if self.target.arch is None:
+            raise UserError(f"{options.model} is an ONNX file: give a published name, an arch.json or a folder")
+        size = options.resolution or self.target.arch.resolution
+        arch = self.target.arch.at(size)
+        data = open_data(options.data, size, options.num_classes, options.seed)
+        self.data: ImageData = data.at(size, options.recipe.augmentation)
+        self.arch: Arch = arch.replace(num_classes=len(data.classes))
+        if data.demo:
+            self._note(f"no --data: trained and evaluated on {data.name}, as a demonstration")
+
+    def _network(self) -> nn.Module:
+        import torch
+
+        from pruning.transfer import transfer
+        from search_spaces import create_model
+
+        options = self.options
+        torch.manual_seed(options.seed)
+        model = create_model(self.arch)
+        if options.weights is None:
+            if self.target.weights is not None:
+                self._note(
+                    f"trained from random weights: --weights {self.target.weights} starts from the network's own"
+                )
+            return model
+        given = self.target.arch.replace(num_classes=self.arch.num_classes)
+        source = _with_weights("--weights", given, options.weights)
+        if source.untrained:
+            self._note(f"{options.weights} has another classifier: this one begins untrained")
+        if given.resolution != self.arch.resolution:
+            self._note(f"weights of {given.resolution} px, resized to {self.arch.resolution} px")
+        model.load_state_dict(transfer(given, source.state_dict(), self.arch))
+        return model
+
+    def _teacher(self) -> nn.Module | None:
+        options, recipe = self.options, self.options.recipe
+        if options.teacher is None:
+            if recipe.teacher is not None:
+                self._note(f"the recipe {recipe.name} has the teacher {recipe.teacher}: without one it differs from it")
+            return None
+        teacher = find_teacher(options.teacher, options.teacher_weights, self.data.classes)
+        self._note(f"{recipe.distillation} distillation from {options.teacher}")
+        return teacher
+
+    def _training(self, model: nn.Module, teacher: nn.Module | None) -> tuple[Training, Any]:
+        """The training, and what must be entered while it runs."""
+        from nas.data import loader
+        from nas.train import Training
+
+        options, guided = self.options, nullcontext()
+        if options.oracle is not None:
+            from search_spaces.oracle import start_from, with_oracle
+
+            oracle = _own("--oracle", options.oracle, None, self.data.classes)
+            start_from(model, oracle)
+            guided = with_oracle(model, oracle.to(self.device))
+            self._note(f"weights from the oracle {options.oracle}, which chooses the tokens in training")
+        at_once = min(EVALUATED_AT_ONCE, options.recipe.batch_size)
+        self._val = loader(self.data.val, at_once, shuffle=False, seed=options.seed, workers=options.workers)
+        training = Training(
+            model,
+            self.data.train,
+            options.recipe,
+            seed=options.seed,
+            device=self.device,
+            precision=options.precision,
+            teacher=teacher,
+            checkpoint=self.job.kept / "checkpoint",
+            workers=options.workers,
+            accumulate=options.accumulate,
+            compiled=options.compiled,
+            validate=self._evaluate if not self.rank else None,
+            say=self._note,
+        )
+        return training, guided
+
+    def _begin(self, training: Training) -> None:
+        """Everything asked for can be had: from here on the folder is written and notes are told."""
+        if not self.rank:
+            self.job.make_folder()
+        lines, self._queued = self._queued or (), None
+        for line in lines:
+            self._note(line)
+        if training.epoch:
+            self.job.say(f"going on after epoch {training.epoch} of {training.recipe.epochs}")
+        if not self.rank:
+            self.job.save()
+
+    def _evaluate(self, network: nn.Module) -> dict[str, Any]:
+        from nas.train import evaluate
+
+        found = evaluate(network, self._val, self.device)
+        return {"top1": found.top1, "ci": list(found.interval), "val_loss": found.loss, "val_images": found.total}
+
+    # Course
+
+    def _epochs(self, training: Training) -> None:
+        epochs = training.recipe.epochs
+        while training.epoch < epochs:
+            with self.job.phase("training") as progress:
+                training.run(training.epoch + 1, progress)
+            if not self.rank:
+                self.job.save()
+                self.job.say(epoch_line(training.history[-1], epochs))
+
+    def _go_back(self, training: Training, error: TrainingError) -> None:
+        training.restore()
+        done = training.epoch
+        self._note(f"{error}; " + (f"the weights of epoch {done} are kept" if done else "there are no earlier weights"))
+
+    def _write(self, training: Training, error: TrainingError | None) -> dict[str, Any]:
+        import torch
+
+        from nas.data import skipped_line
+        from nas.hardware import describe
+        from nas.measure import Settings
+        from nas.report import replace_file
+        from search_spaces import table
+
+        options, counts = self.options, table(self.arch)
+        broken = skipped_line([training.loader, self._val])
+        if broken:
+            self._note(broken)
+        if training.epoch:
+            with self.job.phase("exporting"):
+                save_network(training.network.cpu(), options.folder, 1, trained=True)
+        last = training.history[-1] if training.history else None
+        settings = Settings("torch", options.device, torch.get_num_threads(), training.images)
+        data = {
+            "model": options.model,
+            "command": self.command,
+            "started": self.job.state.started,
+            "finished": now(),
+            "family": self.arch.family,
+            "resolution": self.arch.resolution,
+            "params": counts.params(),
+            "macs": counts.macs(),
+            "data": {
+                "name": self.data.name,
+                "demo": self.data.demo,
+                "classes": len(self.data.classes),
+                "train": len(self.data.train),
+                "val": len(self.data.val),
+            },
+            "recipe": asdict(training.recipe) | {"peak_lr": training.recipe.peak_lr},
+            "options": options.fingerprint(),
+            "processes": self.processes,
+            "epochs": training.history,
+            "final": last and {"of": "moving average" if training.recipe.ema else "last weights", **last},
+            "hardware": describe(settings),
+            "notes": self.job.state.notes,
+            "phases": self.job.state.phases,
+            "error": str(error) if error else None,
+        }
+        replace_file(self.job.result, json.dumps(data, indent=1).encode())
+        if error is None:
+            self.job.finish()
+            (self.job.kept / "checkpoint").unlink()
+        return data
+
+    def _note(self, line: str) -> None:
+        """A note for the user and the results; a training that goes on does not repeat it."""
+        if self._queued is not None:
+            self._queued.append(line)
+        elif line not in self.job.state.notes:
+            self.job.note(line)
+
+
+def epoch_line(row: dict[str, Any], epochs: int) -> str:
+    low, high = row["ci"]
+    return (
+        f"epoch {row['epoch']}/{epochs}: loss {row['loss']:.3f}, top-1 {row['top1']:.1f}% [{low:.1f}..{high:.1f}], "
+        f"learning rate {row['lr']:.2g}, {row['images_per_s']:.0f} images/s"
+    )
+
+
+@contextmanager
+def processes(device: str) -> Iterator[str]:
+    """Join the processes that `torchrun` started, if it did; yields the device that this one trains on.
+
+    Raises:
+        UserError: fewer GPUs than processes here.
+    """
+    import torch
+    from torch import distributed
+
+    cuda = device == "cuda"
+    if int(os.environ.get("WORLD_SIZE", 1)) < 2:
+        yield device
+        return
+    local = int(os.environ["LOCAL_RANK"])
+    if cuda:
+        if local >= torch.cuda.device_count():
+            raise UserError(
+                f"process {local} has no GPU: torchrun --nproc-per-node {torch.cuda.device_count()} at most"
+            )
+        torch.cuda.set_device(local)
+    distributed.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
+    try:
+        yield f"cuda:{local}" if cuda else device
+    finally:
+        distributed.destroy_process_group()
+
+
+# Teachers
+
+
+def find_teacher(text: str, weights: str | None, classes: list[str]) -> nn.Module:
+    """A trained network that takes the student's images: (B, 3, R, R) -> (B, classes).
+
+    Raises:
+        UserError: no such network, weights that cannot be had, random ones, or another number of classes.
+    """
+    if not text.startswith(TIMM):
+        return _own("--teacher", text, weights, classes)
+    import timm
+
+    from search_spaces.weights import WeightsError, fit, offline_if_unreachable, read_state
+
+    name = text.removeprefix(TIMM)
+    if not timm.is_model(name):
+        near = ", ".join(timm.list_models(f"*{name.split('.')[0][:8]}*")[:3])
+        raise UserError(f"--teacher {text}: timm has no such network" + (f", but {near}" if near else ""))
+    try:
+        if weights is None:
+            with offline_if_unreachable():
+                model = timm.create_model(name, pretrained=True)
+        else:
+            model = timm.create_model(name, num_classes=len(classes))
+            if fit(model, dict(read_state(Path(weights)))):
+                raise WeightsError(f"{weights}: another classifier, which would teach nothing")
+    except WeightsError as error:
+        raise UserError(f"--teacher-weights: {error}") from None
+    except Exception as error:  # the weights' client raises kinds of its own
+        raise UserError(f"--teacher {text}: {first_line(error)}; --teacher-weights takes a file") from None
+    config = model.pretrained_cfg
+    fixed = config["input_size"][-1] if config.get("fixed_input_size") else None
+    return _fitting(f"--teacher {text}", model, (model.num_classes, len(classes)), fixed, config["mean"], config["std"])
+
+
+def _own(option: str, text: str, weights: str | None, classes: list[str]) -> nn.Module:
+    """A trained network of ours."""
+    from nas.targets import find_target
+
+    target = find_target(text)
+    if target.arch is None:
+        raise UserError(f"{option} {text} is an ONNX file: give a folder with model.safetensors, or timm/NAME")
+    source = weights or target.weights or ("timm" if target.folder is None else None)
+    if source is None:
+        raise UserError(f"{option} {text} has no model.safetensors: train it first, random weights teach nothing")
+    model = _with_weights(f"{option} {text}", target.arch, source)
+    if model.untrained:
+        raise UserError(f"{option} {text}: {source} has another classifier, which would teach nothing")
+    return _fitting(f"{option} {text}", model, (model.arch.num_classes, len(classes)), model.arch.resolution)
+
+
+def _with_weights(option: str, arch: Arch, weights: str | Path) -> nn.Module:
+    from search_spaces import create_model
+    from search_spaces.weights import WeightsError
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return create_model(arch, weights=weights)
+    except WeightsError as error:
+        raise UserError(f"{option}: {error}") from None
+
+
+def _fitting(
+    option: str,
+    model: nn.Module,
+    classes: tuple[int, int],
+    resolution: int | None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+) -> nn.Module:
+    """A network that takes a student's images: at its own resolution (None: any) and with its own normalisation (None:
+    ImageNet's).
+
+    Args:
+        classes: the network's, and the data's.
+    """
+    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    from torch import nn
+    from torchvision.transforms.v2 import Normalize, Resize
+
+    if classes[0] != classes[1]:
+        raise UserError(f"{option} has {classes[0]} classes and the data {classes[1]}: fine-tune it on the data first")
+    first: list[nn.Module] = []
+    if resolution is not None:
+        first.append(Resize((resolution, resolution)))
+    if mean is not None and std is not None and (mean, std) != (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD):
+        pairs = list(zip(mean, std, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, strict=True))
+        first.append(Normalize([(m - m0) / s0 for m, _, m0, s0 in pairs], [s / s0 for _, s, _, s0 in pairs]))
+    return nn.Sequential(*first, model)

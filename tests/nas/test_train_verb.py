@@ -1,0 +1,427 @@
+"""`vitnas train`: its folder, going on after a kill, several processes, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import nas.train
+from nas.data import loader, open_data, sample
+from nas.errors import UserError
+from nas.train import evaluate
+from search_spaces import Arch, create_model, get_arch
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ARGS = ("--epochs", "2", "--batch-size", "32", "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def small(helpers, tmp_path_factory) -> Callable[..., str]:
+    """Paths of tiny Archs as arch.json."""
+
+    def write(family: str, **changes) -> str:
+        arch = helpers.random_arch(family, 3, num_classes=10, **changes)
+        path = tmp_path_factory.mktemp(family) / "arch.json"
+        path.write_text(arch.to_json())
+        return str(path)
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def deit(small) -> str:
+    """DeiT of two narrow blocks at 32 px."""
+    block = {
+        "attn": {"heads": 2, "key_dim": 16, "value_dim": 16, "scale": 0.25},
+        "keep_rate": 1.0,
+        "fuse": False,
+        "ffn": {"hidden": 128},
+    }
+    return small("evit", resolution=32, patch_size=8, embed_dim=64, blocks=[block] * 2)
+
+
+@pytest.fixture
+def few(monkeypatch) -> None:
+    """A few digits are enough."""
+    import nas.data
+
+    def open_few(*args) -> nas.data.ImageData:
+        data = open_data(*args)
+        return dataclasses.replace(data, train=sample(data.train, 256, 0), val=sample(data.val, 64, 0))
+
+    monkeypatch.setattr(nas.data, "open_data", open_few)
+
+
+def metrics(folder: Path) -> dict:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def test_a_folder_that_export_and_bench_take(vitnas, deit, tmp_path):
+    out = tmp_path / "out"
+    code, _, err = vitnas("train", deit, "--out", str(out), *ARGS, "--lr", "0.004", "--json")
+    assert code == 0, err
+    assert "no --data" in err
+    assert "epoch 2/2: loss" in err
+    found = metrics(out)
+    assert {path.name for path in out.iterdir()} == {
+        "arch.json",
+        "model.safetensors",
+        "model.onnx",
+        "metrics.json",
+        "state",
+    }
+    assert [path.name for path in (out / "state").iterdir()] == ["state.json"]
+    assert [row["epoch"] for row in found["epochs"]] == [1, 2]
+    assert found["recipe"]["name"] == "quick"
+    assert found["recipe"]["peak_lr"] == 0.004
+    assert found["final"]["of"] == "last weights"
+    assert found["command"].startswith("vitnas train")
+    data = open_data(None, 32, 10, seed=0)
+    model = create_model(Arch.from_json((out / "arch.json").read_bytes()), weights=out / "model.safetensors")
+    accuracy = evaluate(model, loader(data.val, 64, shuffle=False, seed=0))
+    assert (found["final"]["val_images"], found["data"]["val"]) == (accuracy.total, accuracy.total)
+    assert found["final"]["top1"] == pytest.approx(accuracy.top1)
+    assert found["final"]["ci"] == pytest.approx(accuracy.interval)
+    assert accuracy.top1 > 20
+
+    code, _, err = vitnas("train", deit, "--out", str(out), *ARGS, "--lr", "0.004")
+    assert code == 0
+    assert "is finished" in err
+    vitnas.refused(vitnas("train", deit, "--out", str(out), *ARGS), "another run", "lr")
+
+    code, text, _ = vitnas("export", str(out), "--out", str(tmp_path / "exported"))
+    assert (code, "with the given weights" in text) == (0, True)
+    again = load_file(tmp_path / "exported" / "model.safetensors")
+    assert all(torch.equal(value, again[name]) for name, value in load_file(out / "model.safetensors").items())
+    assert vitnas("bench", str(out), "--rounds", "3", "--threads", "1")[0] == 0
+
+
+def killed(args: list[str], checkpoint: Path) -> None:
+    """Run the command in a process, and kill it within the epoch after its first checkpoint."""
+    child = subprocess.Popen(
+        [sys.executable, "-m", "nas.cli", "train", *args],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not checkpoint.is_file():
+        assert child.poll() is None, child.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(0.2)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert child.returncode == -signal.SIGKILL
+
+
+def test_killed_it_goes_on_bit_for_bit(vitnas, small, tmp_path):
+    """`kill -9` within an epoch, then the same command: the weights of a training that was never stopped."""
+    model = small("levit", resolution=32)
+    first, second = tmp_path / "killed", tmp_path / "whole"
+    args = [model, "--epochs", "2", "--batch-size", "32", "--device", "cpu"]
+    killed([*args, "--out", str(first)], first / "state" / "checkpoint")
+    assert not (first / "metrics.json").exists()
+    code, _, err = vitnas("train", *args, "--out", str(first))
+    assert code == 0, err
+    assert "going on after epoch 1 of 2" in err
+    assert vitnas("train", *args, "--out", str(second))[0] == 0
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (first, second))
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+    losses = [[row["loss"] for row in metrics(folder)["epochs"]] for folder in (first, second)]
+    assert losses[0] == losses[1]
+
+
+PAIR = """
+from dataclasses import replace
+from pathlib import Path
+import torch
+from nas.data import open_data, sample
+from nas.recipes import RECIPES
+from nas.train import Training, ranks
+from nas.training import processes
+from search_spaces import Arch, create_model
+
+with processes("cpu") as device:
+    rank, world = ranks()
+    for path, ema in ((deit, None), (levit, 0.99)):
+        arch = Arch.from_json(Path(path).read_bytes())
+        torch.manual_seed(rank)  # DistributedDataParallel hands out the first process's weights
+        data = sample(open_data(None, arch.resolution, 10, seed=0).calibration, 140, seed=0)
+        recipe = replace(RECIPES["quick"], epochs=2, batch_size=32, ema=ema, clip=("agc", 0.1))
+        name = f"{arch.family}-{world}"
+        for stop in (1, 2) if ema else (2,):
+            file = Path(folder, name)
+            training = Training(create_model(arch), data, recipe, device=device, checkpoint=file, accumulate=2)
+            training.run(stop)
+        torch.save(training.network.state_dict(), Path(folder, f"{name}-{rank}.pt"))
+"""
+
+
+def test_two_processes_are_one_with_twice_the_batch(small, deit, tmp_path):
+    """On a network without BatchNorm to rounding; one with BatchNorm ends equal in both, also after a stop."""
+    levit = small("levit")
+    script = f"deit, levit, folder = {deit!r}, {levit!r}, {str(tmp_path)!r}\n{PAIR}"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    started = []
+    for rank in range(2):
+        where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        env = os.environ | {key: str(value) for key, value in (where | {"OMP_NUM_THREADS": 1}).items()}
+        command = [sys.executable, "-c", script]
+        started.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
+    exec(script, {})
+    for child in started:
+        assert child.wait(120) == 0, child.stderr.read()
+
+    def weights(name: str) -> dict[str, Tensor]:
+        return torch.load(tmp_path / f"{name}.pt", weights_only=True)
+
+    alone, first, second = weights("evit-1-0"), weights("evit-2-0"), weights("evit-2-1")
+    fresh = create_model(Arch.from_json(Path(deit).read_bytes())).state_dict()
+    assert all(torch.equal(first[name], value) for name, value in second.items())
+    moved = max(float((alone[name] - fresh[name]).abs().max()) for name in fresh)
+    assert max(float((alone[name] - value).abs().max()) for name, value in first.items()) < 1e-3 * moved
+    first, second = weights("levit-2-0"), weights("levit-2-1")
+    assert any("running_mean" in name for name in first)
+    assert all(torch.equal(first[name], value) for name, value in second.items())
+
+
+@pytest.mark.slow
+def test_torchrun(deit, tmp_path):
+    """One folder, one voice."""
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "nas.cli", "train", deit]
+    for _ in range(2):
+        done = subprocess.run(
+            [*command, "--out", str(out), *ARGS],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("Top-1") == 1
+    assert done.stderr.count("is finished") == 1
+    found = metrics(out)
+    assert found["processes"] == 2
+    assert found["final"]["top1"] > 20
+
+
+def test_a_loss_that_is_not_finite_leaves_the_last_good_weights(vitnas, deit, tmp_path, monkeypatch):
+    out, said = tmp_path / "out", tmp_path / "whole"
+    assert vitnas("train", deit, "--out", str(said), "--epochs", "1", *ARGS[2:])[0] == 0
+    step = nas.train.Updater.step
+    updates = []
+
+    def failing(self, at, batches):
+        updates.append(at)
+        return step(self, at, batches) * (float("nan") if at == 60 else 1.0)
+
+    monkeypatch.setattr(nas.train.Updater, "step", failing)
+    code, _, err = vitnas("train", deit, "--out", str(out), *ARGS)
+    assert code == 1
+    assert updates[-1] == 60
+    (line,) = (line for line in err.splitlines() if "no longer finite" in line)
+    assert "in epoch 2: lower the learning rate" in line
+    assert "the weights of epoch 1 are kept" in line
+    found = metrics(out)
+    assert found["final"]["epoch"] == 1
+    assert "no longer finite" in found["error"]
+    data = open_data(None, 32, 10, seed=0)
+    model = create_model(Arch.from_json((out / "arch.json").read_bytes()), weights=out / "model.safetensors")
+    assert evaluate(model, loader(data.val, 64, shuffle=False, seed=0)).top1 == pytest.approx(found["final"]["top1"])
+    monkeypatch.undo()
+    code, _, err = vitnas("train", deit, "--out", str(out), *ARGS)
+    assert (code, metrics(out)["error"]) == (0, None)
+    assert "going on after epoch 1" in err
+
+
+def test_a_loss_that_is_not_finite_at_once_leaves_no_weights(vitnas, deit, tmp_path):
+    code, _, err = vitnas("train", deit, "--out", str(tmp_path / "out"), *ARGS, "--lr", "999")
+    assert code == 1, err
+    assert "there are no earlier weights" in err or "the weights of epoch" in err
+
+
+# Fine-tuning, teachers
+
+
+@pytest.fixture(scope="module")
+def trained(helpers, small, tmp_path_factory) -> Path:
+    """A folder with a LeViT at 64 px and its weights."""
+    from nas.export import save_weights
+
+    arch = Arch.from_json(Path(small("levit", resolution=64, distilled=True)).read_bytes())
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "arch.json").write_text(arch.to_json())
+    save_weights(helpers.randomise(create_model(arch), 1), folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.usefixtures("few")
+def test_fine_tuning_begins_with_the_weights_given(vitnas, trained, tmp_path, monkeypatch):
+    """At another resolution the bias tables are resized; without --weights a note names those beside the Arch."""
+    begun = {}
+
+    class Peek(nas.train.Training):
+        def __init__(self, model, *args, **kwargs) -> None:
+            begun[model.arch.resolution] = {name: value.clone() for name, value in model.state_dict().items()}
+            super().__init__(model, *args, **kwargs)
+
+    monkeypatch.setattr(nas.train, "Training", Peek)
+    weights = str(trained / "model.safetensors")
+    args = ("--weights", weights, "--epochs", "1", "--batch-size", "128")
+    for size in (64, 96):
+        out = tmp_path / str(size)
+        code, _, err = vitnas("train", str(trained), "--resolution", str(size), *args, "--out", str(out))
+        assert code == 0, err
+        assert metrics(out)["recipe"]["name"] == "finetune"
+        assert ("64 px, resized to 96 px" in err) == (size == 96)
+    given = load_file(weights)
+    assert all(torch.equal(given[name], value) for name, value in begun[64].items())
+    changed = {name for name, value in begun[96].items() if not torch.equal(given[name], value)}
+    assert changed
+    assert all(name.endswith("bias.table") for name in changed)
+    code, _, err = vitnas("train", str(trained), "--epochs", "1", "--batch-size", "128", "--out", str(tmp_path / "x"))
+    assert code == 0
+    assert f"--weights {weights} starts from" in err
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("distillation", ["hard", "soft"])
+def test_a_folder_teaches(vitnas, trained, deit, tmp_path, distillation):
+    """A teacher of another family and resolution."""
+    out = tmp_path / "out"
+    code, _, err = vitnas(
+        "train",
+        deit,
+        "--teacher",
+        str(trained),
+        "--distillation",
+        distillation,
+        "--out",
+        str(out),
+        "--epochs",
+        "1",
+        "--batch-size",
+        "128",
+    )
+    assert code == 0, err
+    assert f"{distillation} distillation from {trained}" in err
+    assert metrics(out)["recipe"]["distillation"] == distillation
+
+
+def test_timm_s_networks_teach_as_they_were_trained(tmp_path):
+    """Their weights from a file; their own normalisation and resolution."""
+    import timm
+
+    from nas.training import find_teacher
+
+    model = timm.create_model("vit_tiny_patch16_224.augreg_in21k_ft_in1k", num_classes=10, depth=1).eval()
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    with pytest.raises(UserError, match="--teacher-weights: the weights lack blocks"):
+        find_teacher("timm/vit_tiny_patch16_224", str(tmp_path / "weights.pth"), ["class"] * 10)
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=10).eval()
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    teacher = find_teacher("timm/vit_tiny_patch16_224", str(tmp_path / "weights.pth"), ["class"] * 10).eval()
+    pixels = torch.rand(2, 3, 224, 224)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    assert model.pretrained_cfg["mean"] == (0.5, 0.5, 0.5)
+    with torch.no_grad():
+        assert torch.allclose(teacher((pixels - mean) / std), model((pixels - 0.5) / 0.5), atol=1e-4)
+        assert teacher(torch.rand(2, 3, 64, 64)).shape == (2, 10)
+
+
+def test_an_oracle_lends_weights_and_chooses_tokens(vitnas, small, deit, tmp_path):
+    oracle = tmp_path / "oracle"
+    args = ("--epochs", "1", "--batch-size", "128")
+    assert vitnas("train", deit, "--out", str(oracle), *args)[0] == 0
+    raw = json.loads(Path(deit).read_text())
+    raw["blocks"][0] |= {"keep_rate": 0.5, "fuse": True}
+    student = tmp_path / "arch.json"
+    student.write_text(json.dumps(raw))
+    code, _, err = vitnas("train", str(student), "--oracle", str(oracle), "--out", str(tmp_path / "out"), *args)
+    assert code == 0, err
+    assert "chooses the tokens" in err
+    assert metrics(tmp_path / "out")["final"]["loss"] < metrics(oracle)["final"]["loss"]
+    refused = vitnas("train", small("levit"), "--oracle", str(oracle), "--out", str(tmp_path / "x"), *args)
+    vitnas.refused(refused, "EViT")
+
+
+# Refused
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("--recipe", "slow"), ("unknown --recipe 'slow'", "quick")),
+        (("--epochs", "0"), ("--epochs is 0",)),
+        (("--batch-size", "1"), ("--batch-size is 1",)),
+        (("--accumulate", "0"), ("--accumulate is 0",)),
+        (("--lr", "0"), ("--lr is 0",)),
+        (("--precision", "int8"), ("--precision 'int8'", "bf16")),
+        (("--device", "tpu"), ("--device 'tpu'",)),
+        (("--distillation", "firm"), ("--distillation 'firm'",)),
+        (("--num-classes", "12"), ("--num-classes",)),
+        (("--data", "/no/such/folder"), ("/no/such/folder",)),
+        (("--resolution", "33"), ("33",)),
+        (("--weights", "no.safetensors"), ("--weights", "no such file")),
+        (("--weights", "timm"), ("--weights", "no pretrained weights")),
+        (("--teacher-weights", "x.pth"), ("--teacher-weights needs --teacher",)),
+        (("--teacher", "timm/no_such_network"), ("--teacher timm/no_such_network", "no such network")),
+        (("--teacher", "no_such_network"), ("no_such_network",)),
+        (("--teacher", "no/folder"), ("no/folder",)),
+        (("--teacher", "sepvit_lite"), ("--teacher sepvit_lite", "no pretrained weights")),
+        (("--teacher", "timm/resnet10t", "--teacher-weights", "x.pth"), ("x.pth: no such file",)),
+    ],
+)
+def test_bad_input_is_one_line(vitnas, deit, tmp_path, args, words):
+    out = tmp_path / "out"
+    vitnas.refused(vitnas("train", deit, "--out", str(out), "--device", "cpu", *args), *words)
+    assert not out.exists()
+
+
+def test_a_teacher_without_trained_weights_is_refused(vitnas, deit, tmp_path, monkeypatch):
+    """A folder without any, one of other classes, and a host that cannot be reached."""
+    import timm
+
+    bare, other, seven = tmp_path / "bare", tmp_path / "other", str(tmp_path / "seven.pth")
+    for folder, classes in ((bare, 10), (other, 7)):
+        folder.mkdir()
+        (folder / "arch.json").write_text(get_arch("shvit_s1", classes).at(64).to_json())
+    torch.save(create_model(get_arch("shvit_s1", 7).at(64)).state_dict(), seven)
+
+    def unreachable(*args, **kwargs):
+        raise OSError("cannot reach the host")
+
+    monkeypatch.setattr(timm, "create_model", unreachable)
+    for words, expected in (
+        (("--teacher", str(bare)), "has no model.safetensors"),
+        (("--teacher", str(other), "--teacher-weights", seven), "7 classes and the data 10"),
+        (("--teacher", str(bare), "--teacher-weights", seven), "another classifier"),
+        (("--teacher", "timm/regnety_160.deit_in1k"), "cannot reach the host"),
+        (("--teacher", "levit_128s"), "could not fetch"),
+    ):
+        vitnas.refused(vitnas("train", deit, "--out", str(tmp_path / "out"), *words), expected)
+
+
+def test_a_full_disk_is_told(vitnas, deit, tmp_path, fill_disk):
+    fill_disk()
+    code, _, err = vitnas("train", deit, "--out", str(tmp_path / "out"), *ARGS)
+    assert code == 2
+    assert "checkpoint of epoch 1 cannot be written" in err.splitlines()[-1]
+    assert "No space left" in err.splitlines()[-1]
