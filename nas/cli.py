@@ -43,9 +43,28 @@ def search(
     latency_budget: Annotated[str, typer.Option(help="Latency with its unit: 2ms, 1.5ms, 800us.")],
     device: Device = "cpu",
     family: Annotated[list[str] | None, typer.Option(help="Family to search; repeatable.  [default: all five]")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Images to train candidates on: a folder (train/<class>/ beside val/<class>/, or <class>/), "
+            "torch/NAME, hfds/NAME or wds/SHARDS.  [default: none, and only size is judged]"
+        ),
+    ] = None,
+    quality: Annotated[
+        str,
+        typer.Option(
+            help="How networks are judged: prior (by size), train, inherit (from --parent), supernet, or auto."
+        ),
+    ] = "auto",
+    parent: Annotated[
+        str | None, typer.Option(help="Trained network to inherit from: a folder with weights, or a published name.")
+    ] = None,
     trials: Annotated[
-        int, typer.Option(help="Trials the study shall hold in all, those of earlier runs included.")
-    ] = 100,
+        int | None,
+        typer.Option(
+            help="Trials the study shall hold in all, those of earlier runs included.  [default: 100; 40 with --data]"
+        ),
+    ] = None,
     timeout: Annotated[str | None, typer.Option(help="Start no trial after this time: 90s, 10m, 1h.")] = None,
     study: Annotated[
         str | None, typer.Option(help="Study name.  [default: from device, runtime, budget and families]")
@@ -54,29 +73,58 @@ def search(
     batch_size: BatchSize = 1,
     threads: Threads = None,
     runtime: RuntimeName = None,
-    sampler: Annotated[str, typer.Option(help="auto, gp, tpe, nsga2 or random.")] = "auto",
+    sampler: Annotated[
+        str, typer.Option(help="auto, gp, tpe, nsga2 or random. With --data, auto is the tier's own surrogate.")
+    ] = "auto",
     storage: Annotated[
         str | None, typer.Option(help="Database URL for workers on several machines.  [default: a journal in the run]")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the sampler.")] = None,
-    num_classes: Annotated[int, typer.Option(help="Classes of the networks' head.")] = 1000,
+    seed: Annotated[int | None, typer.Option(help="Seed of the sampler, of splits and of trainings.")] = None,
+    num_classes: Annotated[
+        int | None, typer.Option(help="Classes of the networks' head.  [default: the data's, or 1000]")
+    ] = None,
+    resolution: Annotated[
+        int | None, typer.Option(help="Input resolution of all networks, in px.  [default: it is searched]")
+    ] = None,
+    train_images: Annotated[
+        int, typer.Option(help="Images of --data that candidates are trained on at most.")
+    ] = 10_000,
+    epochs: Annotated[
+        int | None, typer.Option(help="Epochs a candidate is trained at most.  [default: 9; 3 where it inherits]")
+    ] = None,
+    final_epochs: Annotated[int, typer.Option(help="Epochs of the trainings at the end.")] = 30,
+    seeds: Annotated[int, typer.Option(help="Seeds of the trainings at the end.")] = 3,
+    validate: Annotated[
+        int, typer.Option(help="Train so many held-out networks fully, to measure how well the tier ranks; 0: none.")
+    ] = 0,
     as_json: Json = False,
 ) -> None:
     """Search networks that meet a latency budget on this device, as measured on it.
 
-    The same command continues its study. Ctrl-C ends it cleanly, with the report written. Exit codes: 0 a network
-    was found, 1 nothing fits the budget, 2 bad input.
+    With --data candidates are trained on your images, and at the end the winner and a published network are trained
+    fully, by one recipe. The same command continues its study. Ctrl-C ends it cleanly, with the report written. Exit
+    codes: 0 a network was found, 1 nothing fits the budget, 2 bad input.
     """
     from nas.units import parse_budget, parse_duration
 
     budget_ms = parse_budget(latency_budget)
     timeout_s = parse_duration(timeout) if timeout else None
-    if trials < 1:
+    if trials is not None and trials < 1:
         raise UserError(f"--trials is {trials}: give 1 or more")
-    if not 1 <= num_classes <= 100_000:
+    if num_classes is not None and not 1 <= num_classes <= 100_000:
         raise UserError(f"--num-classes is {num_classes}: give 1 to 100000")
+    if resolution is not None and (resolution % 32 or not 32 <= resolution <= 512):
+        raise UserError(f"--resolution is {resolution}: give a multiple of 32 from 32 to 512")
     settings = settings_of(runtime, device, threads, batch_size)
     families = families_of(family)
+    tier = tier_of(quality, data, parent)
+    lessons = None
+    if tier != "prior":
+        from nas.schooling import DEFAULT_EPOCHS, Lessons
+
+        lessons = Lessons(data, train_images, epochs or DEFAULT_EPOCHS[tier], final_epochs, seeds, validate, parent)
+        lessons.check()
+        families = inheriting(parent, families, family) if tier == "inherit" else families
 
     from nas.display import show_result, watch
     from nas.outcome import finish_run
@@ -85,23 +133,44 @@ def search(
     from nas.storage import storage_errors
 
     name = study or default_study(
-        {"device": device, "runtime": settings.runtime, "budget_ms": budget_ms, "families": families}
+        {"device": device, "runtime": settings.runtime, "budget_ms": budget_ms, "families": families, "quality": tier}
     )
     if not name.strip(".") or "/" in name or "\0" in name:
         raise UserError(f"--study {name!r} cannot be a folder's name")
-    options = Options(budget_ms, settings, families, trials, timeout_s, name, out, storage, sampler, seed, num_classes)
-    with watch(options) as (progress, say):
-        found, run = run_search(options, progress, say)
-    with storage_errors(storage_of(options)), watch(options, closing=True) as (progress, _):
-        try:
-            data = finish_run(options, found, run, command_line(), progress)
-        except KeyboardInterrupt:
-            run.interrupted = True
-            data = finish_run(options, found, run, command_line())
-    show_result(data, options.folder, to_stderr=as_json)
+    images = None
+    if lessons is not None:
+        from nas.data import open_data
+
+        images = open_data(data, resolution or 224, num_classes, seed or 0)
+        num_classes = len(images.classes)
+    options = Options(
+        budget_ms=budget_ms,
+        settings=settings,
+        families=families,
+        trials=trials or (40 if lessons else 100),
+        timeout_s=timeout_s,
+        study=name,
+        out=out,
+        storage=storage,
+        sampler=sampler,
+        seed=seed,
+        num_classes=num_classes or 1000,
+        quality=tier,
+        resolution=resolution,
+        lessons=lessons,
+    )
+    with watch(options) as (progress, say, phase):
+        found, run = run_search(options, progress, say, phase, images)
+        with storage_errors(storage_of(options)):
+            try:
+                result = finish_run(options, found, run, command_line(), phase)
+            except KeyboardInterrupt:
+                run.interrupted = True
+                result = finish_run(options, found, run, command_line())
+    show_result(result, options.folder, to_stderr=as_json)
     if as_json:
-        print(json.dumps({key: data[key] for key in data if key != "trials"} | {"folder": str(options.folder)}))
-    raise typer.Exit(0 if data["winner"] else 1)
+        print(json.dumps({key: result[key] for key in result if key != "trials"} | {"folder": str(options.folder)}))
+    raise typer.Exit(0 if result["winner"] else 1)
 
 
 @app.command(epilog="Example:  vitnas models --json")
@@ -142,7 +211,7 @@ def show(model: Model, as_json: Json = False) -> None:
 
     arch = find_arch(model)
     counts, tier = table(arch), Prior()
-    estimate = tier.estimate(arch, counts.macs())
+    estimate = tier.estimate(arch, counts)
     row = {
         "model": model,
         "family": arch.family,
@@ -204,8 +273,11 @@ def prune(
     params: Annotated[str | None, typer.Option(help="Budget: 0.5x of its parameters, or 4M.")] = None,
     latency_budget: Annotated[str | None, typer.Option(help="Budget as measured here: 1.5ms or 0.6x.")] = None,
     data: Annotated[
-        Path | None,
-        typer.Option(help="Image folder: train/<class>/ beside val/<class>/, or <class>/.  [default: digits, a demo]"),
+        str | None,
+        typer.Option(
+            help="Images: a folder (train/<class>/ beside val/<class>/, or <class>/), torch/NAME, hfds/NAME or "
+            "wds/SHARDS.  [default: digits, a demo]"
+        ),
     ] = None,
     weights: Annotated[
         str | None,
@@ -267,23 +339,123 @@ def prune(
     raise typer.Exit(0 if found["budget"]["met"] else 1)
 
 
+@app.command(
+    epilog="Examples:\n\n  vitnas train efficientvit_m0 --data ./images --resolution 128\n\n"
+    "  vitnas train levit_192 --weights timm --data ./images\n\n"
+    "  torchrun --nproc-per-node 8 -m nas.cli train levit_192 --data ./imagenet --recipe levit "
+    "--teacher timm/regnety_160.deit_in1k --precision bf16"
+)
+def train(
+    model: Model,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Images: a folder (train/<class>/ beside val/<class>/, or <class>/), torch/NAME, hfds/NAME or "
+            "wds/SHARDS.  [default: digits, a demo]"
+        ),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="quick, finetune, or a published one: levit, efficientvit, evit, shvit, sepvit.  [default: quick; "
+            "finetune with --weights]"
+        ),
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Epochs.  [default: the recipe's]")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Images an update, of all processes.  [default: the recipe's]")
+    ] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Highest learning rate.  [default: the recipe's, scaled with the batch size]")
+    ] = None,
+    resolution: Annotated[int | None, typer.Option(help="Input resolution in px.  [default: the network's]")] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Start from timm's, or from a .safetensors or .pth file.  [default: random]")
+    ] = None,
+    num_classes: Annotated[int | None, typer.Option(help="Classes the data must have.")] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="Distil from timm/NAME, a published name, or a folder with weights.")
+    ] = None,
+    teacher_weights: Annotated[
+        str | None, typer.Option(help="The teacher's weights, a file.  [default: timm's, or the folder's own]")
+    ] = None,
+    distillation: Annotated[
+        str | None, typer.Option(help="hard (the teacher's choice) or soft (its logits).  [default: the recipe's]")
+    ] = None,
+    oracle: Annotated[
+        str | None, typer.Option(help="For EViT: a trained DeiT of its depth that lends weights and chooses tokens.")
+    ] = None,
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16 (autocast).")] = "fp32",
+    accumulate: Annotated[int, typer.Option(help="Parts in which an update's images come.")] = 1,
+    compiled: Annotated[bool, typer.Option("--compile", help="Use torch.compile.")] = False,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes that decode images.  [default: 0 on cpu, else up to 8]")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of splits, weights and training.")] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.  [default: cuda where there is one]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write to.  [default: one in runs/]")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train a network on images; the accuracy told is that of the last epoch's weights, never of the best one.
+
+    The same command continues an interrupted training after its last finished epoch. Exit codes: 0 done, 1 the loss
+    was no longer finite (weights of the epoch before are kept), 2 bad input.
+    """
+    from nas.display import show_train, watch_images
+    from nas.training import Options, check_device, choose_recipe, default_folder, default_workers
+    from nas.training import train as run_train
+
+    chosen = choose_recipe(recipe or ("quick" if weights is None else "finetune"), epochs, batch_size, lr, distillation)
+    device = check_device(device)
+    options = Options(
+        model=model,
+        recipe=chosen,
+        device=device,
+        folder=out or default_folder(model, chosen.name),
+        data=data,
+        resolution=resolution,
+        num_classes=num_classes,
+        weights=weights,
+        teacher=teacher,
+        teacher_weights=teacher_weights,
+        oracle=oracle,
+        precision=precision,
+        accumulate=accumulate,
+        compiled=compiled,
+        workers=default_workers(device) if workers is None else workers,
+        seed=seed,
+    )
+    options.check()
+    with watch_images() as (progress, say):
+        found = run_train(options, command_line(), say, progress)
+    if "final" in found:
+        show_train(found, options.folder, to_stderr=as_json)
+        if as_json:
+            print(json.dumps(found | {"folder": str(options.folder)}))
+    raise typer.Exit(1 if found["error"] else 0)
+
+
 @app.command(epilog="Example:  vitnas export levit_128s --weights timm --out levit")
 def export(
     model: Model,
     out: Annotated[Path, typer.Option(help="Folder to write arch.json, model.onnx and model.safetensors to.")],
     weights: Annotated[
-        str | None, typer.Option(help="timm, or a .safetensors or .pth state dict in timm's naming or ours.")
+        str | None,
+        typer.Option(
+            help="timm, or a .safetensors or .pth state dict in timm's naming or ours.  [default: the folder's own]"
+        ),
     ] = None,
     num_classes: Annotated[int | None, typer.Option(help="Classes.  [default: the network's own]")] = None,
     batch_size: BatchSize = 1,
 ) -> None:
     """Write a network as ONNX (BatchNorm folded, static shapes), checked against PyTorch."""
     from nas.export import export_folder
-    from nas.targets import find_arch
+    from nas.targets import find_arch, find_target
 
     if batch_size < 1:
         raise UserError(f"--batch-size is {batch_size}: give 1 or more")
-    print(export_folder(find_arch(model), out, weights, num_classes, batch_size))
+    arch, beside = find_arch(model), find_target(model).weights
+    print(export_folder(arch, out, weights or (beside and str(beside)), num_classes, batch_size))
 
 
 @app.command(epilog="Example:  vitnas dashboard runs/cpu-onnxruntime-2ms-all --port 8090")
@@ -329,6 +501,37 @@ def settings_of(runtime: str | None, device: str, threads: int | None, batch_siz
     )
     check_settings(settings)
     return settings
+
+
+def tier_of(quality: str, data: str | None, parent: str | None) -> str:
+    """The tier that `--quality` names, or that the data and the parent allow."""
+    from nas.quality import TIERS
+
+    if quality not in ("auto", *TIERS):
+        raise UserError(f"--quality {quality!r}: choose auto, {', '.join(TIERS)}")
+    if data is None and (parent is not None or quality not in ("auto", "prior")):
+        raise UserError(
+            f"{'--parent' if parent is not None else f'--quality {quality}'} needs --data: images to train on"
+        )
+    if quality == "auto":
+        return "prior" if data is None else "train" if parent is None else "inherit"
+    if quality == "inherit" and parent is None:
+        raise UserError("--quality inherit needs --parent: a folder with trained weights, or a published name")
+    if parent is not None and quality != "inherit":
+        raise UserError(f"--quality {quality} inherits nothing: leave out --parent, or give --quality inherit")
+    if quality == "prior" and data is not None:
+        raise UserError("--quality prior trains nothing: leave out --data, or give --num-classes alone")
+    return quality
+
+
+def inheriting(parent: str | None, families: tuple[str, ...], named: list[str] | None) -> tuple[str, ...]:
+    """The parent's family, which must be among those named."""
+    from nas.targets import find_arch
+
+    family = find_arch(parent or "").family
+    if named and family not in families:
+        raise UserError(f"--parent {parent} is of the family {family}, which --family leaves out")
+    return (family,)
 
 
 def families_of(names: list[str] | None) -> tuple[str, ...]:

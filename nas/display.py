@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,30 +22,40 @@ if TYPE_CHECKING:
     from nas.search import Options, Progress
 
 PIPE_WIDTH = 150
+DRAW_EVERY_S = 0.2
 LINES_EVERY = 10
 """Trials between two lines of progress where standard error is no terminal."""
 
 
 @contextmanager
-def watch(options: Options, closing: bool = False) -> Iterator[tuple[Callable[..., None], Callable[[str], None]]]:
-    """Live progress of a search, or of its closing run: yields (progress callback, say)."""
-    if closing:
-        with watch_rounds("closing side-by-side run") as rounds:
-            yield rounds, lambda line: None
-        return
+def watch(
+    options: Options,
+) -> Iterator[tuple[Callable[[Progress], None], Callable[[str], None], Callable[[str, int, int], None]]]:
+    """Live progress of a search: yields callbacks for a trial's end, for a line to say, and for what goes on inside a
+    trial or after them (what, done, in all)."""
     with bar_of(TextColumn("{task.fields[state]}")) as bar:
         task = bar.add_task("trials", total=options.trials, state="starting")
+        inner = bar.add_task("", total=None, state="", visible=False)
+        every = 1 if options.lessons else LINES_EVERY
+        said: set[str] = set()
 
         def update(progress: Progress) -> None:
+            bar.update(inner, visible=False)
             bar.update(task, completed=progress.done, state=state_line(progress), refresh=True)
-            if bar.disable and (progress.done % LINES_EVERY == 0 or progress.done >= progress.total):
+            if bar.disable and (progress.done % every == 0 or progress.done >= progress.total):
                 print(f"trial {progress.done}/{progress.total}: {state_line(progress)}", file=sys.stderr, flush=True)
 
-        yield update, lambda line: bar.console.print(line)
+        def phase(what: str, done: int, total: int) -> None:
+            bar.update(inner, description=what, completed=done, total=total, visible=True, refresh=True)
+            if bar.disable and what != "training" and what not in said:
+                said.add(what)
+                print(what, file=sys.stderr, flush=True)
+
+        yield update, lambda line: bar.console.print(line, markup=False, highlight=False, soft_wrap=True), phase
 
 
 def bar_of(*more: TextColumn) -> Bar:
-    """A progress bar on standard error, silent where that is no terminal.
+    """A progress bar on standard error, silent where that is no terminal, and in all of torchrun's processes but one.
 
     It is drawn only when told to: a refreshing thread would take time from what is being measured.
     """
@@ -54,7 +66,7 @@ def bar_of(*more: TextColumn) -> Bar:
         MofNCompleteColumn(),
         *more,
         console=console,
-        disable=not console.is_terminal,
+        disable=not console.is_terminal or os.environ.get("RANK", "0") != "0",
         transient=True,
         auto_refresh=False,
     )
@@ -79,11 +91,32 @@ def watch_phases() -> Iterator[tuple[Callable[[str, int, int], None], Callable[[
         )
 
 
+@contextmanager
+def watch_images() -> Iterator[tuple[Callable[[str, int, int], None], Callable[[str], None]]]:
+    """As `watch_phases`, for phases that count images: with images a second and the time left."""
+    with bar_of(TextColumn("{task.fields[state]}")) as bar:
+        task = bar.add_task("starting", total=None, state="")
+        drawn = 0.0
+
+        def progress(phase: str, done: int, total: int) -> None:
+            nonlocal drawn
+            bar.update(task, description=phase, completed=done, total=total)
+            now = time.monotonic()
+            if not bar.disable and now - drawn > DRAW_EVERY_S:
+                drawn, known = now, bar.tasks[0]
+                if known.speed:
+                    left = clock(known.time_remaining or 0)
+                    bar.update(task, state=f"images, {known.speed:,.0f} a second, {left} left")
+                bar.refresh()
+
+        yield progress, lambda line: bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 def state_line(progress: Progress) -> str:
     best = progress.best
     parts = [f"{progress.feasible} within budget"]
     if best:
-        parts.append(f"best {interval(best)} predicted ({best['family']}, {best['latency_ms']:.2f} ms)")
+        parts.append(f"best {interval(best)} estimated ({best['family']}, {best['latency_ms']:.2f} ms)")
     if progress.seconds_left:
         parts.append(f"about {clock(progress.seconds_left)} left")
     return ", ".join(parts)
@@ -113,11 +146,15 @@ def show_result(data: Mapping[str, Any], folder: Path, to_stderr: bool) -> None:
     else:
         console.print(
             f"Best within {budget} ({where}): {winner['label']} of the family {winner['family']}, "
-            f"{winner['latency_ms']:.2f} ms, predicted top-1 {interval(winner)} (prior)."
+            f"{winner['latency_ms']:.2f} ms, {data['quality_tier']['label']} {interval(winner)}."
         )
     if data["final"]:
         console.print(final_table(data["final"], budget))
-        console.print("One interleaved run. Intervals of latency: 95%, of its median. Weights are untrained.")
+        console.print(
+            "One interleaved run. Intervals of latency: 95%, of its median."
+            + (" Weights are untrained." if data["untrained"] else "")
+        )
+    show_accuracy(console, data)
     for line in (*data["ties"], *data["notes"]):
         console.print(line)
     if data["skipped"]:
@@ -135,9 +172,27 @@ def show_result(data: Mapping[str, Any], folder: Path, to_stderr: bool) -> None:
     console.print(f"Report: {folder / 'report.html'}")
 
 
+def show_accuracy(console: Console, data: Mapping[str, Any]) -> None:
+    """The final trainings, and how well the tier ranks, where it was validated."""
+    found = data["accuracy"]
+    if found:
+        for row in found["rows"]:
+            spread = "" if row["deviation"] is None else f" +- {row['deviation']:.1f}"
+            console.print(
+                f"Top-1 of {row['label']}: {row['mean']:.1f}{spread} % over {len(row['top1'])} seed(s), "
+                f"{found['epochs']} epochs of the recipe {found['recipe']}, on {row['images']:,} validation images."
+            )
+        console.print(f"{found['verdict'][:1].upper()}{found['verdict'][1:]}.")
+    tier = data["quality_tier"]
+    if tier["trained"]:
+        from nas.report import validation_line
+
+        console.print(validation_line(tier, data["validation"]))
+
+
 def final_table(final: Sequence[Mapping[str, Any]], budget: str) -> Table:
     table = columns(
-        "network", "role", right=("predicted top-1", "published", "ms", "95%", "img/s", "M params", "MMACs")
+        "network", "role", right=("estimated top-1", "published", "ms", "95%", "img/s", "M params", "MMACs")
     )
     for row in final:
         label = row["label"] if row["name"] else f"{row['label']} ({row['family']})"
@@ -247,6 +302,26 @@ def show_prune(data: Mapping[str, Any], folder: Path, to_stderr: bool) -> None:
         + f". Report: {folder / 'report.html'}",
         markup=False,
     )
+
+
+def show_train(data: Mapping[str, Any], folder: Path, to_stderr: bool) -> None:
+    """What a training came to."""
+    console, final = console_of(to_stderr), data["final"]
+    if final is None:
+        console.print("No epoch was finished.")
+        return
+    low, high = final["ci"]
+    console.print(
+        f"Top-1 {final['top1']:.1f}% [{low:.1f}..{high:.1f}] on {final['val_images']:,} validation images of "
+        f"{data['data']['name']}: {final['of']}, epoch {final['epoch']} of {data['recipe']['epochs']}, "
+        f"recipe {data['recipe']['name']}."
+    )
+    seconds = sum(row["seconds"] for row in data["epochs"])
+    console.print(
+        f"{data['params'] / 1e6:.2f} M parameters, {data['macs'] / 1e6:.0f} MMACs at {data['resolution']} px; "
+        f"trained in {clock(seconds)} at {final['images_per_s']:.0f} images/s."
+    )
+    console.print(f"Network: {folder} (model.safetensors, model.onnx, metrics.json)")
 
 
 WIDTHS = ("embed", "heads", "qk", "v", "ffn", "ratio")

@@ -9,17 +9,19 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nas.export import label_onnx, write_artifact, write_onnx
-from nas.measure import RUNTIMES, MeasureError, Settings, compare, device_lock
-from nas.quality import TIERS, Estimate
+from nas.measure import RUNTIMES, MeasureError, compare, device_lock
+from nas.quality import Estimate
 from nas.search import LATENCY_KEYS, keep_samples
 
 if TYPE_CHECKING:
     import optuna
 
+    from nas.quality import Tier
     from nas.search import Options, Run
     from search_spaces import Arch
 
@@ -53,12 +55,15 @@ def rows_of(study: optuna.Study) -> list[Row]:
                 "quality": trial.values[0] if complete else None,
                 "quality_estimate": detail.get("quality_estimate"),
                 "quality_error": detail.get("quality_error"),
+                "quality_how": detail.get("quality_how", ""),
                 **{key: detail.get(key) for key in LATENCY_KEYS},
                 "params_m": attrs.get("params_m"),
                 "macs_m": attrs.get("macs_m"),
                 "resolution": attrs.get("resolution"),
                 "feasible": bool(complete and attrs.get("feasible")),
                 "source": detail.get("source", ""),
+                "digest": detail.get("digest"),
+                "features": detail.get("training", {}).get("features"),
                 "arch": attrs.get("arch"),
             }
         )
@@ -66,8 +71,9 @@ def rows_of(study: optuna.Study) -> list[Row]:
 
 
 def rank(row: Row) -> tuple[float, float, float]:
-    """Sorts best first: by quality, then parameters, then latency (forms of one network differ in nothing else)."""
-    return -row["quality"], -row["params_m"], row["latency_ms"]
+    """Sorts best first: by quality, where its tier may choose, then parameters, then latency (forms of one network
+    differ in nothing else)."""
+    return -row["quality"] if row.get("selects", True) else 0.0, -row["params_m"], row["latency_ms"]
 
 
 def best_of(rows: Sequence[Row]) -> Row | None:
@@ -84,10 +90,12 @@ def front_of(rows: Sequence[Row]) -> list[Row]:
 
 
 def finalists_of(rows: Sequence[Row], budget_ms: float) -> list[Row]:
-    """Rows for the closing run: every published one that fits, the best ones, the best of each family, and the best
-    with some margin, should the machine be slower in the closing run.
+    """Rows for the closing run: every published one that fits (the fastest one where none does), the best ones, the
+    best of each family, and the best with some margin, should the machine be slower in the closing run.
     """
     feasible = [row for row in rows if row["feasible"]]
+    published = [row for row in rows if row["name"] and row["latency_ms"] is not None]
+    baselines = [row for row in published if row["feasible"]] or sorted(published, key=lambda r: r["latency_ms"])[:1]
     ranked = sorted(feasible, key=rank)
     chosen: list[Row] = []
     seen: set[str] = set()
@@ -100,7 +108,7 @@ def finalists_of(rows: Sequence[Row], budget_ms: float) -> list[Row]:
             seen.add(key)
             chosen.append(row)
 
-    for row in [row for row in feasible if row["name"]] + ranked[:RESERVES]:
+    for row in baselines + ranked[:RESERVES]:
         add(row)
     for family in dict.fromkeys(row["family"] for row in ranked):
         add(best_of([row for row in feasible if row["family"] == family]))
@@ -121,8 +129,6 @@ def arch_of(row: Row) -> Arch:
 
 def closing_run(options: Options, rows: Sequence[Row], progress: Callable[[int, int], None] | None = None) -> list[Row]:
     """Measure the finalists once more, side by side in one interleaved run; rows of the final table, best first."""
-    from search_spaces.api import find_variant
-
     finalists = finalists_of(rows, options.budget_ms)
     with tempfile.TemporaryDirectory(prefix="vitnas-") as folder, device_lock(options.settings.device):
         paths = {
@@ -136,7 +142,7 @@ def closing_run(options: Options, rows: Sequence[Row], progress: Callable[[int, 
         entry = {
             "label": label_of(row),
             "role": "published" if row["name"] else "found",
-            "published_top1": find_variant(row["name"])[1].top1 if row["name"] else None,
+            "published_top1": published_top1(row),
             "error": str(result) if isinstance(result, MeasureError) else "",
             "fits": False,
             **{k: row[k] for k in FINAL_KEYS},
@@ -164,6 +170,17 @@ def closing_run(options: Options, rows: Sequence[Row], progress: Callable[[int, 
     return fitting + sorted((e for e in final if not e["fits"]), key=lambda e: -e["quality"])
 
 
+def published_top1(row: Row) -> float | None:
+    """What was published of a variant, at its own resolution and number of classes."""
+    from search_spaces.api import find_variant
+
+    if not row["name"]:
+        return None
+    _, variant = find_variant(row["name"])
+    at_home = row["resolution"] == variant.values["resolution"] and row["arch"]["num_classes"] == 1000
+    return variant.top1 if at_home else None
+
+
 FINAL_KEYS = (
     "trial",
     "family",
@@ -171,6 +188,7 @@ FINAL_KEYS = (
     "quality",
     "quality_estimate",
     "quality_error",
+    "quality_how",
     "params_m",
     "macs_m",
     "resolution",
@@ -204,26 +222,42 @@ def finish_run(
     study: optuna.Study,
     run: Run,
     command: str,
-    progress: Callable[[int, int], None] | None = None,
+    phase: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Closing run (left out after Ctrl-C), best/ and every file of the run's folder; returns the report's data."""
+    """Closing run and trainings (left out after Ctrl-C), best/ and every file of the run's folder.
+
+    Returns:
+        The report's data.
+    """
+    from nas.data import skipped_line
     from nas.hardware import describe
     from nas.report import write_run
 
     rows = rows_of(study)
-    feasible = [row for row in rows if row["feasible"]]
-    final = closing_run(options, rows, progress) if feasible and not run.interrupted else []
     notes = list(run.notes)
+    validation = study.user_attrs.get("validation")
+    if run.tier is not None and run.tier.trained:
+        rows, validation = judged(options, study, run, rows, notes.append)
+    feasible = [row for row in rows if row["feasible"]]
+    watched = partial(phase, "closing side-by-side run") if phase else None
+    final = closing_run(options, rows, watched) if feasible and not run.interrupted else []
     winner = next((e for e in final if e["role"] == "winner"), None)
     if winner is None and not final:
         winner = best_of(feasible)
+    accuracy = None
+    if run.tier is not None and run.tier.trained and final and winner is not None:
+        accuracy = accuracies(options, run.tier, final, winner, notes.append)
+    if run.tier is not None and run.tier.trained:
+        skipped = skipped_line(run.tier.schooling.loaders)
+        notes += [skipped] if skipped else []
     measured = [row for row in rows if row["state"] == "complete"]
     fastest = min(measured, key=lambda row: row["latency_ms"], default=None)
     best = options.folder / "best"
+    trained = False
     if winner is None:
         shutil.rmtree(best, ignore_errors=True)
     else:
-        save_best(arch_of(winner), options.settings, best)
+        trained = save_best(options, arch_of(winner), best)
     if final:
         first = best_of(feasible)
         if winner is None:
@@ -240,7 +274,8 @@ def finish_run(
             "run again on a quiet machine for figures to rely on"
         )
     if run.interrupted:
-        notes.append("interrupted: no closing side-by-side run was made; latencies are those of the single trials")
+        left_out = "closing side-by-side run" + (" and no final training" if options.lessons else "")
+        notes.append(f"interrupted: no {left_out} was made; latencies are those of the single trials")
     data = {
         "study": options.study,
         "command": command,
@@ -253,8 +288,10 @@ def finish_run(
         "seed": options.seed,
         "sampler": options.sampler,
         "hardware": describe(options.settings),
-        "quality_tier": tier_data(options.quality),
-        "trials": [{k: v for k, v in row.items() if k != "arch"} for row in rows],
+        "quality_tier": tier_data(run),
+        "validation": validation,
+        "accuracy": accuracy,
+        "trials": [{k: v for k, v in row.items() if k not in ("arch", "features")} for row in rows],
         "pareto": [{k: row[k] for k in PARETO_KEYS} for row in front_of(rows)],
         "final": [{k: v for k, v in entry.items() if k != "arch"} for entry in final],
         "winner": winner_data(winner),
@@ -267,11 +304,73 @@ def finish_run(
         "breakdown": breakdown(run),
         "trials_per_minute": 60 * len(run.trial_s) / run.wall_s if run.trial_s else 0.0,
         "median_trial_s": statistics.median(run.trial_s) if run.trial_s else 0.0,
-        "untrained": True,
+        "untrained": not trained,
     }
     write_run(options.folder, data)
     study.set_user_attr("result", winner_line(data))
     return data
+
+
+def judged(
+    options: Options, study: optuna.Study, run: Run, rows: list[Row], note: Callable[[str], None]
+) -> tuple[list[Row], dict[str, Any] | None]:
+    """Rows with estimates by all trainings, the best trained to the last rung; and the tier's validation."""
+    from nas.final import review, settle
+    from nas.validate import RESULT, validate
+
+    validation = study.user_attrs.get(RESULT) if run.interrupted else validate(options, study, run.tier, rows, note)
+    selects = not run.tier.needs_validation if validation is None else validation["selects"]
+    if not selects:
+        why = "has not been validated" if validation is None else "cannot be told from 0"
+        note(
+            f"the tier {run.tier.name} does not choose: its tau with full trainings {why}; the most parameters within "
+            "the budget choose"
+        )
+    if run.interrupted:
+        return review(run.tier, rows, selects), validation
+    return settle(study, run.tier, rows, selects, arch_of, note), validation
+
+
+def accuracies(
+    options: Options, tier: Tier, final: Sequence[Row], winner: Row, note: Callable[[str], None]
+) -> dict[str, Any] | None:
+    """Full trainings of the winner and of the published network nearest it, by one recipe, over the same seeds."""
+    from nas.errors import TrainingError
+    from nas.final import compare_means, train_fully, verdict
+
+    baseline = baseline_of(final, winner)
+    try:
+        found = [train_fully(options, tier, label_of(row), arch_of(row)) for row in (winner, baseline) if row]
+    except TrainingError as error:
+        note(f"a final training failed: {error}")
+        return None
+    table = {
+        "rows": [each.to_dict() for each in found],
+        "epochs": options.lessons.final_epochs,
+        "recipe": tier.recipe(options.lessons.final_epochs).name,
+        "verdict": "",
+    }
+    for row, each in zip((winner, baseline), found, strict=False):
+        row["accuracy"] = each.to_dict()
+    if baseline is None:
+        table["verdict"] = (
+            "the winner is itself a published network" if winner["name"] else "no published network was measured"
+        )
+        return table
+    result = compare_means(*found)
+    over = "" if baseline["fits"] else f"; {label_of(baseline)} is over the budget, as every published network tried"
+    return table | result | {"verdict": verdict(result, *found) + over}
+
+
+def baseline_of(final: Sequence[Row], winner: Row) -> Row | None:
+    """The published network within budget whose latency is nearest the winner's; the fastest one where none is."""
+    if winner["name"]:
+        return None
+    published = [row for row in final if row["name"] and not row["error"]]
+    fitting = [row for row in published if row["fits"]]
+    if fitting:
+        return min(fitting, key=lambda row: abs(row["latency_ms"] - winner["latency_ms"]))
+    return min(published, key=lambda row: row["latency_ms"], default=None)
 
 
 PARETO_KEYS = (
@@ -289,19 +388,35 @@ PARETO_KEYS = (
 )
 
 
-def save_best(arch: Arch, settings: Settings, folder: Path) -> None:
-    """best/arch.json and best/model.onnx, whose metadata says that its weights are untrained."""
+def save_best(options: Options, arch: Arch, folder: Path) -> bool:
+    """Write best/: arch.json, model.onnx whose metadata says whether its weights are trained, and those where they are.
+
+    Returns:
+        Whether the weights are trained.
+    """
+    from nas.export import save_network
+    from nas.final import weights_of
+    from search_spaces import create_model
+
+    weights = weights_of(options, arch) if options.lessons else None
+    if weights is not None:
+        save_network(create_model(arch, weights=weights), folder, options.settings.batch_size, trained=True)
+        return True
     folder.mkdir(exist_ok=True)
+    (folder / "model.safetensors").unlink(missing_ok=True)
     (folder / "arch.json").write_text(arch.to_json())
-    partial = folder / "model.onnx.partial"
-    write_onnx(arch, partial, settings.batch_size)
-    label_onnx(partial, arch, trained=False)
-    partial.replace(folder / "model.onnx")
+    draft = folder / "model.onnx.partial"
+    write_onnx(arch, draft, options.settings.batch_size)
+    label_onnx(draft, arch, trained=False)
+    draft.replace(folder / "model.onnx")
+    return False
 
 
-def tier_data(name: str) -> dict[str, str]:
-    tier = TIERS[name]()
-    return {"name": tier.name, "label": tier.label, "note": tier.note}
+def tier_data(run: Run) -> dict[str, Any]:
+    """What a report says of the tier; held_out: mean absolute error in points and tau of its surrogate."""
+    tier = run.tier
+    held_out = tier.held_out() if tier.trained else None
+    return {"name": tier.name, "label": tier.label, "note": tier.note, "trained": tier.trained, "held_out": held_out}
 
 
 def winner_data(winner: Row | None) -> dict[str, Any] | None:
@@ -385,5 +500,5 @@ def protocol(options: Options) -> list[str]:
         f"statistics, and rounds stop once its half-width is {PRECISION:.0%} of the median. samples.jsonl keeps every "
         "sample.",
         f"The closing table is one run of {CLOSING_ROUNDS} rounds, all networks interleaved in shuffled order.",
-        "Weights are random; BatchNorm is folded and attention biases are gathered before export.",
+        "Latencies are of random weights; BatchNorm is folded and attention biases are gathered before export.",
     ]

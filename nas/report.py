@@ -122,6 +122,7 @@ def _html(data: dict[str, Any], plot: bytes) -> str:
     shown = {
         "plot": base64.b64encode(plot).decode(),
         "quality_name": _quality_name(data),
+        "trust": validation_line(data["quality_tier"], data["validation"]),
         "best": _measured_winner(data) if winner else None,
         "families": _families(data),
         "complete": [t for t in trials if t["state"] == "complete"],
@@ -165,6 +166,20 @@ def _families(data: dict[str, Any]) -> list[dict[str, Any]]:
         counts = {"tried": len(own), "fitting": len(fitting), "failed": len(own) - len(measured)}
         rows.append({"family": family, "best": best, "fastest": fastest, **counts})
     return sorted(rows, key=lambda row: row["best"]["quality"] if row["best"] else float("-inf"), reverse=True)
+
+
+def validation_line(tier: dict[str, Any], validation: dict[str, Any] | None) -> str:
+    """How far a trained tier's estimates can be trusted."""
+    if validation is None:
+        held = tier["held_out"]
+        text = "The tier has not been validated on this data (--validate N)."
+        return text if held is None else f"{text} Its surrogate misses a network left out by {held[0]:.1f} points."
+    taus = ", ".join(
+        f"{name} {one['tau']:.2f} ({one['ci'][0]:.2f} to {one['ci'][1]:.2f})"
+        for name, one in validation["tau"].items()
+        if one["tau"] is not None
+    )
+    return f"Kendall's tau with {validation['networks']} full trainings (95% interval): {taus}."
 
 
 def _quality_name(data: dict[str, Any]) -> str:

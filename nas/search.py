@@ -22,7 +22,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nas.errors import UserError
+from nas.errors import TrainingError, UserError
 from nas.export import write_artifact
 from nas.measure import MeasureError, Measurer, Settings, check_settings, device_lock
 from nas.process import Worker, WorkerError
@@ -30,7 +30,9 @@ from nas.process import Worker, WorkerError
 if TYPE_CHECKING:
     import optuna
 
+    from nas.data import ImageData
     from nas.quality import Tier
+    from nas.schooling import Lessons
     from search_spaces import Arch
 
 REFERENCE = "efficientvit_m0"
@@ -45,6 +47,7 @@ PHASES = (
     "build and export",
     "session",
     "timed runs",
+    "training",
     "estimate",
     "storage",
     "other",
@@ -53,7 +56,7 @@ PHASES = (
 
 @dataclass(frozen=True)
 class Options:
-    """What a search is asked to do; `study` and `storage` are resolved by `resolve`."""
+    """What a search is asked to do. resolution: of all networks (None: it is searched). lessons: how it trains."""
 
     budget_ms: float
     settings: Settings
@@ -67,6 +70,8 @@ class Options:
     seed: int | None
     num_classes: int
     quality: str = "prior"
+    resolution: int | None = None
+    lessons: Lessons | None = None
 
     @property
     def folder(self) -> Path:
@@ -94,14 +99,16 @@ class Run:
     phases: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     interrupted: bool = False
     notes: list[str] = field(default_factory=list)
+    tier: Tier | None = None
 
 
 def default_study(options: Mapping[str, Any]) -> str:
-    """Study name from device, runtime, budget and families."""
+    """Study name from device, runtime, budget, families and, where it is not the prior, the tier."""
     from search_spaces.registry import FAMILIES
 
     families = "all" if set(options["families"]) == set(FAMILIES) else "+".join(sorted(options["families"]))
-    return f"{options['device']}-{options['runtime']}-{options['budget_ms']:g}ms-{families}"
+    name = f"{options['device']}-{options['runtime']}-{options['budget_ms']:g}ms-{families}"
+    return name if options["quality"] == "prior" else f"{name}-{options['quality']}"
 
 
 def meta(options: Options) -> dict[str, Any]:
@@ -110,7 +117,7 @@ def meta(options: Options) -> dict[str, Any]:
     from search_spaces.registry import FAMILIES
     from search_spaces.space import fingerprint as space_fingerprint
 
-    return {
+    agreed = {
         "budget_ms": options.budget_ms,
         "families": sorted(options.families),
         "space": space_fingerprint({name: FAMILIES[name].space for name in options.families}),
@@ -118,12 +125,31 @@ def meta(options: Options) -> dict[str, Any]:
         "quality": options.quality,
         "hardware": fingerprint(options.settings),
     }
+    if options.resolution is not None:
+        agreed["resolution"] = options.resolution
+    if options.lessons is not None:
+        lessons = options.lessons
+        agreed["training"] = {
+            "data": lessons.data,
+            "train_images": lessons.images,
+            "epochs": lessons.epochs,
+            "parent": lessons.parent,
+        }
+    return agreed
 
 
 def search(
-    options: Options, progress: Callable[[Progress], None], say: Callable[[str], None]
+    options: Options,
+    progress: Callable[[Progress], None],
+    say: Callable[[str], None],
+    phase: Callable[[str, int, int], None],
+    data: ImageData | None = None,
 ) -> tuple[optuna.Study, Run]:
     """Run trials until the study holds `options.trials`, the time is up, or Ctrl-C.
+
+    Args:
+        phase: called while a network is trained: what, images done and in all.
+        data: the images of `options.lessons`.
 
     Raises:
         UserError: settings this machine cannot measure, a folder or storage that cannot be used, a study that
@@ -131,6 +157,7 @@ def search(
     """
     from nas.quality import TIERS
     from nas.samplers import make_sampler
+    from nas.schooling import open_schooling
     from nas.storage import storage_errors
     from nas.study import open_study, remaining, sweep
 
@@ -153,10 +180,15 @@ def search(
         stack.enter_context(storage_errors(storage))
         stack.enter_context(interruptible())
         try:
+            starting = Clock(run.phases)
+            run.tier = TIERS[options.quality](open_schooling(options, data, study, phase, say))
+            if run.tier.trained and options.sampler == "auto":
+                from nas.propose import Proposer
+
+                study.sampler = Proposer(run.tier, options)
             sweep(study)
             if remaining(study, options.trials):
-                starting = Clock(run.phases)
-                worker = stack.enter_context(TrialRunner(options, study, TIERS[options.quality]()))
+                worker = stack.enter_context(TrialRunner(options, study, run.tier))
                 enqueue_published(options, study, worker.reference_ms)
                 starting.lap("start")
             while remaining(study, options.trials) and (deadline is None or time.perf_counter() < deadline):
@@ -220,6 +252,9 @@ class TrialRunner:
                 clock.lap("sampler")
                 if not self._measure_and_tell(trial, arch, clock):
                     run.notes.append(SWEPT.format(trial.number))
+            except TrainingError as error:
+                clock.lap("training")
+                fail(self.study, trial, str(error))
             except (MeasureError, WorkerError, ValueError) as error:
                 clock.lap("timed runs" if isinstance(error, MeasureError) else "build and export")
                 fail(self.study, trial, f"{type(error).__name__}: {error}")
@@ -264,9 +299,9 @@ class TrialRunner:
         else:
             latency = known
         clock.lap("other")
-        estimate = self.tier.estimate(arch, counts.macs())
-        clock.lap("estimate")
         constraint = latency["latency_ms"] / self.options.budget_ms - 1
+        estimate = (self.tier.estimate if constraint <= 0 else self.tier.predict)(arch, counts)
+        clock.lap("training" if self.tier.trained else "estimate")
         told = finish(
             self.study,
             trial,
@@ -286,6 +321,8 @@ class TrialRunner:
                     "digest": digest,
                     "quality_estimate": estimate.value,
                     "quality_error": estimate.error,
+                    "quality_how": estimate.how,
+                    "training": dict(estimate.training),
                     "source": "measured" if known is None else "reused",
                     **latency,
                 },
@@ -354,7 +391,7 @@ def suggest(trial: optuna.Trial, options: Options) -> Arch:
 
     family = trial.suggest_categorical("family", list(options.families))
     params = {name: trial.suggest_int(name, 0, LEVELS - 1) for name in PARAMETERS}
-    return FAMILIES[family].space.decode(params, options.num_classes)
+    return FAMILIES[family].space.decode(params, options.num_classes, options.resolution)
 
 
 def choices(options: Options) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from search_spaces import Arch, get_arch, table
 from search_spaces.arch import StageSummary
 from search_spaces.evit import EvitArch
 from search_spaces.registry import FAMILIES
+from search_spaces.widths import Table
 
 EVIT_ANCHOR = "deit_small"
 SAMPLES = 12
@@ -31,21 +32,26 @@ class Prior:
     label = "predicted top-1 (prior, with that family's published recipe)"
     note = (
         "The prior knows only size: it favours the largest network that fits the budget. To find what suits your "
-        "images, train the networks of pareto.json on them (vitnas does not train yet)."
+        "images, search with --data."
     )
+    trained = False
 
     def __init__(self) -> None:
         self._lines: dict[str, Line] = {}
         self._shapes: dict[str, Neighbourhood] = {}
         self._token_cost: dict[bool, tuple[np.ndarray, np.ndarray]] = {}
 
-    def estimate(self, arch: Arch, macs: int) -> Estimate:
+    def predict(self, arch: Arch, counts: Table) -> Estimate:
+        """As `estimate`."""
+        return self.estimate(arch, counts)
+
+    def estimate(self, arch: Arch, counts: Table) -> Estimate:
         """Predicted ImageNet-1k top-1 of `arch`.
 
         The error is the leave-one-out error and, in quadrature, `SHAPE_SD` per unit of distance from the nearest
         published shape.
         """
-        line = self._line(arch.family)
+        line, macs = self._line(arch.family), counts.macs()
         if isinstance(arch, EvitArch) and any(block.keep_rate < 1 for block in arch.blocks):
             whole = table(unreduced(arch)).macs()
             value = line.at(whole) - self._reduction_cost(arch, macs / whole)

@@ -127,7 +127,11 @@ def invent(trials: int = 100, budget: float = 2.0, seed: int = 0) -> dict[str, A
             "name": "prior",
             "label": "predicted top-1 (prior, with that family's published recipe)",
             "note": "The prior knows only size: it favours the largest network that fits the budget.",
+            "trained": False,
+            "held_out": None,
         },
+        "validation": None,
+        "accuracy": None,
         "trials": rows,
         "pareto": pareto,
         "final": [
@@ -437,3 +441,31 @@ def test_importing_the_report_imports_no_heavy_package() -> None:
     code = f"import sys, nas.report; sys.exit(' '.join({heavy} & set(sys.modules)) or 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def trained(data: dict, **more) -> dict:
+    """An invented run as a trained search leaves it."""
+    tier = data["quality_tier"] | {"name": "train", "label": "estimated top-1 (on your images)", "trained": True}
+    rows = [
+        {"label": entry["label"], "top1": [70.0, 71.0], "images": 500, "mean": 70.5, "deviation": 0.7, "seconds": 9.0}
+        for entry in data["final"][:2]
+    ]
+    accuracy = {"rows": rows, "epochs": 30, "recipe": "quick", "verdict": "a tie <of> two"}
+    return data | {"quality_tier": tier | {"held_out": [1.25, 0.5]}, "accuracy": accuracy, "untrained": False} | more
+
+
+def test_final_trainings_and_the_tier_s_worth_are_told(tmp_path: Path) -> None:
+    data = trained(invent(20))
+    write_run(tmp_path, data)
+    page = (tmp_path / "report.html").read_text()
+    assert "Trained fully" in page
+    assert "70.5" in page
+    assert "a tie &lt;of&gt; two" in page
+    assert "not been validated" in page
+    assert "1.2 points" in page or "1.3 points" in page
+    assert "untrained" not in page.lower()
+    taus = {"estimate": {"tau": 0.6, "ci": [0.2, 0.9]}, "params": {"tau": None, "ci": None}}
+    write_run(tmp_path, trained(invent(20), validation={"networks": 8, "tau": taus, "selects": True}))
+    page = (tmp_path / "report.html").read_text()
+    assert "estimate 0.60 (0.20 to 0.90)" in page
+    assert "8 full trainings" in page

@@ -1,0 +1,161 @@
+"""The end of a search with images: the best are trained to the last rung, the winner and a published network fully.
+
+Every finished training is a file in the run's folder, every unfinished one a checkpoint there, so the same command goes
+on where it was interrupted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nas.errors import TrainingError
+from nas.export import save_weights
+from nas.schooling import COMPLETED, results_of
+
+if TYPE_CHECKING:
+    import optuna
+
+    from nas.quality.train import Train
+    from nas.search import Options
+    from search_spaces import Arch
+
+Row = dict[str, Any]
+BEST = 3
+"""How many of the best networks are trained to the last rung before one is chosen."""
+
+
+def review(tier: Train, rows: Sequence[Row], selects: bool) -> list[Row]:
+    """Rows with the estimates that all trainings of the study support; `selects` says whether these rank them."""
+    known = [row for row in rows if row["features"]]
+    found = tier.review([(row["digest"], row["features"]) for row in known])
+    estimates = {row["trial"]: estimate for row, estimate in zip(known, found, strict=True)}
+    reviewed = []
+    for row in rows:
+        estimate = estimates.get(row["trial"])
+        if estimate is not None:
+            row = row | {
+                "quality": estimate.bound,
+                "quality_estimate": estimate.value,
+                "quality_error": estimate.error,
+                "quality_how": estimate.how,
+                "selects": selects,
+            }
+        reviewed.append(row)
+    return reviewed
+
+
+def settle(
+    study: optuna.Study,
+    tier: Train,
+    rows: Sequence[Row],
+    selects: bool,
+    arch_of: Callable[[Row], Arch],
+    note: Callable[[str], None],
+) -> list[Row]:
+    """Train the best of the rows to the last rung, until the first `BEST` all are; rows reviewed by what it showed."""
+    from search_spaces import table
+
+    failed: set[str] = set()
+    while True:
+        reviewed = review(tier, rows, selects)
+        full = {each.key for each in results_of(study) if tier.epochs in each.rungs} | failed
+        ranked = sorted((row for row in reviewed if row["feasible"]), key=lambda row: -row["quality_estimate"])
+        best = list({row["digest"]: row for row in ranked}.values())[:BEST]
+        pending = [row for row in best if row["digest"] not in full]
+        if not pending:
+            return reviewed
+        arch = arch_of(pending[0])
+        try:
+            training = tier.complete(arch, table(arch)).training
+        except TrainingError as error:
+            note(f"trial {pending[0]['trial']} could not be trained to the end: {error}")
+            failed.add(arch.digest())
+            continue
+        study.set_user_attr(COMPLETED, study.user_attrs.get(COMPLETED, {}) | {arch.digest(): training["rungs"]})
+
+
+@dataclasses.dataclass(frozen=True)
+class Accuracies:
+    """A network's final trainings. top1: percent on the validation images, one a seed; images: how many those are."""
+
+    label: str
+    top1: list[float]
+    images: int
+    seconds: float
+
+    @property
+    def mean(self) -> float:
+        return statistics.mean(self.top1)
+
+    @property
+    def deviation(self) -> float | None:
+        """Standard deviation over seeds; None of a single one."""
+        return statistics.stdev(self.top1) if len(self.top1) > 1 else None
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"mean": self.mean, "deviation": self.deviation}
+
+
+def train_fully(options: Options, tier: Train, label: str, arch: Arch) -> Accuracies:
+    """Train a network from every seed on all training images; weights of the first seed are kept beside the result.
+
+    Raises:
+        TrainingError: the loss is no longer finite.
+    """
+    school, lessons = tier.schooling, options.lessons
+    folder = options.folder / "final"
+    folder.mkdir(exist_ok=True)
+    data = school.data.at(arch.resolution)
+    recipe = tier.recipe(lessons.final_epochs)
+    made = []
+    for seed in range(lessons.seeds):
+        path = folder / f"{arch.digest()[:16]}-{lessons.final_epochs}-seed{seed}.json"
+        if not path.is_file():
+            begun = time.monotonic()
+            training = tier.begin(arch, data.train, recipe, seed, path.with_suffix(".state"))
+            training.run(None, lambda d, t, *_, s=seed: school.progress(f"final training, {label}, seed {s}", d, t))
+            training.loader.close()
+            found = school.judge(training.network, data.val)
+            if seed == 0:
+                save_weights(training.network, path.with_suffix(".safetensors"))
+            row = {"top1": found.top1, "images": found.total, "seconds": time.monotonic() - begun}
+            path.write_text(json.dumps(row))
+            path.with_suffix(".state").unlink(missing_ok=True)
+        made.append(json.loads(path.read_text()))
+    return Accuracies(label, [m["top1"] for m in made], made[0]["images"], sum(m["seconds"] for m in made))
+
+
+def weights_of(options: Options, arch: Arch) -> Path | None:
+    """The weights that `train_fully` kept of a network."""
+    path = options.folder / "final" / f"{arch.digest()[:16]}-{options.lessons.final_epochs}-seed0.safetensors"
+    return path if path.is_file() else None
+
+
+def compare_means(first: Accuracies, second: Accuracies) -> dict[str, Any]:
+    """The difference of two networks' mean top-1 in points, with Welch's 95% interval where there are several seeds."""
+    from scipy.stats import ttest_ind
+
+    difference = first.mean - second.mean
+    if first.deviation is None or second.deviation is None:
+        return {"difference": difference, "ci": None, "tie": None}
+    low = high = difference
+    if first.deviation or second.deviation:
+        low, high = map(float, ttest_ind(first.top1, second.top1, equal_var=False).confidence_interval())
+    return {"difference": difference, "ci": [low, high], "tie": low <= 0 <= high}
+
+
+def verdict(found: Mapping[str, Any], first: Accuracies, second: Accuracies) -> str:
+    """The comparison in one line."""
+    by = f"{found['difference']:+.1f} points"
+    if found["ci"] is None:
+        return f"{first.label} against {second.label}: {by} from one seed each, which tells nothing of the spread"
+    low, high = found["ci"]
+    kind = "a tie" if found["tie"] else "a gain" if low > 0 else "a loss"
+    seeds = len(first.top1)
+    return f"{first.label} against {second.label}: {by} (95% {low:+.1f} to {high:+.1f} over {seeds} seeds): {kind}"

@@ -1,0 +1,116 @@
+"""The tier of shared weights: one supernet a family, trained once; a candidate's accuracy is that of its share.
+
+Nothing says that such accuracies rank networks (after short trainings they do not), so this tier chooses only where a
+validation on the same images has shown that it does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from nas.quality import Estimate
+from nas.quality.surrogate import describe
+from nas.quality.train import Train
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from nas.data import Images
+    from nas.schooling import Schooling
+    from nas.supernet import Supernet
+    from search_spaces import Arch
+    from search_spaces.widths import Table
+
+LR = 1e-3
+BATCH = 64
+CALIBRATION_IMAGES = 512
+"""Images that BatchNorm's statistics are taken from anew for each candidate."""
+
+
+class Shared(Train):
+    """See the module. Its final trainings are those of `Train`, from scratch."""
+
+    name = "supernet"
+    label = "estimated top-1 (on your images, with weights its family shares)"
+    needs_validation = True
+
+    def __init__(self, schooling: Schooling) -> None:
+        super().__init__(schooling)
+        self._known: dict[str, Supernet] = {}
+        self.note = (
+            f"Each family's shared weights were trained for {self.epochs} epochs of {schooling.used:,} of your images; "
+            "candidates were judged on others held out from training, BatchNorm calibrated for each."
+        )
+
+    def predict(self, arch: Arch, counts: Table) -> Estimate:
+        """As `estimate`: a share of the weights is there for every network."""
+        return self.estimate(arch, counts)
+
+    def estimate(self, arch: Arch, counts: Table) -> Estimate:
+        """Accuracy with the family's shared weights; the error is what so few images leave open."""
+        from nas.data import loader, sample
+
+        school, supernet = self.schooling, self._supernet(arch.family)
+        images, judges = school.split(self._resolution(supernet))
+        calibration = loader(sample(images, CALIBRATION_IMAGES, school.seed), BATCH, shuffle=False, seed=school.seed)
+        found = supernet.evaluate(arch, calibration, loader(judges, BATCH, shuffle=False, seed=school.seed))
+        share = found.top1 / 100
+        error = 100 * float(np.sqrt(share * (1 - share) / found.total))
+        return self._told(Estimate(found.top1, error), describe(arch, counts), {self.epochs: found.top1})
+
+    def complete(self, arch: Arch, counts: Table) -> Estimate:
+        """As `estimate`: there is no further rung."""
+        return self.estimate(arch, counts)
+
+    def review(self, networks: Sequence[tuple[str, Sequence[float]]]) -> list[Estimate]:
+        """What each was found to have: other networks' results say nothing more of it."""
+        own = {each.key: each.rungs for each in self.schooling.results()}
+        judged = self.schooling.judged
+        found = []
+        for key, features in networks:
+            share = own[key][self.epochs] / 100
+            error = 100 * float(np.sqrt(share * (1 - share) / judged))
+            found.append(self._told(Estimate(100 * share, error), np.asarray(features), own[key]))
+        return found
+
+    def held_out(self) -> None:
+        """It has no surrogate."""
+
+    def _told(self, found: Estimate, features: np.ndarray, rungs: dict[int, float], **more: object) -> Estimate:
+        return dataclasses.replace(super()._told(found, features, rungs, **more), how="with shared weights")
+
+    def _supernet(self, family: str) -> Supernet:
+        """The family's shared weights, trained now if no earlier run of the search has kept them."""
+        from nas.data import loader
+        from nas.supernet import Supernet
+
+        if family in self._known:
+            return self._known[family]
+        school = self.schooling
+        made = Supernet.over(family, len(school.data.classes), school.resolution, school.seed)
+        path = school.folder / f"supernet-{family}.safetensors"
+        if path.is_file():
+            made.to(school.device)
+            made.load(path)
+        else:
+            images: Images = school.split(self._resolution(made))[0]
+            made.train(
+                loader(images, BATCH, shuffle=True, seed=school.seed),
+                self.epochs * len(images),
+                LR,
+                seed=school.seed,
+                device=school.device,
+                progress=lambda done, total, *_: school.progress(f"supernet of {family}", done, total),
+            )
+            school.folder.mkdir(parents=True, exist_ok=True)
+            draft = path.with_suffix(".partial")
+            made.save(draft)
+            draft.replace(path)
+        self._known[family] = made
+        return made
+
+    def _resolution(self, supernet: Supernet) -> int:
+        return self.schooling.resolution or supernet.arch.resolution

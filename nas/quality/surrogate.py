@@ -1,0 +1,132 @@
+"""What trainings so far say of a network that was trained less, or not at all: a Gaussian process.
+
+It relates top-1 to a network's size and shape and to the epochs it was trained, so that a network's own short training
+and those of others like it weigh in together. Its error is measured: every network is left out once.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import kendalltau
+
+from nas.quality import Estimate
+from search_spaces import Arch
+from search_spaces.registry import FAMILIES
+from search_spaces.widths import Table
+
+LEAST = 3
+"""Networks below which nothing is fitted: the mean and spread of what there is stand in."""
+WIDE = 15.0
+"""Standard deviation in points where there is nothing to learn from."""
+
+Rungs = Mapping[int, float]
+"""Top-1 in percent by epochs trained."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A network's features and what its training showed."""
+
+    key: str
+    features: np.ndarray
+    rungs: Rungs
+
+
+def describe(arch: Arch, counts: Table) -> np.ndarray:
+    """Features (13,): log2 of parameters, MACs, width, depth, qk width and resolution; share of attention, FFN ratio
+    and keep rate as means over blocks; and which of the families it is."""
+    stages = arch.summary()
+    depth = np.array([stage.depth for stage in stages], dtype=float)
+
+    def mean(values: Sequence[float]) -> float:
+        return float(np.average(values, weights=depth))
+
+    return np.array(
+        [
+            np.log2(counts.params()),
+            np.log2(counts.macs()),
+            mean([np.log2(stage.embed_dim) for stage in stages]),
+            np.log2(depth.sum()),
+            mean([np.log2(1 + stage.heads * stage.key_dim) for stage in stages]),
+            mean([stage.attention_share for stage in stages]),
+            mean([stage.ffn_ratio for stage in stages]),
+            mean([stage.keep_rate for stage in stages]),
+            np.log2(arch.resolution),
+            *(float(arch.family == name) for name in FAMILIES),
+        ]
+    )
+
+
+class Surrogate:
+    """Fitted to networks trained to various epochs; predicts top-1 after `epochs`."""
+
+    def __init__(self, trained: Sequence[Trained], epochs: int) -> None:
+        self.trained = [each for each in trained if each.rungs]
+        self.epochs = epochs
+        if len(self.trained) >= LEAST:
+            self._fit()
+
+    def predict(self, features: np.ndarray) -> Estimate:
+        """Top-1 after `epochs` of a network trained once; the error is one standard deviation.
+
+        For a network among those it was fitted to, its own training counts. Without enough networks it is their mean.
+        """
+        if len(self.trained) < LEAST:
+            best = [max(each.rungs.values()) for each in self.trained]
+            return Estimate(float(np.mean(best)) if best else 0.0, WIDE)
+        mean, deviation = self._process.predict(self._scaled(features[None], [self.epochs]), return_std=True)
+        return Estimate(float(mean[0]) * self._spread + self._centre, float(deviation[0]) * self._spread)
+
+    def held_out(self) -> tuple[float, float] | None:
+        """Mean absolute error in points, and Kendall's tau, of top-1 after `epochs` predicted for every network that
+        was trained so long, from all others; None with fewer than `LEAST` such networks."""
+        full = [i for i, each in enumerate(self.trained) if self.epochs in each.rungs]
+        if len(full) < LEAST or len(self.trained) <= LEAST:
+            return None
+        found, wanted = [], []
+        gram = self._process.kernel_(self._inputs)
+        gram[np.diag_indices_from(gram)] += self._process.alpha
+        for i in full:
+            rest = self._owner != i
+            here = np.flatnonzero((self._owner == i) & self._is_full)
+            weights = np.linalg.solve(gram[np.ix_(rest, rest)], self._targets[rest])
+            found.append(float((gram[np.ix_(here, rest)] @ weights)[0]))
+            wanted.append(float(self._targets[here][0]))
+        error = float(np.mean(np.abs(np.subtract(found, wanted)))) * self._spread
+        tau = float(kendalltau(found, wanted).statistic) if len(set(wanted)) > 1 else float("nan")
+        return error, tau
+
+    def _fit(self) -> None:
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.gaussian_process import GaussianProcessRegressor
+        from sklearn.gaussian_process.kernels import RBF, ConstantKernel, DotProduct, WhiteKernel
+
+        rows = [(i, each.features, e, top1) for i, each in enumerate(self.trained) for e, top1 in each.rungs.items()]
+        self._owner = np.array([i for i, *_ in rows])
+        self._is_full = np.array([e == self.epochs for _, _, e, _ in rows])
+        features = np.array([f for _, f, _, _ in rows])
+        self._middle = features.mean(0)
+        scale = features.std(0)
+        self._scale = np.where(scale > 1e-9, scale, np.inf)
+        values = np.array([top1 for *_, top1 in rows])
+        self._centre, self._spread = float(values.mean()), float(values.std()) or 1.0
+        self._targets = (values - self._centre) / self._spread
+        self._inputs = self._scaled(features, [e for _, _, e, _ in rows])
+        kernel = (
+            ConstantKernel(1.0, (1e-3, 1e2)) * DotProduct(1.0, (1e-2, 1e2))
+            + ConstantKernel(1.0, (1e-3, 1e2)) * RBF(3.0, (1.0, 30.0))
+            + WhiteKernel(0.1, (1e-3, 1.0))
+        )
+        self._process = GaussianProcessRegressor(kernel, random_state=0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            self._process.fit(self._inputs, self._targets)
+
+    def _scaled(self, features: np.ndarray, epochs: Sequence[int]) -> np.ndarray:
+        """Standardised features, and the epochs in thirds of the last rung's (0 there)."""
+        steps = np.log(np.asarray(epochs, dtype=float) / self.epochs) / np.log(3)
+        return np.column_stack([(features - self._middle) / self._scale, steps])

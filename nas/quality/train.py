@@ -1,0 +1,178 @@
+"""The tier that trains: successive halving on a fixed part of the user's images, judged on images held out from it.
+
+A network is trained for a ninth of the epochs, the better third of all go on to a third of them, and the better third
+of those to the end. What a short training says is weighed by the surrogate, which also leaves out networks that it is
+sure are worse. The first epochs of a large network are trained at half its resolution.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nas.quality import Estimate
+from nas.quality.surrogate import Surrogate, Trained, describe
+from nas.schooling import ETA
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from nas.data import Images
+    from nas.recipes import Recipe
+    from nas.schooling import Schooling
+    from nas.train import Training
+    from search_spaces import Arch
+    from search_spaces.widths import Table
+
+SCREEN_FROM = 8
+"""Networks trained before any is left out untrained."""
+LOW_FROM = 128
+"""Resolution from which the first epochs are trained at half of it."""
+
+
+class Train:
+    """See the module. `estimate` trains; `predict` asks the surrogate alone."""
+
+    name = "train"
+    label = "estimated top-1 (on your images, after the search's last rung of training)"
+    trained = True
+    needs_validation = False
+
+    def __init__(self, schooling: Schooling) -> None:
+        self.schooling, self.epochs = schooling, schooling.lessons.epochs
+        rungs = ", ".join(map(str, schooling.rungs))
+        self.note = (
+            f"Candidates were trained up to {rungs} epochs of {schooling.used:,} of your training images and judged on "
+            f"others held out from training; estimates are for {self.epochs} epochs of that and serve to rank."
+        )
+
+    def predict(self, arch: Arch, counts: Table) -> Estimate:
+        """The surrogate's prediction."""
+        return self._predict(arch.digest(), describe(arch, counts), self.schooling.results())
+
+    def estimate(self, arch: Arch, counts: Table) -> Estimate:
+        """Train a network as far as the halving lets it go.
+
+        Raises:
+            TrainingError: the loss is no longer finite.
+        """
+        key, features, known = arch.digest(), describe(arch, counts), self.schooling.results()
+        if any(each.key == key for each in known):
+            return self._predict(key, features, known)
+        guess = self._predict(key, features, known)
+        if len(known) >= SCREEN_FROM and guess.value + guess.error < self._best(known):
+            return guess
+        return self._train(arch, features, known, self._goes_on)
+
+    def complete(self, arch: Arch, counts: Table) -> Estimate:
+        """Train a network to the last rung."""
+        others = [each for each in self.schooling.results() if each.key != arch.digest()]
+        return self._train(arch, describe(arch, counts), others, lambda *_: True)
+
+    def review(self, networks: Sequence[tuple[str, Sequence[float]]]) -> list[Estimate]:
+        """Estimates by all trainings so far of networks by digest and features."""
+        known = self.schooling.results()
+        surrogate, own = Surrogate(known, self.epochs), {each.key: each.rungs for each in known}
+        return [
+            self._told(surrogate.predict(np.asarray(features)), np.asarray(features), own.get(key, {}))
+            for key, features in networks
+        ]
+
+    def held_out(self) -> tuple[float, float] | None:
+        """See `Surrogate.held_out`."""
+        return Surrogate(self.schooling.results(), self.epochs).held_out()
+
+    def _train(
+        self, arch: Arch, features: np.ndarray, others: Sequence[Trained], goes_on: Callable[..., bool]
+    ) -> Estimate:
+        begun, key = time.monotonic(), arch.digest()
+        folder = self.schooling.folder / key[:16]
+        rungs: dict[int, float] = {}
+        for epochs, network, judges in self._rungs(arch, folder):
+            rungs[epochs] = self.schooling.judge(network, judges).top1
+            results = [*others, Trained(key, features, dict(rungs))]
+            estimate = Surrogate(results, self.epochs).predict(features)
+            if not goes_on(estimate, epochs, results):
+                break
+        shutil.rmtree(folder, ignore_errors=True)
+        return self._told(estimate, features, rungs, seconds=time.monotonic() - begun)
+
+    def _rungs(self, arch: Arch, folder: Path) -> Iterator[tuple[int, nn.Module, Images]]:
+        """Train from rung to rung: epochs, the network, and the images that judge it."""
+        school, low, done = self.schooling, low_resolution(arch), 0
+        weights = None
+        if low is not None and len(school.rungs) > 1:
+            from pruning.transfer import transfer
+
+            small, done = arch.at(low), school.rungs[0]
+            images, judges = school.split(low)
+            training = self.begin(small, images, self.recipe(self.epochs), school.seed, folder / "low")
+            yield done, self._until(training, done), judges
+            weights = transfer(small, training.network.state_dict(), arch)
+        images, judges = school.split(arch.resolution)
+        training = self.begin(arch, images, self.recipe(self.epochs - done), school.seed, folder / "whole", weights)
+        for epochs in school.rungs:
+            if epochs > done:
+                yield epochs, self._until(training, epochs - done), judges
+
+    def _until(self, training: Training, epochs: int) -> nn.Module:
+        training.run(epochs, lambda done, total, *_: self.schooling.progress("training", done, total))
+        training.loader.close()
+        return training.network
+
+    def _predict(self, key: str, features: np.ndarray, results: Sequence[Trained]) -> Estimate:
+        found = Surrogate(results, self.epochs).predict(features)
+        return self._told(found, features, next((each.rungs for each in results if each.key == key), {}))
+
+    def _told(self, found: Estimate, features: np.ndarray, rungs: Mapping[int, float], **more: Any) -> Estimate:
+        how = f"trained {max(rungs)} of {self.epochs} epochs" if rungs else "predicted from others' trainings"
+        kept = {"features": features.tolist(), "rungs": {str(epochs): top1 for epochs, top1 in rungs.items()}, **more}
+        return dataclasses.replace(found, how=how, training=kept)
+
+    def _goes_on(self, estimate: Estimate, epochs: int, results: Sequence[Trained]) -> bool:
+        """Whether a network is in the better third of those that came as far, by the surrogate fitted to all."""
+        surrogate = Surrogate(results, self.epochs)
+        peers = [surrogate.predict(each.features).value for each in results if epochs in each.rungs]
+        return sum(value > estimate.value for value in peers) < math.ceil(len(peers) / ETA)
+
+    def _best(self, others: Sequence[Trained]) -> float:
+        surrogate = Surrogate(others, self.epochs)
+        return max(surrogate.predict(each.features).value for each in others)
+
+    def recipe(self, epochs: int) -> Recipe:
+        """What a network is trained with, in the search and at its end."""
+        from nas.recipes import RECIPES
+
+        return dataclasses.replace(RECIPES["quick"], epochs=epochs)
+
+    def begin(
+        self,
+        arch: Arch,
+        images: Images,
+        recipe: Recipe,
+        seed: int,
+        checkpoint: Path,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> Training:
+        """A training from the given weights, or from random ones that `seed` draws."""
+        import torch
+
+        from search_spaces import create_model
+
+        torch.manual_seed(seed)
+        model = create_model(arch)
+        if weights is not None:
+            model.load_state_dict(dict(weights))
+        return self.schooling.train(model, images, recipe, seed=seed, checkpoint=checkpoint)
+
+
+def low_resolution(arch: Arch) -> int | None:
+    """Half an Arch's resolution, in steps of 32 px from 64 up; None where that is not worth it."""
+    return max(64, arch.resolution // 64 * 32) if arch.resolution >= LOW_FROM else None

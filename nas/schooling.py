@@ -1,0 +1,242 @@
+"""What a search's candidates are trained and judged on: a part of the user's images, split once."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nas.errors import UserError
+
+if TYPE_CHECKING:
+    import optuna
+    from torch import Tensor, nn
+
+    from nas.data import ImageData, Images, Loader
+    from nas.quality.surrogate import Trained
+    from nas.recipes import Recipe
+    from nas.search import Options
+    from nas.train import Accuracy, Training
+    from search_spaces import Arch
+
+ETA = 3
+RUNGS = 3
+JUDGED_SHARE = 0.2
+JUDGED_IMAGES = 5_000
+JUDGED_BATCH = 64
+SCORED_IMAGES = 512
+DEFAULT_EPOCHS = {"train": 9, "inherit": 3, "supernet": 30}
+COMPLETED = "completed"
+"""The study attribute that holds trainings made after their trial had ended: digest -> rungs."""
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """How a search trains. images: of the training images a search uses at most. epochs: of its last rung; final_epochs
+    and seeds: of the trainings at its end. validate: Archs trained fully to validate the tier."""
+
+    data: str
+    images: int
+    epochs: int
+    final_epochs: int
+    seeds: int
+    validate: int
+    parent: str | None = None
+
+    def check(self) -> None:
+        """Raises: UserError: a number out of range."""
+        for name, value, least in (
+            ("train-images", self.images, 100),
+            ("epochs", self.epochs, 1),
+            ("final-epochs", self.final_epochs, 1),
+            ("seeds", self.seeds, 1),
+            ("validate", self.validate, 0),
+        ):
+            if value < least:
+                raise UserError(f"--{name} is {value}: give {least} or more")
+        if 0 < self.validate < 4:
+            raise UserError(f"--validate is {self.validate}: a rank correlation needs 4 or more networks")
+
+
+@dataclass(frozen=True)
+class Parent:
+    """A trained network that candidates take their weights from; scores: importance of its units."""
+
+    label: str
+    arch: Arch
+    weights: Mapping[str, Tensor]
+    scores: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Schooling:
+    """device: where networks train. folder: where unfinished trainings are kept. results: what the study knows of
+    earlier trainings. progress: called with what is trained, images done and in all. resolution: of all networks, where
+    the search fixes it. loaders: all that were in use, for what they skipped."""
+
+    data: ImageData
+    lessons: Lessons
+    seed: int
+    device: str
+    folder: Path
+    results: Callable[[], Sequence[Trained]]
+    progress: Callable[[str, int, int], None]
+    parent: Parent | None = None
+    resolution: int | None = None
+    loaders: list[Loader] = field(default_factory=list)
+
+    @cached_property
+    def rungs(self) -> tuple[int, ...]:
+        """Epochs at which a network goes on or ends: 1, 3, 9 of 9."""
+        return tuple(sorted({max(1, round(self.lessons.epochs / ETA**step)) for step in range(RUNGS)}))
+
+    @property
+    def judged(self) -> int:
+        """How many training images are held out to judge."""
+        return min(JUDGED_IMAGES, math.ceil(JUDGED_SHARE * len(self.data.train)))
+
+    @property
+    def used(self) -> int:
+        """How many images candidates are trained on."""
+        return min(self.lessons.images, len(self.data.train) - self.judged)
+
+    def split(self, resolution: int) -> tuple[Images, Images]:
+        """The images that candidates train on, and those that judge them. Both come from the training images."""
+        from nas.data import cached, sample
+
+        if resolution not in self._splits:
+            rest, judge = self.halves(resolution)
+            used = sample(rest, self.lessons.images, self.seed)
+            self._splits[resolution] = cached(used, resolution), cached(judge, resolution)
+        return self._splits[resolution]
+
+    def halves(self, resolution: int) -> tuple[Images, Images]:
+        """All training images but those that judge, augmented, and those that judge, as they are."""
+        from nas.data import hold_out
+
+        data = self.data.at(resolution)
+        rest, _ = hold_out(data.train, self.judged, self.seed)
+        _, judge = hold_out(data.calibration, self.judged, self.seed)
+        return rest, judge
+
+    @cached_property
+    def _splits(self) -> dict[int, tuple[Images, Images]]:
+        return {}
+
+    def judge(self, network: nn.Module, images: Images) -> Accuracy:
+        """Accuracy on images, in order."""
+        from nas.data import loader
+        from nas.train import evaluate
+
+        self.loaders.append(loader(images, JUDGED_BATCH, shuffle=False, seed=self.seed))
+        return evaluate(network, self.loaders[-1], self.device)
+
+    def train(self, model: nn.Module, images: Images, recipe: Recipe, **options: Any) -> Training:
+        """A training on this machine."""
+        from nas.train import Training
+        from nas.training import default_workers
+
+        made = Training(model, images, recipe, device=self.device, workers=default_workers(self.device), **options)
+        self.loaders.append(made.loader)
+        return made
+
+
+def open_schooling(
+    options: Options,
+    data: ImageData | None,
+    study: optuna.Study,
+    progress: Callable[[str, int, int], None],
+    say: Callable[[str], None],
+) -> Schooling | None:
+    """What the search `options` trains on; None for a search without images.
+
+    Raises:
+        UserError: a parent without weights.
+    """
+    lessons = options.lessons
+    if lessons is None or data is None:
+        return None
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    folder = options.folder / "training"
+    schooling = Schooling(
+        data,
+        lessons,
+        options.seed or 0,
+        device,
+        folder,
+        lambda: results_of(study),
+        progress,
+        resolution=options.resolution,
+    )
+    say(
+        f"training on {device}: {schooling.used:,} of {len(data.train):,} images of {data.name} "
+        f"({len(data.classes)} classes), judged on {schooling.judged:,} others of them"
+    )
+    if lessons.parent is None:
+        return schooling
+    return replace(schooling, parent=find_parent(lessons.parent, schooling, say))
+
+
+def results_of(study: optuna.Study) -> list[Trained]:
+    """Every network the study has trained, however long."""
+    import numpy as np
+
+    from nas.quality.surrogate import Trained
+
+    completed = study.user_attrs.get(COMPLETED, {})
+    found = {}
+    for trial in study.get_trials(deepcopy=False):
+        detail = trial.user_attrs.get("detail", {})
+        training = detail.get("training")
+        if not training:
+            continue
+        rungs = completed.get(detail["digest"], training["rungs"])
+        if rungs:
+            known = {int(epochs): top1 for epochs, top1 in rungs.items()}
+            found[detail["digest"]] = Trained(detail["digest"], np.array(training["features"]), known)
+    return list(found.values())
+
+
+def find_parent(text: str, schooling: Schooling, say: Callable[[str], None]) -> Parent:
+    """A trained network: a folder's own weights, or timm's of a published name, scored on the user's images.
+
+    Raises:
+        UserError: no weights, or weights that do not fit.
+    """
+    from nas.data import loader, sample
+    from nas.targets import find_target
+    from pruning.importance import ImportanceError, score
+    from pruning.units import anatomy
+    from search_spaces import ArchError, create_model
+    from search_spaces.weights import WeightsError
+
+    target = find_target(text)
+    if target.arch is None:
+        raise UserError(f"--parent {text} is an ONNX file: give a folder with model.safetensors, or a published name")
+    source = target.weights or "timm"
+    classes = len(schooling.data.classes)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = create_model(target.arch, weights=source)
+    except (ArchError, WeightsError) as error:
+        raise UserError(f"--parent {text}: {error}") from None
+    arch = model.arch
+    if arch.num_classes != classes:
+        say(
+            f"{text} has {arch.num_classes} classes and your images {classes}: it cannot teach, and which of its units "
+            f"matter is judged by magnitude; `vitnas train {text} --data ... ` first makes a better parent"
+        )
+        return Parent(text, arch, model.state_dict(), score(model, anatomy(arch), [], "magnitude"))
+    images = sample(schooling.split(arch.resolution)[0], SCORED_IMAGES, schooling.seed)
+    try:
+        scores = score(model, anatomy(arch), list(loader(images, 32, shuffle=False, seed=schooling.seed)), "taylor")
+    except ImportanceError as error:
+        raise UserError(f"--parent {text}: {error}") from None
+    return Parent(text, arch, model.state_dict(), scores)

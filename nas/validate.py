@@ -1,0 +1,132 @@
+"""How well a tier's estimates rank networks: Kendall's tau with full trainings, beside that of the networks' size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy.stats import kendalltau
+
+from nas.errors import TrainingError
+
+if TYPE_CHECKING:
+    import optuna
+
+    from nas.quality.train import Train
+    from nas.search import Options
+    from search_spaces import Arch
+
+RUNS = "validation runs"
+"""The study attribute that holds what was trained for it: digest -> row."""
+RESULT = "validation"
+RESAMPLES = 2_000
+TRIES = 50
+SEED = 10_007
+
+
+def validate(
+    options: Options, study: optuna.Study, tier: Train, rows: Sequence[Mapping[str, Any]], note: Callable[[str], None]
+) -> dict[str, Any] | None:
+    """Train `options.lessons.validate` Archs fully that the search has not trained, and rank them by every estimate.
+
+    They are drawn at random among networks with no more and no fewer MACs than the search found within its budget;
+    full trainings have another seed, all training images but those that judge, and are judged by those.
+    """
+    wanted = options.lessons.validate
+    within = [row["macs_m"] for row in rows if row["feasible"]]
+    if not wanted or not within:
+        return study.user_attrs.get(RESULT)
+    kept: dict[str, dict[str, Any]] = dict(study.user_attrs.get(RUNS, {}))
+    seen = {row["digest"] for row in rows}
+    for arch in draw(options, min(within), max(within)):
+        if sum("top1" in row for row in kept.values()) >= wanted:
+            break
+        if arch.digest() in seen or arch.digest() in kept:
+            continue
+        try:
+            kept[arch.digest()] = measure_one(tier, arch)
+        except TrainingError as error:
+            note(f"a network of the validation could not be trained: {error}")
+            kept[arch.digest()] = {}
+        study.set_user_attr(RUNS, kept)
+    found = [row for row in kept.values() if "top1" in row]
+    if len(found) < wanted:
+        note(f"the validation found only {len(found)} of {wanted} networks of the budget's size")
+    if len(found) < 4:
+        return None
+    result = {"tier": tier.name, "networks": len(found), "tau": taus(found)}
+    result["selects"] = selects(result["tau"]["estimate"])
+    study.set_user_attr(RESULT, result)
+    return result
+
+
+def draw(options: Options, low: float, high: float) -> list[Arch]:
+    """Networks of the searched spaces with `low` to `high` million MACs, in an order that the study's seed fixes."""
+    from search_spaces import table
+    from search_spaces.registry import FAMILIES
+    from search_spaces.space import LEVELS, PARAMETERS
+
+    rng = np.random.default_rng([SEED, options.seed or 0])
+    found = []
+    for _ in range(TRIES * options.lessons.validate):
+        family = options.families[rng.integers(len(options.families))]
+        params = {name: int(rng.integers(LEVELS)) for name in PARAMETERS}
+        arch = FAMILIES[family].space.decode(params, options.num_classes, options.resolution)
+        if low <= table(arch).macs() / 1e6 <= high:
+            found.append(arch)
+    return found
+
+
+def measure_one(tier: Train, arch: Arch) -> dict[str, Any]:
+    """One network's size, estimates and accuracy after a full training."""
+    from search_spaces import table
+
+    counts = table(arch)
+    untrained = tier.predict(arch, counts)
+    estimate = tier.complete(arch, counts)
+    school = tier.schooling
+    rest, judge = school.halves(arch.resolution)
+    folder = school.folder / f"{arch.digest()[:16]}-full"
+    training = tier.begin(arch, rest, tier.recipe(school.lessons.final_epochs), SEED, folder)
+    training.run(None, lambda done, total, *_: school.progress("validation", done, total))
+    folder.unlink(missing_ok=True)
+    return {
+        "family": arch.family,
+        "params": counts.params(),
+        "macs": counts.macs(),
+        "surrogate alone": untrained.value,
+        "estimate": estimate.value,
+        "rungs": estimate.training["rungs"],
+        "top1": school.judge(training.network, judge).top1,
+    }
+
+
+def taus(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Kendall's tau with the accuracy of full trainings, with its 95% interval, of every estimate."""
+    truth = [row["top1"] for row in rows]
+    columns = {name: [row[name] for row in rows] for name in ("estimate", "surrogate alone", "params", "macs")}
+    for epochs in rows[0]["rungs"]:
+        columns[f"after {epochs} epochs"] = [row["rungs"][epochs] for row in rows]
+    return {name: tau(values, truth) for name, values in columns.items()}
+
+
+def tau(values: Sequence[float], truth: Sequence[float]) -> dict[str, Any]:
+    """Kendall's tau-b and its 95% interval by bootstrap over networks; None where all values are equal."""
+    x, y = np.asarray(values, float), np.asarray(truth, float)
+    if len(set(values)) < 2 or len(set(truth)) < 2:
+        return {"tau": None, "ci": None}
+    rng = np.random.default_rng(0)
+    resampled = []
+    for _ in range(RESAMPLES):
+        picked = rng.integers(len(x), size=len(x))
+        found = kendalltau(x[picked], y[picked]).statistic
+        if np.isfinite(found):
+            resampled.append(found)
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    return {"tau": float(kendalltau(x, y).statistic), "ci": [float(low), float(high)]}
+
+
+def selects(found: Mapping[str, Any]) -> bool:
+    """Whether a tier with this tau may choose: not where its interval includes 0."""
+    return found["ci"] is not None and found["ci"][0] > 0

@@ -1,0 +1,193 @@
+"""How well each quality tier ranks networks that are then trained fully: Kendall's tau on real images.
+
+Each call adds networks to a JSONL, one line each, and prints the table; a killed run loses the network it was at.
+
+    python tests/benchmarks/bench_quality.py --data PATH --networks 12            (about 4 CPU-minutes a network)
+    python tests/benchmarks/bench_quality.py --data PATH --parent efficientvit_m1 (adds the inherit tier to every line)
+    python tests/benchmarks/bench_quality.py                                      (prints the table)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nas.data import loader, open_data, sample
+from nas.quality.inherit import Inherit
+from nas.quality.surrogate import Surrogate, Trained, describe
+from nas.quality.train import Train
+from nas.schooling import SCORED_IMAGES, Lessons, Parent, Schooling
+from nas.validate import SEED, tau
+from pruning.importance import score
+from pruning.units import anatomy
+from search_spaces import Arch, get_arch, table
+from search_spaces.registry import FAMILIES
+from search_spaces.space import LEVELS, PARAMETERS
+
+RESULTS = Path(__file__).parent / "quality.jsonl"
+SMALLEST, LARGEST = 0.4, 1.3
+"""Sizes drawn, in MACs of the family's smallest published network."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data")
+    parser.add_argument("--family", default="efficientvit", choices=list(FAMILIES))
+    parser.add_argument("--networks", type=int, default=0, help="lines of the family that the file shall hold")
+    parser.add_argument("--seeds", type=int, default=1, help="full trainings of each network")
+    parser.add_argument("--parent", help="published network, trained first on the same images: adds the inherit tier")
+    parser.add_argument("--resolution", type=int, default=64)
+    parser.add_argument("--images", type=int, default=3_000)
+    parser.add_argument("--epochs", type=int, default=9)
+    parser.add_argument("--final-epochs", type=int, default=12)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = read(args.out)
+    if args.data:
+        for row in work(args, rows):
+            rows = [old for old in rows if old["digest"] != row["digest"]] + [row]
+            args.out.write_text("".join(json.dumps(each) + "\n" for each in rows))
+            print(f"{row['family']} {row['digest'][:8]}: {row['rungs']} then {row['top1']}", flush=True)
+    for family in dict.fromkeys(row["family"] for row in rows):
+        print_table(family, [row for row in rows if row["family"] == family])
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def work(args: argparse.Namespace, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Lines that are new, or know more than before."""
+    data = open_data(args.data, args.resolution, None, 0)
+    with tempfile.TemporaryDirectory() as folder:
+        lessons = Lessons(args.data, args.images, args.epochs, args.final_epochs, 1, 0)
+        school = Schooling(data, lessons, 0, "cpu", Path(folder), list, lambda *_: None)
+        tier = Train(school)
+        settings = {"images": school.used, "resolution": args.resolution, "epochs": args.final_epochs}
+        mine = {row["digest"]: row for row in rows if row["family"] == args.family}
+        for arch in draw(args.family, args.resolution, len(data.classes)):
+            if len(mine) >= args.networks:
+                break
+            if arch.digest() in mine:
+                continue
+            begun = time.process_time()
+            short = tier.complete(arch, table(arch))
+            cost = time.process_time() - begun
+            mine[arch.digest()] = {
+                "family": arch.family,
+                "digest": arch.digest(),
+                "params": table(arch).params(),
+                "macs": table(arch).macs(),
+                "rungs": short.training["rungs"],
+                "cpu_seconds": {"train": cost},
+                "top1": [full(tier, arch, SEED)],
+                "settings": settings,
+                "arch": arch.model_dump(mode="json"),
+            }
+            yield mine[arch.digest()]
+        for row in mine.values():
+            while len(row["top1"]) < args.seeds:
+                row["top1"].append(full(tier, arch_of(row), SEED + len(row["top1"])))
+                yield row
+        if args.parent:
+            brief = replace(lessons, epochs=3)
+            heirs = replace(school, lessons=brief)
+            heir = Inherit(replace(heirs, parent=parent_of(args, tier)))
+            for row in mine.values():
+                if "inherited" not in row:
+                    begun = time.process_time()
+                    row["inherited"] = heir.complete(arch_of(row), table(arch_of(row))).training["rungs"]
+                    row["cpu_seconds"]["inherit"] = time.process_time() - begun
+                    yield row
+
+
+def parent_of(args: argparse.Namespace, tier: Train) -> Parent:
+    """A published network trained for twice the epochs of a full training, on the images a search uses."""
+    school = tier.schooling
+    arch = get_arch(args.parent, len(school.data.classes)).at(args.resolution)
+    images, judge = school.split(args.resolution)
+    training = tier.begin(arch, images, tier.recipe(2 * args.final_epochs), 0, school.folder / "parent")
+    training.run()
+    print(f"parent {args.parent}: {school.judge(training.network, judge).top1:.1f} %", flush=True)
+    scored = list(loader(sample(images, SCORED_IMAGES, 0), 32, shuffle=False, seed=0))
+    scores = score(training.network, anatomy(arch), scored, "taylor")
+    return Parent(args.parent, arch, training.network.state_dict(), scores)
+
+
+def draw(family: str, resolution: int, classes: int) -> Iterator[Arch]:
+    """Networks of the family's space near its smallest published one in MACs, always in the same order."""
+    space = FAMILIES[family].space
+    smallest = min(
+        table(space.arch(v.values, classes).at(resolution)).macs() for v in FAMILIES[family].variants.values()
+    )
+    rng = np.random.default_rng(1)
+    while True:
+        arch = space.decode({name: int(rng.integers(LEVELS)) for name in PARAMETERS}, classes, resolution)
+        if SMALLEST <= table(arch).macs() / smallest <= LARGEST:
+            yield arch
+
+
+def full(tier: Train, arch: Arch, seed: int) -> float:
+    """Top-1 on the images that judge after a full training on all the others that a search uses."""
+    images, judge = tier.schooling.split(arch.resolution)
+    recipe = tier.recipe(tier.schooling.lessons.final_epochs)
+    training = tier.begin(arch, images, recipe, seed, tier.schooling.folder / f"{arch.digest()[:16]}-{seed}")
+    training.run()
+    return tier.schooling.judge(training.network, judge).top1
+
+
+def arch_of(row: dict[str, Any]) -> Arch:
+    return Arch.from_json(json.dumps(row["arch"]))
+
+
+def print_table(family: str, rows: list[dict[str, Any]]) -> None:
+    truth = [float(np.mean(row["top1"])) for row in rows]
+    print(f"\n{family}: {len(rows)} networks, {min(truth):.1f} to {max(truth):.1f} % after full training")
+    columns = {"params": [row["params"] for row in rows], "MACs": [row["macs"] for row in rows]}
+    for epochs in rows[0]["rungs"]:
+        columns[f"train, {epochs} epochs"] = [row["rungs"][epochs] for row in rows]
+    last = max(map(int, rows[0]["rungs"]))
+    trained = [known(row, last) for row in rows]
+    columns["train, with surrogate"] = [Surrogate(trained, last).predict(one.features).value for one in trained]
+    columns["surrogate, left out"] = [
+        Surrogate([other for other in trained if other is not one], last).predict(one.features).value for one in trained
+    ]
+    if all("inherited" in row for row in rows):
+        for epochs in rows[0]["inherited"]:
+            columns[f"inherit, {epochs} epochs"] = [row["inherited"][epochs] for row in rows]
+    again = [row for row in rows if len(row["top1"]) > 1]
+    for name, values in columns.items():
+        show(name, tau(values, truth))
+    if len(again) > 3:
+        name = f"another seed, {len(again)} networks"
+        show(name, tau([row["top1"][1] for row in again], [row["top1"][0] for row in again]))
+    for tier in ("train", "inherit"):
+        costs = [row["cpu_seconds"][tier] for row in rows if tier in row["cpu_seconds"]]
+        if costs:
+            print(f"  {tier}: {np.median(costs):.0f} CPU-seconds a network")
+
+
+def known(row: dict[str, Any], last: int) -> Trained:
+    arch = arch_of(row)
+    return Trained(row["digest"], describe(arch, table(arch)), {int(e): top1 for e, top1 in row["rungs"].items()})
+
+
+def show(name: str, found: dict[str, Any]) -> None:
+    if found["tau"] is None:
+        print(f"  {name:<28} undefined")
+    else:
+        print(f"  {name:<28} tau {found['tau']:5.2f}   95% {found['ci'][0]:5.2f} to {found['ci'][1]:5.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,240 @@
+"""The default trained search under a latency budget against what else a user could do, all trained by one recipe.
+
+Contestants: the search's winner; the best of random networks within the budget, trained to the search's last rung for
+as many CPU-seconds as the search trained; the prior tier's pick of as many trials; the published networks within the
+budget, slowest first; CNNs from timm. Each is trained from several seeds on the images the search used and tested on
+the data's validation part, which nothing else has seen; latencies are from one interleaved run.
+
+    python tests/benchmarks/bench_search.py --data PATH --out FOLDER     (resumes; every stage is a file in FOLDER)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from nas.data import loader, open_data, sample
+from nas.export import to_onnx, write_artifact
+from nas.final import Accuracies, compare_means, verdict
+from nas.measure import Measurer, Settings, compare, device_lock
+from nas.quality.train import Train
+from nas.recipes import RECIPES
+from nas.schooling import Lessons, Schooling
+from nas.search import reference_arch
+from nas.train import Training, evaluate
+from search_spaces import Arch, create_model, fold, get_arch, table
+from search_spaces.registry import FAMILIES
+from search_spaces.space import LEVELS, PARAMETERS
+
+CNNS = ("lcnet_075", "mobilenetv3_small_100", "repghostnet_100")
+TESTED_IMAGES = 5_000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--budget", default="0.8ms")
+    parser.add_argument("--resolution", type=int, default=64)
+    parser.add_argument("--trials", type=int, default=40)
+    parser.add_argument("--images", type=int, default=5_000)
+    parser.add_argument("--epochs", type=int, default=9)
+    parser.add_argument("--final-epochs", type=int, default=18)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--published", type=int, default=2)
+    parser.add_argument("--stage", choices=("search", "train", "all"), default="all")
+    parser.add_argument("--part", default="0/1", help="i/n: train every n-th contestant only, to share the work")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    args.out.mkdir(parents=True, exist_ok=True)
+    school = schooling(args)
+    arches = once(args.out / "contestants.json", lambda: contestants(args, school))
+    if args.stage == "search":
+        return
+    models = {name: {"arch": arch} for name, arch in arches["arches"].items()} | {
+        f"timm/{name}": {"timm": name} for name in CNNS
+    }
+    part, parts = map(int, args.part.split("/"))
+    jobs = [(name, seed) for seed in range(args.seeds) for name in models]
+    for name, seed in jobs[part::parts]:
+        once(
+            args.out / f"{name.replace('/', '-')}-{seed}.json",
+            lambda n=name, s=seed: trained(args, school, models[n], s),
+        )
+    if args.stage == "train":
+        return
+    print_table(args, models, arches, once(args.out / "latency.json", lambda: latencies(args, models)))
+
+
+def once(path: Path, make: Callable[[], Any]) -> Any:
+    """What a file holds; made and written where there is none."""
+    if not path.is_file():
+        made = make()
+        path.write_text(json.dumps(made))
+        print(f"{path.name} done", flush=True)
+    return json.loads(path.read_text())
+
+
+def result_path(args: argparse.Namespace, name: str, seed: int) -> Path:
+    return args.out / f"{name.replace('/', '-')}-{seed}.json"
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    return Settings(runtime="onnxruntime", device="cpu", threads=1, batch_size=1)
+
+
+def schooling(args: argparse.Namespace) -> Schooling:
+    data = open_data(args.data, args.resolution, None, 0)
+    lessons = Lessons(args.data, args.images, args.epochs, args.final_epochs, args.seeds, 0)
+    return Schooling(data, lessons, 0, "cpu", args.out / "training", list, lambda *_: None)
+
+
+def contestants(args: argparse.Namespace, school: Schooling) -> dict[str, Any]:
+    """Archs by role, and what finding each cost in CPU-seconds."""
+    searched = search(args, "train", "--data", args.data, *lessons_words(args))
+    prior = search(args, "prior", "--num-classes", str(len(school.data.classes)))
+    budget_ms = searched["budget_ms"]
+    found = {"search (train)": searched["winner"]["arch"], "search (prior)": prior["winner"]["arch"]}
+    costs = {"search (train)": searched["training_seconds"], "search (prior)": 0.0}
+    best, costs["random"] = random_search(args, school, budget_ms, searched["training_seconds"])
+    found["random"] = best
+    published = sorted(
+        (row for row in searched["final"] if row["name"] and row["fits"]), key=lambda r: -r["latency_ms"]
+    )
+    for row in published[: args.published]:
+        arch = get_arch(row["name"], len(school.data.classes)).at(args.resolution)
+        found[row["name"]], costs[row["name"]] = arch.model_dump(mode="json"), 0.0
+    return {"arches": found, "cpu_seconds": costs, "budget_ms": budget_ms}
+
+
+def lessons_words(args: argparse.Namespace) -> list[str]:
+    return [
+        *("--train-images", str(args.images), "--epochs", str(args.epochs)),
+        *("--final-epochs", "1", "--seeds", "1"),
+    ]
+
+
+def search(args: argparse.Namespace, tier: str, *words: str) -> dict[str, Any]:
+    """`vitnas search`'s JSON, and how long its candidates were trained."""
+    command = [
+        *(sys.executable, "-m", "nas.cli", "search", "--latency-budget", args.budget, "--threads", "1", "--json"),
+        *("--resolution", str(args.resolution), "--trials", str(args.trials), "--seed", "0"),
+        *("--study", tier, "--out", str(args.out), *words),
+    ]
+    begun = time.monotonic()
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} ended with {done.returncode}")
+    print(f"{tier} search: {time.monotonic() - begun:.0f} s", flush=True)
+    data = json.loads(done.stdout)
+    seconds = {row["phase"]: row["seconds"] for row in data["breakdown"]}
+    return data | {"training_seconds": seconds["training"]}
+
+
+def random_search(
+    args: argparse.Namespace, school: Schooling, budget_ms: float, seconds: float
+) -> tuple[dict[str, Any], float]:
+    """The best on the images that judge of random networks within the budget, each trained to the last rung."""
+    rng, tier = np.random.default_rng(0), Train(school)
+    best, top1, begun = None, -1.0, time.process_time()
+    with tempfile.TemporaryDirectory() as folder:
+        reference = write_artifact(reference_arch(), settings_of(args), Path(folder) / "reference")
+        with device_lock("cpu"), Measurer(settings_of(args), reference, Path(folder)) as measurer:
+            measurer.measure(reference)
+            while time.process_time() - begun < seconds:
+                family = list(FAMILIES)[rng.integers(len(FAMILIES))]
+                params = {name: int(rng.integers(LEVELS)) for name in PARAMETERS}
+                arch = FAMILIES[family].space.decode(params, len(school.data.classes), args.resolution)
+                measurer.prepare()
+                path = write_artifact(arch, settings_of(args), Path(folder) / "candidate")
+                if measurer.measure(path, budget_ms).p50_ms > budget_ms:
+                    continue
+                rungs = tier.complete(arch, table(arch)).training["rungs"]
+                print(f"random {family}: {rungs}", flush=True)
+                if rungs[str(args.epochs)] > top1:
+                    best, top1 = arch.model_dump(mode="json"), rungs[str(args.epochs)]
+    return best, time.process_time() - begun
+
+
+def build(what: Mapping[str, Any], args: argparse.Namespace, classes: int) -> nn.Module:
+    if "arch" in what:
+        return create_model(Arch.from_json(json.dumps(what["arch"])))
+    import timm
+
+    return timm.create_model(what["timm"], num_classes=classes)
+
+
+def trained(args: argparse.Namespace, school: Schooling, what: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """One full training by the recipe that searches end with."""
+    torch.manual_seed(seed)
+    images, _ = school.split(args.resolution)
+    recipe = replace(RECIPES["quick"], epochs=args.final_epochs)
+    begun = time.process_time()
+    training = Training(build(what, args, len(school.data.classes)), images, recipe, seed=seed)
+    training.run()
+    tested = sample(school.data.at(args.resolution).val, TESTED_IMAGES, 0)
+    found = evaluate(training.network, loader(tested, 64, shuffle=False, seed=0))
+    return {"top1": found.top1, "images": found.total, "cpu_seconds": time.process_time() - begun}
+
+
+def latencies(args: argparse.Namespace, models: Mapping[str, Any]) -> dict[str, Any]:
+    """All contestants in one interleaved run."""
+    with tempfile.TemporaryDirectory() as folder, device_lock("cpu"):
+        paths = {}
+        for name, what in models.items():
+            paths[name] = Path(folder) / f"{len(paths)}.onnx"
+            model = build(what, args, 10).eval()
+            to_onnx(fold(model) if "arch" in what else reparameterised(model), paths[name], args.resolution, 1)
+        results = compare(paths, settings_of(args), rounds=40)
+    return {name: {"ms": one.p50_ms, "ci": one.ci_ms} for name, one in results.items()}
+
+
+def reparameterised(model: nn.Module) -> nn.Module:
+    from timm.utils.model import reparameterize_model
+
+    return reparameterize_model(model)
+
+
+def print_table(
+    args: argparse.Namespace, models: Mapping[str, Any], arches: Mapping[str, Any], latency: Mapping[str, Any]
+) -> None:
+    found = {}
+    print("| network | top-1 % | ms | 95% | M params | MMACs | CPU-minutes to find it |\n|---|---|---|---|---|---|---|")
+    for name, what in models.items():
+        rows = [json.loads(result_path(args, name, seed).read_text()) for seed in range(args.seeds)]
+        top1 = [row["top1"] for row in rows]
+        found[name] = Accuracies(name, top1, rows[0]["images"], sum(row["cpu_seconds"] for row in rows))
+        size = ""
+        if "arch" in what:
+            arch = Arch.from_json(json.dumps(what["arch"]))
+            name = f"{name}: {arch.family}"
+            size = f"{table(arch).params() / 1e6:.2f} | {table(arch).macs() / 1e6:.1f}"
+        else:
+            size = f"{sum(p.numel() for p in build(what, args, 10).parameters()) / 1e6:.2f} | "
+        label = next(iter(k for k in models if name.startswith(k)))
+        low, high = latency[label]["ci"]
+        cost = arches["cpu_seconds"].get(label)
+        print(
+            f"| {name} | {statistics.mean(top1):.1f} +- {statistics.stdev(top1):.1f} | {latency[label]['ms']:.2f} | "
+            f"{low:.2f}..{high:.2f} | {size} | {'' if cost is None else f'{cost / 60:.1f}'} |"
+        )
+    for name, other in found.items():
+        if name != "search (train)":
+            print(verdict(compare_means(found["search (train)"], other), found["search (train)"], other))
+
+
+if __name__ == "__main__":
+    main()

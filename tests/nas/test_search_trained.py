@@ -1,0 +1,113 @@
+"""A real, short search that trains its candidates on images: what it writes, keeps, reuses and validates."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+FOLDER = "trained"
+
+
+def command(root: Path, *words: str, trials: int = 3) -> list[str]:
+    return [
+        *(sys.executable, "-m", "nas.cli", "search", "--latency-budget", "30ms", "--trials", str(trials)),
+        *("--study", FOLDER, "--out", str(root / "runs"), "--data", str(root / "images"), "--family", "shvit"),
+        *("--resolution", "32", "--train-images", "100", "--epochs", "3", "--final-epochs", "1", "--seeds", "2"),
+        *("--sampler", "random", "--seed", "1", "--threads", "1", *words),
+    ]
+
+
+def run(root: Path, *words: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(command(root, *words, **options), capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+    root = tmp_path_factory.mktemp("trained")
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 60), ("val", 20)):
+        for label, colour in (("red", (200, 40, 40)), ("blue", (40, 40, 200))):
+            folder = root / "images" / part / label
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = np.clip(np.array(colour) + rng.normal(0, 60, (32, 32, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    return root, run(root, "--json")
+
+
+def test_a_trained_network_comes_out_with_its_baseline(searched):
+    root, done = searched
+    assert done.returncode == 0, done.stderr
+    folder = root / "runs" / FOLDER
+    assert {path.name for path in (folder / "best").iterdir()} == {"arch.json", "model.onnx", "model.safetensors"}
+    found = json.loads(done.stdout)
+    assert found["num_classes"] == 2
+    assert not found["untrained"]
+    ours, *theirs = found["accuracy"]["rows"]
+    assert ours["label"] == found["winner"]["label"]
+    assert ours["images"] == 40, "the validation images"
+    assert all(len(row["top1"]) == 2 for row in (ours, *theirs))
+    if theirs:
+        assert any(word in found["accuracy"]["verdict"] for word in ("a tie", "a gain", "a loss"))
+    page = (folder / "report.html").read_text()
+    assert "Trained fully" in page
+    assert "not been validated" in page
+    for row in csv.DictReader((folder / "trials.csv").open()):
+        assert row["state"] == "complete"
+    assert not list((folder / "training").glob("*")), "no checkpoint of a finished training is left"
+
+
+def test_weights_are_those_of_the_network_as_measured(searched):
+    import torch
+
+    from nas.targets import find_target
+    from search_spaces import create_model, fold
+
+    root, _ = searched
+    target = find_target(str(root / "runs" / FOLDER))
+    model = create_model(target.arch, weights=target.weights).eval()
+    assert model.untrained == []
+    import onnxruntime
+
+    images = torch.randn(1, 3, 32, 32)
+    session = onnxruntime.InferenceSession(str(target.folder / "model.onnx"), providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {"images": images.numpy()})
+    with torch.inference_mode():
+        assert abs(fold(model)(images).numpy() - logits).max() < 1e-3
+
+
+def test_nothing_is_trained_again(searched):
+    root, first = searched
+    folder = root / "runs" / FOLDER
+    before = {path: path.stat().st_mtime_ns for path in (folder / "final").iterdir()}
+    assert len(before) >= 3
+    again = run(root, "--json")
+    assert again.returncode == 0, again.stderr
+    assert all(path.stat().st_mtime_ns == made for path, made in before.items())
+    assert json.loads(again.stdout)["accuracy"] == json.loads(first.stdout)["accuracy"]
+
+
+def test_another_training_is_refused(searched):
+    root, _ = searched
+    done = run(root, "--train-images", "120")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "training.train_images 100, this command says 120" in done.stderr
+
+
+def test_the_tier_validates_itself(searched):
+    root, _ = searched
+    done = run(root, "--json", "--validate", "4")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["validation"]
+    assert found["networks"] == 4
+    assert {"estimate", "surrogate alone", "params", "macs", "after 1 epochs", "after 3 epochs"} == set(found["tau"])
+    chosen = json.loads(done.stdout)
+    if not found["selects"]:
+        assert any("does not choose" in note for note in chosen["notes"])
+    assert "tau" in (root / "runs" / FOLDER / "report.html").read_text()

@@ -1,0 +1,270 @@
+"""The trained tiers: who goes on, who is left out, what is kept, and how validation and final figures are told."""
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from nas.errors import TrainingError, UserError
+from nas.final import Accuracies, compare_means, settle, verdict
+from nas.outcome import rank
+from nas.quality.surrogate import Trained, describe
+from nas.quality.train import SCREEN_FROM, Train, low_resolution
+from nas.schooling import ETA, Lessons, Schooling
+from nas.validate import selects, tau, taus
+from search_spaces import get_arch, table
+from search_spaces.registry import FAMILIES
+from search_spaces.space import LEVELS, PARAMETERS
+
+LESSONS = Lessons("images", images=100, epochs=9, final_epochs=2, seeds=2, validate=0)
+
+
+def arch_at(seed: int, resolution: int | None = 64):
+    rng = np.random.default_rng(seed)
+    params = {name: int(rng.integers(LEVELS)) for name in PARAMETERS}
+    return FAMILIES["shvit"].space.decode(params, 10, resolution)
+
+
+def skill(arch) -> float:
+    return 5 * math.log2(table(arch).params() / 1e6)
+
+
+class Stub(Train):
+    """Trains nothing: top-1 follows from the network's size and its epochs. `made` lists (resolution, epochs)."""
+
+    def __init__(self, schooling: Schooling, nan_from: int | None = None) -> None:
+        super().__init__(schooling)
+        self.made: list[tuple[int, int]] = []
+        self.nan_from = nan_from
+
+    def begin(self, arch, images, recipe, seed, checkpoint, weights=None):
+        tier, start = self, 0 if weights is None else 1
+
+        class Training:
+            loader = SimpleNamespace(close=lambda: None)
+            network = SimpleNamespace(state_dict=dict, top1=0.0)
+
+            def run(self, until=None, progress=None) -> None:
+                checkpoint.parent.mkdir(parents=True, exist_ok=True)
+                checkpoint.write_text("")
+                until = until or recipe.epochs
+                if tier.nan_from is not None and until >= tier.nan_from:
+                    raise TrainingError(f"the loss is no longer finite in epoch {tier.nan_from}", tier.nan_from)
+                tier.made.append((arch.resolution, until))
+                self.network.top1 = 50 + skill(arch) + 8 * math.log((until + start) / 9)
+
+        return Training()
+
+
+@pytest.fixture
+def school(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Schooling:
+    known: list[Trained] = []
+    data = SimpleNamespace(train=range(1000), classes=range(10))
+    found = Schooling(data, LESSONS, 0, "cpu", tmp_path / "training", lambda: known, lambda *_: None)
+    monkeypatch.setattr(Schooling, "split", lambda self, resolution: ("train", "judge"))
+    monkeypatch.setattr(Schooling, "judge", lambda self, network, images: SimpleNamespace(top1=network.top1))
+    found.__dict__["known"] = known
+    return found
+
+
+def learn(school: Schooling, tier: Train, arch) -> str:
+    """What the search does with a trial: estimate it and keep what was learnt."""
+    found = tier.estimate(arch, table(arch))
+    rungs = {int(epochs): top1 for epochs, top1 in found.training["rungs"].items()}
+    if rungs:
+        school.__dict__["known"].append(Trained(arch.digest(), np.array(found.training["features"]), rungs))
+    return found.how
+
+
+def test_rungs():
+    def rungs(epochs: int) -> tuple[int, ...]:
+        lessons = Lessons("x", 100, epochs, 1, 1, 0)
+        return Schooling(None, lessons, 0, "cpu", Path(), list, print).rungs
+
+    assert rungs(9) == (1, 3, 9)
+    assert rungs(3) == (1, 3)
+    assert rungs(1) == (1,)
+    assert rungs(30) == (3, 10, 30)
+
+
+def test_halving_trains_few_to_the_end(school):
+    tier = Stub(school)
+    arches = [arch_at(seed) for seed in range(24)]
+    ways = [learn(school, tier, arch) for arch in arches]
+    ends = [how for how in ways if how == "trained 9 of 9 epochs"]
+    first = [how for how in ways if how.startswith("trained")]
+    untrained = [how for how in ways if how.startswith("predicted")]
+    assert 2 <= len(ends) <= len(ways) / 2
+    assert untrained, "the surrogate knows by then which are worse"
+    assert all(how.startswith("trained") for how in ways[:SCREEN_FROM])
+    assert len(first) + len(untrained) == len(ways)
+    by_skill = sorted(arches, key=skill)
+    known = {one.key: one.rungs for one in school.__dict__["known"]}
+    assert 9 in known[by_skill[-1].digest()], "the best goes to the end"
+    worst = known.get(by_skill[0].digest(), {})
+    assert 9 not in worst or ways[arches.index(by_skill[0])] in ways[:ETA]
+    assert not list(school.folder.glob("*")), "no checkpoint is left of a finished trial"
+
+
+def test_the_same_network_is_not_trained_twice(school):
+    tier = Stub(school)
+    learn(school, tier, arch_at(0))
+    made = list(tier.made)
+    assert learn(school, tier, arch_at(0)) == "trained 9 of 9 epochs"
+    assert tier.made == made
+
+
+def test_large_networks_begin_at_half_their_resolution(school, monkeypatch):
+    monkeypatch.setattr("pruning.transfer.transfer", lambda *args: {})
+    tier, arch = Stub(school), arch_at(0, 224)
+    learn(school, tier, arch)
+    assert tier.made == [(96, 1), (224, 2), (224, 8)]
+    assert low_resolution(arch_at(0, 96)) is None
+    assert low_resolution(arch_at(0, 128)) == 64
+
+
+def test_a_training_that_diverges_is_told_with_its_epoch_and_an_interrupted_one_is_kept(school):
+    tier = Stub(school, nan_from=3)
+    with pytest.raises(TrainingError, match="epoch 3") as caught:
+        tier.estimate(arch_at(0), table(arch_at(0)))
+    assert caught.value.epoch == 3
+    assert list(school.folder.glob("*")), "its checkpoint stays for a retry"
+
+
+def test_the_best_are_settled_by_training_them_to_the_end(school):
+    tier = Stub(school)
+    rows, known = [], school.__dict__["known"]
+    for i, arch in enumerate(arch_at(seed) for seed in range(12)):
+        rungs = {e: 50 + skill(arch) + 8 * math.log(e / 9) for e in ((1, 3, 9) if i < 3 else (1,))}
+        known.append(Trained(arch.digest(), describe(arch, table(arch)), rungs))
+        rows.append(
+            {
+                "trial": i,
+                "digest": arch.digest(),
+                "features": describe(arch, table(arch)).tolist(),
+                "feasible": i != 5,
+                "quality": 0.0,
+                "arch": arch,
+            }
+        )
+    attrs: dict = {}
+
+    def keep(name, value):
+        attrs[name] = value
+        for j, one in enumerate(known):
+            if one.key in value:
+                known[j] = Trained(one.key, one.features, {int(e): t for e, t in value[one.key].items()})
+
+    trials = [
+        SimpleNamespace(user_attrs={"detail": {"digest": one.key, "training": {"features": one.features, "rungs": {}}}})
+        for one in known
+    ]
+    study = SimpleNamespace(user_attrs=attrs, set_user_attr=keep, get_trials=lambda deepcopy: trials)
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr("nas.final.results_of", lambda study: known)
+    found = settle(study, tier, rows, True, lambda row: row["arch"], print)
+    monkey.undo()
+    best = sorted((row for row in found if row["feasible"]), key=lambda row: -row["quality_estimate"])[:3]
+    done = {one.key for one in known if 9 in one.rungs}
+    assert all(row["digest"] in done for row in best)
+    assert best[0]["arch"] is max((row["arch"] for row in rows if row["feasible"]), key=skill)
+    assert len(done) < len(known)
+
+
+def test_a_tier_that_may_not_choose_leaves_it_to_parameters():
+    small = {"quality": 60.0, "params_m": 2.0, "latency_ms": 1.0}
+    large = {"quality": 50.0, "params_m": 4.0, "latency_ms": 1.0}
+    assert rank(small) < rank(large)
+    assert rank(large | {"selects": False}) < rank(small | {"selects": False})
+
+
+def test_taus():
+    truth = np.linspace(50, 60, 16)
+    noise = np.random.default_rng(5).standard_normal(16)
+    exact = tau(truth, truth)
+    assert exact["tau"] == pytest.approx(1)
+    assert exact["ci"] == pytest.approx([1, 1])
+    assert selects(exact)
+    nothing = tau(noise, truth)
+    assert nothing["ci"][0] < 0 < nothing["ci"][1]
+    assert not selects(nothing)
+    assert tau([1.0] * 16, truth) == {"tau": None, "ci": None}
+    assert not selects(tau([1.0] * 16, truth))
+    rows = [
+        {"top1": t, "estimate": t + n, "surrogate alone": n, "params": i, "macs": -i, "rungs": {"1": n, "3": t}}
+        for i, (t, n) in enumerate(zip(truth, noise, strict=True))
+    ]
+    found = taus(rows)
+    assert found["params"]["tau"] == found["after 3 epochs"]["tau"] == pytest.approx(1)
+    assert found["macs"]["tau"] == pytest.approx(-1)
+    assert found["estimate"]["ci"][0] <= found["estimate"]["tau"] <= found["estimate"]["ci"][1]
+
+
+def test_final_figures_are_compared_with_their_spread():
+    one = Accuracies("ours", [61.0, 62.0, 63.0], 500, 9.0)
+    near = Accuracies("theirs", [60.5, 61.9, 62.0], 500, 9.0)
+    far = Accuracies("theirs", [50.0, 50.5, 51.0], 500, 9.0)
+    tie = compare_means(one, near)
+    assert tie["tie"]
+    assert "a tie" in verdict(tie, one, near)
+    gain = compare_means(one, far)
+    assert not gain["tie"]
+    assert gain["ci"][0] < 11.5 < gain["ci"][1]
+    assert "a gain" in verdict(gain, one, far)
+    assert "a loss" in verdict(compare_means(far, one), far, one)
+    alike = Accuracies("theirs", [100.0, 100.0], 500, 3.0)
+    assert compare_means(alike, alike) == {"difference": 0, "ci": [0, 0], "tie": True}
+    single = compare_means(one, Accuracies("theirs", [50.0], 500, 3.0))
+    assert single["ci"] is None
+    assert "one seed" in verdict(single, one, Accuracies("theirs", [50.0], 500, 3.0))
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"images": 5}, "--train-images"),
+        ({"epochs": 0}, "--epochs"),
+        ({"final_epochs": 0}, "--final-epochs"),
+        ({"seeds": 0}, "--seeds"),
+        ({"validate": 2}, "--validate"),
+    ],
+)
+def test_lessons_out_of_range(change, word):
+    from dataclasses import replace
+
+    with pytest.raises(UserError, match=word):
+        replace(LESSONS, **change).check()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--quality", "train"), "--data"),
+        (("--parent", "levit_128s"), "--data"),
+        (("--quality", "oracle"), "choose"),
+        (("--quality", "inherit", "--data", "x"), "--parent"),
+        (("--quality", "train", "--data", "x", "--parent", "levit_128s"), "--parent"),
+        (("--quality", "prior", "--data", "x"), "--data"),
+        (("--data", "nowhere"), "no such folder"),
+        (("--data", "x", "--parent", "levit_128s", "--family", "shvit"), "--family"),
+        (("--resolution", "100"), "multiple of 32"),
+        (("--data", "x", "--seeds", "0"), "--seeds"),
+    ],
+)
+def test_bad_words_are_refused(vitnas, tmp_path, words, said):
+    result = vitnas("search", "--latency-budget", "2ms", "--out", str(tmp_path / "runs"), *words)
+    vitnas.refused(result, said)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_published_arch_keeps_its_own_figures_only_at_home():
+    from nas.outcome import published_top1
+
+    arch = get_arch("shvit_s1")
+    home = {"name": "shvit_s1", "resolution": 224, "arch": arch.model_dump()}
+    assert published_top1(home) == pytest.approx(72.8)
+    assert published_top1(home | {"resolution": 64}) is None
+    assert published_top1(home | {"arch": arch.replace(num_classes=10).model_dump()}) is None
+    assert published_top1({"name": ""}) is None
