@@ -34,6 +34,13 @@ RuntimeName = Annotated[
 ]
 Threads = Annotated[int | None, typer.Option(help="CPU threads.  [default: the physical cores this process may use]")]
 BatchSize = Annotated[int, typer.Option(help="Images per inference.")]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        help="Images: a folder (train/<class>/ beside val/<class>/, or <class>/), torch/NAME, hfds/NAME or "
+        "wds/SHARDS.  [default: digits, a demo]"
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 Model = Annotated[str, typer.Argument(help="A published name, an arch.json, or a run's folder.")]
 
@@ -272,13 +279,7 @@ def prune(
     ] = None,
     params: Annotated[str | None, typer.Option(help="Budget: 0.5x of its parameters, or 4M.")] = None,
     latency_budget: Annotated[str | None, typer.Option(help="Budget as measured here: 1.5ms or 0.6x.")] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="Images: a folder (train/<class>/ beside val/<class>/, or <class>/), torch/NAME, hfds/NAME or "
-            "wds/SHARDS.  [default: digits, a demo]"
-        ),
-    ] = None,
+    data: Data = None,
     weights: Annotated[
         str | None,
         typer.Option(help="timm, or a .safetensors or .pth state dict.  [default: the folder's own, or timm's]"),
@@ -347,13 +348,7 @@ def prune(
 )
 def train(
     model: Model,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="Images: a folder (train/<class>/ beside val/<class>/, or <class>/), torch/NAME, hfds/NAME or "
-            "wds/SHARDS.  [default: digits, a demo]"
-        ),
-    ] = None,
+    data: Data = None,
     recipe: Annotated[
         str | None,
         typer.Option(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nas.quality.train import Train
@@ -14,10 +13,8 @@ from pruning.transfer import transfer
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from nas.data import Images
     from nas.recipes import Recipe
     from nas.schooling import Schooling
-    from nas.train import Training
     from search_spaces import Arch
 
 
@@ -43,28 +40,16 @@ class Inherit(Train):
 
         return dataclasses.replace(RECIPES["finetune"], epochs=epochs)
 
-    def begin(
-        self,
-        arch: Arch,
-        images: Images,
-        recipe: Recipe,
-        seed: int,
-        checkpoint: Path,
-        weights: Mapping[str, Tensor] | None = None,
-    ) -> Training:
-        """A training from what the parent passes on."""
+    def inherited(self, arch: Arch, seed: int) -> Mapping[str, Tensor]:
+        """What the parent passes on."""
         import torch
 
-        from search_spaces import create_model
+        generator = torch.Generator().manual_seed(seed)
+        return transfer(self.parent.arch, self.parent.weights, arch, self.parent.scores, generator)
 
-        if weights is None:
-            generator = torch.Generator().manual_seed(seed)
-            weights = transfer(self.parent.arch, self.parent.weights, arch, self.parent.scores, generator)
-        torch.manual_seed(seed)
-        model = create_model(arch)
-        model.load_state_dict(dict(weights))
-        teacher = self._teacher(arch.resolution) if self._teaches else None
-        return self.schooling.train(model, images, recipe, seed=seed, checkpoint=checkpoint, teacher=teacher)
+    def teacher(self, resolution: int) -> nn.Module | None:
+        """The parent, where it knows the classes."""
+        return self._teacher(resolution) if self._teaches else None
 
     def _teacher_at(self, resolution: int) -> nn.Module:
         from search_spaces import create_model

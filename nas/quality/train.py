@@ -161,16 +161,25 @@ class Train:
         checkpoint: Path,
         weights: Mapping[str, Tensor] | None = None,
     ) -> Training:
-        """A training from the given weights, or from random ones that `seed` draws."""
+        """A training from the given weights, or from those that a network begins with; `seed` draws what is random."""
         import torch
 
         from search_spaces import create_model
 
         torch.manual_seed(seed)
         model = create_model(arch)
-        if weights is not None:
-            model.load_state_dict(dict(weights))
-        return self.schooling.train(model, images, recipe, seed=seed, checkpoint=checkpoint)
+        first = self.inherited(arch, seed) if weights is None else weights
+        if first is not None:
+            model.load_state_dict(dict(first))
+        return self.schooling.train(
+            model, images, recipe, seed=seed, checkpoint=checkpoint, teacher=self.teacher(arch.resolution)
+        )
+
+    def inherited(self, arch: Arch, seed: int) -> Mapping[str, Tensor] | None:
+        """Weights that a network begins with; None for random ones."""
+
+    def teacher(self, resolution: int) -> nn.Module | None:
+        """The network that the others learn from, if there is one."""
 
 
 def low_resolution(arch: Arch) -> int | None:

@@ -268,3 +268,77 @@ def test_published_arch_keeps_its_own_figures_only_at_home():
     assert published_top1(home | {"resolution": 64}) is None
     assert published_top1(home | {"arch": arch.replace(num_classes=10).model_dump()}) is None
     assert published_top1({"name": ""}) is None
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    from PIL import Image
+
+    root, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for part, count in (("train", 40), ("val", 8)):
+        for label in ("dark", "light"):
+            (root / part / label).mkdir(parents=True)
+            for i in range(count):
+                level = rng.normal(60 if label == "dark" else 200, 30, (32, 32, 3)).clip(0, 255)
+                Image.fromarray(level.astype(np.uint8)).save(root / part / label / f"{i}.png")
+    return root
+
+
+def real_school(pictures: Path, folder: Path, **more) -> Schooling:
+    from nas.data import open_data
+
+    data = open_data(str(pictures), 32, None, 0)
+    lessons = Lessons(str(pictures), 100, more.pop("epochs", 1), 1, 1, 0)
+    return Schooling(data, lessons, 0, "cpu", folder, list, lambda *_: None, resolution=32, **more)
+
+
+def test_judges_are_never_trained_on(pictures, tmp_path):
+    school = real_school(pictures, tmp_path)
+    rest, judge = school.halves(32)
+    assert len(judge) == school.judged == 16
+    assert not set(rest.sources) & set(judge.sources)
+    assert {path.parts[-3] for path in (*rest.sources, *judge.sources)} == {"train"}, (
+        "validation images are for the end"
+    )
+    assert len(rest) + len(judge) == 80
+    images, judges = school.split(32)
+    assert len(images) == school.used == 64
+    assert list(judges.labels) == list(judge.labels)
+
+
+def test_candidates_inherit_the_parent_s_weights_and_its_lesson(pictures, tmp_path):
+    import torch
+
+    from nas.quality.inherit import Inherit
+    from nas.schooling import Parent
+    from search_spaces import create_model
+
+    arch = arch_at(3, 32).replace(num_classes=2)
+    torch.manual_seed(1)
+    weights = create_model(arch).state_dict()
+    tier = Inherit(real_school(pictures, tmp_path, parent=Parent("ours", arch, weights, {})))
+    school = tier.schooling
+    images, _ = school.split(32)
+    same = tier.begin(arch, images, tier.recipe(1), 0, tmp_path / "a")
+    assert all(torch.equal(value, weights[name]) for name, value in same.network.state_dict().items())
+    other = arch_at(4, 32).replace(num_classes=2)
+    found = tier.estimate(other, table(other))
+    assert found.how == "trained 1 of 1 epochs"
+    assert tier.teacher(32) is tier.teacher(32)
+    stranger = Inherit(real_school(pictures, tmp_path, parent=Parent("x", arch.replace(num_classes=7), {}, {})))
+    assert stranger.teacher(32) is None, "seven classes cannot teach two"
+
+
+def test_shared_weights_are_trained_once_and_may_not_choose_unproven(pictures, tmp_path, monkeypatch):
+    from nas.quality.supernet import Shared
+    from nas.supernet import Supernet
+
+    few = [arch_at(seed, 32).replace(num_classes=2) for seed in (3, 4)]
+    monkeypatch.setattr(Supernet, "over", classmethod(lambda cls, *words: cls.among(few)))
+    tier = Shared(real_school(pictures, tmp_path))
+    found = [tier.estimate(arch, table(arch)) for arch in few]
+    assert tier.needs_validation
+    assert all(0 <= one.value <= 100 and one.error > 0 and one.how == "with shared weights" for one in found)
+    monkeypatch.setattr(Supernet, "train", None)
+    again = Shared(real_school(pictures, tmp_path)).estimate(few[0], table(few[0]))
+    assert again.value == found[0].value, "the weights that the first one kept"
