@@ -79,6 +79,7 @@ class Proposer(BaseSampler):
                 for one in details
             ],
             1,
+            noise=0.02,
         )
         known = self._tier.schooling.results()
         quality = Surrogate(known, self._tier.epochs)

@@ -32,7 +32,7 @@ def tau_of(surrogate: Surrogate, others: list[Trained]) -> float:
 
 def test_predicts_what_it_has_not_seen():
     others = networks(40, seed=1, noise=0)
-    surrogate = Surrogate(networks(24, seed=0), LAST)
+    surrogate = Surrogate(networks(24, seed=0), LAST, noise=0.3)
     assert tau_of(surrogate, others) > 0.8
     misses = [abs(surrogate.predict(one.features).value - law(one.features, LAST)) for one in others]
     assert np.mean(misses) < 0.6
@@ -50,7 +50,7 @@ def test_short_trainings_count():
 
 
 def test_error_covers_the_misses():
-    surrogate = Surrogate(networks(24, seed=0), LAST)
+    surrogate = Surrogate(networks(24, seed=0), LAST, noise=0.3)
     found = [(surrogate.predict(one.features), one) for one in networks(60, seed=2)]
     inside = [abs(each.value - one.rungs[LAST]) <= 2 * each.error for each, one in found]
     assert 0.8 < np.mean(inside) <= 1
