@@ -34,6 +34,7 @@ RuntimeName = Annotated[
 ]
 Threads = Annotated[int | None, typer.Option(help="CPU threads.  [default: the physical cores this process may use]")]
 BatchSize = Annotated[int, typer.Option(help="Images per inference.")]
+TRAINING_OPTIONS = ("train_images", "epochs", "final_epochs", "seeds", "validate")
 Data = Annotated[
     str | None,
     typer.Option(
@@ -45,8 +46,12 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard outpu
 Model = Annotated[str, typer.Argument(help="A published name, an arch.json, or a run's folder.")]
 
 
-@app.command(epilog="Example:  vitnas search --latency-budget 2ms --family shvit --family levit --trials 200")
+@app.command(
+    epilog="Examples:\n\n  vitnas search --latency-budget 2ms --family shvit --family levit --trials 200\n\n"
+    "  vitnas search --latency-budget 2ms --data ./images --resolution 128"
+)
 def search(
+    context: typer.Context,
     latency_budget: Annotated[str, typer.Option(help="Latency with its unit: 2ms, 1.5ms, 800us.")],
     device: Device = "cpu",
     family: Annotated[list[str] | None, typer.Option(help="Family to search; repeatable.  [default: all five]")] = None,
@@ -97,7 +102,7 @@ def search(
         int, typer.Option(help="Images of --data that candidates are trained on at most.")
     ] = 10_000,
     epochs: Annotated[
-        int | None, typer.Option(help="Epochs a candidate is trained at most.  [default: 9; 3 where it inherits]")
+        int | None, typer.Option(help="Epochs a candidate is trained at most.  [default: 9; inherit 3, supernet 30]")
     ] = None,
     final_epochs: Annotated[int, typer.Option(help="Epochs of the trainings at the end.")] = 30,
     seeds: Annotated[int, typer.Option(help="Seeds of the trainings at the end.")] = 3,
@@ -126,7 +131,11 @@ def search(
     families = families_of(family)
     tier = tier_of(quality, data, parent)
     lessons = None
-    if tier != "prior":
+    if tier == "prior":
+        for name in TRAINING_OPTIONS:
+            if (source := context.get_parameter_source(name)) and source.name == "COMMANDLINE":
+                raise UserError(f"--{name.replace('_', '-')} needs --data: without images nothing is trained")
+    else:
         from nas.schooling import DEFAULT_EPOCHS, Lessons
 
         lessons = Lessons(data, train_images, epochs or DEFAULT_EPOCHS[tier], final_epochs, seeds, validate, parent)

@@ -251,6 +251,7 @@ def test_lessons_out_of_range(change, word):
         (("--data", "x", "--parent", "levit_128s", "--family", "shvit"), "--family"),
         (("--resolution", "100"), "multiple of 32"),
         (("--data", "x", "--seeds", "0"), "--seeds"),
+        (("--final-epochs", "9"), "--final-epochs needs --data"),
     ],
 )
 def test_bad_words_are_refused(vitnas, tmp_path, words, said):
