@@ -138,13 +138,14 @@ def search(
     else:
         from nas.schooling import DEFAULT_EPOCHS, Lessons
 
-        lessons = Lessons(data, train_images, epochs or DEFAULT_EPOCHS[tier], final_epochs, seeds, validate, parent)
+        last = DEFAULT_EPOCHS[tier] if epochs is None else epochs
+        lessons = Lessons(data or "", train_images, last, final_epochs, seeds, validate, parent)
         lessons.check()
         families = inheriting(parent, families, family) if tier == "inherit" else families
 
     from nas.display import show_result, watch
     from nas.outcome import finish_run
-    from nas.search import Options, default_study, storage_of
+    from nas.search import Options, default_study, interruptible, storage_of
     from nas.search import search as run_search
     from nas.storage import storage_errors
 
@@ -177,7 +178,7 @@ def search(
     )
     with watch(options) as (progress, say, phase):
         found, run = run_search(options, progress, say, phase, images)
-        with storage_errors(storage_of(options)):
+        with storage_errors(storage_of(options)), interruptible():
             try:
                 result = finish_run(options, found, run, command_line(), phase)
             except KeyboardInterrupt:

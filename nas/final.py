@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from nas.errors import TrainingError
 from nas.export import save_weights
+from nas.report import replace_file
 from nas.schooling import COMPLETED, results_of
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def settle(
         best = list({row["digest"]: row for row in ranked}.values())[:BEST]
         pending = [row for row in best if row["digest"] not in full]
         if not pending:
-            return reviewed
+            return [row | {"feasible": row["feasible"] and row["digest"] not in failed} for row in reviewed]
         arch = arch_of(pending[0])
         try:
             training = tier.complete(arch, table(arch)).training
@@ -125,7 +126,7 @@ def train_fully(options: Options, tier: Train, label: str, arch: Arch) -> Accura
             if seed == 0:
                 save_weights(training.network, path.with_suffix(".safetensors"))
             row = {"top1": found.top1, "images": found.total, "seconds": time.monotonic() - begun}
-            path.write_text(json.dumps(row))
+            replace_file(path, json.dumps(row).encode())
             path.with_suffix(".state").unlink(missing_ok=True)
         made.append(json.loads(path.read_text()))
     return Accuracies(label, [m["top1"] for m in made], made[0]["images"], sum(m["seconds"] for m in made))
@@ -142,11 +143,9 @@ def compare_means(first: Accuracies, second: Accuracies) -> dict[str, Any]:
     from scipy.stats import ttest_ind
 
     difference = first.mean - second.mean
-    if first.deviation is None or second.deviation is None:
+    if first.deviation is None or second.deviation is None or not (first.deviation or second.deviation):
         return {"difference": difference, "ci": None, "tie": None}
-    low = high = difference
-    if first.deviation or second.deviation:
-        low, high = map(float, ttest_ind(first.top1, second.top1, equal_var=False).confidence_interval())
+    low, high = map(float, ttest_ind(first.top1, second.top1, equal_var=False).confidence_interval())
     return {"difference": difference, "ci": [low, high], "tie": low <= 0 <= high}
 
 
@@ -154,8 +153,9 @@ def verdict(found: Mapping[str, Any], first: Accuracies, second: Accuracies) -> 
     """The comparison in one line."""
     by = f"{found['difference']:+.1f} points"
     if found["ci"] is None:
-        return f"{first.label} against {second.label}: {by} from one seed each, which tells nothing of the spread"
+        return f"{first.label} against {second.label}: {by}, undecided: the seeds show no spread"
     low, high = found["ci"]
     kind = "a tie" if found["tie"] else "a gain" if low > 0 else "a loss"
     seeds = len(first.top1)
-    return f"{first.label} against {second.label}: {by} (95% {low:+.1f} to {high:+.1f} over {seeds} seeds): {kind}"
+    interval = f"95% {low:+.1f} to {high:+.1f} over {seeds} seeds, on these images"
+    return f"{first.label} against {second.label}: {by} ({interval}): {kind}"

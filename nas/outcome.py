@@ -7,6 +7,7 @@ import shutil
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from datetime import datetime
 from functools import partial
@@ -145,6 +146,7 @@ def closing_run(options: Options, rows: Sequence[Row], progress: Callable[[int, 
             "published_top1": published_top1(row),
             "error": str(result) if isinstance(result, MeasureError) else "",
             "fits": False,
+            "selects": row.get("selects", True),
             **{k: row[k] for k in FINAL_KEYS},
         }
         if not isinstance(result, MeasureError):
@@ -237,7 +239,8 @@ def finish_run(
     notes = list(run.notes)
     validation = study.user_attrs.get("validation")
     if run.tier is not None and run.tier.trained:
-        rows, validation = judged(options, study, run, rows, notes.append)
+        with training_lock(options, run.tier):
+            rows, validation = judged(options, study, run, rows, notes.append)
     feasible = [row for row in rows if row["feasible"]]
     watched = partial(phase, "closing side-by-side run") if phase else None
     final = closing_run(options, rows, watched) if feasible and not run.interrupted else []
@@ -246,7 +249,12 @@ def finish_run(
         winner = best_of(feasible)
     accuracy = None
     if run.tier is not None and run.tier.trained and final and winner is not None:
-        accuracy = accuracies(options, run.tier, final, winner, notes.append)
+        try:
+            with training_lock(options, run.tier):
+                accuracy = accuracies(options, run.tier, final, winner, notes.append)
+        except KeyboardInterrupt:
+            run.interrupted = True
+            notes.append("interrupted: the final trainings are not finished; the same command continues them")
     if run.tier is not None and run.tier.trained:
         skipped = skipped_line(run.tier.schooling.loaders)
         notes += [skipped] if skipped else []
@@ -273,7 +281,7 @@ def finish_run(
             f"this machine was busy: within a trial the reference network's latency moved by {drift:.0%} (median); "
             "run again on a quiet machine for figures to rely on"
         )
-    if run.interrupted:
+    if run.interrupted and not final:
         left_out = "closing side-by-side run" + (" and no final training" if options.lessons else "")
         notes.append(f"interrupted: no {left_out} was made; latencies are those of the single trials")
     data = {
@@ -311,6 +319,12 @@ def finish_run(
     return data
 
 
+def training_lock(options: Options, tier: Tier) -> AbstractContextManager[Any]:
+    """The device's lock where networks train on the device that is measured: nobody measures beside a training."""
+    device = options.settings.device
+    return device_lock(device) if tier.schooling.device == device else nullcontext()
+
+
 def judged(
     options: Options, study: optuna.Study, run: Run, rows: list[Row], note: Callable[[str], None]
 ) -> tuple[list[Row], dict[str, Any] | None]:
@@ -339,10 +353,14 @@ def accuracies(
     from nas.final import compare_means, train_fully, verdict
 
     baseline = baseline_of(final, winner)
-    try:
-        found = [train_fully(options, tier, label_of(row), arch_of(row)) for row in (winner, baseline) if row]
-    except TrainingError as error:
-        note(f"a final training failed: {error}")
+    found = []
+    for row in filter(None, (winner, baseline)):
+        try:
+            found.append(train_fully(options, tier, label_of(row), arch_of(row)))
+            row["accuracy"] = found[-1].to_dict()
+        except TrainingError as error:
+            note(f"the final training of {label_of(row)} failed: {error}")
+    if "accuracy" not in winner:
         return None
     table = {
         "rows": [each.to_dict() for each in found],
@@ -350,13 +368,9 @@ def accuracies(
         "recipe": tier.recipe(options.lessons.final_epochs).name,
         "verdict": "",
     }
-    for row, each in zip((winner, baseline), found, strict=False):
-        row["accuracy"] = each.to_dict()
-    if baseline is None:
-        table["verdict"] = (
-            "the winner is itself a published network" if winner["name"] else "no published network was measured"
-        )
-        return table
+    if len(found) < 2:
+        why = "the winner is itself a published network" if winner["name"] else "no published network beside it"
+        return table | {"verdict": why}
     result = compare_means(*found)
     over = "" if baseline["fits"] else f"; {label_of(baseline)} is over the budget, as every published network tried"
     return table | result | {"verdict": verdict(result, *found) + over}
@@ -480,10 +494,11 @@ def advice(options: Options) -> list[str]:
             f"--runtime: {', '.join(name for name in others if name != options.settings.runtime)} may be faster"
         )
     left_out = sorted(set(FAMILIES) - set(options.families))
-    if left_out:
+    if left_out and not (options.lessons and options.lessons.parent):
         lines.append(f"--family: {', '.join(left_out)} were not searched")
     lowest = min(FAMILIES[family].space.options["resolution"][0] for family in options.families)
-    lines.append(f"more --trials: lower resolutions (down to {lowest} px) and smaller widths are in the space")
+    smaller = "" if options.resolution else f"lower resolutions (down to {lowest} px) and "
+    lines.append(f"more --trials: {smaller}smaller widths are in the space")
     return lines
 
 

@@ -83,7 +83,8 @@ class Proposer(BaseSampler):
         )
         known = self._tier.schooling.results()
         quality = Surrogate(known, self._tier.epochs)
-        best = max((quality.predict(one.features).value for one in known), default=0.0)
+        fitting = {t.user_attrs["detail"]["digest"] for t in measured if t.user_attrs["feasible"]}
+        best = max((quality.predict(one.features).value for one in known if one.key in fitting), default=0.0)
         limit = math.log(self._options.budget_ms)
 
         def rate(candidate: tuple[Mapping[str, Any], Arch]) -> float:
@@ -102,11 +103,14 @@ class Proposer(BaseSampler):
 
     def _pool(self, measured: Sequence[FrozenTrial]) -> list[tuple[dict[str, Any], Arch]]:
         """Parameters with their networks: variations of the best within the budget, and random ones."""
-        fitting = [t for t in measured if t.user_attrs["feasible"]] or measured
-        parents = sorted(fitting, key=lambda t: -t.user_attrs["detail"]["quality_estimate"])[:PARENTS]
+        fitting = [t for t in measured if t.user_attrs["feasible"]] or list(measured)
+        details = [t.user_attrs["detail"] for t in fitting]
+        now = self._tier.review([(one["digest"], one["training"]["features"]) for one in details])
+        order = sorted(range(len(fitting)), key=lambda i: -now[i].value)
+        parents = [fitting[i] for i in order[:PARENTS]]
         found = []
         for i in range(POOL):
-            params = self._varied(parents[i % len(parents)].params) if i % 2 else self._drawn()
+            params = self._varied(parents[i // 2 % len(parents)].params) if i % 2 else self._drawn()
             family = FAMILIES[params["family"]]
             found.append((params, family.space.decode(params, self._options.num_classes, self._options.resolution)))
         return found

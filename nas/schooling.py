@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +29,8 @@ RUNGS = 3
 JUDGED_SHARE = 0.2
 JUDGED_IMAGES = 5_000
 JUDGED_BATCH = 64
+KEPT_SPLITS = 2
+"""Resolutions whose decoded images stay in memory."""
 SCORED_IMAGES = 512
 DEFAULT_EPOCHS = {"train": 9, "inherit": 3, "supernet": 30}
 COMPLETED = "completed"
@@ -58,18 +61,20 @@ class Lessons:
         ):
             if value < least:
                 raise UserError(f"--{name} is {value}: give {least} or more")
-        if 0 < self.validate < 4:
-            raise UserError(f"--validate is {self.validate}: a rank correlation needs 4 or more networks")
+        if 0 < self.validate < 6:
+            raise UserError(f"--validate is {self.validate}: a rank correlation needs 6 or more networks")
 
 
 @dataclass(frozen=True)
 class Parent:
-    """A trained network that candidates take their weights from; scores: importance of its units."""
+    """A trained network that candidates take their weights from. scores: importance of its units. seen: what is to be
+    said of the images it was trained on."""
 
     label: str
     arch: Arch
     weights: Mapping[str, Tensor]
     scores: Mapping[str, Any]
+    seen: str = ""
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,8 @@ class Schooling:
         from nas.data import cached, sample
 
         if resolution not in self._splits:
+            while len(self._splits) >= KEPT_SPLITS:
+                del self._splits[next(iter(self._splits))]
             rest, judge = self.halves(resolution)
             used = sample(rest, self.lessons.images, self.seed)
             self._splits[resolution] = cached(used, resolution), cached(judge, resolution)
@@ -219,7 +226,12 @@ def find_parent(text: str, schooling: Schooling, say: Callable[[str], None]) -> 
     target = find_target(text)
     if target.arch is None:
         raise UserError(f"--parent {text} is an ONNX file: give a folder with model.safetensors, or a published name")
-    source = target.weights or "timm"
+    source = target.weights or ("timm" if target.folder is None else None)
+    if source is None:
+        raise UserError(f"--parent {text} has no model.safetensors: `vitnas train` makes one")
+    seen = provenance(target.folder, schooling)
+    if seen:
+        say(seen)
     classes = len(schooling.data.classes)
     try:
         with warnings.catch_warnings():
@@ -233,10 +245,26 @@ def find_parent(text: str, schooling: Schooling, say: Callable[[str], None]) -> 
             f"{text} has {arch.num_classes} classes and your images {classes}: it cannot teach, and which of its units "
             f"matter is judged by magnitude; `vitnas train {text} --data ... ` first makes a better parent"
         )
-        return Parent(text, arch, model.state_dict(), score(model, anatomy(arch), [], "magnitude"))
-    images = sample(schooling.split(arch.resolution)[0], SCORED_IMAGES, schooling.seed)
+        return Parent(text, arch, model.state_dict(), score(model, anatomy(arch), [], "magnitude"), seen)
+    images = sample(schooling.halves(arch.resolution)[0], SCORED_IMAGES, schooling.seed)
     try:
         scores = score(model, anatomy(arch), list(loader(images, 32, shuffle=False, seed=schooling.seed)), "taylor")
     except ImportanceError as error:
         raise UserError(f"--parent {text}: {error}") from None
-    return Parent(text, arch, model.state_dict(), scores)
+    return Parent(text, arch, model.state_dict(), scores, seen)
+
+
+def provenance(folder: Path | None, schooling: Schooling) -> str:
+    """What to say of a parent that may have been trained on this search's validation images; "" where it was not."""
+    if folder is None:
+        return ""
+    path = folder / "metrics.json"
+    if not path.is_file():
+        return f"which images {folder} was trained on is unknown: if validation images are among them, figures flatter"
+    told = json.loads(path.read_text()).get("options", {})
+    if told.get("data") == schooling.lessons.data and told.get("seed") != schooling.seed:
+        return (
+            f"{folder} was trained on this data with --seed {told.get('seed')}: where the seed splits it (no val/), "
+            f"figures on validation images flatter; search with --seed {told.get('seed')}"
+        )
+    return ""

@@ -7,6 +7,7 @@ turns, and workers on several machines share a study through a database.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 REFERENCE = "efficientvit_m0"
 EXPORT_TIMEOUT_S = 180
 MEASURE_TIMEOUT_S = 60
+BEAT_S = 60
 LEASE_S = EXPORT_TIMEOUT_S + MEASURE_TIMEOUT_S + 60
 SWEPT = "trial {} was taken for dead by another worker; its result was dropped"
 PHASES = (
@@ -91,7 +93,7 @@ class Progress:
 
 @dataclass
 class Run:
-    """What happened in this process: for the breakdown and the exit."""
+    """What happened in this process: for the breakdown and the exit. alive: called while a network is trained."""
 
     started: str
     wall_s: float = 0.0
@@ -100,6 +102,7 @@ class Run:
     interrupted: bool = False
     notes: list[str] = field(default_factory=list)
     tier: Tier | None = None
+    alive: Callable[[], None] = lambda: None
 
 
 def default_study(options: Mapping[str, Any]) -> str:
@@ -111,8 +114,8 @@ def default_study(options: Mapping[str, Any]) -> str:
     return name if options["quality"] == "prior" else f"{name}-{options['quality']}"
 
 
-def meta(options: Options) -> dict[str, Any]:
-    """What must agree for a command to continue a study."""
+def meta(options: Options, data: ImageData | None = None) -> dict[str, Any]:
+    """What must agree for a command to continue a study; `data` are the images of its lessons."""
     from nas.hardware import fingerprint
     from search_spaces.registry import FAMILIES
     from search_spaces.space import fingerprint as space_fingerprint
@@ -134,8 +137,19 @@ def meta(options: Options) -> dict[str, Any]:
             "train_images": lessons.images,
             "epochs": lessons.epochs,
             "parent": lessons.parent,
+            "seed": options.seed or 0,
+            "images": [len(data.train), len(data.val)] if data else None,
+            "labels": labels_hash(data) if data else None,
         }
     return agreed
+
+
+def labels_hash(data: ImageData) -> str:
+    """A short hash of all labels: images added or moved change it."""
+    import numpy as np
+
+    labels = np.concatenate([np.asarray(data.train.labels), np.asarray(data.val.labels)]).astype(np.int64)
+    return hashlib.sha256(labels.tobytes()).hexdigest()[:12]
 
 
 def search(
@@ -167,7 +181,7 @@ def search(
     make_folder(options.folder)
     storage = storage_of(options)
     try:
-        study = open_study(options.study, storage, meta(options), sampler)
+        study = open_study(options.study, storage, meta(options, data), sampler)
     except UserError:
         if fresh:
             shutil.rmtree(options.folder, ignore_errors=True)
@@ -181,7 +195,12 @@ def search(
         stack.enter_context(interruptible())
         try:
             starting = Clock(run.phases)
-            run.tier = TIERS[options.quality](open_schooling(options, data, study, phase, say))
+
+            def trained(what: str, done: int, total: int) -> None:
+                run.alive()
+                phase(what, done, total)
+
+            run.tier = TIERS[options.quality](open_schooling(options, data, study, trained, say))
             if run.tier.trained and options.sampler == "auto":
                 from nas.propose import Proposer
 
@@ -202,6 +221,8 @@ def search(
                 sweep(study)
                 around.lap("other")
         except KeyboardInterrupt:
+            if run.tier is None:
+                raise
             run.interrupted = True
             say("interrupted: finishing with what was measured; the same command continues")
     run.wall_s = time.perf_counter() - begun
@@ -247,6 +268,7 @@ class TrialRunner:
             trial = self.study.ask()
             try:
                 lease(trial, LEASE_S)
+                run.alive = heart(trial)
                 clock.lap("storage")
                 arch = suggest(trial, self.options)
                 clock.lap("sampler")
@@ -264,6 +286,8 @@ class TrialRunner:
             except KeyboardInterrupt:
                 fail(self.study, trial, "interrupted", retry=True)
                 raise
+            finally:
+                run.alive = lambda: None
 
     def _measure_and_tell(self, trial: optuna.Trial, arch: Arch, clock: Clock) -> bool:
         """False if the trial had been taken for dead by another worker."""
@@ -382,6 +406,21 @@ class Clock:
 
     def add(self, phase: str, seconds: float) -> None:
         self._phases[phase] += seconds
+
+
+def heart(trial: optuna.Trial) -> Callable[[], None]:
+    """A function that extends a trial's lease, once a minute at most."""
+    from nas.study import lease
+
+    last = time.monotonic()
+
+    def beat() -> None:
+        nonlocal last
+        if time.monotonic() - last > BEAT_S:
+            lease(trial, LEASE_S)
+            last = time.monotonic()
+
+    return beat
 
 
 def suggest(trial: optuna.Trial, options: Options) -> Arch:

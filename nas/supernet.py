@@ -34,7 +34,7 @@ from timm.utils import random_seed
 from torch import Tensor, nn
 
 from nas.data import Batch
-from nas.errors import UserError
+from nas.errors import TrainingError, UserError
 from nas.train import Accuracy, evaluate
 from pruning.slicing import significant
 from search_spaces import Arch, ArchError, table
@@ -436,7 +436,7 @@ class Supernet:
             progress: called after each update with images done, images in all, and the largest candidate's loss.
 
         Raises:
-            UserError: the loss is no longer finite, or no batch holds two images.
+            TrainingError: the loss is no longer finite. UserError: no batch holds two images.
         """
         random_seed(seed)
         self._random = np.random.default_rng(seed)
@@ -455,7 +455,8 @@ class Supernet:
                 loss, _ = self.step(inputs.to(self.device, memory_format=torch.channels_last), labels.to(self.device))
                 value = loss.item()
                 if not math.isfinite(value):
-                    raise UserError(f"the loss is {value} after {done:,} images: lower the learning rate ({lr:g})")
+                    epoch = 1 + done // len(loader.dataset) if hasattr(loader, "dataset") else 1
+                    raise TrainingError(f"the supernet's loss is {value} after {done:,} images", epoch)
                 nn.utils.clip_grad_norm_(self.owner.parameters(), MAX_GRADIENT_NORM)
                 optimizer.step()
                 done += len(labels)

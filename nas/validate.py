@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 RUNS = "validation runs"
 """The study attribute that holds what was trained for it: digest -> row."""
 RESULT = "validation"
+GATE = "estimate, first rung"
+"""What decides whether a tier may choose: what it says of most networks of a search, which end there."""
+LEAST = 6
+"""Networks below which a rank correlation says nothing."""
 RESAMPLES = 2_000
 TRIES = 50
 SEED = 10_007
@@ -40,7 +44,7 @@ def validate(
     kept: dict[str, dict[str, Any]] = dict(study.user_attrs.get(RUNS, {}))
     seen = {row["digest"] for row in rows}
     for arch in draw(options, min(within), max(within)):
-        if sum("top1" in row for row in kept.values()) >= wanted:
+        if sum(row.get("final_epochs") == options.lessons.final_epochs for row in kept.values()) >= wanted:
             break
         if arch.digest() in seen or arch.digest() in kept:
             continue
@@ -50,13 +54,13 @@ def validate(
             note(f"a network of the validation could not be trained: {error}")
             kept[arch.digest()] = {}
         study.set_user_attr(RUNS, kept)
-    found = [row for row in kept.values() if "top1" in row]
+    found = [row for row in kept.values() if row.get("final_epochs") == options.lessons.final_epochs]
     if len(found) < wanted:
         note(f"the validation found only {len(found)} of {wanted} networks of the budget's size")
-    if len(found) < 4:
+    if len(found) < LEAST:
         return None
     result = {"tier": tier.name, "networks": len(found), "tau": taus(found)}
-    result["selects"] = selects(result["tau"]["estimate"])
+    result["selects"] = selects(result["tau"][GATE])
     study.set_user_attr(RESULT, result)
     return result
 
@@ -85,19 +89,25 @@ def measure_one(tier: Train, arch: Arch) -> dict[str, Any]:
     counts = table(arch)
     untrained = tier.predict(arch, counts)
     estimate = tier.complete(arch, counts)
+    rungs = estimate.training["rungs"]
     school = tier.schooling
     rest, judge = school.halves(arch.resolution)
     folder = school.folder / f"{arch.digest()[:16]}-full"
     training = tier.begin(arch, rest, tier.recipe(school.lessons.final_epochs), SEED, folder)
-    training.run(None, lambda done, total, *_: school.progress("validation", done, total))
+    try:
+        training.run(None, lambda done, total, *_: school.progress("validation", done, total))
+    finally:
+        training.loader.close()
     folder.unlink(missing_ok=True)
     return {
         "family": arch.family,
         "params": counts.params(),
         "macs": counts.macs(),
+        "final_epochs": school.lessons.final_epochs,
         "surrogate alone": untrained.value,
-        "estimate": estimate.value,
-        "rungs": estimate.training["rungs"],
+        GATE: tier.early(arch, counts, rungs).value,
+        "estimate, last rung": estimate.value,
+        "rungs": rungs,
         "top1": school.judge(training.network, judge).top1,
     }
 
@@ -105,10 +115,15 @@ def measure_one(tier: Train, arch: Arch) -> dict[str, Any]:
 def taus(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Kendall's tau with the accuracy of full trainings, with its 95% interval, of every estimate."""
     truth = [row["top1"] for row in rows]
-    columns = {name: [row[name] for row in rows] for name in ("estimate", "surrogate alone", "params", "macs")}
+    names = (GATE, "estimate, last rung", "params", "macs", "surrogate alone")
+    columns = {name: [row[name] for row in rows] for name in names}
     for epochs in rows[0]["rungs"]:
         columns[f"after {epochs} epochs"] = [row["rungs"][epochs] for row in rows]
-    return {name: tau(values, truth) for name, values in columns.items()}
+    told: dict[str, list[float]] = {}
+    for name, values in columns.items():
+        if values not in told.values():
+            told[name] = values
+    return {name: tau(values, truth) for name, values in told.items()}
 
 
 def tau(values: Sequence[float], truth: Sequence[float]) -> dict[str, Any]:

@@ -30,8 +30,8 @@ class Inherit(Train):
         self._teaches = self.parent.arch.num_classes == len(schooling.data.classes)
         self.note += (
             f" Weights are inherited from {self.parent.label}{', which also teaches' * self._teaches}; if it was "
-            "trained on the images that judge, their figures flatter."
-        )
+            f"trained on the images that judge, estimates flatter. {self.parent.seen}"
+        ).rstrip()
         self._teacher = cache(self._teacher_at)
 
     def recipe(self, epochs: int) -> Recipe:

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from nas.errors import TrainingError
 from nas.quality import Estimate
 from nas.quality.surrogate import describe
 from nas.quality.train import Train
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from nas.data import Images
     from nas.schooling import Schooling
@@ -40,6 +41,7 @@ class Shared(Train):
     def __init__(self, schooling: Schooling) -> None:
         super().__init__(schooling)
         self._known: dict[str, Supernet] = {}
+        self._failed: dict[str, TrainingError] = {}
         self.note = (
             f"Each family's shared weights were trained for {self.epochs} epochs of {schooling.used:,} of your images; "
             "candidates were judged on others held out from training, BatchNorm calibrated for each."
@@ -65,6 +67,10 @@ class Shared(Train):
         """As `estimate`: there is no further rung."""
         return self.estimate(arch, counts)
 
+    def early(self, arch: Arch, counts: Table, rungs: Mapping[str, float]) -> Estimate:
+        """As `estimate`."""
+        return self.estimate(arch, counts)
+
     def review(self, networks: Sequence[tuple[str, Sequence[float]]]) -> list[Estimate]:
         """What each was found to have: other networks' results say nothing more of it."""
         own = {each.key: each.rungs for each in self.schooling.results()}
@@ -87,6 +93,8 @@ class Shared(Train):
         from nas.data import loader
         from nas.supernet import Supernet
 
+        if family in self._failed:
+            raise self._failed[family]
         if family in self._known:
             return self._known[family]
         school = self.schooling
@@ -97,14 +105,18 @@ class Shared(Train):
             made.load(path)
         else:
             images: Images = school.split(self._resolution(made))[0]
-            made.train(
-                loader(images, BATCH, shuffle=True, seed=school.seed),
-                self.epochs * len(images),
-                LR,
-                seed=school.seed,
-                device=school.device,
-                progress=lambda done, total, *_: school.progress(f"supernet of {family}", done, total),
-            )
+            try:
+                made.train(
+                    loader(images, BATCH, shuffle=True, seed=school.seed),
+                    self.epochs * len(images),
+                    LR,
+                    seed=school.seed,
+                    device=school.device,
+                    progress=lambda done, total, *_: school.progress(f"supernet of {family}", done, total),
+                )
+            except TrainingError as error:
+                self._failed[family] = error
+                raise
             school.folder.mkdir(parents=True, exist_ok=True)
             draft = path.with_suffix(".partial")
             made.save(draft)

@@ -1,13 +1,14 @@
 """The tier that trains: successive halving on a fixed part of the user's images, judged on images held out from it.
 
 A network is trained for a ninth of the epochs, the better third of all go on to a third of them, and the better third
-of those to the end. What a short training says is weighed by the surrogate, which also leaves out networks that it is
-sure are worse. The first epochs of a large network are trained at half its resolution.
+of those to the end. What a short training says is weighed by the surrogate, which also leaves out networks whose
+prediction plus its error is below the best. The first epochs of a large network are trained at half its resolution.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import shutil
 import time
@@ -19,6 +20,7 @@ import numpy as np
 
 from nas.quality import Estimate
 from nas.quality.surrogate import Surrogate, Trained, describe
+from nas.report import replace_file
 from nas.schooling import ETA
 
 if TYPE_CHECKING:
@@ -71,6 +73,13 @@ class Train:
             return guess
         return self._train(arch, features, known, self._goes_on)
 
+    def early(self, arch: Arch, counts: Table, rungs: Mapping[str, float]) -> Estimate:
+        """What the estimate would be after the first of these rungs."""
+        key, features = arch.digest(), describe(arch, counts)
+        first = min(map(int, rungs))
+        others = [each for each in self.schooling.results() if each.key != key]
+        return Surrogate([*others, Trained(key, features, {first: rungs[str(first)]})], self.epochs).predict(features)
+
     def complete(self, arch: Arch, counts: Table) -> Estimate:
         """Train a network to the last rung."""
         others = [each for each in self.schooling.results() if each.key != arch.digest()]
@@ -94,9 +103,14 @@ class Train:
     ) -> Estimate:
         begun, key = time.monotonic(), arch.digest()
         folder = self.schooling.folder / key[:16]
+        path = folder / "rungs.json"
+        judged = json.loads(path.read_text()) if path.is_file() else {}
         rungs: dict[int, float] = {}
         for epochs, network, judges in self._rungs(arch, folder):
-            rungs[epochs] = self.schooling.judge(network, judges).top1
+            if str(epochs) not in judged:
+                judged[str(epochs)] = self.schooling.judge(network, judges).top1
+                replace_file(path, json.dumps(judged).encode())
+            rungs[epochs] = judged[str(epochs)]
             results = [*others, Trained(key, features, dict(rungs))]
             estimate = Surrogate(results, self.epochs).predict(features)
             if not goes_on(estimate, epochs, results):
@@ -123,8 +137,10 @@ class Train:
                 yield epochs, self._until(training, epochs - done), judges
 
     def _until(self, training: Training, epochs: int) -> nn.Module:
-        training.run(epochs, lambda done, total, *_: self.schooling.progress("training", done, total))
-        training.loader.close()
+        try:
+            training.run(epochs, lambda done, total, *_: self.schooling.progress("training", done, total))
+        finally:
+            training.loader.close()
         return training.network
 
     def _predict(self, key: str, features: np.ndarray, results: Sequence[Trained]) -> Estimate:

@@ -56,14 +56,20 @@ def main() -> None:
     if args.data:
         for row in work(args, rows):
             rows = [old for old in rows if old["digest"] != row["digest"]] + [row]
-            args.out.write_text("".join(json.dumps(each) + "\n" for each in rows))
+            with args.out.open("a") as file:
+                file.write(json.dumps(row) + "\n")
             print(f"{row['family']} {row['digest'][:8]}: {row['rungs']} then {row['top1']}", flush=True)
-    for family in dict.fromkeys(row["family"] for row in rows):
-        print_table(family, [row for row in rows if row["family"] == family])
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(f"{row['family']}, {json.dumps(row['settings'])}", []).append(row)
+    for name, alike in groups.items():
+        print_table(name, alike)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    """A network's last line counts."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return list({row["digest"]: row for row in map(json.loads, lines)}.values())
 
 
 def work(args: argparse.Namespace, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:

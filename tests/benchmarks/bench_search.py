@@ -1,7 +1,7 @@
 """The default trained search under a latency budget against what else a user could do, all trained by one recipe.
 
 Contestants: the search's winner; the best of random networks within the budget, trained to the search's last rung for
-as many CPU-seconds as the search trained; the prior tier's pick of as many trials; the published networks within the
+as many epochs as the search trained in all; the prior tier's pick of as many trials; the published networks within the
 budget, slowest first; CNNs from timm. Each is trained from several seeds on the images the search used and tested on
 the data's validation part, which nothing else has seen; latencies are from one interleaved run.
 
@@ -108,15 +108,18 @@ def contestants(args: argparse.Namespace, school: Schooling) -> dict[str, Any]:
     prior = search(args, "prior", "--num-classes", str(len(school.data.classes)))
     budget_ms = searched["budget_ms"]
     found = {"search (train)": searched["winner"]["arch"], "search (prior)": prior["winner"]["arch"]}
-    costs = {"search (train)": searched["training_seconds"], "search (prior)": 0.0}
-    best, costs["random"] = random_search(args, school, budget_ms, searched["training_seconds"])
+    costs: dict[str, float] = {}
+    epochs = trained_epochs(args)
+    best, costs["random"] = random_search(args, school, budget_ms, epochs)
+    print(f"the search trained {epochs} epochs in all", flush=True)
     found["random"] = best
     published = sorted(
         (row for row in searched["final"] if row["name"] and row["fits"]), key=lambda r: -r["latency_ms"]
     )
     for row in published[: args.published]:
         arch = get_arch(row["name"], len(school.data.classes)).at(args.resolution)
-        found[row["name"]], costs[row["name"]] = arch.model_dump(mode="json"), 0.0
+        found[row["name"]] = arch.model_dump(mode="json")
+    costs["search (train)"] = costs["random"] * epochs / (epochs // args.epochs * args.epochs)
     return {"arches": found, "cpu_seconds": costs, "budget_ms": budget_ms}
 
 
@@ -128,7 +131,7 @@ def lessons_words(args: argparse.Namespace) -> list[str]:
 
 
 def search(args: argparse.Namespace, tier: str, *words: str) -> dict[str, Any]:
-    """`vitnas search`'s JSON, and how long its candidates were trained."""
+    """`vitnas search`'s JSON."""
     command = [
         *(sys.executable, "-m", "nas.cli", "search", "--latency-budget", args.budget, "--threads", "1", "--json"),
         *("--resolution", str(args.resolution), "--trials", str(args.trials), "--seed", "0"),
@@ -139,34 +142,48 @@ def search(args: argparse.Namespace, tier: str, *words: str) -> dict[str, Any]:
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} ended with {done.returncode}")
     print(f"{tier} search: {time.monotonic() - begun:.0f} s", flush=True)
-    data = json.loads(done.stdout)
-    seconds = {row["phase"]: row["seconds"] for row in data["breakdown"]}
-    return data | {"training_seconds": seconds["training"]}
+    return json.loads(done.stdout)
+
+
+def trained_epochs(args: argparse.Namespace) -> int:
+    """Epochs that all of a search's candidates together were trained for."""
+    import optuna
+
+    from nas.schooling import results_of
+    from nas.storage import open_storage
+
+    storage = open_storage(args.out / "train" / "study.journal", read_only=True)
+    study = optuna.load_study(study_name="train", storage=storage)
+    return sum(max(each.rungs) for each in results_of(study))
 
 
 def random_search(
-    args: argparse.Namespace, school: Schooling, budget_ms: float, seconds: float
+    args: argparse.Namespace, school: Schooling, budget_ms: float, epochs: int
 ) -> tuple[dict[str, Any], float]:
-    """The best on the images that judge of random networks within the budget, each trained to the last rung."""
+    """The best on the images that judge of random networks within the budget, each trained to the last rung, for as
+    many epochs together as given; and the CPU-seconds of their trainings."""
     rng, tier = np.random.default_rng(0), Train(school)
-    best, top1, begun = None, -1.0, time.process_time()
+    best, top1, seconds = None, -1.0, 0.0
     with tempfile.TemporaryDirectory() as folder:
         reference = write_artifact(reference_arch(), settings_of(args), Path(folder) / "reference")
         with device_lock("cpu"), Measurer(settings_of(args), reference, Path(folder)) as measurer:
             measurer.measure(reference)
-            while time.process_time() - begun < seconds:
-                family = list(FAMILIES)[rng.integers(len(FAMILIES))]
-                params = {name: int(rng.integers(LEVELS)) for name in PARAMETERS}
-                arch = FAMILIES[family].space.decode(params, len(school.data.classes), args.resolution)
-                measurer.prepare()
-                path = write_artifact(arch, settings_of(args), Path(folder) / "candidate")
-                if measurer.measure(path, budget_ms).p50_ms > budget_ms:
-                    continue
+            for _ in range(epochs // args.epochs):
+                while True:
+                    family = list(FAMILIES)[rng.integers(len(FAMILIES))]
+                    params = {name: int(rng.integers(LEVELS)) for name in PARAMETERS}
+                    arch = FAMILIES[family].space.decode(params, len(school.data.classes), args.resolution)
+                    measurer.prepare()
+                    path = write_artifact(arch, settings_of(args), Path(folder) / "candidate")
+                    if measurer.measure(path, budget_ms).p50_ms <= budget_ms:
+                        break
+                begun = time.process_time()
                 rungs = tier.complete(arch, table(arch)).training["rungs"]
+                seconds += time.process_time() - begun
                 print(f"random {family}: {rungs}", flush=True)
                 if rungs[str(args.epochs)] > top1:
                     best, top1 = arch.model_dump(mode="json"), rungs[str(args.epochs)]
-    return best, time.process_time() - begun
+    return best, seconds
 
 
 def build(what: Mapping[str, Any], args: argparse.Namespace, classes: int) -> nn.Module:
@@ -212,23 +229,23 @@ def print_table(
     args: argparse.Namespace, models: Mapping[str, Any], arches: Mapping[str, Any], latency: Mapping[str, Any]
 ) -> None:
     found = {}
-    print("| network | top-1 % | ms | 95% | M params | MMACs | CPU-minutes to find it |\n|---|---|---|---|---|---|---|")
+    print("| network | top-1 % | ms | 95% | M params | MMACs | CPU-minutes of training to find it |")
+    print("|---" * 7 + "|")
     for name, what in models.items():
         rows = [json.loads(result_path(args, name, seed).read_text()) for seed in range(args.seeds)]
         top1 = [row["top1"] for row in rows]
         found[name] = Accuracies(name, top1, rows[0]["images"], sum(row["cpu_seconds"] for row in rows))
-        size = ""
+        shown = name
         if "arch" in what:
             arch = Arch.from_json(json.dumps(what["arch"]))
-            name = f"{name}: {arch.family}"
+            shown = f"{name}: {arch.family}"
             size = f"{table(arch).params() / 1e6:.2f} | {table(arch).macs() / 1e6:.1f}"
         else:
             size = f"{sum(p.numel() for p in build(what, args, 10).parameters()) / 1e6:.2f} | "
-        label = next(iter(k for k in models if name.startswith(k)))
-        low, high = latency[label]["ci"]
-        cost = arches["cpu_seconds"].get(label)
+        low, high = latency[name]["ci"]
+        cost = arches["cpu_seconds"].get(name)
         print(
-            f"| {name} | {statistics.mean(top1):.1f} +- {statistics.stdev(top1):.1f} | {latency[label]['ms']:.2f} | "
+            f"| {shown} | {statistics.mean(top1):.1f} +- {statistics.stdev(top1):.1f} | {latency[name]['ms']:.2f} | "
             f"{low:.2f}..{high:.2f} | {size} | {'' if cost is None else f'{cost / 60:.1f}'} |"
         )
     for name, other in found.items():

@@ -63,7 +63,12 @@ def proposer(measured: list[SimpleNamespace], seed: int | None = 0) -> Proposer:
         fitting = [t.user_attrs["detail"] for t in measured if t.user_attrs["feasible"]]
         return [Trained(d["digest"], np.array(d["training"]["features"]), {9: d["quality_estimate"]}) for d in fitting]
 
-    tier = SimpleNamespace(schooling=SimpleNamespace(results=results), epochs=9)
+    def review(networks: list) -> list:
+        details = [t.user_attrs["detail"] for t in measured]
+        skills = {one["digest"]: one["quality_estimate"] for one in details}
+        return [SimpleNamespace(value=skills[key]) for key, _ in networks]
+
+    tier = SimpleNamespace(review=review, schooling=SimpleNamespace(results=results), epochs=9)
     options = SimpleNamespace(families=(FAMILY,), num_classes=10, resolution=64, budget_ms=BUDGET_MS, seed=seed)
     return Proposer(tier, options)
 
@@ -91,7 +96,8 @@ def test_the_same_seed_and_number_draw_the_same(measured):
 
 
 def test_nothing_is_proposed_twice(measured):
-    sampler, known = proposer(measured), list(measured)
+    known = list(measured)
+    sampler = proposer(known)
     first = ask(sampler, known, 7)
     known.append(trial(7, first))
     assert decode(ask(sampler, known, 7)).digest() != decode(first).digest()
@@ -112,4 +118,13 @@ def test_variations_stay_near_and_within_range(measured):
         assert len(changed) <= 4
         assert all(abs(varied[name] - params[name]) <= 2 and 0 <= varied[name] < LEVELS for name in changed)
         assert set(changed) <= set(FAMILIES[FAMILY].space.options)
-    assert len(sampler._pool(measured)) == propose.POOL
+    found = sampler._pool(measured)
+    assert len(found) == propose.POOL
+    best = max(
+        (t for t in measured if t.user_attrs["feasible"]), key=lambda t: t.user_attrs["detail"]["quality_estimate"]
+    )
+
+    def changes(params: dict) -> int:
+        return sum(params[name] != best.params[name] for name in PARAMETERS)
+
+    assert min(changes(params) for params, _ in found) <= 4, "the best is varied too"

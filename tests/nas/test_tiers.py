@@ -13,7 +13,7 @@ from nas.outcome import rank
 from nas.quality.surrogate import Trained, describe
 from nas.quality.train import SCREEN_FROM, Train, low_resolution
 from nas.schooling import ETA, Lessons, Schooling
-from nas.validate import selects, tau, taus
+from nas.validate import GATE, selects, tau, taus
 from search_spaces import get_arch, table
 from search_spaces.registry import FAMILIES
 from search_spaces.space import LEVELS, PARAMETERS
@@ -116,6 +116,24 @@ def test_the_same_network_is_not_trained_twice(school):
     assert tier.made == made
 
 
+def test_a_resumed_trial_keeps_what_its_rungs_showed(school, monkeypatch):
+    """Killed in epoch 6, whose checkpoint stands: rungs 1 and 3 are not judged anew on that network."""
+    tier, arch = Stub(school), arch_at(0)
+    whole = tier.complete(arch, table(arch)).training["rungs"]
+    until = Stub._until
+
+    def killed(self, training, epochs):
+        if epochs == 9:
+            raise KeyboardInterrupt
+        return until(self, training, epochs)
+
+    monkeypatch.setattr(Stub, "_until", killed)
+    with pytest.raises(KeyboardInterrupt):
+        tier.complete(arch, table(arch))
+    monkeypatch.setattr(Stub, "_until", lambda self, training, epochs: until(self, training, 9))
+    assert tier.complete(arch, table(arch)).training["rungs"] == whole
+
+
 def test_large_networks_begin_at_half_their_resolution(school, monkeypatch):
     monkeypatch.setattr("pruning.transfer.transfer", lambda *args: {})
     tier, arch = Stub(school), arch_at(0, 224)
@@ -180,6 +198,29 @@ def test_a_tier_that_may_not_choose_leaves_it_to_parameters():
     assert rank(large | {"selects": False}) < rank(small | {"selects": False})
 
 
+def test_the_closing_run_leaves_it_to_parameters_too(tmp_path, monkeypatch):
+    from contextlib import nullcontext
+
+    from nas import outcome
+
+    def row(number: int, quality: float, params: float, selects: bool) -> dict:
+        fixed = {"name": "", "family": "shvit", "feasible": True, "latency_ms": 1.0, "macs_m": 1.0, "resolution": 32}
+        told = {"quality_estimate": quality, "quality_error": 1.0, "quality_how": "", "selects": selects}
+        return fixed | told | {"trial": number, "quality": quality, "params_m": params, "arch": {"number": number}}
+
+    result = SimpleNamespace(
+        p50_ms=1.0, p95_ms=1.1, ci_ms=(0.9, 1.1), n=9, to_dict=dict, throughput=lambda batch_size: 1000.0
+    )
+    monkeypatch.setattr(outcome, "arch_of", lambda row: row["arch"])
+    monkeypatch.setattr(outcome, "write_artifact", lambda arch, settings, stem: stem)
+    monkeypatch.setattr(outcome, "device_lock", lambda device: nullcontext())
+    monkeypatch.setattr(outcome, "compare", lambda paths, *_, **__: dict.fromkeys(paths, result))
+    options = SimpleNamespace(budget_ms=2.0, settings=SimpleNamespace(device="cpu", batch_size=1), folder=tmp_path)
+    for selects_, best in ((True, 1), (False, 2)):
+        rows = [row(1, 60.0, 2.0, selects_), row(2, 50.0, 4.0, selects_)]
+        assert outcome.closing_run(options, rows)[0]["trial"] == best
+
+
 def test_taus():
     truth = np.linspace(50, 60, 16)
     noise = np.random.default_rng(5).standard_normal(16)
@@ -193,13 +234,15 @@ def test_taus():
     assert tau([1.0] * 16, truth) == {"tau": None, "ci": None}
     assert not selects(tau([1.0] * 16, truth))
     rows = [
-        {"top1": t, "estimate": t + n, "surrogate alone": n, "params": i, "macs": -i, "rungs": {"1": n, "3": t}}
+        {"top1": t, GATE: t + n, "surrogate alone": n, "params": i, "macs": -i, "rungs": {"1": n, "3": t}}
+        | {"estimate, last rung": t}
         for i, (t, n) in enumerate(zip(truth, noise, strict=True))
     ]
     found = taus(rows)
-    assert found["params"]["tau"] == found["after 3 epochs"]["tau"] == pytest.approx(1)
+    assert found["params"]["tau"] == found["estimate, last rung"]["tau"] == pytest.approx(1)
+    assert "after 1 epochs" not in found, "the surrogate alone says the same"
     assert found["macs"]["tau"] == pytest.approx(-1)
-    assert found["estimate"]["ci"][0] <= found["estimate"]["tau"] <= found["estimate"]["ci"][1]
+    assert found[GATE]["ci"][0] <= found[GATE]["tau"] <= found[GATE]["ci"][1]
 
 
 def test_final_figures_are_compared_with_their_spread():
@@ -215,10 +258,12 @@ def test_final_figures_are_compared_with_their_spread():
     assert "a gain" in verdict(gain, one, far)
     assert "a loss" in verdict(compare_means(far, one), far, one)
     alike = Accuracies("theirs", [100.0, 100.0], 500, 3.0)
-    assert compare_means(alike, alike) == {"difference": 0, "ci": [0, 0], "tie": True}
+    assert compare_means(one, one)["tie"]
+    assert compare_means(alike, alike) == {"difference": 0, "ci": None, "tie": None}
+    assert "undecided" in verdict(compare_means(alike, alike), alike, alike)
     single = compare_means(one, Accuracies("theirs", [50.0], 500, 3.0))
     assert single["ci"] is None
-    assert "one seed" in verdict(single, one, Accuracies("theirs", [50.0], 500, 3.0))
+    assert "undecided" in verdict(single, one, Accuracies("theirs", [50.0], 500, 3.0))
 
 
 @pytest.mark.parametrize(
