@@ -173,10 +173,10 @@ def print_table(family: str, rows: list[dict[str, Any]]) -> None:
             columns[f"inherit, {epochs} epochs"] = [row["inherited"][epochs] for row in rows]
     again = [row for row in rows if len(row["top1"]) > 1]
     for name, values in columns.items():
-        show(name, tau(values, truth))
+        show(name, tau(values, truth), max(truth) - truth[int(np.argmax(values))])
     if len(again) > 3:
         name = f"another seed, {len(again)} networks"
-        show(name, tau([row["top1"][1] for row in again], [row["top1"][0] for row in again]))
+        show(name, tau([row["top1"][1] for row in again], [row["top1"][0] for row in again]), None)
     for tier in ("train", "inherit"):
         costs = [row["cpu_seconds"][tier] for row in rows if tier in row["cpu_seconds"]]
         if costs:
@@ -188,11 +188,13 @@ def known(row: dict[str, Any], last: int) -> Trained:
     return Trained(row["digest"], describe(arch, table(arch)), {int(e): top1 for e, top1 in row["rungs"].items()})
 
 
-def show(name: str, found: dict[str, Any]) -> None:
+def show(name: str, found: dict[str, Any], regret: float | None) -> None:
+    """regret: points that the network it puts first lies below the best."""
+    lost = "" if regret is None else f"   its first is {regret:.1f} points below the best"
     if found["tau"] is None:
-        print(f"  {name:<28} undefined")
+        print(f"  {name:<28} undefined{lost}")
     else:
-        print(f"  {name:<28} tau {found['tau']:5.2f}   95% {found['ci'][0]:5.2f} to {found['ci'][1]:5.2f}")
+        print(f"  {name:<28} tau {found['tau']:5.2f}   95% {found['ci'][0]:5.2f} to {found['ci'][1]:5.2f}{lost}")
 
 
 if __name__ == "__main__":

@@ -55,18 +55,18 @@ def main() -> None:
     parser.add_argument("--final-epochs", type=int, default=18)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--published", type=int, default=2)
-    parser.add_argument("--stage", choices=("search", "train", "all"), default="all")
+    parser.add_argument("--stage", choices=("cnns", "search", "train", "all"), default="all", help="stop after it")
     parser.add_argument("--part", default="0/1", help="i/n: train every n-th contestant only, to share the work")
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
     school = schooling(args)
-    arches = once(args.out / "contestants.json", lambda: contestants(args, school))
+    models: dict[str, dict[str, Any]] = {f"timm/{name}": {"timm": name} for name in CNNS}
+    if args.stage != "cnns":
+        arches = once(args.out / "contestants.json", lambda: contestants(args, school))
+        models = {name: {"arch": arch} for name, arch in arches["arches"].items()} | models
     if args.stage == "search":
         return
-    models = {name: {"arch": arch} for name, arch in arches["arches"].items()} | {
-        f"timm/{name}": {"timm": name} for name in CNNS
-    }
     part, parts = map(int, args.part.split("/"))
     jobs = [(name, seed) for seed in range(args.seeds) for name in models]
     for name, seed in jobs[part::parts]:
@@ -74,7 +74,7 @@ def main() -> None:
             args.out / f"{name.replace('/', '-')}-{seed}.json",
             lambda n=name, s=seed: trained(args, school, models[n], s),
         )
-    if args.stage == "train":
+    if args.stage in ("cnns", "train"):
         return
     print_table(args, models, arches, once(args.out / "latency.json", lambda: latencies(args, models)))
 
