@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--published", type=int, default=2)
     parser.add_argument("--stage", choices=("cnns", "search", "train", "all"), default="all", help="stop after it")
-    parser.add_argument("--part", default="0/1", help="i/n: train every n-th contestant only, to share the work")
+    parser.add_argument("--only", nargs="+", help="train these contestants only, to share the work between processes")
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -67,13 +67,9 @@ def main() -> None:
         models = {name: {"arch": arch} for name, arch in arches["arches"].items()} | models
     if args.stage == "search":
         return
-    part, parts = map(int, args.part.split("/"))
-    jobs = [(name, seed) for seed in range(args.seeds) for name in models]
-    for name, seed in jobs[part::parts]:
-        once(
-            args.out / f"{name.replace('/', '-')}-{seed}.json",
-            lambda n=name, s=seed: trained(args, school, models[n], s),
-        )
+    jobs = [(name, seed) for seed in range(args.seeds) for name in args.only or models]
+    for name, seed in jobs:
+        once(result_path(args, name, seed), lambda n=name, s=seed: trained(args, school, models[n], s))
     if args.stage in ("cnns", "train"):
         return
     print_table(args, models, arches, once(args.out / "latency.json", lambda: latencies(args, models)))

@@ -388,3 +388,31 @@ def test_shared_weights_are_trained_once_and_may_not_choose_unproven(pictures, t
     monkeypatch.setattr(Supernet, "train", None)
     again = Shared(real_school(pictures, tmp_path)).estimate(few[0], table(few[0]))
     assert again.value == found[0].value, "the weights that the first one kept"
+
+
+def test_a_long_training_keeps_its_lease(monkeypatch):
+    from nas import search
+
+    now, leased = [0.0], []
+    monkeypatch.setattr("nas.study.lease", lambda trial, seconds: leased.append(now[0]))
+    monkeypatch.setattr(search.time, "monotonic", lambda: now[0])
+    beat = search.heart(None)
+    for now[0] in (1, search.BEAT_S + 1, search.BEAT_S + 2, 2 * search.BEAT_S + 3):
+        beat()
+    assert leased == [search.BEAT_S + 1, 2 * search.BEAT_S + 3]
+
+
+def test_where_a_parent_s_images_come_from_is_told(school, tmp_path):
+    import json
+
+    from nas.schooling import provenance
+
+    assert provenance(None, school) == ""
+    assert "unknown" in provenance(tmp_path, school)
+    path = tmp_path / "metrics.json"
+    path.write_text(json.dumps({"options": {"data": "images", "seed": 1}}))
+    assert "--seed 1" in provenance(tmp_path, school)
+    path.write_text(json.dumps({"options": {"data": "images", "seed": 0}}))
+    assert provenance(tmp_path, school) == ""
+    path.write_text(json.dumps({"options": {"data": "others", "seed": 1}}))
+    assert provenance(tmp_path, school) == ""
