@@ -153,7 +153,8 @@ def verdict(found: Mapping[str, Any], first: Accuracies, second: Accuracies) -> 
     """The comparison in one line."""
     by = f"{found['difference']:+.1f} points"
     if found["ci"] is None:
-        return f"{first.label} against {second.label}: {by}, undecided: the seeds show no spread"
+        why = "the seeds show no spread" if first.deviation is not None else "one seed says nothing of the spread"
+        return f"{first.label} against {second.label}: {by}, undecided: {why}"
     low, high = found["ci"]
     kind = "a tie" if found["tie"] else "a gain" if low > 0 else "a loss"
     seeds = len(first.top1)

@@ -156,7 +156,7 @@ def search(
     options: Options,
     progress: Callable[[Progress], None],
     say: Callable[[str], None],
-    phase: Callable[[str, int, int], None],
+    phase: Callable[[str, int, int], None] = lambda *_: None,
     data: ImageData | None = None,
 ) -> tuple[optuna.Study, Run]:
     """Run trials until the study holds `options.trials`, the time is up, or Ctrl-C.
