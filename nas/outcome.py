@@ -231,7 +231,6 @@ def finish_run(
     Returns:
         The report's data.
     """
-    from nas.data import skipped_line
     from nas.hardware import describe
     from nas.report import write_run
 
@@ -256,6 +255,8 @@ def finish_run(
             run.interrupted = True
             notes.append("interrupted: the final trainings are not finished; the same command continues them")
     if run.tier is not None and run.tier.trained:
+        from nas.data import skipped_line
+
         skipped = skipped_line(run.tier.schooling.loaders)
         notes += [skipped] if skipped else []
     measured = [row for row in rows if row["state"] == "complete"]
