@@ -47,8 +47,8 @@ Model = Annotated[str, typer.Argument(help="A published name, an arch.json, or a
 
 
 @app.command(
-    epilog="Examples:\n\n  vitnas search --latency-budget 2ms --family shvit --family levit --trials 200\n\n"
-    "  vitnas search --latency-budget 2ms --data ./images --resolution 128"
+    epilog="Example:  vitnas search --latency-budget 2ms --data ./images --resolution 128\n\n"
+    "Example:  vitnas search --latency-budget 2ms --family shvit --family levit --trials 200"
 )
 def search(
     context: typer.Context,
