@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from nas.measure import Settings, register
+from nas.measure.runtime import Settings, register
 
 
 @register("onnxruntime", devices=("cpu",), artifact="onnx")

@@ -75,7 +75,8 @@ FAKE_WORKER = """
     import os, time
     from pathlib import Path
     import psutil
-    from nas.measure import register, worker
+    from nas.measure import worker
+    from nas.measure.runtime import register
 
     @register("onnxruntime", devices=("cpu",), artifact="onnx")
     def load(path, settings):
