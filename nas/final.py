@@ -56,11 +56,10 @@ def settle(
     tier: Train,
     rows: Sequence[Row],
     selects: bool,
-    arch_of: Callable[[Row], Arch],
     note: Callable[[str], None],
 ) -> list[Row]:
     """Train the best of the rows to the last rung, until the first `BEST` all are; rows reviewed by what it showed."""
-    from search_spaces import table
+    from search_spaces import Arch, table
 
     failed: set[str] = set()
     while True:
@@ -71,7 +70,7 @@ def settle(
         pending = [row for row in best if row["digest"] not in full]
         if not pending:
             return [row | {"feasible": row["feasible"] and row["digest"] not in failed} for row in reviewed]
-        arch = arch_of(pending[0])
+        arch = Arch.from_json(json.dumps(pending[0]["arch"]))
         try:
             training = tier.complete(arch, table(arch)).training
         except TrainingError as error:
@@ -110,14 +109,13 @@ def train_fully(options: Options, tier: Train, label: str, arch: Arch) -> Accura
         TrainingError: the loss is no longer finite.
     """
     school, lessons = tier.schooling, options.lessons
-    folder = options.folder / "final"
-    folder.mkdir(exist_ok=True)
     data = school.data.at(arch.resolution)
     recipe = tier.recipe(lessons.final_epochs)
     made = []
     for seed in range(lessons.seeds):
-        path = folder / f"{arch.digest()[:16]}-{lessons.final_epochs}-seed{seed}.json"
+        path = result_path(options, arch, seed)
         if not path.is_file():
+            path.parent.mkdir(exist_ok=True)
             begun = time.monotonic()
             training = tier.begin(arch, data.train, recipe, seed, path.with_suffix(".state"))
             training.run(None, lambda d, t, *_, s=seed: school.progress(f"final training, {label}, seed {s}", d, t))
@@ -134,8 +132,13 @@ def train_fully(options: Options, tier: Train, label: str, arch: Arch) -> Accura
 
 def weights_of(options: Options, arch: Arch) -> Path | None:
     """The weights that `train_fully` kept of a network."""
-    path = options.folder / "final" / f"{arch.digest()[:16]}-{options.lessons.final_epochs}-seed0.safetensors"
+    path = result_path(options, arch, seed=0).with_suffix(".safetensors")
     return path if path.is_file() else None
+
+
+def result_path(options: Options, arch: Arch, seed: int) -> Path:
+    """Where a final training's result is kept; its checkpoint and weights are beside it."""
+    return options.folder / "final" / f"{arch.digest()[:16]}-{options.lessons.final_epochs}-seed{seed}.json"
 
 
 def compare_means(first: Accuracies, second: Accuracies) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from scipy.stats import norm
 from nas.quality.surrogate import LEAST, Surrogate, Trained, describe
 from search_spaces import Arch, table
 from search_spaces.registry import FAMILIES
-from search_spaces.space import LEVELS, PARAMETERS
+from search_spaces.space import LEVELS, PARAMETERS, random_params
 
 if TYPE_CHECKING:
     import optuna
@@ -59,8 +59,8 @@ class Proposer(BaseSampler):
         if not search_space or len(measured) < LEAST:
             return {}
         seed = self._options.seed
-        self._rng = np.random.default_rng(None if seed is None else [seed, trial.number])
-        pool = {arch.digest(): (params, arch) for params, arch in self._pool(measured)}
+        rng = np.random.default_rng(None if seed is None else [seed, trial.number])
+        pool = {arch.digest(): (params, arch) for params, arch in self._pool(measured, rng)}
         tried = {t.user_attrs["detail"]["digest"] for t in measured}
         fresh = [pool[digest] for digest in pool.keys() - tried]
         if not fresh:
@@ -81,8 +81,8 @@ class Proposer(BaseSampler):
             1,
             noise=0.02,
         )
-        known = self._tier.schooling.results()
-        quality = Surrogate(known, self._tier.epochs)
+        quality = self._tier.surrogate()
+        known = quality.trained
         fitting = {t.user_attrs["detail"]["digest"] for t in measured if t.user_attrs["feasible"]}
         best = max((quality.predict(one.features).value for one in known if one.key in fitting), default=0.0)
         limit = math.log(self._options.budget_ms)
@@ -101,7 +101,7 @@ class Proposer(BaseSampler):
 
         return rate
 
-    def _pool(self, measured: Sequence[FrozenTrial]) -> list[tuple[dict[str, Any], Arch]]:
+    def _pool(self, measured: Sequence[FrozenTrial], rng: np.random.Generator) -> list[tuple[dict[str, Any], Arch]]:
         """Parameters with their networks: variations of the best within the budget, and random ones."""
         fitting = [t for t in measured if t.user_attrs["feasible"]] or list(measured)
         details = [t.user_attrs["detail"] for t in fitting]
@@ -110,21 +110,22 @@ class Proposer(BaseSampler):
         parents = [fitting[i] for i in order[:PARENTS]]
         found = []
         for i in range(POOL):
-            params = self._varied(parents[i // 2 % len(parents)].params) if i % 2 else self._drawn()
+            params = varied(parents[i // 2 % len(parents)].params, rng) if i % 2 else self._drawn(rng)
             family = FAMILIES[params["family"]]
             found.append((params, family.space.decode(params, self._options.num_classes, self._options.resolution)))
         return found
 
-    def _drawn(self) -> dict[str, Any]:
-        family = self._options.families[self._rng.integers(len(self._options.families))]
-        return {"family": family, **{name: int(self._rng.integers(LEVELS)) for name in PARAMETERS}}
+    def _drawn(self, rng: np.random.Generator) -> dict[str, Any]:
+        family = self._options.families[rng.integers(len(self._options.families))]
+        return {"family": family, **random_params(rng)}
 
-    def _varied(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """A few of the family's parameters changed, mostly by one level."""
-        active = list(FAMILIES[params["family"]].space.options)
-        count = 1 + int(self._rng.integers(min(CHANGES, len(active))))
-        changed = dict(params)
-        for name in self._rng.choice(active, size=count, replace=False):
-            step = int(self._rng.choice((-2, -1, -1, 1, 1, 2)))
-            changed[str(name)] = int(np.clip(changed[str(name)] + step, 0, LEVELS - 1))
-        return changed
+
+def varied(params: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+    """A few of the family's parameters changed, mostly by one level."""
+    active = list(FAMILIES[params["family"]].space.options)
+    count = 1 + int(rng.integers(min(CHANGES, len(active))))
+    changed = dict(params)
+    for name in rng.choice(active, size=count, replace=False):
+        step = int(rng.choice((-2, -1, -1, 1, 1, 2)))
+        changed[str(name)] = int(np.clip(changed[str(name)] + step, 0, LEVELS - 1))
+    return changed

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     import optuna
     from torch import Tensor, nn
 
-    from nas.data import ImageData, Images, Loader
+    from nas.data import ImageData, Images
     from nas.quality.surrogate import Trained
     from nas.recipes import Recipe
     from nas.search import Options
@@ -33,6 +32,8 @@ KEPT_SPLITS = 2
 """Resolutions whose decoded images stay in memory."""
 SCORED_IMAGES = 512
 DEFAULT_EPOCHS = {"train": 9, "inherit": 3, "supernet": 30}
+LEAST_VALIDATED = 6
+"""Networks below which a rank correlation says nothing."""
 COMPLETED = "completed"
 """The study attribute that holds trainings made after their trial had ended: digest -> rungs."""
 
@@ -61,8 +62,10 @@ class Lessons:
         ):
             if value < least:
                 raise UserError(f"--{name} is {value}: give {least} or more")
-        if 0 < self.validate < 6:
-            raise UserError(f"--validate is {self.validate}: a rank correlation needs 6 or more networks")
+        if 0 < self.validate < LEAST_VALIDATED:
+            raise UserError(
+                f"--validate is {self.validate}: a rank correlation needs {LEAST_VALIDATED} or more networks"
+            )
 
 
 @dataclass(frozen=True)
@@ -78,10 +81,17 @@ class Parent:
 
 
 @dataclass(frozen=True)
+class Skips:
+    """What is kept of a loader, whose images take memory: the names of those it could not decode, as it meets them."""
+
+    skipped: list[str]
+
+
+@dataclass(frozen=True)
 class Schooling:
     """device: where networks train. folder: where unfinished trainings are kept. results: what the study knows of
     earlier trainings. progress: called with what is trained, images done and in all. resolution: of all networks, where
-    the search fixes it. loaders: all that were in use, for what they skipped."""
+    the search fixes it. loaders: of all that were in use, what they skipped."""
 
     data: ImageData
     lessons: Lessons
@@ -92,7 +102,7 @@ class Schooling:
     progress: Callable[[str, int, int], None]
     parent: Parent | None = None
     resolution: int | None = None
-    loaders: list[Loader] = field(default_factory=list)
+    loaders: list[Skips] = field(default_factory=list)
 
     @cached_property
     def rungs(self) -> tuple[int, ...]:
@@ -139,8 +149,9 @@ class Schooling:
         from nas.data import loader
         from nas.train import evaluate
 
-        self.loaders.append(loader(images, JUDGED_BATCH, shuffle=False, seed=self.seed))
-        return evaluate(network, self.loaders[-1], self.device)
+        judges = loader(images, JUDGED_BATCH, shuffle=False, seed=self.seed)
+        self.loaders.append(Skips(judges.skipped))
+        return evaluate(network, judges, self.device)
 
     def train(self, model: nn.Module, images: Images, recipe: Recipe, **options: Any) -> Training:
         """A training on this machine."""
@@ -148,7 +159,7 @@ class Schooling:
         from nas.training import default_workers
 
         made = Training(model, images, recipe, device=self.device, workers=default_workers(self.device), **options)
-        self.loaders.append(made.loader)
+        self.loaders.append(Skips(made.loader.skipped))
         return made
 
 
@@ -218,28 +229,16 @@ def find_parent(text: str, schooling: Schooling, say: Callable[[str], None]) -> 
     """
     from nas.data import loader, sample
     from nas.targets import find_target
+    from nas.training import load_trained
     from pruning.importance import ImportanceError, score
     from pruning.units import anatomy
-    from search_spaces import ArchError, create_model
-    from search_spaces.weights import WeightsError
 
     target = find_target(text)
-    if target.arch is None:
-        raise UserError(f"--parent {text} is an ONNX file: give a folder with model.safetensors, or a published name")
-    source = target.weights or ("timm" if target.folder is None else None)
-    if source is None:
-        raise UserError(f"--parent {text} has no model.safetensors: `vitnas train` makes one")
+    model = load_trained("--parent", target)
     seen = provenance(target.folder, schooling)
     if seen:
         say(seen)
-    classes = len(schooling.data.classes)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model = create_model(target.arch, weights=source)
-    except (ArchError, WeightsError) as error:
-        raise UserError(f"--parent {text}: {error}") from None
-    arch = model.arch
+    arch, classes = model.arch, len(schooling.data.classes)
     if arch.num_classes != classes:
         say(
             f"{text} has {arch.num_classes} classes and your images {classes}: it cannot teach, and which of its units "

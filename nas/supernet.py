@@ -35,12 +35,12 @@ from torch import Tensor, nn
 
 from nas.data import Batch
 from nas.errors import TrainingError, UserError
-from nas.train import Accuracy, evaluate
+from nas.train import Accuracy, batches_for, evaluate
 from pruning.slicing import significant
 from search_spaces import Arch, ArchError, table
 from search_spaces.registry import FAMILIES
 from search_spaces.sepvit import grids
-from search_spaces.space import LEVELS, PARAMETERS, PER_STAGE
+from search_spaces.space import LEVELS, PARAMETERS, PER_STAGE, random_params
 from search_spaces.widths import Axis, Cat, Each, Entry, Width, width_table
 
 LABEL_SMOOTHING = 0.1
@@ -364,7 +364,7 @@ class Supernet:
             maximum([decode(params) for params in _cover(family, largest)]),
             decode(smallest),
             decode(largest),
-            lambda rng: decode({name: int(rng.integers(LEVELS)) for name in PARAMETERS}),
+            lambda rng: decode(random_params(rng)),
             seed,
         )
 
@@ -445,25 +445,17 @@ class Supernet:
         schedule = CosineLRScheduler(
             optimizer, t_initial=images, t_in_epochs=False, warmup_t=math.ceil(WARMUP * images), warmup_lr_init=lr / 10
         )
-        done = 0
-        while done < images:
-            before = done
-            for inputs, labels in loader:
-                if len(labels) < 2 or done >= images:
-                    continue
-                schedule.step_update(done)
-                loss, _ = self.step(inputs.to(self.device, memory_format=torch.channels_last), labels.to(self.device))
-                value = loss.item()
-                if not math.isfinite(value):
-                    epoch = 1 + done // len(loader.dataset) if hasattr(loader, "dataset") else 1
-                    raise TrainingError(f"the supernet's loss is {value} after {done:,} images", epoch)
-                nn.utils.clip_grad_norm_(self.owner.parameters(), MAX_GRADIENT_NORM)
-                optimizer.step()
-                done += len(labels)
-                if progress is not None:
-                    progress(min(done, images), images, value)
-            if done == before:
-                raise UserError("no batch holds two images that can be decoded: BatchNorm needs two")
+        for done, (inputs, labels) in batches_for(loader, images):
+            schedule.step_update(done)
+            loss, _ = self.step(inputs.to(self.device, memory_format=torch.channels_last), labels.to(self.device))
+            value = loss.item()
+            if not math.isfinite(value):
+                epoch = 1 + done // len(loader.dataset) if hasattr(loader, "dataset") else 1
+                raise TrainingError(f"the supernet's loss is {value} after {done:,} images", epoch)
+            nn.utils.clip_grad_norm_(self.owner.parameters(), MAX_GRADIENT_NORM)
+            optimizer.step()
+            if progress is not None:
+                progress(min(done + len(labels), images), images, value)
 
     def evaluate(self, arch: Arch, calibration: Iterable[Batch], loader: Iterable[Batch]) -> Accuracy:
         """Accuracy of a candidate whose BatchNorm statistics are the means over `calibration`'s batches.

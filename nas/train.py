@@ -483,7 +483,7 @@ def fit(
     model.to(device).train()
     recipe = replace(BRIEF, lr=lr, warmup_lr=lr / 10)
     updater = Updater(model, recipe, images, device, teacher=teacher)
-    for done, batch in _batches(loader, images):
+    for done, batch in batches_for(loader, images):
         value = updater.step(done, [batch]).item()
         if not math.isfinite(value):
             raise UserError(f"the loss is {value} after {done:,} images: lower the learning rate ({lr:g})")
@@ -546,7 +546,7 @@ def _out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _batches(loader: Iterable[Batch], images: int) -> Iterable[tuple[int, Batch]]:
+def batches_for(loader: Iterable[Batch], images: int) -> Iterable[tuple[int, Batch]]:
     """(images before it, batch) for batches of two images or more, pass after pass, until `images` have been given."""
     done = 0
     while done < images:

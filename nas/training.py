@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from nas.data import ImageData
     from nas.recipes import Recipe
+    from nas.targets import Target
     from nas.train import Training
     from search_spaces import Arch
 
@@ -195,7 +196,7 @@ class _Run:
         options = self.options
         self.target = find_target(options.model)
         if self.target.arch is None:
-            raise UserError(f"{options.model} is an ONNX file: give a published name, an arch.json or a folder")
+            raise UserError(f"{options.model} is {self.target.kind}: give a published name, an arch.json or a folder")
         size = options.resolution or self.target.arch.resolution
         arch = self.target.arch.at(size)
         data = open_data(options.data, size, options.num_classes, options.seed)
@@ -435,19 +436,32 @@ def find_teacher(text: str, weights: str | None, classes: list[str]) -> nn.Modul
 
 
 def _own(option: str, text: str, weights: str | None, classes: list[str]) -> nn.Module:
-    """A trained network of ours."""
+    """A network of ours that teaches."""
     from nas.targets import find_target
 
-    target = find_target(text)
+    model = load_trained(option, find_target(text), weights)
+    if model.untrained:
+        raise UserError(f"{option} {text}: weights with another classifier, which would teach nothing")
+    return _fitting(f"{option} {text}", model, (model.arch.num_classes, len(classes)), model.arch.resolution)
+
+
+def load_trained(option: str, target: Target, weights: str | None = None) -> nn.Module:
+    """A network of ours with the given weights, or those beside its Arch, or timm's of a published name.
+
+    Args:
+        option: what the user named it by, for messages.
+        weights: "timm" or a file.
+
+    Raises:
+        UserError: an ONNX file, no weights, or weights that do not fit.
+    """
+    what = f"{option} {target.label}"
     if target.arch is None:
-        raise UserError(f"{option} {text} is an ONNX file: give a folder with model.safetensors, or timm/NAME")
+        raise UserError(f"{what} is an ONNX file: give a folder with model.safetensors, or a published name")
     source = weights or target.weights or ("timm" if target.folder is None else None)
     if source is None:
-        raise UserError(f"{option} {text} has no model.safetensors: train it first, random weights teach nothing")
-    model = _with_weights(f"{option} {text}", target.arch, source)
-    if model.untrained:
-        raise UserError(f"{option} {text}: {source} has another classifier, which would teach nothing")
-    return _fitting(f"{option} {text}", model, (model.arch.num_classes, len(classes)), model.arch.resolution)
+        raise UserError(f"{what} has no model.safetensors: `vitnas train` makes one")
+    return _with_weights(what, target.arch, source)
 
 
 def _with_weights(option: str, arch: Arch, weights: str | Path) -> nn.Module:

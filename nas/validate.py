@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy.stats import kendalltau
 
 from nas.errors import TrainingError
+from nas.schooling import LEAST_VALIDATED
 
 if TYPE_CHECKING:
     import optuna
@@ -22,8 +23,6 @@ RUNS = "validation runs"
 RESULT = "validation"
 GATE = "estimate, first rung"
 """What decides whether a tier may choose: what it says of most networks of a search, which end there."""
-LEAST = 6
-"""Networks below which a rank correlation says nothing."""
 RESAMPLES = 2_000
 TRIES = 50
 SEED = 10_007
@@ -43,8 +42,12 @@ def validate(
         return study.user_attrs.get(RESULT)
     kept: dict[str, dict[str, Any]] = dict(study.user_attrs.get(RUNS, {}))
     seen = {row["digest"] for row in rows}
+
+    def done() -> list[dict[str, Any]]:
+        return [row for row in kept.values() if row.get("final_epochs") == options.lessons.final_epochs]
+
     for arch in draw(options, min(within), max(within)):
-        if sum(row.get("final_epochs") == options.lessons.final_epochs for row in kept.values()) >= wanted:
+        if len(done()) >= wanted:
             break
         if arch.digest() in seen or arch.digest() in kept:
             continue
@@ -54,10 +57,10 @@ def validate(
             note(f"a network of the validation could not be trained: {error}")
             kept[arch.digest()] = {}
         study.set_user_attr(RUNS, kept)
-    found = [row for row in kept.values() if row.get("final_epochs") == options.lessons.final_epochs]
+    found = done()
     if len(found) < wanted:
         note(f"the validation found only {len(found)} of {wanted} networks of the budget's size")
-    if len(found) < LEAST:
+    if len(found) < LEAST_VALIDATED:
         return None
     result = {"tier": tier.name, "networks": len(found), "tau": taus(found)}
     result["selects"] = selects(result["tau"][GATE])
@@ -65,21 +68,18 @@ def validate(
     return result
 
 
-def draw(options: Options, low: float, high: float) -> list[Arch]:
+def draw(options: Options, low: float, high: float) -> Iterator[Arch]:
     """Networks of the searched spaces with `low` to `high` million MACs, in an order that the study's seed fixes."""
     from search_spaces import table
     from search_spaces.registry import FAMILIES
-    from search_spaces.space import LEVELS, PARAMETERS
+    from search_spaces.space import random_params
 
     rng = np.random.default_rng([SEED, options.seed or 0])
-    found = []
     for _ in range(TRIES * options.lessons.validate):
         family = options.families[rng.integers(len(options.families))]
-        params = {name: int(rng.integers(LEVELS)) for name in PARAMETERS}
-        arch = FAMILIES[family].space.decode(params, options.num_classes, options.resolution)
+        arch = FAMILIES[family].space.decode(random_params(rng), options.num_classes, options.resolution)
         if low <= table(arch).macs() / 1e6 <= high:
-            found.append(arch)
-    return found
+            yield arch
 
 
 def measure_one(tier: Train, arch: Arch) -> dict[str, Any]:
@@ -131,13 +131,12 @@ def tau(values: Sequence[float], truth: Sequence[float]) -> dict[str, Any]:
     x, y = np.asarray(values, float), np.asarray(truth, float)
     if len(set(values)) < 2 or len(set(truth)) < 2:
         return {"tau": None, "ci": None}
-    rng = np.random.default_rng(0)
-    resampled = []
-    for _ in range(RESAMPLES):
-        picked = rng.integers(len(x), size=len(x))
-        found = kendalltau(x[picked], y[picked]).statistic
-        if np.isfinite(found):
-            resampled.append(found)
+    picked = np.random.default_rng(0).integers(len(x), size=(RESAMPLES, len(x)))
+    signs = [np.sign(values[:, None] - values).astype(np.int8) for values in (x, y)]
+    pairs = picked[:, :, None], picked[:, None, :]
+    agree, *differ = (each[pairs].sum((1, 2)) for each in (signs[0] * signs[1], *map(np.abs, signs)))
+    defined = (differ[0] > 0) & (differ[1] > 0)
+    resampled = agree[defined] / np.sqrt(differ[0][defined] * differ[1][defined])  # tau-b, as SciPy's
     low, high = np.percentile(resampled, [2.5, 97.5])
     return {"tau": float(kendalltau(x, y).statistic), "ci": [float(low), float(high)]}
 

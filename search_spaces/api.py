@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from pathlib import Path
 
 import torch
@@ -49,6 +50,7 @@ def get_arch(name: str, num_classes: int = 1000) -> Arch:
     return FAMILIES[family].space.arch(variant.values, 1000).replace(num_classes=num_classes)
 
 
+@functools.lru_cache(maxsize=256)
 def table(arch: Arch) -> Table:
     """The width table of an Arch, from a build on the meta device (no memory, no weights).
 

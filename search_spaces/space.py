@@ -11,9 +11,12 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from search_spaces.arch import Arch
+
+if TYPE_CHECKING:
+    import numpy as np
 
 LEVELS = 7
 STAGES = (1, 2, 3, 4)
@@ -61,6 +64,11 @@ class Space:
             index = list(options).index(values[name])
             params[name] = -(-index * LEVELS // len(options))
         return params
+
+
+def random_params(rng: np.random.Generator) -> dict[str, int]:
+    """Every parameter drawn uniformly: a random trial."""
+    return {name: int(rng.integers(LEVELS)) for name in PARAMETERS}
 
 
 def per_stage(axis: str, *values: Any) -> dict[str, Any]:

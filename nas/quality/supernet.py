@@ -59,9 +59,7 @@ class Shared(Train):
         images, judges = school.split(self._resolution(supernet))
         calibration = loader(sample(images, CALIBRATION_IMAGES, school.seed), BATCH, shuffle=False, seed=school.seed)
         found = supernet.evaluate(arch, calibration, loader(judges, BATCH, shuffle=False, seed=school.seed))
-        share = found.top1 / 100
-        error = 100 * float(np.sqrt(share * (1 - share) / found.total))
-        return self._told(Estimate(found.top1, error), describe(arch, counts), {self.epochs: found.top1})
+        return self._told(estimate_of(found.top1, found.total), describe(arch, counts), {self.epochs: found.top1})
 
     def complete(self, arch: Arch, counts: Table) -> Estimate:
         """As `estimate`: there is no further rung."""
@@ -75,12 +73,10 @@ class Shared(Train):
         """What each was found to have: other networks' results say nothing more of it."""
         own = {each.key: each.rungs for each in self.schooling.results()}
         judged = self.schooling.judged
-        found = []
-        for key, features in networks:
-            share = own[key][self.epochs] / 100
-            error = 100 * float(np.sqrt(share * (1 - share) / judged))
-            found.append(self._told(Estimate(100 * share, error), np.asarray(features), own[key]))
-        return found
+        return [
+            self._told(estimate_of(own[key][self.epochs], judged), np.asarray(features), own[key])
+            for key, features in networks
+        ]
 
     def held_out(self) -> None:
         """It has no surrogate."""
@@ -126,3 +122,9 @@ class Shared(Train):
 
     def _resolution(self, supernet: Supernet) -> int:
         return self.schooling.resolution or supernet.arch.resolution
+
+
+def estimate_of(top1: float, images: int) -> Estimate:
+    """Top-1 in percent on so many images; the error is its binomial standard deviation."""
+    share = top1 / 100
+    return Estimate(top1, 100 * float(np.sqrt(share * (1 - share) / images)))

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nas.quality import Estimate
-from nas.quality.surrogate import Surrogate, Trained, describe
+from nas.quality.surrogate import Rungs, Surrogate, Trained, describe
 from nas.report import replace_file
 from nas.schooling import ETA
 
@@ -49,6 +49,7 @@ class Train:
 
     def __init__(self, schooling: Schooling) -> None:
         self.schooling, self.epochs = schooling, schooling.lessons.epochs
+        self._last: tuple[list[tuple[str, Rungs]], Surrogate] | None = None
         rungs = ", ".join(map(str, schooling.rungs))
         self.note = (
             f"Candidates were trained up to {rungs} epochs of {schooling.used:,} of your training images and judged on "
@@ -57,7 +58,7 @@ class Train:
 
     def predict(self, arch: Arch, counts: Table) -> Estimate:
         """The surrogate's prediction."""
-        return self._predict(arch.digest(), describe(arch, counts), self.schooling.results())
+        return self._weighed(self.surrogate(), arch.digest(), describe(arch, counts))
 
     def estimate(self, arch: Arch, counts: Table) -> Estimate:
         """Train a network as far as the halving lets it go.
@@ -65,20 +66,22 @@ class Train:
         Raises:
             TrainingError: the loss is no longer finite.
         """
-        key, features, known = arch.digest(), describe(arch, counts), self.schooling.results()
+        key, features, surrogate = arch.digest(), describe(arch, counts), self.surrogate()
+        guess, known = self._weighed(surrogate, key, features), surrogate.trained
         if any(each.key == key for each in known):
-            return self._predict(key, features, known)
-        guess = self._predict(key, features, known)
-        if len(known) >= SCREEN_FROM and guess.value + guess.error < self._best(known):
             return guess
-        return self._train(arch, features, known, self._goes_on)
+        if len(known) >= SCREEN_FROM:
+            best = max(surrogate.predict(each.features).value for each in known)
+            if guess.value + guess.error < best:
+                return guess
+        return self._train(arch, features, known, in_better_third)
 
     def early(self, arch: Arch, counts: Table, rungs: Mapping[str, float]) -> Estimate:
         """What the estimate would be after the first of these rungs."""
         key, features = arch.digest(), describe(arch, counts)
         first = min(map(int, rungs))
         others = [each for each in self.schooling.results() if each.key != key]
-        return Surrogate([*others, Trained(key, features, {first: rungs[str(first)]})], self.epochs).predict(features)
+        return self._fitted([*others, Trained(key, features, {first: rungs[str(first)]})]).predict(features)
 
     def complete(self, arch: Arch, counts: Table) -> Estimate:
         """Train a network to the last rung."""
@@ -87,16 +90,23 @@ class Train:
 
     def review(self, networks: Sequence[tuple[str, Sequence[float]]]) -> list[Estimate]:
         """Estimates by all trainings so far of networks by digest and features."""
-        known = self.schooling.results()
-        surrogate, own = Surrogate(known, self.epochs), {each.key: each.rungs for each in known}
-        return [
-            self._told(surrogate.predict(np.asarray(features)), np.asarray(features), own.get(key, {}))
-            for key, features in networks
-        ]
+        surrogate = self.surrogate()
+        return [self._weighed(surrogate, key, np.asarray(features)) for key, features in networks]
 
     def held_out(self) -> tuple[float, float] | None:
         """See `Surrogate.held_out`."""
-        return Surrogate(self.schooling.results(), self.epochs).held_out()
+        return self.surrogate().held_out()
+
+    def surrogate(self) -> Surrogate:
+        """Fitted to all trainings so far."""
+        return self._fitted(self.schooling.results())
+
+    def _fitted(self, trained: Sequence[Trained]) -> Surrogate:
+        """The last fit is kept: until a trial ends, all ask for the same, and the next begins with what it left."""
+        shown = [(each.key, each.rungs) for each in trained]
+        if self._last is None or self._last[0] != shown:
+            self._last = shown, Surrogate(trained, self.epochs)
+        return self._last[1]
 
     def _train(
         self, arch: Arch, features: np.ndarray, others: Sequence[Trained], goes_on: Callable[..., bool]
@@ -111,9 +121,9 @@ class Train:
                 judged[str(epochs)] = self.schooling.judge(network, judges).top1
                 replace_file(path, json.dumps(judged).encode())
             rungs[epochs] = judged[str(epochs)]
-            results = [*others, Trained(key, features, dict(rungs))]
-            estimate = Surrogate(results, self.epochs).predict(features)
-            if not goes_on(estimate, epochs, results):
+            surrogate = self._fitted([*others, Trained(key, features, dict(rungs))])
+            estimate = surrogate.predict(features)
+            if not goes_on(surrogate, estimate, epochs):
                 break
         shutil.rmtree(folder, ignore_errors=True)
         return self._told(estimate, features, rungs, seconds=time.monotonic() - begun)
@@ -143,24 +153,15 @@ class Train:
             training.loader.close()
         return training.network
 
-    def _predict(self, key: str, features: np.ndarray, results: Sequence[Trained]) -> Estimate:
-        found = Surrogate(results, self.epochs).predict(features)
-        return self._told(found, features, next((each.rungs for each in results if each.key == key), {}))
+    def _weighed(self, surrogate: Surrogate, key: str, features: np.ndarray) -> Estimate:
+        """A network's estimate, with its own training where it had one."""
+        own = next((each.rungs for each in surrogate.trained if each.key == key), {})
+        return self._told(surrogate.predict(features), features, own)
 
     def _told(self, found: Estimate, features: np.ndarray, rungs: Mapping[int, float], **more: Any) -> Estimate:
         how = f"trained {max(rungs)} of {self.epochs} epochs" if rungs else "predicted from others' trainings"
         kept = {"features": features.tolist(), "rungs": {str(epochs): top1 for epochs, top1 in rungs.items()}, **more}
         return dataclasses.replace(found, how=how, training=kept)
-
-    def _goes_on(self, estimate: Estimate, epochs: int, results: Sequence[Trained]) -> bool:
-        """Whether a network is in the better third of those that came as far, by the surrogate fitted to all."""
-        surrogate = Surrogate(results, self.epochs)
-        peers = [surrogate.predict(each.features).value for each in results if epochs in each.rungs]
-        return sum(value > estimate.value for value in peers) < math.ceil(len(peers) / ETA)
-
-    def _best(self, others: Sequence[Trained]) -> float:
-        surrogate = Surrogate(others, self.epochs)
-        return max(surrogate.predict(each.features).value for each in others)
 
     def recipe(self, epochs: int) -> Recipe:
         """What a network is trained with, in the search and at its end."""
@@ -196,6 +197,12 @@ class Train:
 
     def teacher(self, resolution: int) -> nn.Module | None:
         """The network that the others learn from, if there is one."""
+
+
+def in_better_third(surrogate: Surrogate, estimate: Estimate, epochs: int) -> bool:
+    """Whether a network is in the better third of those that came as far, by the surrogate fitted to all."""
+    peers = [surrogate.predict(each.features).value for each in surrogate.trained if epochs in each.rungs]
+    return sum(value > estimate.value for value in peers) < math.ceil(len(peers) / ETA)
 
 
 def low_resolution(arch: Arch) -> int | None:

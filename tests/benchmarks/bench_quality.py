@@ -31,7 +31,7 @@ from pruning.importance import score
 from pruning.units import anatomy
 from search_spaces import Arch, get_arch, table
 from search_spaces.registry import FAMILIES
-from search_spaces.space import LEVELS, PARAMETERS
+from search_spaces.space import random_params
 
 RESULTS = Path(__file__).parent / "quality.jsonl"
 SMALLEST, LARGEST = 0.4, 1.3
@@ -138,7 +138,7 @@ def draw(family: str, resolution: int, classes: int) -> Iterator[Arch]:
     )
     rng = np.random.default_rng(1)
     while True:
-        arch = space.decode({name: int(rng.integers(LEVELS)) for name in PARAMETERS}, classes, resolution)
+        arch = space.decode(random_params(rng), classes, resolution)
         if SMALLEST <= table(arch).macs() / smallest <= LARGEST:
             yield arch
 

@@ -37,7 +37,7 @@ from nas.search import reference_arch
 from nas.train import Training, evaluate
 from search_spaces import Arch, create_model, fold, get_arch, table
 from search_spaces.registry import FAMILIES
-from search_spaces.space import LEVELS, PARAMETERS
+from search_spaces.space import random_params
 
 CNNS = ("lcnet_075", "mobilenetv3_small_100", "repghostnet_100")
 TESTED_IMAGES = 5_000
@@ -167,8 +167,8 @@ def random_search(
             for _ in range(epochs // args.epochs):
                 while True:
                     family = list(FAMILIES)[rng.integers(len(FAMILIES))]
-                    params = {name: int(rng.integers(LEVELS)) for name in PARAMETERS}
-                    arch = FAMILIES[family].space.decode(params, len(school.data.classes), args.resolution)
+                    space = FAMILIES[family].space
+                    arch = space.decode(random_params(rng), len(school.data.classes), args.resolution)
                     measurer.prepare()
                     path = write_artifact(arch, settings_of(args), Path(folder) / "candidate")
                     if measurer.measure(path, budget_ms).p50_ms <= budget_ms:

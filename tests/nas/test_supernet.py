@@ -16,15 +16,10 @@ from nas.supernet import Candidate, Supernet, maximum
 from pruning import slice_weights
 from search_spaces import Arch, get_arch, table
 from search_spaces.registry import FAMILIES
-from search_spaces.space import LEVELS, PARAMETERS
+from search_spaces.space import random_params
 
 State = dict[str, Tensor]
 CHANGES = {"sepvit": {"resolution": 32}, "evit": {"resolution": 32, "patch_size": 8}}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread(one_thread: None) -> None:
-    """Ask for the fixture of tests/conftest.py."""
 
 
 def networks(family: str, helpers: ModuleType, count: int = 3, stages: int = 2) -> list[Arch]:
@@ -273,7 +268,7 @@ def check_space(family: str, draws: int) -> None:
     net, rng = Supernet.over(family, 10), np.random.default_rng(0)
     counts = []
     for _ in range(draws):
-        arch = FAMILIES[family].space.decode({name: int(rng.integers(LEVELS)) for name in PARAMETERS}, 10)
+        arch = FAMILIES[family].space.decode(random_params(rng), 10)
         Candidate(arch, net.owner, net._entries)
         counts.append(table(arch).macs())
     assert table(net.smallest).macs() <= min(counts)
