@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import signal
 import sys
-from collections.abc import Iterator
+import tempfile
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+# Networks are tiny here: waiting for a second thread takes many times the work. Set before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["VITNAS_CACHE"] = tempfile.mkdtemp(prefix="vitnas-tests-")  # of fixtures wider than a test
 # A run started in a shell's background inherits an ignored SIGINT; tests that send Ctrl-C to children need it back.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test finds latencies that another one, or the user, has measured."""
+    monkeypatch.setenv("VITNAS_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture(scope="session")
@@ -24,14 +34,3 @@ def helpers() -> ModuleType:
     sys.modules[spec.name] = module  # dataclasses look there
     spec.loader.exec_module(module)
     return module
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """For tiny networks: on a busy machine, waiting for a second thread takes twenty times the work."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

@@ -17,8 +17,6 @@ from nas.data import Augmentation, Images, decode, hold_out, loader, open_data, 
 from nas.data.images import train_transform
 from nas.errors import UserError
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 GREYS = {"black": 0, "white": 255}
 
 

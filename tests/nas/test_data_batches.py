@@ -16,8 +16,6 @@ from torch import Tensor
 from nas.data import Augmentation, Images, batches, cached, images, loader
 from nas.data.images import plain_transform, train_transform
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 EVERYTHING = Augmentation(scale=0.2, auto_augment="rand-m9-mstd0.5-inc1", erasing=0.5)
 
 

@@ -23,8 +23,6 @@ from nas.data import Images, decode, hold_out, loader, open_data, sample, shards
 from nas.data.sources import TORCH
 from nas.errors import UserError
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch) -> Path:

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 import nas.job
 import nas.prune
+import nas.prune_report
 from nas.measure import Measurement
 from nas.prune import parse_pruning_budget
 from pruning.units import anatomy
@@ -26,7 +27,7 @@ COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (40, 60, 220)}
 
 
 @pytest.fixture(autouse=True)
-def brief(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     """Little training and few images."""
     monkeypatch.setattr(nas.prune, "BRIEF_IMAGES", 320)
     monkeypatch.setattr(nas.job, "CALIBRATION_IMAGES", 32)
@@ -36,7 +37,8 @@ def brief(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
 
 @pytest.fixture
 def fake_clock(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Latencies that follow MACs: a millisecond and one more per MMAC. Holds how many networks each run had."""
+    """Latencies that follow MACs: a millisecond and one more per MMAC. Holds how many networks each run had. Plots
+    are left blank."""
     runs: list[int] = []
 
     def compare(paths, settings, rounds, progress=None, timeout_s=60):
@@ -48,6 +50,7 @@ def fake_clock(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return found
 
     monkeypatch.setattr(nas.prune, "compare", compare)
+    monkeypatch.setattr(nas.prune_report, "png_of", lambda figure: b"")
     return runs
 
 
@@ -132,7 +135,9 @@ def test_a_folder_brings_its_weights(vitnas, images, tmp_path, fake_clock):
     """Nothing is trained before pruning; the same images are split and calibrated; the result can be pruned again."""
     model = trained(images, tmp_path / "net")
     out = tmp_path / "out"
-    code, _, said = vitnas(*words(tmp_path / "net", out, "--data", str(images), "--finetune", "0", "--macs", "0.7x"))
+    code, _, said = vitnas(
+        *words(tmp_path / "net", out, "--data", str(images), "--finetune", "0", "--rounds", "1", "--macs", "0.7x")
+    )
     assert code == 0, said
     data = result(out)
     assert data["trained_images"] == data["tuned_images"] == 0
@@ -141,7 +146,7 @@ def test_a_folder_brings_its_weights(vitnas, images, tmp_path, fake_clock):
     assert data["accuracy"]["recovered"] is None
     again = tmp_path / "again"
     code, _, said = vitnas(
-        *words(out, again, "--data", str(images), "--finetune", "1", "--distill", "--params", "0.9x")
+        *words(out, again, "--data", str(images), "--finetune", "1", "--rounds", "1", "--distill", "--params", "0.9x")
     )
     assert code == 0, said
     second = result(again)
@@ -233,8 +238,8 @@ def test_reallocation_alone(vitnas, images, tmp_path, fake_clock):
 def test_no_reallocation_only_cuts(vitnas, images, tmp_path, fake_clock):
     trained(images, tmp_path / "net")
     out = tmp_path / "out"
-    command = words(tmp_path / "net", out, "--data", str(images), "--finetune", "0", "--no-reallocate", "--axes", "ffn")
-    assert vitnas(*command)[0] == 0
+    cut = ("--finetune", "0", "--rounds", "1", "--no-reallocate", "--axes", "ffn")
+    assert vitnas(*words(tmp_path / "net", out, "--data", str(images), *cut))[0] == 0
     before, after = widths(small(3)), widths(Arch.from_json((out / "arch.json").read_bytes()))
     assert all(after[name] <= size for name, size in before.items())
     assert {name.split(".")[-1] for name in before if after[name] < before[name]} <= {"hidden", "squeezed"}
@@ -274,7 +279,7 @@ def test_interrupted_runs_go_on_after_the_last_round(vitnas, images, tmp_path, f
 def test_broken_images_are_named(vitnas, images, tmp_path, fake_clock):
     trained(images, tmp_path / "net")
     (images / "red" / "0.png").write_bytes(b"no image")
-    command = words(tmp_path / "net", tmp_path / "out", "--data", str(images), "--finetune", "1")
+    command = words(tmp_path / "net", tmp_path / "out", "--data", str(images), "--finetune", "1", "--rounds", "1")
     code, _, said = vitnas(*command)
     assert code == 0, said
     assert "0.png" in said
@@ -289,7 +294,9 @@ def test_broken_images_are_named(vitnas, images, tmp_path, fake_clock):
 
 def test_json_for_machines(vitnas, images, tmp_path, fake_clock):
     trained(images, tmp_path / "net")
-    command = words(tmp_path / "net", tmp_path / "out", "--data", str(images), "--finetune", "0", "--json")
+    command = words(
+        tmp_path / "net", tmp_path / "out", "--data", str(images), "--finetune", "0", "--rounds", "1", "--json"
+    )
     code, printed, _ = vitnas(*command)
     assert code == 0
     assert json.loads(printed)["after"]["macs"] == result(tmp_path / "out")["after"]["macs"]
@@ -397,10 +404,10 @@ def test_tuning_that_harms_is_not_kept(vitnas, images, tmp_path, fake_clock, mon
     found = {"pruned": {"ci": [60.0, 80.0]}, "recovered": {"ci": [20.0, 50.0]}}
     assert nas.prune.worse_after_tuning(found)
     assert not nas.prune.worse_after_tuning({"pruned": {"ci": [60.0, 80.0]}, "recovered": {"ci": [40.0, 65.0]}})
-    command = words(tmp_path / "net", tmp_path / "plain", "--data", str(images), "--finetune", "0")
+    command = words(tmp_path / "net", tmp_path / "plain", "--data", str(images), "--finetune", "0", "--rounds", "1")
     assert vitnas(*command)[0] == 0
     monkeypatch.setattr(nas.prune, "worse_after_tuning", lambda found: True)
-    command = words(tmp_path / "net", tmp_path / "tuned", "--data", str(images), "--finetune", "1")
+    command = words(tmp_path / "net", tmp_path / "tuned", "--data", str(images), "--finetune", "1", "--rounds", "1")
     code, _, said = vitnas(*command)
     assert code == 0
     assert "fine-tuning lowered the accuracy" in said

@@ -18,8 +18,6 @@ from nas.errors import UserError
 from nas.train import TEMPERATURE, Accuracy, distillation_loss, evaluate, fit
 from search_spaces import create_model
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 FAMILIES = ("levit", "efficientvit", "shvit", "evit", "sepvit")
 
 

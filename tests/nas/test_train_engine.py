@@ -26,8 +26,6 @@ from search_spaces import create_model, get_arch
 from search_spaces.weights import fit as load
 from search_spaces.weights import translate
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 PLAIN = Recipe("plain", "tests", epochs=3, batch_size=8, lr=3e-3, lr_batch=8, weight_decay=0.05)
 RICH = dataclasses.replace(PLAIN, mixup=0.8, cutmix=1.0, drop_path=0.2, ema=0.99, clip=("agc", 0.02), repeats=2)
 

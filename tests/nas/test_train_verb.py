@@ -24,8 +24,6 @@ from nas.errors import UserError
 from nas.train import evaluate
 from search_spaces import Arch, create_model, get_arch
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 ARGS = ("--epochs", "2", "--batch-size", "32", "--device", "cpu")
 
 
@@ -114,7 +112,6 @@ def killed(args: list[str], checkpoint: Path) -> None:
     """Run the command in a process, and kill it within the epoch after its first checkpoint."""
     child = subprocess.Popen(
         [sys.executable, "-m", "nas.cli", "train", *args],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -182,7 +179,7 @@ def test_two_processes_are_one_with_twice_the_batch(small, deit, tmp_path):
     started = []
     for rank in range(2):
         where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        env = os.environ | {key: str(value) for key, value in (where | {"OMP_NUM_THREADS": 1}).items()}
+        env = os.environ | {key: str(value) for key, value in where.items()}
         command = [sys.executable, "-c", script]
         started.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
     exec(script, {})
@@ -212,7 +209,6 @@ def test_torchrun(deit, tmp_path):
             [*command, "--out", str(out), *ARGS],
             capture_output=True,
             text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("Top-1") == 1
