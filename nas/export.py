@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nas.errors import UserError, first_line
 from nas.measure import RUNTIMES, Settings
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import nn
 
+    from nas.targets import TimmNetwork
     from search_spaces import Arch
 
 OPSET = 17
 TOLERANCE = 1e-4
+CONVERTED = ("fp16", "int8")
+"""Precisions that need an ONNX file of their own (see `lower_precision`)."""
 
 
 def to_onnx(folded: nn.Module, path: Path, resolution: int, batch_size: int) -> None:
@@ -47,24 +50,50 @@ def to_onnx(folded: nn.Module, path: Path, resolution: int, batch_size: int) -> 
         )
 
 
-def write_onnx(arch: Arch, path: Path, batch_size: int) -> None:
-    """Write a freshly initialised network, folded, as ONNX."""
-    from search_spaces import create_model, fold
+def write_onnx(network: Arch | TimmNetwork, path: Path, batch_size: int) -> None:
+    """Write a network with random weights (see `nas.measure.module.build`), folded, as ONNX."""
+    from nas.measure.module import build
 
-    to_onnx(fold(create_model(arch)), path, arch.resolution, batch_size)
+    to_onnx(build(network), path, network.resolution, batch_size)
 
 
 def write_artifact(
-    arch: Arch, settings: Settings, stem: Path, export: Callable[[Arch, Path, int], None] = write_onnx
+    network: Arch | TimmNetwork, settings: Settings, stem: Path, calibration: np.ndarray | None = None
 ) -> Path:
-    """The file `settings.runtime` loads for an Arch: an ONNX network written by `export`, or the Arch itself."""
-    if RUNTIMES[settings.runtime].artifact == "arch":
-        path = stem.with_suffix(".json")
-        path.write_text(arch.to_json())
+    """The file `settings.runtime` loads for a network: ONNX in its precision, or the network's JSON document.
+
+    calibration: images for int8, see `lower_precision`.
+
+    Raises:
+        RuntimeError, ValueError: the network cannot be exported.
+    """
+    if RUNTIMES[settings.runtime].artifact == "module":
+        from nas.measure.module import to_document
+
+        path = Path(f"{stem}.json")
+        path.write_text(to_document(network))
     else:
-        path = stem.with_suffix(".onnx")
-        export(arch, path, settings.batch_size)
+        path = Path(f"{stem}.onnx")
+        write_onnx(network, path, settings.batch_size)
+        lower_precision(path, settings, calibration)
     return path
+
+
+def lower_precision(path: Path, settings: Settings, calibration: np.ndarray | None = None) -> None:
+    """Turn a float32 ONNX file with a static batch into what the runtime loads for a precision, in place.
+
+    fp16 converts weights, input and output; int8 quantises (see `nas.quantize`), with `calibration` images, float32
+    (N, 3, R, R), or noise. For fp32, tf32 and bf16 the file stays: the runtime computes in them.
+    """
+    if settings.precision == "fp16":
+        import onnx
+        from onnxruntime.transformers.float16 import convert_float_to_float16
+
+        onnx.save(convert_float_to_float16(onnx.load(path)), path)
+    elif settings.precision == "int8":
+        from nas.quantize import quantize
+
+        quantize(path, calibration, signed=settings.runtime == "openvino")
 
 
 def label_onnx(path: Path, arch: Arch, trained: bool) -> None:
@@ -172,13 +201,17 @@ def disagreement(folded: nn.Module, path: Path, resolution: int, batch_size: int
     return float(abs(found - expected).max() / max(abs(expected).max(), 1e-30))
 
 
-def _export(arch: str, path: str, batch_size: int) -> None:
-    from search_spaces import Arch
+def export_here(document: str, settings: dict[str, Any], stem: str, images: str | None) -> dict[str, str]:
+    """`write_artifact` as a child process offers it. images: a .npy file to calibrate on."""
+    import numpy as np
 
-    write_onnx(Arch.from_json(arch), Path(path), batch_size)
+    from nas.measure.module import from_document
+
+    calibration = np.load(images) if images else None
+    return {"path": str(write_artifact(from_document(document), Settings(**settings), Path(stem), calibration))}
 
 
 if __name__ == "__main__":
     from nas.process import serve
 
-    serve({"export": _export})
+    serve({"export": export_here})

@@ -1,7 +1,8 @@
-"""What a user names on the command line: a published network, an arch.json, a run's folder, or an ONNX file."""
+"""What a user names on the command line: a published network, an arch.json, a run's folder, an ONNX file, timm's."""
 
 from __future__ import annotations
 
+import difflib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +14,59 @@ if TYPE_CHECKING:
     from search_spaces import Arch
 
 
+TIMM = "timm/"
+
+
+@dataclass(frozen=True)
+class TimmNetwork:
+    """A network as timm builds it. name: as in timm.list_models(), with or without a weights tag.
+
+    resolution: of its square input, in px; None becomes the size timm builds it for (`input_size`).
+
+    Raises:
+        UserError: timm has no such network or tag, or it does not take square images.
+    """
+
+    name: str
+    resolution: int | None = None
+
+    def __post_init__(self) -> None:
+        import timm
+
+        if not timm.is_model(self.name):
+            near = difflib.get_close_matches(self.name, timm.list_models(), n=3, cutoff=0.5)
+            meant = f"did you mean {' or '.join(TIMM + name for name in near)}?" if near else "see timm.list_models()"
+            raise UserError(f"timm has no network {self.name!r}: {meant}")
+        try:
+            config = timm.get_pretrained_cfg(self.name)
+        except RuntimeError:
+            arch, tag = self.name.split(".", 1)
+            raise UserError(f"timm has no weights {tag!r} of {arch}: give {TIMM}{arch}") from None
+        if self.resolution is None:
+            _, height, width = config.input_size
+            if height != width:
+                raise UserError(f"{TIMM}{self.name} takes images of {height}x{width} px: only square ones are measured")
+            object.__setattr__(self, "resolution", height)
+
+
 @dataclass(frozen=True)
 class Target:
-    """label: how tables call it. Exactly one of `arch` and `onnx` is set. folder: where the Arch was read."""
+    """label: how tables call it. Exactly one of `arch`, `timm` and `onnx` is set. folder: where the Arch was read."""
 
     label: str
     arch: Arch | None = None
     onnx: Path | None = None
     folder: Path | None = None
+    timm: TimmNetwork | None = None
+
+    @property
+    def network(self) -> Arch | TimmNetwork | None:
+        return self.arch or self.timm
+
+    @property
+    def kind(self) -> str:
+        """What a message calls it."""
+        return "an ONNX file" if self.onnx else "one of timm's networks" if self.timm else "a network of ours"
 
     @property
     def weights(self) -> Path | None:
@@ -30,12 +76,14 @@ class Target:
 
 
 def find_target(text: str) -> Target:
-    """Resolve a published name, an arch.json, a folder that holds one (a run, or its best/), or a .onnx file.
+    """Resolve a published name, an arch.json, a folder that holds one (a run, or its best/), timm/NAME, a .onnx file.
 
     Raises:
         UserError: none of these, or a document that cannot be read.
     """
     path = Path(text)
+    if text.startswith(TIMM):
+        return Target(text, timm=TimmNetwork(text.removeprefix(TIMM)))
     if os.path.isdir(text):
         for candidate in (path / "arch.json", path / "best" / "arch.json"):
             if os.path.isfile(candidate):
@@ -56,7 +104,7 @@ def find_arch(text: str) -> Arch:
     """As `find_target`, for verbs that need the Arch itself."""
     target = find_target(text)
     if target.arch is None:
-        raise UserError(f"{text} is an ONNX file: give a published name, an arch.json or a run's folder")
+        raise UserError(f"{text} is {target.kind}: give a published name, an arch.json or a run's folder")
     return target.arch
 
 

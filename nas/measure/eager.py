@@ -1,28 +1,29 @@
-"""PyTorch eager on CPU or CUDA: an Arch with random weights, BatchNorm folded."""
+"""PyTorch eager on CPU or CUDA: a network with random weights, BatchNorm folded, cast to the precision as a whole."""
 
-from collections.abc import Callable
 from pathlib import Path
 
-from nas.measure.runtime import Settings, register
+from nas.measure.runtime import Infer, Settings, no_bf16, register
+
+PRECISIONS = {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "tf32", "bf16", "fp16")}
 
 
-@register("torch", devices=("cpu", "cuda"), artifact="arch")
-def load(path: Path, settings: Settings) -> Callable[[], None]:
+def check(settings: Settings) -> str | None:
+    return no_bf16() if (settings.device, settings.precision) == ("cpu", "bf16") else None
+
+
+@register("torch", precisions=PRECISIONS, artifact="module", package="torch", check=check)
+def load(path: Path, settings: Settings) -> Infer:
     import torch
 
-    from search_spaces import Arch, create_model, fold
+    from nas.measure.module import place
 
-    torch.set_num_threads(settings.threads)
-    torch.manual_seed(0)
-    arch = Arch.from_json(path.read_text())
-    model = fold(create_model(arch).eval()).to(settings.device)
-    shape = (settings.batch_size, 3, arch.resolution, arch.resolution)
-    images = torch.randn(shape, device=settings.device)
+    model, images = place(path, settings)
 
     @torch.inference_mode()
-    def infer() -> None:
-        model(images)
+    def infer() -> torch.Tensor:
+        logits = model(images)
         if settings.device == "cuda":
             torch.cuda.synchronize()
+        return logits
 
     return infer

@@ -6,17 +6,22 @@ One file per runtime (`ort.py`, `eager.py`, ...) registers how it loads a networ
 import difflib
 import importlib.metadata
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 from nas.errors import UserError
-from nas.process import usable_cpus
+from nas.process import memory_bytes, usable_cpus
+
+DEVICES = ("cpu", "cuda", "ssh://user@host")
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "int8")
+IMAGE_SIDE = 224  # the images that are weighed against this machine's memory
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a latency is a property of, besides the network and the machine."""
+    """What a latency is a property of, besides the network and the machine. precision: one of PRECISIONS."""
 
     runtime: str = "onnxruntime"
     device: str = "cpu"
@@ -25,32 +30,49 @@ class Settings:
     precision: str = "fp32"
 
 
+Infer = Callable[[], Any]
+
+
 @dataclass(frozen=True)
 class Runtime:
-    """Something that runs networks. Its name is also its package, on the index and for import.
+    """Something that runs networks.
 
-    devices: where it can run. artifact: the file it loads, "onnx" (one static float32 input, the batch
-    included) or "arch" (arch.json). load(path, settings): a function that does one inference, done when
-    it returns, on a fixed random float32 input.
+    precisions: those it has on each device. artifact: the file it loads, "onnx" (one static input, the batch included)
+    or "module" (a JSON document, see `module.py`). package: what Python imports. extra: the pip extra that brings it;
+    None for what vitnas itself needs. load(path, settings): a function that does one inference on fixed random images,
+    done when it returns, and returns the logits. check(settings): a line on what this machine lacks for them, or None.
+    patience_s: in which a network is loaded and measured, or has failed.
     """
 
     name: str
-    devices: tuple[str, ...]
-    artifact: str
-    load: Callable[[Path, Settings], Callable[[], None]]
+    precisions: Mapping[str, tuple[str, ...]]
+    artifact: Literal["onnx", "module"]
+    package: str
+    load: Callable[[Path, Settings], Infer]
+    extra: str | None = None
+    patience_s: float = 60
+    check: Callable[[Settings], str | None] = lambda settings: None
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        return tuple(self.precisions)
 
     def version(self) -> str:
-        return importlib.metadata.version(self.name)
+        """Of the installed package, whose build for GPUs goes by another name on the index."""
+        try:
+            return importlib.metadata.version(self.package)
+        except importlib.metadata.PackageNotFoundError:
+            return importlib.metadata.version(f"{self.package}-gpu")
 
 
 RUNTIMES: dict[str, Runtime] = {}
 
 
-def register(name: str, devices: tuple[str, ...], artifact: str) -> Callable:
-    """Decorates a `load` function as the runtime `name` (the fields of `Runtime`)."""
+def register(name: str, **fields: Any) -> Callable[[Callable[[Path, Settings], Infer]], Callable]:
+    """Decorates a `load` function as the runtime `name`; fields: the others of `Runtime`."""
 
-    def add(load: Callable[[Path, Settings], Callable[[], None]]) -> Callable:
-        RUNTIMES[name] = Runtime(name, devices, artifact, load)
+    def add(load: Callable[[Path, Settings], Infer]) -> Callable:
+        RUNTIMES[name] = Runtime(name, load=load, **fields)
         return load
 
     return add
@@ -58,24 +80,63 @@ def register(name: str, devices: tuple[str, ...], artifact: str) -> Callable:
 
 def check_settings(settings: Settings) -> None:
     """Raises UserError where these settings cannot be measured on this machine."""
+    device, precision = settings.device, settings.precision
     _known("runtime", settings.runtime, list(RUNTIMES))
     runtime = RUNTIMES[settings.runtime]
-    _known("device", settings.device, sorted({d for r in RUNTIMES.values() for d in r.devices}))
-    if settings.device not in runtime.devices:
-        able = [r.name for r in RUNTIMES.values() if settings.device in r.devices]
-        raise UserError(f"runtime {settings.runtime} does not run on {settings.device}: use {' or '.join(able)}")
+    _known("device", device, list(DEVICES))
+    if device not in runtime.devices:
+        able = [r.name for r in RUNTIMES.values() if device in r.devices]
+        raise UserError(f"runtime {runtime.name} does not run on {device}: use {' or '.join(able)}")
+    _known("precision", precision, list(PRECISIONS))
+    if precision not in runtime.precisions[device]:
+        able = [r.name for r in RUNTIMES.values() if precision in r.precisions.get(device, ())]
+        raise UserError(
+            f"runtime {runtime.name} has {', '.join(runtime.precisions[device])} on {device}, not {precision}: "
+            + (f"{precision} is in {', '.join(able)}" if able else f"no runtime has {precision} on {device}")
+        )
     usable = len(usable_cpus())
     if not 1 <= settings.threads <= usable:
         raise UserError(f"threads is {settings.threads}: give 1 to {usable}, the CPUs this process may use")
-    if settings.batch_size < 1:
-        raise UserError(f"batch size is {settings.batch_size}: give 1 or more")
-    if importlib.util.find_spec(runtime.name) is None:
-        raise UserError(f"{runtime.name} is not installed: pip install {runtime.name}")
-    if settings.device == "cuda":
-        import torch
+    _check_batch(settings.batch_size)
+    if importlib.util.find_spec(runtime.package) is None:
+        what = f"'vitnas[{runtime.extra}]'" if runtime.extra else runtime.package
+        raise UserError(f"{runtime.package} is not installed: pip install {what}")
+    if missing := (_no_gpu(precision) if device == "cuda" else None) or runtime.check(settings):
+        raise UserError(missing)
 
-        if not torch.cuda.is_available():
-            raise UserError("device cuda: PyTorch finds no usable GPU here, use --device cpu")
+
+def no_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:
+    """A line where this CPU has no bf16 instructions (AVX-512, AMX or Arm's), so that bf16 would be emulated."""
+    flags = {"avx512_bf16", "amx_bf16", "bf16"}
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    if any(flags & set(line.split()) for line in lines if line.startswith(("flags", "Features"))):
+        return None
+    return "this CPU shows no bf16 instructions (avx512_bf16, amx_bf16 or Arm's bf16): use --precision fp32"
+
+
+def _no_gpu(precision: str) -> str | None:
+    """A line where PyTorch finds no GPU for it; without PyTorch, loading the first network tells."""
+    if importlib.util.find_spec("torch") is None:
+        return None
+    import torch
+
+    if not torch.cuda.is_available():
+        return "device cuda: PyTorch finds no usable GPU here, use --device cpu"
+    major, minor = torch.cuda.get_device_capability()
+    if precision in ("tf32", "bf16") and major < 8:
+        return f"{precision} needs a GPU of compute capability 8.0 or more, this one has {major}.{minor}: use fp16"
+    return None
+
+
+def _check_batch(batch_size: int) -> None:
+    if batch_size < 1:
+        raise UserError(f"batch size is {batch_size}: give 1 or more")
+    needed, total = batch_size * 3 * IMAGE_SIDE**2 * 4, memory_bytes()
+    if needed > total:
+        raise UserError(
+            f"batch size is {batch_size}: its images alone take {needed / 1e9:,.1f} GB, "
+            f"this machine has {total / 1e9:,.1f} GB of memory"
+        )
 
 
 def _known(what: str, name: str, choices: list[str]) -> None:
@@ -85,4 +146,4 @@ def _known(what: str, name: str, choices: list[str]) -> None:
         raise UserError(f"unknown {what} {name!r}: {meant}")
 
 
-from nas.measure import eager, ort  # noqa: E402, F401 (each registers itself above)
+from nas.measure import compiled, cudagraphs, eager, openvino, ort  # noqa: E402, F401 (each registers itself above)

@@ -30,7 +30,7 @@ class TimedModel:
     def start(self, settings: dict) -> None:
         """Imports the runtime: the slow part of a fresh process, done before there is a file."""
         self.settings = Settings(**settings)
-        importlib.import_module(self.settings.runtime)
+        importlib.import_module(RUNTIMES[self.settings.runtime].package)
 
     def load(self, path: str) -> None:
         self.infer = RUNTIMES[self.settings.runtime].load(Path(path), self.settings)

@@ -1,0 +1,98 @@
+"""Post-training int8: a float32 ONNX network with its weights and activations quantised.
+
+Static QDQ quantisation by ONNX Runtime's tool of convolutions and matrix products, weights per channel, activation
+ranges the smallest and largest values seen on the calibration images (Jacob et al., CVPR 2018).
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from nas.data import ImageData
+
+IMAGES = 16  # calibrated on; enough for ranges
+NOISE = "int8 is calibrated on noise, without --data: latency is real, accuracy is not"
+OPERATORS = ("Conv", "MatMul", "Gemm")
+
+
+def quantize(path: Path, calibration: np.ndarray | None = None, signed: bool = False) -> None:
+    """Turn a float32 ONNX file with one static input (B, 3, R, R) into int8, in place; its input stays float32.
+
+    calibration: float32 images (N, 3, R', R'), resized to R; fixed noise where there are none. signed: activations as
+    signed integers about zero, which OpenVINO computes with fastest; otherwise unsigned with an offset, as suits ONNX
+    Runtime.
+    """
+    import onnx
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        prepared, done = Path(scratch) / "prepared.onnx", Path(scratch) / "int8.onnx"
+        quant_pre_process(path, prepared, skip_symbolic_shape=True)
+        (image,) = onnx.load(path, load_external_data=False).graph.input
+        shape = tuple(dim.dim_value for dim in image.type.tensor_type.shape.dim)
+        quantize_static(
+            prepared,
+            done,
+            _Batches(image.name, batches(shape, calibration)),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=list(OPERATORS),
+            per_channel=True,
+            activation_type=QuantType.QInt8 if signed else QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            extra_options={"ActivationSymmetric": signed},
+        )
+        done.replace(path)
+
+
+def calibration_images(data: ImageData, resolution: int) -> tuple[np.ndarray, str | None]:
+    """Float32 images (IMAGES, 3, R, R) of the data, and a line about those that could not be decoded."""
+    import numpy as np
+
+    from nas.data import loader, sample, skipped_line
+
+    found = loader(sample(data.at(resolution).calibration, IMAGES, 0), IMAGES, False, 0)
+    return np.concatenate([images.numpy() for images, _ in found]), skipped_line([found])
+
+
+def batches(shape: tuple[int, ...], calibration: np.ndarray | None) -> list[np.ndarray]:
+    """At least IMAGES images as whole batches of `shape` (B, 3, R, R): the first of `calibration`, or noise.
+
+    Too few images are repeated.
+    """
+    import numpy as np
+
+    from nas.measure.module import fixed_images
+
+    count = math.ceil(IMAGES / shape[0])
+    if calibration is None:
+        images = fixed_images((count * shape[0], *shape[1:]))
+    else:
+        images = _resized(calibration[: count * shape[0]], shape[2:])
+    return list(np.resize(images, (count, *shape)))
+
+
+def _resized(images: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+    if images.shape[2:] == size:
+        return images
+    import torch
+    import torch.nn.functional as F
+
+    return F.interpolate(torch.from_numpy(images), size, mode="bilinear", antialias=True).numpy()
+
+
+class _Batches:
+    """What ONNX Runtime's calibration reads from."""
+
+    def __init__(self, name: str, images: Iterable[np.ndarray]) -> None:
+        self._feeds = iter([{name: batch} for batch in images])
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        return next(self._feeds, None)
