@@ -1,32 +1,42 @@
-"""Child processes spoken to in JSON lines, and the CPUs they may use (POSIX).
+"""Child processes spoken to in JSON lines, the CPUs and memory they may use, a lock between processes (POSIX).
 
 A `Worker` is the parent's end: it starts `python -m module`, sends one request at a time and blocks on
 the answer. `serve` is the child's end. Whatever the child does (raise, crash, hang, print, run out of
 memory), the parent gets an answer or a `WorkerError` with a one-line reason, and the child never
-outlives the parent, not even while it is stopped.
+outlives the parent, not even while it is stopped. The child may be on another machine, at the end of an
+ssh connection; that machine has nothing but this module's imports, so they are of the standard library.
 """
 
 import contextlib
 import ctypes
+import fcntl
 import json
 import math
 import os
+import queue
 import resource
 import runpy
+import select
 import selectors
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, Self
+from typing import Any, BinaryIO, Self
 
 START_S = 60  # a Python interpreter on a loaded machine
 EXIT_S = 5  # from a closed pipe to the end of its process
+BEAT_S = 10  # a distant child hears from its parent this often,
+SILENCE_S = 60  # and ends where it has not for so long
+LOCK_POLL_S = 0.05
 REASON_LENGTH = 500
+ENTER = "from nas.process import _enter; _enter()"
+GREETING = b'{"result": {}}'
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -34,11 +44,19 @@ class WorkerError(RuntimeError):
     """A request that was not answered: one line that says why."""
 
 
+def here(start: dict[str, Any]) -> tuple[list[str], bytes]:
+    """The command that starts a child on this machine, and what it reads before the first request: nothing."""
+    return [sys.executable, "-P", "-c", ENTER, json.dumps(start | {"parent": os.getpid()})], b""
+
+
 class Worker:
     """A child process that runs `python -m module` and answers requests (see `serve`).
 
     cpus: the CPUs the child and its threads are pinned to (where the system can pin).
     log: file for what the child prints and for its tracebacks; by default they are dropped with it.
+    via: makes the command, and what is written to it first, of a start document for `_enter`; with any other than
+    `here` the child is on another machine. It then ends at the end of its input or after SILENCE_S without a byte,
+    and gets a blank line every BEAT_S; `pause`, `resume` and `pid` are those of the command and of no use.
 
     The child runs in a session of its own, so the terminal's Ctrl-C does not reach it. On Linux the
     kernel kills it when the thread that created the Worker ends: create it in a thread that stays.
@@ -46,20 +64,22 @@ class Worker:
     gone and every further call raises the same WorkerError.
     """
 
-    def __init__(self, module: str, cpus: list[int] | None = None, log: Path | None = None):
+    def __init__(
+        self,
+        module: str,
+        cpus: list[int] | None = None,
+        log: Path | None = None,
+        via: Callable[[dict[str, Any]], tuple[list[str], bytes]] = here,
+    ):
+        distant = via is not here
+        command, opening = via({"module": module, "cpus": cpus, "distant": distant})
+        self.last_words = ""  # the last line the child printed, once it has ended by itself
         self._ended: str | None = None  # why no call can succeed any more
         self._ready = False
         self._received = b""
         self._printed = log.open("w+b") if log else tempfile.TemporaryFile()  # noqa: SIM115
-        start = {"module": module, "cpus": cpus, "parent": os.getpid()}
         self._process = subprocess.Popen(
-            [
-                sys.executable,
-                "-P",
-                "-c",
-                "from nas.process import _enter; _enter()",
-                json.dumps(start),
-            ],
+            command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._printed,
@@ -68,10 +88,17 @@ class Worker:
         )
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._process.stdout, selectors.EVENT_READ)
+        if distant:
+            self._write(opening)
+            threading.Thread(target=self._beat, daemon=True).start()
 
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    @property
+    def exit_code(self) -> int | None:
+        return self._process.returncode
 
     @property
     def alive(self) -> bool:
@@ -86,16 +113,14 @@ class Worker:
         """First half of `call`: the child works while the caller does something else."""
         if self._ended:
             raise WorkerError(self._ended)
-        try:
-            self._process.stdin.write(_line({"method": method, "args": args}))
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # receive() knows why
+        self._write(_line({"method": method, "args": args}))
 
-    def receive(self, timeout_s: float) -> dict:
-        """Second half of `call`."""
+    def receive(self, timeout_s: float, told: Callable[..., None] | None = None) -> dict:
+        """Second half of `call`. told: called with what the method tells meanwhile (`tell`); timeout_s starts anew."""
         self._await_ready(timeout_s)
-        answer = self._read(timeout_s)
+        while "told" in (answer := json.loads(self._read(timeout_s))):
+            if told:
+                told(*answer["told"])
         if "error" in answer:
             raise WorkerError(answer["error"])
         return answer["result"]
@@ -121,13 +146,29 @@ class Worker:
     def __exit__(self, *_) -> None:
         self.close()
 
-    def _await_ready(self, timeout_s: float) -> None:
-        """Reads the greeting the child sends once it is bound to its parent."""
-        if not self._ready:
-            self._read(timeout_s)
-            self._ready = True
+    def _write(self, data: bytes) -> None:
+        try:
+            self._process.stdin.write(data)
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # receive() knows why
+        except KeyboardInterrupt:
+            self._end("interrupted")  # the next request would go on from half of this one
+            raise
 
-    def _read(self, timeout_s: float) -> dict:
+    def _beat(self) -> None:
+        with contextlib.suppress(OSError, ValueError):  # its end
+            while self._ended is None:
+                self._process.stdin.write(b"\n")
+                self._process.stdin.flush()
+                time.sleep(BEAT_S)
+
+    def _await_ready(self, timeout_s: float) -> None:
+        """Reads the greeting the child sends once it is bound to its parent, and what a login shell printed before."""
+        while not self._ready:
+            self._ready = self._read(timeout_s).endswith(GREETING)
+
+    def _read(self, timeout_s: float) -> bytes:
         """Blocks until one whole line has come."""
         if self._ended:
             raise WorkerError(self._ended)
@@ -144,7 +185,7 @@ class Worker:
             self._end("interrupted")  # its answer would be taken for the next one's
             raise
         line, self._received = self._received.split(b"\n", 1)
-        return json.loads(line)
+        return line
 
     def _why_it_ended(self) -> str:
         try:
@@ -153,7 +194,8 @@ class Worker:
             return "closed its pipe and kept running"
         self._printed.seek(max(0, self._printed.seek(0, os.SEEK_END) - 10 * REASON_LENGTH))
         lines = self._printed.read().decode(errors="replace").split("\n")
-        last = next((": " + _one_line(line) for line in reversed(lines) if line.strip()), "")
+        self.last_words = next((_one_line(line) for line in reversed(lines) if line.strip()), "")
+        last = f": {self.last_words}" if self.last_words else ""
         if code >= 0:
             return f"exited with {code}{last}"
         hint = "; often means out of memory" if code == -signal.SIGKILL else ""
@@ -186,12 +228,21 @@ def serve(methods: dict[str, Callable[..., dict | None]]) -> None:
         except Exception as error:
             traceback.print_exc()
             answer = _line({"error": _one_line(f"{type(error).__name__}: {error}")})
-        _answers.write(answer)
-        _answers.flush()
+        _answer(answer)
 
 
-_requests: BinaryIO
+def tell(*values: Any) -> None:
+    """Child side, within a method: something JSON can carry, for the parent to know before the answer."""
+    _answer(_line({"told": values}))
+
+
+_requests: Iterable[bytes]
 _answers: BinaryIO
+
+
+def _answer(line: bytes) -> None:
+    _answers.write(line)
+    _answers.flush()
 
 
 def _enter() -> None:
@@ -207,13 +258,34 @@ def _enter() -> None:
     if start["cpus"] and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, start["cpus"])
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash is an expected answer
-    _requests = os.fdopen(os.dup(0), "rb")
+    requests = os.dup(0)
+    _requests = _watched(requests) if start["distant"] else os.fdopen(requests, "rb")
     _answers = os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
-    _answers.write(_line({"result": {}}))
-    _answers.flush()
+    _answer(GREETING + b"\n")
     runpy.run_module(start["module"], run_name="__main__", alter_sys=True)
+
+
+def _watched(source: int) -> Iterator[bytes]:
+    """Lines of a file descriptor, but for blank ones; its end, or SILENCE_S without a byte, ends this process.
+
+    A thread reads, so that this also happens in the middle of a request.
+    """
+    lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+
+    def watch() -> None:
+        pieces = []
+        while select.select([source], [], [], SILENCE_S)[0] and (data := os.read(source, 1 << 16)):
+            *ends, rest = data.split(b"\n")
+            for end in ends:
+                lines.put(b"".join([*pieces, end]))
+                pieces = []
+            pieces.append(rest)
+        os._exit(0)
+
+    threading.Thread(target=watch, daemon=True).start()
+    return filter(None, iter(lines.get, None))
 
 
 def _line(message: dict) -> bytes:
@@ -223,6 +295,44 @@ def _line(message: dict) -> bytes:
 def _one_line(text: str) -> str:
     text = " ".join(text.split())
     return text if len(text) <= REASON_LENGTH else text[: REASON_LENGTH - 3] + "..."
+
+
+class ProcessLock:
+    """A lock on a name in the folder for temporary files: one holder among all processes and users of this machine."""
+
+    def __init__(self, name: str):
+        self._path = Path(tempfile.gettempdir()) / name
+        self._file: int | None = None
+
+    def acquire(self, timeout_s: float) -> bool:
+        """Whether it is held now; False where another process kept it for timeout_s."""
+        deadline = time.monotonic() + timeout_s
+        with contextlib.suppress(FileExistsError):  # another user's file cannot be opened to write
+            created = os.open(self._path, os.O_CREAT | os.O_EXCL)
+            os.fchmod(created, 0o644)
+            os.close(created)
+        file = os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW)
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    os.close(file)
+                    return False
+                time.sleep(LOCK_POLL_S)
+            else:
+                self._file = file
+                return True
+
+    def release(self) -> None:
+        fcntl.flock(self._file, fcntl.LOCK_UN)  # a forked process may have the file open too
+        os.close(self._file)
+        self._file = None
+
+
+def memory_bytes() -> int:
+    """Of this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def usable_cpus() -> list[int]:

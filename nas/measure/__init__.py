@@ -1,46 +1,99 @@
 """Measuring: an exported network and the settings of a device become a latency with its spread.
 
 `runtime.py` is the registry of runtimes, with one file each; `worker.py` is the process that holds one network and
-times it, `protocol.py` decides when which process runs. Importing this package imports no runtime.
+times it, `protocol.py` decides when which process runs. `remote.py` and `agent.py` have all that done on another
+machine, where the device is one of its: what is imported from here takes either. Importing this package imports no
+runtime.
 """
 
 import contextlib
-import os
+import re
 import sys
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from nas.measure.protocol import MeasureError, Measurement, Measurer, compare
-from nas.measure.runtime import RUNTIMES, Runtime, Settings, check_settings
-from nas.process import default_threads
+from nas import process
+from nas.measure import protocol, remote, runtime
+from nas.measure.protocol import MAX_ROUNDS, MeasureError, Measurement, Measurer
+from nas.measure.remote import LinkLost, RemoteMeasurer, is_remote
+from nas.measure.runtime import RUNTIMES, Runtime, Settings
+from nas.process import ProcessLock
 
 __all__ = [
     "RUNTIMES",
+    "LinkLost",
     "MeasureError",
     "Measurement",
     "Measurer",
+    "RemoteMeasurer",
     "Runtime",
     "Settings",
     "check_settings",
     "compare",
     "default_threads",
+    "device_kind",
+    "device_label",
     "device_lock",
+    "is_remote",
+    "open_measurer",
 ]
+
+
+def check_settings(settings: Settings) -> None:
+    """Raises UserError where these settings cannot be measured on their device's machine."""
+    if is_remote(settings.device):
+        remote.machine_of(settings.device).ask("check_settings", settings=remote.there(settings))
+    else:
+        runtime.check_settings(settings)
+
+
+def default_threads(device: str = "cpu") -> int:
+    """Physical cores that a process may use on the device's machine."""
+    if is_remote(device):
+        return remote.machine_of(device).ask("default_threads")
+    return process.default_threads()
+
+
+def device_kind(device: str) -> str:
+    """What the device is to a runtime: "cpu" or "cuda", as it is named, or behind `ssh://`."""
+    return remote.parse(device)[1] if is_remote(device) else device
+
+
+def device_label(device: str) -> str:
+    """The device in the name of a file: "cpu", "user@host-cuda"."""
+    return re.sub(r"[^\w.@-]+", "-", device.removeprefix(remote.SCHEME)).strip("-")
+
+
+def open_measurer(settings: Settings, reference: Path, workdir: Path) -> Measurer | RemoteMeasurer:
+    """A `Measurer` on the device of the settings; to be entered."""
+    kind = RemoteMeasurer if is_remote(settings.device) else Measurer
+    return kind(settings, reference, workdir)
+
+
+def compare(
+    paths: Mapping[str, Path],
+    settings: Settings | Mapping[str, Settings],
+    rounds: int = MAX_ROUNDS,
+    progress: Callable[[int, int], None] | None = None,
+    timeout_s: float | None = None,
+) -> dict[str, Measurement | MeasureError]:
+    """`protocol.compare` on the device's machine."""
+    first = next(iter(settings.values()), None) if isinstance(settings, Mapping) else settings
+    compared = remote.compare if first and is_remote(first.device) else protocol.compare
+    return compared(paths, settings, rounds, progress, timeout_s)
 
 
 @contextlib.contextmanager
 def device_lock(device: str) -> Iterator[None]:
-    """Held by whoever measures on `device`: one process of this user at a time. Who has to wait is told, once."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(Path(tempfile.gettempdir()) / f"vitnas-{os.getuid()}-{device}.lock")
-    try:
-        lock.acquire(timeout=-1 if device in _told else PATIENCE_S)
-    except Timeout:
-        _told.add(device)
-        print(f"waiting for another vitnas process that measures on this {device}", file=sys.stderr, flush=True)
-        lock.acquire()
+    """Held by whoever measures on `device`: one process of that machine at a time. Who has to wait is told, once."""
+    name = f"vitnas-{device_kind(device)}.lock"
+    lock = remote.DistantLock(device, name) if is_remote(device) else ProcessLock(name)
+    if not lock.acquire(0 if device in _told else PATIENCE_S):
+        if device not in _told:
+            _told.add(device)
+            print(f"waiting for another vitnas process that measures on {device}", file=sys.stderr, flush=True)
+        while not lock.acquire(WAIT_S):
+            pass
     try:
         yield
     finally:
@@ -48,4 +101,5 @@ def device_lock(device: str) -> Iterator[None]:
 
 
 PATIENCE_S = 2
+WAIT_S = 20
 _told: set[str] = set()

@@ -11,23 +11,21 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
+from nas.measure.runtime import RUNTIMES, Settings
 from nas.process import Worker, WorkerError, usable_cpus
-
-if TYPE_CHECKING:
-    from nas.measure import Settings
 
 WORKER = "nas.measure.worker"
 MIN_ROUNDS, MAX_ROUNDS = 8, 30
 FEWEST_ROUNDS = 3  # where the budget is far away, or time runs out
+SURE_ROUNDS = 6  # the fewest whose interval covers 95%
 PRECISION = 0.02  # half-width of the interval over the median
 HOPELESS = 1.5  # times the budget
 CONFIDENCE = 0.95
-LOAD_TIMEOUT_S = 60
 
 
 class MeasureError(RuntimeError):
@@ -58,6 +56,16 @@ def quantile(values: Sequence[float], q: float) -> float:
     low = math.floor(place)
     high = min(low + 1, len(ordered) - 1)
     return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+
+def paired_ratio(one: "Measurement", other: "Measurement") -> tuple[float, tuple[float, float]]:
+    """Latency of `one` over that of `other`, and its 95% interval, from rounds of one interleaved run.
+
+    The two ran within the same second in each round, so the ratio of a round's medians is free of the machine's drift.
+    """
+    pairs = zip(_medians(one.rounds_ms), _medians(other.rounds_ms), strict=True)
+    ratios = [a / b for a, b in pairs]
+    return statistics.median(ratios), median_interval(ratios)
 
 
 @dataclass
@@ -107,8 +115,12 @@ class Measurement:
         """How far the machine moved meanwhile: (p90 - p10) / median of the reference's round medians."""
         if not self._has_reference:
             return None
-        medians = _medians(self.reference_rounds_ms)
-        return (quantile(medians, 0.9) - quantile(medians, 0.1)) / statistics.median(medians)
+        return _spread(self.reference_rounds_ms)
+
+    @property
+    def spread(self) -> float:
+        """As `reference_drift`, of the network itself: how far the machine moved in a run without a reference."""
+        return _spread(self.rounds_ms)
 
     @property
     def _has_reference(self) -> bool:
@@ -123,11 +135,14 @@ class Measurement:
 
 
 def enough(rounds_ms: list[list[float]], budget_ms: float | None = None) -> bool:
-    """Whether these rounds settle the latency, or settle that it is far above the budget."""
+    """Whether these rounds settle the latency, or settle that it is above the budget.
+
+    Above it is settled once the 95% interval is, or, from fewer rounds, where all of them are far above.
+    """
     if len(rounds_ms) < FEWEST_ROUNDS:
         return False
     low, high = _interval(rounds_ms)
-    if budget_ms is not None and low > HOPELESS * budget_ms:
+    if budget_ms is not None and low > (budget_ms if len(rounds_ms) >= SURE_ROUNDS else HOPELESS * budget_ms):
         return True
     precise = (high - low) / 2 <= PRECISION * statistics.median(_samples(rounds_ms))
     return len(rounds_ms) >= MAX_ROUNDS or (len(rounds_ms) >= MIN_ROUNDS and precise)
@@ -142,15 +157,16 @@ class Measurer:
     reference cannot be loaded; the reference is loaded again whenever its process has died.
     """
 
-    def __init__(self, settings: "Settings", reference: Path, workdir: Path):
+    def __init__(self, settings: Settings, reference: Path, workdir: Path):
         self._settings = settings
+        self._patience_s = RUNTIMES[settings.runtime].patience_s
         self._reference_path = reference
         self._workdir = workdir
         self._reference: _Model | None = None
         self._prepared: _Model | None = None
 
     def __enter__(self) -> Self:
-        self._start_reference(time.monotonic() + LOAD_TIMEOUT_S)
+        self._start_reference(time.monotonic() + self._patience_s)
         return self
 
     def __exit__(self, *_) -> None:
@@ -167,18 +183,25 @@ class Measurer:
         self,
         path: Path,
         budget_ms: float | None = None,
-        timeout_s: float = 60,
+        timeout_s: float | None = None,
         pause: Sequence[Worker] = (),
+        batch_size: int | None = None,
     ) -> Measurement:
         """Latency of the network in `path`, in a process of its own; see `enough` for how long.
 
-        pause: workers of the caller, stopped while anything is timed. Raises MeasureError where the
-        process raises, crashes, hangs, or gets fewer than 3 rounds done in timeout_s.
+        pause: workers of the caller, stopped while anything is timed. batch_size: of the network, where it is not
+        that of the settings. timeout_s: None is the runtime's own. Raises MeasureError where the process raises,
+        crashes, hangs, or gets fewer than 3 rounds done in that time.
         """
+        timeout_s = timeout_s or self._patience_s
         started = time.monotonic()
         deadline = started + timeout_s
-        self.prepare()
-        candidate, self._prepared = self._prepared, None
+        if batch_size is None or batch_size == self._settings.batch_size:
+            self.prepare()
+            candidate, self._prepared = self._prepared, None
+        else:
+            other = dataclasses.replace(self._settings, batch_size=batch_size)
+            candidate = _Model(other, self._workdir / "candidate.log")
         result = Measurement()
         try:
             candidate.load(path, deadline)
@@ -221,26 +244,30 @@ class Measurer:
 
 
 def compare(
-    paths: dict[str, Path],
-    settings: "Settings",
+    paths: Mapping[str, Path],
+    settings: Settings | Mapping[str, Settings],
     rounds: int = MAX_ROUNDS,
     progress: Callable[[int, int], None] | None = None,
-    timeout_s: float = 60,
+    timeout_s: float | None = None,
 ) -> dict[str, Measurement | MeasureError]:
     """Latencies of several networks side by side, by name: one process each, one running at a time.
 
-    The order changes from round to round (fixed seed), so that none always follows the same one. A
-    network that fails, or does not answer in timeout_s, has its MeasureError as its value. progress is
+    settings: of all of them, or of each by its name; one device. The order changes from round to round (fixed seed), so
+    that none always follows the same one. A
+    network that fails, or does not answer in timeout_s (None: its runtime's patience), has its MeasureError as its
+    value. progress is
     called with (rounds done, rounds). The caller holds `device_lock`.
     """
     results: dict[str, Measurement | MeasureError] = {name: Measurement() for name in paths}
     models: dict[str, _Model] = {}
     order = random.Random(0)
+    own = settings if isinstance(settings, Mapping) else dict.fromkeys(paths, settings)
+    limits_s = {name: timeout_s or RUNTIMES[own[name].runtime].patience_s for name in paths}
 
     def load(name: str, result: Measurement, deadline: float) -> None:
-        models[name] = stack.enter_context(contextlib.closing(_Model(settings)))
+        models[name] = stack.enter_context(contextlib.closing(_Model(own[name])))
         models[name].load(paths[name], deadline)
-        result.load_s = time.monotonic() - (deadline - timeout_s)
+        result.load_s = time.monotonic() - (deadline - limits_s[name])
         models[name].warm_up(deadline)
 
     def add_round(name: str, result: Measurement, deadline: float) -> None:
@@ -255,7 +282,7 @@ def compare(
                     continue
                 started = time.monotonic()
                 try:
-                    step(name, result, started + timeout_s)
+                    step(name, result, started + limits_s[name])
                     result.wall_s += time.monotonic() - started
                 except WorkerError as error:
                     models[name].close()
@@ -268,7 +295,7 @@ def compare(
 class _Model:
     """One network in a pinned process, stopped by SIGSTOP unless it is asked for something."""
 
-    def __init__(self, settings: "Settings", log: Path | None = None):
+    def __init__(self, settings: Settings, log: Path | None = None):
         self._worker = Worker(WORKER, usable_cpus()[: settings.threads], log)
         self._worker.send("start", settings=dataclasses.asdict(settings))
 
@@ -308,6 +335,11 @@ def _interval(rounds_ms: list[list[float]]) -> tuple[float, float]:
     low, high = median_interval(_medians(rounds_ms))
     median = statistics.median(_samples(rounds_ms))
     return min(low, median), max(high, median)
+
+
+def _spread(rounds_ms: list[list[float]]) -> float:
+    medians = _medians(rounds_ms)
+    return (quantile(medians, 0.9) - quantile(medians, 0.1)) / statistics.median(medians)
 
 
 def _left(deadline: float) -> float:

@@ -1,4 +1,5 @@
-"""The command line in this process; a real PostgreSQL server for the tests that need one, or a skip that says why."""
+"""The command line in this process; real PostgreSQL and ssh servers for the tests that need them, or a skip that says
+why."""
 
 from __future__ import annotations
 
@@ -13,8 +14,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 PASSWORD = "s3cret/word"
@@ -115,6 +118,97 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "journal":
         return str(tmp_path / "study.journal")
     return request.getfixturevalue("postgres_url")
+
+
+SSHD = """
+ListenAddress 127.0.0.1
+Port {port}
+HostKey {home}/host
+AuthorizedKeysFile {home}/user.pub
+PermitRootLogin yes
+PasswordAuthentication no
+StrictModes no
+UsePAM no
+PidFile none
+SetEnv TMPDIR={home}/tmp
+"""
+SSH = """
+Host board behind
+    Port {port}
+Host behind
+    ProxyJump board
+Host down
+    Port {closed}
+Host *
+    HostName 127.0.0.1
+    HostKeyAlias board
+    User {user}
+    IdentityFile {home}/user
+    IdentitiesOnly yes
+    UserKnownHostsFile {home}/known_hosts
+    StrictHostKeyChecking yes
+"""
+
+
+@dataclass
+class SshServer:
+    """A running sshd. Hosts of its clients: board, behind (through board), down. tmp: its users' TMPDIR."""
+
+    pid: int
+    port: int
+    client: str
+    tmp: Path
+
+    def processes(self, of: str = "") -> list[psutil.Process]:
+        """What runs in its users' sessions, and what is left of them, with `of` in the command."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("TMPDIR") == str(self.tmp) and of in " ".join(process.cmdline()):
+                    found.append(process)
+            except psutil.Error:
+                pass
+        return found
+
+    def connections(self) -> list[psutil.Process]:
+        return psutil.Process(self.pid).children()
+
+    def cut(self) -> None:
+        """Ends every connection as a dead network would, but at once."""
+        for process in self.connections():
+            process.kill()
+
+
+@pytest.fixture(scope="session")
+def ssh_server() -> Iterator[SshServer]:
+    """A temporary server on localhost, with keys of its own."""
+    sshd = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
+    if sshd is None or shutil.which("ssh") is None:
+        pytest.skip("no OpenSSH server and client here (Debian: apt install openssh-server): not tested on one")
+    if os.geteuid() == 0:
+        Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # sshd insists on it
+    home = Path(tempfile.mkdtemp(prefix="vitnas-sshd-"))
+    (home / "tmp").mkdir()
+    for key in ("host", "user"):
+        command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "", "-f", home / key]
+        subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
+    port, user = _free_port(), pwd.getpwuid(os.geteuid()).pw_name
+    (home / "sshd_config").write_text(SSHD.format(port=port, home=home))
+    (home / "config").write_text(SSH.format(port=port, closed=_free_port(), home=home, user=user))
+    (home / "known_hosts").write_text(f"board {(home / 'host.pub').read_text()}")
+    with (home / "log").open("wb") as log:
+        server = subprocess.Popen([sshd, "-D", "-e", "-f", home / "sshd_config"], stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 20
+        while socket.socket().connect_ex(("127.0.0.1", port)):
+            if server.poll() is not None or time.monotonic() > deadline:
+                pytest.fail(f"sshd did not start:\n{(home / 'log').read_text()}")
+            time.sleep(0.02)
+        yield SshServer(server.pid, port, f"ssh -F {home}/config", home / "tmp")
+    finally:
+        server.kill()
+        server.wait()
+        shutil.rmtree(home, ignore_errors=True)
 
 
 class Cli:

@@ -78,10 +78,10 @@ FAKE_WORKER = """
     from nas.measure import worker
     from nas.measure.runtime import register
 
-    @register("onnxruntime", devices=("cpu",), artifact="onnx")
+    @register("onnxruntime", precisions={"cpu": ("fp32",)}, artifact="onnx", package="onnxruntime")
     def load(path, settings):
         code = compile(Path(path).read_text(), "network", "exec")
-        names = {"os": os, "time": time, "psutil": psutil}
+        names = {"os": os, "time": time, "psutil": psutil, "settings": settings}
         return lambda: exec(code, names)
 
     worker.main()
@@ -317,6 +317,7 @@ def test_measurement_figures() -> None:
     assert result.throughput(4) == pytest.approx(4000 / 3)
     assert result.reference_p50_ms == 2.0
     assert result.reference_drift == pytest.approx((2.8 - 1.2) / 2)
+    assert result.spread == pytest.approx((2.9 - 2.1) / 2.5)
     assert Measurement([[1.0]]).reference_drift is None
 
 
@@ -349,7 +350,10 @@ NOISY = [1.0, 1.5, 1.0, 0.8, 1.0, 1.3, 0.9, 1.0]
         ([2.9, 3.2, 3.3], 2.0, False),
         ([3.1, 3.2, 3.3], None, False),
         (QUIET, 0.9, True),
-        (NOISY, 0.9, False),  # above the budget, not far enough
+        (NOISY, 0.9, False),  # the interval reaches the budget
+        (QUIET[:6], 0.98, True),  # all of the interval above it
+        (QUIET[:6], 0.99, False),
+        (QUIET[:5], 0.9, False),  # too few to be sure
     ],
 )
 def test_stop_rules(medians: list[float], budget_ms: float | None, expected: bool) -> None:
@@ -377,10 +381,17 @@ def test_a_slow_network_is_run_once_a_round(network: Callable[[str], Path], tmp_
     assert [len(samples) for samples in result.rounds_ms] == [1, 1, 1]
 
 
-def test_far_above_the_budget_takes_three_rounds(network: Callable[[str], Path], tmp_path: Path) -> None:
+def test_above_the_budget_takes_few_rounds(network: Callable[[str], Path], tmp_path: Path) -> None:
     with Measurer(Settings(), network("time.sleep(0.001)"), tmp_path) as measurer:
         assert len(measurer.measure(network("time.sleep(0.01)"), 2.0).rounds_ms) == 3
-        assert len(measurer.measure(network("time.sleep(0.01)"), 9.0).rounds_ms) >= 8
+        assert len(measurer.measure(network("time.sleep(0.01)"), 9.0).rounds_ms) == 6
+        assert len(measurer.measure(network("time.sleep(0.01)"), 50.0).rounds_ms) >= 8
+
+
+def test_a_candidate_of_another_batch_size(network: Callable[[str], Path], tmp_path: Path) -> None:
+    with Measurer(Settings(), network("assert settings.batch_size == 1"), tmp_path) as measurer:
+        assert measurer.measure(network("assert settings.batch_size == 4"), batch_size=4).n > 0
+        assert measurer.measure(network("assert settings.batch_size == 1")).n > 0
 
 
 def test_only_the_timed_process_runs(network: Callable[[str], Path], child: str, tmp_path: Path) -> None:
@@ -480,6 +491,13 @@ def test_compare_loses_only_what_fails(network: Callable[[str], Path]) -> None:
     assert done == [(n, 5) for n in range(6)]
 
 
+def test_compare_of_several_settings(network: Callable[[str], Path]) -> None:
+    paths = {name: network(f"assert settings.precision == {name!r}") for name in ("fp32", "int8", "wrong")}
+    settings = {name: Settings(precision=name) for name in ("fp32", "int8")} | {"wrong": Settings()}
+    results = compare(paths, settings, rounds=3)
+    assert [isinstance(result, MeasureError) for result in results.values()] == [False, False, True]
+
+
 # --- settings ---
 
 
@@ -487,9 +505,8 @@ def test_compare_loses_only_what_fails(network: Callable[[str], Path]) -> None:
     ("settings", "message"),
     [
         (Settings(runtime="onnxruntim"), "unknown runtime 'onnxruntim': did you mean onnxruntime"),
-        (Settings(runtime="xyz"), "unknown runtime 'xyz': choose from torch, onnxruntime"),
+        (Settings(runtime="xyz"), "unknown runtime 'xyz': choose from torch, torch.compile, "),
         (Settings(device="gpu"), "unknown device 'gpu': did you mean cpu"),
-        (Settings(device="cuda"), "onnxruntime does not run on cuda: use torch"),
         (Settings(threads=0), "threads is 0: give 1 to"),
         (Settings(threads=10_000), "threads is 10000: give 1 to"),
         (Settings(batch_size=0), "batch size is 0: give 1 or more"),

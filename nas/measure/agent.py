@@ -1,0 +1,103 @@
+"""The far end of a remote device: measures on the machine it runs on, as `remote.py` asks it to.
+
+The whole protocol runs here, so the network's latency enters no measurement. Its current folder is its own, and goes
+when it ends. Answers are {"value": ...}, {"refused": a UserError's line} or {"failed": a MeasureError's line}.
+"""
+
+import base64
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from nas import hardware
+from nas.errors import UserError
+from nas.measure import protocol, runtime
+from nas.measure.protocol import MeasureError, Measurer
+from nas.measure.runtime import Settings
+from nas.process import ProcessLock, default_threads, serve, tell
+
+FILES = Path("files")
+
+
+class Agent:
+    """What lives from one request to the next. Files go by the names they were sent under."""
+
+    def __init__(self) -> None:
+        self.locks: dict[str, ProcessLock] = {}
+        self.measurers: dict[str, Measurer] = {}
+
+    def put(self, name: str, data: str) -> None:
+        """The next piece of a file, in base64; an empty one begins it."""
+        with (FILES / name).open("ab" if data else "wb") as file:
+            file.write(base64.b64decode(data))
+
+    def drop(self, names: list[str]) -> None:
+        for name in names:
+            (FILES / name).unlink(missing_ok=True)
+
+    def check_settings(self, settings: dict) -> None:
+        runtime.check_settings(Settings(**settings))
+
+    def default_threads(self) -> int:
+        return default_threads()
+
+    def fingerprint(self, settings: dict) -> dict:
+        return hardware.fingerprint(Settings(**settings))
+
+    def describe(self, settings: dict) -> dict:
+        return hardware.describe(Settings(**settings))
+
+    def acquire(self, lock: str, timeout_s: float) -> bool:
+        self.locks.setdefault(lock, ProcessLock(lock))
+        return self.locks[lock].acquire(timeout_s)
+
+    def release(self, lock: str) -> None:
+        self.locks[lock].release()
+
+    def open(self, measurer: str, settings: dict, reference: str) -> None:
+        logs = Path(measurer)
+        logs.mkdir(exist_ok=True)
+        self.measurers[measurer] = Measurer(Settings(**settings), FILES / reference, logs).__enter__()
+
+    def prepare(self, measurer: str) -> None:
+        self.measurers[measurer].prepare()
+
+    def measure(self, measurer: str, name: str, **limits: Any) -> dict:
+        return self.measurers[measurer].measure(FILES / name, **limits).to_dict()
+
+    def close(self, measurer: str) -> None:
+        self.measurers.pop(measurer).__exit__()
+
+    def compare(self, names: dict[str, str], settings: dict[str, dict], rounds: int, timeout_s: float | None) -> dict:
+        """Per network {"value": Measurement} or {"failed": line}; tells (rounds done, rounds)."""
+        paths = {key: FILES / name for key, name in names.items()}
+        own = {key: Settings(**fields) for key, fields in settings.items()}
+        results = protocol.compare(paths, own, rounds, tell, timeout_s)
+        return {
+            key: {"failed": str(result)} if isinstance(result, MeasureError) else {"value": dataclasses.asdict(result)}
+            for key, result in results.items()
+        }
+
+
+def answering(method: Callable[..., Any]) -> Callable[..., dict]:
+    def answer(**args: Any) -> dict:
+        try:
+            return {"value": method(**args)}
+        except UserError as error:
+            return {"refused": str(error)}
+        except MeasureError as error:
+            return {"failed": str(error)}
+
+    return answer
+
+
+def main() -> None:
+    FILES.mkdir()
+    agent = Agent()
+    names = [name for name in vars(Agent) if not name.startswith("_")]
+    serve({name: answering(getattr(agent, name)) for name in names})
+
+
+if __name__ == "__main__":
+    main()
