@@ -1,62 +1,468 @@
-"""Networks side by side on one device."""
+"""`vitnas bench`: networks side by side on one device, in every combination of what is asked for, in one run."""
 
 from __future__ import annotations
 
+import csv
+import io
+import re
+import statistics
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from nas.errors import UserError, first_line
-from nas.export import write_artifact
-from nas.measure import RUNTIMES, MeasureError, Settings, compare, device_lock
-from nas.targets import Target
+from nas.errors import UserError
+from nas.measure import RUNTIMES, MeasureError, Measurement, Settings, compare, device_lock
+from nas.measure.protocol import median_interval
+from nas.process import Worker, WorkerError
+
+if TYPE_CHECKING:
+    from nas.targets import Target
+
+Row = dict[str, Any]
+Shape = tuple[int, ...]
+Cell = tuple[str, Settings]
+"""A network, by its label, in one combination: what one process measures."""
+Progress = Callable[[str, int, int], None]
+"""Called with (what goes on, done, in all)."""
+
+TIMEOUT_S = 600
+"""For a network to load and warm up, and for a round: torch.compile takes minutes, a large batch seconds."""
+BUSY = 0.25
+"""Spread of a network's round medians, (p90 - p10) / median, from which on the machine is called busy."""
+SETTINGS = ("runtime", "device", "precision", "batch_size", "threads")
+COLUMNS = (
+    *("model", *SETTINGS, "latency_ms", "p95_ms", "ci_low_ms", "ci_high_ms", "samples"),
+    *("throughput", "throughput_batch", "ratio", "ratio_low", "ratio_high"),
+)
+PLOTS = (".png", ".svg", ".pdf")
 
 
-def run_bench(
-    targets: Sequence[Target], settings: Settings, rounds: int, progress: Callable[[int, int], None] | None = None
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """Measure all targets in one interleaved run.
+@dataclass(frozen=True)
+class Options:
+    """What a bench is asked for.
 
-    Returns:
-        A row per network that could be measured, in the order given; one line per network that could not.
+    settings: the combinations, checked, in the order of the table. own_batch: no batch size was asked for, so that an
+    ONNX file keeps a fixed one, or that of its shape. throughput_at: the batch size whose throughput is told, None for
+    that of the latency. shapes: of ONNX files' inputs, by their names. data: images that int8 is calibrated on, as
+    `open_data` takes them.
+    """
+
+    targets: Sequence[Target]
+    settings: Sequence[Settings]
+    rounds: int = 30
+    own_batch: bool = False
+    throughput_at: int | None = None
+    shapes: Mapping[str, Shape] = field(default_factory=dict)
+    data: str | None = None
+
+
+@dataclass
+class Found:
+    """rows: of what could be measured, as JSON and the table tell it. errors: a line for each that could not."""
+
+    rows: list[Row] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def run_bench(options: Options, progress: Progress = lambda *_: None) -> Found:
+    """Measure all networks in all combinations in one interleaved run; ratios are to the first row.
 
     Raises:
-        UserError: an ONNX file for a runtime that does not load ONNX.
+        UserError: an ONNX file that cannot be measured so, --shape or --data that nothing uses, or calibration images
+            that cannot be had; nothing has been measured then.
     """
-    if RUNTIMES[settings.runtime].artifact != "onnx":
-        for target in targets:
-            if target.onnx:
-                raise UserError(f"{target.label}: runtime {settings.runtime} does not load ONNX; use onnxruntime")
-    with tempfile.TemporaryDirectory(prefix="vitnas-") as folder, device_lock(settings.device):
-        paths = {}
-        for i, target in enumerate(targets):
-            try:
-                paths[str(i)] = target.onnx or write_artifact(target.arch, settings, Path(folder) / str(i))
-            except (RuntimeError, ValueError) as error:
-                raise UserError(f"{target.label} cannot be exported: {first_line(error)}") from None
-        results = compare(paths, settings, rounds, progress)
-    rows, errors, first = [], [], None
-    for i, target in enumerate(targets):
-        result = results[str(i)]
+    found, many = Found(), options.throughput_at
+    targets = {target.label: target for target in options.targets}
+    for label in targets:
+        if sum(target.label == label for target in options.targets) > 1:
+            found.notes.append(f"{label} is named more than once: measured once.")
+    inputs = {label: OnnxInput.read(target.onnx) for label, target in targets.items() if target.onnx}
+    _check_shapes(options.shapes, inputs.values())
+    cells = [(label, _own(label, inputs.get(label), each, options)) for each in options.settings for label in targets]
+    batches = {cell: (cell[0], replace(cell[1], batch_size=many or cell[1].batch_size)) for cell in cells}
+    every = list(dict.fromkeys([*cells, *batches.values()]))
+
+    results: dict[Cell, Measurement | MeasureError] = {}
+    with tempfile.TemporaryDirectory(prefix="vitnas-") as folder, device_lock(options.settings[0].device):
+        calibration = _Calibration(options, Path(folder), found.notes)
+        paths: dict[str, Path] = {}
+        with _Files(Path(folder), targets, inputs, options.shapes, calibration) as files:
+            for i, cell in enumerate(every):
+                progress(f"exporting {cell[0]}", i, len(every))
+                try:
+                    paths[str(i)] = files.of(*cell)
+                except WorkerError as error:
+                    results[cell] = MeasureError(f"cannot be prepared: {error}")
+        settings = {name: every[int(name)][1] for name in paths}
+        told = compare(paths, settings, options.rounds, lambda *done: progress("measuring, rounds", *done), TIMEOUT_S)
+    results |= {every[int(name)]: result for name, result in told.items()}
+
+    differing = varying([asdict(settings) for _, settings in every])
+    first: Measurement | None = None
+    for label, settings in every:
+        result = results[label, settings]
         if isinstance(result, MeasureError):
-            errors.append(f"{target.label}: {result}")
-            continue
-        first = first or result.p50_ms
-        low, high = result.ci_ms
-        rows.append(
-            {
-                "model": target.label,
-                "runtime": settings.runtime,
-                "device": settings.device,
-                "batch_size": settings.batch_size,
-                "threads": settings.threads,
-                "latency_ms": result.p50_ms,
-                "p95_ms": result.p95_ms,
-                "ci": [low, high],
-                "samples": result.n,
-                "throughput": result.throughput(settings.batch_size),
-                "ratio": result.p50_ms / first,
-            }
+            where = ", ".join(worded(name, getattr(settings, name)) for name in differing)
+            found.errors.append(f"{label}{where and f' ({where})'}: {result}")
+    for cell in cells:
+        result, batch = results[cell], batches[cell]
+        if isinstance(result, Measurement):
+            first = first or result
+            found.rows.append(_row(*cell, result, first) | _throughput(results[batch], batch[1].batch_size))
+    spreads = [(result.spread, cell[0]) for cell, result in results.items() if isinstance(result, Measurement)]
+    spread, label = max(spreads, default=(0, ""))
+    if spread > BUSY:
+        found.notes.append(
+            f"This machine was busy: the rounds of {label} varied by {spread:.0%}; run again on a quiet machine."
         )
-    return rows, errors
+    return found
+
+
+def _own(label: str, given: OnnxInput | None, settings: Settings, options: Options) -> Settings:
+    """The settings, with the batch size of an ONNX file that has a fixed one."""
+    if given is None:
+        return settings
+    if RUNTIMES[settings.runtime].artifact != "onnx":
+        able = " or ".join(name for name, each in RUNTIMES.items() if each.artifact == "onnx")
+        raise UserError(f"{label}: runtime {settings.runtime} does not load ONNX files; use {able}")
+    asked, many = None if options.own_batch else settings.batch_size, options.throughput_at
+    own, *image = given.shape(options.shapes, asked)
+    for option, wanted in (("batch-size", asked), ("throughput-at", many)):
+        if wanted is not None and given.sizes[0] not in (None, wanted):
+            raise UserError(f"{label} is fixed at batch size {own}: --{option} {wanted} does not fit")
+    if options.data is not None and (len(image) != 3 or image[0] != 3 or image[1] != image[2]):
+        raise UserError(f"--data has square images in three colours, {label} takes {_written(image)}: leave --data out")
+    return replace(settings, batch_size=own)
+
+
+def _row(label: str, settings: Settings, result: Measurement, first: Measurement) -> Row:
+    low, high = ratio_interval(result, first)
+    return {
+        "model": label,
+        **{name: getattr(settings, name) for name in SETTINGS},
+        "latency_ms": result.p50_ms,
+        "p95_ms": result.p95_ms,
+        "ci": list(result.ci_ms),
+        "samples": result.n,
+        "ratio": result.p50_ms / first.p50_ms,
+        "ratio_ci": [low, high],
+    }
+
+
+def _throughput(result: Measurement | MeasureError, batch_size: int) -> Row:
+    measured = isinstance(result, Measurement)
+    return {"throughput": result.throughput(batch_size) if measured else None, "throughput_batch": batch_size}
+
+
+def ratio_interval(result: Measurement, first: Measurement) -> tuple[float, float]:
+    """95% interval of the ratio of two medians of one interleaved run.
+
+    From the ratios within each round, whose two slices lie close together in time: what the machine does in between
+    rounds cancels. Widened where the ratio of the medians of all samples lies outside.
+    """
+    pairs = zip(result.rounds_ms, first.rounds_ms, strict=True)
+    low, high = median_interval([statistics.median(ours) / statistics.median(theirs) for ours, theirs in pairs])
+    ratio = result.p50_ms / first.p50_ms
+    return min(low, ratio), max(high, ratio)
+
+
+def is_tie(row: Row, first: Row) -> bool:
+    """Whether a row cannot be told from the first one."""
+    low, high = row["ratio_ci"]
+    return row is not first and low <= 1 <= high
+
+
+def varying(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Which of SETTINGS are not the same in all rows."""
+    rows = list(rows)
+    return [name for name in SETTINGS if len({row[name] for row in rows}) > 1]
+
+
+def worded(name: str, value: Any) -> str:
+    """One of SETTINGS as people read it."""
+    words = {"batch_size": f"batch {value}", "threads": f"{value} thread{'s' * (value != 1)}"}
+    return words.get(name, str(value))
+
+
+# ------------------------------------------------------------------------------------------------ ONNX files
+
+
+@dataclass(frozen=True)
+class OnnxInput:
+    """The only input of an ONNX file. sizes: of its dimensions, the batch first; None where they are dynamic."""
+
+    path: Path
+    name: str
+    kind: str
+    sizes: tuple[int | None, ...]
+
+    @classmethod
+    def read(cls, path: Path) -> OnnxInput:
+        """Raises UserError where the file cannot be read, or has other than one input of float32."""
+        import onnx
+
+        try:
+            graph = onnx.load(path, load_external_data=False).graph
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}") from None
+        except Exception as error:  # protobuf's own kinds
+            raise UserError(f"{path} is no ONNX file ({type(error).__name__})") from None
+        constants = {each.name for each in graph.initializer}
+        found = [cls._of(path, value) for value in graph.input if value.name not in constants]
+        if not graph.node or not found:
+            raise UserError(f"{path} holds no network: {len(graph.node)} nodes, {len(found)} inputs")
+        if len(found) > 1 or found[0].kind != "float" or not found[0].sizes:
+            listed = ", ".join(f"{each.name} ({each.kind} {each})" for each in found)
+            raise UserError(f"{path}: only networks of one float32 input are measured; its inputs are {listed}")
+        return found[0]
+
+    @classmethod
+    def _of(cls, path: Path, value: Any) -> OnnxInput:
+        import onnx
+
+        tensor = value.type.tensor_type
+        sizes = tuple(each.dim_value if each.dim_value > 0 else None for each in tensor.shape.dim)
+        return cls(path, value.name, onnx.TensorProto.DataType.Name(tensor.elem_type).lower(), sizes)
+
+    def __str__(self) -> str:
+        return _written(self.sizes)
+
+    def shape(self, shapes: Mapping[str, Shape], batch_size: int | None) -> Shape:
+        """The static shape: the file's own, its dynamic sizes as in `shapes`, a dynamic first one the batch size.
+
+        batch_size: None for what `shapes` says, or else 1.
+
+        Raises:
+            UserError: other sizes are dynamic and `shapes` does not have the input, or it contradicts the file.
+        """
+        given = shapes.get(self.name)
+        if given is None and None in self.sizes[1:]:
+            usual = (1, 3, 224, 224) if len(self.sizes) == 4 else (1, *[128] * len(self.sizes))
+            would = _written(own or new for own, new in zip(self.sizes, usual, strict=False))
+            raise UserError(f"{self.path}: its input {self.name} is {self}: give --shape {self.name}={would}")
+        shape = given or (self.sizes[0] or 1, *self.sizes[1:])
+        if len(shape) != len(self.sizes) or any(a not in (None, b) for a, b in zip(self.sizes, shape, strict=True)):
+            raise UserError(f"--shape {self.name}={_written(shape)}: this input of {self.path} is {self}")
+        return shape if self.sizes[0] or batch_size is None else (batch_size, *shape[1:])
+
+
+def parse_shape(text: str) -> tuple[str, Shape]:
+    """The name and the sizes of "images=1x3x224x224".
+
+    Raises:
+        UserError: anything else.
+    """
+    name, _, sizes = text.rpartition("=")
+    if not name or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", sizes):
+        raise UserError(f"--shape {text}: write it like images=1x3x224x224")
+    return name, tuple(map(int, sizes.split("x")))
+
+
+def _written(sizes: Iterable[int | None]) -> str:
+    return "x".join(str(size or "?") for size in sizes)
+
+
+def _check_shapes(shapes: Mapping[str, Shape], inputs: Iterable[OnnxInput]) -> None:
+    names = sorted({each.name for each in inputs})
+    for name in shapes:
+        if name not in names:
+            have = f"the inputs are called {', '.join(names)}" if names else "no .onnx file is among the networks"
+            raise UserError(f"--shape {name}: {have}")
+
+
+# ------------------------------------------------------------------------------------------------ files to measure
+
+
+class _Calibration:
+    """Images that int8 is calibrated on. Raises UserError where they cannot be had, or nothing needs them."""
+
+    def __init__(self, options: Options, folder: Path, notes: list[str]) -> None:
+        self._folder, self._notes, self._data = folder, notes, None
+        int8 = any(settings.precision == "int8" for settings in options.settings)
+        if options.data is None:
+            from nas.quantize import NOISE
+
+            notes += [NOISE] * int8
+        elif not int8:
+            raise UserError("--data is for calibrating int8: add --precision int8")
+        else:
+            from nas.data import open_data
+
+            self._data = open_data(options.data, 224, None, 0)
+
+    def at(self, resolution: int) -> str | None:
+        """The file (.npy) of float32 images (N, 3, R, R); None without --data."""
+        import numpy as np
+
+        from nas.quantize import calibration_images
+
+        if self._data is None:
+            return None
+        path = self._folder / f"images-{resolution}.npy"
+        if not path.exists():
+            images, skipped = calibration_images(self._data, resolution)
+            np.save(path, images)
+            if skipped and skipped not in self._notes:
+                self._notes.append(skipped)
+        return str(path)
+
+
+class _Files:
+    """Makes the files that runtimes load, in a process of its own: a network may crash it, or fill its memory."""
+
+    def __init__(
+        self,
+        folder: Path,
+        targets: Mapping[str, Target],
+        inputs: Mapping[str, OnnxInput],
+        shapes: Mapping[str, Shape],
+        calibration: _Calibration,
+    ) -> None:
+        self._folder, self._targets, self._inputs, self._shapes = folder, targets, inputs, shapes
+        self._calibration = calibration
+        self._made: dict[Cell, Path] = {}
+        self._worker: Worker | None = None
+
+    def __enter__(self) -> _Files:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._worker:
+            self._worker.close()
+
+    def of(self, label: str, settings: Settings) -> Path:
+        """The network's file for these settings, whatever the threads. Raises WorkerError where it cannot be made."""
+        key = (label, replace(settings, threads=1))
+        if key not in self._made:
+            self._made[key] = self._make(label, settings, self._folder / str(len(self._made)))
+        return self._made[key]
+
+    def _make(self, label: str, settings: Settings, stem: Path) -> Path:
+        from nas.measure.module import to_document
+
+        network, given = self._targets[label].network, self._inputs.get(label)
+        if given is None:
+            resolution = network.resolution
+            method, source = "export", {"document": to_document(network)}
+        else:
+            shape = given.shape(self._shapes, settings.batch_size)
+            resolution = shape[-1]
+            method, source = "fix", {"source": str(given.path), "name": given.name, "shape": shape}
+        if self._worker is None or not self._worker.alive:
+            self._worker = Worker("nas.bench")
+        images = self._calibration.at(resolution) if settings.precision == "int8" else None
+        answer = self._worker.call(
+            method, TIMEOUT_S, settings=asdict(settings), stem=str(stem), images=images, **source
+        )
+        return Path(answer["path"])
+
+
+def _fix(
+    source: str, name: str, shape: list[int], settings: dict[str, Any], stem: str, images: str | None
+) -> dict[str, str]:
+    """In the child: a user's ONNX file with this shape of its input, in this precision."""
+    import numpy as np
+    import onnx
+    from onnxruntime.tools.onnx_model_utils import make_input_shape_fixed
+
+    from nas.export import lower_precision
+
+    model, path = onnx.load(source), Path(f"{stem}.onnx")
+    make_input_shape_fixed(model.graph, name, shape)
+    onnx.save(model, path)
+    lower_precision(path, Settings(**settings), np.load(images) if images else None)
+    return {"path": str(path)}
+
+
+# ------------------------------------------------------------------------------------------------ CSV and plot
+
+
+def check_output(option: str, path: Path, suffixes: Sequence[str] = ()) -> None:
+    """Raises UserError where the file could not be written at the end."""
+    if suffixes and path.suffix not in suffixes:
+        raise UserError(f"{option} {path}: give a name that ends in {', '.join(suffixes)}")
+    if path.is_dir():
+        raise UserError(f"{option} {path} is a folder: name a file")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"{option} {path} cannot be written: {error.strerror}") from None
+
+
+def to_csv(rows: Sequence[Row]) -> bytes:
+    """A line per row (COLUMNS); latencies in ms, throughput in images/s."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        (ci_low, ci_high), (ratio_low, ratio_high) = row["ci"], row["ratio_ci"]
+        flat = {"ci_low_ms": ci_low, "ci_high_ms": ci_high, "ratio_low": ratio_low, "ratio_high": ratio_high}
+        writer.writerow(row | flat)
+    return text.getvalue().encode()
+
+
+def to_plot(rows: Sequence[Row], suffix: str) -> bytes:
+    """Latencies as bars with their intervals, a panel per combination, as a .png, .svg or .pdf.
+
+    Panels of one batch size share their scale.
+    """
+    from nas.report import INK, SOFT, new_figure, plain_axes
+
+    panels: dict[tuple, list[Row]] = {}
+    for row in rows:
+        panels.setdefault(tuple(row[name] for name in SETTINGS), []).append(row)
+    heights = [len(panel) + 1.6 for panel in panels.values()]
+    figure = new_figure(9.5, 0.34 * sum(heights) + 0.5)
+    grid = figure.subplots(len(panels), squeeze=False, height_ratios=heights)[:, 0]
+    for axes, (combination, panel) in zip(grid, panels.items(), strict=True):
+        batch = combination[SETTINGS.index("batch_size")]
+        right = max(row["ci"][1] for row in rows if row["batch_size"] == batch)
+        plain_axes(axes)
+        axes.grid(axis="y", visible=False)
+        places = range(len(panel))
+        values = [row["latency_ms"] for row in panel]
+        reach = [
+            [row["latency_ms"] - row["ci"][0] for row in panel],
+            [row["ci"][1] - row["latency_ms"] for row in panel],
+        ]
+        colours = ["#0072B2" if row is rows[0] else "#8FB8D8" for row in panel]
+        axes.barh(places, values, 0.68, color=colours, xerr=reach, error_kw={"ecolor": INK, "lw": 1.1, "capsize": 2.5})
+        for place, row in zip(places, panel, strict=True):
+            said = "" if row is rows[0] else "  tie" if is_tie(row, rows[0]) else f"  {_figure(row['ratio'])}x"
+            axes.annotate(
+                f"{_figure(row['latency_ms'])} ms{said}",
+                (row["ci"][1], place),
+                (6, 0),
+                textcoords="offset points",
+                va="center",
+                color=INK,
+                fontsize=9,
+            )
+        axes.set_yticks(places, [_short(row["model"]) for row in panel])
+        axes.set_ylim(len(panel) - 0.4, -0.6)
+        axes.set_xlim(0, 1.35 * right)
+        title = ", ".join(worded(name, value) for name, value in zip(SETTINGS, combination, strict=True))
+        axes.set_title(title, loc="left", fontsize=10.5, color=INK)
+    grid[-1].set_xlabel("latency, ms: median and its 95% interval; ratios are to the dark bar", color=SOFT)
+    content = io.BytesIO()
+    figure.savefig(content, format=suffix.removeprefix("."))
+    return content.getvalue()
+
+
+def _figure(value: float) -> str:
+    return f"{value:.2f}" if value < 100 else f"{value:.0f}"
+
+
+def _short(label: str, length: int = 40) -> str:
+    return label if len(label) <= length else "..." + label[3 - length :]
+
+
+if __name__ == "__main__":
+    from nas.export import export_here
+    from nas.process import serve
+
+    serve({"export": export_here, "fix": _fix})

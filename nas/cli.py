@@ -28,12 +28,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Device = Annotated[str, typer.Option(help="Device to measure on: cpu or cuda.")]
-RuntimeName = Annotated[
-    str | None, typer.Option(help="onnxruntime or torch.  [default: onnxruntime on cpu, torch on cuda]")
-]
+Device = Annotated[str, typer.Option(help="Device to measure on: cpu, cuda, or ssh://[user@]host[:port][/cuda].")]
+RUNTIMES = "onnxruntime, openvino, torch, torch.compile, cudagraphs or tensorrt"
+DEFAULT_RUNTIME = "[default: onnxruntime on cpu, torch on cuda]"
+RuntimeName = Annotated[str | None, typer.Option(help=f"{RUNTIMES}.  {DEFAULT_RUNTIME}")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads.  [default: the physical cores this process may use]")]
 BatchSize = Annotated[int, typer.Option(help="Images per inference.")]
+PRECISIONS = "fp32, tf32, bf16, fp16 or int8, as the runtime can"
+Precision = Annotated[str, typer.Option(help=f"{PRECISIONS}.")]
 TRAINING_OPTIONS = ("train_images", "epochs", "final_epochs", "seeds", "validate")
 Data = Annotated[
     str | None,
@@ -85,6 +87,19 @@ def search(
     batch_size: BatchSize = 1,
     threads: Threads = None,
     runtime: RuntimeName = None,
+    precision: Precision = "fp32",
+    throughput_at: Annotated[
+        int | None, typer.Option(help="Batch size whose throughput is searched for.  [default: that of the latency]")
+    ] = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Network to measure beside the result: a published name, an arch.json, timm/NAME; repeatable."
+        ),
+    ] = None,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Measure anew what was measured on this machine before.")
+    ] = False,
     sampler: Annotated[
         str, typer.Option(help="auto, gp, tpe, nsga2 or random. With --data, auto is the tier's own surrogate.")
     ] = "auto",
@@ -127,7 +142,9 @@ def search(
         raise UserError(f"--num-classes is {num_classes}: give 1 to 100000")
     if resolution is not None and (resolution % 32 or not 32 <= resolution <= 512):
         raise UserError(f"--resolution is {resolution}: give a multiple of 32 from 32 to 512")
-    settings = settings_of(runtime, device, threads, batch_size)
+    settings = settings_of(runtime, device, threads, batch_size, precision)
+    if throughput_at is not None:
+        settings_of(runtime, device, threads, throughput_at, precision)
     families = families_of(family)
     tier = tier_of(quality, data, parent)
     lessons = None
@@ -148,10 +165,13 @@ def search(
     from nas.search import Options, default_study, interruptible, storage_of
     from nas.search import search as run_search
     from nas.storage import storage_errors
+    from nas.targets import find_target
 
-    name = study or default_study(
-        {"device": device, "runtime": settings.runtime, "budget_ms": budget_ms, "families": families, "quality": tier}
-    )
+    beside = tuple(find_target(network) for network in against or ())
+    for target in beside:
+        if target.onnx:
+            raise UserError(f"--against {target.label}: give a published name, an arch.json or timm/NAME")
+    name = study or default_study({"settings": settings, "budget_ms": budget_ms, "families": families, "quality": tier})
     if not name.strip(".") or "/" in name or "\0" in name:
         raise UserError(f"--study {name!r} cannot be a folder's name")
     images = None
@@ -175,6 +195,9 @@ def search(
         quality=tier,
         resolution=resolution,
         lessons=lessons,
+        throughput_at=throughput_at,
+        against=beside,
+        cache=not no_cache,
     )
     with watch(options) as (progress, say, phase):
         found, run = run_search(options, progress, say, phase, images)
@@ -247,35 +270,124 @@ def show(model: Model, as_json: Json = False) -> None:
         show_arch(row)
 
 
-@app.command(epilog="Example:  vitnas bench efficientvit_m0 shvit_s1 my/arch.json other.onnx --threads 1")
+@app.command(
+    epilog="Example:  vitnas bench levit_128s shvit_s1 timm/lcnet_075 runs/cpu-onnxruntime-2ms-all\n\n"
+    "Example:  vitnas bench efficientvit_m0 timm/lcnet_075 --runtime onnxruntime --runtime openvino --precision fp32 "
+    "--precision int8 --data ./images\n\n"
+    "Example:  vitnas bench mine.onnx --shape images=1x3x224x224 --throughput-at 64 --csv bench.csv --plot bench.png"
+)
 def bench(
     models: Annotated[
-        list[str], typer.Argument(help="Published names, arch.json files, runs' folders or .onnx files.")
-    ],
+        list[str] | None,
+        typer.Argument(help="Published names, arch.json files, runs' folders, timm/NAME or .onnx files."),
+    ] = None,
     device: Device = "cpu",
-    runtime: RuntimeName = None,
-    threads: Threads = None,
-    batch_size: BatchSize = 1,
-    rounds: Annotated[int, typer.Option(help="Rounds; every network is timed in each.")] = 30,
+    runtime: Annotated[list[str] | None, typer.Option(help=f"{RUNTIMES}; repeatable.  {DEFAULT_RUNTIME}")] = None,
+    precision: Annotated[list[str] | None, typer.Option(help=f"{PRECISIONS}; repeatable.  [default: fp32]")] = None,
+    batch_size: Annotated[
+        list[int] | None,
+        typer.Option(help="Images per inference; repeatable.  [default: 1, or what an .onnx file is fixed at]"),
+    ] = None,
+    threads: Annotated[
+        list[int] | None,
+        typer.Option(help="CPU threads; repeatable.  [default: the physical cores this process may use]"),
+    ] = None,
+    throughput_at: Annotated[
+        int | None, typer.Option(help="Batch size to tell the throughput of.  [default: that of the latency]")
+    ] = None,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Shape of an .onnx file's dynamic input, as images=1x3x224x224, its first size the batch unless "
+            "--batch-size says another; repeatable."
+        ),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Images that int8 is calibrated on, as for `vitnas train`.  [default: noise]")
+    ] = None,
+    suite: Annotated[
+        str | None, typer.Option(help="papers: the speed claims of the five papers, measured here.")
+    ] = None,
+    rounds: Annotated[
+        int | None, typer.Option(help="Rounds; every network is timed in each.  [default: 30; 6 with --suite]")
+    ] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write the table here.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the latencies: a .png, .svg or .pdf.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure networks side by side in one interleaved run; ratios are to the first one."""
-    from nas.bench import run_bench
-    from nas.display import show_bench, watch_rounds
+    """Measure networks side by side, in every combination of runtimes, precisions, batch sizes and threads.
+
+    All in one interleaved run; ratios are to the first row. Exit codes: 0 all were measured, 2 bad input, or some could
+    not be measured (the others are told).
+    """
+    import itertools
+
+    from nas.bench import PLOTS, Options, check_output, parse_shape, run_bench, to_csv, to_plot
+    from nas.display import show_bench, watch_phases
+    from nas.hardware import busy_line, describe
+    from nas.report import replace_file
     from nas.targets import find_target
 
+    if suite is not None:
+        asked = [
+            (runtime, "--runtime"),
+            (precision, "--precision"),
+            (batch_size, "--batch-size"),
+            (threads, "--threads"),
+        ]
+        for given, option in asked:
+            if given and len(given) > 1:
+                raise UserError(f"{option} can be given once with --suite")
+        for given, option in (
+            (models, "networks"),
+            (throughput_at, "--throughput-at"),
+            (shape, "--shape"),
+            (plot, "--plot"),
+        ):
+            if given:
+                raise UserError(f"--suite brings its own networks: leave out {option}")
+        one = [given[0] if given else None for given, _ in asked]
+        settings = settings_of(one[0], device, one[3], one[2] or 1, one[1] or "fp32")
+        run_suite(suite, settings, 6 if rounds is None else rounds, csv, as_json)
+        return
+    rounds = 30 if rounds is None else rounds
+    if not models:
+        raise UserError("name the networks to measure: published names, timm/NAME, arch.json or .onnx files")
     if rounds < 3:
         raise UserError(f"--rounds is {rounds}: give 3 or more")
-    settings = settings_of(runtime, device, threads, batch_size)
-    targets = [find_target(model) for model in models]
-    with watch_rounds() as progress:
-        rows, errors = run_bench(targets, settings, rounds, progress)
+    asked = list(itertools.product(runtime or [None], precision or ["fp32"], batch_size or [1], threads or [None]))
+    settings = [settings_of(run, device, thread, batch, kind) for run, kind, batch, thread in asked]
+    if throughput_at is not None:
+        for run, kind, _, thread in asked:
+            settings_of(run, device, thread, throughput_at, kind)
+    if csv:
+        check_output("--csv", csv)
+    if plot:
+        check_output("--plot", plot, PLOTS)
+    options = Options(
+        targets=[find_target(model) for model in models],
+        settings=list(dict.fromkeys(settings)),
+        rounds=rounds,
+        own_batch=not batch_size,
+        throughput_at=throughput_at,
+        shapes=dict(map(parse_shape, shape or ())),
+        data=data,
+    )
+    hardware = describe(max(settings, key=lambda each: each.threads))
+    with watch_phases() as (progress, _):
+        found = run_bench(options, progress)
+    if line := busy_line(hardware):
+        found.notes.insert(0, f"{line[:1].upper()}{line[1:]}.")
     if as_json:
-        print(json.dumps({"results": rows}, indent=1))
-    else:
-        show_bench(rows, settings)
-    if errors:
-        raise UserError("; ".join(errors))
+        print(json.dumps({"results": found.rows, "hardware": hardware, "notes": found.notes}, indent=1))
+    elif found.rows:
+        show_bench(found.rows, found.notes)
+    if found.rows and csv:
+        replace_file(csv, to_csv(found.rows))
+    if found.rows and plot:
+        replace_file(plot, to_plot(found.rows, plot.suffix))
+    if found.errors:
+        raise UserError("; ".join(found.errors))
 
 
 @app.command(
@@ -311,6 +423,7 @@ def prune(
     runtime: RuntimeName = None,
     threads: Threads = None,
     batch_size: BatchSize = 1,
+    precision: Precision = "fp32",
     out: Annotated[Path | None, typer.Option(help="Folder to write to.  [default: one in runs/]")] = None,
     as_json: Json = False,
 ) -> None:
@@ -327,7 +440,7 @@ def prune(
     options = Options(
         model=model,
         budget=budget,
-        settings=settings_of(runtime, device, threads, batch_size),
+        settings=settings_of(runtime, device, threads, batch_size, precision),
         folder=out or default_folder(model, budget),
         reallocate=reallocate,
         kinds=kinds_of(axes),
@@ -479,6 +592,35 @@ def dashboard(
     serve(storage_named(run), host, port)
 
 
+def run_suite(name: str, settings: Any, rounds: int, csv: Path | None, as_json: bool) -> None:
+    """`vitnas bench --suite NAME`."""
+    from nas.bench import check_output
+    from nas.display import console_of, watch_phases
+    from nas.hardware import busy_line, describe
+    from nas.papers import papers_csv, papers_table, run_papers
+    from nas.report import replace_file
+
+    if name != "papers":
+        raise UserError(f"unknown suite {name!r}: choose papers")
+    if rounds < 3:
+        raise UserError(f"--rounds is {rounds}: give 3 or more")
+    if csv:
+        check_output("--csv", csv)
+    hardware = describe(settings)
+    with watch_phases() as (progress, say):
+        if line := busy_line(hardware):
+            say(line)
+        found = run_papers(settings, rounds, lambda done, total: progress("claims", done, total), say)
+    if as_json:
+        print(json.dumps(found | {"hardware": hardware}, indent=1))
+    else:
+        console_of().print(papers_table(found["rows"]))
+    if csv:
+        replace_file(csv, papers_csv(found["rows"]))
+    if found["interrupted"]:
+        raise KeyboardInterrupt
+
+
 def storage_named(run: str | None) -> str | Path:
     """The storage of a run named on the command line, or of the newest one under runs/."""
     if run is not None and "://" in run:
@@ -494,15 +636,16 @@ def storage_named(run: str | None) -> str | Path:
     return path
 
 
-def settings_of(runtime: str | None, device: str, threads: int | None, batch_size: int) -> Any:
+def settings_of(runtime: str | None, device: str, threads: int | None, batch_size: int, precision: str = "fp32") -> Any:
     """Checked measuring settings with their defaults filled in."""
-    from nas.measure import Settings, check_settings, default_threads
+    from nas.measure import Settings, check_settings, default_threads, device_kind
 
     settings = Settings(
-        runtime=runtime or ("torch" if device == "cuda" else "onnxruntime"),
+        runtime=runtime or ("torch" if device_kind(device) == "cuda" else "onnxruntime"),
         device=device,
-        threads=default_threads() if threads is None else threads,
+        threads=default_threads(device) if threads is None else threads,
         batch_size=batch_size,
+        precision=precision,
     )
     check_settings(settings)
     return settings

@@ -18,7 +18,6 @@ from rich.table import Table
 from nas.outcome import OVERHEAD, interval, overhead_share
 
 if TYPE_CHECKING:
-    from nas.measure import Settings
     from nas.search import Options, Progress
 
 PIPE_WIDTH = 150
@@ -133,7 +132,8 @@ def show_result(data: Mapping[str, Any], folder: Path, to_stderr: bool) -> None:
     winner = data["winner"]
     settings = data["settings"]
     where = (
-        f"{settings['runtime']}, {settings['device']}, {settings['threads']} thread(s), batch {settings['batch_size']}"
+        f"{settings['runtime']} {settings['precision']}, {settings['device']}, {settings['threads']} thread(s), "
+        f"batch {settings['batch_size']}"
     )
     fastest = data["fastest"]
     if fastest is None:
@@ -150,6 +150,8 @@ def show_result(data: Mapping[str, Any], folder: Path, to_stderr: bool) -> None:
         )
     if data["final"]:
         console.print(final_table(data["final"], budget))
+        if data["against"]:
+            console.print(against_table(data["against"], data["final"][0]["label"], budget))
         console.print(
             "One interleaved run. Intervals of latency: 95%, of its median."
             + (" Weights are untrained." if data["untrained"] else "")
@@ -209,6 +211,29 @@ def final_table(final: Sequence[Mapping[str, Any]], budget: str) -> Table:
             f"{row['throughput']:.0f}",
             f"{row['params_m']:.1f}",
             f"{row['macs_m']:.0f}",
+        )
+    return table
+
+
+def against_table(rows: Sequence[Mapping[str, Any]], first: str, budget: str) -> Table:
+    """Outside networks of the closing run, beside the network on top of the final table."""
+    table = columns("against", "", right=("ms", "95%", "img/s", f"time of {first}'s", "95%"))
+    for row in rows:
+        if row["error"]:
+            table.add_row(row["label"], f"failed: {row['error']}")
+            continue
+        ratio = (
+            ("", "")
+            if row["ratio"] is None
+            else (f"{row['ratio']:.2f}", f"{row['ratio_low']:.2f}..{row['ratio_high']:.2f}")
+        )
+        table.add_row(
+            row["label"],
+            "" if row["fits"] else f"over {budget}",
+            f"{row['latency_ms']:.2f}",
+            f"{row['ci_low_ms']:.2f}..{row['ci_high_ms']:.2f}",
+            f"{row['throughput']:.0f}",
+            *ratio,
         )
     return table
 
@@ -332,24 +357,39 @@ def change(old: float, new: float) -> str:
     return f"{old:.3g}" if old == new else f"{old:.3g} > {new:.3g}"
 
 
-def show_bench(rows: Sequence[Mapping[str, Any]], settings: Settings) -> None:
-    if not rows:
-        return
-    table = columns("network", right=("ms", "95% of the median", "p95", "img/s", "samples", "ratio"))
+def show_bench(rows: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> None:
+    """A bench's table: settings that differ between rows are columns, the others stand below it."""
+    from nas.bench import SETTINGS, is_tie, varying, worded
+
+    differing, first = varying(rows), rows[0]
+    batches = {row["throughput_batch"] for row in rows}
+    speed = "img/s" if batches == {row["batch_size"] for row in rows} else f"img/s at batch {batches.pop()}"
+    headings = [name.replace("_size", "") for name in differing]
+    table = columns("network", *headings, right=("ms", "95%", "p95", speed, "samples", "ratio", "95%"))
+    table.columns[0].overflow = "fold"
+    table.columns[0].max_width = 40
+    table.add_column("")
     for row in rows:
-        low, high = row["ci"]
+        (low, high), (ratio_low, ratio_high) = row["ci"], row["ratio_ci"]
         table.add_row(
             row["model"],
+            *(str(row[name]) for name in differing),
             f"{row['latency_ms']:.3f}",
             f"{low:.3f}..{high:.3f}",
             f"{row['p95_ms']:.3f}",
-            f"{row['throughput']:.1f}",
+            "" if row["throughput"] is None else f"{row['throughput']:.1f}",
             str(row["samples"]),
             f"{row['ratio']:.3f}",
+            "" if row is first else f"{ratio_low:.3f}..{ratio_high:.3f}",
+            "tie" if is_tie(row, first) else "",
         )
     console = console_of()
+    console.width = max(console.width, PIPE_WIDTH)  # a narrow terminal wraps lines rather than cut figures off
     console.print(table)
+    same = ", ".join(worded(name, first[name]) for name in SETTINGS if name not in differing)
     console.print(
-        f"One interleaved run: {settings.runtime}, {settings.device}, {settings.threads} thread(s), "
-        f"batch {settings.batch_size}. Weights do not matter and are random where an Arch was given."
+        f"One interleaved run{same and f': {same}'}. Intervals: 95%, of the median and of the ratio to the first row. "
+        "Weights do not matter and are random where an Arch or timm/NAME was given."
     )
+    for line in notes:
+        console.print(line)

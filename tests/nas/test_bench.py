@@ -1,0 +1,465 @@
+"""`vitnas bench`: tiny networks measured for real; its bookkeeping on measurements that are given."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nas import bench
+from nas.bench import OnnxInput, Options, check_output, is_tie, parse_shape, ratio_interval, run_bench, to_csv, to_plot
+from nas.errors import UserError
+from nas.measure import MeasureError, Measurement, Settings
+from nas.targets import Target, TimmNetwork, find_arch, find_target
+
+KEYS = [
+    *("model", "runtime", "device", "precision", "batch_size", "threads", "latency_ms", "p95_ms", "ci", "samples"),
+    *("ratio", "ratio_ci", "throughput", "throughput_batch"),
+]
+FAST = ("--rounds", "3", "--threads", "1")
+
+
+@pytest.fixture
+def onnx_file(tmp_path: Path) -> Callable[..., str]:
+    """Writes a small network: inputs by name, each (type, sizes); a size may be a name or None."""
+
+    def write(name: str = "mine.onnx", *, operator: str = "Conv", kind: str = "FLOAT", **inputs: list) -> str:
+        import onnx
+        from onnx import TensorProto, helper
+
+        inputs = inputs or {"images": ["batch", 3, 8, 8]}
+        values = [helper.make_tensor_value_info(key, TensorProto.DataType.Value(kind), s) for key, s in inputs.items()]
+        weight = np.ones((4, 3, 3, 3), np.float32)
+        nodes = [
+            helper.make_node(
+                operator, [next(iter(inputs)), "weight"], ["features"], domain="" if operator == "Conv" else "own"
+            ),
+            helper.make_node("GlobalAveragePool", ["features"], ["pooled"]),
+            helper.make_node("Flatten", ["pooled"], ["logits"]),
+        ]
+        graph = helper.make_graph(
+            nodes,
+            "graph",
+            values,
+            [helper.make_tensor_value_info("logits", TensorProto.FLOAT, None)],
+            [onnx.numpy_helper.from_array(weight, "weight")],
+        )
+        opsets = [helper.make_opsetid("", 17), helper.make_opsetid("own", 1)]
+        path = tmp_path / name
+        onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), path)
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def given(monkeypatch: pytest.MonkeyPatch) -> Callable[[Mapping[str, list[float] | str]], list]:
+    """Replaces exporting and measuring: each label has its rounds' medians, or the reason why it fails.
+
+    Returns the list of what was asked to be measured.
+    """
+
+    def install(medians: Mapping[str, list[float] | str]) -> list:
+        asked: list[tuple[str, Settings]] = []
+
+        def compare(paths, settings, rounds, progress, timeout_s):
+            assert list(paths) == list(settings)
+            found = {}
+            for name, path in paths.items():
+                asked.append((str(path), settings[name]))
+                known = medians[str(path)]
+                per_image = 1 if isinstance(known, str) else settings[name].batch_size
+                found[name] = (
+                    MeasureError(known)
+                    if isinstance(known, str)
+                    else Measurement([[per_image * ms] * 3 for ms in known])
+                )
+            progress(rounds, rounds)
+            return found
+
+        monkeypatch.setattr(bench, "compare", compare)
+        monkeypatch.setattr(bench._Files, "of", lambda self, label, settings: Path(label))
+        return asked
+
+    return install
+
+
+def options(*labels: str, settings: tuple[Settings, ...] = (Settings(),), **more: object) -> Options:
+    return Options([Target(label) for label in labels], settings, **more)
+
+
+# --- measured for real ---
+
+
+def test_networks_of_all_kinds(vitnas, onnx_file, tmp_path: Path) -> None:
+    arch = tmp_path / "arch.json"
+    arch.write_text(find_arch("efficientvit_m0").at(64).to_json())
+    table, plot = tmp_path / "bench.csv", tmp_path / "bench.png"
+    words = [str(arch), "timm/test_vit", onnx_file(), "--csv", str(table), "--plot", str(plot)]
+    code, out, err = vitnas("bench", *words, *FAST, "--json")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    rows = found["results"]
+    assert [row["model"] for row in rows] == words[:3]
+    for row in rows:
+        assert list(row) == KEYS
+        assert (row["runtime"], row["device"], row["precision"], row["threads"]) == ("onnxruntime", "cpu", "fp32", 1)
+        assert (row["batch_size"], row["throughput_batch"]) == (1, 1)
+        assert row["throughput"] == pytest.approx(1000 / row["latency_ms"])
+        assert row["ci"][0] <= row["latency_ms"] <= row["ci"][1]
+        assert row["ratio"] == pytest.approx(row["latency_ms"] / rows[0]["latency_ms"])
+        assert row["ratio_ci"][0] <= row["ratio"] <= row["ratio_ci"][1]
+    assert rows[2]["latency_ms"] < rows[0]["latency_ms"]
+    assert found["hardware"]["threads"] == 1
+    assert found["hardware"]["cpu"]
+    assert [row["model"] for row in csv.DictReader(table.read_text().splitlines())] == words[:3]
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["arch.json", "bench.csv", "bench.png", "mine.onnx"]
+
+
+def test_runtimes_and_precisions_in_one_run(vitnas, onnx_file, tmp_path: Path, monkeypatch) -> None:
+    pytest.importorskip("openvino")
+    onnx_file(images=[None, 3, 32, 32])
+    monkeypatch.chdir(tmp_path)
+    words = ("--runtime", "onnxruntime", "--runtime", "openvino", "--precision", "fp32", "--precision", "int8")
+    code, out, err = vitnas("bench", "mine.onnx", *words, "--throughput-at", "8", *FAST)
+    assert (code, err) == (0, "")
+    lines = [line.split() for line in out.splitlines()]
+    assert [line[1:3] for line in lines[1:5]] == [
+        ["onnxruntime", "fp32"],
+        ["onnxruntime", "int8"],
+        ["openvino", "fp32"],
+        ["openvino", "int8"],
+    ]
+    assert lines[0][:3] == ["network", "runtime", "precision"]
+    assert "img/s at batch 8" in out
+    assert "One interleaved run: cpu, batch 1, 1 thread." in out
+    assert out.count("calibrated on noise") == 1
+
+
+def test_the_others_are_told_where_one_fails(vitnas, onnx_file, tmp_path: Path, monkeypatch) -> None:
+    onnx_file("good.onnx")
+    onnx_file("bad.onnx", operator="Unheard")
+    monkeypatch.chdir(tmp_path)
+    code, out, err = vitnas("bench", "bad.onnx", "good.onnx", *FAST, "--csv", "bench.csv")
+    assert code == 2
+    assert "good.onnx" in out
+    assert "bad.onnx" not in out
+    assert err.count("\n") == 1
+    assert "bad.onnx: " in err
+    assert "Unheard" in err
+    assert [row["ratio"] for row in csv.DictReader(Path("bench.csv").read_text().splitlines())] == ["1.0"]
+
+
+def test_int8_calibrated_on_images(onnx_file, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from PIL import Image
+
+    for kind in ("cat", "dog"):
+        folder = tmp_path / "images" / kind
+        folder.mkdir(parents=True)
+        for i in range(20):
+            Image.new("RGB", (40, 40), (i, 100, 200)).save(folder / f"{i}.png")
+    (tmp_path / "images" / "cat" / "0.png").write_bytes(b"broken")
+    arrays, files = [], []
+    write = np.save
+    monkeypatch.setattr(np, "save", lambda path, array: (arrays.append(array), write(path, array)))
+
+    def compare(paths, settings, *_):
+        files.extend(path.read_bytes() for path in paths.values())
+        return dict.fromkeys(paths, Measurement([[1.0]] * 3))
+
+    monkeypatch.setattr(bench, "compare", compare)
+    target = find_target(onnx_file(images=[1, 3, 32, 32]))
+    for data in (None, str(tmp_path / "images")):
+        found = run_bench(Options([target], (Settings(precision="int8"),), data=data))
+        assert not found.errors
+    assert [(array.shape, array.dtype) for array in arrays] == [((15, 3, 32, 32), np.float32)]
+    (note,) = found.notes
+    assert note.startswith("skipped 1 image that cannot be decoded: ")
+    noise, images = files
+    assert noise != images  # other ranges
+
+
+def test_networks_are_calibrated_on_the_images_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nas import export
+    from nas.measure.module import to_document
+
+    seen = []
+
+    def write_artifact(network, settings, stem, calibration):
+        seen.append((network, settings, calibration.tolist()))
+        return stem.with_suffix(".onnx")
+
+    monkeypatch.setattr(export, "write_artifact", write_artifact)
+    arch, settings, images = find_arch("efficientvit_m0"), Settings(precision="int8"), tmp_path / "images.npy"
+    np.save(images, np.arange(3, dtype=np.float32))
+    answer = export.export_here(to_document(arch), asdict(settings), str(tmp_path / "0"), str(images))
+    assert answer == {"path": str(tmp_path / "0.onnx")}
+    assert seen == [(arch, settings, [0, 1, 2])]
+
+
+# --- bookkeeping ---
+
+
+def test_rows_are_all_combinations(given) -> None:
+    asked = given({"a": [1.0] * 6, "b": [2.0] * 6})
+    settings = tuple(Settings(runtime, threads=t) for runtime in ("onnxruntime", "openvino") for t in (1, 2))
+    found = run_bench(options("a", "b", settings=settings))
+    assert [(row["runtime"], row["threads"], row["model"]) for row in found.rows] == [
+        (each.runtime, each.threads, label) for each in settings for label in ("a", "b")
+    ]
+    assert [row["ratio"] for row in found.rows] == [1, 2] * 4
+    assert asked == [(label, each) for each in settings for label in ("a", "b")]
+    assert (found.errors, found.notes) == ([], [])
+
+
+def test_throughput_of_another_batch(given) -> None:
+    asked = given({"a": [2.0] * 6})
+    settings = (Settings(), Settings(batch_size=8))
+    found = run_bench(options("a", settings=settings, throughput_at=8))
+    assert [each.batch_size for _, each in asked] == [1, 8]  # once each
+    assert [(row["batch_size"], row["latency_ms"]) for row in found.rows] == [(1, 2.0), (8, 16.0)]
+    assert [(row["throughput"], row["throughput_batch"]) for row in found.rows] == [(500.0, 8)] * 2
+
+
+def test_throughput_that_cannot_be_measured(given, monkeypatch: pytest.MonkeyPatch) -> None:
+    given({"a": [2.0] * 6})
+    compare = bench.compare
+
+    def no_large_batch(paths, settings, *rest):
+        results = compare(paths, settings, *rest)
+        return {name: MeasureError("too much") if settings[name].batch_size > 1 else results[name] for name in results}
+
+    monkeypatch.setattr(bench, "compare", no_large_batch)
+    found = run_bench(options("a", throughput_at=64))
+    assert [(row["latency_ms"], row["throughput"]) for row in found.rows] == [(2.0, None)]
+    assert found.errors == ["a (batch 64): too much"]
+
+
+def test_what_fails_is_told_and_the_ratio_is_to_the_first_row(given) -> None:
+    given({"a": "it broke", "b": [2.0] * 6, "c": [3.0] * 6})
+    found = run_bench(options("a", "b", "c"))
+    assert [(row["model"], row["ratio"]) for row in found.rows] == [("b", 1), ("c", 1.5)]
+    assert found.errors == ["a: it broke"]
+
+
+def test_what_cannot_be_prepared_is_told(onnx_file, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "compare", lambda paths, *_: dict.fromkeys(paths, Measurement([[1.0]] * 6)))
+    path = onnx_file(operator="Unheard")
+    found = run_bench(Options([find_target(path)], (Settings(precision="int8"),)))
+    assert found.rows == []
+    assert len(found.errors) == 1
+    assert found.errors[0].startswith(f"{path}: cannot be prepared: ")
+    assert "Unheard" in found.errors[0]
+
+
+def test_a_network_named_twice_is_measured_once(given) -> None:
+    asked = given({"a": [1.0] * 6, "b": [1.0] * 6})
+    found = run_bench(options("a", "b", "a"))
+    assert len(asked) == 2
+    assert found.notes == ["a is named more than once: measured once."]
+
+
+@pytest.mark.parametrize(("medians", "said"), [([1.0, 1.2] * 3, False), ([1.0, 1.4] * 3, True)])
+def test_a_busy_machine_is_told(given, medians: list[float], said: bool) -> None:
+    given({"calm": [1.0] * 6, "busy": medians})
+    notes = run_bench(options("calm", "busy")).notes
+    assert bool(notes) is said
+    assert all("busy varied by" in note for note in notes)
+
+
+def test_ratio_interval_pairs_the_rounds() -> None:
+    first = Measurement([[1.0], [2.0], [1.5], [3.0], [1.2], [2.2]])
+    drifting = Measurement(
+        [[ms * factor] for (ms,), factor in zip(first.rounds_ms, [2, 2, 2.1, 2, 1.9, 2], strict=True)]
+    )
+    low, high = ratio_interval(drifting, first)
+    assert (low, high) == pytest.approx((1.9, 2.1))
+    own_low, own_high = drifting.ci_ms
+    assert own_high / own_low > 2  # what the machine's drift alone makes of it
+    assert ratio_interval(first, first) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("factors", "tie"), [([1.01, 0.99, 1.02, 0.98, 1.0, 1.01], True), ([1.01, 1.02, 1.03, 1.02, 1.01, 1.02], False)]
+)
+def test_a_tie_is_called_one(given, vitnas, factors: list[float], tie: bool) -> None:
+    given({"efficientvit_m0": [1.0] * 6, "shvit_s1": factors})
+    code, out, _ = vitnas("bench", "efficientvit_m0", "shvit_s1")
+    assert code == 0
+    first, second = out.splitlines()[1:3]
+    assert "tie" not in first
+    assert second.endswith("tie") is tie
+    found = run_bench(options("efficientvit_m0", "shvit_s1"))
+    assert not is_tie(found.rows[0], found.rows[0])
+    assert is_tie(found.rows[1], found.rows[0]) is tie
+
+
+def test_csv_and_plots(given) -> None:
+    labels = [f"{'a folder with a rather long name/' * (i % 2)}network {i}" for i in range(30)]
+    given({label: [1 + i / 10] * 6 for i, label in enumerate(labels)})
+    found = run_bench(options(*labels, settings=(Settings(), Settings(batch_size=8))))
+    lines = list(csv.DictReader(to_csv(found.rows).decode().splitlines()))
+    assert len(lines) == 60
+    assert list(lines[1]) == list(bench.COLUMNS)
+    assert (lines[1]["model"], float(lines[1]["ratio_high"]), lines[1]["ci_low_ms"]) == (labels[1], 1.1, "1.1")
+    assert to_plot(found.rows, ".png").startswith(b"\x89PNG")
+    assert b"<svg" in to_plot(found.rows, ".svg")
+    assert to_plot(found.rows, ".pdf").startswith(b"%PDF")
+
+
+# --- ONNX files ---
+
+
+@pytest.mark.parametrize(
+    ("sizes", "more", "batches"),
+    [
+        (["N", 3, 8, 8], {"own_batch": True}, [1]),
+        (["N", 3, 8, 8], {"settings": (Settings(batch_size=2), Settings(batch_size=8))}, [2, 8]),
+        ([4, 3, 8, 8], {"own_batch": True}, [4]),
+        ([4, 3, 8, 8], {"settings": (Settings(batch_size=4),)}, [4]),
+        (["N", 3, "H", "W"], {"own_batch": True, "shapes": {"images": (2, 3, 8, 8)}}, [2]),
+        (["N", 3, "H", "W"], {"settings": (Settings(batch_size=4),), "shapes": {"images": (1, 3, 8, 8)}}, [4]),
+        (["N", 3, 8, 8], {"own_batch": True, "throughput_at": 16}, [1, 16]),
+    ],
+)
+def test_batch_of_an_onnx_file(onnx_file, given, sizes: list, more: dict, batches: list[int]) -> None:
+    path = onnx_file(images=sizes)
+    asked = given({path: [1.0] * 6})
+    found = run_bench(replace(Options([find_target(path)], (Settings(),)), **more))
+    assert [each.batch_size for _, each in asked] == batches
+    assert [row["batch_size"] for row in found.rows] == (batches if "throughput_at" not in more else [1])
+
+
+def test_the_file_that_is_measured_has_the_shape(onnx_file, monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    shapes = []
+
+    def compare(paths, settings, *_):
+        for name, path in paths.items():
+            (image,) = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).get_inputs()
+            shapes.append((settings[name].batch_size, image.name, image.shape))
+        return dict.fromkeys(paths, Measurement([[1.0]] * 3))
+
+    monkeypatch.setattr(bench, "compare", compare)
+    path = onnx_file(**{"in/put": ["N", 3, "H", "W"]})
+    settings = (Settings(batch_size=2), Settings(batch_size=2, threads=2), Settings(batch_size=4))
+    run_bench(Options([find_target(path)], settings, shapes={"in/put": (1, 3, 16, 8)}))
+    assert shapes == [(2, "in/put", [2, 3, 16, 8])] * 2 + [(4, "in/put", [4, 3, 16, 8])]
+    assert OnnxInput.read(Path(path)).sizes == (None, 3, None, None)  # the user's own file is as it was
+
+
+@pytest.mark.parametrize(
+    ("inputs", "words", "said"),
+    [
+        ({"x": ["N", 3, "H", None]}, (), ("x is ?x3x?x?", "--shape x=1x3x224x224")),
+        ({"x": [2, "T"]}, (), ("--shape x=2x128",)),
+        ({"x": ["N", 3, 8, 8], "mask": [1, 8]}, (), ("one float32 input", "x (float ?x3x8x8), mask (float 1x8)")),
+        ({"x": ["N", 3, 8, 8]}, ("--shape", "y=1x3x8x8"), ("--shape y", "x")),
+        ({"x": ["N", 3, 8, 8]}, ("--shape", "x=1x3x16x16"), ("--shape x=1x3x16x16", "?x3x8x8")),
+        ({"x": ["N", 3, 8, 8]}, ("--shape", "x=1x3x8"), ("--shape x=1x3x8", "?x3x8x8")),
+        ({"x": ["N", 3, 8, 8]}, ("--shape", "1x3x8"), ("--shape 1x3x8", "images=1x3x224x224")),
+        ({"x": ["N", 3, 8, 8]}, ("--shape", "x=0x3x8x8"), ("--shape x=0x3x8x8", "images=1x3x224x224")),
+        ({"x": [4, 3, 8, 8]}, ("--batch-size", "4", "--batch-size", "1"), ("fixed at batch size 4", "--batch-size 1")),
+        ({"x": [4, 3, 8, 8]}, ("--throughput-at", "8"), ("fixed at batch size 4", "--throughput-at 8")),
+        ({"x": ["N", 3, 8, 8]}, ("--runtime", "torch"), ("runtime torch does not load ONNX", "onnxruntime")),
+        ({"x": ["N", 1, 8, 8]}, ("--precision", "int8", "--data", "{data}"), ("takes 1x8x8", "--data")),
+    ],
+)
+def test_onnx_files_that_are_refused(vitnas, onnx_file, given, tmp_path, inputs, words, said) -> None:
+    monkeyed = given({})
+    words = [word.format(data=tmp_path) for word in words]
+    vitnas.refused(vitnas("bench", onnx_file(**inputs), *words), *said)
+    assert monkeyed == []
+
+
+def test_an_onnx_file_of_integers_is_refused(vitnas, onnx_file) -> None:
+    vitnas.refused(vitnas("bench", onnx_file(kind="INT64", ids=[1, 128])), "mine.onnx", "ids (int64 1x128)")
+
+
+@pytest.mark.parametrize("content", [b"", b"not a network", bytes(range(256))])
+def test_a_file_that_is_no_onnx(vitnas, onnx_file, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "broken.onnx").write_bytes(content)
+    vitnas.refused(vitnas("bench", onnx_file(), str(tmp_path / "broken.onnx")), "broken.onnx")
+
+
+def test_parse_shape() -> None:
+    assert parse_shape("a=b=1x3x224x200") == ("a=b", (1, 3, 224, 200))
+    assert parse_shape("x=7") == ("x", (7,))
+    for text in ("x=", "=1", "x=1x", "x=1X3", "x=-1x3", "x=Nx3"):
+        with pytest.raises(UserError, match="write it like"):
+            parse_shape(text)
+
+
+# --- bad input ---
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--batch-size", "0"), ("batch size is 0",)),
+        (("--batch-size", "1", "--batch-size", "-1"), ("batch size is -1",)),
+        (("--throughput-at", "0"), ("batch size is 0",)),
+        (("--throughput-at", "100000000"), ("memory",)),
+        (("--threads", "1", "--threads", "4096"), ("threads is 4096",)),
+        (("--rounds", "2"), ("--rounds is 2", "3 or more")),
+        (("--runtime", "onnxruntime", "--runtime", "onxruntime"), ("unknown runtime", "onnxruntime")),
+        (("--precision", "fp32", "--precision", "fp31"), ("unknown precision", "fp32")),
+        (("--runtime", "onnxruntime", "--runtime", "torch", "--precision", "int8"), ("runtime torch", "int8")),
+        (("--device", "tpu"), ("unknown device",)),
+        (("--data", "{folder}"), ("--data", "--precision int8")),
+        (("--precision", "int8", "--data", "{folder}/none"), ("none",)),
+        (("--shape", "images=1x3x8x8"), ("--shape images", "no .onnx file")),
+        (("--csv", "{folder}/none/table.csv"), ("--csv", "No such file or directory")),
+        (("--csv", "{folder}"), ("--csv", "is a folder")),
+        (("--plot", "{folder}/plot.gif"), ("--plot", ".png, .svg, .pdf")),
+        (("--plot", "/proc/plot.png"), ("--plot", "/proc/plot.png")),
+        (("timm/lcnet_75",), ("no network 'lcnet_75'", "timm/lcnet_075")),
+        (("timm/resnet18.none",), ("'none'", "timm/resnet18")),
+        (("efficientvit_m9",), ("efficientvit_m",)),
+        (("{folder}/none.onnx",), ("none.onnx", "no such file")),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_measured(vitnas, given, tmp_path: Path, words, said) -> None:
+    asked = given({"efficientvit_m0": [1.0] * 6})
+    words = [word.format(folder=tmp_path) for word in words]
+    vitnas.refused(vitnas("bench", "efficientvit_m0", *words), *said)
+    assert asked == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_no_half_file(vitnas, given, tmp_path: Path, fill_disk: Callable[[], None]) -> None:
+    given({"efficientvit_m0": [1.0] * 6})
+    table = tmp_path / "bench.csv"
+    table.write_text("old")
+    fill_disk()
+    code, _, err = vitnas("bench", "efficientvit_m0", "--csv", str(table))
+    assert (code, err.count("\n")) == (2, 1)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("bench.csv", "old")]
+
+
+def test_check_output_leaves_nothing(tmp_path: Path) -> None:
+    check_output("--csv", tmp_path / "table.csv")
+    check_output("--plot", tmp_path / "plot.svg", bench.PLOTS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_timm_targets() -> None:
+    assert find_target("timm/efficientnet_b2").timm == TimmNetwork("efficientnet_b2", 256)  # timm's input_size
+    assert TimmNetwork("lcnet_050").resolution == 224
+    assert TimmNetwork("lcnet_050", 96).resolution == 96
+    with pytest.raises(UserError, match="one of timm's networks"):
+        find_arch("timm/lcnet_050")
+    with pytest.raises(UserError, match="square"):
+        TimmNetwork("vit_base_patch16_sapiens2")
+
+
+def test_help_has_examples(vitnas) -> None:
+    _, out, _ = vitnas("bench", "--help")
+    assert out.count("Example:  vitnas bench ") == 3
