@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from nas.data import Images, Loader
+    from nas.measure import Settings
 
 CALIBRATION_IMAGES = 512
 EVALUATED_IMAGES = 5_000
@@ -25,6 +26,11 @@ BATCH = 32
 Say = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
 """Called with a phase, what is done of it and its total."""
+
+
+def compute_device(settings: Settings) -> str:
+    """Where a command trains on this machine that measures with these settings: its GPU where that is measured."""
+    return "cuda" if settings.device == "cuda" else "cpu"
 
 
 @dataclass

@@ -7,19 +7,31 @@ import shutil
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from contextlib import AbstractContextManager
+from dataclasses import asdict, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nas.export import label_onnx, write_artifact, write_onnx
-from nas.measure import RUNTIMES, MeasureError, compare, device_lock
+from nas.errors import first_line
+from nas.export import CONVERTED, label_onnx, lower_precision, write_artifact, write_onnx
+from nas.measure import (
+    RUNTIMES,
+    MeasureError,
+    Measurement,
+    Settings,
+    compare,
+    default_threads,
+    device_kind,
+    device_lock,
+)
+from nas.measure.protocol import paired_ratio
 from nas.quality import Estimate
 from nas.search import LATENCY_KEYS, keep_samples
 
 if TYPE_CHECKING:
+    import numpy as np
     import optuna
 
     from nas.quality import Tier
@@ -28,6 +40,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 CLOSING_ROUNDS = 30
+THROUGHPUT_ROUNDS = 10
 BUSY_DRIFT = 0.25
 RESERVES = 3
 """How many of the best trials enter the closing run, should the first not meet the budget there."""
@@ -128,40 +141,57 @@ def arch_of(row: Row) -> Arch:
     return Arch.from_json(json.dumps(row["arch"]))
 
 
-def closing_run(options: Options, rows: Sequence[Row], progress: Callable[[int, int], None] | None = None) -> list[Row]:
-    """Measure the finalists once more, side by side in one interleaved run; rows of the final table, best first."""
+def closing_run(
+    options: Options, rows: Sequence[Row], progress: Callable[[int, int], None] | None = None
+) -> tuple[list[Row], list[Row]]:
+    """Measure the finalists once more, side by side with `options.against` in one interleaved run.
+
+    Returns:
+        Rows of the final table, best first; rows of the outside networks, whose ratios are to the first of those.
+    """
     finalists = finalists_of(rows, options.budget_ms)
-    with tempfile.TemporaryDirectory(prefix="vitnas-") as folder, device_lock(options.settings.device):
-        paths = {
-            str(i): write_artifact(arch_of(row), options.settings, Path(folder) / str(i))
-            for i, row in enumerate(finalists)
+    networks = {label_of(row): arch_of(row) for row in finalists}
+    outside = {target.label: target.network for target in options.against if target.label not in networks}
+    results = side_by_side(options, networks | outside, options.settings, CLOSING_ROUNDS, progress)
+    many = {}
+    if options.throughput_at is not None:
+        settings = replace(options.settings, batch_size=options.throughput_at)
+        many = side_by_side(options, networks | outside, settings, THROUGHPUT_ROUNDS, progress)
+
+    def timed(label: str) -> dict[str, Any]:
+        """A network's figures; its error where it has none."""
+        result, batch = results[label], many.get(label)
+        for failed in (result, batch):
+            if isinstance(failed, MeasureError):
+                return {"error": str(failed)}
+        keep_samples(options.folder, {"closing": label, **result.to_dict()})
+        if batch is not None:
+            keep_samples(options.folder, {"closing": label, "batch_size": options.throughput_at, **batch.to_dict()})
+        low, high = result.ci_ms
+        return {
+            "latency_ms": result.p50_ms,
+            "latency_p95_ms": result.p95_ms,
+            "ci_low_ms": low,
+            "ci_high_ms": high,
+            "samples": result.n,
+            "throughput": batch.throughput(options.throughput_at)
+            if batch is not None
+            else result.throughput(options.settings.batch_size),
+            "fits": result.p50_ms <= options.budget_ms,
         }
-        results = compare(paths, options.settings, rounds=CLOSING_ROUNDS, progress=progress)
+
     final = []
-    for i, row in enumerate(finalists):
-        result = results[str(i)]
+    for row in finalists:
         entry = {
             "label": label_of(row),
             "role": "published" if row["name"] else "found",
             "published_top1": published_top1(row),
-            "error": str(result) if isinstance(result, MeasureError) else "",
+            "error": "",
             "fits": False,
             "selects": row.get("selects", True),
             **{k: row[k] for k in FINAL_KEYS},
         }
-        if not isinstance(result, MeasureError):
-            keep_samples(options.folder, {"closing": entry["label"], **result.to_dict()})
-            low, high = result.ci_ms
-            entry |= {
-                "latency_ms": result.p50_ms,
-                "latency_p95_ms": result.p95_ms,
-                "ci_low_ms": low,
-                "ci_high_ms": high,
-                "samples": result.n,
-                "throughput": result.throughput(options.settings.batch_size),
-                "fits": result.p50_ms <= options.budget_ms,
-            }
-        final.append(entry)
+        final.append(entry | timed(entry["label"]))
     fitting = sorted((e for e in final if e["fits"]), key=rank)
     for place, entry in enumerate(fitting):
         first_of_family = all(e["family"] != entry["family"] for e in fitting[:place])
@@ -169,7 +199,35 @@ def closing_run(options: Options, rows: Sequence[Row], progress: Callable[[int, 
             entry["role"] = "winner"
         elif first_of_family:
             entry["role"] = "family winner"
-    return fitting + sorted((e for e in final if not e["fits"]), key=lambda e: -e["quality"])
+    final = fitting + sorted((e for e in final if not e["fits"]), key=lambda e: -e["quality"])
+    first = results[final[0]["label"]]
+    beside = []
+    for label in outside:
+        entry = {"label": label, "error": "", "fits": False, "ratio": None, "ratio_low": None, "ratio_high": None}
+        entry |= timed(label)
+        if not entry["error"] and not final[0]["error"]:
+            entry["ratio"], (entry["ratio_low"], entry["ratio_high"]) = paired_ratio(results[label], first)
+        beside.append(entry)
+    return final, beside
+
+
+def side_by_side(
+    options: Options,
+    networks: Mapping[str, Any],
+    settings: Settings,
+    rounds: int,
+    progress: Callable[[int, int], None] | None,
+) -> dict[str, Measurement | MeasureError]:
+    """One interleaved run of networks by their labels; what cannot be exported is an error of its own."""
+    results: dict[str, Measurement | MeasureError] = {}
+    with tempfile.TemporaryDirectory(prefix="vitnas-") as folder, device_lock(settings.device):
+        paths = {}
+        for i, (label, network) in enumerate(networks.items()):
+            try:
+                paths[label] = write_artifact(network, settings, Path(folder) / str(i))
+            except (RuntimeError, ValueError) as error:
+                results[label] = MeasureError(f"cannot be exported: {first_line(error)}")
+        return results | compare(paths, settings, rounds=rounds, progress=progress)
 
 
 def published_top1(row: Row) -> float | None:
@@ -231,25 +289,24 @@ def finish_run(
     Returns:
         The report's data.
     """
-    from nas.hardware import describe
     from nas.report import write_run
 
     rows = rows_of(study)
     notes = list(run.notes)
     validation = study.user_attrs.get("validation")
     if run.tier is not None and run.tier.trained:
-        with training_lock(options, run.tier):
+        with training_lock(run.tier):
             rows, validation = judged(options, study, run, rows, notes.append)
     feasible = [row for row in rows if row["feasible"]]
     watched = partial(phase, "closing side-by-side run") if phase else None
-    final = closing_run(options, rows, watched) if feasible and not run.interrupted else []
+    final, beside = closing_run(options, rows, watched) if feasible and not run.interrupted else ([], [])
     winner = next((e for e in final if e["role"] == "winner"), None)
     if winner is None and not final:
         winner = best_of(feasible)
     accuracy = None
     if run.tier is not None and run.tier.trained and final and winner is not None:
         try:
-            with training_lock(options, run.tier):
+            with training_lock(run.tier):
                 accuracy = accuracies(options, run.tier, final, winner, notes.append)
         except KeyboardInterrupt:
             run.interrupted = True
@@ -266,7 +323,7 @@ def finish_run(
     if winner is None:
         shutil.rmtree(best, ignore_errors=True)
     else:
-        trained = save_best(options, arch_of(winner), best)
+        trained = save_best(options, arch_of(winner), best, run.calibration)
     if final:
         first = best_of(feasible)
         if winner is None:
@@ -275,6 +332,12 @@ def finish_run(
             notes.append(
                 f"{label_of(first)} ranked first in the search but was not the best within budget in the closing run"
             )
+    cached = [row for row in measured if row["source"].startswith("cache")]
+    if cached:
+        notes.append(
+            f"{len(cached)} of {len(measured)} trials took their latency from this machine's cache, measured while it "
+            "ran at the same speed (--no-cache measures anew); the closing run is measured now"
+        )
     drifts = [row["reference_drift"] for row in measured if row["reference_drift"] is not None]
     drift = statistics.median(drifts) if drifts else 0.0
     if drift > BUSY_DRIFT:
@@ -293,16 +356,18 @@ def finish_run(
         "interrupted": run.interrupted,
         "budget_ms": options.budget_ms,
         "settings": asdict(options.settings),
+        "throughput_at": options.throughput_at,
         "num_classes": options.num_classes,
         "seed": options.seed,
         "sampler": options.sampler,
-        "hardware": describe(options.settings),
+        "hardware": run.hardware,
         "quality_tier": tier_data(run),
         "validation": validation,
         "accuracy": accuracy,
         "trials": [{k: v for k, v in row.items() if k not in ("arch", "features")} for row in rows],
         "pareto": [{k: row[k] for k in PARETO_KEYS} for row in front_of(rows)],
         "final": [{k: v for k, v in entry.items() if k != "arch"} for entry in final],
+        "against": beside,
         "winner": winner_data(winner),
         "fastest": fastest and {"label": label_of(fastest), **{k: fastest[k] for k in ("family", "latency_ms")}},
         "ties": ties_of(final),
@@ -320,10 +385,9 @@ def finish_run(
     return data
 
 
-def training_lock(options: Options, tier: Tier) -> AbstractContextManager[Any]:
-    """The device's lock where networks train on the device that is measured: nobody measures beside a training."""
-    device = options.settings.device
-    return device_lock(device) if tier.schooling.device == device else nullcontext()
+def training_lock(tier: Tier) -> AbstractContextManager[Any]:
+    """The lock of the device that networks train on: nobody measures there beside a training."""
+    return device_lock(tier.schooling.device)
 
 
 def judged(
@@ -343,7 +407,7 @@ def judged(
         )
     if run.interrupted:
         return review(run.tier, rows, selects), validation
-    return settle(study, run.tier, rows, selects, arch_of, note), validation
+    return settle(study, run.tier, rows, selects, note), validation
 
 
 def accuracies(
@@ -403,8 +467,9 @@ PARETO_KEYS = (
 )
 
 
-def save_best(options: Options, arch: Arch, folder: Path) -> bool:
-    """Write best/: arch.json, model.onnx whose metadata says whether its weights are trained, and those where they are.
+def save_best(options: Options, arch: Arch, folder: Path, calibration: np.ndarray | None) -> bool:
+    """Write best/: arch.json, model.onnx whose metadata says whether its weights are trained, and those where they are;
+    beside it the file that was measured, where that has another precision.
 
     Returns:
         Whether the weights are trained.
@@ -416,15 +481,19 @@ def save_best(options: Options, arch: Arch, folder: Path) -> bool:
     weights = weights_of(options, arch) if options.lessons else None
     if weights is not None:
         save_network(create_model(arch, weights=weights), folder, options.settings.batch_size, trained=True)
-        return True
-    folder.mkdir(exist_ok=True)
-    (folder / "model.safetensors").unlink(missing_ok=True)
-    (folder / "arch.json").write_text(arch.to_json())
-    draft = folder / "model.onnx.partial"
-    write_onnx(arch, draft, options.settings.batch_size)
-    label_onnx(draft, arch, trained=False)
-    draft.replace(folder / "model.onnx")
-    return False
+    else:
+        folder.mkdir(exist_ok=True)
+        (folder / "model.safetensors").unlink(missing_ok=True)
+        (folder / "arch.json").write_text(arch.to_json())
+        draft = folder / "model.onnx.partial"
+        write_onnx(arch, draft, options.settings.batch_size)
+        label_onnx(draft, arch, trained=False)
+        draft.replace(folder / "model.onnx")
+    if options.settings.precision in CONVERTED and RUNTIMES[options.settings.runtime].artifact == "onnx":
+        lowered = folder / f"model.{options.settings.precision}.onnx"
+        shutil.copy(folder / "model.onnx", lowered)
+        lower_precision(lowered, options.settings, calibration)
+    return weights is not None
 
 
 def tier_data(run: Run) -> dict[str, Any]:
@@ -484,16 +553,13 @@ def advice(options: Options) -> list[str]:
     from search_spaces.registry import FAMILIES
 
     lines = []
-    if options.settings.device == "cpu":
-        from nas.process import default_threads
-
-        if options.settings.threads < default_threads():
-            lines.append(f"--threads {default_threads()}: this search used {options.settings.threads}")
-    others = [name for name, runtime in RUNTIMES.items() if options.settings.device in runtime.devices]
-    if others != [options.settings.runtime]:
-        lines.append(
-            f"--runtime: {', '.join(name for name in others if name != options.settings.runtime)} may be faster"
-        )
+    device = device_kind(options.settings.device)
+    if device == "cpu" and options.settings.threads < (most := default_threads(options.settings.device)):
+        lines.append(f"--threads {most}: this search used {options.settings.threads}")
+    others = [name for name, runtime in RUNTIMES.items() if device in runtime.devices]
+    others = [name for name in others if name != options.settings.runtime]
+    if others:
+        lines.append(f"--runtime: {', '.join(others)} may be faster")
     left_out = sorted(set(FAMILIES) - set(options.families))
     if left_out and not (options.lessons and options.lessons.parent):
         lines.append(f"--family: {', '.join(left_out)} were not searched")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from nas.errors import UserError, first_line
 from nas.export import save_network, save_weights, write_artifact
-from nas.job import Job, Progress, Say, now
+from nas.job import Job, Progress, Say, compute_device, now
 from nas.measure import MeasureError, Measurement, Settings, compare, device_lock
 from nas.units import parse_budget, parse_count, parse_share
 
@@ -173,7 +173,7 @@ class _Run:
 
     def __init__(self, options: Options, command: str, say: Say, progress: Progress) -> None:
         self.options, self.command = options, command
-        self.job = Job(options.folder, options.fingerprint(), say, progress, options.settings.device)
+        self.job = Job(options.folder, options.fingerprint(), say, progress, compute_device(options.settings))
         self.state = self.job.state
         self._batches: list[tuple[Tensor, Tensor]] = []
 
@@ -183,6 +183,8 @@ class _Run:
         if self.job.finished:
             self.job.say(f"{self.options.folder} is finished: these are its results")
             return json.loads((self.options.folder / "prune.json").read_text())
+        if self.options.settings.precision != "fp32":
+            self.job.say(f"latency is measured in {self.options.settings.precision}; accuracy and model.onnx are fp32")
         arch, weights = self._source()
         self.job.open_data(self.options.data, arch.resolution, self.options.num_classes, self.options.seed)
         arch = arch.replace(num_classes=len(self.job.data.classes))

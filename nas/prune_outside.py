@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from nas.errors import UserError, first_line
 from nas.export import agreement, save_weights, to_onnx
-from nas.job import Job, Progress, Say
+from nas.job import Job, Progress, Say, compute_device
 from nas.measure import RUNTIMES, Measurement, device_lock
 from nas.prune import (
     CLOSING_ROUNDS,
@@ -50,7 +50,7 @@ def prune_outside(options: Options, command: str, say: Say, progress: Progress) 
         raise UserError(f"--runtime {options.settings.runtime}: networks outside the five families need onnxruntime")
     if options.weights not in (None, "timm"):
         raise UserError(f"--weights {options.weights}: networks outside the five families take timm's own, or none")
-    job = Job(options.folder, options.fingerprint(), say, progress, options.settings.device)
+    job = Job(options.folder, options.fingerprint(), say, progress, compute_device(options.settings))
     try:
         return _prune(options, command, job)
     except OutsideError as error:

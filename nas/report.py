@@ -217,8 +217,9 @@ def duration(seconds: float) -> str:
 
 def conditions(settings: dict[str, Any]) -> str:
     """What a latency is a property of, besides the network and the machine, in words."""
+    runtime = f"{settings['runtime']} {settings['precision']}"
     threads = f"{settings['threads']} thread{'s' * (settings['threads'] > 1)}"
-    return f"{settings['runtime']}, {settings['device']}, {threads}, batch {settings['batch_size']}"
+    return f"{runtime}, {settings['device']}, {threads}, batch {settings['batch_size']}"
 
 
 def wall_seconds(data: dict[str, Any]) -> float:

@@ -18,29 +18,40 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nas.errors import TrainingError, UserError
-from nas.export import write_artifact
-from nas.measure import MeasureError, Measurer, Settings, check_settings, device_lock
+from nas.measure import (
+    RUNTIMES,
+    LinkLost,
+    MeasureError,
+    Settings,
+    check_settings,
+    device_label,
+    device_lock,
+    open_measurer,
+)
+from nas.measure.protocol import enough
 from nas.process import Worker, WorkerError
 
 if TYPE_CHECKING:
+    import numpy as np
     import optuna
 
+    from nas.cache import Cache
     from nas.data import ImageData
+    from nas.measure import Measurement
     from nas.quality import Tier
     from nas.schooling import Lessons
+    from nas.targets import Target
     from search_spaces import Arch
 
 REFERENCE = "efficientvit_m0"
 EXPORT_TIMEOUT_S = 180
-MEASURE_TIMEOUT_S = 60
 BEAT_S = 60
-LEASE_S = EXPORT_TIMEOUT_S + MEASURE_TIMEOUT_S + 60
 SWEPT = "trial {} was taken for dead by another worker; its result was dropped"
 PHASES = (
     "start",
@@ -58,7 +69,12 @@ PHASES = (
 
 @dataclass(frozen=True)
 class Options:
-    """What a search is asked to do. resolution: of all networks (None: it is searched). lessons: how it trains."""
+    """What a search is asked to do.
+
+    resolution: of all networks (None: it is searched). lessons: how it trains. throughput_at: batch size whose
+    throughput is the second objective (None: that of the latency). against: networks of the closing run (`targets`).
+    cache: whether latencies measured earlier on this machine count.
+    """
 
     budget_ms: float
     settings: Settings
@@ -74,6 +90,9 @@ class Options:
     quality: str = "prior"
     resolution: int | None = None
     lessons: Lessons | None = None
+    throughput_at: int | None = None
+    against: tuple[Target, ...] = ()
+    cache: bool = True
 
     @property
     def folder(self) -> Path:
@@ -93,7 +112,11 @@ class Progress:
 
 @dataclass
 class Run:
-    """What happened in this process: for the breakdown and the exit. alive: called while a network is trained."""
+    """What happened in this process, for the breakdown and the exit.
+
+    hardware: as described at the start. calibration: images for int8, where there are any. alive: called while a
+    network is trained.
+    """
 
     started: str
     wall_s: float = 0.0
@@ -102,15 +125,19 @@ class Run:
     interrupted: bool = False
     notes: list[str] = field(default_factory=list)
     tier: Tier | None = None
+    hardware: dict[str, Any] = field(default_factory=dict)
+    calibration: np.ndarray | None = None
     alive: Callable[[], None] = lambda: None
 
 
 def default_study(options: Mapping[str, Any]) -> str:
-    """Study name from device, runtime, budget, families and, where it is not the prior, the tier."""
+    """Study name from device, runtime, precision other than fp32, budget, families and tier other than the prior."""
     from search_spaces.registry import FAMILIES
 
     families = "all" if set(options["families"]) == set(FAMILIES) else "+".join(sorted(options["families"]))
-    name = f"{options['device']}-{options['runtime']}-{options['budget_ms']:g}ms-{families}"
+    settings = options["settings"]
+    runtime = settings.runtime if settings.precision == "fp32" else f"{settings.runtime}-{settings.precision}"
+    name = f"{device_label(settings.device)}-{runtime}-{options['budget_ms']:g}ms-{families}"
     return name if options["quality"] == "prior" else f"{name}-{options['quality']}"
 
 
@@ -130,6 +157,8 @@ def meta(options: Options, data: ImageData | None = None) -> dict[str, Any]:
     }
     if options.resolution is not None:
         agreed["resolution"] = options.resolution
+    if options.throughput_at is not None:
+        agreed["throughput_at"] = options.throughput_at
     if options.lessons is not None:
         lessons = options.lessons
         agreed["training"] = {
@@ -169,7 +198,9 @@ def search(
         UserError: settings this machine cannot measure, a folder or storage that cannot be used, a study that
             disagrees with this command.
     """
+    from nas.hardware import busy_line
     from nas.quality import TIERS
+    from nas.quantize import NOISE, calibration_images
     from nas.samplers import make_sampler
     from nas.schooling import open_schooling
     from nas.storage import storage_errors
@@ -186,8 +217,20 @@ def search(
         if fresh:
             shutil.rmtree(options.folder, ignore_errors=True)
         raise
-    write_hardware(options)
     run = Run(datetime.now().astimezone().isoformat(timespec="seconds"))
+    run.hardware = write_hardware(options)
+    lines = [busy_line(run.hardware)]
+    if options.settings.precision != "fp32":
+        lines.append(f"latency is measured in {options.settings.precision}; quality is that of fp32")
+    if options.settings.precision == "int8":
+        if data is None:
+            lines.append(NOISE)
+        else:
+            run.calibration, skipped = calibration_images(data, options.resolution or 224)
+            lines.append(skipped)
+    for line in filter(None, lines):
+        say(line)
+        run.notes.append(line)
     begun = time.perf_counter()
     deadline = begun + options.timeout_s if options.timeout_s is not None else None
     with ExitStack() as stack:
@@ -207,7 +250,8 @@ def search(
                 study.sampler = Proposer(run.tier, options)
             sweep(study)
             if remaining(study, options.trials):
-                worker = stack.enter_context(TrialRunner(options, study, run.tier))
+                known = open_cache(options, say) if options.cache else None
+                worker = stack.enter_context(TrialRunner(options, study, run.tier, known))
                 enqueue_published(options, study, worker.reference_ms)
                 starting.lap("start")
             while remaining(study, options.trials) and (deadline is None or time.perf_counter() < deadline):
@@ -232,8 +276,9 @@ def search(
 class TrialRunner:
     """Runs one trial after the other with a persistent exporter process and a `Measurer`."""
 
-    def __init__(self, options: Options, study: optuna.Study, tier: Tier) -> None:
-        self.options, self.study, self.tier = options, study, tier
+    def __init__(self, options: Options, study: optuna.Study, tier: Tier, cache: Cache | None) -> None:
+        self.options, self.study, self.tier, self.cache = options, study, tier, cache
+        self.lease_s = EXPORT_TIMEOUT_S + 120 + 2 * RUNTIMES[options.settings.runtime].patience_s
         self._stack = ExitStack()
         self._exporter: Worker | None = None
 
@@ -242,8 +287,8 @@ class TrialRunner:
         self._stack.callback(self._close_exporter)
         try:
             with device_lock(self.options.settings.device):
-                reference = self._write(reference_arch(), self._folder / "reference")
-                self.measurer = self._stack.enter_context(Measurer(self.options.settings, reference, self._folder))
+                reference = self._write(reference_arch(), self._folder / "reference", self.options.settings)
+                self.measurer = self._stack.enter_context(open_measurer(self.options.settings, reference, self._folder))
                 self.reference_ms = self.measurer.measure(reference, pause=self._running()).p50_ms
         except (MeasureError, WorkerError) as error:
             self._stack.close()
@@ -267,16 +312,23 @@ class TrialRunner:
             clock.lap("waiting for the device")
             trial = self.study.ask()
             try:
-                lease(trial, LEASE_S)
-                run.alive = heart(trial)
+                lease(trial, self.lease_s)
+                run.alive = heart(trial, self.lease_s)
                 clock.lap("storage")
                 arch = suggest(trial, self.options)
                 clock.lap("sampler")
                 if not self._measure_and_tell(trial, arch, clock):
                     run.notes.append(SWEPT.format(trial.number))
+            except LinkLost as error:
+                clock.lap("timed runs")
+                fail(self.study, trial, str(error), retry=True)
+                run.notes.append(f"trial {trial.number}: {error}; its parameters were tried again")
             except TrainingError as error:
                 clock.lap("training")
                 fail(self.study, trial, str(error))
+            except UserError as error:  # a connection that does not come back
+                fail(self.study, trial, str(error), retry=True)
+                raise
             except (MeasureError, WorkerError, ValueError) as error:
                 clock.lap("timed runs" if isinstance(error, MeasureError) else "build and export")
                 fail(self.study, trial, f"{type(error).__name__}: {error}")
@@ -294,34 +346,10 @@ class TrialRunner:
         from nas.study import finish
         from search_spaces import table
 
-        settings = self.options.settings
         digest = arch.digest()
         counts = table(arch)
         clock.lap("build and export")
-        known = self._known(digest)
-        if known is None:
-            self.measurer.prepare()
-            path = self._write(arch, self._folder / "candidate")
-            clock.lap("build and export")
-            result = self.measurer.measure(
-                path, self.options.budget_ms, timeout_s=MEASURE_TIMEOUT_S, pause=self._running()
-            )
-            clock.add("session", result.load_s)
-            clock.lap("timed runs", less=result.load_s)
-            low, high = result.ci_ms
-            latency = {
-                "latency_ms": result.p50_ms,
-                "latency_p95_ms": result.p95_ms,
-                "latency_ci_low_ms": low,
-                "latency_ci_high_ms": high,
-                "samples": result.n,
-                "reference_ms": result.reference_p50_ms,
-                "reference_drift": result.reference_drift,
-                "throughput": result.throughput(settings.batch_size),
-            }
-            keep_samples(self.options.folder, {"trial": trial.number, **result.to_dict()})
-        else:
-            latency = known
+        latency = self._known(digest) or self._latency(trial, arch, clock)
         clock.lap("other")
         constraint = latency["latency_ms"] / self.options.budget_ms - 1
         estimate = (self.tier.estimate if constraint <= 0 else self.tier.predict)(arch, counts)
@@ -347,7 +375,6 @@ class TrialRunner:
                     "quality_error": estimate.error,
                     "quality_how": estimate.how,
                     "training": dict(estimate.training),
-                    "source": "measured" if known is None else "reused",
                     **latency,
                 },
             },
@@ -360,18 +387,63 @@ class TrialRunner:
         for trial in self.study.get_trials(deepcopy=False):
             detail = trial.user_attrs.get("detail")
             if detail and detail["digest"] == digest:
-                return {key: detail[key] for key in LATENCY_KEYS}
+                return {key: detail[key] for key in LATENCY_KEYS} | {"source": "reused"}
         return None
 
-    def _write(self, arch: Arch, stem: Path) -> Path:
-        """The file the runtime loads; ONNX comes from the exporter's process."""
-        return write_artifact(arch, self.options.settings, stem, self._export)
+    def _latency(self, trial: optuna.Trial, arch: Arch, clock: Clock) -> dict[str, Any]:
+        """What measuring says (LATENCY_KEYS), and whether it was measured now."""
+        batch_size, many = self.options.settings.batch_size, self.options.throughput_at
+        result, when = self._timed(trial, arch, batch_size, self.options.budget_ms, clock)
+        low, high = result.ci_ms
+        throughput = result.throughput(batch_size)
+        if many is not None:
+            goal = None if result.p50_ms <= self.options.budget_ms else 0.0  # over budget: a few rounds are enough
+            throughput = self._timed(trial, arch, many, goal, clock)[0].throughput(many)
+        return {
+            "latency_ms": result.p50_ms,
+            "latency_p95_ms": result.p95_ms,
+            "latency_ci_low_ms": low,
+            "latency_ci_high_ms": high,
+            "samples": result.n,
+            "reference_ms": result.reference_p50_ms,
+            "reference_drift": result.reference_drift,
+            "throughput": throughput,
+            "source": "measured" if when is None else f"cache, {when}",
+        }
 
-    def _export(self, arch: Arch, path: Path, batch_size: int) -> None:
+    def _timed(
+        self, trial: optuna.Trial, arch: Arch, batch_size: int, budget_ms: float | None, clock: Clock
+    ) -> tuple[Measurement, str | None]:
+        """A network's result and, where it came from the cache, when it was measured."""
+        found = self.cache.get(arch, batch_size, self.reference_ms) if self.cache else None
+        if found is not None and enough(found[1].rounds_ms, budget_ms):
+            when, result = found
+        else:
+            when = None
+            settings = replace(self.options.settings, batch_size=batch_size)
+            if settings == self.options.settings:
+                self.measurer.prepare()
+            path = self._write(arch, self._folder / "candidate", settings)
+            clock.lap("build and export")
+            result = self.measurer.measure(path, budget_ms, pause=self._running(), batch_size=batch_size)
+            clock.add("session", result.load_s)
+            clock.lap("timed runs", less=result.load_s)
+            self.reference_ms = result.reference_p50_ms
+            if self.cache:
+                self.cache.put(arch, batch_size, result)
+        record = {"trial": trial.number, "batch_size": batch_size, "cached": when}
+        keep_samples(self.options.folder, record | result.to_dict())
+        return result, when
+
+    def _write(self, arch: Arch, stem: Path, settings: Settings) -> Path:
+        """The file the runtime loads, made by the exporter's process."""
         if self._exporter is None or not self._exporter.alive:
             self._close_exporter()
             self._exporter = Worker("nas.export")
-        self._exporter.call("export", EXPORT_TIMEOUT_S, arch=arch.to_json(), path=str(path), batch_size=batch_size)
+        answer = self._exporter.call(
+            "export", EXPORT_TIMEOUT_S, document=arch.to_json(), settings=asdict(settings), stem=str(stem), images=None
+        )
+        return Path(answer["path"])
 
     def _running(self) -> list[Worker]:
         return [self._exporter] if self._exporter is not None and self._exporter.alive else []
@@ -408,7 +480,7 @@ class Clock:
         self._phases[phase] += seconds
 
 
-def heart(trial: optuna.Trial) -> Callable[[], None]:
+def heart(trial: optuna.Trial, lease_s: float) -> Callable[[], None]:
     """A function that extends a trial's lease, once a minute at most."""
     from nas.study import lease
 
@@ -417,7 +489,7 @@ def heart(trial: optuna.Trial) -> Callable[[], None]:
     def beat() -> None:
         nonlocal last
         if time.monotonic() - last > BEAT_S:
-            lease(trial, LEASE_S)
+            lease(trial, lease_s)
             last = time.monotonic()
 
     return beat
@@ -431,6 +503,22 @@ def suggest(trial: optuna.Trial, options: Options) -> Arch:
     family = trial.suggest_categorical("family", list(options.families))
     params = {name: trial.suggest_int(name, 0, LEVELS - 1) for name in PARAMETERS}
     return FAMILIES[family].space.decode(params, options.num_classes, options.resolution)
+
+
+def open_cache(options: Options, say: Callable[[str], None]) -> Cache | None:
+    """Earlier results of this machine; None, told in one line, where the cache's file cannot be used."""
+    import sqlite3
+    from importlib.metadata import version
+
+    from nas.cache import Cache, default_path
+    from nas.hardware import fingerprint
+
+    machine = fingerprint(options.settings) | {name: version(name) for name in ("vitnas", "torch", "onnx")}
+    try:
+        return Cache(machine | {"reference": REFERENCE})
+    except (OSError, sqlite3.Error) as error:
+        say(f"no earlier latencies are used and none are kept: {default_path()}: {error}")
+        return None
 
 
 def choices(options: Options) -> dict[str, Any]:
@@ -517,10 +605,13 @@ def make_folder(folder: Path) -> None:
         raise UserError(f"cannot write to {folder}: {error.strerror}; give another --out") from None
 
 
-def write_hardware(options: Options) -> None:
+def write_hardware(options: Options) -> dict[str, Any]:
+    """What hardware.json holds of the machine that is measured, as it was at the start."""
     from nas.hardware import describe
 
-    (options.folder / "hardware.json").write_text(json.dumps(describe(options.settings), indent=1) + "\n")
+    described = describe(options.settings)
+    (options.folder / "hardware.json").write_text(json.dumps(described, indent=1) + "\n")
+    return described
 
 
 @contextmanager

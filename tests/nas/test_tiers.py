@@ -1,32 +1,34 @@
 """The trained tiers: who goes on, who is left out, what is kept, and how validation and final figures are told."""
 
+import functools
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from scipy.stats import kendalltau
 
 from nas.errors import TrainingError, UserError
 from nas.final import Accuracies, compare_means, settle, verdict
 from nas.outcome import rank
-from nas.quality.surrogate import Trained, describe
+from nas.quality.surrogate import Surrogate, Trained, describe
 from nas.quality.train import SCREEN_FROM, Train, low_resolution
 from nas.schooling import ETA, Lessons, Schooling
-from nas.validate import GATE, selects, tau, taus
-from search_spaces import get_arch, table
+from nas.validate import GATE, RESAMPLES, selects, tau, taus
+from search_spaces import Arch, get_arch, table
 from search_spaces.registry import FAMILIES
-from search_spaces.space import LEVELS, PARAMETERS
+from search_spaces.space import random_params
 
 LESSONS = Lessons("images", images=100, epochs=9, final_epochs=2, seeds=2, validate=0)
 
 
 def arch_at(seed: int, resolution: int | None = 64):
-    rng = np.random.default_rng(seed)
-    params = {name: int(rng.integers(LEVELS)) for name in PARAMETERS}
-    return FAMILIES["shvit"].space.decode(params, 10, resolution)
+    return FAMILIES["shvit"].space.decode(random_params(np.random.default_rng(seed)), 10, resolution)
 
 
+@functools.cache
 def skill(arch) -> float:
     return 5 * math.log2(table(arch).params() / 1e6)
 
@@ -108,6 +110,26 @@ def test_halving_trains_few_to_the_end(school):
     assert not list(school.folder.glob("*")), "no checkpoint is left of a finished trial"
 
 
+def test_one_fit_serves_until_a_training_adds_to_it(school, monkeypatch):
+    fits = []
+
+    class Counted(Surrogate):
+        def __init__(self, *args) -> None:
+            fits.append(args)
+            super().__init__(*args)
+
+    monkeypatch.setattr("nas.quality.train.Surrogate", Counted)
+    tier, arches = Stub(school), [arch_at(seed) for seed in range(5)]
+    for arch in arches[:4]:
+        learn(school, tier, arch)
+    assert len(fits) == 1 + len(tier.made), "one of nothing, one a rung"
+    tier.predict(arches[4], table(arches[4]))
+    tier.review([(arch.digest(), describe(arch, table(arch))) for arch in arches[:4]])
+    tier.held_out()
+    assert len(fits) == 1 + len(tier.made)
+    assert [each.key for each in tier.surrogate().trained] == [each.key for each in school.__dict__["known"]]
+
+
 def test_the_same_network_is_not_trained_twice(school):
     tier = Stub(school)
     learn(school, tier, arch_at(0))
@@ -164,7 +186,7 @@ def test_the_best_are_settled_by_training_them_to_the_end(school):
                 "features": describe(arch, table(arch)).tolist(),
                 "feasible": i != 5,
                 "quality": 0.0,
-                "arch": arch,
+                "arch": arch.model_dump(mode="json"),
             }
         )
     attrs: dict = {}
@@ -182,12 +204,13 @@ def test_the_best_are_settled_by_training_them_to_the_end(school):
     study = SimpleNamespace(user_attrs=attrs, set_user_attr=keep, get_trials=lambda deepcopy: trials)
     monkey = pytest.MonkeyPatch()
     monkey.setattr("nas.final.results_of", lambda study: known)
-    found = settle(study, tier, rows, True, lambda row: row["arch"], print)
+    found = settle(study, tier, rows, True, print)
     monkey.undo()
     best = sorted((row for row in found if row["feasible"]), key=lambda row: -row["quality_estimate"])[:3]
     done = {one.key for one in known if 9 in one.rungs}
     assert all(row["digest"] in done for row in best)
-    assert best[0]["arch"] is max((row["arch"] for row in rows if row["feasible"]), key=skill)
+    archs = [Arch.from_json(json.dumps(row["arch"])) for row in rows if row["feasible"]]
+    assert best[0]["arch"] == max(archs, key=skill).model_dump(mode="json")
     assert len(done) < len(known)
 
 
@@ -215,10 +238,11 @@ def test_the_closing_run_leaves_it_to_parameters_too(tmp_path, monkeypatch):
     monkeypatch.setattr(outcome, "write_artifact", lambda arch, settings, stem: stem)
     monkeypatch.setattr(outcome, "device_lock", lambda device: nullcontext())
     monkeypatch.setattr(outcome, "compare", lambda paths, *_, **__: dict.fromkeys(paths, result))
-    options = SimpleNamespace(budget_ms=2.0, settings=SimpleNamespace(device="cpu", batch_size=1), folder=tmp_path)
+    settings = SimpleNamespace(device="cpu", batch_size=1)
+    options = SimpleNamespace(budget_ms=2.0, settings=settings, folder=tmp_path, against=(), throughput_at=None)
     for selects_, best in ((True, 1), (False, 2)):
         rows = [row(1, 60.0, 2.0, selects_), row(2, 50.0, 4.0, selects_)]
-        assert outcome.closing_run(options, rows)[0]["trial"] == best
+        assert outcome.closing_run(options, rows)[0][0]["trial"] == best
 
 
 def test_taus():
@@ -233,6 +257,10 @@ def test_taus():
     assert not selects(nothing)
     assert tau([1.0] * 16, truth) == {"tau": None, "ci": None}
     assert not selects(tau([1.0] * 16, truth))
+    ties = np.round(noise)
+    picked = np.random.default_rng(0).integers(16, size=(RESAMPLES, 16))
+    scipys = [kendalltau(ties[i], truth[i]).statistic for i in picked]
+    assert tau(ties, truth)["ci"] == pytest.approx(list(np.percentile(scipys, [2.5, 97.5])))
     rows = [
         {"top1": t, GATE: t + n, "surrogate alone": n, "params": i, "macs": -i, "rungs": {"1": n, "3": t}}
         | {"estimate, last rung": t}
@@ -352,6 +380,33 @@ def test_judges_are_never_trained_on(pictures, tmp_path):
     assert list(judges.labels) == list(judge.labels)
 
 
+def test_images_of_earlier_resolutions_are_let_go(pictures, tmp_path):
+    """What was trained and judged keeps no images alive, and still tells which could not be decoded."""
+    import gc
+    import shutil
+    import weakref
+
+    from nas.data import skipped_line
+    from search_spaces import create_model
+
+    broken = tmp_path / "pictures"
+    shutil.copytree(pictures, broken)
+    for label in ("dark", "light"):
+        (broken / "train" / label / "0.png").write_bytes(b"broken")
+    school = real_school(broken, tmp_path)
+    tier, kept = Train(school), []
+    for size in (32, 64, 96):
+        arch = arch_at(3, size).replace(num_classes=2)
+        images, judge = school.split(size)
+        kept.append((weakref.ref(images), weakref.ref(judge)))
+        tier.begin(arch, images, tier.recipe(1), 0, tmp_path / str(size)).run()
+        school.judge(create_model(arch), judge)
+    del images, judge
+    gc.collect()
+    assert [each() for each in kept[0]] == [None, None]
+    assert "skipped 2 images" in skipped_line(school.loaders)
+
+
 def test_candidates_inherit_the_parent_s_weights_and_its_lesson(pictures, tmp_path):
     import torch
 
@@ -396,10 +451,36 @@ def test_a_long_training_keeps_its_lease(monkeypatch):
     now, leased = [0.0], []
     monkeypatch.setattr("nas.study.lease", lambda trial, seconds: leased.append(now[0]))
     monkeypatch.setattr(search.time, "monotonic", lambda: now[0])
-    beat = search.heart(None)
+    beat = search.heart(None, 300)
     for now[0] in (1, search.BEAT_S + 1, search.BEAT_S + 2, 2 * search.BEAT_S + 3):
         beat()
     assert leased == [search.BEAT_S + 1, 2 * search.BEAT_S + 3]
+
+
+def test_a_parent_is_a_folder_with_weights(pictures, tmp_path, helpers):
+    import torch
+
+    from nas.export import save_weights
+    from nas.schooling import find_parent
+    from search_spaces import create_model
+
+    school, said = real_school(pictures, tmp_path / "training"), []
+    for classes, lines in ((2, 1), (7, 2)):
+        folder = tmp_path / str(classes)
+        folder.mkdir()
+        model = helpers.randomise(create_model(arch_at(3, 32).replace(num_classes=classes)), 1)
+        (folder / "arch.json").write_text(model.arch.to_json())
+        with pytest.raises(UserError, match=r"has no model\.safetensors"):
+            find_parent(str(folder), school, said.append)
+        assert not said
+        save_weights(model, folder / "model.safetensors")
+        found = find_parent(str(folder), school, said.append)
+        assert all(torch.equal(value, found.weights[name]) for name, value in model.state_dict().items())
+        assert found.scores
+        assert found.seen == said[0]
+        assert ("cannot teach" in said[-1]) == (classes == 7)
+        assert len(said) == lines
+        said.clear()
 
 
 def test_where_a_parent_s_images_come_from_is_told(school, tmp_path):

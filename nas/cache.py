@@ -1,0 +1,83 @@
+"""Latencies measured on this machine, kept between studies: one SQLite file, every sample in it.
+
+A result counts for the same network, settings and machine only, and only while the machine runs at the speed it ran
+at then, by the reference network measured beside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sqlite3
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nas.measure.protocol import Measurement
+
+if TYPE_CHECKING:
+    from search_spaces import Arch
+
+ENVIRONMENT = "VITNAS_CACHE"
+SAME_SPEED = 0.05  # the reference network's latency then and now, relative
+BUSY_S = 20  # for another process's write
+
+
+def default_path() -> Path:
+    """$VITNAS_CACHE/latency.sqlite, by default under ~/.cache/vitnas."""
+    return Path(os.environ.get(ENVIRONMENT, Path.home() / ".cache" / "vitnas")) / "latency.sqlite"
+
+
+class Cache:
+    """Results of one machine with one kind of settings.
+
+    machine: what must agree, `hardware.fingerprint` of the settings, the reference network and the protocol.
+    Raises OSError or sqlite3.Error where the file cannot be used.
+    """
+
+    def __init__(self, machine: dict[str, Any], path: Path | None = None) -> None:
+        path = path or default_path()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._machine = machine
+        self._rows = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None)
+        self._rows.execute(
+            "CREATE TABLE IF NOT EXISTS latency (key TEXT PRIMARY KEY, arch TEXT, machine TEXT, measured TEXT, "
+            "result TEXT)"
+        )
+
+    def get(self, arch: Arch, batch_size: int, reference_ms: float) -> tuple[str, Measurement] | None:
+        """When it was measured (ISO 8601), and the result; None where there is none from a machine at this speed.
+
+        Args:
+            reference_ms: the reference network's median now.
+        """
+        row = self._rows.execute(
+            "SELECT measured, result FROM latency WHERE key = ?", [self._key(arch, batch_size)]
+        ).fetchone()
+        if row is None:
+            return None
+        result = Measurement.from_dict(json.loads(row[1]))
+        then = result.reference_p50_ms
+        same = then is not None and abs(then / reference_ms - 1) <= SAME_SPEED
+        return (row[0], result) if same else None
+
+    def put(self, arch: Arch, batch_size: int, result: Measurement) -> None:
+        """Keep a result, in place of an earlier one."""
+        self._rows.execute(
+            "INSERT OR REPLACE INTO latency VALUES (?, ?, ?, ?, ?)",
+            [
+                self._key(arch, batch_size),
+                arch.to_json(),
+                json.dumps(self._machine, sort_keys=True),
+                datetime.now().astimezone().isoformat(timespec="seconds"),
+                json.dumps(result.to_dict()),
+            ],
+        )
+
+    def close(self) -> None:
+        self._rows.close()
+
+    def _key(self, arch: Arch, batch_size: int) -> str:
+        document = [arch.digest(), batch_size, self._machine]
+        return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()

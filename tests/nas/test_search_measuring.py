@@ -1,0 +1,102 @@
+"""What a search measures besides a trial's latency: the cache, throughput at a batch, networks it is held against."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from nas.cache import default_path
+from nas.measure import Settings
+from nas.search import open_cache
+
+SMALL = ("--latency-budget", "50ms", "--family", "shvit", "--resolution", "64", "--threads", "1", "--seed", "3")
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader((folder / "trials.csv").open()))
+
+
+def samples_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+
+
+def test_a_second_study_takes_latencies_from_the_cache(vitnas, tmp_path, monkeypatch):
+    monkeypatch.setattr("nas.cache.SAME_SPEED", 10.0)  # other tests may be running beside this one
+    for study in ("first", "second"):
+        assert vitnas("search", *SMALL, "--trials", "1", "--out", str(tmp_path), "--study", study)[0] == 0
+    (first,), (second,) = (rows_of(tmp_path / study) for study in ("first", "second"))
+    assert first["source"] == "measured"
+    assert second["source"].startswith("cache, 20")
+    assert second["latency_ms"] == first["latency_ms"]
+    trials = [[s["rounds_ms"] for s in samples_of(tmp_path / study) if "trial" in s] for study in ("first", "second")]
+    assert trials[0] == trials[1]  # every sample comes along
+    assert "1 of 1 trials took their latency from" in (tmp_path / "second/report.html").read_text()
+
+
+def test_a_cache_that_cannot_be_used_is_told(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("VITNAS_CACHE", str(tmp_path / "file" / "below"))
+    said = []
+    assert open_cache(SimpleNamespace(settings=Settings()), said.append) is None
+    (line,) = said
+    assert "no earlier latencies are used and none are kept" in line
+
+
+def test_throughput_at_a_batch_and_networks_beside(vitnas, tmp_path):
+    words = (
+        "--trials",
+        "2",
+        "--throughput-at",
+        "4",
+        "--against",
+        "timm/test_vit",
+        "--against",
+        "shvit_s1",
+        "--no-cache",
+    )
+    code, out, err = vitnas("search", *SMALL, *words, "--out", str(tmp_path), "--study", "s", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["throughput_at"] == 4
+    rows, samples = rows_of(tmp_path / "s"), samples_of(tmp_path / "s")
+    batches = {s["trial"]: s for s in samples if s.get("batch_size") == 4 and "trial" in s}
+    assert set(batches) == {int(row["trial"]) for row in rows}
+    for row in rows:
+        p50 = sorted(ms for part in batches[int(row["trial"])]["rounds_ms"] for ms in part)
+        assert float(row["throughput"]) == pytest.approx(4000 / p50[len(p50) // 2], rel=0.2)
+        assert float(row["throughput"]) != pytest.approx(1000 / float(row["latency_ms"]), rel=1e-6)
+    beside = {row["label"]: row for row in found["against"]}
+    assert set(beside) == {"timm/test_vit", "shvit_s1"}
+    winner = found["final"][0]
+    for row in beside.values():
+        assert row["fits"]
+        assert row["ratio"] == pytest.approx(row["latency_ms"] / winner["latency_ms"], rel=0.5)
+        assert row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
+    page = (tmp_path / "s" / "report.html").read_text()
+    assert "<h2>Against</h2>" in page
+    assert "timm/test_vit" in page
+    assert not default_path().exists()
+    # the second objective belongs to the study
+    code, _, err = vitnas("search", *SMALL, "--trials", "2", "--out", str(tmp_path), "--study", "s")
+    assert code == 2
+    assert "throughput_at" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--against", "timm/no_such_network"), "timm has no network"),
+        (("--against", "absent.json"), "no such file"),
+        (("--throughput-at", "0"), "batch size is 0"),
+        (("--precision", "int4"), "unknown precision 'int4'"),
+        (("--precision", "fp16"), "not fp16"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(vitnas, tmp_path, words, message):
+    result = vitnas("search", *SMALL, *words, "--out", str(tmp_path / "runs"))
+    vitnas.refused(result, message)
+    assert not (tmp_path / "runs").exists()
