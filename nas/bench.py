@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import re
-import statistics
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from nas.errors import UserError
 from nas.measure import RUNTIMES, MeasureError, Measurement, Settings, compare, device_lock
-from nas.measure.protocol import median_interval
+from nas.measure.protocol import paired_ratio
 from nas.process import Worker, WorkerError
 
 if TYPE_CHECKING:
@@ -31,6 +30,7 @@ TIMEOUT_S = 600
 """For a network to load and warm up, and for a round: torch.compile takes minutes, a large batch seconds."""
 BUSY = 0.25
 """Spread of a network's round medians, (p90 - p10) / median, from which on the machine is called busy."""
+UNFOLDED = "On PyTorch timm's networks keep the BatchNorms that timm cannot fold; ours are folded. ONNX folds both."
 SETTINGS = ("runtime", "device", "precision", "batch_size", "threads")
 COLUMNS = (
     *("model", *SETTINGS, "latency_ms", "p95_ms", "ci_low_ms", "ci_high_ms", "samples"),
@@ -112,6 +112,8 @@ def run_bench(options: Options, progress: Progress = lambda *_: None) -> Found:
         if isinstance(result, Measurement):
             first = first or result
             found.rows.append(_row(*cell, result, first) | _throughput(results[batch], batch[1].batch_size))
+    if any(targets[label].timm and RUNTIMES[settings.runtime].artifact == "module" for label, settings in cells):
+        found.notes.append(UNFOLDED)
     spreads = [(result.spread, cell[0]) for cell, result in results.items() if isinstance(result, Measurement)]
     spread, label = max(spreads, default=(0, ""))
     if spread > BUSY:
@@ -135,11 +137,13 @@ def _own(label: str, given: OnnxInput | None, settings: Settings, options: Optio
             raise UserError(f"{label} is fixed at batch size {own}: --{option} {wanted} does not fit")
     if options.data is not None and (len(image) != 3 or image[0] != 3 or image[1] != image[2]):
         raise UserError(f"--data has square images in three colours, {label} takes {_written(image)}: leave --data out")
-    return replace(settings, batch_size=own)
+    if given.quantised and settings.precision not in ("fp32", "int8"):
+        raise UserError(f"{label} is quantised: it cannot be measured in {settings.precision}")
+    return replace(settings, batch_size=own, precision="int8" if given.quantised else settings.precision)
 
 
 def _row(label: str, settings: Settings, result: Measurement, first: Measurement) -> Row:
-    low, high = ratio_interval(result, first)
+    ratio, interval = paired_ratio(result, first)
     return {
         "model": label,
         **{name: getattr(settings, name) for name in SETTINGS},
@@ -147,26 +151,14 @@ def _row(label: str, settings: Settings, result: Measurement, first: Measurement
         "p95_ms": result.p95_ms,
         "ci": list(result.ci_ms),
         "samples": result.n,
-        "ratio": result.p50_ms / first.p50_ms,
-        "ratio_ci": [low, high],
+        "ratio": ratio,
+        "ratio_ci": list(interval),
     }
 
 
 def _throughput(result: Measurement | MeasureError, batch_size: int) -> Row:
     measured = isinstance(result, Measurement)
     return {"throughput": result.throughput(batch_size) if measured else None, "throughput_batch": batch_size}
-
-
-def ratio_interval(result: Measurement, first: Measurement) -> tuple[float, float]:
-    """95% interval of the ratio of two medians of one interleaved run.
-
-    From the ratios within each round, whose two slices lie close together in time: what the machine does in between
-    rounds cancels. Widened where the ratio of the medians of all samples lies outside.
-    """
-    pairs = zip(result.rounds_ms, first.rounds_ms, strict=True)
-    low, high = median_interval([statistics.median(ours) / statistics.median(theirs) for ours, theirs in pairs])
-    ratio = result.p50_ms / first.p50_ms
-    return min(low, ratio), max(high, ratio)
 
 
 def is_tie(row: Row, first: Row) -> bool:
@@ -192,12 +184,16 @@ def worded(name: str, value: Any) -> str:
 
 @dataclass(frozen=True)
 class OnnxInput:
-    """The only input of an ONNX file. sizes: of its dimensions, the batch first; None where they are dynamic."""
+    """The only input of an ONNX file.
+
+    sizes: of its dimensions, the batch first; None where they are dynamic. quantised: whether the file is int8 already.
+    """
 
     path: Path
     name: str
     kind: str
     sizes: tuple[int | None, ...]
+    quantised: bool = False
 
     @classmethod
     def read(cls, path: Path) -> OnnxInput:
@@ -216,8 +212,9 @@ class OnnxInput:
             raise UserError(f"{path} holds no network: {len(graph.node)} nodes, {len(found)} inputs")
         if len(found) > 1 or found[0].kind != "float" or not found[0].sizes:
             listed = ", ".join(f"{each.name} ({each.kind} {each})" for each in found)
+            listed += "; give the float32 file and --precision fp16" * any(each.kind == "float16" for each in found)
             raise UserError(f"{path}: only networks of one float32 input are measured; its inputs are {listed}")
-        return found[0]
+        return replace(found[0], quantised=any(node.op_type == "DequantizeLinear" for node in graph.node))
 
     @classmethod
     def _of(cls, path: Path, value: Any) -> OnnxInput:
@@ -351,6 +348,8 @@ class _Files:
             shape = given.shape(self._shapes, settings.batch_size)
             resolution = shape[-1]
             method, source = "fix", {"source": str(given.path), "name": given.name, "shape": shape}
+            if given.quantised:
+                settings = replace(settings, precision="fp32")  # there is nothing left to convert
         if self._worker is None or not self._worker.alive:
             self._worker = Worker("nas.bench")
         images = self._calibration.at(resolution) if settings.precision == "int8" else None

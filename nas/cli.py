@@ -325,6 +325,8 @@ def bench(
     from nas.bench import PLOTS, Options, check_output, parse_shape, run_bench, to_csv, to_plot
     from nas.display import show_bench, watch_phases
     from nas.hardware import busy_line, describe
+    from nas.measure import device_lock
+    from nas.measure.protocol import SURE_ROUNDS
     from nas.report import replace_file
     from nas.targets import find_target
 
@@ -340,6 +342,7 @@ def bench(
                 raise UserError(f"{option} can be given once with --suite")
         for given, option in (
             (models, "networks"),
+            (data, "--data"),
             (throughput_at, "--throughput-at"),
             (shape, "--shape"),
             (plot, "--plot"),
@@ -353,8 +356,8 @@ def bench(
     rounds = 30 if rounds is None else rounds
     if not models:
         raise UserError("name the networks to measure: published names, timm/NAME, arch.json or .onnx files")
-    if rounds < 3:
-        raise UserError(f"--rounds is {rounds}: give 3 or more")
+    if rounds < SURE_ROUNDS:
+        raise UserError(f"--rounds is {rounds}: give {SURE_ROUNDS} or more, for intervals of 95%")
     asked = list(itertools.product(runtime or [None], precision or ["fp32"], batch_size or [1], threads or [None]))
     settings = [settings_of(run, device, thread, batch, kind) for run, kind, batch, thread in asked]
     if throughput_at is not None:
@@ -373,7 +376,8 @@ def bench(
         shapes=dict(map(parse_shape, shape or ())),
         data=data,
     )
-    hardware = describe(max(settings, key=lambda each: each.threads))
+    with device_lock(device):  # what another vitnas does there is not this machine's load
+        hardware = describe(max(settings, key=lambda each: each.threads))
     with watch_phases() as (progress, _):
         found = run_bench(options, progress)
     if line := busy_line(hardware):
@@ -597,16 +601,19 @@ def run_suite(name: str, settings: Any, rounds: int, csv: Path | None, as_json: 
     from nas.bench import check_output
     from nas.display import console_of, watch_phases
     from nas.hardware import busy_line, describe
+    from nas.measure import device_lock
+    from nas.measure.protocol import SURE_ROUNDS
     from nas.papers import papers_csv, papers_table, run_papers
     from nas.report import replace_file
 
     if name != "papers":
         raise UserError(f"unknown suite {name!r}: choose papers")
-    if rounds < 3:
-        raise UserError(f"--rounds is {rounds}: give 3 or more")
+    if rounds < SURE_ROUNDS:
+        raise UserError(f"--rounds is {rounds}: give {SURE_ROUNDS} or more, for intervals of 95%")
     if csv:
         check_output("--csv", csv)
-    hardware = describe(settings)
+    with device_lock(settings.device):
+        hardware = describe(settings)
     with watch_phases() as (progress, say):
         if line := busy_line(hardware):
             say(line)
@@ -617,8 +624,10 @@ def run_suite(name: str, settings: Any, rounds: int, csv: Path | None, as_json: 
         console_of().print(papers_table(found["rows"]))
     if csv:
         replace_file(csv, papers_csv(found["rows"]))
-    if found["interrupted"]:
+    if found["interrupted"] == "interrupted":
         raise KeyboardInterrupt
+    if found["interrupted"]:
+        raise UserError(found["interrupted"])
 
 
 def storage_named(run: str | None) -> str | Path:

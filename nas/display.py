@@ -72,14 +72,6 @@ def bar_of(*more: TextColumn) -> Bar:
 
 
 @contextmanager
-def watch_rounds(what: str = "rounds") -> Iterator[Callable[[int, int], None]]:
-    """Live progress of an interleaved run."""
-    with bar_of() as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total, refresh=True)
-
-
-@contextmanager
 def watch_phases() -> Iterator[tuple[Callable[[str, int, int], None], Callable[[str], None]]]:
     """Live progress of a command that goes through phases: yields (progress callback, say)."""
     with bar_of() as bar:
@@ -208,11 +200,15 @@ def final_table(final: Sequence[Mapping[str, Any]], budget: str) -> Table:
             f"{row['published_top1']:.1f}" if row["published_top1"] else "",
             f"{row['latency_ms']:.2f}",
             f"{row['ci_low_ms']:.2f}..{row['ci_high_ms']:.2f}",
-            f"{row['throughput']:.0f}",
+            rate(row["throughput"]),
             f"{row['params_m']:.1f}",
             f"{row['macs_m']:.0f}",
         )
     return table
+
+
+def rate(throughput: float | None) -> str:
+    return "" if throughput is None else f"{throughput:.0f}"
 
 
 def against_table(rows: Sequence[Mapping[str, Any]], first: str, budget: str) -> Table:
@@ -232,7 +228,7 @@ def against_table(rows: Sequence[Mapping[str, Any]], first: str, budget: str) ->
             "" if row["fits"] else f"over {budget}",
             f"{row['latency_ms']:.2f}",
             f"{row['ci_low_ms']:.2f}..{row['ci_high_ms']:.2f}",
-            f"{row['throughput']:.0f}",
+            rate(row["throughput"]),
             *ratio,
         )
     return table

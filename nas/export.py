@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import tempfile
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nas.errors import UserError, first_line
 from nas.measure import RUNTIMES, Settings
+from nas.process import Worker
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 OPSET = 17
 TOLERANCE = 1e-4
+EXPORT_TIMEOUT_S = 180
 CONVERTED = ("fp16", "int8")
 """Precisions that need an ONNX file of their own (see `lower_precision`)."""
 
@@ -199,6 +202,58 @@ def disagreement(folded: nn.Module, path: Path, resolution: int, batch_size: int
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {"images": images.numpy()})
     return float(abs(found - expected).max() / max(abs(expected).max(), 1e-30))
+
+
+class Exporter:
+    """`write_artifact` in a child process: a network that crashes it, or fills its memory, is a WorkerError.
+
+    images: what int8 is calibrated on, see `lower_precision`.
+    """
+
+    def __init__(self, images: np.ndarray | None = None) -> None:
+        self._images, self._worker = images, None
+        self._folder = tempfile.TemporaryDirectory(prefix="vitnas-")
+
+    def __enter__(self) -> Exporter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._worker is not None:
+            self._worker.close()
+        self._folder.cleanup()
+
+    @property
+    def running(self) -> list[Worker]:
+        """The child, where there is one: to be stopped while something is timed."""
+        return [self._worker] if self._worker is not None and self._worker.alive else []
+
+    def write(self, network: Arch | TimmNetwork, settings: Settings, stem: Path) -> Path:
+        """The network's file. Raises WorkerError."""
+        from nas.measure.module import to_document
+
+        if not self.running:
+            if self._worker is not None:
+                self._worker.close()
+            self._worker = Worker("nas.export")
+        answer = self._worker.call(
+            "export",
+            EXPORT_TIMEOUT_S,
+            document=to_document(network),
+            settings=asdict(settings),
+            stem=str(stem),
+            images=self._calibration(),
+        )
+        return Path(answer["path"])
+
+    def _calibration(self) -> str | None:
+        import numpy as np
+
+        if self._images is None:
+            return None
+        path = Path(self._folder.name) / "images.npy"
+        if not path.exists():
+            np.save(path, self._images)
+        return str(path)
 
 
 def export_here(document: str, settings: dict[str, Any], stem: str, images: str | None) -> dict[str, str]:

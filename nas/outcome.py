@@ -14,19 +14,19 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nas.errors import first_line
-from nas.export import CONVERTED, label_onnx, lower_precision, write_artifact, write_onnx
+from nas.errors import UserError
+from nas.export import CONVERTED, Exporter, label_onnx, lower_precision, write_onnx
 from nas.measure import (
     RUNTIMES,
     MeasureError,
     Measurement,
     Settings,
     compare,
-    default_threads,
     device_kind,
     device_lock,
 )
 from nas.measure.protocol import paired_ratio
+from nas.process import WorkerError
 from nas.quality import Estimate
 from nas.search import LATENCY_KEYS, keep_samples
 
@@ -142,31 +142,43 @@ def arch_of(row: Row) -> Arch:
 
 
 def closing_run(
-    options: Options, rows: Sequence[Row], progress: Callable[[int, int], None] | None = None
+    options: Options,
+    rows: Sequence[Row],
+    calibration: np.ndarray | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[list[Row], list[Row]]:
     """Measure the finalists once more, side by side with `options.against` in one interleaved run.
+
+    calibration: images for int8.
 
     Returns:
         Rows of the final table, best first; rows of the outside networks, whose ratios are to the first of those.
     """
     finalists = finalists_of(rows, options.budget_ms)
     networks = {label_of(row): arch_of(row) for row in finalists}
-    outside = {target.label: target.network for target in options.against if target.label not in networks}
-    results = side_by_side(options, networks | outside, options.settings, CLOSING_ROUNDS, progress)
-    many = {}
-    if options.throughput_at is not None:
-        settings = replace(options.settings, batch_size=options.throughput_at)
-        many = side_by_side(options, networks | outside, settings, THROUGHPUT_ROUNDS, progress)
+    outside = {
+        target.label if target.label not in networks else f"{target.label} (as named)": target.network
+        for target in options.against
+        if target.network not in networks.values()
+    }
+    many = options.throughput_at and replace(options.settings, batch_size=options.throughput_at)
+    batches: dict[str, Measurement | MeasureError] = {}
+    with Exporter(calibration) as exporter:
+        results = side_by_side(exporter, networks | outside, options.settings, CLOSING_ROUNDS, progress)
+        if many:
+            batches = side_by_side(exporter, networks | outside, many, THROUGHPUT_ROUNDS, progress)
 
     def timed(label: str) -> dict[str, Any]:
         """A network's figures; its error where it has none."""
-        result, batch = results[label], many.get(label)
-        for failed in (result, batch):
-            if isinstance(failed, MeasureError):
-                return {"error": str(failed)}
+        result, batch = results[label], batches.get(label) if many else results[label]
+        if isinstance(result, MeasureError):
+            return {"error": str(result)}
         keep_samples(options.folder, {"closing": label, **result.to_dict()})
-        if batch is not None:
-            keep_samples(options.folder, {"closing": label, "batch_size": options.throughput_at, **batch.to_dict()})
+        throughput = None
+        if isinstance(batch, Measurement):
+            throughput = batch.throughput((many or options.settings).batch_size)
+            if many:
+                keep_samples(options.folder, {"closing": label, "batch_size": many.batch_size, **batch.to_dict()})
         low, high = result.ci_ms
         return {
             "latency_ms": result.p50_ms,
@@ -174,9 +186,7 @@ def closing_run(
             "ci_low_ms": low,
             "ci_high_ms": high,
             "samples": result.n,
-            "throughput": batch.throughput(options.throughput_at)
-            if batch is not None
-            else result.throughput(options.settings.batch_size),
+            "throughput": throughput,
             "fits": result.p50_ms <= options.budget_ms,
         }
 
@@ -200,19 +210,20 @@ def closing_run(
         elif first_of_family:
             entry["role"] = "family winner"
     final = fitting + sorted((e for e in final if not e["fits"]), key=lambda e: -e["quality"])
-    first = results[final[0]["label"]]
+    measured = [entry for entry in final if not entry["error"]]
     beside = []
     for label in outside:
         entry = {"label": label, "error": "", "fits": False, "ratio": None, "ratio_low": None, "ratio_high": None}
         entry |= timed(label)
-        if not entry["error"] and not final[0]["error"]:
+        if measured and not entry["error"]:
+            first = results[measured[0]["label"]]
             entry["ratio"], (entry["ratio_low"], entry["ratio_high"]) = paired_ratio(results[label], first)
         beside.append(entry)
     return final, beside
 
 
 def side_by_side(
-    options: Options,
+    exporter: Exporter,
     networks: Mapping[str, Any],
     settings: Settings,
     rounds: int,
@@ -224,9 +235,9 @@ def side_by_side(
         paths = {}
         for i, (label, network) in enumerate(networks.items()):
             try:
-                paths[label] = write_artifact(network, settings, Path(folder) / str(i))
-            except (RuntimeError, ValueError) as error:
-                results[label] = MeasureError(f"cannot be exported: {first_line(error)}")
+                paths[label] = exporter.write(network, settings, Path(folder) / str(i))
+            except WorkerError as error:
+                results[label] = MeasureError(f"cannot be exported: {error}")
         return results | compare(paths, settings, rounds=rounds, progress=progress)
 
 
@@ -299,7 +310,15 @@ def finish_run(
             rows, validation = judged(options, study, run, rows, notes.append)
     feasible = [row for row in rows if row["feasible"]]
     watched = partial(phase, "closing side-by-side run") if phase else None
-    final, beside = closing_run(options, rows, watched) if feasible and not run.interrupted else ([], [])
+    final, beside = [], []
+    if feasible and not run.interrupted:
+        try:
+            final, beside = closing_run(options, rows, run.calibration, watched)
+        except UserError as error:  # a remote device that does not come back
+            run.interrupted = True
+            notes.append(str(error))
+    if options.against and not beside:
+        notes.append("no network of --against was measured: there was no closing run, or they are all in its table")
     winner = next((e for e in final if e["role"] == "winner"), None)
     if winner is None and not final:
         winner = best_of(feasible)
@@ -371,7 +390,7 @@ def finish_run(
         "winner": winner_data(winner),
         "fastest": fastest and {"label": label_of(fastest), **{k: fastest[k] for k in ("family", "latency_ms")}},
         "ties": ties_of(final),
-        "advice": advice(options) if winner is None else [],
+        "advice": advice(options, run) if winner is None else [],
         "notes": notes,
         "skipped": skipped_lines(options, rows),
         "protocol": protocol(options),
@@ -490,9 +509,10 @@ def save_best(options: Options, arch: Arch, folder: Path, calibration: np.ndarra
         label_onnx(draft, arch, trained=False)
         draft.replace(folder / "model.onnx")
     if options.settings.precision in CONVERTED and RUNTIMES[options.settings.runtime].artifact == "onnx":
-        lowered = folder / f"model.{options.settings.precision}.onnx"
-        shutil.copy(folder / "model.onnx", lowered)
-        lower_precision(lowered, options.settings, calibration)
+        draft = folder / "model.onnx.partial"
+        shutil.copy(folder / "model.onnx", draft)
+        lower_precision(draft, options.settings, calibration)
+        draft.replace(folder / f"model.{options.settings.precision}.onnx")
     return weights is not None
 
 
@@ -548,13 +568,13 @@ def overhead_share(data: Mapping[str, Any]) -> float:
     return sum(row["share"] for row in data["breakdown"] if row["phase"] in OVERHEAD)
 
 
-def advice(options: Options) -> list[str]:
+def advice(options: Options, run: Run) -> list[str]:
     """What may bring the budget within reach."""
     from search_spaces.registry import FAMILIES
 
     lines = []
-    device = device_kind(options.settings.device)
-    if device == "cpu" and options.settings.threads < (most := default_threads(options.settings.device)):
+    device, most = device_kind(options.settings.device), run.hardware.get("physical_cores", 1)
+    if device == "cpu" and options.settings.threads < most:
         lines.append(f"--threads {most}: this search used {options.settings.threads}")
     others = [name for name, runtime in RUNTIMES.items() if device in runtime.devices]
     others = [name for name in others if name != options.settings.runtime]
@@ -577,7 +597,8 @@ def protocol(options: Options) -> list[str]:
         f"Each network runs in a fresh process pinned to {options.settings.threads} CPU(s); every other process of "
         "the search is stopped while it is timed.",
         f"{MIN_ROUNDS} to {MAX_ROUNDS} rounds of short slices alternate with {REFERENCE} as the fixed reference, after "
-        "untimed runs; a trial ends early where it is far over the budget.",
+        "untimed runs; a trial ends early once its interval is wholly over the budget, judged after each round from "
+        "the 6th on, or far over it from the 3rd on.",
         f"Latency is the median of all samples; its {CONFIDENCE:.0%} interval comes from the rounds' medians by order "
         f"statistics, and rounds stop once its half-width is {PRECISION:.0%} of the median. samples.jsonl keeps every "
         "sample.",

@@ -27,6 +27,9 @@ BRIEF_IMAGES = 4_500
 """Images that train a network which comes without weights, or whose classifier does."""
 BRIEF_LR = 1e-3
 FINETUNE_LR = 1e-4
+CALIBRATED_ON_NOISE = (
+    "the int8 files that are timed are calibrated on noise: latency is real, nothing is said of accuracy"
+)
 CLOSING_ROUNDS = 30
 COST_ROUNDS = 10
 CORRECTIONS = 3
@@ -185,6 +188,8 @@ class _Run:
             return json.loads((self.options.folder / "prune.json").read_text())
         if self.options.settings.precision != "fp32":
             self.job.say(f"latency is measured in {self.options.settings.precision}; accuracy and model.onnx are fp32")
+        if self.options.settings.precision == "int8":
+            self.job.say(CALIBRATED_ON_NOISE)
         arch, weights = self._source()
         self.job.open_data(self.options.data, arch.resolution, self.options.num_classes, self.options.seed)
         arch = arch.replace(num_classes=len(self.job.data.classes))

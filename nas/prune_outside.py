@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nas.errors import UserError, first_line
-from nas.export import agreement, save_weights, to_onnx
+from nas.export import CONVERTED, agreement, save_weights, to_onnx
 from nas.job import Job, Progress, Say, compute_device
 from nas.measure import RUNTIMES, Measurement, device_lock
 from nas.prune import (
@@ -46,8 +46,15 @@ def prune_outside(options: Options, command: str, say: Say, progress: Progress) 
         raise UserError("--macs 1x: networks outside the five families cannot be reallocated, only cut")
     if options.criterion not in CRITERIA:
         raise UserError(f"--criterion {options.criterion}: outside the five families, {', '.join(CRITERIA)}")
-    if RUNTIMES[options.settings.runtime].artifact != "onnx":
-        raise UserError(f"--runtime {options.settings.runtime}: networks outside the five families need onnxruntime")
+    onnx = [name for name, runtime in RUNTIMES.items() if runtime.artifact == "onnx"]
+    if options.settings.runtime not in onnx:
+        raise UserError(
+            f"--runtime {options.settings.runtime}: networks outside the five families need {' or '.join(onnx)}"
+        )
+    if options.settings.precision in CONVERTED:
+        raise UserError(
+            f"--precision {options.settings.precision}: networks outside the five families are measured in fp32"
+        )
     if options.weights not in (None, "timm"):
         raise UserError(f"--weights {options.weights}: networks outside the five families take timm's own, or none")
     job = Job(options.folder, options.fingerprint(), say, progress, compute_device(options.settings))

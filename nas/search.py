@@ -18,12 +18,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nas.errors import TrainingError, UserError
+from nas.export import EXPORT_TIMEOUT_S, Exporter
 from nas.measure import (
     RUNTIMES,
     LinkLost,
@@ -34,8 +35,8 @@ from nas.measure import (
     device_lock,
     open_measurer,
 )
-from nas.measure.protocol import enough
-from nas.process import Worker, WorkerError
+from nas.measure.protocol import PROTOCOL, settled
+from nas.process import WorkerError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,7 +51,6 @@ if TYPE_CHECKING:
     from search_spaces import Arch
 
 REFERENCE = "efficientvit_m0"
-EXPORT_TIMEOUT_S = 180
 BEAT_S = 60
 SWEPT = "trial {} was taken for dead by another worker; its result was dropped"
 PHASES = (
@@ -218,7 +218,8 @@ def search(
             shutil.rmtree(options.folder, ignore_errors=True)
         raise
     run = Run(datetime.now().astimezone().isoformat(timespec="seconds"))
-    run.hardware = write_hardware(options)
+    with device_lock(options.settings.device):  # what another vitnas does there is not this machine's load
+        run.hardware = write_hardware(options)
     lines = [busy_line(run.hardware)]
     if options.settings.precision != "fp32":
         lines.append(f"latency is measured in {options.settings.precision}; quality is that of fp32")
@@ -251,7 +252,7 @@ def search(
             sweep(study)
             if remaining(study, options.trials):
                 known = open_cache(options, say) if options.cache else None
-                worker = stack.enter_context(TrialRunner(options, study, run.tier, known))
+                worker = stack.enter_context(TrialRunner(options, study, run.tier, known, run.calibration))
                 enqueue_published(options, study, worker.reference_ms)
                 starting.lap("start")
             while remaining(study, options.trials) and (deadline is None or time.perf_counter() < deadline):
@@ -269,6 +270,12 @@ def search(
                 raise
             run.interrupted = True
             say("interrupted: finishing with what was measured; the same command continues")
+        except UserError as error:  # a remote device that does not come back
+            if not run.trial_s:
+                raise
+            run.interrupted = True
+            run.notes.append(str(error))
+            say(f"{error}; finishing with what was measured; the same command continues")
     run.wall_s = time.perf_counter() - begun
     return study, run
 
@@ -276,20 +283,28 @@ def search(
 class TrialRunner:
     """Runs one trial after the other with a persistent exporter process and a `Measurer`."""
 
-    def __init__(self, options: Options, study: optuna.Study, tier: Tier, cache: Cache | None) -> None:
+    def __init__(
+        self,
+        options: Options,
+        study: optuna.Study,
+        tier: Tier,
+        cache: Cache | None = None,
+        calibration: np.ndarray | None = None,
+    ) -> None:
         self.options, self.study, self.tier, self.cache = options, study, tier, cache
+        self._calibration = calibration
+        self.notes: list[str] = []
         self.lease_s = EXPORT_TIMEOUT_S + 120 + 2 * RUNTIMES[options.settings.runtime].patience_s
         self._stack = ExitStack()
-        self._exporter: Worker | None = None
 
     def __enter__(self) -> TrialRunner:
         self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="vitnas-")))
-        self._stack.callback(self._close_exporter)
+        self._exporter = self._stack.enter_context(Exporter(self._calibration))
         try:
             with device_lock(self.options.settings.device):
-                reference = self._write(reference_arch(), self._folder / "reference", self.options.settings)
+                reference = self._exporter.write(reference_arch(), self.options.settings, self._folder / "reference")
                 self.measurer = self._stack.enter_context(open_measurer(self.options.settings, reference, self._folder))
-                self.reference_ms = self.measurer.measure(reference, pause=self._running()).p50_ms
+                self.reference_ms = self.measurer.measure(reference, pause=self._exporter.running).p50_ms
         except (MeasureError, WorkerError) as error:
             self._stack.close()
             raise UserError(f"the reference network {REFERENCE} cannot be measured here: {error}") from None
@@ -307,7 +322,7 @@ class TrialRunner:
 
         from nas.study import fail, lease
 
-        clock = Clock(run.phases)
+        clock, self.notes = Clock(run.phases), run.notes
         with device_lock(self.options.settings.device):
             clock.lap("waiting for the device")
             trial = self.study.ask()
@@ -321,8 +336,9 @@ class TrialRunner:
                     run.notes.append(SWEPT.format(trial.number))
             except LinkLost as error:
                 clock.lap("timed runs")
-                fail(self.study, trial, str(error), retry=True)
-                run.notes.append(f"trial {trial.number}: {error}; its parameters were tried again")
+                again = "retry_of" not in trial.user_attrs
+                fail(self.study, trial, str(error), retry=again)
+                run.notes.append(f"trial {trial.number}: {error}" + "; its parameters were tried again" * again)
             except TrainingError as error:
                 clock.lap("training")
                 fail(self.study, trial, str(error))
@@ -398,7 +414,12 @@ class TrialRunner:
         throughput = result.throughput(batch_size)
         if many is not None:
             goal = None if result.p50_ms <= self.options.budget_ms else 0.0  # over budget: a few rounds are enough
-            throughput = self._timed(trial, arch, many, goal, clock)[0].throughput(many)
+            try:
+                throughput = self._timed(trial, arch, many, goal, clock)[0].throughput(many)
+            except LinkLost:
+                raise
+            except MeasureError as error:
+                raise MeasureError(f"at batch {many}: {error}") from None
         return {
             "latency_ms": result.p50_ms,
             "latency_p95_ms": result.p95_ms,
@@ -411,46 +432,40 @@ class TrialRunner:
             "source": "measured" if when is None else f"cache, {when}",
         }
 
+    def _cached(self, action: Callable[[Cache], Any]) -> Any:
+        """What the cache says; a file that fails (a full disk, say) is told once and no longer used."""
+        import sqlite3
+
+        if self.cache is None:
+            return None
+        try:
+            return action(self.cache)
+        except sqlite3.Error as error:
+            self.cache = None
+            self.notes.append(f"the cache of latencies is no longer used: {error}")
+
     def _timed(
         self, trial: optuna.Trial, arch: Arch, batch_size: int, budget_ms: float | None, clock: Clock
     ) -> tuple[Measurement, str | None]:
         """A network's result and, where it came from the cache, when it was measured."""
-        found = self.cache.get(arch, batch_size, self.reference_ms) if self.cache else None
-        if found is not None and enough(found[1].rounds_ms, budget_ms):
+        found = self._cached(lambda cache: cache.get(arch, batch_size, self.reference_ms))
+        if found is not None and settled(found[1].rounds_ms, budget_ms):
             when, result = found
         else:
             when = None
             settings = replace(self.options.settings, batch_size=batch_size)
             if settings == self.options.settings:
                 self.measurer.prepare()
-            path = self._write(arch, self._folder / "candidate", settings)
+            path = self._exporter.write(arch, settings, self._folder / "candidate")
             clock.lap("build and export")
-            result = self.measurer.measure(path, budget_ms, pause=self._running(), batch_size=batch_size)
+            result = self.measurer.measure(path, budget_ms, pause=self._exporter.running, batch_size=batch_size)
             clock.add("session", result.load_s)
             clock.lap("timed runs", less=result.load_s)
             self.reference_ms = result.reference_p50_ms
-            if self.cache:
-                self.cache.put(arch, batch_size, result)
+            self._cached(lambda cache: cache.put(arch, batch_size, result))
         record = {"trial": trial.number, "batch_size": batch_size, "cached": when}
         keep_samples(self.options.folder, record | result.to_dict())
         return result, when
-
-    def _write(self, arch: Arch, stem: Path, settings: Settings) -> Path:
-        """The file the runtime loads, made by the exporter's process."""
-        if self._exporter is None or not self._exporter.alive:
-            self._close_exporter()
-            self._exporter = Worker("nas.export")
-        answer = self._exporter.call(
-            "export", EXPORT_TIMEOUT_S, document=arch.to_json(), settings=asdict(settings), stem=str(stem), images=None
-        )
-        return Path(answer["path"])
-
-    def _running(self) -> list[Worker]:
-        return [self._exporter] if self._exporter is not None and self._exporter.alive else []
-
-    def _close_exporter(self) -> None:
-        if self._exporter is not None:
-            self._exporter.close()
 
 
 LATENCY_KEYS = (
@@ -515,7 +530,7 @@ def open_cache(options: Options, say: Callable[[str], None]) -> Cache | None:
 
     machine = fingerprint(options.settings) | {name: version(name) for name in ("vitnas", "torch", "onnx")}
     try:
-        return Cache(machine | {"reference": REFERENCE})
+        return Cache(machine | {"at": options.settings.device, "reference": REFERENCE, "protocol": PROTOCOL})
     except (OSError, sqlite3.Error) as error:
         say(f"no earlier latencies are used and none are kept: {default_path()}: {error}")
         return None

@@ -42,6 +42,8 @@ class TimmNetwork:
         except RuntimeError:
             arch, tag = self.name.split(".", 1)
             raise UserError(f"timm has no weights {tag!r} of {arch}: give {TIMM}{arch}") from None
+        if config is None:
+            raise UserError(f"timm does not say what images {TIMM}{self.name} takes: choose another network")
         if self.resolution is None:
             _, height, width = config.input_size
             if height != width:

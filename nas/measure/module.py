@@ -65,13 +65,20 @@ def randomise(model: nn.Module) -> None:
             value.data.uniform_(-0.05, 0.05)
 
 
-def place(path: Path, settings: Settings) -> tuple[nn.Module, torch.Tensor]:
-    """The module of a document, and images for it, on the device and in the precision of the settings."""
+def configure(settings: Settings) -> None:
+    """PyTorch's threads and precision in this process."""
     import torch
 
     torch.set_num_threads(settings.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.precision == "tf32"
     torch.backends.cudnn.benchmark = True  # static shapes: let cuDNN time its algorithms once
+
+
+def place(path: Path, settings: Settings) -> tuple[nn.Module, torch.Tensor]:
+    """The module of a document, and images for it, on the device and in the precision of the settings."""
+    import torch
+
+    configure(settings)
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(settings.precision, torch.float32)
     network = from_document(path.read_text())
     images = torch.from_numpy(fixed_images((settings.batch_size, 3, network.resolution, network.resolution)))

@@ -19,6 +19,7 @@ from typing import Self
 from nas.measure.runtime import RUNTIMES, Settings
 from nas.process import Worker, WorkerError, usable_cpus
 
+PROTOCOL = 1  # raised where a change makes latencies measured before it another quantity
 WORKER = "nas.measure.worker"
 MIN_ROUNDS, MAX_ROUNDS = 8, 30
 FEWEST_ROUNDS = 3  # where the budget is far away, or time runs out
@@ -139,13 +140,18 @@ def enough(rounds_ms: list[list[float]], budget_ms: float | None = None) -> bool
 
     Above it is settled once the 95% interval is, or, from fewer rounds, where all of them are far above.
     """
+    return len(rounds_ms) >= MAX_ROUNDS or settled(rounds_ms, budget_ms)
+
+
+def settled(rounds_ms: list[list[float]], budget_ms: float | None = None) -> bool:
+    """As `enough`, but however many rounds there are."""
     if len(rounds_ms) < FEWEST_ROUNDS:
         return False
     low, high = _interval(rounds_ms)
     if budget_ms is not None and low > (budget_ms if len(rounds_ms) >= SURE_ROUNDS else HOPELESS * budget_ms):
         return True
     precise = (high - low) / 2 <= PRECISION * statistics.median(_samples(rounds_ms))
-    return len(rounds_ms) >= MAX_ROUNDS or (len(rounds_ms) >= MIN_ROUNDS and precise)
+    return len(rounds_ms) >= MIN_ROUNDS and precise
 
 
 class Measurer:

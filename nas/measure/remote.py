@@ -282,8 +282,10 @@ class Machine:
             try:
                 connection = Connection(self._target)
                 for lock in self._locks:
-                    while not connection.call("acquire", ASK_S, lock=lock, timeout_s=GRACE_S):
-                        pass
+                    if not connection.call("acquire", ASK_S, lock=lock, timeout_s=0):
+                        print(f"{self._target}: another vitnas process measures there now: waiting", file=sys.stderr)
+                        while not connection.call("acquire", ASK_S, lock=lock, timeout_s=GRACE_S):
+                            pass
             except (Unreachable, LinkLost) as error:
                 last = error
             else:

@@ -62,7 +62,7 @@ class Runtime:
         try:
             return importlib.metadata.version(self.package)
         except importlib.metadata.PackageNotFoundError:
-            return importlib.metadata.version(f"{self.package}-gpu")
+            return importlib.import_module(self.package).__version__
 
 
 RUNTIMES: dict[str, Runtime] = {}

@@ -7,10 +7,9 @@ for a block of `blocks.py`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-if TYPE_CHECKING:
-    from nas.measure import Settings
+from nas.measure import RUNTIMES, Settings, device_kind
 
 Where = Literal["GPU", "CPU", "ONNX CPU"]
 
@@ -80,10 +79,11 @@ class Claim:
 
     def published_for(self, settings: Settings) -> Published:
         """The figure published for the kind of device and runtime that comes nearest."""
-        if settings.device.endswith("cuda"):
+        if device_kind(settings.device) == "cuda":
             wanted: tuple[Where, ...] = ("GPU",)
         else:
-            wanted = ("ONNX CPU", "CPU") if settings.runtime == "onnxruntime" else ("CPU", "ONNX CPU")
+            onnx = RUNTIMES[settings.runtime].artifact == "onnx"
+            wanted = ("ONNX CPU", "CPU") if onnx else ("CPU", "ONNX CPU")
         by_place = {figure.where: figure for figure in self.published}
         return next((by_place[place] for place in wanted if place in by_place), self.published[0])
 

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from nas.errors import UserError, first_line
 from nas.export import write_artifact
-from nas.measure import RUNTIMES, MeasureError, Measurement, Settings, compare, device_lock
+from nas.measure import RUNTIMES, MeasureError, Measurement, Settings, compare, device_kind, device_lock, is_remote
 from nas.measure.protocol import SURE_ROUNDS, median_interval, paired_ratio
 from nas.papers.claims import CLAIMS, Claim
 from nas.process import Worker, WorkerError, usable_cpus
+from nas.quantize import NOISE
 from nas.targets import TIMM, TimmNetwork
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class Attempt:
 
     settings: Settings
     claimed: float
+    where: str
     ratio: float = 0.0
     interval: tuple[float, float] = (0.0, 0.0)
     subject_ms: float = 0.0
@@ -48,16 +50,19 @@ class Attempt:
 
     @property
     def verdict(self) -> str:
-        """A claim holds where the ratio is at least 90% of the claimed one.
+        """A claim holds where the ratio is at least 90% of the claimed one, and not below 1 where a gain is claimed.
 
         It is unclear where only the ratio's interval reaches that far, and holds partly where the subject is certainly
-        faster all the same.
+        faster all the same. A claim of equal cost is exceeded by more than 110%.
         """
+        least = max((1 - WITHIN) * self.claimed, min(self.claimed, 1.0) if self.claimed > 1 else 0.0)
         if self.error:
             return "not measured"
-        if self.ratio >= (1 - WITHIN) * self.claimed:
+        if self.claimed == 1 and self.interval[0] > 1 + WITHIN:
+            return "faster than claimed"
+        if self.ratio >= least:
             return "holds"
-        if self.interval[1] >= (1 - WITHIN) * self.claimed:
+        if self.interval[1] >= least:
             return "unclear: too noisy"
         if self.claimed > 1 and self.interval[0] > 1:
             return f"partly ({self.ratio:.2f}x of {self.claimed:.2f}x)"
@@ -92,7 +97,7 @@ def run_papers(
     next. only: papers, or ids of claims.
 
     Returns:
-        {"settings", "rounds", "interrupted": whether Ctrl-C cut it short, "rows": a JSON-ready row per claim that was
+        {"settings", "rounds", "interrupted": what cut it short, or None, "rows": a JSON-ready row per claim that was
         reached, in the order of CLAIMS}. A claim that cannot be measured is a row with its "error".
 
     Raises:
@@ -101,7 +106,9 @@ def run_papers(
     claims = _chosen(only)
     rows: list[dict[str, Any]] = []
     trials: list[Trial] = []
-    interrupted = False
+    interrupted = None
+    if say and settings.precision == "int8":
+        say(NOISE)
     try:
         for paper, group in groupby(claims, key=lambda claim: claim.paper):
             members = list(group)
@@ -112,8 +119,8 @@ def run_papers(
                 rows.append(found.get(claim.id) or _finding(claim, settings, say))
                 if progress:
                     progress(len(rows), len(claims))
-    except KeyboardInterrupt:
-        interrupted = True
+    except (KeyboardInterrupt, UserError) as error:  # a remote device that is gone, say
+        interrupted = str(error) or "interrupted"
         done = {row["id"] for row in rows}
         rows += [_row(trial, settings) for trial in trials if trial.attempts and trial.claim.id not in done]
     return {"settings": asdict(settings), "rounds": rounds, "interrupted": interrupted, "rows": rows}
@@ -157,23 +164,25 @@ def first_settings(claim: Claim, settings: Settings) -> list[Settings]:
         return _distinct([settings, replace(settings, batch_size=_batch(claim, settings))])
     plain = replace(settings, precision="fp32", batch_size=settings.batch_size if claim.batch else 1)
     eager = replace(plain, runtime=EAGER, threads=claim.threads or settings.threads)
-    steps = [eager] if _is_here(settings) else []
+    steps = [eager] if not is_remote(settings.device) else []
     return _distinct(steps + ([plain] if RUNTIMES[settings.runtime].artifact == "onnx" else []))
 
 
 def further_settings(claim: Claim, settings: Settings) -> list[Settings]:
     """What is tried where a claim has not held: the paper's own way, as near as this device comes."""
-    if claim.subject.startswith(BLOCK) and not _is_here(settings):
+    if claim.subject.startswith(BLOCK) and is_remote(settings.device):
         return []
-    papers = replace(settings, runtime=EAGER, precision="fp32", batch_size=_batch(claim, settings))
-    if not settings.device.endswith("cuda") and any(figure.where == "CPU" for figure in claim.published):
+    cuda = device_kind(settings.device) == "cuda"
+    precision = "fp16" if cuda and "fp16" in claim.conditions else "fp32"
+    papers = replace(settings, runtime=EAGER, precision=precision, batch_size=_batch(claim, settings))
+    if not cuda and any(figure.where == "CPU" for figure in claim.published):
         papers = replace(papers, threads=1)
     return [papers] if papers not in first_settings(claim, settings) else []
 
 
 def _batch(claim: Claim, settings: Settings) -> int:
     """What stands for the paper's batch on this device."""
-    return 1 if claim.batch is None else GPU_BATCH if settings.device.endswith("cuda") else claim.batch
+    return 1 if claim.batch is None else GPU_BATCH if device_kind(settings.device) == "cuda" else claim.batch
 
 
 def _is_network(trial: Trial) -> bool:
@@ -182,10 +191,6 @@ def _is_network(trial: Trial) -> bool:
 
 def _distinct(steps: Iterable[Settings]) -> list[Settings]:
     return list(dict.fromkeys(steps))
-
-
-def _is_here(settings: Settings) -> bool:
-    return not settings.device.startswith("ssh://")
 
 
 def describe(settings: Settings) -> str:
@@ -208,7 +213,8 @@ def _names(trial: Trial, wanted: Settings) -> list[str]:
 
 
 def _attempt(claim: Claim, wanted: Settings, timings: Timings) -> Attempt:
-    attempt = Attempt(wanted, claim.published_for(wanted).ratio)
+    figure = claim.published_for(wanted)
+    attempt = Attempt(wanted, figure.ratio, figure.where)
     subject, baseline = timings[claim.subject], timings[claim.baseline]
     failed = [f"{n}: {m}" for n in (claim.subject, claim.baseline) if isinstance(m := timings[n], MeasureError)]
     if failed:
@@ -249,8 +255,8 @@ def time_networks(names: Sequence[str], settings: Settings, rounds: int) -> Timi
         try:
             with device_lock(settings.device):
                 timings |= compare(paths, settings, rounds, timeout_s=ANSWER_S)
-        except Exception as error:
-            timings |= {name: _measure_error(error) for name in paths}
+        except MeasureError as error:
+            timings |= dict.fromkeys(paths, error)
     return timings
 
 
@@ -334,7 +340,7 @@ def _found(attempt: Attempt) -> str:
     if attempt.error:
         return f"not measured ({attempt.error})"
     holds = "holds, " if attempt.verdict == "holds" else ""
-    return f"{holds}{attempt.ratio:.2f}x of {attempt.claimed:.2f}x"
+    return f"{holds}{attempt.ratio:.2f}x of {attempt.claimed:.2f}x ({attempt.where})"
 
 
 def _blank(claim: Claim, settings: Settings) -> dict[str, Any]:
@@ -371,7 +377,7 @@ def _finding(claim: Claim, settings: Settings, say: Callable[[str], None] | None
     threads = claim.threads or settings.threads
     wanted = replace(settings, runtime=EAGER, precision="fp32", batch_size=claim.batch or 1, threads=threads)
     row = _blank(claim, wanted)
-    if not _is_here(settings):
+    if is_remote(settings.device):
         return row | {"error": NOT_REMOTE}
     if say:
         say(f"{claim.paper}, {describe(wanted)}: {claim.subject}")

@@ -8,6 +8,7 @@ import random
 import torch
 
 from nas.measure import Settings
+from nas.measure.module import configure
 from nas.measure.worker import TimedModel
 from nas.papers.blocks import build_block, memory_bound_share, swin_with_share
 from nas.process import serve
@@ -19,7 +20,7 @@ class Bench:
     def start(self, settings: dict) -> None:
         self.settings = Settings(**settings)
         self.order = random.Random(0)
-        torch.set_num_threads(self.settings.threads)
+        configure(self.settings)
 
     def load_blocks(self, names: list[str]) -> None:
         self.timed: dict[str, TimedModel] = {}

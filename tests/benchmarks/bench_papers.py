@@ -39,7 +39,7 @@ def main() -> int:
     about = f"{machine['cpu']}, {machine['usable_cpus']} CPUs, {given.runtime} {machine['runtime_version']}"
     print(f"{started:%Y-%m-%d}, {about}, load {machine['load_average'][0]} at the end, {took:.0f} s\n")
     print(papers_markdown(result))
-    return int(result["interrupted"])
+    return int(result["interrupted"] is not None)
 
 
 if __name__ == "__main__":

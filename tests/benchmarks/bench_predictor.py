@@ -11,6 +11,7 @@ scored by a prediction. It pays if more candidates that meet the budget are meas
 import argparse
 import contextlib
 import json
+import os
 import sqlite3
 import tempfile
 from pathlib import Path
@@ -93,7 +94,7 @@ def run(args: argparse.Namespace, seed: int, sampler: str, predictor: Predictor 
                 budget_ms=budget,
                 settings=Settings(threads=args.threads),
                 families=tuple(FAMILIES),
-                trials=100_000,
+                trials=args.trials,
                 timeout_s=args.seconds,
                 study="s",
                 out=Path(out),
@@ -125,8 +126,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--budget", default="2ms")
     parser.add_argument("--sampler", nargs="+", default=["auto"])
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--trials", type=int, default=100, help="as in a search: a quarter are published networks")
     args = parser.parse_args()
+    os.environ["VITNAS_CACHE"] = tempfile.mkdtemp()  # one machine, one kind of settings
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     run(args, 100, "random", None, "warm")
     predictor = Predictor(cached())

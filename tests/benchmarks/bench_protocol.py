@@ -103,19 +103,21 @@ def loaded(cpu: int) -> Iterator[None]:
 
 def agreement(name: str, one: np.ndarray, other: np.ndarray) -> None:
     rng = np.random.default_rng(0)
-    tau = kendalltau(one[:, 0], other[:, 0]).statistic
     samples = [rng.integers(len(one), size=len(one)) for _ in range(1000)]
-    taus = [kendalltau(one[rows, 0], other[rows, 0]).statistic for rows in samples]
-    print(f"{name}: tau {tau:.3f} (95% {np.quantile(taus, 0.025):.3f}..{np.quantile(taus, 0.975):.3f})")
-    for label, ratio in (
-        ("ratio", other[:, 0] / one[:, 0]),
-        ("ratio in units of the reference", (other[:, 0] / other[:, 1]) / (one[:, 0] / one[:, 1])),
+    print(f"{name}:")
+    for label, x, y in (
+        ("ms", one[:, 0], other[:, 0]),
+        ("units of the reference", one[:, 0] / one[:, 1], other[:, 0] / other[:, 1]),
     ):
+        taus = [kendalltau(x[rows], y[rows]).statistic for rows in samples]
+        ratio = y / x
         deviation = statistics.median(abs(ratio - statistics.median(ratio)))
         q = np.quantile(ratio, [0, 0.1, 0.5, 0.9, 1])
         print(
-            f"  {label}: median {q[2]:.3f}, median absolute deviation {deviation:.1%}; "
-            f"min {q[0]:.3f}, p10 {q[1]:.3f}, p90 {q[3]:.3f}, max {q[4]:.3f}"
+            f"  {label}: tau {kendalltau(x, y).statistic:.3f} "
+            f"(95% {np.quantile(taus, 0.025):.3f}..{np.quantile(taus, 0.975):.3f}); ratio: median {q[2]:.3f}, median "
+            f"absolute deviation {deviation:.1%}, min {q[0]:.3f}, p10 {q[1]:.3f}, p90 {q[3]:.3f}, max {q[4]:.3f}",
+            flush=True,
         )
 
 

@@ -129,7 +129,18 @@ def lessons_words(args: argparse.Namespace) -> list[str]:
 def search(args: argparse.Namespace, tier: str, *words: str) -> dict[str, Any]:
     """`vitnas search`'s JSON."""
     command = [
-        *(sys.executable, "-m", "nas.cli", "search", "--latency-budget", args.budget, "--threads", "1", "--json"),
+        *(
+            sys.executable,
+            "-m",
+            "nas.cli",
+            "search",
+            "--latency-budget",
+            args.budget,
+            "--threads",
+            "1",
+            "--no-cache",
+            "--json",
+        ),
         *("--resolution", str(args.resolution), "--trials", str(args.trials), "--seed", "0"),
         *("--study", tier, "--out", str(args.out), *words),
     ]

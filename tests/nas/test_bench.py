@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from nas import bench
-from nas.bench import OnnxInput, Options, check_output, is_tie, parse_shape, ratio_interval, run_bench, to_csv, to_plot
+from nas.bench import OnnxInput, Options, check_output, is_tie, parse_shape, run_bench, to_csv, to_plot
 from nas.errors import UserError
 from nas.measure import MeasureError, Measurement, Settings
 from nas.targets import Target, TimmNetwork, find_arch, find_target
@@ -21,7 +21,7 @@ KEYS = [
     *("model", "runtime", "device", "precision", "batch_size", "threads", "latency_ms", "p95_ms", "ci", "samples"),
     *("ratio", "ratio_ci", "throughput", "throughput_batch"),
 ]
-FAST = ("--rounds", "3", "--threads", "1")
+FAST = ("--rounds", "6", "--threads", "1")
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def test_networks_of_all_kinds(vitnas, onnx_file, tmp_path: Path) -> None:
         assert (row["batch_size"], row["throughput_batch"]) == (1, 1)
         assert row["throughput"] == pytest.approx(1000 / row["latency_ms"])
         assert row["ci"][0] <= row["latency_ms"] <= row["ci"][1]
-        assert row["ratio"] == pytest.approx(row["latency_ms"] / rows[0]["latency_ms"])
+        assert row["ratio"] == pytest.approx(row["latency_ms"] / rows[0]["latency_ms"], rel=0.5)
         assert row["ratio_ci"][0] <= row["ratio"] <= row["ratio_ci"][1]
     assert rows[2]["latency_ms"] < rows[0]["latency_ms"]
     assert found["hardware"]["threads"] == 1
@@ -273,18 +273,6 @@ def test_a_busy_machine_is_told(given, medians: list[float], said: bool) -> None
     assert all("busy varied by" in note for note in notes)
 
 
-def test_ratio_interval_pairs_the_rounds() -> None:
-    first = Measurement([[1.0], [2.0], [1.5], [3.0], [1.2], [2.2]])
-    drifting = Measurement(
-        [[ms * factor] for (ms,), factor in zip(first.rounds_ms, [2, 2, 2.1, 2, 1.9, 2], strict=True)]
-    )
-    low, high = ratio_interval(drifting, first)
-    assert (low, high) == pytest.approx((1.9, 2.1))
-    own_low, own_high = drifting.ci_ms
-    assert own_high / own_low > 2  # what the machine's drift alone makes of it
-    assert ratio_interval(first, first) == (1, 1)
-
-
 @pytest.mark.parametrize(
     ("factors", "tie"), [([1.01, 0.99, 1.02, 0.98, 1.0, 1.01], True), ([1.01, 1.02, 1.03, 1.02, 1.01, 1.02], False)]
 )
@@ -408,7 +396,7 @@ def test_parse_shape() -> None:
         (("--throughput-at", "0"), ("batch size is 0",)),
         (("--throughput-at", "100000000"), ("memory",)),
         (("--threads", "1", "--threads", "4096"), ("threads is 4096",)),
-        (("--rounds", "2"), ("--rounds is 2", "3 or more")),
+        (("--rounds", "5"), ("--rounds is 5", "6 or more")),
         (("--runtime", "onnxruntime", "--runtime", "onxruntime"), ("unknown runtime", "onnxruntime")),
         (("--precision", "fp32", "--precision", "fp31"), ("unknown precision", "fp32")),
         (("--runtime", "onnxruntime", "--runtime", "torch", "--precision", "int8"), ("runtime torch", "int8")),

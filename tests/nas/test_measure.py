@@ -31,7 +31,7 @@ from nas.measure import (
     device_lock,
     protocol,
 )
-from nas.measure.protocol import enough, median_interval, quantile
+from nas.measure.protocol import enough, median_interval, paired_ratio, quantile, settled
 from nas.process import Worker, WorkerError, usable_cpus
 
 ALONE = Path(__file__).parents[1] / "benchmarks" / "bench_interleaving.py"
@@ -321,6 +321,17 @@ def test_measurement_figures() -> None:
     assert Measurement([[1.0]]).reference_drift is None
 
 
+def test_a_ratio_pairs_the_rounds() -> None:
+    first = Measurement([[1.0], [2.0], [1.5], [3.0], [1.2], [2.2]])
+    factors = [2, 2, 2.1, 2, 1.9, 2]
+    drifting = Measurement([[ms * factor] for (ms,), factor in zip(first.rounds_ms, factors, strict=True)])
+    ratio, interval = paired_ratio(drifting, first)
+    assert ratio == pytest.approx(2)
+    assert interval == pytest.approx((1.9, 2.1))
+    own_low, own_high = drifting.ci_ms
+    assert own_high / own_low > 2  # what the machine's drift alone makes of it
+
+
 def test_interval_holds_the_median_of_a_machine_with_two_speeds() -> None:
     rounds_ms = [[1.0, 1.0, 1.0]] * 10 + [[2.0] * 30] * 2
     assert median_interval([1.0] * 10 + [2.0] * 2) == (1.0, 1.0)
@@ -357,7 +368,9 @@ NOISY = [1.0, 1.5, 1.0, 0.8, 1.0, 1.3, 0.9, 1.0]
     ],
 )
 def test_stop_rules(medians: list[float], budget_ms: float | None, expected: bool) -> None:
-    assert enough([[m] * 3 for m in medians], budget_ms) is expected
+    rounds_ms = [[m] * 3 for m in medians]
+    assert enough(rounds_ms, budget_ms) is expected
+    assert settled(rounds_ms, budget_ms) is (expected and len(medians) < 30)  # 30 noisy rounds settle nothing
 
 
 # --- the protocol, on stand-in networks ---

@@ -81,7 +81,7 @@ def invent() -> dict[str, Any]:
             "data": "images/flowers",
             "seed": 7,
         },
-        "settings": {"runtime": "onnxruntime", "device": "cpu", "threads": 2, "batch_size": 1},
+        "settings": {"runtime": "onnxruntime", "device": "cpu", "threads": 2, "batch_size": 1, "precision": "fp32"},
         "hardware": {"cpu": "Fixture CPU @ 2.45 GHz", "pinned": True, "governor": None},
         "data": {
             "name": "images/flowers",
@@ -228,7 +228,8 @@ def test_a_met_budget_and_what_it_bought(report: Report, tmp_path: Path) -> None
     text = report(invent()).text
     assert "Budget met: 149 MMACs for a budget of 150 MMACs (0.5x). 1.60x faster: 2.40 → 1.50 ms" in text
     assert (
-        "95% intervals 2.35 to 2.45 and 1.47 to 1.53; one interleaved run; onnxruntime, cpu, 2 threads, batch 1" in text
+        "95% intervals 2.35 to 2.45 and 1.47 to 1.53; one interleaved run; onnxruntime fp32, cpu, 2 threads, batch 1"
+        in text
     )
     assert "before / after 1.60x, by the intervals' ends 1.54 to 1.67x" in text
     assert "beside 2.01x fewer MACs and 1.60x fewer parameters" in text
@@ -485,7 +486,7 @@ def test_the_latency_settings_stand_at_every_latency(report: Report) -> None:
     with_times = [part for part in sections if re.search(r"\d&nbsp;ms|\d ms|latency, ms|µs per MMAC", part)]
     assert len(with_times) == 4
     for part in with_times:
-        assert "onnxruntime, cpu, 2 threads, batch 1" in part, part[:60]
+        assert "onnxruntime fp32, cpu, 2 threads, batch 1" in part, part[:60]
 
 
 @pytest.mark.parametrize("data", [invent(), demo()], ids=["own images", "demo"])

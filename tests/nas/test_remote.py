@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shlex
@@ -40,6 +41,7 @@ from nas.measure import (
     remote,
 )
 from nas.process import ProcessLock, Worker, WorkerError
+from nas.search import TrialRunner
 
 DEVICE = "ssh://board"
 SETTINGS = Settings(device=DEVICE)
@@ -212,17 +214,18 @@ def test_a_lost_link_is_a_failed_measurement_and_the_next_one_works(server, tmp_
 
 
 def test_a_comparison_begins_again(server, tmp_path: Path) -> None:
-    rounds = []
+    rounds, total = [], 60
 
-    def progress(done: int, total: int) -> None:
+    def progress(done: int, _: int) -> None:
         rounds.append(done)
         if rounds == [0, 1]:
             server.cut()
 
-    results = compare({"a": network(tmp_path / "a.onnx")}, SETTINGS, 5, progress)
-    assert rounds[-6:] == [0, 1, 2, 3, 4, 5]
-    assert len(rounds) >= 8
-    assert len(results["a"].rounds_ms) == 5
+    results = compare({"a": network(tmp_path / "a.onnx")}, SETTINGS, total, progress)
+    assert rounds[-total - 1 :] == list(range(total + 1))
+    assert rounds[:2] == [0, 1]
+    assert len(rounds) > total + 2
+    assert len(results["a"].rounds_ms) == total
 
 
 def test_a_machine_that_does_not_come_back(server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -406,3 +409,27 @@ def test_this_machine_needs_no_ssh(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     )
     assert not isinstance(open_measurer(Settings(), tmp_path / "x.onnx", tmp_path), RemoteMeasurer)
     check_settings(Settings())
+
+
+def test_a_search_there_tries_again_what_a_lost_link_cost(server, vitnas, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("nas.measure.protocol.MAX_ROUNDS", 8)
+    monkeypatch.setattr("nas.outcome.CLOSING_ROUNDS", 3)
+    whole, cut = TrialRunner._timed, []
+
+    def once_cut(*args):
+        if not cut:
+            cut.append(server.cut())
+            raise LinkLost("the connection was lost")
+        return whole(*args)
+
+    monkeypatch.setattr(TrialRunner, "_timed", once_cut)
+    words = ("--latency-budget", "90ms", "--family", "shvit", "--resolution", "64", "--threads", "1", "--trials", "1")
+    code, out, err = vitnas("search", "--device", DEVICE, *words, "--out", str(tmp_path), "--study", "s", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["settings"]["device"] == found["hardware"]["host"] == DEVICE
+    assert json.loads((tmp_path / "s" / "hardware.json").read_text())["host"] == DEVICE
+    states = [(row["state"], row["source"]) for row in csv.DictReader((tmp_path / "s" / "trials.csv").open())]
+    assert states == [("failed", ""), ("complete", "measured")]
+    assert any("tried again" in note for note in found["notes"])
+    assert found["winner"]["latency_ms"] < 90

@@ -110,7 +110,7 @@ def invent(trials: int = 100, budget: float = 2.0, seed: int = 0) -> dict[str, A
         "finished": "2026-01-02T10:04:41+00:00",
         "interrupted": False,
         "budget_ms": budget,
-        "settings": {"runtime": "onnxruntime", "device": "cpu", "threads": 2, "batch_size": 1},
+        "settings": {"runtime": "onnxruntime", "device": "cpu", "threads": 2, "batch_size": 1, "precision": "fp32"},
         "num_classes": 1000,
         "seed": None,
         "sampler": "auto",
@@ -134,6 +134,8 @@ def invent(trials: int = 100, budget: float = 2.0, seed: int = 0) -> dict[str, A
         "accuracy": None,
         "trials": rows,
         "pareto": pareto,
+        "throughput_at": None,
+        "against": [],
         "final": [
             {
                 "label": t["name"] or f"trial {t['trial']}",

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import csv
 import json
+import sqlite3
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from nas.cache import default_path
+from nas.cache import Cache, default_path
 from nas.measure import Settings
-from nas.search import open_cache
+from nas.search import TrialRunner, open_cache
 
-SMALL = ("--latency-budget", "50ms", "--family", "shvit", "--resolution", "64", "--threads", "1", "--seed", "3")
+SMALL = ("--latency-budget", "90ms", "--family", "shvit", "--resolution", "64", "--threads", "1", "--seed", "3")
+
+
+@pytest.fixture(autouse=True)
+def few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nas.measure.protocol.MAX_ROUNDS", 8)
+    monkeypatch.setattr("nas.outcome.CLOSING_ROUNDS", 6)
+    monkeypatch.setattr("nas.outcome.THROUGHPUT_ROUNDS", 3)
 
 
 def rows_of(folder: Path) -> list[dict[str, str]]:
@@ -25,7 +33,8 @@ def samples_of(folder: Path) -> list[dict]:
 
 
 def test_a_second_study_takes_latencies_from_the_cache(vitnas, tmp_path, monkeypatch):
-    monkeypatch.setattr("nas.cache.SAME_SPEED", 10.0)  # other tests may be running beside this one
+    monkeypatch.setattr("nas.cache.SAME_SPEED", 10.0)  # other tests may be running beside this one,
+    monkeypatch.setattr("nas.search.settled", lambda rounds_ms, budget_ms: True)  # and this machine be noisy
     for study in ("first", "second"):
         assert vitnas("search", *SMALL, "--trials", "1", "--out", str(tmp_path), "--study", study)[0] == 0
     (first,), (second,) = (rows_of(tmp_path / study) for study in ("first", "second"))
@@ -44,6 +53,17 @@ def test_a_cache_that_cannot_be_used_is_told(tmp_path, monkeypatch):
     assert open_cache(SimpleNamespace(settings=Settings()), said.append) is None
     (line,) = said
     assert "no earlier latencies are used and none are kept" in line
+
+
+def test_a_cache_that_fails_later_is_told_once(tmp_path):
+    runner = TrialRunner(SimpleNamespace(settings=Settings()), None, None, Cache({}, tmp_path / "latency.sqlite"))
+
+    def full(cache):
+        raise sqlite3.OperationalError("database or disk is full")
+
+    for _ in range(2):
+        assert runner._cached(full) is None
+    assert runner.notes == ["the cache of latencies is no longer used: database or disk is full"]
 
 
 def test_throughput_at_a_batch_and_networks_beside(vitnas, tmp_path):
@@ -81,7 +101,7 @@ def test_throughput_at_a_batch_and_networks_beside(vitnas, tmp_path):
     assert "timm/test_vit" in page
     assert not default_path().exists()
     # the second objective belongs to the study
-    code, _, err = vitnas("search", *SMALL, "--trials", "2", "--out", str(tmp_path), "--study", "s")
+    code, _, err = vitnas("search", *SMALL, "--trials", "1", "--out", str(tmp_path), "--study", "s")
     assert code == 2
     assert "throughput_at" in err
 

@@ -225,19 +225,18 @@ def test_the_closing_run_leaves_it_to_parameters_too(tmp_path, monkeypatch):
     from contextlib import nullcontext
 
     from nas import outcome
+    from nas.measure import Measurement
 
     def row(number: int, quality: float, params: float, selects: bool) -> dict:
         fixed = {"name": "", "family": "shvit", "feasible": True, "latency_ms": 1.0, "macs_m": 1.0, "resolution": 32}
         told = {"quality_estimate": quality, "quality_error": 1.0, "quality_how": "", "selects": selects}
         return fixed | told | {"trial": number, "quality": quality, "params_m": params, "arch": {"number": number}}
 
-    result = SimpleNamespace(
-        p50_ms=1.0, p95_ms=1.1, ci_ms=(0.9, 1.1), n=9, to_dict=dict, throughput=lambda batch_size: 1000.0
-    )
     monkeypatch.setattr(outcome, "arch_of", lambda row: row["arch"])
-    monkeypatch.setattr(outcome, "write_artifact", lambda arch, settings, stem: stem)
+    exporter = SimpleNamespace(write=lambda network, settings, stem: stem)
+    monkeypatch.setattr(outcome, "Exporter", lambda images: nullcontext(exporter))
     monkeypatch.setattr(outcome, "device_lock", lambda device: nullcontext())
-    monkeypatch.setattr(outcome, "compare", lambda paths, *_, **__: dict.fromkeys(paths, result))
+    monkeypatch.setattr(outcome, "compare", lambda paths, *_, **__: dict.fromkeys(paths, Measurement([[1.0]] * 6)))
     settings = SimpleNamespace(device="cpu", batch_size=1)
     options = SimpleNamespace(budget_ms=2.0, settings=settings, folder=tmp_path, against=(), throughput_at=None)
     for selects_, best in ((True, 1), (False, 2)):

@@ -105,7 +105,7 @@ def test_a_folder_that_export_and_bench_take(vitnas, deit, tmp_path):
     assert (code, "with the given weights" in text) == (0, True)
     again = load_file(tmp_path / "exported" / "model.safetensors")
     assert all(torch.equal(value, again[name]) for name, value in load_file(out / "model.safetensors").items())
-    assert vitnas("bench", str(out), "--rounds", "3", "--threads", "1")[0] == 0
+    assert vitnas("bench", str(out), "--rounds", "6", "--threads", "1")[0] == 0
 
 
 def killed(args: list[str], checkpoint: Path) -> None:
