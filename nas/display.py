@@ -147,6 +147,7 @@ def show_result(data: Mapping[str, Any], folder: Path, to_stderr: bool) -> None:
         console.print(
             "One interleaved run. Intervals of latency: 95%, of its median."
             + (" Weights are untrained." if data["untrained"] else "")
+            + (f" Images a second are at batch {data['throughput_at']}." if data["throughput_at"] else "")
         )
     show_accuracy(console, data)
     for line in (*data["ties"], *data["notes"]):
