@@ -13,7 +13,8 @@ from nas.measure import RUNTIMES, Settings
 from nas.process import serve
 
 WARM_UP_MS = 50
-UNTIMED_RUNS = 3  # after SIGCONT: caches, clock and thread pool come back
+UNTIMED_MS = 40  # after SIGCONT: caches, clock and thread pool come back; 3 runs of 5 ms are 5% too slow after it
+MIN_UNTIMED, MAX_UNTIMED = 3, 10
 SLICE_MS = 20
 MIN_RUNS, MAX_RUNS = 3, 30
 SLOW_MS = 500  # from here on one timed run a slice, after one untimed, is enough
@@ -47,7 +48,8 @@ class TimedModel:
         while runs[0] < SLOW_MS and (len(runs) < MIN_RUNS or time.perf_counter() < end):
             runs.append(self.run_ms())
         slow = min(runs) > SLOW_MS
-        self.untimed = 1 if slow else UNTIMED_RUNS
+        untimed = math.ceil(UNTIMED_MS / min(runs))
+        self.untimed = 1 if slow else min(MAX_UNTIMED, max(MIN_UNTIMED, untimed))
         self.timed = 1 if slow else min(MAX_RUNS, max(MIN_RUNS, math.ceil(SLICE_MS / min(runs))))
 
     def time_slice(self) -> dict:
