@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nas.errors import UserError
+from nas.export import Exporter, export_here, lower_precision
 from nas.measure import RUNTIMES, MeasureError, Measurement, Settings, compare, device_lock
-from nas.measure.protocol import paired_ratio
-from nas.process import Worker, WorkerError
+from nas.measure.protocol import BUSY_SPREAD, paired_ratio
+from nas.process import WorkerError
 
 if TYPE_CHECKING:
     from nas.targets import Target
@@ -28,8 +29,6 @@ Progress = Callable[[str, int, int], None]
 
 TIMEOUT_S = 600
 """For a network to load and warm up, and for a round: torch.compile takes minutes, a large batch seconds."""
-BUSY = 0.25
-"""Spread of a network's round medians, (p90 - p10) / median, from which on the machine is called busy."""
 UNFOLDED = "On PyTorch timm's networks keep the BatchNorms that timm cannot fold; ours are folded. ONNX folds both."
 SETTINGS = ("runtime", "device", "precision", "batch_size", "threads")
 COLUMNS = (
@@ -116,7 +115,7 @@ def run_bench(options: Options, progress: Progress = lambda *_: None) -> Found:
         found.notes.append(UNFOLDED)
     spreads = [(result.spread, cell[0]) for cell, result in results.items() if isinstance(result, Measurement)]
     spread, label = max(spreads, default=(0, ""))
-    if spread > BUSY:
+    if spread > BUSY_SPREAD:
         found.notes.append(
             f"This machine was busy: the rounds of {label} varied by {spread:.0%}; run again on a quiet machine."
         )
@@ -321,14 +320,13 @@ class _Files:
         self._folder, self._targets, self._inputs, self._shapes = folder, targets, inputs, shapes
         self._calibration = calibration
         self._made: dict[Cell, Path] = {}
-        self._worker: Worker | None = None
+        self._child = Exporter(module="nas.bench", timeout_s=TIMEOUT_S)
 
     def __enter__(self) -> _Files:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._worker:
-            self._worker.close()
+        self._child.__exit__()
 
     def of(self, label: str, settings: Settings) -> Path:
         """The network's file for these settings, whatever the threads. Raises WorkerError where it cannot be made."""
@@ -350,13 +348,8 @@ class _Files:
             method, source = "fix", {"source": str(given.path), "name": given.name, "shape": shape}
             if given.quantised:
                 settings = replace(settings, precision="fp32")  # there is nothing left to convert
-        if self._worker is None or not self._worker.alive:
-            self._worker = Worker("nas.bench")
         images = self._calibration.at(resolution) if settings.precision == "int8" else None
-        answer = self._worker.call(
-            method, TIMEOUT_S, settings=asdict(settings), stem=str(stem), images=images, **source
-        )
-        return Path(answer["path"])
+        return self._child.call(method, settings, stem, images, **source)
 
 
 def _fix(
@@ -366,8 +359,6 @@ def _fix(
     import numpy as np
     import onnx
     from onnxruntime.tools.onnx_model_utils import make_input_shape_fixed
-
-    from nas.export import lower_precision
 
     model, path = onnx.load(source), Path(f"{stem}.onnx")
     make_input_shape_fixed(model.graph, name, shape)
@@ -461,7 +452,6 @@ def _short(label: str, length: int = 40) -> str:
 
 
 if __name__ == "__main__":
-    from nas.export import export_here
     from nas.process import serve
 
     serve({"export": export_here, "fix": _fix})

@@ -326,10 +326,14 @@ def bench(
     from nas.display import show_bench, watch_phases
     from nas.hardware import busy_line, describe
     from nas.measure import device_lock
-    from nas.measure.protocol import SURE_ROUNDS
+    from nas.measure.protocol import MAX_ROUNDS, SURE_ROUNDS
     from nas.report import replace_file
     from nas.targets import find_target
 
+    if rounds is None:
+        rounds = SURE_ROUNDS if suite else MAX_ROUNDS
+    if rounds < SURE_ROUNDS:
+        raise UserError(f"--rounds is {rounds}: give {SURE_ROUNDS} or more, for intervals of 95%")
     if suite is not None:
         asked = [
             (runtime, "--runtime"),
@@ -351,13 +355,10 @@ def bench(
                 raise UserError(f"--suite brings its own networks: leave out {option}")
         one = [given[0] if given else None for given, _ in asked]
         settings = settings_of(one[0], device, one[3], one[2] or 1, one[1] or "fp32")
-        run_suite(suite, settings, 6 if rounds is None else rounds, csv, as_json)
+        run_suite(suite, settings, rounds, csv, as_json)
         return
-    rounds = 30 if rounds is None else rounds
     if not models:
         raise UserError("name the networks to measure: published names, timm/NAME, arch.json or .onnx files")
-    if rounds < SURE_ROUNDS:
-        raise UserError(f"--rounds is {rounds}: give {SURE_ROUNDS} or more, for intervals of 95%")
     asked = list(itertools.product(runtime or [None], precision or ["fp32"], batch_size or [1], threads or [None]))
     settings = [settings_of(run, device, thread, batch, kind) for run, kind, batch, thread in asked]
     if throughput_at is not None:
@@ -602,14 +603,11 @@ def run_suite(name: str, settings: Any, rounds: int, csv: Path | None, as_json: 
     from nas.display import console_of, watch_phases
     from nas.hardware import busy_line, describe
     from nas.measure import device_lock
-    from nas.measure.protocol import SURE_ROUNDS
     from nas.papers import papers_csv, papers_table, run_papers
     from nas.report import replace_file
 
     if name != "papers":
         raise UserError(f"unknown suite {name!r}: choose papers")
-    if rounds < SURE_ROUNDS:
-        raise UserError(f"--rounds is {rounds}: give {SURE_ROUNDS} or more, for intervals of 95%")
     if csv:
         check_output("--csv", csv)
     with device_lock(settings.device):

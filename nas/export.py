@@ -207,11 +207,15 @@ def disagreement(folded: nn.Module, path: Path, resolution: int, batch_size: int
 class Exporter:
     """`write_artifact` in a child process: a network that crashes it, or fills its memory, is a WorkerError.
 
-    images: what int8 is calibrated on, see `lower_precision`.
+    images: what int8 is calibrated on, see `lower_precision`. module: what the child runs, with "export" among its
+    methods (see `export_here`).
     """
 
-    def __init__(self, images: np.ndarray | None = None) -> None:
-        self._images, self._worker = images, None
+    def __init__(
+        self, images: np.ndarray | None = None, module: str = "nas.export", timeout_s: float = EXPORT_TIMEOUT_S
+    ) -> None:
+        self._images, self._module, self._timeout_s = images, module, timeout_s
+        self._worker: Worker | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="vitnas-")
 
     def __enter__(self) -> Exporter:
@@ -231,17 +235,16 @@ class Exporter:
         """The network's file. Raises WorkerError."""
         from nas.measure.module import to_document
 
+        return self.call("export", settings, stem, self._calibration(), document=to_document(network))
+
+    def call(self, method: str, settings: Settings, stem: Path, images: str | None, **source: Any) -> Path:
+        """The file that a method of the child makes; a child that has died is started again. Raises WorkerError."""
         if not self.running:
             if self._worker is not None:
                 self._worker.close()
-            self._worker = Worker("nas.export")
+            self._worker = Worker(self._module)
         answer = self._worker.call(
-            "export",
-            EXPORT_TIMEOUT_S,
-            document=to_document(network),
-            settings=asdict(settings),
-            stem=str(stem),
-            images=self._calibration(),
+            method, self._timeout_s, settings=asdict(settings), stem=str(stem), images=images, **source
         )
         return Path(answer["path"])
 

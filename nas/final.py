@@ -59,7 +59,8 @@ def settle(
     note: Callable[[str], None],
 ) -> list[Row]:
     """Train the best of the rows to the last rung, until the first `BEST` all are; rows reviewed by what it showed."""
-    from search_spaces import Arch, table
+    from nas.outcome import arch_of
+    from search_spaces import table
 
     failed: set[str] = set()
     while True:
@@ -70,7 +71,7 @@ def settle(
         pending = [row for row in best if row["digest"] not in full]
         if not pending:
             return [row | {"feasible": row["feasible"] and row["digest"] not in failed} for row in reviewed]
-        arch = Arch.from_json(json.dumps(pending[0]["arch"]))
+        arch = arch_of(pending[0])
         try:
             training = tier.complete(arch, table(arch)).training
         except TrainingError as error:

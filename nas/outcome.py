@@ -25,7 +25,7 @@ from nas.measure import (
     device_kind,
     device_lock,
 )
-from nas.measure.protocol import paired_ratio
+from nas.measure.protocol import BUSY_SPREAD, paired_ratio
 from nas.process import WorkerError
 from nas.quality import Estimate
 from nas.search import LATENCY_KEYS, keep_samples
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 CLOSING_ROUNDS = 30
 THROUGHPUT_ROUNDS = 10
-BUSY_DRIFT = 0.25
 RESERVES = 3
 """How many of the best trials enter the closing run, should the first not meet the budget there."""
 MARGINS = (0.95, 0.85, 0.7)
@@ -359,7 +358,7 @@ def finish_run(
         )
     drifts = [row["reference_drift"] for row in measured if row["reference_drift"] is not None]
     drift = statistics.median(drifts) if drifts else 0.0
-    if drift > BUSY_DRIFT:
+    if drift > BUSY_SPREAD:
         notes.append(
             f"this machine was busy: within a trial the reference network's latency moved by {drift:.0%} (median); "
             "run again on a quiet machine for figures to rely on"

@@ -252,6 +252,8 @@ def search(
             sweep(study)
             if remaining(study, options.trials):
                 known = open_cache(options, say) if options.cache else None
+                if known is not None:
+                    stack.callback(known.close)
                 worker = stack.enter_context(TrialRunner(options, study, run.tier, known, run.calibration))
                 enqueue_published(options, study, worker.reference_ms)
                 starting.lap("start")

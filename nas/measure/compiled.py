@@ -22,18 +22,12 @@ def load(path: Path, settings: Settings) -> Infer:
     import torch
     from torch._inductor import config
 
-    from nas.measure.module import place
+    from nas.measure.module import inference, place
 
     config.compile_threads = 1  # no pool of compiling processes stays behind while networks are timed
     model, images = place(path, settings)
     model = torch.compile(model, dynamic=False)
 
-    @torch.inference_mode()
-    def infer() -> torch.Tensor:
-        logits = model(images)
-        if settings.device == "cuda":
-            torch.cuda.synchronize()
-        return logits
-
+    infer = inference(model, (images,), settings.device)
     infer()
     return infer

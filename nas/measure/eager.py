@@ -13,17 +13,7 @@ def check(settings: Settings) -> str | None:
 
 @register("torch", precisions=PRECISIONS, artifact="module", package="torch", check=check)
 def load(path: Path, settings: Settings) -> Infer:
-    import torch
-
-    from nas.measure.module import place
+    from nas.measure.module import inference, place
 
     model, images = place(path, settings)
-
-    @torch.inference_mode()
-    def infer() -> torch.Tensor:
-        logits = model(images)
-        if settings.device == "cuda":
-            torch.cuda.synchronize()
-        return logits
-
-    return infer
+    return inference(model, (images,), settings.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from nas.measure.runtime import Settings
+    from nas.measure.runtime import Infer, Settings
     from nas.targets import TimmNetwork
     from search_spaces import Arch
 
@@ -83,6 +84,20 @@ def place(path: Path, settings: Settings) -> tuple[nn.Module, torch.Tensor]:
     network = from_document(path.read_text())
     images = torch.from_numpy(fixed_images((settings.batch_size, 3, network.resolution, network.resolution)))
     return build(network).to(settings.device, dtype), images.to(settings.device, dtype)
+
+
+def inference(module: nn.Module, inputs: Sequence[torch.Tensor], device: str) -> Infer:
+    """One forward pass, done when it returns."""
+    import torch
+
+    @torch.inference_mode()
+    def infer() -> torch.Tensor:
+        found = module(*inputs)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return found
+
+    return infer
 
 
 def fixed_images(shape: tuple[int, ...]):

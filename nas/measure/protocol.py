@@ -27,6 +27,7 @@ SURE_ROUNDS = 6  # the fewest whose interval covers 95%
 PRECISION = 0.02  # half-width of the interval over the median
 HOPELESS = 1.5  # times the budget
 CONFIDENCE = 0.95
+BUSY_SPREAD = 0.25  # of round medians (`Measurement.spread`), from which on the machine is called busy
 
 
 class MeasureError(RuntimeError):

@@ -8,7 +8,7 @@ import random
 import torch
 
 from nas.measure import Settings
-from nas.measure.module import configure
+from nas.measure.module import configure, inference
 from nas.measure.worker import TimedModel
 from nas.papers.blocks import build_block, memory_bound_share, swin_with_share
 from nas.process import serve
@@ -27,7 +27,7 @@ class Bench:
         for name in names:
             module, inputs = build_block(name, self.settings.batch_size, self.settings.device)
             self.timed[name] = TimedModel()
-            self.timed[name].infer = self._infer(module, inputs)
+            self.timed[name].infer = inference(module, inputs, self.settings.device)
             self.timed[name].warm_up()
 
     def time_round(self) -> dict:
@@ -40,7 +40,7 @@ class Bench:
         self.swins, found = [], []
         for share in shares:
             model, actual = swin_with_share(share)
-            self.swins.append(self._infer(model.to(self.settings.device), (images,)))
+            self.swins.append(inference(model.to(self.settings.device), (images,), self.settings.device))
             self.swins[-1]()
             found.append(actual)
         return {"shares": found}
@@ -50,15 +50,6 @@ class Bench:
         places = self.order.sample(range(len(self.swins)), len(self.swins))
         found = {place: memory_bound_share(self.swins[place], self.settings.device) for place in places}
         return {"profiles": [found[place] for place in range(len(self.swins))]}
-
-    def _infer(self, module, inputs):
-        @torch.inference_mode()
-        def infer() -> None:
-            module(*inputs)
-            if self.settings.device == "cuda":
-                torch.cuda.synchronize()
-
-        return infer
 
 
 if __name__ == "__main__":

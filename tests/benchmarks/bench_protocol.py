@@ -32,7 +32,7 @@ from nas.process import usable_cpus
 from nas.search import REFERENCE, reference_arch
 from search_spaces import Arch, get_arch, table
 from search_spaces.registry import FAMILIES
-from search_spaces.space import LEVELS, PARAMETERS
+from search_spaces.space import random_params
 
 RANGE_MS = (1.0, 20.0)
 DRAWS = 400
@@ -60,9 +60,8 @@ def draw(count: int, reference_ms: float, seed: int) -> list[Arch]:
     pool: dict[str, list[tuple[float, Arch]]] = {name: [] for name in FAMILIES}
     for family, rows in pool.items():
         for _ in range(DRAWS):
-            params = {name: int(rng.integers(LEVELS)) for name in PARAMETERS}
             with contextlib.suppress(ValueError):
-                arch = FAMILIES[family].space.decode(params, 1000)
+                arch = FAMILIES[family].space.decode(random_params(rng), 1000)
                 rows.append((float(np.log(table(arch).macs() * pace)), arch))
     chosen = []
     for i, goal in enumerate(np.linspace(*np.log(RANGE_MS), count)):
