@@ -1,4 +1,15 @@
-"""The exception a user's mistake raises, a training that fails, and errors in one line."""
+"""The exceptions of a user's mistake, a full disk and a training that fails, and errors in one line."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL_WORDS = ("No space left on device", "disk is full", "Disk quota exceeded", "File too large", "FreeDiskSpace")
 
 
 class UserError(Exception):
@@ -13,6 +24,57 @@ class TrainingError(UserError):
         self.epoch = epoch
 
 
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, at most 200 characters of it."""
-    return str(error).strip().splitlines()[0][:200]
+class DiskFull(UserError):
+    """A file that cannot be written for want of space.
+
+    place: the folder it belongs in. needed: bytes that are needed at least, where that is known.
+    """
+
+    def __init__(self, place: Path | str, needed: int | None = None, error: BaseException | None = None) -> None:
+        self.place = Path(place)
+        number = getattr(error, "errno", None)
+        what = {
+            errno.EDQUOT: "the quota is used up in",
+            errno.EFBIG: "the size allowed for a file (ulimit -f) is too small in",
+        }.get(number, "no space left in")
+        try:
+            known = [f"{_mib(shutil.disk_usage(self.place).free)} free"]
+        except OSError:
+            known = []
+        if needed:
+            known.append(f"at least {_mib(needed)} needed")
+        super().__init__(
+            f"{what} {place}" + f" ({', '.join(known)})" * bool(known) + ": make room, then the same command goes on"
+        )
+
+
+def is_full(error: BaseException | str) -> bool:
+    """Whether an error, what it was raised from, or its text says that a disk is full."""
+    if isinstance(error, str):
+        return any(words in error for words in FULL_WORDS)
+    if isinstance(error, DiskFull) or getattr(error, "errno", None) in FULL or is_full(str(error)):
+        return True
+    before = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return before is not None and is_full(before)
+
+
+@contextmanager
+def disk_errors(place: Path, needed: int | None = None) -> Iterator[None]:
+    """Raise what a full disk raises inside the block as DiskFull; place: where the block writes."""
+    try:
+        yield
+    except DiskFull:
+        raise
+    except Exception as error:
+        if is_full(error):
+            raise DiskFull(place, needed, error) from error
+        raise
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, at most 200 characters of it; the error's class where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:,.1f} MiB"

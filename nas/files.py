@@ -1,0 +1,257 @@
+"""Files that are whole or absent, folders used by one command at a time, and scratch space that no kill leaves behind.
+
+Locks are those of flock: the kernel frees them with their process. Only what this machine made is swept, since
+whether a process of another machine lives is unknown here.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import secrets
+import shutil
+import socket
+import sys
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+
+from nas.errors import DiskFull, UserError, is_full
+
+LOCK = ".lock"
+FULL_BELOW = 1 << 16  # free bytes: libraries in C++ do not say why a write failed
+_locks: set[int] = set()
+
+
+def machine_tag() -> str:
+    """8 digits for this machine and, in a container, its processes' numbering."""
+    try:
+        numbering = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        numbering = ""
+    return f"{zlib.crc32(f'{socket.gethostname()} {numbering}'.encode()):08x}"
+
+
+# ---------------------------------------------------------------------- files
+
+
+def replace_file(path: Path, data: str | bytes) -> None:
+    """Write a file in one step: a reader sees the old one or the new one, and a failed write leaves the old one."""
+    data = data.encode() if isinstance(data, str) else data
+    with drafted(path, needed=len(data)) as draft:
+        draft.write_bytes(data)
+
+
+@contextmanager
+def drafted(path: Path, needed: int | None = None) -> Iterator[Path]:
+    """A new file to write in the block, moved to `path` at its end, or removed where the block raises.
+
+    It lies beside `path` under a name of its own with the same suffix. A pipe or device is written as it is.
+
+    Args:
+        needed: bytes, for the message of a full disk.
+
+    Raises:
+        DiskFull: there was no room.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        yield path
+        return
+    path = Path(os.path.realpath(path))
+    draft = path.with_name(f".{path.stem}.{machine_tag()}-{os.getpid()}-{secrets.token_hex(4)}.draft{path.suffix}")
+    try:
+        created = os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        mode = os.fstat(created).st_mode & 0o777
+        os.close(created)
+        yield draft
+        file = os.open(draft, os.O_RDONLY)  # a library may have put another file in its place
+        try:
+            os.fchmod(file, mode)
+            os.fsync(file)
+        finally:
+            os.close(file)
+        draft.replace(path)
+    except (OSError, RuntimeError) as error:
+        if is_full(error) or (isinstance(error, RuntimeError) and _free(path.parent) < FULL_BELOW):
+            written = draft.stat().st_size if draft.exists() else 0
+            raise DiskFull(path.parent, needed or written, error) from error
+        raise
+    finally:
+        with suppress(OSError):
+            draft.unlink()
+
+
+def sweep_drafts(folder: Path) -> None:
+    """Remove what killed processes of this machine left of `drafted` files in a folder and below it."""
+    pattern = re.compile(rf"\..+\.{machine_tag()}-(\d+)-[0-9a-f]{{8}}\.draft(\.\w+)?")
+    for path in folder.rglob(".*.draft*"):
+        found = pattern.fullmatch(path.name)
+        if found and not _alive(int(found[1])):
+            with suppress(OSError):
+                path.unlink()
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        pass
+    return True
+
+
+def _free(folder: Path) -> int:
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return sys.maxsize
+
+
+# ---------------------------------------------------------------------- locks
+
+
+def tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def folder_lock(
+    folder: Path, *, waiting: bool = False, name: str = LOCK, say: Callable[[str], None] = tell
+) -> Iterator[None]:
+    """Have a folder for one command; the lock is a file in it that stays there, empty.
+
+    Args:
+        waiting: wait for another command's end, told in one line, instead of raising.
+        name: of the lock's file; commands that take different names do not exclude each other.
+
+    Raises:
+        UserError: another command has it; the line names that command.
+    """
+    path = folder / name
+    try:
+        file = open_lock(path, os.O_CREAT | os.O_RDWR)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}; give another --out") from None
+    try:
+        if not _locked(file, folder, say):
+            holder = os.pread(file, 1000, 0).decode(errors="replace").strip() or "another vitnas command"
+            if not waiting:
+                raise UserError(f"{folder} is in use by {holder}: wait for its end, or give another --out")
+            say(f"waiting for {holder}, which uses {folder}")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        since = datetime.now().astimezone().isoformat(" ", timespec="seconds")
+        with suppress(OSError):  # a full disk takes no words, but a lock
+            os.ftruncate(file, 0)
+            os.pwrite(file, f"{_command()} (process {os.getpid()} on {socket.gethostname()}) since {since}".encode(), 0)
+        yield
+        with suppress(OSError):
+            os.ftruncate(file, 0)
+    finally:
+        close_lock(file)
+
+
+def _locked(file: int, folder: Path, say: Callable[[str], None]) -> bool:
+    """Whether a lock is had at once; True, and told, where the file system has no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        say(f"{folder} cannot be locked ({error.strerror}): run one vitnas command at a time on it")
+    return True
+
+
+def open_lock(path: Path, flags: int) -> int:
+    """A file descriptor to lock; forked processes do not get it, so that none keeps a lock of a killed parent."""
+    file = os.open(path, flags, 0o666)
+    _locks.add(file)
+    return file
+
+
+def close_lock(file: int) -> None:
+    _locks.discard(file)
+    os.close(file)
+
+
+def _forget_locks() -> None:
+    for file in _locks:
+        os.close(file)
+    _locks.clear()
+
+
+os.register_at_fork(after_in_child=_forget_locks)
+
+
+def _command() -> str:
+    """The command without what its options hold, which may be a password."""
+    verb = sys.argv[1] if len(sys.argv) > 1 and re.fullmatch(r"[a-z-]+", sys.argv[1]) else ""
+    return f"vitnas {verb}".strip()
+
+
+# ---------------------------------------------------------------------- scratch space
+
+
+@contextmanager
+def scratch(folder: Path | None = None) -> Iterator[Path]:
+    """A new folder for a process's temporary files, removed at the end of the block.
+
+    What killed processes left is removed at the start; a live one's folder is known by the lock it has on it.
+
+    Args:
+        folder: the run's folder, in whose tmp/ it lies; None: that of the system.
+    """
+    parent = Path(tempfile.gettempdir()) if folder is None else folder / "tmp"
+    sweep_scratch(parent)
+    path, lock = _own_folder(parent)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        close_lock(lock)
+        if folder is not None:
+            with suppress(OSError):  # not empty: another process's
+                parent.rmdir()
+
+
+def sweep_scratch(parent: Path) -> None:
+    """Remove the scratch folders of processes that have ended."""
+    for path in parent.glob(f"vitnas-{machine_tag()}-*"):
+        with suppress(OSError):  # it is locked, it is another user's, or this file system has no locks
+            file = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(file)
+
+
+def _own_folder(parent: Path) -> tuple[Path, int]:
+    """A new folder that is locked, and the lock's file descriptor; a sweeping process may take one before its lock."""
+    while True:
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            path = Path(tempfile.mkdtemp(prefix=f"vitnas-{machine_tag()}-", dir=parent))
+        except FileNotFoundError:  # another process removed the empty parent
+            continue
+        except OSError as error:
+            if is_full(error):
+                raise DiskFull(parent, error=error) from error
+            raise UserError(f"cannot write to {parent}: {error.strerror}; give another --out") from None
+        with suppress(FileNotFoundError, BlockingIOError):
+            file = open_lock(path, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                close_lock(file)
+                raise
+            except OSError:  # no locks here: nothing sweeps it either
+                pass
+            if path.exists():
+                return path, file
+            close_lock(file)
