@@ -45,9 +45,9 @@ def batch_norm(axis: Axis, gamma: float, dims: Literal[1, 2]) -> nn.Module:
     return norm
 
 
-def layer_norm(axis: Axis, positions: int) -> nn.LayerNorm:
-    """LayerNorm over channels, eps 1e-6."""
-    norm = nn.LayerNorm(axis.size, eps=1e-6)
+def layer_norm(axis: Axis, positions: int, eps: float = 1e-6) -> nn.LayerNorm:
+    """LayerNorm over channels."""
+    norm = nn.LayerNorm(axis.size, eps=eps)
     declare_norm(norm, axis)
     norm.positions = NORM_MACS * positions
     return norm

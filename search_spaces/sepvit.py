@@ -51,6 +51,9 @@ from search_spaces.registry import Family, Variant, register
 from search_spaces.space import KEEPS, Space, Values, per_stage
 from search_spaces.widths import Cat, Each, Width, fixed
 
+TORCH_EPS = 1e-5
+"""PyTorch's eps of a LayerNorm, which the official code keeps in patch embeddings and for window tokens."""
+
 
 class SepAttn(Doc):
     """Separable attention in windows of `window` x `window`.
@@ -199,7 +202,7 @@ class SeparableAttention(nn.Module):
             self.axes = {"window_token": (one, Width(f"{name}.windows", count, "resize"), one, embed)}
             point_qk = Width(f"{name}.point_qk", doc.point_key_dim)
             point = Each(heads, point_qk)
-            self.point_norm = layer_norm(inner, self.keep)
+            self.point_norm = layer_norm(inner, self.keep, TORCH_EPS)
             self.point_qk = Linear(inner, Cat((point, Each(heads, key(point_qk)))), self.keep)
             self.point_gate = Gate(point, 1, 3)
             self.products += ((point, self.keep**2), (inner, self.keep**2 * area))
@@ -287,7 +290,7 @@ class Stage(nn.Module):
         kernel, stride = (7, 4) if previous is None else (3, 2)
         positions = grid * grid
         self.patch_embed = Conv(previous or RGB, embed, fixed(kernel), positions, stride=stride, bias=True)
-        self.norm = layer_norm(embed, positions)
+        self.norm = layer_norm(embed, positions, TORCH_EPS)
         self.blocks = nn.ModuleList(Block(f"{name}.blocks.{i}", b, embed, grid) for i, b in enumerate(doc.blocks))
         if doc.blocks:
             conv = Conv(embed, embed, fixed(3), positions, depthwise=True, bias=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from fractions import Fraction
 from types import ModuleType
 from typing import Any
@@ -18,9 +19,9 @@ Grid = dict[tuple[int, int], Tensor]
 State = dict[str, Tensor]
 
 
-def layer_norm(x: Tensor, state: State, name: str) -> Tensor:
+def layer_norm(x: Tensor, state: State, name: str, eps: float = 1e-6) -> Tensor:
     centred = x - x.mean()
-    scaled = centred / math.sqrt(float(centred.square().mean()) + 1e-6)
+    scaled = centred / math.sqrt(float(centred.square().mean()) + eps)
     return scaled * state[f"{name}.weight"] + state[f"{name}.bias"]
 
 
@@ -63,7 +64,7 @@ def reference(arch: Arch, state: State, pixels: Tensor) -> Tensor:
         name = f"stages.{s}"
         stride, pad = (4, 3) if s == 0 else (2, 1)
         grid = convolve(grid, state[f"{name}.patch_embed.weight"], state[f"{name}.patch_embed.bias"], stride, pad)
-        grid = {at: layer_norm(value, state, f"{name}.norm") for at, value in grid.items()}
+        grid = {at: layer_norm(value, state, f"{name}.norm", 1e-5) for at, value in grid.items()}
         for i, block in enumerate(stage.blocks):
             if block.attn is not None:
                 grid = separable(grid, block.attn, state, f"{name}.blocks.{i}.attn")
@@ -140,7 +141,7 @@ def pointwise(maps: dict[int, list[Tensor]], doc: Any, state: State, name: str) 
     """Windows attend to windows by their tokens; whole feature maps are what is mixed."""
     heads, key_dim, value_dim = doc.heads, doc.point_key_dim, doc.value_dim
     qk = {
-        w: linear(gelu(layer_norm(m[0], state, f"{name}.point_norm")), state, f"{name}.point_qk")
+        w: linear(gelu(layer_norm(m[0], state, f"{name}.point_norm", 1e-5)), state, f"{name}.point_qk")
         for w, m in maps.items()
     }
     out = {}
@@ -224,6 +225,18 @@ def test_kept_windows_equal_the_reference(rate: float, helpers: ModuleType) -> N
 @pytest.mark.parametrize("seed", range(12))
 def test_irregular_networks_equal_the_reference(seed: int, helpers: ModuleType) -> None:
     helpers.assert_equals_reference(reference, helpers.random_arch("sepvit", seed), seed)
+
+
+def test_layer_norms_are_the_official_ones() -> None:
+    """The official code gives blocks and the last norm eps 1e-6; patch embeddings and window tokens keep PyTorch's."""
+    found: dict[float, set[str]] = {}
+    for name, module in search_spaces.create_model("sepvit_lite").named_modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            found.setdefault(module.eps, set()).add(re.sub(r"\d+", "N", name))
+    assert found == {
+        1e-5: {"stages.N.norm", "stages.N.blocks.N.attn.point_norm"},
+        1e-6: {"stages.N.blocks.N.attn.norm", "stages.N.blocks.N.norm", "norm"},
+    }
 
 
 def test_window_tokens_only_where_there_are_windows() -> None:
