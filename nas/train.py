@@ -9,8 +9,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from nas.data import Batch, Images, loader
-from nas.errors import TrainingError, UserError
+from nas.errors import TrainingError, UserError, first_line
 from nas.recipes import Recipe
 from nas.report import replace_file
 from search_spaces.evit import set_keep_progress
@@ -38,6 +38,7 @@ TEMPERATURE = 2.0
 T = TypeVar("T")
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 BRIEF = Recipe("brief", "`fit`", 1, 1, lr=1e-3, lr_batch=1, weight_decay=0.05, distillation="soft")
+OUT_OF_MEMORY = ("allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED", "std::bad_alloc")
 CHECK_EVERY = 10
 """Updates between two looks at the loss on an accelerator, each of which waits for it."""
 
@@ -62,23 +63,70 @@ class Accuracy:
         return 100 * float(found.low), 100 * float(found.high)
 
 
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+@contextmanager
+def failing_as(what: str, epoch: int = 0) -> Iterator[None]:
+    """Turn what PyTorch raises into a TrainingError of one line; in several processes, which must end together, into a
+    UserError."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        why = " ".join(first_line(error).split())
+        line = f"{what} ran out of memory" if out_of_memory(error) else f"{what} failed"
+        if why:
+            line += f": {why}"
+        raise (UserError(line) if dist.is_initialized() else TrainingError(line, epoch)) from error
+
+
+@failing_as("judging")
 @torch.no_grad()
-def evaluate(model: nn.Module, loader: Iterable[Batch], device: str | torch.device = "cpu") -> Accuracy:
-    """Accuracy over one pass of `loader`; leaves the model on `device`, in eval mode."""
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[Batch],
+    device: str | torch.device = "cpu",
+    say: Callable[[str], None] = _to_stderr,
+) -> Accuracy:
+    """Accuracy over one pass of `loader`; leaves the model on `device`, in eval mode.
+
+    Where memory does not suffice the batches are halved, from then on, and `say` is told.
+
+    Raises:
+        TrainingError: there is no memory for one image, or PyTorch fails.
+    """
     model.to(device).eval()
     correct = total = 0
     loss = 0.0
-    for images, labels in loader:
-        images, labels = _to(device, images, labels)
-        logits = model(images)
-        correct += int((logits.argmax(1) == labels).sum())
-        total += len(labels)
-        loss += F.cross_entropy(logits, labels, reduction="sum").item()
+    at_once = sys.maxsize
+    for batch in loader:
+        while (found := _judged(model, batch, at_once, device)) is None:
+            at_once = min(at_once, len(batch[1])) // 2
+            if not at_once:
+                raise TrainingError("out of memory with one image to judge: lower --resolution")
+            _free(device)
+            say(f"out of memory: judging goes on with {at_once} images at a time")
+        correct += found[0]
+        loss += found[1]
+        total += len(batch[1])
     return Accuracy(correct, total, loss / total)
 
 
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr)
+def _judged(model: nn.Module, batch: Batch, at_once: int, device: str | torch.device) -> tuple[int, float] | None:
+    """Correct answers and the sum of losses in a batch; None where memory did not suffice."""
+    correct, loss = 0, 0.0
+    try:
+        for part in zip(*(values.split(at_once) for values in batch), strict=True):
+            images, labels = _to(device, *part)
+            logits = model(images)
+            correct += int((logits.argmax(1) == labels).sum())
+            loss += F.cross_entropy(logits, labels, reduction="sum").item()
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        return None
+    return correct, loss
 
 
 class Training:
@@ -93,6 +141,7 @@ class Training:
     what `validate` adds. images, updates: images an update, updates an epoch.
     """
 
+    @failing_as("preparing the training")
     def __init__(
         self,
         model: nn.Module,
@@ -188,15 +237,18 @@ class Training:
             progress: called after each update with images done, images of all epochs, and the last known loss.
 
         Raises:
-            TrainingError: the loss is no longer finite; the checkpoint is that of the epoch before.
-            UserError: the checkpoint cannot be written, the images are broken, or there is no memory for two images.
+            TrainingError: the loss is no longer finite, there is no memory for two images, or PyTorch fails; the
+                checkpoint is that of the epoch before.
+            UserError: the checkpoint cannot be written, or the images are broken.
         """
         last = self.recipe.epochs if until is None else min(until, self.recipe.epochs)
         while self.epoch < last:
-            self.history.append(self._train_epoch(progress))
+            with failing_as(f"training in epoch {self.epoch + 1}", self.epoch + 1):
+                row = self._train_epoch(progress)
+                if self._validate is not None:
+                    row |= self._validate(self.network)
+            self.history.append(row)
             self.epoch += 1
-            if self._validate is not None:
-                self.history[-1] |= self._validate(self.network)
             self._save()
 
     def _train_epoch(self, progress: Callable[[int, int, float], None] | None) -> dict[str, Any]:
@@ -383,13 +435,14 @@ class Updater:
             if self._parallel is not None:
                 raise UserError(f"out of memory with {largest // self._parts} images a process: raise --accumulate")
             if largest // (2 * self._parts) < 2:
-                raise UserError(f"out of memory with {largest // self._parts} images: lower --resolution")
+                raise TrainingError(f"out of memory with {largest // self._parts} images: lower --resolution")
             self._parts *= 2
-            if self._device.type == "cuda":
-                torch.cuda.empty_cache()
+            _free(self._device)
             self._say(
                 f"out of memory: going on with {largest // self._parts} images at a time, "
                 "gradients accumulated to the same update"
+                + "; BatchNorm sees the smaller batches"
+                * _has_batch_norm(self._model)
             )
         self._scaler.unscale_(self._optimizer)
         if self._recipe.clip is not None:
@@ -416,7 +469,7 @@ class Updater:
                         self._scaler.scale(loss).backward()
                     total += loss.detach()
         except (RuntimeError, MemoryError) as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             return None
         return total
@@ -453,6 +506,7 @@ class Updater:
         self._parts = state["parts"]
 
 
+@failing_as("training")
 def fit(
     model: nn.Module,
     loader: Iterable[Batch],
@@ -477,7 +531,8 @@ def fit(
         progress: called after each update with images done, images in all, and the update's loss.
 
     Raises:
-        UserError: the loss is no longer finite, or no batch holds two images.
+        TrainingError: the loss is no longer finite, there is no memory for two images, or PyTorch fails.
+        UserError: no batch holds two images.
     """
     random_seed(seed)
     model.to(device).train()
@@ -486,7 +541,7 @@ def fit(
     for done, batch in batches_for(loader, images):
         value = updater.step(done, [batch]).item()
         if not math.isfinite(value):
-            raise UserError(f"the loss is {value} after {done:,} images: lower the learning rate ({lr:g})")
+            raise TrainingError(f"the loss is {value} after {done:,} images: lower the learning rate ({lr:g})")
         if progress is not None:
             progress(min(done + len(batch[1]), images), images, value)
     model.eval()
@@ -540,10 +595,20 @@ def _digest(model: nn.Module) -> str:
     return hashlib.sha256(repr(shapes).encode()).hexdigest()
 
 
-def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
-        words in str(error) for words in ("allocate memory", "not enough memory")
+def out_of_memory(error: BaseException) -> bool:
+    """Whether PyTorch, or a library below it, found no memory."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
     )
+
+
+def _free(device: str | torch.device) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _has_batch_norm(model: nn.Module) -> bool:
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
 
 
 def batches_for(loader: Iterable[Batch], images: int) -> Iterable[tuple[int, Batch]]:

@@ -241,14 +241,55 @@ def test_out_of_memory_halves_the_batch_and_keeps_the_update(error, backward):
     assert "going on with 2 images at a time" in said[-1]
 
 
+def test_the_batch_that_fits_is_remembered(tmp_path):
+    """In the same run, and by one that goes on."""
+    file, recipe = tmp_path / "checkpoint", dataclasses.replace(PLAIN, epochs=2)
+    said: list[str] = []
+    for epoch in (1, 2):
+        limited = Limited(network(), 4, MemoryError(), False)
+        limited.model.num_classes = 4
+        Training(limited, pictures(), recipe, checkpoint=file, say=said.append).run(epoch)
+        assert limited.sizes[(epoch == 1) :] == [4] * 12
+    assert said == [
+        "out of memory: going on with 4 images at a time, gradients accumulated to the same update; "
+        "BatchNorm sees the smaller batches"
+    ]
+
+
 def test_no_memory_for_two_images():
-    with pytest.raises(UserError, match="out of memory with 2 images: lower --resolution"):
+    with pytest.raises(TrainingError, match=r"^out of memory with 2 images: lower --resolution"):
         Training(Limited(flat(), 1, MemoryError(), False), pictures(), PLAIN, say=lambda line: None).run()
 
 
-def test_other_errors_are_no_lack_of_memory():
-    with pytest.raises(RuntimeError, match="shapes"):
-        Training(Limited(flat(), 1, RuntimeError("shapes"), False), pictures(), PLAIN).run()
+def test_other_errors_are_told_as_such(tmp_path):
+    """In one line; the checkpoint is that of the epoch before."""
+    file = tmp_path / "checkpoint"
+    training = Training(
+        Limited(flat(), 8, RuntimeError("shapes\n  1 and 2"), False), pictures(), PLAIN, checkpoint=file
+    )
+    training.run(1)
+    training.model.most = 7
+    with pytest.raises(TrainingError, match=r"^training in epoch 2 failed: shapes$") as found:
+        training.run()
+    assert found.value.epoch == 2
+    assert torch.load(file)["epoch"] == 1
+
+
+def test_judging_runs_out_of_memory(monkeypatch):
+    """Smaller batches give the same figures; what fails on one image is told."""
+    said: list[str] = []
+    batches = list(loader(pictures(), 16, shuffle=False, seed=0))
+    wanted = evaluate(flat(), batches)
+    limited = Limited(flat(), 4, torch.OutOfMemoryError("CUDA out of memory"), False)
+    found = evaluate(limited, batches, say=said.append)
+    assert (found.correct, found.total) == (wanted.correct, wanted.total)
+    assert found.loss == pytest.approx(wanted.loss)
+    assert limited.sizes == [16, 8] + [4] * 12
+    assert said == [f"out of memory: judging goes on with {count} images at a time" for count in (8, 4)]
+    with pytest.raises(TrainingError, match=r"^out of memory with one image to judge"):
+        evaluate(Limited(flat(), 0, MemoryError(), False), batches, say=said.append)
+    with pytest.raises(TrainingError, match=r"^judging failed: shapes$"):
+        evaluate(Limited(flat(), 0, RuntimeError("shapes"), False), batches)
 
 
 def test_fewer_images_than_a_batch():
