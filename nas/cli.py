@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from nas.errors import UserError
+from nas.errors import DiskFull, UserError
 
 EPILOG = (
     "Examples:\n\n"
@@ -712,12 +712,12 @@ def command_line() -> str:
 
 
 def main() -> None:
-    """Run the command line; errors are one line on standard error and exit code 2."""
+    """Run the command line; errors are one line on standard error and exit code 2, of a full disk 1."""
     try:
         code = app(standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except UserError as error:
-        fail(str(error))
+        fail(str(error), 1 if isinstance(error, DiskFull) else 2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -732,10 +732,10 @@ def main() -> None:
         fail(error.format_message())
 
 
-def fail(message: str) -> None:
-    """Print one line and exit with code 2."""
+def fail(message: str, code: int = 2) -> None:
+    """Print one line and exit with a code."""
     print("vitnas: " + " ".join(message.split()), file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,9 @@ class UserError(Exception):
 
 
 class TrainingError(UserError):
-    """A training whose loss is no longer finite. epoch: the one it was in, from 1."""
+    """A training, or the judging of a network, that fails. epoch: the one it was in, from 1; 0 outside of them."""
 
-    def __init__(self, message: str, epoch: int) -> None:
+    def __init__(self, message: str, epoch: int = 0) -> None:
         super().__init__(message)
         self.epoch = epoch
 

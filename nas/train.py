@@ -29,8 +29,8 @@ from torch import distributed as dist
 
 from nas.data import Batch, Images, loader
 from nas.errors import TrainingError, UserError, first_line
+from nas.files import replace_file
 from nas.recipes import Recipe
-from nas.report import replace_file
 from search_spaces.evit import set_keep_progress
 from search_spaces.layers import heads_of, set_drop_path
 
@@ -74,10 +74,7 @@ def failing_as(what: str, epoch: int = 0) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        why = " ".join(first_line(error).split())
-        line = f"{what} ran out of memory" if out_of_memory(error) else f"{what} failed"
-        if why:
-            line += f": {why}"
+        line = f"{what} {'ran out of memory' if out_of_memory(error) else 'failed'}: {first_line(error)}"
         raise (UserError(line) if dist.is_initialized() else TrainingError(line, epoch)) from error
 
 
@@ -239,6 +236,7 @@ class Training:
         Raises:
             TrainingError: the loss is no longer finite, there is no memory for two images, or PyTorch fails; the
                 checkpoint is that of the epoch before.
+            DiskFull: no room for the checkpoint; that of the epoch before is kept.
             UserError: the checkpoint cannot be written, or the images are broken.
         """
         last = self.recipe.epochs if until is None else min(until, self.recipe.epochs)
@@ -333,7 +331,7 @@ class Training:
         )
         try:
             self._checkpoint.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(self._checkpoint, content.getbuffer())
+            replace_file(self._checkpoint, content.getvalue())
         except OSError as error:
             left = f"; epoch {self.epoch - 1} is kept, and the same command goes on from there"
             raise UserError(

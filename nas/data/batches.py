@@ -90,13 +90,16 @@ class Loader(DataLoader):
 
     def close(self) -> None:
         """End the processes that decode; another pass starts new ones."""
-        self._iterator = None  # where torch keeps them between passes
+        iterator, self._iterator = self._iterator, None  # where torch keeps them between passes
+        if iterator is not None:
+            iterator._shutdown_workers()  # now, not when the last traceback that holds it is gone
 
     def __iter__(self) -> Iterator[Batch]:
         """One pass.
 
         Raises:
             UserError: more broken images than `MAX_BROKEN` allows, or nothing else at its beginning.
+            MemoryError, RuntimeError: no memory for an image or a batch, or a process that decodes has died.
         """
         self.sampler.epoch = self.epoch
         self.epoch += 1
@@ -109,9 +112,9 @@ class Loader(DataLoader):
                 self._refuse_if_too_many(broken, seen)
                 if len(labels):
                     yield images, labels
-        except Exception:
+        except Exception as error:
             self.close()
-            raise
+            raise _without_traceback(error) from None
 
     def _refuse_if_too_many(self, broken: list[str], seen: int) -> None:
         total = len(self.sampler)
@@ -158,6 +161,19 @@ def skipped_line(loaders: Sequence[Loader]) -> str | None:
 
 def _first(names: Sequence[str]) -> str:
     return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+
+
+def _without_traceback(error: Exception) -> Exception:
+    """What a process that decodes raised or died of, where it was that: torch puts its traceback into the message."""
+    text = str(error)
+    if "DataLoader worker (pid" in text:
+        return RuntimeError(
+            "a process that decodes images has died, most often for want of memory or of room in /dev/shm: "
+            "give fewer --workers"
+        )
+    if "in DataLoader worker process" in text:
+        return type(error)(text.strip().splitlines()[-1].removeprefix(f"{type(error).__name__}: "))
+    return error
 
 
 def _collate(items: list[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor, list[str]]:

@@ -30,6 +30,8 @@ from nas.errors import UserError
 
 BACKGROUND = "white"
 """What shows through transparent pixels: the page that such pictures are drawn for."""
+MAX_ASPECT = 100
+"""Length over width of a picture at most: its shorter side is brought to the network's, whatever the longer becomes."""
 CACHE_LIMIT = 2 * 2**30
 """Bytes that `cached` may take. No share of the free memory: what a resumed training sees must not depend on that."""
 CACHE_PROBE = 64
@@ -110,6 +112,8 @@ class Images(Dataset):
         source = self.sources[index]
         try:
             image = decode(source)
+        except MemoryError:  # the machine's fault, not the file's
+            raise MemoryError(f"{source} cannot be decoded") from None
         except Exception:  # Pillow's decoders raise a dozen kinds, from OSError to struct.error
             return str(source)
         return self.transform(image), self.labels[index]
@@ -141,7 +145,7 @@ def decode(source: Source) -> Image.Image:
     """An RGB image from a file, a stored image, or grey levels (H, W) or colours (H, W, 3) uint8.
 
     Transparent pixels let white through, grey of 16 bits is scaled to 8, and a turned camera's picture is turned back
-    as its EXIF orientation says.
+    as its EXIF orientation says. Pictures above `MAX_ASPECT` are refused, as those that are broken.
     """
     if isinstance(source, np.ndarray):
         return Image.fromarray(source).convert("RGB")
@@ -255,6 +259,8 @@ def _pixels(source: Source, side: int) -> Source:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        raise ValueError(f"more than {MAX_ASPECT} times as long as wide")
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I"):  # 16 bits, which convert() would clip to white; "I" holds them in 32
         levels = np.asarray(image).clip(0, 65535)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -442,3 +444,45 @@ def test_order_is_fixed_by_the_seed(tmp_path):
     assert first == orders(0) == orders(0, workers=2)
     assert first[0] != first[1]
     assert first != orders(1)
+
+
+class Greedy:
+    """A stored image that no memory suffices for."""
+
+    def read(self) -> bytes:
+        raise MemoryError
+
+    def __str__(self) -> str:
+        return "huge.png"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_want_of_memory_is_no_broken_image(workers):
+    images = Images([np.zeros((2, 2), np.uint8), Greedy()], [0, 1], lambda image: torch.zeros(1))
+    with pytest.raises(MemoryError, match=r"^huge\.png cannot be decoded$"):
+        list(loader(images, 2, shuffle=False, seed=0, workers=workers))
+    assert not multiprocessing.active_children()
+
+
+class Deadly:
+    """A stored image whose decoder is killed, as by the kernel for want of memory."""
+
+    def read(self) -> bytes:
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError
+
+
+def test_a_killed_decoder_is_told():
+    images = Images([np.zeros((2, 2), np.uint8), Deadly()], [0, 1], lambda image: torch.zeros(1))
+    with pytest.raises(RuntimeError, match=r"^a process that decodes images has died.*fewer --workers$"):
+        list(loader(images, 1, shuffle=False, seed=0, workers=1))
+    assert not multiprocessing.active_children()
+
+
+def test_a_ribbon_is_a_broken_image(tmp_path):
+    """To 73 pixels across it would have 11 million pixels."""
+    data = open_data(fill(tmp_path, black=20, white=20), 64, 2, seed=0)
+    Image.new("L", (2100, 1)).save(data.val.sources[0], "png")
+    batches = loader(data.val, 8, shuffle=False, seed=0)
+    assert sum(len(labels) for _, labels in batches) == len(data.val) - 1
+    assert batches.skipped == [str(data.val.sources[0])]
