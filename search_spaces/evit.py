@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from search_spaces.arch import MAX_BLOCKS, Arch, Attn, Dim, Doc, Rate, StageSummary, kept, summarise
-from search_spaces.layers import RGB, Conv, Gate, Linear, attend, key, layer_norm, mlp, take_tokens
+from search_spaces.layers import RGB, Conv, Gate, Linear, attend, foremost, key, layer_norm, mlp, take_tokens
 from search_spaces.registry import Family, Variant, register
 from search_spaces.space import KEEPS, Space, Values, per_stage, with_attention
 from search_spaces.widths import Cat, Each, Width, fixed
@@ -140,13 +140,12 @@ class Block(nn.Module):
         """Paper section 3.2: keep the class token and the best tokens, by falling score; fuse the rest."""
         if self.rank is not None and self.training:
             order = self.rank(self.keep, self.fuse)
-            weights = scores.gather(1, order)
         else:
-            weights, order = scores.topk(self.patches if self.fuse else self.keep, dim=1)
+            order = foremost(scores, self.patches if self.fuse else self.keep)
         parts = [x[:, :1], take_tokens(x, order[:, : self.keep] + 1)]
         if self.fuse:
-            rest = take_tokens(x, order[:, self.keep :] + 1)
-            parts.append(weights[:, self.keep :].unsqueeze(1) @ rest)
+            rest = order[:, self.keep :]
+            parts.append(scores.gather(1, rest).unsqueeze(1) @ take_tokens(x, rest + 1))
         return torch.cat(parts, 1)
 
 

@@ -27,6 +27,8 @@ RGB = fixed(3)
 ONE = fixed(1)
 NORM_MACS = 5
 """Multiply-accumulates per element of a norm that cannot fold away (fvcore's count, in the published figures)."""
+TIE = 2.0**-20
+"""What a place among scores is worth: 16 of float32's steps below 1. Equal tokens differ by 1 or 2."""
 
 
 def declare_norm(norm: nn.Module, axis: Axis) -> None:
@@ -365,9 +367,20 @@ def mlp(name: str, hidden: int, embed: Width, positions: int) -> nn.Sequential:
     return layers
 
 
+def foremost(scores: Tensor, keep: int) -> Tensor:
+    """Positions (B, keep) of the largest of scores (B, N), none negative, largest first; of equal ones the first.
+
+    Equal tokens, as in areas of one colour, have scores that differ in the last bits, by kernel, width and CPU: so a
+    score loses `TIE` of itself a position, none being zero then.
+    """
+    count = scores.shape[1]
+    handicap = torch.arange(1, 1 - TIE * count, -TIE, dtype=torch.float32, device=scores.device)
+    return ((scores + TIE) * handicap).topk(keep, dim=1).indices
+
+
 def strongest(x: Tensor, keep: int) -> Tensor:
     """Positions in (B, N) of the `keep` tokens of largest L2 norm in x (B, N, C), strongest first."""
-    return x.square().sum(-1).topk(keep, dim=1).indices
+    return foremost(x.square().sum(-1), keep)
 
 
 def flat_rows(index: Tensor, tokens: int) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from search_spaces.arch import ArchError
 from search_spaces.evit import Evit
+from search_spaces.layers import foremost
 
 
 @contextmanager
@@ -78,7 +79,7 @@ def _rank(rows: dict[int, Tensor], layer: int, keep: int, fuse: bool) -> Tensor:
     """Tokens by falling attention in `layer`, all if the rest are fused, else `keep`; the rows of later layers then
     follow the tokens."""
     row = rows.pop(layer)
-    order = row.topk(row.shape[1] if fuse else keep, dim=1).indices
+    order = foremost(row, row.shape[1] if fuse else keep)
     for later, row in rows.items():
         sorted_row = row.gather(1, order)
         rest = [sorted_row[:, keep:].sum(1, keepdim=True)] if fuse else []

@@ -13,7 +13,7 @@ import search_spaces
 from search_spaces import levit
 from search_spaces.arch import Ffn, kept
 from search_spaces.efficientvit import Cascade, CascadedGroupAttention, CascadeHead
-from search_spaces.layers import AttentionBias, BakedBias, FeedForward, on_strongest, strongest, take_tokens
+from search_spaces.layers import AttentionBias, BakedBias, FeedForward, foremost, on_strongest, strongest, take_tokens
 from search_spaces.registry import FAMILIES
 from search_spaces.weights import fit
 from search_spaces.widths import Width
@@ -229,6 +229,29 @@ def test_ffn_leaves_other_tokens_alone(form: str, rate: float, helpers: ModuleTy
                 assert not torch.allclose(found[i, t], x[i, t])
             else:
                 assert torch.equal(found[i, t], x[i, t])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [0.0, 1e-3, 5.0])
+def test_of_tied_scores_the_first_win(value: float, dtype: torch.dtype) -> None:
+    """Tied exactly, and tied but for what the order of summation does to the last bits."""
+    scores = torch.full((1, 400), value, dtype=dtype)
+    scores[0, 300:] += 1
+    wanted = [*range(300, 400), *range(100)]
+    assert foremost(scores, 200)[0].tolist() == wanted
+    if dtype != torch.bfloat16:
+        noise = torch.rand(400, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2**-22
+        assert foremost((scores * (1 + noise)).to(dtype), 200)[0].tolist() == wanted
+
+
+def test_tokens_that_equal_each_other_are_chosen_alike_at_any_width() -> None:
+    """Masked channels are summed with the others, sliced ones are not."""
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        token, mask = torch.randn(24, generator=generator), torch.randint(0, 2, (24,), generator=generator)
+        order = torch.stack([torch.randperm(24, generator=generator) for _ in range(64)])
+        masked = (token * mask)[order].unsqueeze(0)  # each token is the same sum in another order
+        assert strongest(masked, 30)[0].tolist() == list(range(30))
 
 
 def test_on_strongest_is_differentiable() -> None:
