@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nas.errors import UserError
+from nas.files import tell
 
 if TYPE_CHECKING:
     import optuna
@@ -91,7 +92,7 @@ class Skips:
 class Schooling:
     """device: where networks train. folder: where unfinished trainings are kept. results: what the study knows of
     earlier trainings. progress: called with what is trained, images done and in all. resolution: of all networks, where
-    the search fixes it. loaders: of all that were in use, what they skipped."""
+    the search fixes it. loaders: of all that were in use, what they skipped. say: told of want of memory."""
 
     data: ImageData
     lessons: Lessons
@@ -103,6 +104,7 @@ class Schooling:
     parent: Parent | None = None
     resolution: int | None = None
     loaders: list[Skips] = field(default_factory=list)
+    say: Callable[[str], None] = tell
 
     @cached_property
     def rungs(self) -> tuple[int, ...]:
@@ -128,7 +130,7 @@ class Schooling:
                 del self._splits[next(iter(self._splits))]
             rest, judge = self.halves(resolution)
             used = sample(rest, self.lessons.images, self.seed)
-            self._splits[resolution] = cached(used, resolution), cached(judge, resolution)
+            self._splits[resolution] = cached(used, resolution, self.say), cached(judge, resolution, self.say)
         return self._splits[resolution]
 
     def halves(self, resolution: int) -> tuple[Images, Images]:
@@ -151,14 +153,16 @@ class Schooling:
 
         judges = loader(images, JUDGED_BATCH, shuffle=False, seed=self.seed)
         self.loaders.append(Skips(judges.skipped))
-        return evaluate(network, judges, self.device)
+        return evaluate(network, judges, self.device, self.say)
 
     def train(self, model: nn.Module, images: Images, recipe: Recipe, **options: Any) -> Training:
         """A training on this machine."""
         from nas.train import Training
         from nas.training import default_workers
 
-        made = Training(model, images, recipe, device=self.device, workers=default_workers(self.device), **options)
+        made = Training(
+            model, images, recipe, device=self.device, workers=default_workers(self.device), say=self.say, **options
+        )
         self.loaders.append(Skips(made.loader.skipped))
         return made
 
@@ -191,6 +195,7 @@ def open_schooling(
         lambda: results_of(study),
         progress,
         resolution=options.resolution,
+        say=say,
     )
     say(
         f"training on {device}: {schooling.used:,} of {len(data.train):,} images of {data.name} "

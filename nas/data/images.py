@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,16 +27,18 @@ from torch.utils.data import Dataset
 from torchvision.transforms import Compose, InterpolationMode
 from torchvision.transforms.functional import resize
 
+from nas.data.memory import free_memory
 from nas.errors import UserError
+from nas.files import tell
 
 BACKGROUND = "white"
 """What shows through transparent pixels: the page that such pictures are drawn for."""
 MAX_ASPECT = 100
 """Length over width of a picture at most: its shorter side is brought to the network's, whatever the longer becomes."""
 CACHE_LIMIT = 2 * 2**30
-"""Bytes that `cached` may take. No share of the free memory: what a resumed training sees must not depend on that."""
-CACHE_PROBE = 64
-"""Images that `cached` decodes to learn how much all would take."""
+CACHE_SHARE = 0.5
+_held = 0
+"""Bytes in this process's caches."""
 DEMO_CROP = (0.7, 1.0)
 DEMO_RATIO = (0.9, 1.1)
 
@@ -230,32 +233,63 @@ def hold_out(images: Images, count: int, seed: int) -> tuple[Images, Images]:
     return images.pick(np.sort(order[count:]).tolist()), images.pick(np.sort(order[:count]).tolist())
 
 
-def cached(images: Images, resolution: int) -> Images:
+class Kept(list[Source]):
+    """Sources, some of them in memory; a list that can be watched until it is gone."""
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """An image whose shorter side has at most `side` pixels, decoded each time it is read."""
+
+    source: Source
+    side: int
+
+    def read(self) -> Image.Image:
+        image = decode(self.source)
+        return resize(image, self.side, InterpolationMode.BICUBIC) if min(image.size) > self.side else image
+
+    def __str__(self) -> str:
+        return str(self.source)
+
+
+def cached(images: Images, resolution: int, say: Callable[[str], None] = tell) -> Images:
     """The images decoded once and kept in memory, for training at up to R = `resolution` pixels a side.
 
-    Each is kept as (H, W, 3) uint8; what is larger than evaluation at R needs (the shorter side R / 0.875) is reduced
-    to that: evaluation at R sees the same pixels as before, a random crop of a part of a large image is less sharp.
-    What cannot be decoded stays where it is. An image takes 3 H W bytes: 50,000 of 32 x 32 pixels 0.16 GB, 8,000
-    photographs (4:3) at R = 224 2.1 GB. Processes that decode share them where they are forked (Linux); each rank has
-    its own. Where all would take more than `CACHE_LIMIT`, `images` itself is returned.
+    Each is (H, W, 3) uint8; what is larger than evaluation at R needs (the shorter side R / 0.875) is reduced to that:
+    evaluation at R sees the same pixels as before, a random crop of a part of a large image is less sharp. An image
+    takes 3 H W bytes: 50,000 of 32 x 32 pixels 0.16 GB, 8,000 photographs (4:3) at R = 224 2.1 GB. Processes that
+    decode share them where they are forked (Linux); each rank has its own.
+
+    All caches of a process together take `CACHE_LIMIT`, or `CACHE_SHARE` of the memory that is free where that is
+    less. What has no room is decoded and reduced each time, which `say` is told: the pixels do not depend on memory.
+    What cannot be decoded stays where it is.
     """
-    side = math.floor(resolution / DEFAULT_CROP_PCT)
-    probe = [_pixels(images.sources[i], side) for i in range(0, len(images), math.ceil(len(images) / CACHE_PROBE))]
-    size = np.mean([found.nbytes for found in probe if isinstance(found, np.ndarray)] or [0])
-    if size * len(images) > CACHE_LIMIT:
-        return images
-    sources = [_pixels(images.sources[i], side) for i in range(len(images))]
-    return Images(sources, images.labels, images.transform, images.files)
+    global _held
+    side, taken = math.floor(resolution / DEFAULT_CROP_PCT), 0
+    room = min(CACHE_LIMIT, CACHE_SHARE * (free_memory() + _held)) - _held
+    kept = Kept(Reduced(images.sources[i], side) for i in range(len(images)))
+    for i, source in enumerate(kept):
+        try:
+            pixels = np.asarray(source.read())
+        except MemoryError:
+            pixels = None
+        except Exception:  # as in Images: it is skipped, counted and named when its turn comes
+            continue
+        if pixels is None or taken + pixels.nbytes > room:
+            say(
+                f"no memory to keep more than {i:,} of {len(images):,} images decoded: the others are decoded each time"
+            )
+            break
+        kept[i] = pixels
+        taken += pixels.nbytes
+    _held += taken
+    weakref.finalize(kept, _release, taken)
+    return Images(kept, images.labels, images.transform, images.files)
 
 
-def _pixels(source: Source, side: int) -> Source:
-    try:
-        image = decode(source)
-    except Exception:  # as in Images: it is skipped, counted and named when its turn comes
-        return source
-    if min(image.size) > side:
-        image = resize(image, side, InterpolationMode.BICUBIC)
-    return np.asarray(image)
+def _release(count: int) -> None:
+    global _held
+    _held -= count
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

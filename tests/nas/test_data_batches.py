@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import pickle
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from nas.data import Augmentation, Images, batches, cached, images, loader
 from nas.data.images import plain_transform, train_transform
+from nas.data.memory import cgroup_memory
 
 EVERYTHING = Augmentation(scale=0.2, auto_augment="rand-m9-mstd0.5-inc1", erasing=0.5)
 
@@ -194,9 +197,75 @@ def test_broken_images_stay_broken_in_memory(tmp_path):
     assert found.skipped == [str(files[3])]
 
 
-def test_too_many_to_be_cached(tmp_path, monkeypatch):
+IMAGE = 36 * 48 * 3
+"""Bytes of one of the photographs, reduced."""
+
+
+def in_memory(data: Images) -> int:
+    return sum(isinstance(source, np.ndarray) for source in data.sources)
+
+
+def test_caches_share_one_bound(tmp_path, monkeypatch):
+    """What has no room is decoded each time, to the same pixels; what is dropped makes room."""
+    said: list[str] = []
+    files = photographs(tmp_path)
+    data = Images(files, list(range(6)), train_transform(32, EVERYTHING, demo=False))
+    whole = cached(data, 32, said.append)
+    assert (in_memory(whole), said) == (6, [])
+    wanted = list(loader(whole, 6, True, seed=0))
+    del whole
+    gc.collect()
+    assert images._held == 0
+    monkeypatch.setattr(images, "CACHE_LIMIT", 10 * IMAGE)
+    first, second = cached(data, 32, said.append), cached(data, 32, said.append)
+    assert (in_memory(first), in_memory(second)) == (6, 4)
+    assert said == ["no memory to keep more than 4 of 6 images decoded: the others are decoded each time"]
+    assert all(equal(*pair) for pair in zip(loader(second, 6, True, seed=0), wanted, strict=True))
+    assert str(second.sources[5]) == str(files[5])
+    del first
+    gc.collect()
+    assert in_memory(cached(data, 32)) == 6
+
+
+def test_caches_leave_half_of_the_free_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "free_memory", lambda: 6 * IMAGE)
     data = Images(photographs(tmp_path), list(range(6)), plain_transform(32, demo=False))
-    monkeypatch.setattr(images, "CACHE_LIMIT", 6 * 36 * 48 * 3 - 1)
-    assert cached(data, 32) is data
-    monkeypatch.setattr(images, "CACHE_LIMIT", 6 * 36 * 48 * 3)
-    assert cached(data, 32) is not data
+    assert in_memory(cached(data, 32, lambda line: None)) == 3
+
+
+def test_a_cache_that_finds_no_memory_ends_there(tmp_path, monkeypatch):
+    said: list[str] = []
+    data = Images(photographs(tmp_path), list(range(6)), plain_transform(32, demo=False))
+    whole, decoded = images.decode, itertools.count()
+
+    def failing(source: object) -> Image.Image:
+        if next(decoded) == 2:
+            raise MemoryError
+        return whole(source)
+
+    monkeypatch.setattr(images, "decode", failing)
+    kept = cached(data, 32, said.append)
+    assert in_memory(kept) == 2
+    assert said == ["no memory to keep more than 2 of 6 images decoded: the others are decoded each time"]
+    assert sum(len(labels) for _, labels in loader(kept, 6, False, seed=0)) == 6
+
+
+CGROUPS = [
+    ("0::/a/b", "", ("memory.max", "memory.current", "inactive_file")),
+    ("3:cpu:/x\n5:memory:/a/b", "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")),
+]
+
+
+@pytest.mark.parametrize(("own", "mount", "names"), CGROUPS, ids=["cgroup 2", "cgroup 1"])
+def test_memory_of_the_tightest_cgroup(tmp_path, own, mount, names):
+    (tmp_path / "own").write_text(own)
+    for folder, limit, used in (("a", "1000", 700), ("a/b", "5000", 600)):
+        group = tmp_path / "root" / mount / folder
+        group.mkdir(parents=True)
+        for name, value in zip(names[:2], (limit, used), strict=True):
+            (group / name).write_text(f"{value}\n")
+        (group / "memory.stat").write_text(f"anon 5\n{names[2]} 50\n")
+    assert cgroup_memory(tmp_path / "root", tmp_path / "own") == 1000 - 700 + 50
+    (tmp_path / "root" / mount / "a" / names[0]).write_text("max\n" if mount == "" else f"{2**63 - 4096}\n")
+    assert cgroup_memory(tmp_path / "root", tmp_path / "own") == 5000 - 600 + 50
+    assert cgroup_memory(tmp_path / "none", tmp_path / "own") == sys.maxsize

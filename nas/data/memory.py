@@ -1,0 +1,47 @@
+"""How much memory this process may still take."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+
+import psutil
+
+LIMITS = (
+    ("memory.max", "memory.current", "inactive_file"),  # cgroup 2
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),  # cgroup 1
+)
+
+
+def free_memory() -> int:
+    """Bytes: the least of what the machine has available, this process's cgroups and its own limit leave."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    own = sys.maxsize if soft == resource.RLIM_INFINITY else max(0, soft - psutil.Process().memory_info().vms)
+    return min(psutil.virtual_memory().available, own, cgroup_memory())
+
+
+def cgroup_memory(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+    """Bytes that the tightest of this process's cgroups leaves, the page cache counted as free."""
+    left = [sys.maxsize]
+    for line in own.read_text().splitlines() if own.exists() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        mount = root / controllers
+        group = mount / path.lstrip("/")
+        left += [_left(folder) for folder in [group, *group.parents] if folder.is_relative_to(mount)]
+    return min(left)
+
+
+def _left(folder: Path) -> int:
+    for limit, usage, cache in LIMITS:
+        try:
+            most = (folder / limit).read_text().strip()
+            if most == "max":
+                return sys.maxsize
+            counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            return max(0, int(most) - int((folder / usage).read_text()) + int(counts.get(cache, 0)))
+        except OSError:
+            pass
+    return sys.maxsize
