@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nas.errors import UserError
+from nas.inputs import changed
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,7 +37,7 @@ def compute_device(settings: Settings) -> str:
 @dataclass
 class State:
     """What is done so far. network names the saved network that stands; rounds: a row each; origins: a block's path in
-    that network -> its path in the first one; phases: seconds."""
+    that network -> its path in the first one; phases: seconds; inputs: an `identity` of what the run reads."""
 
     options: dict[str, Any]
     started: str
@@ -46,6 +47,7 @@ class State:
     notes: list[str] = field(default_factory=list)
     phases: dict[str, float] = field(default_factory=dict)
     found: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, str | None] = field(default_factory=dict)
 
 
 class Job:
@@ -73,8 +75,23 @@ class Job:
             known = self.state.options.get(key)
             if known != value:
                 raise UserError(f"{folder} holds another run ({key} {known}, not {value}): give another --out")
+
+    def agree(self, inputs: dict[str, str | None]) -> None:
+        """Go on only with the inputs that the run was begun with; see `identity`.
+
+        Raises:
+            UserError: they hold something else now.
+        """
+        if not (self.kept / "state.json").is_file():
+            self.state.inputs = inputs
+        elif not self.state.inputs:
+            raise UserError(
+                f"{self.folder} was begun by an older vitnas, which kept no record of what it read: give another --out"
+            )
+        elif what := changed(self.state.inputs, inputs):
+            raise UserError(f"{self.folder} was begun with another content of {what}: give another --out")
         if self.state.network and not self.finished:
-            say(f"going on after {self.state.network} in {folder}")
+            self.say(f"going on after {self.state.network} in {self.folder}")
 
     @property
     def finished(self) -> bool:

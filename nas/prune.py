@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from nas.errors import UserError, first_line
 from nas.export import save_network, save_weights, write_artifact
+from nas.inputs import identity
 from nas.job import Job, Progress, Say, compute_device, now
 from nas.measure import MeasureError, Measurement, Settings, compare, device_lock
 from nas.units import parse_budget, parse_count, parse_share
@@ -183,6 +184,9 @@ class _Run:
     def run(self) -> dict[str, Any]:
         from pruning.units import anatomy
 
+        arch, weights = self._source()
+        self.job.open_data(self.options.data, arch.resolution, self.options.num_classes, self.options.seed)
+        self.job.agree(identity(self.job.data, model=(arch, weights)))
         if self.job.finished:
             self.job.say(f"{self.options.folder} is finished: these are its results")
             return json.loads((self.options.folder / "prune.json").read_text())
@@ -190,8 +194,6 @@ class _Run:
             self.job.say(f"latency is measured in {self.options.settings.precision}; accuracy and model.onnx are fp32")
         if self.options.settings.precision == "int8":
             self.job.say(CALIBRATED_ON_NOISE)
-        arch, weights = self._source()
-        self.job.open_data(self.options.data, arch.resolution, self.options.num_classes, self.options.seed)
         arch = arch.replace(num_classes=len(self.job.data.classes))
         self.whole = anatomy(arch)
         self._check_budget()

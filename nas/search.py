@@ -7,7 +7,6 @@ turns, and workers on several machines share a study through a database.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -25,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from nas.errors import TrainingError, UserError
 from nas.export import EXPORT_TIMEOUT_S, Exporter
+from nas.inputs import identity
 from nas.measure import (
     RUNTIMES,
     LinkLost,
@@ -162,23 +162,22 @@ def meta(options: Options, data: ImageData | None = None) -> dict[str, Any]:
     if options.lessons is not None:
         lessons = options.lessons
         agreed["training"] = {
-            "data": lessons.data,
             "train_images": lessons.images,
             "epochs": lessons.epochs,
-            "parent": lessons.parent,
             "seed": options.seed or 0,
-            "images": [len(data.train), len(data.val)] if data else None,
-            "labels": labels_hash(data) if data else None,
+            **identity(data, parent=network_of(lessons.parent)),
         }
     return agreed
 
 
-def labels_hash(data: ImageData) -> str:
-    """A short hash of all labels: images added or moved change it."""
-    import numpy as np
+def network_of(name: str | None) -> tuple[Arch, str | Path] | None:
+    """The Arch of a trained network, and where its weights are; None without a name."""
+    from nas.targets import find_target
 
-    labels = np.concatenate([np.asarray(data.train.labels), np.asarray(data.val.labels)]).astype(np.int64)
-    return hashlib.sha256(labels.tobytes()).hexdigest()[:12]
+    if name is None:
+        return None
+    target = find_target(name)
+    return target.arch, target.weights or "timm"
 
 
 def search(

@@ -263,6 +263,9 @@ def test_interrupted_runs_go_on_after_the_last_round(vitnas, images, tmp_path, f
     code, _, said = vitnas(*command)
     assert code == 130
     assert "interrupted" in said
+    (tmp_path / "net" / "arch.json").write_text(small(3).replace(resolution=64).to_json())
+    vitnas.refused(vitnas(*command), "another content of the network")  # not with its budget
+    (tmp_path / "net" / "arch.json").write_text(small(3).to_json())
     code, _, said = vitnas(*command)
     assert code == 0
     assert "going on after round-2" in said
@@ -274,6 +277,26 @@ def test_interrupted_runs_go_on_after_the_last_round(vitnas, images, tmp_path, f
     assert code == 2
     assert "another run" in said
     assert "criterion" in said
+
+
+def test_a_folder_goes_on_only_with_what_it_was_begun_with(vitnas, images, tmp_path, fake_clock):
+    """The same words, but what they name holds something else: finished results stay, and are not told for new ones."""
+    trained(images, tmp_path / "net")
+    command = words(tmp_path / "net", tmp_path / "out", "--data", str(images), "--finetune", "0", "--rounds", "1")
+    assert vitnas(*command)[0] == 0
+    kept = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    changes = {
+        "the network": (tmp_path / "net" / "arch.json", small(3).replace(resolution=64).to_json().encode()),
+        "the weights": (tmp_path / "net" / "model.safetensors", b"others"),
+        "the images": (images / "red" / "0.png", (images / "red" / "1.png").read_bytes() + b"more"),
+    }
+    for what, (path, content) in changes.items():
+        before = path.read_bytes()
+        path.write_bytes(content)
+        vitnas.refused(vitnas(*command), f"another content of {what}", "--out")
+        path.write_bytes(before)
+        assert {path: path.read_bytes() for path in kept} == kept
+    assert "finished" in vitnas(*command)[2]
 
 
 def test_broken_images_are_named(vitnas, images, tmp_path, fake_clock):

@@ -1,0 +1,89 @@
+"""What a command's inputs hold, as short digests: a run goes on only with what it was begun with, whatever its name."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nas.errors import UserError
+
+if TYPE_CHECKING:
+    from nas.data import ImageData, Images
+    from nas.data.images import Source
+    from search_spaces import Arch
+
+LENGTH = 16
+
+
+def identity(
+    data: ImageData | None = None, **networks: tuple[Arch | str, str | Path | None] | None
+) -> dict[str, str | None]:
+    """Digests of images and networks, by what messages call them.
+
+    Args:
+        networks: by option, an Arch or the name of one of timm's, and its weights: "timm", a file, or None. Options
+            that were not given may be None.
+
+    Raises:
+        UserError: weights that cannot be read.
+    """
+    found: dict[str, str | None] = {}
+    for option, network in networks.items():
+        arch, weights = network or (None, None)
+        found[f"the network of --{option}"] = arch if arch is None or isinstance(arch, str) else arch.digest()[:LENGTH]
+        found[f"the weights of --{option}"] = str(weights) if weights in (None, "timm") else file_digest(Path(weights))
+    if data is not None:
+        found["the images of --data"] = data_digest(data)
+    return found
+
+
+def changed(known: Mapping[str, str | None], found: Mapping[str, str | None]) -> str:
+    """What differs between two identities, in words; "" where nothing does."""
+    return " and ".join(name for name in {**known, **found} if known.get(name) != found.get(name))
+
+
+def file_digest(path: Path) -> str:
+    """Of a file's content."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:LENGTH]
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+
+
+def data_digest(data: ImageData) -> str:
+    """Of the images' names, sizes and labels, however the folder that holds them is called."""
+    digest = hashlib.sha256()
+    for images in (data.train, data.val):
+        _add(digest, images)
+    return digest.hexdigest()[:LENGTH]
+
+
+def _add(digest: hashlib._Hash, images: Images) -> None:
+    import numpy as np
+
+    digest.update(np.asarray(images.labels, dtype=np.int64).tobytes())
+    folders = {os.path.dirname(source) for source in images.sources if isinstance(source, Path)}
+    above = len(os.path.commonpath(folders)) if folders else 0
+    for source in images.sources:
+        digest.update(_entry(source, above))
+
+
+def _entry(source: Source, above: int) -> bytes:
+    """above: characters of a path that are left out."""
+    import numpy as np
+
+    from nas.data.shards import Member
+
+    if isinstance(source, Path):
+        return f"{str(source)[above:]} {source.stat().st_size}\n".encode(errors="surrogateescape")
+    if isinstance(source, np.ndarray):
+        return source.tobytes()
+    if isinstance(source, Member):
+        return f"{source.shard.name} {source.offset} {source.size}\n".encode(errors="surrogateescape")
+    return f"{source}\n".encode()
