@@ -1,7 +1,7 @@
 """Latencies measured on this machine, kept between studies: one SQLite file, every sample in it.
 
-A result counts for the same network, settings and machine only, and only while the machine runs at the speed it ran
-at then, by the reference network measured beside it.
+A result counts for the same network, settings, machine and code only, and only while the machine runs at the speed it
+ran at then, by the reference network measured beside it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ import hashlib
 import json
 import os
 import sqlite3
+from collections.abc import Iterable
 from datetime import datetime
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +25,10 @@ if TYPE_CHECKING:
 ENVIRONMENT = "VITNAS_CACHE"
 SAME_SPEED = 0.05  # the reference network's latency then and now, relative
 BUSY_S = 20  # for another process's write
+SHAPING = ("search_spaces/*.py", "nas/measure/*.py", "nas/export.py", "nas/quantize.py", "nas/process.py")
+"""The code that decides what network is built, what file is made of it, and how that is timed."""
+LIBRARIES = ("torch", "onnx", "onnxruntime", "onnxruntime-gpu")
+"""What makes those files; a runtime's own version is in `hardware.fingerprint`."""
 
 
 def default_path() -> Path:
@@ -29,10 +36,32 @@ def default_path() -> Path:
     return Path(os.environ.get(ENVIRONMENT, Path.home() / ".cache" / "vitnas")) / "latency.sqlite"
 
 
+@cache
+def code_digest() -> str:
+    """Of the code and libraries that a latency depends on: measured by other code, it is another quantity."""
+    root = Path(__file__).parents[1]
+    return digest_of(path for pattern in SHAPING for path in sorted(root.glob(pattern)))
+
+
+def digest_of(sources: Iterable[Path]) -> str:
+    """Of files' content, and of the versions of `LIBRARIES`."""
+    found = hashlib.sha256(json.dumps([_version(name) for name in LIBRARIES]).encode())
+    for path in sources:
+        found.update(hashlib.sha256(path.read_bytes()).digest())
+    return found.hexdigest()[:16]
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
 class Cache:
     """Results of one machine with one kind of settings.
 
-    machine: what must agree, `hardware.fingerprint` of the settings, the reference network and the protocol.
+    machine: what must agree, `hardware.fingerprint` of the settings, the reference network and `code_digest`.
     Raises OSError or sqlite3.Error where the file cannot be used.
     """
 

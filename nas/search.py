@@ -35,7 +35,7 @@ from nas.measure import (
     device_lock,
     open_measurer,
 )
-from nas.measure.protocol import PROTOCOL, settled
+from nas.measure.protocol import settled
 from nas.process import WorkerError
 
 if TYPE_CHECKING:
@@ -360,6 +360,7 @@ class TrialRunner:
 
     def _measure_and_tell(self, trial: optuna.Trial, arch: Arch, clock: Clock) -> bool:
         """False if the trial had been taken for dead by another worker."""
+        from nas.cache import code_digest
         from nas.study import finish
         from search_spaces import table
 
@@ -392,6 +393,7 @@ class TrialRunner:
                     "quality_error": estimate.error,
                     "quality_how": estimate.how,
                     "training": dict(estimate.training),
+                    "code": code_digest(),
                     **latency,
                 },
             },
@@ -400,10 +402,12 @@ class TrialRunner:
         return told
 
     def _known(self, digest: str) -> dict[str, Any] | None:
-        """What an earlier trial of this study measured for the same Arch."""
+        """What an earlier trial of this study measured for the same Arch, by the same code."""
+        from nas.cache import code_digest
+
         for trial in self.study.get_trials(deepcopy=False):
             detail = trial.user_attrs.get("detail")
-            if detail and detail["digest"] == digest:
+            if detail and detail["digest"] == digest and detail.get("code") == code_digest():
                 return {key: detail[key] for key in LATENCY_KEYS} | {"source": "reused"}
         return None
 
@@ -524,14 +528,13 @@ def suggest(trial: optuna.Trial, options: Options) -> Arch:
 def open_cache(options: Options, say: Callable[[str], None]) -> Cache | None:
     """Earlier results of this machine; None, told in one line, where the cache's file cannot be used."""
     import sqlite3
-    from importlib.metadata import version
 
-    from nas.cache import Cache, default_path
+    from nas.cache import Cache, code_digest, default_path
     from nas.hardware import fingerprint
 
-    machine = fingerprint(options.settings) | {name: version(name) for name in ("vitnas", "torch", "onnx")}
+    machine = fingerprint(options.settings) | {"at": options.settings.device, "reference": REFERENCE}
     try:
-        return Cache(machine | {"at": options.settings.device, "reference": REFERENCE, "protocol": PROTOCOL})
+        return Cache(machine | {"code": code_digest()})
     except (OSError, sqlite3.Error) as error:
         say(f"no earlier latencies are used and none are kept: {default_path()}: {error}")
         return None

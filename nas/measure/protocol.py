@@ -19,7 +19,6 @@ from typing import Self
 from nas.measure.runtime import RUNTIMES, Settings
 from nas.process import Worker, WorkerError, usable_cpus
 
-PROTOCOL = 1  # raised where a change makes latencies measured before it another quantity
 WORKER = "nas.measure.worker"
 MIN_ROUNDS, MAX_ROUNDS = 8, 30
 FEWEST_ROUNDS = 3  # where the budget is far away, or time runs out

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from nas.cache import Cache, default_path
-from nas.measure import Measurement
+import nas.cache
+from nas.cache import Cache, code_digest, default_path, digest_of
+from nas.measure import Measurement, Settings
+from nas.search import Options, open_cache
 from search_spaces import get_arch
 
 MACHINE = {"cpu": "a", "threads": 1}
@@ -61,3 +63,33 @@ def test_where_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_path() == Path("/somewhere/latency.sqlite")
     monkeypatch.delenv("VITNAS_CACHE")
     assert default_path().parts[-3:] == (".cache", "vitnas", "latency.sqlite")
+
+
+def test_other_code_or_libraries_measure_another_quantity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = [tmp_path / "a.py", tmp_path / "b.py"]
+    for path in code:
+        path.write_text("x = 1")
+    before = digest_of(code)
+    assert digest_of(code) == before
+    code[1].write_text("x = 2")
+    assert digest_of(code) != before
+    after = digest_of(code)
+    monkeypatch.setattr(nas.cache, "version", lambda name: "0.0")
+    assert digest_of(code) != after
+
+
+def test_what_shapes_a_network_or_its_file_is_among_the_code() -> None:
+    root = Path(nas.cache.__file__).parents[1]
+    covered = {path for pattern in nas.cache.SHAPING for path in root.glob(pattern)}
+    for name in ("search_spaces/layers.py", "search_spaces/shvit.py", "nas/export.py", "nas/measure/ort.py"):
+        assert root / name in covered
+    assert all(list(root.glob(pattern)) for pattern in nas.cache.SHAPING)
+
+
+def test_a_search_uses_no_latency_of_other_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VITNAS_CACHE", str(tmp_path))
+    options = Options(1.0, Settings(threads=1), ("shvit",), 1, None, "s", tmp_path, None, "random", 0, 1000)
+    open_cache(options, print).put(get_arch("shvit_s1"), 1, RESULT)
+    assert open_cache(options, print).get(get_arch("shvit_s1"), 1, 2.0)
+    monkeypatch.setattr(nas.cache, "code_digest", lambda: code_digest() + " changed")
+    assert open_cache(options, print).get(get_arch("shvit_s1"), 1, 2.0) is None
