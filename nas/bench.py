@@ -36,6 +36,9 @@ COLUMNS = (
     *("throughput", "throughput_batch", "ratio", "ratio_low", "ratio_high"),
 )
 PLOTS = (".png", ".svg", ".pdf")
+IMAGE = (1, 3, 224, 224)
+INT8_OPSET = 13
+"""The first whose DequantizeLinear has a scale per channel."""
 
 
 @dataclass(frozen=True)
@@ -132,12 +135,14 @@ def _own(label: str, given: OnnxInput | None, settings: Settings, options: Optio
     asked, many = None if options.own_batch else settings.batch_size, options.throughput_at
     own, *image = given.shape(options.shapes, asked)
     for option, wanted in (("batch-size", asked), ("throughput-at", many)):
-        if wanted is not None and given.sizes[0] not in (None, wanted):
+        if wanted is not None and given.batch_size not in (None, wanted):
             raise UserError(f"{label} is fixed at batch size {own}: --{option} {wanted} does not fit")
     if options.data is not None and (len(image) != 3 or image[0] != 3 or image[1] != image[2]):
         raise UserError(f"--data has square images in three colours, {label} takes {_written(image)}: leave --data out")
     if given.quantised and settings.precision not in ("fp32", "int8"):
         raise UserError(f"{label} is quantised: it cannot be measured in {settings.precision}")
+    if settings.precision == "int8" and not given.quantised and given.opset < INT8_OPSET:
+        raise UserError(f"{label} is of opset {given.opset}: int8 needs {INT8_OPSET} or newer, export it so")
     return replace(settings, batch_size=own, precision="int8" if given.quantised else settings.precision)
 
 
@@ -185,14 +190,16 @@ def worded(name: str, value: Any) -> str:
 class OnnxInput:
     """The only input of an ONNX file.
 
-    sizes: of its dimensions, the batch first; None where they are dynamic. quantised: whether the file is int8 already.
+    sizes: of its dimensions, the batch first; None where they are dynamic, and for all of them where the file does not
+    even say how many there are. quantised: whether the file is int8 already. opset: of ONNX's own operators.
     """
 
     path: Path
     name: str
     kind: str
-    sizes: tuple[int | None, ...]
+    sizes: tuple[int | None, ...] | None
     quantised: bool = False
+    opset: int = 0
 
     @classmethod
     def read(cls, path: Path) -> OnnxInput:
@@ -200,31 +207,43 @@ class OnnxInput:
         import onnx
 
         try:
-            graph = onnx.load(path, load_external_data=False).graph
+            model = onnx.load(path, load_external_data=False)
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}") from None
         except Exception as error:  # protobuf's own kinds
             raise UserError(f"{path} is no ONNX file ({type(error).__name__})") from None
+        graph = model.graph
         constants = {each.name for each in graph.initializer}
         found = [cls._of(path, value) for value in graph.input if value.name not in constants]
         if not graph.node or not found:
             raise UserError(f"{path} holds no network: {len(graph.node)} nodes, {len(found)} inputs")
-        if len(found) > 1 or found[0].kind != "float" or not found[0].sizes:
+        if len(found) > 1 or found[0].kind != "float" or found[0].sizes == ():
             listed = ", ".join(f"{each.name} ({each.kind} {each})" for each in found)
             listed += "; give the float32 file and --precision fp16" * any(each.kind == "float16" for each in found)
             raise UserError(f"{path}: only networks of one float32 input are measured; its inputs are {listed}")
-        return replace(found[0], quantised=any(node.op_type == "DequantizeLinear" for node in graph.node))
+        quantised = any(node.op_type == "DequantizeLinear" for node in graph.node)
+        opset = max((each.version for each in model.opset_import if not each.domain), default=0)
+        return replace(found[0], quantised=quantised, opset=opset)
 
     @classmethod
     def _of(cls, path: Path, value: Any) -> OnnxInput:
         import onnx
 
         tensor = value.type.tensor_type
-        sizes = tuple(each.dim_value if each.dim_value > 0 else None for each in tensor.shape.dim)
-        return cls(path, value.name, onnx.TensorProto.DataType.Name(tensor.elem_type).lower(), sizes)
+        kind = onnx.TensorProto.DataType.Name(tensor.elem_type).lower()
+        if not tensor.HasField("shape"):
+            return cls(path, value.name, kind, None)
+        return cls(
+            path, value.name, kind, tuple(each.dim_value if each.dim_value > 0 else None for each in tensor.shape.dim)
+        )
 
     def __str__(self) -> str:
-        return _written(self.sizes)
+        return "of any shape" if self.sizes is None else _written(self.sizes) or "without dimensions"
+
+    @property
+    def batch_size(self) -> int | None:
+        """None where it is dynamic."""
+        return self.sizes[0] if self.sizes else None
 
     def shape(self, shapes: Mapping[str, Shape], batch_size: int | None) -> Shape:
         """The static shape: the file's own, its dynamic sizes as in `shapes`, a dynamic first one the batch size.
@@ -235,14 +254,15 @@ class OnnxInput:
             UserError: other sizes are dynamic and `shapes` does not have the input, or it contradicts the file.
         """
         given = shapes.get(self.name)
-        if given is None and None in self.sizes[1:]:
-            usual = (1, 3, 224, 224) if len(self.sizes) == 4 else (1, *[128] * len(self.sizes))
-            would = _written(own or new for own, new in zip(self.sizes, usual, strict=False))
+        sizes = (None,) * len(given or IMAGE) if self.sizes is None else self.sizes
+        if given is None and None in sizes[1:]:
+            usual = IMAGE if len(sizes) == 4 else (1, *[128] * len(sizes))
+            would = _written(own or new for own, new in zip(sizes, usual, strict=False))
             raise UserError(f"{self.path}: its input {self.name} is {self}: give --shape {self.name}={would}")
-        shape = given or (self.sizes[0] or 1, *self.sizes[1:])
-        if len(shape) != len(self.sizes) or any(a not in (None, b) for a, b in zip(self.sizes, shape, strict=True)):
+        shape = given or (sizes[0] or 1, *sizes[1:])
+        if len(shape) != len(sizes) or any(a not in (None, b) for a, b in zip(sizes, shape, strict=True)):
             raise UserError(f"--shape {self.name}={_written(shape)}: this input of {self.path} is {self}")
-        return shape if self.sizes[0] or batch_size is None else (batch_size, *shape[1:])
+        return shape if sizes[0] or batch_size is None else (batch_size, *shape[1:])
 
 
 def parse_shape(text: str) -> tuple[str, Shape]:
@@ -361,6 +381,9 @@ def _fix(
     from onnxruntime.tools.onnx_model_utils import make_input_shape_fixed
 
     model, path = onnx.load(source), Path(f"{stem}.onnx")
+    tensor = next(each for each in model.graph.input if each.name == name).type.tensor_type
+    if not tensor.HasField("shape"):
+        tensor.shape.CopyFrom(onnx.TensorShapeProto(dim=[onnx.TensorShapeProto.Dimension() for _ in shape]))
     make_input_shape_fixed(model.graph, name, shape)
     onnx.save(model, path)
     lower_precision(path, Settings(**settings), np.load(images) if images else None)

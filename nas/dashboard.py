@@ -37,6 +37,8 @@ def serve(storage: str | Path, host: str = "127.0.0.1", port: int = 8080) -> Non
     Raises:
         UserError: the storage cannot be read, or the address cannot be listened on.
     """
+    if not 0 <= port <= 65535:
+        raise UserError(f"--port is {port}: give 1 to 65535, or 0 for any free one")
     application = app(storage)
     try:
         server = make_server(host, port, application, _Server, _QuietHandler)

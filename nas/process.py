@@ -14,6 +14,7 @@ import json
 import math
 import os
 import queue
+import re
 import resource
 import runpy
 import select
@@ -38,6 +39,12 @@ REASON_LENGTH = 500
 ENTER = "from nas.process import _enter; _enter()"
 GREETING = b'{"result": {}}'
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+NATIVE = (
+    re.compile(  # what native code puts before a reason: ONNX Runtime's codes and file, a place in C++ and its function
+        r"\[ONNXRuntimeError\] : \d+ : \w+ : (?:Load model from .*? failed: ?)?|"
+        r"/\S+\.(?:cc|cpp|cu|h):\d+ (?:[^()]*\([^()]*\)(?: const)? )?"
+    )
+)
 
 
 class WorkerError(RuntimeError):
@@ -293,7 +300,7 @@ def _line(message: dict) -> bytes:
 
 
 def _one_line(text: str) -> str:
-    text = " ".join(text.split())
+    text = NATIVE.sub("", " ".join(text.split()))
     return text if len(text) <= REASON_LENGTH else text[: REASON_LENGTH - 3] + "..."
 
 

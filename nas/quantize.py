@@ -36,7 +36,9 @@ def quantize(path: Path, calibration: np.ndarray | None = None, signed: bool = F
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         prepared, done = Path(scratch) / "prepared.onnx", Path(scratch) / "int8.onnx"
         quant_pre_process(path, prepared, skip_symbolic_shape=True)
-        (image,) = onnx.load(path, load_external_data=False).graph.input
+        graph = onnx.load(path, load_external_data=False).graph
+        constants = {each.name for each in graph.initializer}
+        (image,) = [each for each in graph.input if each.name not in constants]
         shape = tuple(dim.dim_value for dim in image.type.tensor_type.shape.dim)
         quantize_static(
             prepared,

@@ -96,6 +96,8 @@ def _open_database(storage: str, read_only: bool) -> BaseStorage:
     url = _sql_url(storage)
     if read_only and url.get_backend_name() == "sqlite" and not Path(url.database).exists():
         raise UserError(f"there is no SQLite database at {url.database}")
+    if read_only and not _holds_studies(url):
+        raise UserError(f"{mask_url(storage)} holds no study")
     try:
         database = RDBStorage(
             url.render_as_string(hide_password=False),
@@ -106,6 +108,14 @@ def _open_database(storage: str, read_only: bool) -> BaseStorage:
     except RuntimeError as error:  # tables of another Optuna
         raise UserError(f"cannot use the storage {mask_url(storage)}: {error}") from None
     return database if read_only else get_storage(database)
+
+
+def _holds_studies(url: sqlalchemy.URL) -> bool:
+    """Whether the database has Optuna's tables."""
+    import sqlalchemy
+
+    engine = sqlalchemy.create_engine(url, **_engine_options(url), poolclass=sqlalchemy.NullPool)
+    return sqlalchemy.inspect(engine).has_table("studies")
 
 
 def _sql_url(storage: str) -> sqlalchemy.URL:

@@ -91,15 +91,24 @@ def find_target(text: str) -> Target:
             if os.path.isfile(candidate):
                 return Target(text, arch=read_arch(candidate), folder=candidate.parent)
         raise UserError(f"{text} holds no arch.json and no best/arch.json")
-    if path.suffix == ".onnx":
+    if path.suffix.lower() == ".onnx":
         if not os.path.isfile(text):
             raise UserError(f"{text}: no such file")
         return Target(text, onnx=path)
     if os.path.isfile(text):
+        if path.suffix.lower() != ".json" and not _begins_json(path):
+            raise UserError(
+                f"{text} holds no network: give a published name, an arch.json, a folder, timm/NAME or a .onnx file"
+            )
         return Target(text, arch=read_arch(path), folder=path.parent)
     if path.suffix == ".json" or "/" in text:
         raise UserError(f"{text}: no such file or folder")
     return Target(text, arch=published(text))
+
+
+def _begins_json(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(64).lstrip().startswith(b"{")
 
 
 def find_arch(text: str) -> Arch:

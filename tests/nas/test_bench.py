@@ -28,7 +28,9 @@ FAST = ("--rounds", "6", "--threads", "1")
 def onnx_file(tmp_path: Path) -> Callable[..., str]:
     """Writes a small network: inputs by name, each (type, sizes); a size may be a name or None."""
 
-    def write(name: str = "mine.onnx", *, operator: str = "Conv", kind: str = "FLOAT", **inputs: list) -> str:
+    def write(
+        name: str = "mine.onnx", *, operator: str = "Conv", kind: str = "FLOAT", opset: int = 17, **inputs: list | None
+    ) -> str:
         import onnx
         from onnx import TensorProto, helper
 
@@ -49,7 +51,7 @@ def onnx_file(tmp_path: Path) -> Callable[..., str]:
             [helper.make_tensor_value_info("logits", TensorProto.FLOAT, None)],
             [onnx.numpy_helper.from_array(weight, "weight")],
         )
-        opsets = [helper.make_opsetid("", 17), helper.make_opsetid("own", 1)]
+        opsets = [helper.make_opsetid("", opset), helper.make_opsetid("own", 1)]
         path = tmp_path / name
         onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), path)
         return str(path)
@@ -341,6 +343,9 @@ def test_the_file_that_is_measured_has_the_shape(onnx_file, monkeypatch: pytest.
     run_bench(Options([find_target(path)], settings, shapes={"in/put": (1, 3, 16, 8)}))
     assert shapes == [(2, "in/put", [2, 3, 16, 8])] * 2 + [(4, "in/put", [4, 3, 16, 8])]
     assert OnnxInput.read(Path(path)).sizes == (None, 3, None, None)  # the user's own file is as it was
+    path = onnx_file(images=None)
+    run_bench(Options([find_target(path)], (Settings(batch_size=2),), shapes={"images": (1, 3, 16, 8)}))
+    assert shapes[-1] == (2, "images", [2, 3, 16, 8])
 
 
 @pytest.mark.parametrize(
@@ -348,6 +353,8 @@ def test_the_file_that_is_measured_has_the_shape(onnx_file, monkeypatch: pytest.
     [
         ({"x": ["N", 3, "H", None]}, (), ("x is ?x3x?x?", "--shape x=1x3x224x224")),
         ({"x": [2, "T"]}, (), ("--shape x=2x128",)),
+        ({"x": None}, (), ("x is of any shape", "--shape x=1x3x224x224")),
+        ({"x": []}, (), ("one float32 input", "x (float without dimensions)")),
         ({"x": ["N", 3, 8, 8], "mask": [1, 8]}, (), ("one float32 input", "x (float ?x3x8x8), mask (float 1x8)")),
         ({"x": ["N", 3, 8, 8]}, ("--shape", "y=1x3x8x8"), ("--shape y", "x")),
         ({"x": ["N", 3, 8, 8]}, ("--shape", "x=1x3x16x16"), ("--shape x=1x3x16x16", "?x3x8x8")),
@@ -369,6 +376,35 @@ def test_onnx_files_that_are_refused(vitnas, onnx_file, given, tmp_path, inputs,
 
 def test_an_onnx_file_of_integers_is_refused(vitnas, onnx_file) -> None:
     vitnas.refused(vitnas("bench", onnx_file(kind="INT64", ids=[1, 128])), "mine.onnx", "ids (int64 1x128)")
+
+
+def test_an_old_onnx_file_in_int8_is_refused(vitnas, onnx_file, given) -> None:
+    asked = given({})
+    vitnas.refused(vitnas("bench", onnx_file(opset=7), "--precision", "int8"), "mine.onnx is of opset 7", "needs 13")
+    assert asked == []
+
+
+def test_int8_of_a_file_whose_weights_are_inputs_too(onnx_file, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "compare", lambda paths, *_: dict.fromkeys(paths, Measurement([[1.0]] * 6)))
+    path = onnx_file(images=[1, 3, 8, 8], weight=[4, 3, 3, 3])
+    assert run_bench(Options([find_target(path)], (Settings(precision="int8"),))).errors == []
+
+
+def test_the_suffix_may_be_in_capitals(onnx_file) -> None:
+    assert find_target(onnx_file("MINE.ONNX")).onnx is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("model.pth", b"PK\3\4"), ("m.tflite", b"\x1c\0\0\0TFL3"), ("empty", b"")]
+)
+def test_files_that_hold_no_network(vitnas, tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    vitnas.refused(vitnas("bench", str(tmp_path / name)), f"{name} holds no network", "timm/NAME", ".onnx")
+
+
+def test_an_arch_needs_no_suffix(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text(f"\n{find_arch('efficientvit_m0').to_json()}")
+    assert find_arch(str(tmp_path / "mine")) == find_arch("efficientvit_m0")
 
 
 @pytest.mark.parametrize("content", [b"", b"not a network", bytes(range(256))])

@@ -116,6 +116,20 @@ def test_missing_storage_is_one_line_and_nothing_is_made(tmp_path: Path, storage
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_database_without_studies(tmp_path: Path) -> None:
+    (tmp_path / "empty.db").touch()
+    with pytest.raises(UserError, match=r"empty.db holds no study$"):
+        dashboard.serve(f"sqlite:///{tmp_path}/empty.db")
+    assert (tmp_path / "empty.db").read_bytes() == b""
+
+
+@pytest.mark.parametrize("port", [-1, 70_000])
+def test_ports_that_do_not_exist(tmp_path: Path, port: int) -> None:
+    make_study(str(tmp_path / "j"))
+    with pytest.raises(UserError, match=f"--port is {port}: give 1 to 65535"):
+        dashboard.serve(tmp_path / "j", port=port)
+
+
 def test_port_in_use(tmp_path: Path) -> None:
     make_study(str(tmp_path / "j"))
     with socket.create_server(("127.0.0.1", 0)) as taken:

@@ -32,7 +32,7 @@ from nas.measure import (
     protocol,
 )
 from nas.measure.protocol import enough, median_interval, paired_ratio, quantile, settled
-from nas.process import Worker, WorkerError, usable_cpus
+from nas.process import Worker, WorkerError, _one_line, usable_cpus
 
 ALONE = Path(__file__).parents[1] / "benchmarks" / "bench_interleaving.py"
 
@@ -171,6 +171,26 @@ def test_a_crash_is_a_reason(child: str, method: str, reason: str) -> None:
                 worker.call(method, 20)
             assert str(error.value).startswith(reason)
             assert not worker.alive
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (
+            "Fail: [ONNXRuntimeError] : 1 : FAIL : Load model from /tmp/a b/0.onnx failed:/src/graph/model.cc:256 "
+            "onnxruntime::Model::Model(onnx::ModelProto&&, const X<Y, int>*) Unsupported model IR version: 99",
+            "Fail: Unsupported model IR version: 99",
+        ),
+        (
+            "Fail: [ONNXRuntimeError] : 1 : FAIL : Non-zero status code while running Reshape node. "
+            "Status Message: /src/cpu/reshape_helper.h:91 A::B(const S&, bool) const cannot be reshaped to {7,7}",
+            "Fail: Non-zero status code while running Reshape node. Status Message: cannot be reshaped to {7,7}",
+        ),
+        ("ValueError: /home/me/model.onnx (first)\nsecond", "ValueError: /home/me/model.onnx (first) second"),
+    ],
+)
+def test_native_code_names_its_reason_first(text: str, reason: str) -> None:
+    assert _one_line(text) == reason
 
 
 def test_sigkill_hints_at_memory(child: str) -> None:
