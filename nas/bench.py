@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from nas.errors import UserError
 from nas.export import Exporter, export_here, lower_precision
+from nas.files import scratch
 from nas.measure import RUNTIMES, MeasureError, Measurement, Settings, compare, device_lock
 from nas.measure.protocol import BUSY_SPREAD, paired_ratio
 from nas.process import WorkerError
@@ -88,10 +89,10 @@ def run_bench(options: Options, progress: Progress = lambda *_: None) -> Found:
     every = list(dict.fromkeys([*cells, *batches.values()]))
 
     results: dict[Cell, Measurement | MeasureError] = {}
-    with tempfile.TemporaryDirectory(prefix="vitnas-") as folder, device_lock(options.settings[0].device):
-        calibration = _Calibration(options, Path(folder), found.notes)
+    with scratch() as folder, device_lock(options.settings[0].device):
+        calibration = _Calibration(options, folder, found.notes)
         paths: dict[str, Path] = {}
-        with _Files(Path(folder), targets, inputs, options.shapes, calibration) as files:
+        with _Files(folder, targets, inputs, options.shapes, calibration) as files:
             for i, cell in enumerate(every):
                 progress(f"exporting {cell[0]}", i, len(every))
                 try:

@@ -171,7 +171,17 @@ def search(
     for target in beside:
         if target.onnx:
             raise UserError(f"--against {target.label}: give a published name, an arch.json or timm/NAME")
-    name = study or default_study({"settings": settings, "budget_ms": budget_ms, "families": families, "quality": tier})
+    name = study or default_study(
+        {
+            "settings": settings,
+            "budget_ms": budget_ms,
+            "families": families,
+            "quality": tier,
+            "throughput_at": throughput_at,
+            "resolution": resolution,
+            "num_classes": num_classes,
+        }
+    )
     if not name.strip(".") or "/" in name or "\0" in name:
         raise UserError(f"--study {name!r} cannot be a folder's name")
     images = None
@@ -324,10 +334,10 @@ def bench(
 
     from nas.bench import PLOTS, Options, check_output, parse_shape, run_bench, to_csv, to_plot
     from nas.display import show_bench, watch_phases
+    from nas.files import replace_file
     from nas.hardware import busy_line, describe
     from nas.measure import device_lock
     from nas.measure.protocol import MAX_ROUNDS, SURE_ROUNDS
-    from nas.report import replace_file
     from nas.targets import find_target
 
     if rounds is None:
@@ -601,10 +611,10 @@ def run_suite(name: str, settings: Any, rounds: int, csv: Path | None, as_json: 
     """`vitnas bench --suite NAME`."""
     from nas.bench import check_output
     from nas.display import console_of, watch_phases
+    from nas.files import replace_file
     from nas.hardware import busy_line, describe
     from nas.measure import device_lock
     from nas.papers import papers_csv, papers_table, run_papers
-    from nas.report import replace_file
 
     if name != "papers":
         raise UserError(f"unknown suite {name!r}: choose papers")

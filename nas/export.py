@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nas.errors import UserError, first_line
+from nas.files import drafted, replace_file
 from nas.measure import RUNTIMES, Settings
 from nas.process import Worker
 
@@ -130,13 +130,11 @@ def save_network(model: nn.Module, folder: Path, batch_size: int, trained: bool,
     arch, folded = model.arch, fold(model)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            path = Path(scratch) / "model.onnx"
+        with drafted(folder / "model.onnx") as path:
             to_onnx(folded, path, arch.resolution, batch_size)
             label_onnx(path, arch, trained)
             error = agreement(folded, path, arch.resolution, batch_size)
-            path.replace(folder / "model.onnx")
-        (folder / "arch.json").write_text(arch.to_json())
+        replace_file(folder / "arch.json", arch.to_json())
         if with_weights:
             save_weights(model, folder / "model.safetensors")
     except OSError as error:
@@ -148,9 +146,9 @@ def save_network(model: nn.Module, folder: Path, batch_size: int, trained: bool,
 
 def save_weights(model: nn.Module, path: Path) -> None:
     """Write a network's state dict as safetensors."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    save_file({name: value.contiguous().cpu() for name, value in model.state_dict().items()}, path)
+    replace_file(path, save({name: value.contiguous().cpu() for name, value in model.state_dict().items()}))
 
 
 def export_folder(arch: Arch, folder: Path, weights: str | None, num_classes: int | None, batch_size: int) -> str:
@@ -216,7 +214,6 @@ class Exporter:
     ) -> None:
         self._images, self._module, self._timeout_s = images, module, timeout_s
         self._worker: Worker | None = None
-        self._folder = tempfile.TemporaryDirectory(prefix="vitnas-")
 
     def __enter__(self) -> Exporter:
         return self
@@ -224,7 +221,6 @@ class Exporter:
     def __exit__(self, *_: object) -> None:
         if self._worker is not None:
             self._worker.close()
-        self._folder.cleanup()
 
     @property
     def running(self) -> list[Worker]:
@@ -232,10 +228,10 @@ class Exporter:
         return [self._worker] if self._worker is not None and self._worker.alive else []
 
     def write(self, network: Arch | TimmNetwork, settings: Settings, stem: Path) -> Path:
-        """The network's file. Raises WorkerError."""
+        """The network's file; the calibration images are kept beside it. Raises WorkerError."""
         from nas.measure.module import to_document
 
-        return self.call("export", settings, stem, self._calibration(), document=to_document(network))
+        return self.call("export", settings, stem, self._calibration(stem.parent), document=to_document(network))
 
     def call(self, method: str, settings: Settings, stem: Path, images: str | None, **source: Any) -> Path:
         """The file that a method of the child makes; a child that has died is started again. Raises WorkerError."""
@@ -248,12 +244,12 @@ class Exporter:
         )
         return Path(answer["path"])
 
-    def _calibration(self) -> str | None:
+    def _calibration(self, folder: Path) -> str | None:
         import numpy as np
 
         if self._images is None:
             return None
-        path = Path(self._folder.name) / "images.npy"
+        path = folder / "images.npy"
         if not path.exists():
             np.save(path, self._images)
         return str(path)

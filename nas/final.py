@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from nas.errors import TrainingError
 from nas.export import save_weights
-from nas.report import replace_file
+from nas.files import replace_file
 from nas.schooling import COMPLETED, results_of
 
 if TYPE_CHECKING:

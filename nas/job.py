@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nas.errors import UserError
+from nas.files import replace_file, sweep_drafts
 from nas.inputs import changed
 
 if TYPE_CHECKING:
@@ -100,13 +101,12 @@ class Job:
     def make_folder(self) -> None:
         try:
             self.kept.mkdir(parents=True, exist_ok=True)
+            sweep_drafts(self.folder)
         except OSError as error:
             raise UserError(f"cannot write to {self.folder}: {error.strerror}; give another --out") from None
 
     def save(self) -> None:
-        partial = self.kept / "state.json.partial"
-        partial.write_text(json.dumps(asdict(self.state), indent=1))
-        partial.replace(self.kept / "state.json")
+        replace_file(self.kept / "state.json", json.dumps(asdict(self.state), indent=1))
 
     def finish(self) -> None:
         """Everything is written: the networks of the single rounds are no longer needed."""

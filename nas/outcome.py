@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from nas.errors import UserError
 from nas.export import CONVERTED, Exporter, label_onnx, lower_precision, write_onnx
+from nas.files import drafted, replace_file, scratch
 from nas.measure import (
     RUNTIMES,
     MeasureError,
@@ -163,9 +163,9 @@ def closing_run(
     many = options.throughput_at and replace(options.settings, batch_size=options.throughput_at)
     batches: dict[str, Measurement | MeasureError] = {}
     with Exporter(calibration) as exporter:
-        results = side_by_side(exporter, networks | outside, options.settings, CLOSING_ROUNDS, progress)
+        results = side_by_side(exporter, networks | outside, options.settings, CLOSING_ROUNDS, progress, options.folder)
         if many:
-            batches = side_by_side(exporter, networks | outside, many, THROUGHPUT_ROUNDS, progress)
+            batches = side_by_side(exporter, networks | outside, many, THROUGHPUT_ROUNDS, progress, options.folder)
 
     def timed(label: str) -> dict[str, Any]:
         """A network's figures; its error where it has none."""
@@ -227,14 +227,18 @@ def side_by_side(
     settings: Settings,
     rounds: int,
     progress: Callable[[int, int], None] | None,
+    folder: Path,
 ) -> dict[str, Measurement | MeasureError]:
-    """One interleaved run of networks by their labels; what cannot be exported is an error of its own."""
+    """One interleaved run of networks by their labels; what cannot be exported is an error of its own.
+
+    folder: the run's, for the files that are measured.
+    """
     results: dict[str, Measurement | MeasureError] = {}
-    with tempfile.TemporaryDirectory(prefix="vitnas-") as folder, device_lock(settings.device):
+    with scratch(folder) as room, device_lock(settings.device):
         paths = {}
         for i, (label, network) in enumerate(networks.items()):
             try:
-                paths[label] = exporter.write(network, settings, Path(folder) / str(i))
+                paths[label] = exporter.write(network, settings, room / str(i))
             except WorkerError as error:
                 results[label] = MeasureError(f"cannot be exported: {error}")
         return results | compare(paths, settings, rounds=rounds, progress=progress)
@@ -502,16 +506,14 @@ def save_best(options: Options, arch: Arch, folder: Path, calibration: np.ndarra
     else:
         folder.mkdir(exist_ok=True)
         (folder / "model.safetensors").unlink(missing_ok=True)
-        (folder / "arch.json").write_text(arch.to_json())
-        draft = folder / "model.onnx.partial"
-        write_onnx(arch, draft, options.settings.batch_size)
-        label_onnx(draft, arch, trained=False)
-        draft.replace(folder / "model.onnx")
+        replace_file(folder / "arch.json", arch.to_json())
+        with drafted(folder / "model.onnx") as draft:
+            write_onnx(arch, draft, options.settings.batch_size)
+            label_onnx(draft, arch, trained=False)
     if options.settings.precision in CONVERTED and RUNTIMES[options.settings.runtime].artifact == "onnx":
-        draft = folder / "model.onnx.partial"
-        shutil.copy(folder / "model.onnx", draft)
-        lower_precision(draft, options.settings, calibration)
-        draft.replace(folder / f"model.{options.settings.precision}.onnx")
+        with drafted(folder / f"model.{options.settings.precision}.onnx") as draft:
+            shutil.copyfile(folder / "model.onnx", draft)
+            lower_precision(draft, options.settings, calibration)
     return weights is not None
 
 

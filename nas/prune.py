@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from nas.errors import UserError, first_line
 from nas.export import save_network, save_weights, write_artifact
+from nas.files import replace_file, scratch
 from nas.inputs import identity
 from nas.job import Job, Progress, Say, compute_device, now
 from nas.measure import MeasureError, Measurement, Settings, compare, device_lock
@@ -206,7 +206,7 @@ class _Run:
     def _keep(self, name: str, model: nn.Module) -> None:
         """Save a network under a name, then make it the one that stands."""
         save_weights(model, self.job.kept / f"{name}.safetensors")
-        (self.job.kept / f"{name}.json").write_text(model.arch.to_json())
+        replace_file(self.job.kept / f"{name}.json", model.arch.to_json())
         self.state.network = name
         self.job.save()
 
@@ -446,11 +446,11 @@ class _Run:
     ) -> dict[str, Measurement]:
         """Measure untrained copies side by side: latency does not depend on weights."""
         settings = self.options.settings
-        with tempfile.TemporaryDirectory(prefix="vitnas-") as folder, device_lock(settings.device):
+        with scratch(self.options.folder) as folder, device_lock(settings.device):
             paths = {}
             for i, (name, arch) in enumerate(archs.items()):
                 try:
-                    paths[name] = write_artifact(arch, settings, Path(folder) / str(i))
+                    paths[name] = write_artifact(arch, settings, folder / str(i))
                 except (RuntimeError, ValueError) as error:
                     raise UserError(f"this network cannot be exported: {first_line(error)}") from None
             return measured(paths, settings, rounds, progress)

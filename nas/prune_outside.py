@@ -6,13 +6,12 @@ network) and the widths of its layers in prune.json.
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nas.errors import UserError, first_line
 from nas.export import CONVERTED, agreement, save_weights, to_onnx
+from nas.files import replace_file, scratch
 from nas.job import Job, Progress, Say, compute_device
 from nas.measure import RUNTIMES, Measurement, device_lock
 from nas.prune import (
@@ -150,14 +149,14 @@ def _target(options: Options, model: nn.Module, resolution: int) -> int:
 def _closing_run(options: Options, models: dict[str, nn.Module], resolution: int) -> dict[str, Measurement]:
     """Export both networks, keep the pruned one's file, and measure them side by side."""
     paths = {}
-    with tempfile.TemporaryDirectory(prefix="vitnas-") as scratch, device_lock(options.settings.device):
+    with scratch(options.folder) as folder, device_lock(options.settings.device):
         for name, model in models.items():
-            paths[name] = Path(scratch) / f"{name}.onnx"
+            paths[name] = folder / f"{name}.onnx"
             try:
                 to_onnx(model, paths[name], resolution, options.settings.batch_size)
             except (RuntimeError, ValueError) as error:
                 raise UserError(f"{options.model} cannot be exported: {first_line(error)}") from None
         agreement(models["after"], paths["after"], resolution, options.settings.batch_size)
         results = measured(paths, options.settings, CLOSING_ROUNDS)
-        (options.folder / "model.onnx").write_bytes(paths["after"].read_bytes())
+        replace_file(options.folder / "model.onnx", paths["after"].read_bytes())
     return results

@@ -7,10 +7,11 @@ ranges the smallest and largest values seen on the calibration images (Jacob et 
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from nas.files import drafted, scratch
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,8 +34,8 @@ def quantize(path: Path, calibration: np.ndarray | None = None, signed: bool = F
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        prepared, done = Path(scratch) / "prepared.onnx", Path(scratch) / "int8.onnx"
+    with scratch(path.parent) as folder, drafted(path) as done:
+        prepared = folder / "prepared.onnx"
         quant_pre_process(path, prepared, skip_symbolic_shape=True)
         graph = onnx.load(path, load_external_data=False).graph
         constants = {each.name for each in graph.initializer}
@@ -51,7 +52,6 @@ def quantize(path: Path, calibration: np.ndarray | None = None, signed: bool = F
             weight_type=QuantType.QInt8,
             extra_options={"ActivationSymmetric": signed},
         )
-        done.replace(path)
 
 
 def calibration_images(data: ImageData, resolution: int) -> tuple[np.ndarray, str | None]:

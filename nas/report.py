@@ -10,8 +10,6 @@ import csv
 import io
 import json
 import math
-import os
-import uuid
 from collections import Counter
 from datetime import datetime
 from functools import cache
@@ -19,6 +17,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nas.files import replace_file
 from nas.storage import mask_url
 
 if TYPE_CHECKING:
@@ -69,16 +68,6 @@ def _masked(value: Any) -> Any:
     if isinstance(value, list):
         return [_masked(item) for item in value]
     return mask_url(value) if isinstance(value, str) else value
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file in one step: a reader sees the old one or the new one, and a failed write leaves the old one."""
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        draft.write_bytes(content)
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def _csv(trials: list[dict[str, Any]]) -> str:

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import socket
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from nas.errors import TrainingError, UserError
 from nas.export import EXPORT_TIMEOUT_S, Exporter
+from nas.files import replace_file, scratch, sweep_drafts
 from nas.inputs import identity
 from nas.measure import (
     RUNTIMES,
@@ -131,14 +131,28 @@ class Run:
 
 
 def default_study(options: Mapping[str, Any]) -> str:
-    """Study name from device, runtime, precision other than fp32, budget, families and tier other than the prior."""
+    """Study name from device, runtime, budget, families, and whatever else is not as it is by default."""
+    from nas.measure import default_threads
     from search_spaces.registry import FAMILIES
 
-    families = "all" if set(options["families"]) == set(FAMILIES) else "+".join(sorted(options["families"]))
     settings = options["settings"]
-    runtime = settings.runtime if settings.precision == "fp32" else f"{settings.runtime}-{settings.precision}"
-    name = f"{device_label(settings.device)}-{runtime}-{options['budget_ms']:g}ms-{families}"
-    return name if options["quality"] == "prior" else f"{name}-{options['quality']}"
+    parts = [
+        device_label(settings.device),
+        settings.runtime if settings.precision == "fp32" else f"{settings.runtime}-{settings.precision}",
+        f"{options['budget_ms']:g}ms",
+        "all" if set(options["families"]) == set(FAMILIES) else "+".join(sorted(options["families"])),
+    ]
+    for form, value, usual in (
+        ("{}t", settings.threads, default_threads(settings.device)),
+        ("b{}", settings.batch_size, 1),
+        ("at{}", options.get("throughput_at"), None),
+        ("{}px", options.get("resolution"), None),
+        ("{}c", options.get("num_classes") or 1000, 1000),
+        ("{}", options["quality"], "prior"),
+    ):
+        if value != usual:
+            parts.append(form.format(value))
+    return "-".join(parts)
 
 
 def meta(options: Options, data: ImageData | None = None) -> dict[str, Any]:
@@ -207,14 +221,14 @@ def search(
 
     check_settings(options.settings)
     sampler = make_sampler(options.sampler, options.seed)
-    fresh = not options.folder.exists()
     make_folder(options.folder)
+    sweep_drafts(options.folder)
     storage = storage_of(options)
     try:
         study = open_study(options.study, storage, meta(options, data), sampler)
     except UserError:
-        if fresh:
-            shutil.rmtree(options.folder, ignore_errors=True)
+        with suppress(OSError):  # it holds something
+            options.folder.rmdir()
         raise
     run = Run(datetime.now().astimezone().isoformat(timespec="seconds"))
     with device_lock(options.settings.device):  # what another vitnas does there is not this machine's load
@@ -299,7 +313,7 @@ class TrialRunner:
         self._stack = ExitStack()
 
     def __enter__(self) -> TrialRunner:
-        self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="vitnas-")))
+        self._folder = self._stack.enter_context(scratch(self.options.folder))
         self._exporter = self._stack.enter_context(Exporter(self._calibration))
         try:
             with device_lock(self.options.settings.device):
@@ -629,7 +643,7 @@ def write_hardware(options: Options) -> dict[str, Any]:
     from nas.hardware import describe
 
     described = describe(options.settings)
-    (options.folder / "hardware.json").write_text(json.dumps(described, indent=1) + "\n")
+    replace_file(options.folder / "hardware.json", json.dumps(described, indent=1) + "\n")
     return described
 
 

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.utils import random_seed
@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from nas.data import Batch
 from nas.errors import TrainingError, UserError
+from nas.files import replace_file
 from nas.train import Accuracy, batches_for, evaluate
 from pruning.slicing import significant
 from search_spaces import Arch, ArchError, table
@@ -481,7 +482,7 @@ class Supernet:
 
     def save(self, path: Path) -> None:
         """Write the weights as safetensors, with the owner's Arch."""
-        save_file(self.owner.state_dict(), path, {"arch": self.arch.to_json()})
+        replace_file(path, save(self.owner.state_dict(), {"arch": self.arch.to_json()}))
 
     def load(self, path: Path) -> None:
         """Read weights that `save` wrote.

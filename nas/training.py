@@ -309,9 +309,9 @@ class _Run:
         import torch
 
         from nas.data import skipped_line
+        from nas.files import replace_file
         from nas.hardware import describe
         from nas.measure import Settings
-        from nas.report import replace_file
         from search_spaces import table
 
         options, counts = self.options, table(self.arch)

@@ -21,6 +21,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from nas.data.images import Rows
 from nas.errors import UserError
+from nas.files import drafted
 
 LABEL = "cls"
 HEADER = 512
@@ -100,9 +101,8 @@ def read_index(shards: list[Path], cache: Path) -> Index:
         if not path.is_file():
             found = [_scan(shard) for shard in shards]
             file = np.repeat(np.arange(len(shards)), [len(rows) for rows in found])
-            unfinished = path.with_suffix(".partial.npz")
-            np.savez(unfinished, columns=np.stack([file, *np.concatenate(found).T]))
-            unfinished.replace(path)
+            with drafted(path) as draft:
+                np.savez(draft, columns=np.stack([file, *np.concatenate(found).T]))
     with np.load(path, allow_pickle=False) as kept:
         return Index(shards, *kept["columns"])
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import statistics
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from nas.errors import UserError, first_line
 from nas.export import write_artifact
+from nas.files import scratch
 from nas.measure import RUNTIMES, MeasureError, Measurement, Settings, compare, device_kind, device_lock, is_remote
 from nas.measure.protocol import SURE_ROUNDS, median_interval, paired_ratio
 from nas.papers.claims import CLAIMS, Claim
@@ -244,12 +244,12 @@ def time_networks(names: Sequence[str], settings: Settings, rounds: int) -> Timi
     """Latencies by name, interleaved: networks in a process each (`nas.measure.compare`), blocks in PyTorch in one."""
     blocks = [name for name in names if name.startswith(BLOCK) and settings.runtime == EAGER]
     timings: Timings = _time_blocks(blocks, settings, rounds) if blocks else {}
-    with tempfile.TemporaryDirectory(prefix="vitnas-") as folder:
+    with scratch() as folder:
         paths: dict[str, Path] = {}
         for name in names:
             if name not in blocks:
                 try:
-                    paths[name] = _artifact(name, settings, Path(folder) / str(len(paths)))
+                    paths[name] = _artifact(name, settings, folder / str(len(paths)))
                 except Exception as error:
                     timings[name] = _measure_error(error)
         try:
@@ -261,7 +261,7 @@ def time_networks(names: Sequence[str], settings: Settings, rounds: int) -> Timi
 
 
 def _measure_error(error: Exception) -> MeasureError:
-    return MeasureError(first_line(error) if str(error).strip() else type(error).__name__)
+    return MeasureError(first_line(error))
 
 
 def network(name: str) -> Arch | TimmNetwork:

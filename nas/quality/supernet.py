@@ -114,9 +114,7 @@ class Shared(Train):
                 self._failed[family] = error
                 raise
             school.folder.mkdir(parents=True, exist_ok=True)
-            draft = path.with_suffix(".partial")
-            made.save(draft)
-            draft.replace(path)
+            made.save(path)
         self._known[family] = made
         return made
 

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nas.files import replace_file
 from nas.quality import Estimate
 from nas.quality.surrogate import Rungs, Surrogate, Trained, describe
-from nas.report import replace_file
 from nas.schooling import ETA
 
 if TYPE_CHECKING:

@@ -112,6 +112,14 @@ def postgres_url(postgres_server: str, request: pytest.FixtureRequest) -> str:
     return f"{postgres_server}/{name}"
 
 
+@pytest.fixture
+def ended() -> int:
+    """The number of a process that is no more."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
 @pytest.fixture(params=["journal", "postgres"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A fresh storage of each kind that several processes may share."""

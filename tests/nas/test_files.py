@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import resource
 import stat
-import subprocess
 import sys
 import threading
 
@@ -14,14 +13,6 @@ import pytest
 from nas import files
 from nas.errors import DiskFull, UserError, disk_errors, first_line, is_full
 from nas.files import drafted, folder_lock, replace_file, scratch, sweep_drafts
-
-
-@pytest.fixture
-def ended():
-    """The number of a process that is no more."""
-    process = subprocess.Popen(["true"])
-    process.wait()
-    return process.pid
 
 
 def test_a_file_is_replaced_whole_with_the_mode_of_the_umask(tmp_path):

@@ -1,0 +1,57 @@
+"""A run's folder: its name, who may remove it, and what a killed command left there."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from nas import search
+from nas.errors import UserError
+from nas.files import machine_tag
+from nas.job import Job
+from nas.measure import Settings, default_threads
+from search_spaces.registry import FAMILIES
+
+OWN = {"budget_ms": 2.0, "families": tuple(FAMILIES), "quality": "prior"}
+
+
+def name(threads: int | None = None, batch_size: int = 1, precision: str = "fp32", **options) -> str:
+    settings = Settings("onnxruntime", "cpu", threads or default_threads(), batch_size, precision)
+    return search.default_study(OWN | options | {"settings": settings})
+
+
+def test_what_differs_from_the_default_is_in_a_run_s_name():
+    assert name(num_classes=1000) == name() == "cpu-onnxruntime-2ms-all"
+    assert name(precision="fp16", quality="train") == "cpu-onnxruntime-fp16-2ms-all-train"
+    threads = default_threads() + 1
+    assert name(threads, 8, throughput_at=32, resolution=160, num_classes=10) == (
+        f"cpu-onnxruntime-2ms-all-{threads}t-b8-at32-160px-10c"
+    )
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_a_refused_worker_removes_no_folder_but_an_empty_one(taken, tmp_path, monkeypatch):
+    folder = tmp_path / "short"
+
+    def open_study(*_):
+        if taken:
+            (folder / "study.journal").write_text("another worker's")
+        raise UserError("threads 4, not 2")
+
+    monkeypatch.setattr("nas.study.open_study", open_study)
+    monkeypatch.setattr(search, "check_settings", lambda settings: None)
+    monkeypatch.setattr(search, "meta", lambda *_: {})
+    options = SimpleNamespace(
+        folder=folder, study="short", storage=None, sampler="random", seed=0, settings=Settings("onnxruntime", "cpu", 1)
+    )
+    with pytest.raises(UserError, match="threads 4"):
+        search.search(options, print, print)
+    assert [path.name for path in tmp_path.rglob("*")] == (["short", "study.journal"] if taken else [])
+
+
+def test_a_job_sweeps_what_a_killed_one_left(tmp_path, ended):
+    job = Job(tmp_path, {}, print, print, "cpu")
+    job.make_folder()
+    left = job.kept / f".state.{machine_tag()}-{ended}-0123abcd.draft.json"
+    left.touch()
+    job.make_folder()
+    assert not left.exists()
