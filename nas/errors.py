@@ -38,11 +38,11 @@ class DiskFull(UserError):
             errno.EFBIG: "the size allowed for a file (ulimit -f) is too small in",
         }.get(number, "no space left in")
         try:
-            known = [f"{_mib(shutil.disk_usage(self.place).free)} free"]
+            known = [f"{_size(shutil.disk_usage(self.place).free)} free"]
         except OSError:
             known = []
         if needed:
-            known.append(f"at least {_mib(needed)} needed")
+            known.append(f"at least {_size(needed)} needed")
         super().__init__(
             f"{what} {place}" + f" ({', '.join(known)})" * bool(known) + ": make room, then the same command goes on"
         )
@@ -76,5 +76,5 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
 
 
-def _mib(count: int) -> str:
-    return f"{count / 2**20:,.1f} MiB"
+def _size(count: int) -> str:
+    return f"{count / 2**20:,.1f} MiB" if count >= 1 << 20 else f"{count / 1024:.1f} KiB"

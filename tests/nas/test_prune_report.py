@@ -16,6 +16,7 @@ import pytest
 from matplotlib.colors import to_hex
 
 import nas.prune_report
+from nas.errors import DiskFull
 from nas.prune_report import BEFORE, CUT, GROWN, SAME, write_report
 
 if TYPE_CHECKING:
@@ -589,7 +590,7 @@ def test_files_are_replaced_whole(report: Report, tmp_path: Path, fill_disk: Cal
 
     after = {name: (tmp_path / name).read_bytes() for name in names}
     fill_disk()
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(DiskFull, match="no space left"):
         write_report(tmp_path, invent())
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == after
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from nas.errors import DiskFull
 from nas.report import COLUMNS, REASONS_SHOWN, write_run
 
 FILES = ["pareto.json", "pareto.png", "report.html", "trials.csv"]
@@ -413,7 +414,7 @@ def test_files_are_replaced_whole(tmp_path: Path, fill_disk: Callable[[], None])
 
     after = {name: (tmp_path / name).read_bytes() for name in FILES}
     fill_disk()
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(DiskFull, match="no space left"):
         write_run(tmp_path, invent(20))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == after
 
