@@ -78,7 +78,7 @@ def settle(
             note(f"trial {pending[0]['trial']} could not be trained to the end: {error}")
             failed.add(arch.digest())
             continue
-        study.set_user_attr(COMPLETED, study.user_attrs.get(COMPLETED, {}) | {arch.digest(): training["rungs"]})
+        study.set_user_attr(COMPLETED + arch.digest(), training["rungs"])
 
 
 @dataclasses.dataclass(frozen=True)

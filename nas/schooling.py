@@ -35,8 +35,8 @@ SCORED_IMAGES = 512
 DEFAULT_EPOCHS = {"train": 9, "inherit": 3, "supernet": 30}
 LEAST_VALIDATED = 6
 """Networks below which a rank correlation says nothing."""
-COMPLETED = "completed"
-"""The study attribute that holds trainings made after their trial had ended: digest -> rungs."""
+COMPLETED = "completed "
+"""With a digest, the study attribute that holds the rungs of a training made after its trial had ended."""
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ def results_of(study: optuna.Study) -> list[Trained]:
 
     from nas.quality.surrogate import Trained
 
-    completed = study.user_attrs.get(COMPLETED, {})
+    completed = collected(study, COMPLETED)
     found = {}
     for trial in study.get_trials(deepcopy=False):
         detail = trial.user_attrs.get("detail", {})
@@ -224,6 +224,14 @@ def results_of(study: optuna.Study) -> list[Trained]:
             known = {int(epochs): top1 for epochs, top1 in rungs.items()}
             found[detail["digest"]] = Trained(detail["digest"], np.array(training["features"]), known)
     return list(found.values())
+
+
+def collected(study: optuna.Study, prefix: str) -> dict[str, Any]:
+    """A study's attributes whose keys have a prefix, by the rest of the key.
+
+    What several machines add to lies under a key each: in one attribute they would overwrite each other's.
+    """
+    return {key.removeprefix(prefix): value for key, value in study.user_attrs.items() if key.startswith(prefix)}
 
 
 def find_parent(text: str, schooling: Schooling, say: Callable[[str], None]) -> Parent:

@@ -9,7 +9,7 @@ import numpy as np
 from scipy.stats import kendalltau
 
 from nas.errors import TrainingError
-from nas.schooling import LEAST_VALIDATED
+from nas.schooling import LEAST_VALIDATED, collected
 
 if TYPE_CHECKING:
     import optuna
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from nas.search import Options
     from search_spaces import Arch
 
-RUNS = "validation runs"
-"""The study attribute that holds what was trained for it: digest -> row."""
+RUN = "validation run "
+"""With a digest, the study attribute that holds the row of what was trained for it."""
 RESULT = "validation"
 GATE = "estimate, first rung"
 """What decides whether a tier may choose: what it says of most networks of a search, which end there."""
@@ -40,23 +40,24 @@ def validate(
     within = [row["macs_m"] for row in rows if row["feasible"]]
     if not wanted or not within:
         return study.user_attrs.get(RESULT)
-    kept: dict[str, dict[str, Any]] = dict(study.user_attrs.get(RUNS, {}))
     seen = {row["digest"] for row in rows}
 
     def done() -> list[dict[str, Any]]:
-        return [row for row in kept.values() if row.get("final_epochs") == options.lessons.final_epochs]
+        return [
+            row for row in collected(study, RUN).values() if row.get("final_epochs") == options.lessons.final_epochs
+        ]
 
     for arch in draw(options, min(within), max(within)):
         if len(done()) >= wanted:
             break
-        if arch.digest() in seen or arch.digest() in kept:
+        if arch.digest() in seen or arch.digest() in collected(study, RUN):
             continue
         try:
-            kept[arch.digest()] = measure_one(tier, arch)
+            row = measure_one(tier, arch)
         except TrainingError as error:
             note(f"a network of the validation could not be trained: {error}")
-            kept[arch.digest()] = {}
-        study.set_user_attr(RUNS, kept)
+            row = {}
+        study.set_user_attr(RUN + arch.digest(), row)
     found = done()
     if len(found) < wanted:
         note(f"the validation found only {len(found)} of {wanted} networks of the budget's size")

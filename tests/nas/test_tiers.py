@@ -1,5 +1,6 @@
 """The trained tiers: who goes on, who is left out, what is kept, and how validation and final figures are told."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -15,7 +16,7 @@ from nas.final import Accuracies, compare_means, settle, verdict
 from nas.outcome import rank
 from nas.quality.surrogate import Surrogate, Trained, describe
 from nas.quality.train import SCREEN_FROM, Train, low_resolution
-from nas.schooling import ETA, Lessons, Schooling
+from nas.schooling import ETA, Lessons, Schooling, results_of
 from nas.validate import GATE, RESAMPLES, selects, tau, taus
 from search_spaces import Arch, get_arch, table
 from search_spaces.registry import FAMILIES
@@ -194,8 +195,8 @@ def test_the_best_are_settled_by_training_them_to_the_end(school):
     def keep(name, value):
         attrs[name] = value
         for j, one in enumerate(known):
-            if one.key in value:
-                known[j] = Trained(one.key, one.features, {int(e): t for e, t in value[one.key].items()})
+            if name.endswith(one.key):
+                known[j] = Trained(one.key, one.features, {int(e): t for e, t in value.items()})
 
     trials = [
         SimpleNamespace(user_attrs={"detail": {"digest": one.key, "training": {"features": one.features, "rungs": {}}}})
@@ -212,6 +213,46 @@ def test_the_best_are_settled_by_training_them_to_the_end(school):
     archs = [Arch.from_json(json.dumps(row["arch"])) for row in rows if row["feasible"]]
     assert best[0]["arch"] == max(archs, key=skill).model_dump(mode="json")
     assert len(done) < len(known)
+
+
+def test_machines_keep_each_others_trainings(school, tmp_path, monkeypatch):
+    """While one trains, another one stores what it has trained: the best, and networks of the validation."""
+    from optuna.samplers import RandomSampler
+
+    from nas import validate as validation
+    from nas.schooling import collected
+    from nas.study import finish, open_study
+
+    mine, theirs = (open_study("s", tmp_path / "journal", {}, RandomSampler()) for _ in range(2))
+    tier, rows = Stub(school), []
+    for i, arch in enumerate(arch_at(seed) for seed in range(2)):
+        features = describe(arch, table(arch)).tolist()
+        found = {"digest": arch.digest(), "training": {"features": features, "rungs": {"1": 40.0}}}
+        finish(mine, mine.ask(), 40.0, 1.0, -0.5, {"detail": found})
+        row = {"trial": i, "digest": arch.digest(), "features": features, "feasible": True, "quality": 0.0}
+        rows.append(row | {"arch": arch.model_dump(mode="json")})
+    whole = tier.complete
+
+    def complete(arch, counts):
+        if arch.digest() == rows[0]["digest"]:
+            settle(theirs, tier, rows[1:], True, print)
+        return whole(arch, counts)
+
+    monkeypatch.setattr(tier, "complete", complete)
+    settle(mine, tier, rows[:1], True, print)
+    assert [sorted(one.rungs) for one in results_of(mine)] == [[1, 3, 9]] * 2
+
+    def measure_one(tier, arch):
+        if arch is drawn[0]:
+            theirs.set_user_attr(validation.RUN + drawn[1].digest(), {"final_epochs": 2})
+        return {"final_epochs": 2}
+
+    drawn = [arch_at(seed) for seed in (5, 6)]
+    monkeypatch.setattr(validation, "draw", lambda *_: drawn)
+    monkeypatch.setattr(validation, "measure_one", measure_one)
+    options = SimpleNamespace(lessons=dataclasses.replace(LESSONS, validate=6))
+    validation.validate(options, mine, tier, [row | {"macs_m": 1.0} for row in rows], print)
+    assert set(collected(theirs, validation.RUN)) == {arch.digest() for arch in drawn}
 
 
 def test_a_tier_that_may_not_choose_leaves_it_to_parameters():
