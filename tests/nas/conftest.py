@@ -4,6 +4,7 @@ why."""
 from __future__ import annotations
 
 import errno
+import json
 import os
 import pwd
 import shutil
@@ -14,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
@@ -250,6 +251,26 @@ class Cli:
 @pytest.fixture
 def vitnas(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
     return Cli(capsys, monkeypatch)
+
+
+_exported: dict[str, Path] = {}
+
+
+@pytest.fixture
+def exports_here(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Networks are exported in this process, each once in all tests; what a child does is tested in test_measure."""
+    from nas.export import Exporter, export_here
+
+    def call(self, method, settings, stem, images, **source):
+        key = json.dumps([method, asdict(settings), images, source], sort_keys=True)
+        if method != "export":
+            raise NotImplementedError(method)
+        if key not in _exported:
+            kept = tmp_path_factory.mktemp("exported") / "network"
+            _exported[key] = Path(export_here(settings=asdict(settings), stem=str(kept), images=images, **source)["path"])
+        return Path(shutil.copyfile(_exported[key], f"{stem}{_exported[key].suffix}"))
+
+    monkeypatch.setattr(Exporter, "call", call)
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ def samples_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
 
 
-def test_a_second_study_takes_latencies_from_the_cache(vitnas, tmp_path, monkeypatch):
+def test_a_second_study_takes_latencies_from_the_cache(vitnas, tmp_path, monkeypatch, exports_here):
     monkeypatch.setattr("nas.cache.SAME_SPEED", 10.0)  # other tests may be running beside this one,
     monkeypatch.setattr("nas.search.settled", lambda rounds_ms, budget_ms: True)  # and this machine be noisy
     for study in ("first", "second"):
@@ -66,7 +66,7 @@ def test_a_cache_that_fails_later_is_told_once(tmp_path):
     assert runner.notes == ["the cache of latencies is no longer used: database or disk is full"]
 
 
-def test_throughput_at_a_batch_and_networks_beside(vitnas, tmp_path):
+def test_throughput_at_a_batch_and_networks_beside(vitnas, tmp_path, exports_here):
     words = (
         "--trials",
         "2",

@@ -78,7 +78,7 @@ def test_weights_are_those_of_the_network_as_measured(searched):
         assert abs(fold(model)(images).numpy() - logits).max() < 1e-3
 
 
-def test_nothing_is_trained_again(searched, vitnas):
+def test_nothing_is_trained_again(searched, vitnas, exports_here):
     root, first = searched
     folder = root / "runs" / FOLDER
     before = {path: path.stat().st_mtime_ns for path in (folder / "final").iterdir()}

@@ -209,8 +209,8 @@ def test_unusable_path_is_one_line(tmp_path: Path, path: str, expected: str) -> 
     root = os.geteuid() == 0
     if root:  # whom no permission stops
         os.chown(tmp_path, 65534, -1)
-        os.chmod(tmp_path.parent, 0o755)
-        os.chmod(tmp_path.parent.parent, 0o755)
+        for parent in tmp_path.parents[:-2]:  # pytest's own, below /tmp
+            os.chmod(parent, parent.stat().st_mode | 0o055)
         os.seteuid(65534)
     try:
         with pytest.raises(UserError, match=expected) as error:
