@@ -253,6 +253,31 @@ def vitnas(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
     return Cli(capsys, monkeypatch)
 
 
+FEW_ROUNDS = {
+    "nas.measure.protocol": {"MAX_ROUNDS": 8},
+    "nas.outcome": {"CLOSING_ROUNDS": 6, "THROUGHPUT_ROUNDS": 3},
+}
+
+
+@pytest.fixture
+def few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Networks are timed in few rounds."""
+    for module, values in FEW_ROUNDS.items():
+        for name, value in values.items():
+            monkeypatch.setattr(f"{module}.{name}", value)
+
+
+@pytest.fixture(scope="session")
+def vitnas_in_few_rounds() -> list[str]:
+    """The command in a process of its own, timing networks in few rounds; its words follow."""
+    lines = [
+        f"importlib.import_module({module!r}).{name} = {value}"
+        for module, values in FEW_ROUNDS.items()
+        for name, value in values.items()
+    ]
+    return [sys.executable, "-c", "; ".join(["import importlib", *lines, "from nas.cli import main", "main()"])]
+
+
 _exported: dict[str, Path] = {}
 
 
@@ -267,7 +292,9 @@ def exports_here(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.M
             raise NotImplementedError(method)
         if key not in _exported:
             kept = tmp_path_factory.mktemp("exported") / "network"
-            _exported[key] = Path(export_here(settings=asdict(settings), stem=str(kept), images=images, **source)["path"])
+            _exported[key] = Path(
+                export_here(settings=asdict(settings), stem=str(kept), images=images, **source)["path"]
+            )
         return Path(shutil.copyfile(_exported[key], f"{stem}{_exported[key].suffix}"))
 
     monkeypatch.setattr(Exporter, "call", call)

@@ -20,14 +20,17 @@ SHORT = (*FAMILIES, "--sampler", "random", "--seed", "3", "--threads", "1", "--r
 TRIALS = 6
 
 
+pytestmark = pytest.mark.usefixtures("few_rounds")
+
+
 def command(out: Path, *words: str, budget: str = "30ms", trials: int = TRIALS) -> list[str]:
     base = ["search", "--latency-budget", budget, "--trials", str(trials), "--study", STUDY, "--out", str(out)]
     return [*base, *SHORT, *words]
 
 
-def start(out: Path, *words: str, **options) -> subprocess.Popen:
+def start(program: list[str], out: Path) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "nas.cli", *command(out, *words, **options)],
+        [*program, *command(out)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -94,9 +97,9 @@ class Course:
 
 
 @pytest.fixture(scope="module")
-def course(tmp_path_factory) -> Course:
+def course(tmp_path_factory, vitnas_in_few_rounds) -> Course:
     out = tmp_path_factory.mktemp("runs")
-    first, second = start(out), start(out)
+    first, second = start(vitnas_in_few_rounds, out), start(vitnas_in_few_rounds, out)
     wait_for(lambda: samples(out) >= 2)
     below = children(first.pid)
     first.kill()
@@ -107,7 +110,7 @@ def course(tmp_path_factory) -> Course:
     os.kill(second.pid, signal.SIGINT)
     interrupted = ended(second, out)
     reported = (out / STUDY / "report.html").exists()
-    return Course(out, killed, interrupted, reported, ended(start(out), out))
+    return Course(out, killed, interrupted, reported, ended(start(vitnas_in_few_rounds, out), out))
 
 
 def alive(pid: int) -> bool:

@@ -17,11 +17,7 @@ from nas.search import TrialRunner, open_cache
 SMALL = ("--latency-budget", "90ms", "--family", "shvit", "--resolution", "64", "--threads", "1", "--seed", "3")
 
 
-@pytest.fixture(autouse=True)
-def few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nas.measure.protocol.MAX_ROUNDS", 8)
-    monkeypatch.setattr("nas.outcome.CLOSING_ROUNDS", 6)
-    monkeypatch.setattr("nas.outcome.THROUGHPUT_ROUNDS", 3)
+pytestmark = pytest.mark.usefixtures("few_rounds")
 
 
 def rows_of(folder: Path) -> list[dict[str, str]]:

@@ -3,7 +3,6 @@
 import csv
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ def command(root: Path, *words: str, trials: int = 3) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def searched(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+def searched(tmp_path_factory, vitnas_in_few_rounds) -> tuple[Path, subprocess.CompletedProcess]:
     root = tmp_path_factory.mktemp("trained")
     rng = np.random.default_rng(0)
     for part, count in (("train", 60), ("val", 20)):
@@ -33,7 +32,7 @@ def searched(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
             for i in range(count):
                 pixels = np.clip(np.array(colour) + rng.normal(0, 60, (32, 32, 3)), 0, 255).astype(np.uint8)
                 Image.fromarray(pixels).save(folder / f"{i}.png")
-    words = [sys.executable, "-m", "nas.cli", *command(root, "--json", "--validate", "6")]
+    words = [*vitnas_in_few_rounds, *command(root, "--json", "--validate", "6")]
     return root, subprocess.run(words, capture_output=True, text=True, timeout=300)
 
 
