@@ -575,7 +575,8 @@ def export(
     weights: Annotated[
         str | None,
         typer.Option(
-            help="timm, or a .safetensors or .pth state dict in timm's naming or ours.  [default: the folder's own]"
+            help="timm, or a PyTorch or safetensors file in timm's, the official or our naming.  "
+            "[default: the folder's own]"
         ),
     ] = None,
     num_classes: Annotated[int | None, typer.Option(help="Classes.  [default: the network's own]")] = None,

@@ -167,13 +167,25 @@ def export_folder(arch: Arch, folder: Path, weights: str | None, num_classes: in
             model = create_model(arch, num_classes, weights)
     except (ArchError, WeightsError) as error:
         raise UserError(str(error)) from None
-    trained = not model.untrained
-    error = save_network(model, folder, batch_size, trained, with_weights=weights is not None)
-    what = "with the given weights" if weights is not None else "with random, untrained weights"
-    if weights is not None and not trained:
-        what += " but an untrained classifier"
+    if weights is not None and model.untrained:
+        raise UserError(_other_classifier(model, weights))
+    error = save_network(model, folder, batch_size, weights is not None, with_weights=weights is not None)
+    what = "with random, untrained weights"
+    if model.loaded:
+        what = "with the given weights" + (f" ({model.loaded.told})" if model.loaded.told else "")
     return (
         f"{folder}/model.onnx: {arch.family} {what}; ONNX Runtime and PyTorch agree to {error:.0e} of the largest logit"
+    )
+
+
+def _other_classifier(model: nn.Module, weights: str) -> str:
+    """Why weights leave a network's classifier untrained, and what to do."""
+    classes = model.loaded.classes
+    if classes is None:
+        return f"{weights} has no classifier: `vitnas train --weights` trains one"
+    return (
+        f"{weights} has a classifier of {classes} classes and the network one of {model.arch.num_classes}: "
+        f"add --num-classes {classes}, or train it with `vitnas train --weights`"
     )
 
 

@@ -278,6 +278,8 @@ class _Run:
             self.job.note(f"weights {weights} have another classifier; {what}")
         elif self.job.data.demo:
             self.job.note(f"no --data: pruned, tuned and evaluated on {self.job.data.name}")
+        if model.loaded and model.loaded.told:
+            self.job.note(f"{weights}: {model.loaded.told}")
         self.state.found["weights"] = str(weights) if weights else None
         return model, bool(model.untrained)
 

@@ -223,7 +223,9 @@ class _Run:
         given = self.target.arch.replace(num_classes=self.arch.num_classes)
         source = _with_weights("--weights", given, options.weights)
         if source.untrained:
-            self._note(f"{options.weights} has another classifier: this one begins untrained")
+            self._note(f"{options.weights} has another classifier or none: this one begins untrained")
+        if source.loaded.told:
+            self._note(f"{options.weights}: {source.loaded.told}")
         if given.resolution != self.arch.resolution:
             self._note(f"weights of {given.resolution} px, resized to {self.arch.resolution} px")
         model.load_state_dict(transfer(given, source.state_dict(), self.arch))
@@ -412,7 +414,7 @@ def find_teacher(text: str, weights: str | None, classes: list[str]) -> nn.Modul
         return _own("--teacher", text, weights, classes)
     import timm
 
-    from search_spaces.weights import WeightsError, fit, offline_if_unreachable, read_state
+    from search_spaces.weights import WeightsError, load_groups, offline_if_unreachable, read_checkpoint
 
     name = text.removeprefix(TIMM)
     if not timm.is_model(name):
@@ -424,7 +426,7 @@ def find_teacher(text: str, weights: str | None, classes: list[str]) -> nn.Modul
                 model = timm.create_model(name, pretrained=True)
         else:
             model = timm.create_model(name, num_classes=len(classes))
-            if fit(model, dict(read_state(Path(weights)))):
+            if load_groups(model, read_checkpoint(Path(weights)), {None: ()}).untrained:
                 raise WeightsError(f"{weights}: another classifier, which would teach nothing")
     except WeightsError as error:
         raise UserError(f"--teacher-weights: {error}") from None

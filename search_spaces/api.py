@@ -67,13 +67,14 @@ def table(arch: Arch) -> Table:
 def create_model(
     name_or_arch: str | Arch, num_classes: int | None = None, weights: str | Path | None = None
 ) -> nn.Module:
-    """Build a network: (B, 3, R, R) -> (B, num_classes) logits; `untrained` on it names tensors left random.
+    """Build a network: (B, 3, R, R) -> (B, num_classes) logits. On it `loaded` is what became of weights, `untrained`
+    names tensors left random.
 
     Args:
         name_or_arch: a published name or an Arch.
         num_classes: None keeps the Arch's own (1000 for a name).
-        weights: None (random), "timm" (timm's pretrained ones, fetched by timm), or a path to a .safetensors or
-            .pth state dict in timm's naming or in ours.
+        weights: None (random), "timm" (timm's pretrained ones, fetched by timm), or a path to a checkpoint of PyTorch
+            or safetensors in our naming, timm's or the official repository's.
 
     Raises:
         KeyError: unknown name. ArchError: too large. WeightsError: weights that do not fit or cannot be had.
@@ -84,5 +85,6 @@ def create_model(
     table(arch)
     model = FAMILIES[arch.family].build(arch)
     model.arch = arch
-    model.untrained = load_weights(model, arch, weights) if weights is not None else list(model.state_dict())
+    model.loaded = load_weights(model, arch, weights) if weights is not None else None
+    model.untrained = model.loaded.untrained if model.loaded else list(model.state_dict())
     return model

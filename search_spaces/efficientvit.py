@@ -29,7 +29,7 @@ from search_spaces.arch import (
     check_downsamples,
     summarise,
 )
-from search_spaces.grid import ConvMixer, Merge, Mixer, Pyramid, published_merge
+from search_spaces.grid import OFFICIAL, ConvMixer, Merge, Mixer, Pyramid, published_merge
 from search_spaces.layers import AttentionBias, ConvNorm, Gate, key, scale_rows
 from search_spaces.registry import Family, Variant, register
 from search_spaces.space import KEEPS, Space, Values, per_stage
@@ -368,6 +368,7 @@ register(
         build=lambda arch: Pyramid(arch, Block),
         space=SPACE,
         rename=RENAME,
+        official=lambda arch: (*OFFICIAL, *RENAME),
         variants={
             "efficientvit_m0": _variant(63.2, (64, 128, 192), (1, 2, 3), (4, 4, 4), EVEN, "efficientvit_m0"),
             "efficientvit_m1": _variant(68.4, (128, 144, 192), (1, 2, 3), (2, 3, 3), WIDE, "efficientvit_m1"),

@@ -3,6 +3,7 @@ by an inverted residual with squeeze-excite."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ from search_spaces.layers import (
     halved,
     stem,
 )
+from search_spaces.registry import Rules
 from search_spaces.widths import Width, fixed
 
 
@@ -88,6 +90,32 @@ def published_merge(inp: int, out: int) -> Merge:
         squeezed=max(8, squeezed),
         after=Mixer(conv=True, ffn=Ffn(hidden=2 * out, keep_rate=1.0)),
     )
+
+
+def _place(found: re.Match[str]) -> str:
+    """The official code puts a stage's downsampling, in three parts, before its blocks in one sequence."""
+    stage, number = int(found[1]) - 1, int(found[2])
+    if stage and number < 3:
+        return f"stages.{stage}.downsample.{number}."
+    return f"stages.{stage}.blocks.{number - 3 if stage else number}."
+
+
+OFFICIAL: Rules = (
+    (r"^patch_embed\.(\d)\.", r"stem.\1."),
+    (r"^blocks(\d)\.(\d+)\.", _place),
+    (r"\.downsample\.0\.0\.m\.", ".downsample.before.conv.branch."),
+    (r"\.downsample\.0\.1\.m\.", ".downsample.before.ffn."),
+    (r"\.downsample\.1\.conv1\.", ".downsample.expand."),
+    (r"\.downsample\.1\.conv2\.", ".downsample.conv."),
+    (r"\.downsample\.1\.conv3\.", ".downsample.project."),
+    (r"\.downsample\.1\.se\.", ".downsample.se."),
+    (r"\.downsample\.2\.0\.m\.", ".downsample.after.conv.branch."),
+    (r"\.downsample\.2\.1\.m\.", ".downsample.after.ffn."),
+    (r"^head\.", "head.cls."),
+    (r"^head_dist\.", "head.dist."),
+    (r"\.(c|l)\.", ".linear."),
+)
+"""For what the official repositories of both families name alike; a family's own rules follow."""
 
 
 class Stage(nn.Module):

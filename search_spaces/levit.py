@@ -43,7 +43,7 @@ from search_spaces.layers import (
     strongest,
     take_tokens,
 )
-from search_spaces.registry import Family, Variant, register
+from search_spaces.registry import Family, Rules, Variant, register
 from search_spaces.space import KEEPS, Space, Values, per_stage, with_attention
 from search_spaces.widths import Cat, Each, Width
 
@@ -291,6 +291,30 @@ RENAME = (
 )
 
 
+def _official(arch: LevitArch) -> Rules:
+    """facebookresearch/LeViT numbers its attentions, FFNs and downsamplings in one sequence."""
+    places = []
+    for s, stage in enumerate(arch.stages):
+        if stage.downsample:
+            places.append((r"\.", f"stages.{s}.downsample.attn."))
+            if stage.downsample.ffn:
+                places.append((r"\.m\.", f"stages.{s}.downsample.ffn."))
+        for i, block in enumerate(stage.blocks):
+            places += [(r"\.m\.", f"stages.{s}.blocks.{i}.{part}.") for part, doc in block if doc]
+    return (
+        *((rf"^blocks\.{number}{end}", place) for number, (end, place) in enumerate(places)),
+        (r"^patch_embed\.(\d)\.", r"stem.\1."),
+        (r"\.ffn\.0\.", ".ffn.fc1."),
+        (r"\.ffn\.2\.", ".ffn.fc2."),
+        (r"\.(q|proj)\.1\.", r".\1."),
+        (r"\.attention_biases$", ".bias.table"),
+        (r"^head\.", "head.cls."),
+        (r"^head_dist\.", "head.dist."),
+        (r"\.(c|l)\.", ".linear."),
+        (r"\.bn\.", ".norm."),
+    )
+
+
 def _arch(values: Values, num_classes: int) -> LevitArch:
     """Paper section 3: V twice (strided: four times) as wide as K, strided heads = width / key_dim."""
     key_dim = values["qk"]
@@ -383,6 +407,7 @@ register(
         build=Levit,
         space=SPACE,
         rename=RENAME,
+        official=_official,
         variants={
             "levit_128s": _variant(76.6, (128, 256, 384), 16, (4, 6, 8), (2, 3, 4), "levit_128s"),
             "levit_128": _variant(78.6, (128, 256, 384), 16, (4, 8, 12), (4, 4, 4), "levit_128"),

@@ -14,6 +14,15 @@ if TYPE_CHECKING:
     from search_spaces.space import Space
 
 
+Rules = Sequence[tuple[str, "str | Callable[[re.Match[str]], str]"]]
+"""(pattern, replacement) pairs that turn a tensor's name into ours, applied in order."""
+
+
+def no_rules(arch: Arch) -> Rules:
+    """For a family whose official repository names tensors as timm does."""
+    return ()
+
+
 @dataclass(frozen=True)
 class Variant:
     """A published network.
@@ -33,15 +42,16 @@ class Variant:
 class Family:
     """What a family file provides.
 
-    build: Arch -> module. variants: published networks by name. space: the search axes. rename: (pattern,
-    replacement) pairs that turn a parameter name of timm's into ours, applied in order.
+    build: Arch -> module. variants: published networks by name. space: the search axes. rename: for
+    timm's names. official: for those of the official repository, where they differ.
     """
 
     name: str
     build: Callable[[Arch], nn.Module]
     variants: Mapping[str, Variant]
     space: Space
-    rename: Sequence[tuple[str, str | Callable[[re.Match[str]], str]]] = ()
+    rename: Rules = ()
+    official: Callable[[Arch], Rules] = no_rules
 
 
 FAMILIES: dict[str, Family] = {}

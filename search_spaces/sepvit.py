@@ -328,6 +328,21 @@ class SepVit(nn.Module):
         return self.head(x.mean(1))
 
 
+OFFICIAL = (
+    (r"^patch_embeds\.(\d+)\.proj\.", r"stages.\1.patch_embed."),
+    (r"^patch_embeds\.(\d+)\.norm\.", r"stages.\1.norm."),
+    (r"^pos_block\.(\d+)\.proj\.0\.", r"stages.\1.position.branch."),
+    (r"^blocks\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2."),
+    (r"\.norm1\.", ".attn.norm."),
+    (r"\.norm2\.", ".norm."),
+    (r"\.mlp\.", ".ffn."),
+    (r"\.DSA_qkv\.", ".qkv."),
+    (r"\.PSA_qk\.", ".point_qk."),
+    (r"\.win_tokens_norm\.", ".point_norm."),
+    (r"\.win_tokens$", ".attn.window_token"),
+)
+
+
 def _arch(values: Values, num_classes: int) -> SepVitArch:
     """Windows of resolution / 32 (7 at 224); grouped attention doubles them where the grid allows."""
     small = values["resolution"] // 32
@@ -415,6 +430,7 @@ register(
         name="sepvit",
         build=SepVit,
         space=SPACE,
+        official=lambda arch: OFFICIAL,
         variants={
             "sepvit_lite": _variant(72.3, 32, (1, 2, 6, 2), PAPER + "; this top-1 is unverified"),
             "sepvit_tiny": _variant(82.7, 96, (1, 2, 6, 2), PAPER),

@@ -28,7 +28,7 @@ from search_spaces.arch import (
     check_downsamples,
     summarise,
 )
-from search_spaces.grid import Merge, Pyramid, published_merge
+from search_spaces.grid import OFFICIAL, Merge, Pyramid, published_merge
 from search_spaces.layers import (
     NORM_MACS,
     ConvNorm,
@@ -278,6 +278,7 @@ register(
         build=lambda arch: Pyramid(arch, Block),
         space=SPACE,
         rename=RENAME,
+        official=lambda arch: (*OFFICIAL, *RENAME),
         variants={
             "shvit_s1": _variant(72.8, (128, 224, 320), (2, 4, 5), 224, "shvit_s1"),
             "shvit_s2": _variant(75.2, (128, 308, 448), (2, 4, 5), 224, "shvit_s2"),

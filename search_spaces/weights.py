@@ -1,39 +1,180 @@
-"""State dicts from files or from timm, in timm's naming or in ours, into a built network."""
+"""State dicts from files or from timm, in our naming, timm's or the official repositories', into a built network."""
 
 from __future__ import annotations
 
-import pickle
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from search_spaces.arch import Arch
-from search_spaces.registry import FAMILIES
+from search_spaces.checkpoints import State, WeightsError, is_averaged, read_checkpoint
+from search_spaces.registry import FAMILIES, Rules
 
-State = Mapping[str, Tensor]
+__all__ = [
+    "Loaded",
+    "WeightsError",
+    "fit",
+    "load_groups",
+    "load_weights",
+    "namings",
+    "offline_if_unreachable",
+    "read_checkpoint",
+    "translate",
+]
+
+COUNTERS = re.compile(r"(^|\.)(attention_bias_idxs|total_ops|total_params|n_averaged)$")
+"""Tensors beside the weights that hold none: indices of a bias table, a profiler's and an average's counts."""
+
+RESIZED = ("pos_embed", "bias.table", "window_token")
+"""Tensors whose size follows the resolution."""
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-class WeightsError(ValueError):
-    """Weights that cannot be had or do not fit, in one line."""
+@dataclass(frozen=True)
+class Loaded:
+    """What became of weights.
+
+    untrained: names of tensors left at their initialisation, those of a classifier. classes: of the weights' own
+    classifier, where it is another. told: what was taken, renamed and left out, in one line; None if nothing was.
+    """
+
+    untrained: list[str]
+    classes: int | None
+    told: str | None
 
 
-def load_weights(model: nn.Module, arch: Arch, weights: str | Path) -> list[str]:
-    """Load `weights` ("timm" or a path) into `model`, which was built from `arch`.
+@dataclass(frozen=True)
+class Match:
+    """A group of tensors under a prefix, renamed. naming: whose names they had (None: ours). found: how many the
+    network has."""
 
-    Returns:
-        Names of tensors left at their initialisation: a classifier for another number of classes (with a warning).
+    place: str
+    prefix: str
+    naming: str | None
+    state: State
+    found: int
+
+
+def load_weights(model: nn.Module, arch: Arch, weights: str | Path) -> Loaded:
+    """Load `weights` ("timm" or a path) into `model`, which was built from `arch`; a classifier for another number of
+    classes, or none, leaves the network's own as it is (with a warning).
 
     Raises:
         WeightsError: no such file, not a plain state dict (pickles with code are refused, never run), no
-            pretrained weights for this Arch, or tensors that do not fit (the first one is named).
+            pretrained weights for this Arch, or tensors that do not fit.
     """
-    state = timm_state(arch) if str(weights) == "timm" else read_state(Path(weights))
-    return fit(model, translate(state, arch.family, set(model.state_dict())))
+    if str(weights) == "timm":
+        return load_groups(model, {"": timm_state(arch)}, namings(arch))
+    groups = read_checkpoint(Path(weights))
+    try:
+        return load_groups(model, groups, namings(arch))
+    except WeightsError as error:
+        raise WeightsError(f"{weights}: {error}") from None
+
+
+def namings(arch: Arch) -> dict[str | None, Rules]:
+    """How each naming of an Arch's tensors becomes ours."""
+    family = FAMILIES[arch.family]
+    return {None: (), "timm's": family.rename, "the official repository's": family.official(arch)}
+
+
+def load_groups(model: nn.Module, groups: Mapping[str, State], rules: Mapping[str | None, Rules]) -> Loaded:
+    """Load the group that fits `model` best; plain weights go before averaged ones, as official evaluations take them.
+
+    Raises:
+        WeightsError: none fits.
+    """
+    own = model.state_dict().keys()
+    best = best_match(groups, own, rules)
+    if not best.found:
+        names = [name for group in groups.values() for name in group][:3]
+        keys = f" (under {', '.join(place for place in groups if place)})" if any(groups) else ""
+        raise WeightsError(f"the weights lack all tensors of this network: they have {', '.join(names)}, ...{keys}")
+    state, distilled = without_distillation_token(best.state, own)
+    untrained = fit(model, state)
+    classes = {state[name].shape[0] for name in untrained if name in state}
+    return Loaded(untrained, classes.pop() if classes else None, _told(best, groups, distilled))
+
+
+def best_match(groups: Mapping[str, State], own: Collection[str], rules: Mapping[str | None, Rules]) -> Match:
+    """The group, prefix and naming with most of a network's names; of equals the first."""
+    best = None
+    for place, group in groups.items():
+        weights = {name: value for name, value in group.items() if not COUNTERS.search(name)}
+        for prefix, state in unwrapped(weights, len(own) // 2):
+            for naming, pairs in rules.items():
+                renamed = rename(state, pairs)
+                match = Match(place, prefix, naming, renamed, sum(name in renamed for name in own))
+                if best is None or match.found > best.found:
+                    best = match
+                if match.found == len(own) == len(renamed):
+                    return match
+    return best
+
+
+def unwrapped(state: State, least: int, prefix: str = "") -> Iterator[tuple[str, State]]:
+    """A state dict, then those under each first part of its names (`module.`, `model.`) with more than `least`
+    tensors, and so on."""
+    yield prefix, state
+    parts: dict[str, State] = {}
+    for name, value in state.items():
+        first, dot, rest = name.partition(".")
+        if dot:
+            parts.setdefault(first, {})[rest] = value
+    for first, part in sorted(parts.items(), key=lambda item: is_averaged(item[0])):
+        if len(part) > least:
+            yield from unwrapped(part, least, f"{prefix}{first}.")
+
+
+def rename(state: State, rules: Rules) -> State:
+    """Names as ours."""
+    if not rules:
+        return state
+    renamed = {}
+    for name, value in state.items():
+        for pattern, replacement in rules:
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = value
+    return renamed
+
+
+def translate(state: Mapping[str, Tensor], arch: Arch, own: Collection[str]) -> State:
+    """A state dict in ours, timm's or the official naming, perhaps under a prefix, in ours."""
+    return best_match({"": dict(state)}, own, namings(arch)).state
+
+
+def without_distillation_token(state: State, own: Collection[str]) -> tuple[State, bool]:
+    """A distilled DeiT as a plain one: no distillation token, nor its position and head; and whether it was one."""
+    if "dist_token" not in state or "dist_token" in own or "pos_embed" not in state:
+        return state, False
+    plain = {name: value for name, value in state.items() if not name.startswith(("dist_token", "head_dist."))}
+    positions = plain["pos_embed"]
+    return plain | {"pos_embed": torch.cat((positions[:, :1], positions[:, 2:]), 1)}, True
+
+
+def _told(match: Match, groups: Mapping[str, State], distilled: bool) -> str | None:
+    told = []
+    group = groups[match.place]
+    if match.place:
+        others = [place for place, other in groups.items() if place != match.place and len(other) == len(group)]
+        told.append(f"taken from {match.place}" + (f", not {', '.join(others)}" if others else ""))
+    if match.prefix:
+        told.append(f"prefix {match.prefix} stripped")
+    if match.naming:
+        told.append(f"renamed from {match.naming} names")
+    left = [name for name in group if not name.startswith(match.prefix) or COUNTERS.search(name)]
+    if left:
+        told.append(f"left out: {_few(left)}")
+    if distilled:
+        told.append("the distillation token and its head left out, so less accurate than published")
+    return "; ".join(told) or None
 
 
 def timm_state(arch: Arch) -> State:
@@ -50,7 +191,7 @@ def timm_state(arch: Arch) -> State:
             except Exception as error:
                 reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
                 raise WeightsError(f"timm could not fetch {variant.timm}: {reason[:200]}") from None
-    raise WeightsError("timm has no pretrained weights for this Arch; give a .safetensors or .pth file")
+    raise WeightsError("timm has no pretrained weights for this Arch; give a file of weights")
 
 
 @contextmanager
@@ -69,87 +210,78 @@ def offline_if_unreachable() -> Iterator[None]:
         constants.HF_HUB_OFFLINE = before
 
 
-def read_state(path: Path) -> State:
-    """Read a .safetensors file or a .pth/.pt/.bin state dict (only tensors are unpickled)."""
-    if not path.is_file():
-        raise WeightsError(f"{path}: no such file")
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise WeightsError(f"{path}: not a readable safetensors file ({error})") from None
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError):
-        raise WeightsError(f"{path}: not a plain state dict of tensors (other pickles are refused)") from None
-    for key in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise WeightsError(f"{path}: holds no state dict of tensors")
-    return state
-
-
-def translate(state: State, family: str, ours: set[str]) -> dict[str, Tensor]:
-    """Names as ours: unchanged if they are already, else through the family's table for timm's."""
-    state = {name.removeprefix("module."): value for name, value in state.items()}
-    if ours <= state.keys():
-        return state
-    renamed = {}
-    for name, value in state.items():
-        if name.endswith("attention_bias_idxs"):
-            continue
-        for pattern, replacement in FAMILIES[family].rename:
-            name = re.sub(pattern, replacement, name)
-        renamed[name] = value
-    return renamed
-
-
-def fit(model: nn.Module, state: dict[str, Tensor]) -> list[str]:
-    """Copy `state` into `model`; linear and 1x1-convolution weights take each other's shape.
+def fit(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
+    """Copy `state` into `model`; linear and 1x1-convolution weights take each other's shape, floats each other's type.
 
     Returns:
-        Names of classifier tensors that were left alone because the number of classes differs.
+        Names of classifier tensors that were left alone because the number of classes differs or there are none.
 
     Raises:
-        WeightsError: naming the first tensor that is missing, unknown, or of the wrong shape.
+        WeightsError: tensors that are missing, unknown, of another shape or type, or not finite; or only zeros. The
+            network is as it was.
     """
     own = model.state_dict()
-    for name in own:
-        if name not in state:
-            raise WeightsError(f"the weights lack {name} ({_others(own.keys() - state.keys())})")
-    for name in state:
-        if name not in own:
-            raise WeightsError(
-                f"the weights have {name}, which this network has not ({_others(state.keys() - own.keys())})"
-            )
-    skipped = []
+    missing, extra = [name for name in own if name not in state], [name for name in state if name not in own]
+    head = [name for name in own if name.startswith("head.")]
+    if extra or (missing and missing != head):
+        lacks = f"lack {_few(missing)}" if missing else ""
+        has = f"have {_few(extra)}, which this network has not" if extra else ""
+        hint = ""
+        if all(name.startswith("head.dist.") for name in (*missing, *extra)):
+            hint = f'; an Arch with "distilled": {"true" if extra else "false"} fits'
+        raise WeightsError(f"the weights {' and '.join(part for part in (lacks, has) if part)}{hint}")
+    skipped = list(missing)
+    values = {}
     for name, target in own.items():
-        value = state[name]
-        if value.shape != target.shape and value.numel() == target.numel() and _core(value) == _core(target):
-            value = value.reshape(target.shape)
-        if value.shape != target.shape:
-            if name.startswith("head.") and value.shape[1:] == target.shape[1:]:
+        if name in state:
+            value = _value(name, state[name], target)
+            if value.shape == target.shape:
+                values[name] = value
+            elif name.startswith("head.") and value.shape[1:] == target.shape[1:]:
                 skipped.append(name)
-                continue
-            raise WeightsError(
-                f"{name} is {tuple(value.shape)} in the weights but {tuple(target.shape)} in the network"
-            )
-        target.copy_(value)
+            else:
+                hint = ""
+                if name.endswith(RESIZED):
+                    hint = "; `vitnas train` resizes them, given the Arch at their resolution and --resolution"
+                raise WeightsError(
+                    f"{name} is {tuple(value.shape)} in the weights but {tuple(target.shape)} in the network{hint}"
+                )
+    if not any(value.any() for value in values.values() if value.ndim > 1):
+        raise WeightsError("the weights are all zero")
+    for name, value in values.items():
+        own[name].copy_(value)
     if skipped:
-        warnings.warn(
-            f"classifier for another number of classes, left untrained: {', '.join(skipped)}",
-            stacklevel=2,
-        )
+        warnings.warn(f"no classifier for these classes, left untrained: {', '.join(skipped)}", stacklevel=2)
     return skipped
+
+
+def _value(name: str, value: Tensor, target: Tensor) -> Tensor:
+    """A tensor of the weights as its target in the network has it.
+
+    Raises:
+        WeightsError: it holds no values, is stored in another way, or is not finite.
+    """
+    if value.is_meta:
+        raise WeightsError(f"{name} is a meta tensor, which holds no values")
+    if value.layout != torch.strided or value.is_quantized:
+        raise WeightsError(f"{name} is sparse or quantized: store it as a plain tensor of floats")
+    if target.is_floating_point():
+        if value.dtype not in FLOATS:
+            kind = str(value.dtype).removeprefix("torch.")
+            raise WeightsError(f"{name} is {kind} in the weights: this network takes floats")
+        value = value.to(target.dtype)
+        if not value.isfinite().all():
+            raise WeightsError(f"the weights are not finite: {name} holds NaN or infinity")
+    if value.shape != target.shape and value.numel() == target.numel() and _core(value) == _core(target):
+        value = value.reshape(target.shape)
+    return value
 
 
 def _core(tensor: Tensor) -> tuple[int, ...]:
     return tuple(tensor.squeeze().shape)
 
 
-def _others(names: set[str]) -> str:
-    return f"{len(names)} such tensors" if len(names) > 1 else "the only such tensor"
+def _few(names: list[str]) -> str:
+    """The first names of a list, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

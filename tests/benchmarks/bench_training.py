@@ -40,7 +40,7 @@ def pair(name: str, resolution: int, classes: int, seed: int = 0) -> tuple[nn.Mo
     sized = {} if name.startswith("shvit") else {"img_size": resolution}
     theirs = timm.create_model(variant.timm, num_classes=classes, **sized)
     ours = create_model(get_arch(name, classes).replace(resolution=resolution))
-    fit(ours, translate(theirs.state_dict(), ours.arch.family, set(ours.state_dict())))
+    fit(ours, translate(theirs.state_dict(), ours.arch, ours.state_dict()))
     return ours, theirs
 
 

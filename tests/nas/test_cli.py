@@ -222,7 +222,7 @@ def test_batch_larger_than_memory(vitnas, tmp_path):
     )
 
 
-def test_a_classifier_left_random_is_not_called_trained(vitnas, tmp_path):
+def test_a_classifier_left_random_is_not_exported(vitnas, tmp_path):
     import onnx
     from safetensors.torch import save_file
 
@@ -230,13 +230,13 @@ def test_a_classifier_left_random_is_not_called_trained(vitnas, tmp_path):
 
     save_file(create_model("shvit_s1").state_dict(), tmp_path / "weights.safetensors")
     words = ("export", "shvit_s1", "--weights", str(tmp_path / "weights.safetensors"), "--out", str(tmp_path / "out"))
-    code, out, _ = vitnas(*words, "--num-classes", "7")
-    assert code == 0
-    assert "untrained classifier" in out
-    props = {p.key: p.value for p in onnx.load(tmp_path / "out" / "model.onnx").metadata_props}
-    assert props["vitnas.weights"] == "untrained"
+    vitnas.refused(vitnas(*words, "--num-classes", "7"), "add --num-classes 1000")
+    assert not (tmp_path / "out").exists()
     code, out, _ = vitnas(*words)
+    assert code == 0
     assert "untrained" not in out
+    props = {p.key: p.value for p in onnx.load(tmp_path / "out" / "model.onnx").metadata_props}
+    assert props["vitnas.weights"] != "untrained"
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 

@@ -474,7 +474,7 @@ def test_the_loss_curve_is_timm_s(family):
     theirs = timm.create_model(timm_name, num_classes=4, **options)
     model = create_model(get_arch(name, 4).replace(resolution=resolution))
     state = model.state_dict()
-    load(model, translate(theirs.state_dict(), family, set(state)))
+    load(model, translate(theirs.state_dict(), model.arch, state))
     model, theirs = model.double().train(), theirs.double().train()
     generator = torch.Generator().manual_seed(1)
     batches = [

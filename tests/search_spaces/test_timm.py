@@ -47,7 +47,7 @@ def pictures(helpers: ModuleType, arch_or_size: Any, count: int) -> Tensor:
 def ours(name: str, state: dict[str, Tensor], **changes: Any) -> nn.Module:
     arch = search_spaces.get_arch(name).replace(**changes)
     model = search_spaces.create_model(arch)
-    fit(model, translate(state, arch.family, set(model.state_dict())))
+    fit(model, translate(state, arch, model.state_dict()))
     return model.eval()
 
 
@@ -92,14 +92,14 @@ def test_train_logits_gradients_and_statistics(name: str, helpers: ModuleType) -
     own = {key: value.grad for key, value in model.named_parameters()}
     assert all(grad is not None and grad.isfinite().all() for grad in own.values())
     grads = {key: value.grad for key, value in theirs.named_parameters()}
-    grads = translate(grads, model.arch.family, set(own))
+    grads = translate(grads, model.arch, own)
     assert grads.keys() == own.keys()
     floor = 1e-6 * max(float(grad.norm()) for grad in grads.values())
     for key, grad in own.items():
         wanted_grad = grads[key].reshape(grad.shape)
         assert (grad - wanted_grad).norm() <= 1e-6 * max(float(wanted_grad.norm()), floor), key
 
-    state = translate(theirs.state_dict(), model.arch.family, set(model.state_dict()))
+    state = translate(theirs.state_dict(), model.arch, model.state_dict())
     for key, value in model.state_dict().items():
         assert torch.allclose(value, state[key].reshape(value.shape), rtol=1e-4, atol=1e-5), key
 

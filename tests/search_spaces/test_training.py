@@ -135,7 +135,7 @@ def test_drop_path_equals_timm(helpers: ModuleType) -> None:
     """The same seed drops the same branches of the same images in timm's DeiT."""
     theirs = helpers.randomise(timm.create_model("deit_tiny_patch16_224", drop_path_rate=0.4), 1).train()
     model = search_spaces.create_model("deit_tiny").train()
-    fit(model, translate(theirs.state_dict(), "evit", set(model.state_dict())))
+    fit(model, translate(theirs.state_dict(), model.arch, model.state_dict()))
     x, outputs = helpers.image(224, 4, dtype=torch.float32), []
     set_drop_path(model, 0.4)
     for network in (theirs, model):
