@@ -59,13 +59,13 @@ def test_disagreement_sees_a_changed_network(tmp_path):
     assert disagreement(folded, path, arch.resolution, batch_size=1) > 1e-2
 
 
-@pytest.mark.parametrize("points", [2, pytest.param(12, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("points", "resolution"), [(2, 96), pytest.param(12, None, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", list(FAMILIES))
-def test_random_points_of_every_space_export(family, points, tmp_path):
+def test_random_points_of_every_space_export(family, points, resolution, tmp_path):
     """Odd grids, dropped tokens, every form: what the search may ask for can be measured."""
     space, draw = FAMILIES[family].space, random.Random(1)
     for _ in range(points):
-        arch = space.decode({name: draw.randrange(LEVELS) for name in PARAMETERS}, 10)
+        arch = space.decode({name: draw.randrange(LEVELS) for name in PARAMETERS}, 10, resolution)
         folded = fold(create_model(arch))
         to_onnx(folded, tmp_path / "model.onnx", arch.resolution, batch_size=1)
         onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])

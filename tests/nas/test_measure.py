@@ -637,6 +637,7 @@ def test_files_onnxruntime_cannot_time(tmp_path: Path) -> None:
         assert measurer.measure(good).p50_ms > 0
 
 
+@pytest.mark.slow  # needs every CPU for itself
 def test_alone_and_interleaved_agree(tmp_path: Path, child: str) -> None:
     """At all threads, beside a reference of the same size and an exporter that is busy meanwhile."""
     threads = len(usable_cpus())
@@ -668,5 +669,6 @@ def test_eager_times_an_arch(tmp_path: Path) -> None:
     path.write_text(arch.to_json())
     with Measurer(Settings("torch", threads=1), path, tmp_path) as measurer:
         result = measurer.measure(path)
-    assert math.isclose(result.p50_ms, result.reference_p50_ms, rel_tol=0.5)
+    fastest, reference = (min(map(min, rounds)) for rounds in (result.rounds_ms, result.reference_rounds_ms))
+    assert math.isclose(fastest, reference, rel_tol=0.5)
     assert result.p50_ms > 1
