@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -724,8 +725,11 @@ def command_line() -> str:
 
 def main() -> None:
     """Run the command line; errors are one line on standard error and exit code 2, of a full disk 1."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what was started is ended, files are whole
     try:
         code = app(standalone_mode=False)
+        if code == 130:  # what typer makes of it
+            raise KeyboardInterrupt
         sys.exit(code if isinstance(code, int) else 0)
     except UserError as error:
         fail(str(error), 1 if isinstance(error, DiskFull) else 2)

@@ -1,10 +1,11 @@
 """Child processes spoken to in JSON lines, the CPUs and memory they may use, a lock between processes (POSIX).
 
 A `Worker` is the parent's end: it starts `python -m module`, sends one request at a time and blocks on
-the answer. `serve` is the child's end. Whatever the child does (raise, crash, hang, print, run out of
-memory), the parent gets an answer or a `WorkerError` with a one-line reason, and the child never
-outlives the parent, not even while it is stopped. The child may be on another machine, at the end of an
-ssh connection; that machine has nothing but this module's imports, so they are of the standard library.
+the answer. `serve` is the child's end. Whatever the child does (raise, crash, hang, print, answer with
+garbage, run out of memory), the parent gets an answer or a `WorkerError` with a one-line reason, and
+neither the child nor what it starts outlives the parent, not even while it is stopped. The child may be
+on another machine, at the end of an ssh connection; that machine has nothing but this module's imports,
+so they are of the standard library.
 """
 
 import contextlib
@@ -36,14 +37,14 @@ BEAT_S = 10  # a distant child hears from its parent this often,
 SILENCE_S = 60  # and ends where it has not for so long
 LOCK_POLL_S = 0.05
 REASON_LENGTH = 500
+LONGEST = 1 << 30  # bytes of an answer
 ENTER = "from nas.process import _enter; _enter()"
 GREETING = b'{"result": {}}'
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-NATIVE = (
-    re.compile(  # what native code puts before a reason: ONNX Runtime's codes and file, a place in C++ and its function
-        r"\[ONNXRuntimeError\] : \d+ : \w+ : (?:Load model from .*? failed: ?)?|"
-        r"/\S+\.(?:cc|cpp|cu|h):\d+ (?:[^()]*\([^()]*\)(?: const)? )?"
-    )
+# What native code puts before a reason: ONNX Runtime's codes and file, a place in C++ and its function.
+NATIVE = re.compile(
+    r"\[ONNXRuntimeError\] : \d+ : \w+ : (?:Load model from .*? failed: ?)?|"
+    r"/\S+\.(?:cc|cpp|cu|h):\d+ (?:[^()]*\([^()]*\)(?: const)? )?"
 )
 
 
@@ -67,8 +68,11 @@ class Worker:
 
     The child runs in a session of its own, so the terminal's Ctrl-C does not reach it. On Linux the
     kernel kills it when the thread that created the Worker ends: create it in a thread that stays.
-    An exception in the child leaves it usable; after a crash, a time-out or an interrupted call it is
-    gone and every further call raises the same WorkerError.
+    What it has started goes with it, as long as it stays in its process group. An exception in the
+    child leaves it usable; after a crash, a time-out, an answer that is none or an interrupted call it
+    is gone and every further call raises the same WorkerError.
+
+    Raises WorkerError where no process can be started here, OSError where `via`'s command cannot be.
     """
 
     def __init__(
@@ -85,19 +89,34 @@ class Worker:
         self._ready = False
         self._received = b""
         self._printed = log.open("w+b") if log else tempfile.TemporaryFile()  # noqa: SIM115
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._printed,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
-            start_new_session=True,
-        )
         self._selector = selectors.DefaultSelector()
-        self._selector.register(self._process.stdout, selectors.EVENT_READ)
-        if distant:
-            self._write(opening)
-            threading.Thread(target=self._beat, daemon=True).start()
+        self._life: int | None = None  # a file descriptor that is ready once the child has ended
+        try:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._printed,
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
+                start_new_session=True,
+            )
+        except OSError as error:
+            self._printed.close()
+            self._selector.close()
+            if distant:
+                raise
+            raise WorkerError(f"no process can be started: {error.strerror}") from None
+        try:
+            self._selector.register(self._process.stdout, selectors.EVENT_READ)
+            with contextlib.suppress(AttributeError, OSError):  # only Linux has it
+                self._life = os.pidfd_open(self.pid)
+                self._selector.register(self._life, selectors.EVENT_READ)
+            if distant:
+                self._write(opening)
+                threading.Thread(target=self._beat, daemon=True).start()
+        except BaseException:
+            self._end("interrupted")
+            raise
 
     @property
     def pid(self) -> int:
@@ -109,12 +128,20 @@ class Worker:
 
     @property
     def alive(self) -> bool:
-        return self._ended is None and self._process.poll() is None
+        if self._ended is not None:
+            return False
+        if not hasattr(os, "waitid"):
+            return self._process.poll() is None
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None  # its number stays its own
 
     def call(self, method: str, timeout_s: float, **args) -> dict:
         """Runs a method of the child and returns its answer; WorkerError says why there is none."""
-        self.send(method, **args)
-        return self.receive(timeout_s)
+        try:
+            self.send(method, **args)
+            return self.receive(timeout_s)
+        except KeyboardInterrupt:
+            self._end("interrupted")  # also between the two
+            raise
 
     def send(self, method: str, **args) -> None:
         """First half of `call`: the child works while the caller does something else."""
@@ -124,10 +151,16 @@ class Worker:
 
     def receive(self, timeout_s: float, told: Callable[..., None] | None = None) -> dict:
         """Second half of `call`. told: called with what the method tells meanwhile (`tell`); timeout_s starts anew."""
-        self._await_ready(timeout_s)
-        while "told" in (answer := json.loads(self._read(timeout_s))):
-            if told:
-                told(*answer["told"])
+        try:
+            self._await_ready(timeout_s)
+            while "told" in (answer := self._answer(timeout_s)):
+                if told:
+                    told(*answer["told"])
+        except WorkerError:
+            raise
+        except BaseException:
+            self._end("interrupted")  # its answer would be taken for the next one's
+            raise
         if "error" in answer:
             raise WorkerError(answer["error"])
         return answer["result"]
@@ -136,15 +169,15 @@ class Worker:
         """Stops the child (SIGSTOP) until `resume`; nothing to do for a dead one."""
         with contextlib.suppress(WorkerError):
             self._await_ready(START_S)  # before that it could outlive the parent
-            self._process.send_signal(signal.SIGSTOP)
+            self._signal(signal.SIGSTOP)
             if self.alive and hasattr(os, "waitid"):  # a busy machine stops it some time later
                 os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     def resume(self) -> None:
-        self._process.send_signal(signal.SIGCONT)
+        self._signal(signal.SIGCONT)
 
     def close(self) -> None:
-        """Kills the child."""
+        """Kills the child and what it has started."""
         self._end("closed")
 
     def __enter__(self) -> Self:
@@ -152,6 +185,11 @@ class Worker:
 
     def __exit__(self, *_) -> None:
         self.close()
+
+    def _signal(self, number: int) -> None:
+        if self.alive:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
     def _write(self, data: bytes) -> None:
         try:
@@ -172,25 +210,37 @@ class Worker:
 
     def _await_ready(self, timeout_s: float) -> None:
         """Reads the greeting the child sends once it is bound to its parent, and what a login shell printed before."""
+        deadline = time.monotonic() + timeout_s
         while not self._ready:
-            self._ready = self._read(timeout_s).endswith(GREETING)
+            self._ready = self._read(timeout_s, deadline).endswith(GREETING)
 
-    def _read(self, timeout_s: float) -> bytes:
-        """Blocks until one whole line has come."""
+    def _answer(self, timeout_s: float) -> dict:
+        line = self._read(timeout_s, time.monotonic() + timeout_s)
+        with contextlib.suppress(ValueError, RecursionError):
+            answer = json.loads(line)
+            kinds = {"result": dict, "error": str, "told": list}
+            if isinstance(answer, dict) and len(answer) == 1:
+                [(key, value)] = answer.items()
+                if isinstance(value, kinds.get(key, ())):
+                    return answer
+        raise WorkerError(self._end(f"answered with what is no answer: {line[:100].decode(errors='replace')!r}"))
+
+    def _read(self, timeout_s: float, deadline: float) -> bytes:
+        """Blocks until one whole line has come, until the deadline; timeout_s is told."""
         if self._ended:
             raise WorkerError(self._ended)
-        deadline = time.monotonic() + timeout_s
-        try:
-            while b"\n" not in self._received:
-                if not self._selector.select(max(0, deadline - time.monotonic())):
-                    raise WorkerError(self._end(f"no answer in {timeout_s:.3g} s"))
-                data = os.read(self._process.stdout.fileno(), 1 << 16)
-                if not data:
-                    raise WorkerError(self._end(self._why_it_ended()))
-                self._received += data
-        except KeyboardInterrupt:
-            self._end("interrupted")  # its answer would be taken for the next one's
-            raise
+        source = self._process.stdout.fileno()
+        while b"\n" not in self._received:
+            left = deadline - time.monotonic()
+            ready = [key.fd for key, _ in self._selector.select(max(0, left))]
+            if left < 0 or not ready:
+                raise WorkerError(self._end(f"no answer in {timeout_s:.3g} s"))
+            data = os.read(source, 1 << 16) if source in ready else b""  # of a dead child another may hold the pipe
+            if not data:
+                raise WorkerError(self._end(self._why_it_ended()))
+            self._received += data
+            if len(self._received) > LONGEST:
+                raise WorkerError(self._end(f"an answer of more than {LONGEST >> 20} MB"))
         line, self._received = self._received.split(b"\n", 1)
         return line
 
@@ -209,12 +259,17 @@ class Worker:
         return f"killed by signal {-code} ({signal.Signals(-code).name}{hint}){last}"
 
     def _end(self, reason: str) -> str:
-        """Kills the child if it still lives; further calls raise with the first reason given."""
+        """Kills the child if it still lives, and its group; further calls raise with the first reason given."""
         if self._ended is None:
             self._ended = reason
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # nothing is left of it
+                os.killpg(self.pid, signal.SIGKILL)
             self._process.kill()
-            self._process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # it hangs in the kernel
+                self._process.wait(EXIT_S)
             self._selector.close()
+            if self._life is not None:
+                os.close(self._life)
             self._process.stdout.close()
             with contextlib.suppress(BrokenPipeError):  # flushes
                 self._process.stdin.close()
@@ -258,6 +313,8 @@ def _enter() -> None:
     start = json.loads(sys.argv[1])
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getpgid(0) == os.getpid():
+            _guard(os.getpid())
         with contextlib.suppress(OSError):  # some containers forbid it
             Path("/proc/self/oom_score_adj").write_text("1000")  # kill this process, not the search
     if os.getppid() != start["parent"]:
@@ -272,6 +329,21 @@ def _enter() -> None:
     os.dup2(2, 1)
     _answer(GREETING + b"\n")
     runpy.run_module(start["module"], run_name="__main__", alter_sys=True)
+
+
+def _guard(group: int) -> None:
+    """Forks a process that kills the rest of this one's group once this one has ended, however that came."""
+    if os.fork():
+        return
+    os.setpgid(0, 0)
+    os.closerange(0, 64)  # its end must be seen
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGUSR1)
+    if os.getppid() == group:
+        signal.sigwait({signal.SIGUSR1})
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
+    os._exit(0)
 
 
 def _watched(source: int) -> Iterator[bytes]:

@@ -12,6 +12,7 @@ head dims of timm's plain attention. Insides of other attention modules, and the
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import difflib
 import json
 import math
@@ -40,6 +41,7 @@ from search_spaces.weights import offline_if_unreachable
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 
 TRIAL = [sys.executable, "-P", "-c", "from pruning.outside import answer_trial; answer_trial()"]
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 TOLERANCE = 1e-6  # of the largest logit, in double precision
 REASON_LENGTH = 300
 LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
@@ -266,10 +268,11 @@ def run_trial(name: str, resolution: int, num_classes: int, multiple_of: int, ti
     own = next((ours for f in FAMILIES.values() for ours, v in f.variants.items() if v.timm == name), None)
     hint = f"; our own {own} can be pruned: vitnas prune --model {own}" if own else ""
     request = {"name": name, "resolution": resolution, "num_classes": num_classes, "multiple_of": multiple_of}
+    request |= {"time_limit_s": time_limit_s, "fallback": own is None, "parent": os.getpid()}
     try:
         child = subprocess.run(
             TRIAL,
-            input=json.dumps(request | {"time_limit_s": time_limit_s, "fallback": own is None}),
+            input=json.dumps(request),
             capture_output=True,
             text=True,
             timeout=time_limit_s,
@@ -294,7 +297,11 @@ def answer_trial() -> None:
     With `fallback` a model that fails is tried again with its inner widths only.
     """
     request = json.loads(sys.stdin.read())
-    signal.alarm(math.ceil(request.pop("time_limit_s")) + 1)  # where the parent dies, this ends too
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != request.pop("parent"):
+        sys.exit("the parent died")
+    signal.alarm(math.ceil(request.pop("time_limit_s")) + 1)  # elsewhere than on Linux it dies this late
     with contextlib.suppress(OSError):  # a graph that never ends takes 100 MB a second: this process is to die of it
         Path("/proc/self/oom_score_adj").write_text("1000")
     torch.set_num_threads(1)  # on a busy machine its small convolutions wait fifty times as long for a second

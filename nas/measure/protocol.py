@@ -202,14 +202,15 @@ class Measurer:
         timeout_s = timeout_s or self._patience_s
         started = time.monotonic()
         deadline = started + timeout_s
-        if batch_size is None or batch_size == self._settings.batch_size:
-            self.prepare()
-            candidate, self._prepared = self._prepared, None
-        else:
-            other = dataclasses.replace(self._settings, batch_size=batch_size)
-            candidate = _Model(other, self._workdir / "candidate.log")
         result = Measurement()
+        candidate: _Model | None = None
         try:
+            if batch_size is None or batch_size == self._settings.batch_size:
+                self.prepare()
+                candidate, self._prepared = self._prepared, None
+            else:
+                other = dataclasses.replace(self._settings, batch_size=batch_size)
+                candidate = _Model(other, self._workdir / "candidate.log")
             candidate.load(path, deadline)
             result.load_s = time.monotonic() - started
             with _stopped(pause):
@@ -226,7 +227,8 @@ class Measurer:
             late = f"not measured in {timeout_s:g} s, {len(result.rounds_ms)} rounds done"
             raise MeasureError(late if time.monotonic() > deadline else str(error)) from None
         finally:
-            candidate.close()
+            if candidate:
+                candidate.close()
         result.wall_s = time.monotonic() - started
         return result
 
@@ -240,12 +242,13 @@ class Measurer:
     def _start_reference(self, deadline: float) -> None:
         if self._reference:
             self._reference.close()
-        self._reference = _Model(self._settings, self._workdir / "reference.log")
         try:
+            self._reference = _Model(self._settings, self._workdir / "reference.log")
             self._reference.load(self._reference_path, deadline)
             self._reference.warm_up(deadline)
         except WorkerError as error:
-            self._reference.close()
+            if self._reference:
+                self._reference.close()
             raise MeasureError(f"reference model: {error}") from None
 
 

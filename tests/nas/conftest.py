@@ -169,12 +169,14 @@ class SshServer:
     tmp: Path
 
     def processes(self, of: str = "") -> list[psutil.Process]:
-        """What runs in its users' sessions, and what is left of them, with `of` in the command."""
+        """What runs in its users' sessions, and what is left of them, with `of` in the command; without forks."""
         found = []
         for process in psutil.process_iter():
             try:
                 if process.environ().get("TMPDIR") == str(self.tmp) and of in " ".join(process.cmdline()):
-                    found.append(process)
+                    parent = process.parent()
+                    if parent is None or parent.cmdline() != process.cmdline():
+                        found.append(process)
             except psutil.Error:
                 pass
         return found

@@ -1,6 +1,8 @@
 """The command line as a user meets it: bad input, the small verbs, and what they print."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -245,3 +247,12 @@ def test_text_in_brackets_is_printed_as_it_is(capsys):
 
     console_of().print("runs[test]/report.html [/x]")
     assert capsys.readouterr().out == "runs[test]/report.html [/x]\n"
+
+
+def test_sigterm_ends_a_command_as_ctrl_c_does(vitnas, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("nas.targets.find_target", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        assert vitnas("show", "efficientvit_m0") == (130, "", "interrupted\n")
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,9 +1,11 @@
 """The measuring part: child processes, statistics, stop rules, the protocol, ONNX Runtime, eager."""
 
+import errno
 import json
 import math
 import os
 import runpy
+import selectors
 import signal
 import subprocess
 import sys
@@ -20,6 +22,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from scipy.stats import binom
 
+from nas import process
 from nas.errors import UserError
 from nas.measure import (
     MeasureError,
@@ -38,7 +41,8 @@ ALONE = Path(__file__).parents[1] / "benchmarks" / "bench_interleaving.py"
 
 CHILD = """
     import hashlib, os, subprocess, sys, threading, time
-    from nas.process import serve
+    from nas import process
+    from nas.process import serve, tell
 
     print("printed while importing")
 
@@ -62,7 +66,28 @@ CHILD = """
         for _ in range(os.cpu_count()):
             threading.Thread(target=spin, daemon=True).start()
 
+    def start():
+        return {"pid": subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"]).pid}
+
+    def die_beside():
+        pid = os.fork()
+        if not pid:
+            time.sleep(100)  # with the pipe of the answers
+        tell(pid)
+        os._exit(3)
+
+    def write(text, times=1, pause_s=0):
+        for _ in range(times):
+            os.write(process._answers.fileno(), text.encode("latin-1"))
+            time.sleep(pause_s)
+        time.sleep(100)
+
+    def close():
+        os.close(process._answers.fileno())
+        time.sleep(100)
+
     serve({
+        "start": start, "die_beside": die_beside, "write": write, "close": close, "tell": lambda: tell(1),
         "echo": echo, "fail": fail, "leave": leave, "burn": burn, "abort": os.abort,
         "hang": lambda: time.sleep(100), "eof": lambda: sys.stdin.read() or {"read": ""},
         "cpus": lambda: {"cpus": sorted(os.sched_getaffinity(0))},
@@ -193,6 +218,76 @@ def test_native_code_names_its_reason_first(text: str, reason: str) -> None:
     assert _one_line(text) == reason
 
 
+@pytest.mark.parametrize(
+    "text", ["no JSON", "\xff\xfe", "", "[1]", "{}", '{"result": 5}', '{"told": 5}', '{"other": {}}', "[" * 100_000]
+)
+def test_an_answer_that_is_none(child: str, text: str) -> None:
+    with Worker(child) as worker:
+        for _ in range(2):
+            with pytest.raises(WorkerError, match="answered with what is no answer: ") as error:
+                worker.call("write", 20, text=f"{text}\n")
+            assert "\n" not in str(error.value)
+            assert len(str(error.value)) < 500
+        assert gone(worker.pid)
+
+
+def test_an_answer_without_end(child: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "LONGEST", 1 << 20)
+    with Worker(child) as worker, pytest.raises(WorkerError, match="an answer of more than 1 MB"):
+        worker.call("write", 20, text="x" * (1 << 10), times=2000)
+
+
+def test_a_trickle_ends_at_the_time_limit(child: str) -> None:
+    with Worker(child) as worker:
+        worker.call("echo", 20)
+        with pytest.raises(WorkerError, match=r"no answer in 0\.3 s"):
+            worker.call("write", 0.3, text=" ", times=100, pause_s=0.01)
+
+
+def test_a_pipe_that_a_dead_child_left_open(child: str) -> None:
+    with Worker(child) as worker:
+        told: list[int] = []
+        worker.send("die_beside")
+        with pytest.raises(WorkerError, match="exited with 3"):
+            worker.receive(20, told.append)
+        assert gone(told[0])
+
+
+def test_a_closed_pipe(child: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "EXIT_S", 0.1)
+    with Worker(child) as worker:
+        with pytest.raises(WorkerError, match="closed its pipe and kept running"):
+            worker.call("close", 20)
+        assert gone(worker.pid)
+
+
+def test_what_a_child_has_started_goes_with_it(child: str) -> None:
+    for end in ("close", "hang", "abort", "leave"):
+        with Worker(child) as worker:
+            started = worker.call("start", 20)["pid"]
+            if end != "close":
+                with pytest.raises(WorkerError):
+                    worker.call(end, 0.1 if end == "hang" else 20)
+        assert gone(started), end
+
+
+def test_no_room_for_a_process(child: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_, **__):
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    with pytest.raises(WorkerError, match="no process can be started: Resource temporarily unavailable"):
+        Worker(child)
+
+
+def test_ctrl_c_while_a_child_starts(child: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = psutil.Process().children()
+    monkeypatch.setattr(selectors.DefaultSelector, "register", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        Worker(child)
+    assert psutil.Process().children() == before
+
+
 def test_sigkill_hints_at_memory(child: str) -> None:
     with Worker(child) as worker:
         worker.call("echo", 20)
@@ -237,6 +332,26 @@ def test_an_interrupted_call_leaves_no_stale_answer(child: str) -> None:
             worker.call("echo", 20)
 
 
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_ctrl_c_before_the_answer_or_while_something_is_told(child: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Worker(child) as worker:
+        with monkeypatch.context() as patch:
+            patch.setattr(worker, "receive", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                worker.call("echo", 20)
+        with pytest.raises(WorkerError, match="interrupted"):
+            worker.call("echo", 20)
+    with Worker(child) as worker:
+        worker.send("tell")
+        with pytest.raises(KeyboardInterrupt):
+            worker.receive(20, interrupt)
+        with pytest.raises(WorkerError, match="interrupted"):
+            worker.call("echo", 20)
+
+
 def test_pause_and_resume(child: str) -> None:
     with Worker(child) as worker:
         worker.pause()  # right after the start
@@ -271,20 +386,22 @@ def test_the_child_is_pinned_and_out_of_reach_of_ctrl_c(child: str) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux binds a child to its parent")
 @pytest.mark.parametrize(
-    "before",
+    ("before", "number"),
     [
-        "worker.pause()",  # right after its start
-        "worker.call('echo', 20); worker.send('hang'); worker.pause()",
-        "worker.call('echo', 20); worker.send('hang')",
+        ("worker.pause()", signal.SIGKILL),  # right after its start
+        ("worker.call('echo', 20); worker.send('hang'); worker.pause()", signal.SIGKILL),
+        ("worker.call('echo', 20); worker.send('hang')", signal.SIGKILL),
+        ("pids.append(worker.call('start', 20)['pid']); worker.send('hang')", signal.SIGKILL),
+        ("pids.append(worker.call('start', 20)['pid']); worker.send('hang'); worker.pause()", signal.SIGTERM),
     ],
 )
-def test_a_child_dies_with_its_parent(child: str, before: str) -> None:
+def test_a_child_dies_with_its_parent(child: str, before: str, number: int) -> None:
     parent_code = textwrap.dedent(f"""
         import time
         from nas.process import Worker
-        worker = Worker({child!r})
+        worker, pids = Worker({child!r}), []
         {before}
-        print(worker.pid, flush=True)
+        print(worker.pid, *pids, flush=True)
         time.sleep(100)
     """)
     with subprocess.Popen(
@@ -293,11 +410,11 @@ def test_a_child_dies_with_its_parent(child: str, before: str) -> None:
         text=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
     ) as parent:
-        pid = int(parent.stdout.readline())
-        assert stopped(pid) == ("pause" in before)
-        parent.kill()
+        pids = list(map(int, parent.stdout.readline().split()))
+        assert stopped(pids[0]) == ("pause" in before)
+        parent.send_signal(number)
         parent.wait()
-        assert gone(pid)
+        assert all(map(gone, pids))
 
 
 # --- statistics ---

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 
 import huggingface_hub
+import psutil
 import pytest
 import timm
 import torch
@@ -142,6 +145,39 @@ def test_killed_child_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     child(monkeypatch, "import os; os.kill(os.getpid(), 9)")
     with pytest.raises(OutsideError, match="killed by SIGKILL"):
         run_trial("resnet18", 224, CLASSES, 8, time_limit_s=60)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux binds a child to its parent")
+def test_a_trial_dies_with_its_parent() -> None:
+    trial = """
+        import os, time
+        from pruning import outside
+        outside._trial = lambda stage, **_: (stage(str(os.getpid())), time.sleep(100))
+        outside.answer_trial()
+    """
+    parent = f"""
+        import json, os, subprocess, sys
+        child = subprocess.Popen(
+            [sys.executable, "-c", {textwrap.dedent(trial)!r}], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        json.dump({{"fallback": False, "time_limit_s": 90, "parent": os.getpid()}}, child.stdin)
+        child.stdin.close()
+        print(child.stdout.readline(), flush=True)
+        child.wait()
+    """
+    path = os.pathsep.join(map(os.path.abspath, sys.path))
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(parent)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": path},
+    ) as process:
+        pid = int(process.stdout.readline())
+        assert psutil.pid_exists(pid)
+        process.kill()
+        process.wait()
+    psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], 10)
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
 def trial_here(name: str, resolution: int, inner: bool = False) -> int:
