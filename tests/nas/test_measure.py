@@ -576,7 +576,7 @@ def test_failed_candidates_cost_nothing_else(network: Callable[[str], Path], tmp
         started = time.monotonic()
         with pytest.raises(MeasureError, match="not measured in 1 s, 0 rounds done"):
             measurer.measure(network("time.sleep(100)"), timeout_s=1)
-        with pytest.raises(MeasureError, match=r"not measured in 2.7 s, 1 rounds done"):
+        with pytest.raises(MeasureError, match=r"not measured in 2.7 s, [0-2] rounds done"):
             measurer.measure(network("time.sleep(0.2)"), timeout_s=2.7)
         assert time.monotonic() - started < 10
         with pytest.raises(MeasureError, match="FileNotFoundError"):
