@@ -176,6 +176,8 @@ def open_lock(path: Path, flags: int) -> int:
 
 def close_lock(file: int) -> None:
     _locks.discard(file)
+    with suppress(OSError):
+        fcntl.flock(file, fcntl.LOCK_UN)  # a process that is being started may have the file open too
     os.close(file)
 
 

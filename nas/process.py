@@ -1,4 +1,4 @@
-"""Child processes spoken to in JSON lines, the CPUs and memory they may use, a lock between processes (POSIX).
+"""Child processes spoken to in JSON lines, the CPUs and memory they may use (POSIX).
 
 A `Worker` is the parent's end: it starts `python -m module`, sends one request at a time and blocks on
 the answer. `serve` is the child's end. Whatever the child does (raise, crash, hang, print, answer with
@@ -10,7 +10,6 @@ so they are of the standard library.
 
 import contextlib
 import ctypes
-import fcntl
 import json
 import math
 import os
@@ -35,7 +34,6 @@ START_S = 60  # a Python interpreter on a loaded machine
 EXIT_S = 5  # from a closed pipe to the end of its process
 BEAT_S = 10  # a distant child hears from its parent this often,
 SILENCE_S = 60  # and ends where it has not for so long
-LOCK_POLL_S = 0.05
 REASON_LENGTH = 500
 LONGEST = 1 << 30  # bytes of an answer
 ENTER = "from nas.process import _enter; _enter()"
@@ -374,39 +372,6 @@ def _line(message: dict) -> bytes:
 def _one_line(text: str) -> str:
     text = NATIVE.sub("", " ".join(text.split()))
     return text if len(text) <= REASON_LENGTH else text[: REASON_LENGTH - 3] + "..."
-
-
-class ProcessLock:
-    """A lock on a name in the folder for temporary files: one holder among all processes and users of this machine."""
-
-    def __init__(self, name: str):
-        self._path = Path(tempfile.gettempdir()) / name
-        self._file: int | None = None
-
-    def acquire(self, timeout_s: float) -> bool:
-        """Whether it is held now; False where another process kept it for timeout_s."""
-        deadline = time.monotonic() + timeout_s
-        with contextlib.suppress(FileExistsError):  # another user's file cannot be opened to write
-            created = os.open(self._path, os.O_CREAT | os.O_EXCL)
-            os.fchmod(created, 0o644)
-            os.close(created)
-        file = os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW)
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    os.close(file)
-                    return False
-                time.sleep(LOCK_POLL_S)
-            else:
-                self._file = file
-                return True
-
-    def release(self) -> None:
-        fcntl.flock(self._file, fcntl.LOCK_UN)  # a forked process may have the file open too
-        os.close(self._file)
-        self._file = None
 
 
 def memory_bytes() -> int:

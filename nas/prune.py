@@ -13,7 +13,7 @@ from nas.export import save_network, save_weights, write_artifact
 from nas.files import replace_file, scratch
 from nas.inputs import identity
 from nas.job import Job, Progress, Say, compute_device, now
-from nas.measure import MeasureError, Measurement, Settings, compare, device_lock
+from nas.measure import MeasureError, Measurement, Settings, compare, device_lock, in_turn
 from nas.units import parse_budget, parse_count, parse_share
 
 if TYPE_CHECKING:
@@ -322,7 +322,7 @@ class _Run:
         with self.job.phase("scoring") as progress:
 
             def watched() -> Iterator[tuple[Tensor, Tensor]]:
-                for i, batch in enumerate(self._batches):
+                for i, batch in enumerate(in_turn(self._batches)):
                     progress(i, len(self._batches))
                     yield batch
 

@@ -13,7 +13,7 @@ from nas.errors import UserError, first_line
 from nas.export import CONVERTED, agreement, save_weights, to_onnx
 from nas.files import replace_file, scratch
 from nas.job import Job, Progress, Say, compute_device
-from nas.measure import RUNTIMES, Measurement, device_lock
+from nas.measure import RUNTIMES, Measurement, device_lock, in_turn
 from nas.prune import (
     CLOSING_ROUNDS,
     OUTSIDE,
@@ -79,7 +79,7 @@ def _prune(options: Options, command: str, job: Job) -> dict[str, Any]:
         found = cut(
             model,
             resolution,
-            lambda: batches,
+            lambda: in_turn(batches),
             _target(options, model, resolution),
             options.criterion,
             options.multiple_of,

@@ -260,7 +260,7 @@ def find_parent(text: str, schooling: Schooling, say: Callable[[str], None]) -> 
         return Parent(text, arch, model.state_dict(), score(model, anatomy(arch), [], "magnitude"), seen)
     images = sample(schooling.halves(arch.resolution)[0], SCORED_IMAGES, schooling.seed)
     try:
-        scores = score(model, anatomy(arch), list(loader(images, 32, shuffle=False, seed=schooling.seed)), "taylor")
+        scores = score(model, anatomy(arch), loader(images, 32, shuffle=False, seed=schooling.seed), "taylor")
     except ImportanceError as error:
         raise UserError(f"--parent {text}: {error}") from None
     return Parent(text, arch, model.state_dict(), scores, seen)

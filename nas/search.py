@@ -1,8 +1,8 @@
 """The search: ask the study for a network, export it, measure it, estimate it, tell the study.
 
 A trial that cannot be built, exported or measured is a failed trial with its reason. On a CPU the device that is
-measured is the one that computes, so a worker holds the device's lock for a whole trial; workers on one machine take
-turns, and workers on several machines share a study through a database.
+measured is the one that computes, so a worker holds the device's lock for a whole trial, but for its training, which
+gives way to what is timed (`nas.measure.locks`); workers on several machines share a study through a database.
 """
 
 from __future__ import annotations
@@ -338,7 +338,8 @@ class TrialRunner:
         from nas.study import fail, lease
 
         clock, self.notes = Clock(run.phases), run.notes
-        with device_lock(self.options.settings.device):
+        with ExitStack() as device:
+            device.enter_context(device_lock(self.options.settings.device))
             clock.lap("waiting for the device")
             trial = self.study.ask()
             try:
@@ -347,7 +348,7 @@ class TrialRunner:
                 clock.lap("storage")
                 arch = suggest(trial, self.options)
                 clock.lap("sampler")
-                if not self._measure_and_tell(trial, arch, clock):
+                if not self._measure_and_tell(trial, arch, clock, device.close):
                     run.notes.append(SWEPT.format(trial.number))
             except LinkLost as error:
                 clock.lap("timed runs")
@@ -372,8 +373,10 @@ class TrialRunner:
             finally:
                 run.alive = lambda: None
 
-    def _measure_and_tell(self, trial: optuna.Trial, arch: Arch, clock: Clock) -> bool:
-        """False if the trial had been taken for dead by another worker."""
+    def _measure_and_tell(
+        self, trial: optuna.Trial, arch: Arch, clock: Clock, leave_device: Callable[[], None]
+    ) -> bool:
+        """False if the trial had been taken for dead by another worker. leave_device: called before a training."""
         from nas.cache import code_digest
         from nas.study import finish
         from search_spaces import table
@@ -384,6 +387,8 @@ class TrialRunner:
         latency = self._known(digest) or self._latency(trial, arch, clock)
         clock.lap("other")
         constraint = latency["latency_ms"] / self.options.budget_ms - 1
+        if self.tier.trained and constraint <= 0:
+            leave_device()
         estimate = (self.tier.estimate if constraint <= 0 else self.tier.predict)(arch, counts)
         clock.lap("training" if self.tier.trained else "estimate")
         told = finish(

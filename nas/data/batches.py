@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from nas.data.images import Images, Key
 from nas.errors import UserError
+from nas.measure.locks import in_turn
 
 MAX_BROKEN = 0.05
 """Share of the images of one pass that may be broken; one broken image is always skipped, never refused alone."""
@@ -105,7 +106,7 @@ class Loader(DataLoader):
         self.epoch += 1
         seen, broken = 0, []
         try:
-            for images, labels, names in super().__iter__():
+            for images, labels, names in in_turn(super().__iter__()):
                 seen += len(labels) + len(names)
                 broken += names
                 self.skipped += [name for name in names if name not in self.skipped]

@@ -1,23 +1,21 @@
 """Measuring: an exported network and the settings of a device become a latency with its spread.
 
 `runtime.py` is the registry of runtimes, with one file each; `worker.py` is the process that holds one network and
-times it, `protocol.py` decides when which process runs. `remote.py` and `agent.py` have all that done on another
-machine, where the device is one of its: what is imported from here takes either. Importing this package imports no
-runtime.
+times it, `protocol.py` decides when which process runs, `locks.py` who may measure. `remote.py` and `agent.py` have all
+that done on another machine, where the device is one of its: what is imported from here takes either. Importing this
+package imports no runtime.
 """
 
-import contextlib
 import re
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from nas import process
 from nas.measure import protocol, remote, runtime
+from nas.measure.locks import device_lock, in_turn
 from nas.measure.protocol import MAX_ROUNDS, MeasureError, Measurement, Measurer
 from nas.measure.remote import LinkLost, RemoteMeasurer, is_remote
 from nas.measure.runtime import RUNTIMES, Runtime, Settings
-from nas.process import ProcessLock
 
 __all__ = [
     "RUNTIMES",
@@ -34,6 +32,7 @@ __all__ = [
     "device_kind",
     "device_label",
     "device_lock",
+    "in_turn",
     "is_remote",
     "open_measurer",
 ]
@@ -81,25 +80,3 @@ def compare(
     first = next(iter(settings.values()), None) if isinstance(settings, Mapping) else settings
     compared = remote.compare if first and is_remote(first.device) else protocol.compare
     return compared(paths, settings, rounds, progress, timeout_s)
-
-
-@contextlib.contextmanager
-def device_lock(device: str) -> Iterator[None]:
-    """Held by whoever measures on `device`: one process of that machine at a time. Who has to wait is told, once."""
-    name = f"vitnas-{device_kind(device)}.lock"
-    lock = remote.DistantLock(device, name) if is_remote(device) else ProcessLock(name)
-    if not lock.acquire(0 if device in _told else PATIENCE_S):
-        if device not in _told:
-            _told.add(device)
-            print(f"waiting for another vitnas process that measures on {device}", file=sys.stderr, flush=True)
-        while not lock.acquire(WAIT_S):
-            pass
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-PATIENCE_S = 2
-WAIT_S = 20
-_told: set[str] = set()

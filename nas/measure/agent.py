@@ -13,9 +13,10 @@ from typing import Any
 from nas import hardware
 from nas.errors import UserError
 from nas.measure import protocol, runtime
+from nas.measure.locks import DeviceLock
 from nas.measure.protocol import MeasureError, Measurer
 from nas.measure.runtime import Settings
-from nas.process import ProcessLock, default_threads, serve, tell
+from nas.process import default_threads, serve, tell
 
 FILES = Path("files")
 
@@ -24,7 +25,7 @@ class Agent:
     """What lives from one request to the next. Files go by the names they were sent under."""
 
     def __init__(self) -> None:
-        self.locks: dict[str, ProcessLock] = {}
+        self.locks: dict[str, DeviceLock] = {}
         self.measurers: dict[str, Measurer] = {}
 
     def put(self, name: str, data: str) -> None:
@@ -48,12 +49,13 @@ class Agent:
     def describe(self, settings: dict) -> dict:
         return hardware.describe(Settings(**settings))
 
-    def acquire(self, lock: str, timeout_s: float) -> bool:
-        self.locks.setdefault(lock, ProcessLock(lock))
-        return self.locks[lock].acquire(timeout_s)
+    def acquire(self, kind: str, timeout_s: float) -> bool:
+        self.locks.setdefault(kind, DeviceLock(kind))
+        return self.locks[kind].acquire(timeout_s)
 
-    def release(self, lock: str) -> None:
-        self.locks[lock].release()
+    def release(self, kind: str) -> None:
+        if kind in self.locks:
+            self.locks[kind].release()
 
     def open(self, measurer: str, settings: dict, reference: str) -> None:
         logs = Path(measurer)

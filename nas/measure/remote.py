@@ -221,7 +221,7 @@ class Connection:
 
 
 class Machine:
-    """Another machine: its connection, made when it is needed, and the locks that are held there."""
+    """Another machine: its connection, made when it is needed, and the devices that are locked there."""
 
     def __init__(self, target: Target):
         self._target = target
@@ -258,17 +258,17 @@ class Machine:
     def ask(self, method: str, limit_s: float = ASK_S, **args: Any) -> Any:
         return self.settled(lambda connection: connection.call(method, limit_s, **args))
 
-    def acquire(self, lock: str, timeout_s: float) -> bool:
-        held = self.ask("acquire", timeout_s + GRACE_S, lock=lock, timeout_s=timeout_s)
+    def acquire(self, kind: str, timeout_s: float) -> bool:
+        held = self.ask("acquire", timeout_s + GRACE_S, kind=kind, timeout_s=timeout_s)
         if held:
-            self._locks.add(lock)
+            self._locks.add(kind)
         return held
 
-    def release(self, lock: str) -> None:
-        self._locks.discard(lock)
+    def release(self, kind: str) -> None:
+        self._locks.discard(kind)
         with contextlib.suppress(MeasureError):  # a lost connection has released it
             if self._connection and self._connection.alive:
-                self._connection.call("release", ASK_S, lock=lock)
+                self._connection.call("release", ASK_S, kind=kind)
 
     def close(self) -> None:
         if self._connection:
@@ -281,10 +281,10 @@ class Machine:
             time.sleep(pause_s)
             try:
                 connection = Connection(self._target)
-                for lock in self._locks:
-                    if not connection.call("acquire", ASK_S, lock=lock, timeout_s=0):
+                for kind in self._locks:
+                    if not connection.call("acquire", ASK_S, kind=kind, timeout_s=0):
                         print(f"{self._target}: another vitnas process measures there now: waiting", file=sys.stderr)
-                        while not connection.call("acquire", ASK_S, lock=lock, timeout_s=GRACE_S):
+                        while not connection.call("acquire", ASK_S, kind=kind, timeout_s=GRACE_S):
                             pass
             except (Unreachable, LinkLost) as error:
                 last = error
@@ -317,16 +317,16 @@ def there(settings: Settings) -> dict[str, Any]:
 
 
 class DistantLock:
-    """As `nas.process.ProcessLock`, on the machine of a device; it is let go when the connection ends."""
+    """As `nas.measure.locks.DeviceLock`, on the machine of a device; it is let go when the connection ends."""
 
-    def __init__(self, device: str, name: str):
-        self._machine, self._name = machine_of(device), name
+    def __init__(self, device: str):
+        self._machine, self._kind = machine_of(device), parse(device)[1]
 
     def acquire(self, timeout_s: float) -> bool:
-        return self._machine.acquire(self._name, timeout_s)
+        return self._machine.acquire(self._kind, timeout_s)
 
     def release(self) -> None:
-        self._machine.release(self._name)
+        self._machine.release(self._kind)
 
 
 class RemoteMeasurer:

@@ -113,6 +113,12 @@ def postgres_url(postgres_server: str, request: pytest.FixtureRequest) -> str:
     return f"{postgres_server}/{name}"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_locks(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """These tests wait for no other vitnas of this machine."""
+    os.environ["VITNAS_LOCKS"] = str(tmp_path_factory.mktemp("locks"))
+
+
 @pytest.fixture
 def ended() -> int:
     """The number of a process that is no more."""
@@ -139,7 +145,7 @@ PasswordAuthentication no
 StrictModes no
 UsePAM no
 PidFile none
-SetEnv TMPDIR={home}/tmp
+SetEnv TMPDIR={home}/tmp VITNAS_LOCKS={locks}
 """
 SSH = """
 Host board behind
@@ -204,7 +210,7 @@ def ssh_server() -> Iterator[SshServer]:
         command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "", "-f", home / key]
         subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
     port, user = _free_port(), pwd.getpwuid(os.geteuid()).pw_name
-    (home / "sshd_config").write_text(SSHD.format(port=port, home=home))
+    (home / "sshd_config").write_text(SSHD.format(port=port, home=home, locks=os.environ["VITNAS_LOCKS"]))
     (home / "config").write_text(SSH.format(port=port, closed=_free_port(), home=home, user=user))
     (home / "known_hosts").write_text(f"board {(home / 'host.pub').read_text()}")
     with (home / "log").open("wb") as log:

@@ -9,7 +9,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import tempfile
 import textwrap
 import threading
 import time
@@ -40,7 +39,8 @@ from nas.measure import (
     open_measurer,
     remote,
 )
-from nas.process import ProcessLock, Worker, WorkerError
+from nas.measure.locks import ProcessLock
+from nas.process import Worker, WorkerError
 from nas.search import TrialRunner
 
 DEVICE = "ssh://board"
@@ -169,8 +169,7 @@ def test_a_login_shell_that_prints(server, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_takes_turns_with_whoever_measures_there(server, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(server.tmp))
-    monkeypatch.setattr("nas.measure.PATIENCE_S", 0.1)
+    monkeypatch.setattr("nas.measure.locks.PATIENCE_S", 0.1)
     theirs = ProcessLock(LOCK)
     with device_lock(DEVICE):
         assert not theirs.acquire(0)
@@ -188,7 +187,6 @@ def test_takes_turns_with_whoever_measures_there(server, monkeypatch: pytest.Mon
 def test_a_lost_link_is_a_failed_measurement_and_the_next_one_works(server, tmp_path: Path, monkeypatch) -> None:
     reference, slow = network(tmp_path / "reference.onnx"), network(tmp_path / "slow.onnx", 1024)
     theirs = ProcessLock(LOCK)
-    theirs._path = server.tmp / LOCK
     with device_lock(DEVICE), open_measurer(SETTINGS, reference, tmp_path) as measurer:
         first = server.processes()
         cutter = threading.Thread(
