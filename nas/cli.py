@@ -131,7 +131,7 @@ def search(
 
     With --data candidates are trained on your images, and at the end the winner and a published network are trained
     fully, by one recipe. The same command continues its study. Ctrl-C ends it cleanly, with the report written. Exit
-    codes: 0 a network was found, 1 nothing fits the budget, 2 bad input.
+    codes: 0 a network was found, 1 nothing fits the budget or a step at the end failed, 2 bad input.
     """
     from nas.units import parse_budget, parse_duration
 
@@ -213,15 +213,11 @@ def search(
     with watch(options) as (progress, say, phase):
         found, run = run_search(options, progress, say, phase, images)
         with storage_errors(storage_of(options)), interruptible():
-            try:
-                result = finish_run(options, found, run, command_line(), phase)
-            except KeyboardInterrupt:
-                run.interrupted = True
-                result = finish_run(options, found, run, command_line())
+            result = finish_run(options, found, run, command_line(), phase, say)
     show_result(result, options.folder, to_stderr=as_json)
     if as_json:
         print(json.dumps({key: result[key] for key in result if key != "trials"} | {"folder": str(options.folder)}))
-    raise typer.Exit(0 if result["winner"] else 1)
+    raise typer.Exit(0 if result["winner"] and not result["failures"] else 1)
 
 
 @app.command(epilog="Example:  vitnas models --json")
@@ -446,7 +442,7 @@ def prune(
     """Shrink a network to a budget by Taylor importance, and move parameters to where they matter.
 
     The same command continues an interrupted run after its last finished round. Exit codes: 0 done and within the
-    budget, 1 done but over it as measured, 2 bad input.
+    budget, 1 done but over it as measured, or a step at its end failed, 2 bad input.
     """
     from nas.display import show_prune, watch_phases
     from nas.prune import Options, default_folder, kinds_of, parse_pruning_budget
@@ -476,7 +472,7 @@ def prune(
     show_prune(found, options.folder, to_stderr=as_json)
     if as_json:
         print(json.dumps(found | {"folder": str(options.folder)}))
-    raise typer.Exit(0 if found["budget"]["met"] else 1)
+    raise typer.Exit(0 if found["budget"]["met"] and not found.get("failures") else 1)
 
 
 @app.command(
@@ -734,7 +730,8 @@ def main() -> None:
     except UserError as error:
         fail(str(error), 1 if isinstance(error, DiskFull) else 2)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        goes_on = sys.argv[1:2] in (["search"], ["prune"], ["train"])
+        print("interrupted" + f"; to go on: {command_line()}" * goes_on, file=sys.stderr)
         sys.exit(130)
     except OSError as error:
         fail(f"{error.filename or 'input or output'}: {error.strerror or error}")

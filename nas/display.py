@@ -150,8 +150,10 @@ def show_result(data: Mapping[str, Any], folder: Path, to_stderr: bool) -> None:
             + (f" Images a second are at batch {data['throughput_at']}." if data["throughput_at"] else "")
         )
     show_accuracy(console, data)
-    for line in (*data["ties"], *data["notes"]):
+    for line in (*data["ties"], *data["notes"], *data["failures"]):
         console.print(line)
+    if data["interrupted"] or data["failures"]:
+        console.print(f"To go on: {data['command']}")
     if data["skipped"]:
         console.print("Some published networks, farther from the budget, were not tried: report.html lists them.")
     failed = [row for row in data["trials"] if row["state"] == "failed"]
@@ -305,6 +307,8 @@ def show_prune(data: Mapping[str, Any], folder: Path, to_stderr: bool) -> None:
         console.print(blocks)
     table = columns("", right=("before", "after", "ratio"))
     for label, key, unit in (("M parameters", "params", 1e6), ("MMACs", "macs", 1e6), ("ms", "latency_ms", 1)):
+        if before[key] is None:
+            continue
         table.add_row(
             label, f"{before[key] / unit:.3g}", f"{after[key] / unit:.3g}", f"{after[key] / before[key]:.2f}x"
         )
@@ -315,9 +319,10 @@ def show_prune(data: Mapping[str, Any], folder: Path, to_stderr: bool) -> None:
             console.print(
                 f"top-1 on {data['data']['name']}, {which}: {found['top1']:.1f}% [{low:.1f}..{high:.1f}]", markup=False
             )
-    (old_low, old_high), (new_low, new_high) = before["ci"], after["ci"]
-    if new_low <= old_high and old_low <= new_high:
+    if before["ci"] and before["ci"][0] <= after["ci"][1] and after["ci"][0] <= before["ci"][1]:
         console.print("The latencies are a tie: their 95% intervals overlap.")
+    for line in data.get("failures", ()):
+        console.print(line, markup=False)
     console.print(
         f"Budget {budget['metric']} {budget['text']}: {'met' if budget['met'] else 'NOT met'}"
         + (" as measured in the closing run" if budget["metric"] == "latency" else "")

@@ -48,6 +48,10 @@ class DiskFull(UserError):
         )
 
 
+FAULTS = (UserError, OSError, MemoryError, RuntimeError, ValueError)
+"""What may go wrong with one network while the others go on: PyTorch, children and devices raise RuntimeError."""
+
+
 def is_full(error: BaseException | str) -> bool:
     """Whether an error, what it was raised from, or its text says that a disk is full."""
     if isinstance(error, str):
@@ -74,6 +78,14 @@ def disk_errors(place: Path, needed: int | None = None) -> Iterator[None]:
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, at most 200 characters of it; the error's class where it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+
+
+def reason(error: BaseException) -> str:
+    """Why something failed, in one line: with the error's class, where its message was not written for users."""
+    if isinstance(error, UserError):
+        return " ".join(str(error).split())
+    line, kind = first_line(error), type(error).__name__
+    return line if line == kind else f"{kind}: {line}"
 
 
 def _size(count: int) -> str:

@@ -116,32 +116,55 @@ def label_onnx(path: Path, arch: Arch, trained: bool) -> None:
 
 
 def save_network(model: nn.Module, folder: Path, batch_size: int, trained: bool, with_weights: bool = True) -> float:
-    """Write a network built by `create_model` as arch.json, model.onnx and, unless told not to, model.safetensors.
+    """Write a network built by `create_model` as arch.json and, unless told not to, model.safetensors; then model.onnx.
+
+    Returns, Raises:
+        As `save_onnx`, which leaves the other files.
+    """
+    save_model(model, folder, with_weights)
+    return save_onnx(model, folder, batch_size, trained)
+
+
+def save_model(model: nn.Module, folder: Path, with_weights: bool = True) -> None:
+    """Write a network as arch.json and, unless told not to, model.safetensors.
+
+    Raises:
+        DiskFull: there is no room for it.
+        UserError: a folder that cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_file(folder / "arch.json", model.arch.to_json())
+        if with_weights:
+            save_weights(model, folder / "model.safetensors")
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}; give another --out") from None
+
+
+def save_onnx(model: nn.Module, folder: Path, batch_size: int, trained: bool) -> float:
+    """Write a network as model.onnx; where that fails there is none afterwards, rather than an older one.
 
     Returns:
         ONNX Runtime's largest disagreement with PyTorch, over the largest logit.
 
     Raises:
+        DiskFull: there is no room for it.
         UserError: a folder that cannot be written, a network that cannot be exported, or one whose ONNX form disagrees
             with PyTorch by more than 1e-4.
     """
     from search_spaces import fold
 
-    arch, folded = model.arch, fold(model)
+    arch, folded, path = model.arch, fold(model), folder / "model.onnx"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with drafted(folder / "model.onnx") as path:
-            to_onnx(folded, path, arch.resolution, batch_size)
-            label_onnx(path, arch, trained)
-            error = agreement(folded, path, arch.resolution, batch_size)
-        replace_file(folder / "arch.json", arch.to_json())
-        if with_weights:
-            save_weights(model, folder / "model.safetensors")
+        path.unlink(missing_ok=True)
+        with drafted(path) as draft:
+            to_onnx(folded, draft, arch.resolution, batch_size)
+            label_onnx(draft, arch, trained)
+            return agreement(folded, draft, arch.resolution, batch_size)
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}; give another --out") from None
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, MemoryError) as error:
         raise UserError(f"this network cannot be exported: {first_line(error)}") from None
-    return error
 
 
 def save_weights(model: nn.Module, path: Path) -> None:

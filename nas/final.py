@@ -121,9 +121,9 @@ def train_fully(options: Options, tier: Train, label: str, arch: Arch) -> Accura
             training = tier.begin(arch, data.train, recipe, seed, path.with_suffix(".state"))
             training.run(None, lambda d, t, *_, s=seed: school.progress(f"final training, {label}, seed {s}", d, t))
             training.loader.close()
-            found = school.judge(training.network, data.val)
             if seed == 0:
                 save_weights(training.network, path.with_suffix(".safetensors"))
+            found = school.judge(training.network, data.val)
             row = {"top1": found.top1, "images": found.total, "seconds": time.monotonic() - begun}
             replace_file(path, json.dumps(row).encode())
             path.with_suffix(".state").unlink(missing_ok=True)

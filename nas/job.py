@@ -119,9 +119,10 @@ class Job:
         self._say(line)
 
     def note(self, line: str) -> None:
-        """Tell the user, and the report."""
-        self.state.notes.append(line)
-        self._say(line)
+        """Tell the user, and the report; a run that goes on does not repeat it."""
+        if line not in self.state.notes:
+            self.state.notes.append(line)
+            self._say(line)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[Callable[..., None]]:

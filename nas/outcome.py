@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nas.errors import UserError
-from nas.export import CONVERTED, Exporter, label_onnx, lower_precision, write_onnx
-from nas.files import drafted, replace_file, scratch
+from nas.ending import Ending
+from nas.export import CONVERTED, Exporter, label_onnx, lower_precision, save_onnx, write_onnx
+from nas.files import drafted, folder_lock, replace_file, scratch
+from nas.final import weights_of
 from nas.measure import (
     RUNTIMES,
     MeasureError,
@@ -28,17 +29,20 @@ from nas.measure import (
 from nas.measure.protocol import BUSY_SPREAD, paired_ratio
 from nas.process import WorkerError
 from nas.quality import Estimate
-from nas.search import LATENCY_KEYS, keep_samples
+from nas.search import LATENCY_KEYS, keep_samples, storage_of
+from nas.storage import storage_errors
 
 if TYPE_CHECKING:
     import numpy as np
     import optuna
 
+    from nas.final import Accuracies
     from nas.quality import Tier
     from nas.search import Options, Run
     from search_spaces import Arch
 
 Row = dict[str, Any]
+LOCK = ".end.lock"
 CLOSING_ROUNDS = 30
 THROUGHPUT_ROUNDS = 10
 RESERVES = 3
@@ -297,114 +301,218 @@ def finish_run(
     run: Run,
     command: str,
     phase: Callable[[str, int, int], None] | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Closing run and trainings (left out after Ctrl-C), best/ and every file of the run's folder.
+    """Judge what was found, measure the best side by side, train them fully, and write best/ and the run's files.
+
+    Workers on one folder end one after the other. A step that fails, or that Ctrl-C ends, is told and recorded, and the
+    next goes on; after Ctrl-C those that take long are left out. What is known is written before the final trainings.
 
     Returns:
         The report's data.
     """
-    from nas.report import write_run
+    with folder_lock(options.folder, waiting=True, name=LOCK, say=say):
+        return _Finish(options, study, run, command, phase, say).run()
 
-    rows = rows_of(study)
-    notes = list(run.notes)
-    validation = study.user_attrs.get("validation")
-    if run.tier is not None and run.tier.trained:
-        with training_lock(run.tier):
-            rows, validation = judged(options, study, run, rows, notes.append)
-    feasible = [row for row in rows if row["feasible"]]
-    watched = partial(phase, "closing side-by-side run") if phase else None
-    final, beside = [], []
-    if feasible and not run.interrupted:
-        try:
-            final, beside = closing_run(options, rows, run.calibration, watched)
-        except UserError as error:  # a remote device that does not come back
-            run.interrupted = True
-            notes.append(str(error))
-    if options.against and not beside:
-        notes.append("no network of --against was measured: there was no closing run, or they are all in its table")
-    winner = next((e for e in final if e["role"] == "winner"), None)
-    if winner is None and not final:
-        winner = best_of(feasible)
-    accuracy = None
-    if run.tier is not None and run.tier.trained and final and winner is not None:
-        try:
-            with training_lock(run.tier):
-                accuracy = accuracies(options, run.tier, final, winner, notes.append)
-        except KeyboardInterrupt:
-            run.interrupted = True
-            notes.append("interrupted: the final trainings are not finished; the same command continues them")
-    if run.tier is not None and run.tier.trained:
-        from nas.data import skipped_line
 
-        skipped = skipped_line(run.tier.schooling.loaders)
-        notes += [skipped] if skipped else []
-    measured = [row for row in rows if row["state"] == "complete"]
-    fastest = min(measured, key=lambda row: row["latency_ms"], default=None)
-    best = options.folder / "best"
-    trained = False
-    if winner is None:
-        shutil.rmtree(best, ignore_errors=True)
-    else:
-        trained = save_best(options, arch_of(winner), best, run.calibration)
-    if final:
-        first = best_of(feasible)
-        if winner is None:
-            notes.append("every trial that had met the budget was over it in the closing side-by-side run")
-        elif first and first["trial"] != winner["trial"]:
-            notes.append(
-                f"{label_of(first)} ranked first in the search but was not the best within budget in the closing run"
+class _Finish:
+    """`finish_run`, step by step."""
+
+    def __init__(
+        self,
+        options: Options,
+        study: optuna.Study,
+        run: Run,
+        command: str,
+        phase: Callable[[str, int, int], None] | None,
+        say: Callable[[str], None],
+    ) -> None:
+        self.options, self.study, self.outset, self.command, self.phase = options, study, run, command, phase
+        self.tier, self.trained = run.tier, run.tier.trained
+        self.end = Ending(say)
+        self.end.interrupted = run.interrupted
+        self.notes: list[str] = []
+        self.rows = rows_of(study)
+        self.validation = study.user_attrs.get("validation")
+        self.final: list[Row] = []
+        self.beside: list[Row] = []
+        self.accuracy: dict[str, Any] | None = None
+
+    def run(self) -> dict[str, Any]:
+        if self.trained:
+            self._judge()
+        self._measure()
+        if self.trained and self.final and self.winner and not self.end.interrupted:
+            if weights_of(self.options, arch_of(self.winner)) is None:
+                self._write()
+            self._train()
+        return self._write()
+
+    @contextmanager
+    def _step(self, what: str) -> Iterator[None]:
+        with self.end.step(what), storage_errors(storage_of(self.options)):
+            yield
+
+    @property
+    def feasible(self) -> list[Row]:
+        return [row for row in self.rows if row["feasible"]]
+
+    @property
+    def winner(self) -> Row | None:
+        if self.final:
+            return next((entry for entry in self.final if entry["role"] == "winner"), None)
+        return best_of(self.feasible)
+
+    def _judge(self) -> None:
+        """Validate the tier, and train the best to its last rung; estimates by all trainings."""
+        from nas.final import review, settle
+        from nas.validate import validate
+
+        if not self.end.interrupted:
+            with self._step("validation"), training_lock(self.tier):
+                self.validation = validate(self.options, self.study, self.tier, self.rows, self.notes.append)
+        found = self.validation
+        selects = not self.tier.needs_validation if found is None else found["selects"]
+        if not selects:
+            why = "has not been validated" if found is None else "cannot be told from 0"
+            self.notes.append(
+                f"the tier {self.tier.name} does not choose: its tau with full trainings {why}; the most parameters "
+                "within the budget choose"
             )
-    cached = [row for row in measured if row["source"].startswith("cache")]
-    if cached:
-        notes.append(
-            f"{len(cached)} of {len(measured)} trials took their latency from this machine's cache, measured while it "
-            "ran at the same speed (--no-cache measures anew); the closing run is measured now"
-        )
-    drifts = [row["reference_drift"] for row in measured if row["reference_drift"] is not None]
-    drift = statistics.median(drifts) if drifts else 0.0
-    if drift > BUSY_SPREAD:
-        notes.append(
-            f"this machine was busy: within a trial the reference network's latency moved by {drift:.0%} (median); "
-            "run again on a quiet machine for figures to rely on"
-        )
-    if run.interrupted and not final:
-        left_out = "closing side-by-side run" + (" and no final training" if options.lessons else "")
-        notes.append(f"interrupted: no {left_out} was made; latencies are those of the single trials")
-    data = {
-        "study": options.study,
-        "command": command,
-        "started": run.started,
-        "finished": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "interrupted": run.interrupted,
-        "budget_ms": options.budget_ms,
-        "settings": asdict(options.settings),
-        "throughput_at": options.throughput_at,
-        "num_classes": options.num_classes,
-        "seed": options.seed,
-        "sampler": options.sampler,
-        "hardware": run.hardware,
-        "quality_tier": tier_data(run),
-        "validation": validation,
-        "accuracy": accuracy,
-        "trials": [{k: v for k, v in row.items() if k not in ("arch", "features")} for row in rows],
-        "pareto": [{k: row[k] for k in PARETO_KEYS} for row in front_of(rows)],
-        "final": [{k: v for k, v in entry.items() if k != "arch"} for entry in final],
-        "against": beside,
-        "winner": winner_data(winner),
-        "fastest": fastest and {"label": label_of(fastest), **{k: fastest[k] for k in ("family", "latency_ms")}},
-        "ties": ties_of(final),
-        "advice": advice(options, run) if winner is None else [],
-        "notes": notes,
-        "skipped": skipped_lines(options, rows),
-        "protocol": protocol(options),
-        "breakdown": breakdown(run),
-        "trials_per_minute": 60 * len(run.trial_s) / run.wall_s if run.trial_s else 0.0,
-        "median_trial_s": statistics.median(run.trial_s) if run.trial_s else 0.0,
-        "untrained": not trained,
-    }
-    write_run(options.folder, data)
-    study.set_user_attr("result", winner_line(data))
-    return data
+        self.rows = review(self.tier, self.rows, selects)
+        if not self.end.interrupted:
+            with self._step("training of the best to the end"), training_lock(self.tier):
+                self.rows = settle(self.study, self.tier, self.rows, selects, self.notes.append)
+
+    def _measure(self) -> None:
+        watched = partial(self.phase, "closing side-by-side run") if self.phase else None
+        if self.feasible and not self.end.interrupted:
+            with self._step("closing side-by-side run"):
+                self.final, self.beside = closing_run(self.options, self.rows, self.outset.calibration, watched)
+        if self.feasible and not self.final:
+            left_out = "closing side-by-side run" + (" and no final training" if self.options.lessons else "")
+            self.notes.append(f"no {left_out} was made; latencies are those of the single trials")
+        if self.options.against and not self.beside:
+            self.notes.append(
+                "no network of --against was measured: there was no closing run, or they are all in its table"
+            )
+
+    def _train(self) -> None:
+        """Full trainings of the winner and of the published network nearest it, by one recipe, over the same seeds."""
+        from nas.final import train_fully
+
+        baseline, found = baseline_of(self.final, self.winner), []
+        for row in filter(None, (self.winner, baseline)):
+            with self._step(f"final training of {label_of(row)}"), training_lock(self.tier):
+                found.append(train_fully(self.options, self.tier, label_of(row), arch_of(row)))
+                row["accuracy"] = found[-1].to_dict()
+            if self.end.interrupted:
+                return
+        self.accuracy = accuracy_of(self.options, self.tier, found, self.winner, baseline)
+
+    def _write(self) -> dict[str, Any]:
+        """Write best/ and the run's files; the report's data."""
+        from nas.report import write_run
+
+        best, trained = self.options.folder / "best", False
+        if self.winner is None:
+            shutil.rmtree(best, ignore_errors=True)
+        else:
+            trained = self._save(arch_of(self.winner), best)
+        data = self._data(trained)
+        with self._step("report"):
+            write_run(self.options.folder, data)
+            self.study.set_user_attr("result", winner_line(data))
+        return data | {"failures": self._failures(), "interrupted": self.end.interrupted}
+
+    def _save(self, arch: Arch, folder: Path) -> bool:
+        """Write arch.json and the weights, where they are trained; then model.onnx, whose metadata says whether they
+        are, and beside it the file that was measured, where that has another precision. Whether they are trained."""
+        options = self.options
+        weights = weights_of(options, arch) if options.lessons else None
+        with self._step("best/"):
+            start_best(arch, folder, weights)
+        with self._step("best/model.onnx"):
+            save_best(arch, folder, weights, options.settings.batch_size)
+        path = folder / "model.onnx"
+        if options.settings.precision in CONVERTED and RUNTIMES[options.settings.runtime].artifact == "onnx":
+            lower = folder / f"model.{options.settings.precision}.onnx"
+            lower.unlink(missing_ok=True)
+            if path.is_file():
+                with self._step(f"best/{lower.name}"), drafted(lower) as draft:
+                    shutil.copyfile(path, draft)
+                    lower_precision(draft, options.settings, self.outset.calibration)
+        return weights is not None
+
+    def _failures(self) -> list[str]:
+        return [*self.outset.failures, *self.end.failures]
+
+    def _data(self, trained: bool) -> dict[str, Any]:
+        options, run, rows, winner = self.options, self.outset, self.rows, self.winner
+        measured = [row for row in rows if row["state"] == "complete"]
+        fastest = min(measured, key=lambda row: row["latency_ms"], default=None)
+        return {
+            "study": options.study,
+            "command": self.command,
+            "started": run.started,
+            "finished": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "interrupted": self.end.interrupted,
+            "failures": self._failures(),
+            "budget_ms": options.budget_ms,
+            "settings": asdict(options.settings),
+            "throughput_at": options.throughput_at,
+            "num_classes": options.num_classes,
+            "seed": options.seed,
+            "sampler": options.sampler,
+            "hardware": run.hardware,
+            "quality_tier": tier_data(run),
+            "validation": self.validation,
+            "accuracy": self.accuracy,
+            "trials": [{k: v for k, v in row.items() if k not in ("arch", "features")} for row in rows],
+            "pareto": [{k: row[k] for k in PARETO_KEYS} for row in front_of(rows)],
+            "final": [{k: v for k, v in entry.items() if k != "arch"} for entry in self.final],
+            "against": self.beside,
+            "winner": winner_data(winner),
+            "fastest": fastest and {"label": label_of(fastest), **{k: fastest[k] for k in ("family", "latency_ms")}},
+            "ties": ties_of(self.final),
+            "advice": advice(options, run) if winner is None else [],
+            "notes": [*run.notes, *self.notes, *self._remarks(measured)],
+            "skipped": skipped_lines(options, rows),
+            "protocol": protocol(options),
+            "breakdown": breakdown(run),
+            "trials_per_minute": 60 * len(run.trial_s) / run.wall_s if run.trial_s else 0.0,
+            "median_trial_s": statistics.median(run.trial_s) if run.trial_s else 0.0,
+            "untrained": not trained,
+        }
+
+    def _remarks(self, measured: Sequence[Row]) -> Iterator[str]:
+        """What a reader of the figures should know."""
+        if self.trained:
+            from nas.data import skipped_line
+
+            skipped = skipped_line(self.tier.schooling.loaders)
+            if skipped:
+                yield skipped
+        first, winner = best_of(self.feasible), self.winner
+        if self.trained and self.final and winner and self.accuracy is None:
+            yield "the final trainings are not finished: the same command goes on with them"
+        if self.final and winner is None:
+            yield "every trial that had met the budget was over it in the closing side-by-side run"
+        elif self.final and first and first["trial"] != winner["trial"]:
+            yield f"{label_of(first)} ranked first in the search but was not the best within budget in the closing run"
+        cached = [row for row in measured if row["source"].startswith("cache")]
+        if cached:
+            yield (
+                f"{len(cached)} of {len(measured)} trials took their latency from this machine's cache, measured while "
+                "it ran at the same speed (--no-cache measures anew); the closing run is measured now"
+            )
+        drifts = [row["reference_drift"] for row in measured if row["reference_drift"] is not None]
+        drift = statistics.median(drifts) if drifts else 0.0
+        if drift > BUSY_SPREAD:
+            yield (
+                f"this machine was busy: within a trial the reference network's latency moved by {drift:.0%} (median); "
+                "run again on a quiet machine for figures to rely on"
+            )
 
 
 def training_lock(tier: Tier) -> AbstractContextManager[Any]:
@@ -412,41 +520,12 @@ def training_lock(tier: Tier) -> AbstractContextManager[Any]:
     return device_lock(tier.schooling.device)
 
 
-def judged(
-    options: Options, study: optuna.Study, run: Run, rows: list[Row], note: Callable[[str], None]
-) -> tuple[list[Row], dict[str, Any] | None]:
-    """Rows with estimates by all trainings, the best trained to the last rung; and the tier's validation."""
-    from nas.final import review, settle
-    from nas.validate import RESULT, validate
-
-    validation = study.user_attrs.get(RESULT) if run.interrupted else validate(options, study, run.tier, rows, note)
-    selects = not run.tier.needs_validation if validation is None else validation["selects"]
-    if not selects:
-        why = "has not been validated" if validation is None else "cannot be told from 0"
-        note(
-            f"the tier {run.tier.name} does not choose: its tau with full trainings {why}; the most parameters within "
-            "the budget choose"
-        )
-    if run.interrupted:
-        return review(run.tier, rows, selects), validation
-    return settle(study, run.tier, rows, selects, note), validation
-
-
-def accuracies(
-    options: Options, tier: Tier, final: Sequence[Row], winner: Row, note: Callable[[str], None]
+def accuracy_of(
+    options: Options, tier: Tier, found: Sequence[Accuracies], winner: Row, baseline: Row | None
 ) -> dict[str, Any] | None:
-    """Full trainings of the winner and of the published network nearest it, by one recipe, over the same seeds."""
-    from nas.errors import TrainingError
-    from nas.final import compare_means, train_fully, verdict
+    """The winner's full trainings, and how they compare with those of the published network; None without the first."""
+    from nas.final import compare_means, verdict
 
-    baseline = baseline_of(final, winner)
-    found = []
-    for row in filter(None, (winner, baseline)):
-        try:
-            found.append(train_fully(options, tier, label_of(row), arch_of(row)))
-            row["accuracy"] = found[-1].to_dict()
-        except TrainingError as error:
-            note(f"the final training of {label_of(row)} failed: {error}")
     if "accuracy" not in winner:
         return None
     table = {
@@ -457,7 +536,7 @@ def accuracies(
     }
     if len(found) < 2:
         why = "the winner is itself a published network" if winner["name"] else "no published network beside it"
-        return table | {"verdict": why}
+        return table | {"verdict": f"the training of {label_of(baseline)} failed" if baseline else why}
     result = compare_means(*found)
     over = "" if baseline["fits"] else f"; {label_of(baseline)} is over the budget, as every published network tried"
     return table | result | {"verdict": verdict(result, *found) + over}
@@ -489,32 +568,29 @@ PARETO_KEYS = (
 )
 
 
-def save_best(options: Options, arch: Arch, folder: Path, calibration: np.ndarray | None) -> bool:
-    """Write best/: arch.json, model.onnx whose metadata says whether its weights are trained, and those where they are;
-    beside it the file that was measured, where that has another precision.
+def start_best(arch: Arch, folder: Path, weights: Path | None) -> None:
+    """Write arch.json and the weights where they are trained; no file of other weights stays beside them."""
+    folder.mkdir(exist_ok=True)
+    kept, document = folder / "arch.json", arch.to_json()
+    same = weights is not None and kept.is_file() and kept.read_text() == document
+    for earlier in folder.glob("model.*"):
+        if not (same and earlier.name == "model.safetensors"):
+            earlier.unlink()
+    replace_file(kept, document)
+    if weights is not None:
+        replace_file(folder / "model.safetensors", weights.read_bytes())
 
-    Returns:
-        Whether the weights are trained.
-    """
-    from nas.export import save_network
-    from nas.final import weights_of
+
+def save_best(arch: Arch, folder: Path, weights: Path | None, batch_size: int) -> None:
+    """Write model.onnx; with trained weights it is checked against PyTorch."""
     from search_spaces import create_model
 
-    weights = weights_of(options, arch) if options.lessons else None
     if weights is not None:
-        save_network(create_model(arch, weights=weights), folder, options.settings.batch_size, trained=True)
-    else:
-        folder.mkdir(exist_ok=True)
-        (folder / "model.safetensors").unlink(missing_ok=True)
-        replace_file(folder / "arch.json", arch.to_json())
-        with drafted(folder / "model.onnx") as draft:
-            write_onnx(arch, draft, options.settings.batch_size)
-            label_onnx(draft, arch, trained=False)
-    if options.settings.precision in CONVERTED and RUNTIMES[options.settings.runtime].artifact == "onnx":
-        with drafted(folder / f"model.{options.settings.precision}.onnx") as draft:
-            shutil.copyfile(folder / "model.onnx", draft)
-            lower_precision(draft, options.settings, calibration)
-    return weights is not None
+        save_onnx(create_model(arch, weights=weights), folder, batch_size, trained=True)
+        return
+    with drafted(folder / "model.onnx") as draft:
+        write_onnx(arch, draft, batch_size)
+        label_onnx(draft, arch, trained=False)
 
 
 def tier_data(run: Run) -> dict[str, Any]:

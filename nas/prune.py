@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from nas.ending import Ending
 from nas.errors import UserError, first_line
-from nas.export import save_network, save_weights, write_artifact
+from nas.export import save_model, save_onnx, save_weights, write_artifact
 from nas.files import replace_file, scratch
 from nas.inputs import identity
 from nas.job import Job, Progress, Say, compute_device, now
@@ -178,7 +179,7 @@ class _Run:
     def __init__(self, options: Options, command: str, say: Say, progress: Progress) -> None:
         self.options, self.command = options, command
         self.job = Job(options.folder, options.fingerprint(), say, progress, compute_device(options.settings))
-        self.state = self.job.state
+        self.state, self.end = self.job.state, Ending(say)
         self._batches: list[tuple[Tensor, Tensor]] = []
 
     def run(self) -> dict[str, Any]:
@@ -463,8 +464,12 @@ class _Run:
         model = self._load(self.state.network)
         if self.state.network != "tuned":
             self.job.accuracy(model, "pruned")
-            tune(self.job, self.options, model, self.dense)
-            self._keep("tuned", model)
+            with self.end.step("fine-tuning"):
+                tune(self.job, self.options, model, self.dense)
+                self._keep("tuned", model)
+            self._stop_if_interrupted()
+            if self.state.network != "tuned":
+                model = self._load(self.state.network)
         if self.state.found.get("tuned_images"):
             self.job.accuracy(model, "recovered")
             if worse_after_tuning(self.state.found):
@@ -480,11 +485,13 @@ class _Run:
 
         options = self.options
         archs = {"before": self.dense.arch, "after": self.model.arch}
-        with self.job.phase("closing run") as progress:
+        results: dict[str, Measurement] = {}
+        save_model(self.model.cpu(), options.folder)
+        with self.end.step("model.onnx"), self.job.phase("exporting"):
+            save_onnx(self.model, options.folder, options.settings.batch_size, trained=True)
+        with self.end.step("closing run"), self.job.phase("closing run") as progress:
             results = self._compare(archs, CLOSING_ROUNDS, progress)
-        with self.job.phase("exporting"):
-            self.model.cpu()
-            save_network(self.model, options.folder, options.settings.batch_size, trained=True)
+        self._stop_if_interrupted()
         blocks = block_rows(self.dense.arch, self.model.arch, self.state.origins)
         if any(row["before"]["heads"] for row in blocks) and not any(
             row["after"] and row["after"]["heads"] for row in blocks
@@ -493,7 +500,7 @@ class _Run:
         networks = {}
         for name, arch in archs.items():
             counts = table(arch)
-            networks[name] = network_row(counts.params(), counts.macs(), results[name], options.settings)
+            networks[name] = network_row(counts.params(), counts.macs(), results.get(name), options.settings)
             networks[name]["arch"] = json.loads(arch.to_json())
         details = {
             "family": self.model.arch.family,
@@ -502,7 +509,11 @@ class _Run:
             "importance": self.state.found["importance"],
             "rates": self.state.found.get("rates"),
         }
-        return write_results(self.job, options, self.command, networks, details)
+        return write_results(self.job, options, self.command, networks, details, self.end)
+
+    def _stop_if_interrupted(self) -> None:
+        if self.end.interrupted:
+            raise KeyboardInterrupt
 
 
 def measured(
@@ -545,11 +556,12 @@ def brief_line(job: Job) -> str:
     return f"{trained}: its figures say nothing of ImageNet"
 
 
-def network_row(params: int, macs: int, latency: Measurement, settings: Settings) -> dict[str, Any]:
-    """Counts and closing latency of one network."""
-    return {
-        "params": params,
-        "macs": macs,
+def network_row(params: int, macs: int, latency: Measurement | None, settings: Settings) -> dict[str, Any]:
+    """Counts and closing latency of one network; without one its fields are None."""
+    row = {"params": params, "macs": macs}
+    if latency is None:
+        return row | dict.fromkeys(("latency_ms", "p95_ms", "ci", "samples", "throughput"))
+    return row | {
         "latency_ms": latency.p50_ms,
         "p95_ms": latency.p95_ms,
         "ci": list(latency.ci_ms),
@@ -559,15 +571,25 @@ def network_row(params: int, macs: int, latency: Measurement, settings: Settings
 
 
 def write_results(
-    job: Job, options: Options, command: str, networks: Mapping[str, dict[str, Any]], details: Mapping[str, Any]
+    job: Job,
+    options: Options,
+    command: str,
+    networks: Mapping[str, dict[str, Any]],
+    details: Mapping[str, Any],
+    end: Ending,
 ) -> dict[str, Any]:
-    """Write prune.json and report.html of a finished pruning; returns their data."""
+    """Write prune.json and report.html; returns their data.
+
+    The run is finished where no step of its end has failed; else the same command goes on.
+    """
     from nas.hardware import describe
     from nas.prune_report import write_report
 
     before, after = networks["before"], networks["after"]
     key = "latency_ms" if options.budget.metric == "latency" else options.budget.metric
-    target = options.budget.amount * before[key] if options.budget.relative else options.budget.amount
+    target = options.budget.amount
+    if options.budget.relative:
+        target = None if before[key] is None else target * before[key]
     found = job.state.found
     data = {
         "model": options.model,
@@ -586,7 +608,7 @@ def write_results(
             "text": options.budget.text,
             "target": target,
             "reached": after[key],
-            "met": after[key] <= target,
+            "met": after[key] is not None and after[key] <= target,
         },
         "before": before,
         "after": after,
@@ -594,11 +616,14 @@ def write_results(
         "rounds": job.state.rounds,
         "notes": job.state.notes,
         "phases": job.state.phases,
+        "failures": end.failures,
         **details,
     }
-    write_report(options.folder, data)
-    job.finish()
-    return data
+    with end.step("report"):
+        write_report(options.folder, data)
+    if not end.failures and not end.interrupted:
+        job.finish()
+    return data | {"failures": end.failures}
 
 
 def importance_rows(parts: Anatomy, scores: Scores) -> list[dict[str, Any]]:

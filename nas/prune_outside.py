@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from nas.ending import Ending
 from nas.errors import UserError, first_line
 from nas.export import CONVERTED, agreement, save_weights, to_onnx
 from nas.files import replace_file, scratch
@@ -103,7 +104,7 @@ def _prune(options: Options, command: str, job: Job) -> dict[str, Any]:
     }
     layers = [asdict(layer) for layer in found.layers]
     details = {"family": options.model, "resolution": resolution, "blocks": [], "importance": [], "layers": layers}
-    return write_results(job, options, command, networks, details)
+    return write_results(job, options, command, networks, details, Ending(job.say))
 
 
 def _load(options: Options, job: Job) -> tuple[nn.Module, int, bool]:

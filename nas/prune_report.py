@@ -57,7 +57,7 @@ BEFORE, CUT, GROWN, SAME = "#d3d9df", "#0072B2", "#D55E00", "#9aa5af"  # told ap
 
 
 def write_report(folder: Path, data: Doc) -> None:
-    """Write prune.json and report.html into `folder`, each replaced in one step.
+    """Write prune.json and report.html into `folder`, each replaced in one step; without latencies, no report.html.
 
     Args:
         folder: the pruning's folder, which exists.
@@ -68,7 +68,10 @@ def write_report(folder: Path, data: Doc) -> None:
         OSError: the folder cannot be written; what stood there before is untouched.
     """
     replace_file(folder / "prune.json", json.dumps(data, indent=1).encode())
-    replace_file(folder / "report.html", _html(folder, data).encode())
+    if data["after"]["latency_ms"] is None:
+        (folder / "report.html").unlink(missing_ok=True)
+    else:
+        replace_file(folder / "report.html", _html(folder, data).encode())
 
 
 # ---------------------------------------------------------------------------------- what the page says

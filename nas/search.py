@@ -14,14 +14,14 @@ import socket
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nas.errors import TrainingError, UserError
+from nas.errors import FAULTS, DiskFull, UserError, is_full, reason
 from nas.export import EXPORT_TIMEOUT_S, Exporter
 from nas.files import replace_file, scratch, sweep_drafts
 from nas.inputs import identity
@@ -115,7 +115,7 @@ class Run:
     """What happened in this process, for the breakdown and the exit.
 
     hardware: as described at the start. calibration: images for int8, where there are any. alive: called while a
-    network is trained.
+    network is trained. failures: a line for what ended it before its time.
     """
 
     started: str
@@ -124,6 +124,7 @@ class Run:
     phases: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     interrupted: bool = False
     notes: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
     tier: Tier | None = None
     hardware: dict[str, Any] = field(default_factory=dict)
     calibration: np.ndarray | None = None
@@ -276,6 +277,7 @@ def search(
                     worker.trial(run)
                 finally:
                     run.trial_s.append(time.perf_counter() - started)
+                refuse_hopeless(run.tier, options.families)
                 around = Clock(run.phases)
                 progress(state_of(study, options, run))
                 sweep(study)
@@ -285,14 +287,28 @@ def search(
                 raise
             run.interrupted = True
             say("interrupted: finishing with what was measured; the same command continues")
-        except UserError as error:  # a remote device that does not come back
-            if not run.trial_s:
+        except UserError as error:  # a remote device that does not come back, a full disk, no tier
+            if run.tier is None or not run.trial_s or not complete(study):
                 raise
             run.interrupted = True
-            run.notes.append(str(error))
+            run.failures.append(str(error))
             say(f"{error}; finishing with what was measured; the same command continues")
     run.wall_s = time.perf_counter() - begun
     return study, run
+
+
+def complete(study: optuna.Study) -> bool:
+    """Whether any trial has been measured and judged."""
+    from optuna.trial import TrialState
+
+    return bool(study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]))
+
+
+def refuse_hopeless(tier: Tier, families: Sequence[str]) -> None:
+    """Raises: UserError: the tier can judge none of the families."""
+    if all(family in tier.failed for family in families):
+        reasons = "; ".join(f"{family}: {tier.failed[family]}" for family in families)
+        raise UserError(f"no family's weights could be trained to judge by ({reasons})")
 
 
 class TrialRunner:
@@ -355,18 +371,17 @@ class TrialRunner:
                 again = "retry_of" not in trial.user_attrs
                 fail(self.study, trial, str(error), retry=again)
                 run.notes.append(f"trial {trial.number}: {error}" + "; its parameters were tried again" * again)
-            except TrainingError as error:
-                clock.lap("training")
-                fail(self.study, trial, str(error))
-            except UserError as error:  # a connection that does not come back
-                fail(self.study, trial, str(error), retry=True)
-                raise
-            except (MeasureError, WorkerError, ValueError) as error:
-                clock.lap("timed runs" if isinstance(error, MeasureError) else "build and export")
-                fail(self.study, trial, f"{type(error).__name__}: {error}")
-                clock.lap("storage")
             except UpdateFinishedTrialError:
                 run.notes.append(SWEPT.format(trial.number))
+            except FAULTS as error:
+                clock.lap("timed runs" if isinstance(error, MeasureError) else "build and export")
+                ends = isinstance(error, UserError) or is_full(
+                    error
+                )  # a connection that does not come back, a full disk
+                fail(self.study, trial, reason(error), retry=ends)
+                clock.lap("storage")
+                if ends:
+                    raise error if isinstance(error, UserError) else DiskFull(self._folder, error=error) from error
             except KeyboardInterrupt:
                 fail(self.study, trial, "interrupted", retry=True)
                 raise
@@ -377,8 +392,10 @@ class TrialRunner:
         self, trial: optuna.Trial, arch: Arch, clock: Clock, leave_device: Callable[[], None]
     ) -> bool:
         """False if the trial had been taken for dead by another worker. leave_device: called before a training."""
+        from optuna.exceptions import UpdateFinishedTrialError
+
         from nas.cache import code_digest
-        from nas.study import finish
+        from nas.study import fail, finish
         from search_spaces import table
 
         digest = arch.digest()
@@ -389,7 +406,15 @@ class TrialRunner:
         constraint = latency["latency_ms"] / self.options.budget_ms - 1
         if self.tier.trained and constraint <= 0:
             leave_device()
-        estimate = (self.tier.estimate if constraint <= 0 else self.tier.predict)(arch, counts)
+        try:
+            estimate = (self.tier.estimate if constraint <= 0 else self.tier.predict)(arch, counts)
+        except UpdateFinishedTrialError:
+            raise
+        except FAULTS as error:  # this network's alone: it is not tried again
+            if is_full(error):
+                raise
+            clock.lap("training")
+            return fail(self.study, trial, reason(error))
         clock.lap("training" if self.tier.trained else "estimate")
         told = finish(
             self.study,

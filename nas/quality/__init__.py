@@ -34,12 +34,14 @@ class Estimate:
 
 class Tier(Protocol):
     """label: what its figures are called; note: one line every user of it is told. trained: it judges by trainings on
-    the user's images, so its estimates improve while the search goes on."""
+    the user's images, so its estimates improve while the search goes on. failed: families that it cannot judge, and
+    why."""
 
     name: str
     label: str
     note: str
     trained: bool
+    failed: Mapping[str, str]
 
     def predict(self, arch: Arch, counts: Table) -> Estimate:
         """The estimate for a network that will not be trained."""

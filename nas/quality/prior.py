@@ -35,6 +35,7 @@ class Prior:
         "images, search with --data."
     )
     trained = False
+    failed: Mapping[str, str] = {}
 
     def __init__(self) -> None:
         self._lines: dict[str, Line] = {}

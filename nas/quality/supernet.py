@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nas.errors import TrainingError
+from nas.errors import FAULTS, TrainingError, is_full, reason
 from nas.quality import Estimate
 from nas.quality.surrogate import describe
 from nas.quality.train import Train
@@ -41,7 +41,7 @@ class Shared(Train):
     def __init__(self, schooling: Schooling) -> None:
         super().__init__(schooling)
         self._known: dict[str, Supernet] = {}
-        self._failed: dict[str, TrainingError] = {}
+        self.failed: dict[str, str] = {}
         self.note = (
             f"Each family's shared weights were trained for {self.epochs} epochs of {schooling.used:,} of your images; "
             "candidates were judged on others held out from training, BatchNorm calibrated for each."
@@ -85,37 +85,47 @@ class Shared(Train):
         return dataclasses.replace(super()._told(found, features, rungs, **more), how="with shared weights")
 
     def _supernet(self, family: str) -> Supernet:
-        """The family's shared weights, trained now if no earlier run of the search has kept them."""
+        """The family's shared weights.
+
+        Raises:
+            TrainingError: they cannot be had, which is not tried again.
+        """
+        from optuna.exceptions import UpdateFinishedTrialError
+
+        if family not in self._known and family not in self.failed:
+            try:
+                self._known[family] = self._made(family)
+            except FAULTS as error:
+                if is_full(error) or isinstance(error, UpdateFinishedTrialError):  # not the family's fault
+                    raise
+                self.failed[family] = reason(error)
+        if family in self.failed:
+            raise TrainingError(f"the shared weights of {family}: {self.failed[family]}")
+        return self._known[family]
+
+    def _made(self, family: str) -> Supernet:
+        """Shared weights, trained now if no earlier run of the search has kept them."""
         from nas.data import loader
         from nas.supernet import Supernet
 
-        if family in self._failed:
-            raise self._failed[family]
-        if family in self._known:
-            return self._known[family]
         school = self.schooling
         made = Supernet.over(family, len(school.data.classes), school.resolution, school.seed)
         path = school.folder / f"supernet-{family}.safetensors"
         if path.is_file():
             made.to(school.device)
             made.load(path)
-        else:
-            images: Images = school.split(self._resolution(made))[0]
-            try:
-                made.train(
-                    loader(images, BATCH, shuffle=True, seed=school.seed),
-                    self.epochs * len(images),
-                    LR,
-                    seed=school.seed,
-                    device=school.device,
-                    progress=lambda done, total, *_: school.progress(f"supernet of {family}", done, total),
-                )
-            except TrainingError as error:
-                self._failed[family] = error
-                raise
-            school.folder.mkdir(parents=True, exist_ok=True)
-            made.save(path)
-        self._known[family] = made
+            return made
+        images: Images = school.split(self._resolution(made))[0]
+        made.train(
+            loader(images, BATCH, shuffle=True, seed=school.seed),
+            self.epochs * len(images),
+            LR,
+            seed=school.seed,
+            device=school.device,
+            progress=lambda done, total, *_: school.progress(f"supernet of {family}", done, total),
+        )
+        school.folder.mkdir(parents=True, exist_ok=True)
+        made.save(path)
         return made
 
     def _resolution(self, supernet: Supernet) -> int:

@@ -46,6 +46,7 @@ class Train:
     label = "estimated top-1 (on your images, after the search's last rung of training)"
     trained = True
     needs_validation = False
+    failed: Mapping[str, str] = {}
 
     def __init__(self, schooling: Schooling) -> None:
         self.schooling, self.epochs = schooling, schooling.lessons.epochs

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 import nas.job
 import nas.prune
 import nas.prune_report
+from nas.errors import UserError
 from nas.measure import Measurement
 from nas.prune import parse_pruning_budget
 from pruning.units import anatomy
@@ -296,6 +297,43 @@ def test_a_folder_goes_on_only_with_what_it_was_begun_with(vitnas, images, tmp_p
         vitnas.refused(vitnas(*command), f"another content of {what}", "--out")
         path.write_bytes(before)
         assert {path: path.read_bytes() for path in kept} == kept
+    assert "finished" in vitnas(*command)[2]
+
+
+def test_a_step_of_the_end_that_fails_leaves_the_others(vitnas, images, tmp_path, fake_clock, monkeypatch):
+    """The network and its weights are there, the failure is told and recorded, and the same command makes up for it."""
+    trained(images, tmp_path / "net")
+    out = tmp_path / "out"
+    command = words(tmp_path / "net", out, "--data", str(images), "--rounds", "1", "--macs", "0.8x", "--json")
+
+    def fails(error: BaseException):
+        def fail(*_, **__):
+            raise error
+
+        return fail
+
+    for name, error, step, missing in (
+        ("nas.prune.tune", MemoryError(), "fine-tuning", ()),
+        ("nas.export.agreement", UserError("the exported network disagrees"), "model.onnx", ("model.onnx",)),
+        ("nas.prune.measured", UserError("could not be measured: killed"), "closing run", ("report.html",)),
+        ("", None, None, ()),
+    ):
+        with monkeypatch.context() as patch:
+            if step:
+                patch.setattr(name, fails(error))
+            code, printed, said = vitnas(*command)
+        assert code == (1 if step else 0), said
+        (line,) = json.loads(printed)["failures"] or [None]
+        assert (line is None) == (step is None)
+        if step:
+            assert line.startswith(f"{step} failed: ")
+            assert line in said
+            assert result(out)["failures"] == [line]
+            assert "finished" not in said
+        files = {path.name for path in out.iterdir()}
+        assert {"arch.json", "model.safetensors"} <= files
+        assert not files & set(missing)
+    assert {"arch.json", "model.safetensors", "model.onnx", "report.html"} <= files
     assert "finished" in vitnas(*command)[2]
 
 

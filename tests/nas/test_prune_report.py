@@ -130,6 +130,7 @@ def invent() -> dict[str, Any]:
         ],
         "rates": None,
         "notes": ["a fixture's note"],
+        "failures": [],
         "phases": {"scoring": 100.0, "fine-tuning": 150.0, "closing run": 10.0},
     }
 

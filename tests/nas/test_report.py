@@ -110,6 +110,7 @@ def invent(trials: int = 100, budget: float = 2.0, seed: int = 0) -> dict[str, A
         "started": "2026-01-02T10:00:00+00:00",
         "finished": "2026-01-02T10:04:41+00:00",
         "interrupted": False,
+        "failures": [],
         "budget_ms": budget,
         "settings": {"runtime": "onnxruntime", "device": "cpu", "threads": 2, "batch_size": 1, "precision": "fp32"},
         "num_classes": 1000,
@@ -327,6 +328,11 @@ def test_an_interrupted_search_says_so(tmp_path: Path) -> None:
         "The search was interrupted; this page covers the 20 trials"
         in report(tmp_path, invent(20) | {"interrupted": True}).text
     )
+
+
+def test_what_failed_at_the_end_is_said(tmp_path: Path) -> None:
+    line = "best/model.onnx failed: the exported network disagrees with PyTorch by 2.0e-04 of its largest logit"
+    assert line in report(tmp_path, invent(20) | {"failures": [line]}).text
 
 
 def test_failed_trials_are_grouped_by_reason(tmp_path: Path) -> None:

@@ -1,0 +1,369 @@
+"""What goes wrong in a search, and what it leaves: a made-up device and made-up trainings, no child processes."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import nas.final
+import nas.hardware
+import nas.outcome
+import nas.quality
+import nas.report
+import nas.search
+from nas.errors import TrainingError, UserError
+from nas.measure import LinkLost, MeasureError, Measurement
+from nas.process import WorkerError
+from nas.quality.train import Train
+from nas.schooling import Schooling
+from search_spaces import Arch, create_model, table
+
+TRIALS = 4
+
+
+class Device:
+    """Latencies that follow MACs; `faults` are raised in place of the first measurements, by their number."""
+
+    def __init__(self) -> None:
+        self.faults: dict[int, BaseException] = {}
+        self.measured: list[Arch] = []
+        self.compared = 0
+        self.running: list[Any] = []
+
+    def write(self, network: Arch, settings: Any, stem: Path) -> Path:
+        path = Path(f"{stem}.json")
+        path.write_text(network.to_json())
+        return path
+
+    def prepare(self) -> None:
+        pass
+
+    def measure(self, path: Path, *_: Any, **__: Any) -> Measurement:
+        fault = self.faults.pop(len(self.measured), None)
+        self.measured.append(Arch.from_json(path.read_text()))
+        if fault is not None:
+            raise fault
+        return self.timed(path)
+
+    def compare(self, paths: dict[str, Path], *_: Any, **__: Any) -> dict[str, Measurement]:
+        self.compared += 1
+        return {label: self.timed(path) for label, path in paths.items()}
+
+    def timed(self, path: Path) -> Measurement:
+        latency = table(Arch.from_json(path.read_text())).macs() / 1e8
+        return Measurement([[latency] * 3] * 8, [[1.0] * 3] * 8)
+
+
+class Taught(Train):
+    """Trains nothing. `faults`: raised by a training, by how many were begun before; `begun` lists their networks."""
+
+    faults: dict[int, BaseException]
+    begun: list[str]
+
+    def begin(self, arch: Arch, images: Any, recipe: Any, seed: int, checkpoint: Path, weights: Any = None) -> Any:
+        fault = self.faults.pop(len(self.begun), None)
+        self.begun.append(arch.digest())
+
+        class Training:
+            loader = SimpleNamespace(close=lambda: None)
+
+            @property
+            def network(self) -> Any:
+                return create_model(arch)
+
+            def run(self, until: int | None = None, progress: Any = None) -> None:
+                checkpoint.parent.mkdir(parents=True, exist_ok=True)
+                if fault is not None:
+                    raise fault
+
+        return Training()
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Device:
+    found = Device()
+    for module in (nas.search, nas.outcome):
+        monkeypatch.setattr(module, "Exporter", lambda *_: nullcontext(found))
+        monkeypatch.setattr(module, "device_lock", lambda device: nullcontext())
+    monkeypatch.setattr(nas.search, "open_measurer", lambda *_: nullcontext(found))
+    monkeypatch.setattr(nas.outcome, "compare", found.compare)
+    monkeypatch.setattr(nas.outcome, "write_onnx", lambda arch, path, batch: path.write_bytes(b"untrained"))
+    monkeypatch.setattr(nas.outcome, "label_onnx", lambda *_, **__: None)
+    monkeypatch.setattr(nas.hardware, "SAMPLE_S", 0.0)
+    monkeypatch.setattr(nas.report, "_plot", lambda data: b"")
+    return found
+
+
+@pytest.fixture
+def tier(monkeypatch: pytest.MonkeyPatch) -> type[Taught]:
+    monkeypatch.setattr(Taught, "faults", {}, raising=False)
+    monkeypatch.setattr(Taught, "begun", [], raising=False)
+    monkeypatch.setitem(nas.quality.TIERS, "train", Taught)
+    monkeypatch.setattr(Schooling, "judge", lambda self, network, images: SimpleNamespace(top1=50.0, total=8))
+
+    def save_onnx(model: Any, folder: Path, *_: Any, **__: Any) -> None:
+        (folder / "model.onnx").write_bytes(b"trained")
+
+    monkeypatch.setattr(nas.outcome, "save_onnx", save_onnx)
+    return Taught
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """80 images of each of two classes: as few as may be searched on."""
+    for label in ("a", "b"):
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for i in range(80):
+            Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(tmp_path / "images" / label / f"{i}.png")
+    return tmp_path / "images"
+
+
+def command(out: Path, *words: str, trials: int = TRIALS, budget: str = "10ms") -> list[str]:
+    base = ("search", "--latency-budget", budget, "--trials", str(trials), "--study", "s", "--out", str(out))
+    return [
+        *base,
+        *("--family", "shvit", "--resolution", "64", "--sampler", "random", "--seed", "1", "--no-cache"),
+        *words,
+    ]
+
+
+def trained(out: Path, pictures: Path, *words: str) -> list[str]:
+    short = ("--train-images", "100", "--epochs", "1", "--final-epochs", "1", "--seeds", "1", "--threads", "1")
+    return command(out, "--data", str(pictures), *short, "--json", *words)
+
+
+def study_of(out: Path) -> Any:
+    import optuna
+
+    from nas.storage import open_storage
+
+    storage = open_storage(out / "s" / "study.journal", read_only=True)
+    return optuna.load_study(study_name="s", storage=storage)
+
+
+def states(out: Path) -> list[str]:
+    return [trial.state.name for trial in study_of(out).get_trials(deepcopy=False)]
+
+
+def errors(out: Path) -> list[str]:
+    return [t.user_attrs["error"] for t in study_of(out).get_trials(deepcopy=False) if "error" in t.user_attrs]
+
+
+def best(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (out / "s" / "best").iterdir()}
+
+
+# A trial
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        TrainingError("the loss is no longer finite in epoch 1", 1),
+        UserError("no batch holds two images that can be decoded"),
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied\nmore"),
+        MemoryError(),
+        OSError(5, "Input/output error"),
+        ValueError("cannot reshape"),
+    ],
+    ids=lambda fault: type(fault).__name__,
+)
+def test_a_training_that_fails_is_a_failed_trial(vitnas, device, tier, pictures, tmp_path, fault):
+    """The others go on; it is not made again, as a trial that lost its device is."""
+    tier.faults[1] = fault
+    code, out, err = vitnas(*trained(tmp_path, pictures))
+    assert code == 0, err
+    assert states(tmp_path).count("FAIL") == 1
+    assert len(states(tmp_path)) == TRIALS
+    (error,) = errors(tmp_path)
+    assert "\n" not in error
+    assert str(fault).split("\n")[0].split("]")[-1].strip() in error or type(fault).__name__ in error
+    assert json.loads(out)["winner"]
+
+
+def test_a_lost_link_is_tried_again(vitnas, device, tmp_path):
+    device.faults[1] = LinkLost("the connection ended")
+    assert vitnas(*command(tmp_path))[0] == 0
+    trials = study_of(tmp_path).get_trials(deepcopy=False)
+    (lost,) = (t for t in trials if t.state.name == "FAIL")
+    assert [t.params for t in trials if t.user_attrs.get("retry_of") == lost.number] == [lost.params]
+    assert states(tmp_path).count("COMPLETE") == TRIALS
+
+
+@pytest.mark.parametrize("fault", [MeasureError("killed by signal 9"), WorkerError("exited with 1"), MemoryError()])
+def test_a_network_that_cannot_be_measured_is_a_failed_trial(vitnas, device, tmp_path, fault):
+    device.faults[1] = fault
+    assert vitnas(*command(tmp_path))[0] == 0
+    assert states(tmp_path).count("FAIL") == 1
+    assert len(states(tmp_path)) == TRIALS
+
+
+def test_a_full_disk_ends_the_search_and_its_trial_is_made_again(vitnas, device, tmp_path):
+    device.faults[2] = OSError(28, "No space left on device")
+    code, _, err = vitnas(*command(tmp_path))
+    assert code == 1
+    assert "no space left in" in err
+    assert states(tmp_path) == ["COMPLETE", "FAIL", "WAITING"]
+    assert (tmp_path / "s" / "report.html").is_file()
+    assert vitnas(*command(tmp_path))[0] == 0
+    assert states(tmp_path).count("COMPLETE") == TRIALS
+
+
+def test_ctrl_c_in_a_trial(vitnas, device, tmp_path):
+    device.faults[2] = KeyboardInterrupt()
+    code, out, err = vitnas(*command(tmp_path))
+    assert code == 0
+    assert "interrupted" in err
+    assert "To go on: vitnas search" in out
+    assert errors(tmp_path) == ["interrupted"]
+    assert states(tmp_path)[-1] == "WAITING"
+
+
+# The end
+
+
+@pytest.mark.parametrize("fault", [UserError("disagrees with PyTorch by 2e-04"), MemoryError(), RuntimeError("ONNX")])
+def test_a_network_that_cannot_be_exported_is_there_with_its_weights(
+    vitnas, device, tier, pictures, tmp_path, monkeypatch, fault
+):
+    def refused(*_: Any, **__: Any) -> None:
+        raise fault
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nas.outcome, "save_onnx", refused)
+        for _ in range(2):  # again at every rerun
+            code, out, err = vitnas(*trained(tmp_path, pictures))
+            assert code == 1, err
+            assert set(best(tmp_path)) == {"arch.json", "model.safetensors"}
+            (line,) = json.loads(out)["failures"]
+            assert "best/model.onnx failed" in line
+            assert line in err
+            assert "best/model.onnx failed" in (tmp_path / "s" / "report.html").read_text()
+    begun = list(tier.begun)
+    code, out, _ = vitnas(*trained(tmp_path, pictures))
+    assert code == 0
+    assert json.loads(out)["failures"] == []
+    assert set(best(tmp_path)) == {"arch.json", "model.safetensors", "model.onnx"}
+    assert tier.begun == begun, "nothing is trained again"
+
+
+@pytest.mark.parametrize("fault", [MemoryError(), UserError("no batch"), OSError(28, "No space left on device")])
+def test_a_final_training_that_fails(vitnas, device, tier, pictures, tmp_path, monkeypatch, fault):
+    real = nas.final.train_fully
+
+    def refused(options: Any, tier: Any, label: str, arch: Arch) -> Any:
+        if not failed:
+            failed.append(label)
+            raise fault
+        return real(options, tier, label, arch)
+
+    failed: list[str] = []
+    monkeypatch.setattr(nas.final, "train_fully", refused)
+    code, out, err = vitnas(*trained(tmp_path, pictures))
+    assert code == 1, err
+    data = json.loads(out)
+    assert data["failures"][0].startswith(f"final training of {failed[0]} failed")
+    assert data["accuracy"] is None
+    assert best(tmp_path)["model.onnx"] == b"untrained"
+    assert vitnas(*trained(tmp_path, pictures))[0] == 0
+    assert best(tmp_path)["model.onnx"] == b"trained"
+
+
+@pytest.mark.parametrize("fault", [UserError("ssh does not get through"), OSError(28, "No space left"), MemoryError()])
+def test_a_closing_run_that_fails(vitnas, device, tmp_path, monkeypatch, fault):
+    def refused(*_: Any, **__: Any) -> None:
+        raise fault
+
+    monkeypatch.setattr(nas.outcome, "compare", refused)
+    code, out, err = vitnas(*command(tmp_path, "--json"))
+    assert code == 1, err
+    data = json.loads(out)
+    assert data["winner"]
+    assert data["failures"][0].startswith("closing side-by-side run failed")
+    assert best(tmp_path)["model.onnx"] == b"untrained"
+    assert "no closing side-by-side run" in (tmp_path / "s" / "report.html").read_text()
+
+
+def test_a_report_that_fails(vitnas, device, tmp_path, monkeypatch):
+    def full(data: Any) -> bytes:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(nas.report, "_plot", full)
+    code, out, _ = vitnas(*command(tmp_path, "--json"))
+    assert code == 1
+    assert "report failed" in json.loads(out)["failures"][0]
+    assert "arch.json" in best(tmp_path)
+
+
+@pytest.mark.parametrize("step", ["closing", "training", "judging"])
+def test_ctrl_c_at_the_end_keeps_what_was_done(vitnas, device, tier, pictures, tmp_path, monkeypatch, step):
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    where = {
+        "closing": (nas.outcome, "compare"),
+        "training": (nas.final, "train_fully"),
+        "judging": (nas.final, "settle"),
+    }
+    with monkeypatch.context() as patch:
+        patch.setattr(*where[step], interrupt)
+        _, out, err = vitnas(*trained(tmp_path, pictures))
+    assert "interrupted in this step" in err
+    assert json.loads(out)["interrupted"]
+    assert (tmp_path / "s" / "report.html").is_file()
+    assert best(tmp_path)["model.onnx"] == b"untrained"
+    assert vitnas(*trained(tmp_path, pictures))[0] == 0
+    assert best(tmp_path)["model.onnx"] == b"trained"
+
+
+def test_what_is_known_is_on_disk_before_the_final_trainings(vitnas, device, tier, pictures, tmp_path, monkeypatch):
+    """A kill -9 during hours of training finds a report and a network."""
+    seen = []
+
+    def killed(*_: Any, **__: Any) -> None:
+        seen.append({path.name for path in (tmp_path / "s").iterdir()} | set(best(tmp_path)))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(nas.final, "train_fully", killed)
+    vitnas(*trained(tmp_path, pictures))
+    assert {"report.html", "trials.csv", "pareto.json", "arch.json", "model.onnx"} <= seen[0]
+
+
+def test_workers_end_one_after_the_other(vitnas, device, tier, pictures, tmp_path, monkeypatch):
+    """Whoever ends second has what the first one trained."""
+    from nas.files import folder_lock
+
+    assert vitnas(*trained(tmp_path, pictures))[0] == 0
+    begun, locked = list(tier.begun), []
+    real = nas.outcome.closing_run
+
+    def inside(*words: Any) -> Any:
+        with pytest.raises(UserError), folder_lock(tmp_path / "s", name=nas.outcome.LOCK):
+            pass
+        locked.append(True)
+        return real(*words)
+
+    monkeypatch.setattr(nas.outcome, "closing_run", inside)
+    assert vitnas(*trained(tmp_path, pictures))[0] == 0
+    assert locked
+    assert tier.begun == begun
+
+
+def test_no_file_of_another_network_stays(vitnas, device, tier, pictures, tmp_path, monkeypatch):
+    assert vitnas(*trained(tmp_path, pictures))[0] == 0
+    other = json.loads(best(tmp_path)["arch.json"]) | {"num_classes": 3}
+    (tmp_path / "s" / "best" / "arch.json").write_text(json.dumps(other))
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise UserError("disagrees")
+
+    monkeypatch.setattr(nas.outcome, "save_onnx", refused)
+    vitnas(*trained(tmp_path, pictures))
+    assert set(best(tmp_path)) == {"arch.json", "model.safetensors"}
