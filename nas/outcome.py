@@ -6,7 +6,7 @@ import json
 import shutil
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import datetime
 from functools import partial
@@ -369,7 +369,7 @@ class _Finish:
         from nas.validate import validate
 
         if not self.end.interrupted:
-            with self._step("validation"), training_lock(self.tier):
+            with self._step("validation"):
                 self.validation = validate(self.options, self.study, self.tier, self.rows, self.notes.append)
         found = self.validation
         selects = not self.tier.needs_validation if found is None else found["selects"]
@@ -381,7 +381,7 @@ class _Finish:
             )
         self.rows = review(self.tier, self.rows, selects)
         if not self.end.interrupted:
-            with self._step("training of the best to the end"), training_lock(self.tier):
+            with self._step("training of the best to the end"):
                 self.rows = settle(self.study, self.tier, self.rows, selects, self.notes.append)
 
     def _measure(self) -> None:
@@ -403,7 +403,7 @@ class _Finish:
 
         baseline, found = baseline_of(self.final, self.winner), []
         for row in filter(None, (self.winner, baseline)):
-            with self._step(f"final training of {label_of(row)}"), training_lock(self.tier):
+            with self._step(f"final training of {label_of(row)}"):
                 found.append(train_fully(self.options, self.tier, label_of(row), arch_of(row)))
                 row["accuracy"] = found[-1].to_dict()
             if self.end.interrupted:
@@ -513,11 +513,6 @@ class _Finish:
                 f"this machine was busy: within a trial the reference network's latency moved by {drift:.0%} (median); "
                 "run again on a quiet machine for figures to rely on"
             )
-
-
-def training_lock(tier: Tier) -> AbstractContextManager[Any]:
-    """The lock of the device that networks train on: nobody measures there beside a training."""
-    return device_lock(tier.schooling.device)
 
 
 def accuracy_of(
