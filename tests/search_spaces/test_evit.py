@@ -270,3 +270,19 @@ def test_schedules_equal_the_reference(
     blocks = [{"attn": attn, "keep_rate": rate, "fuse": fuse, "ffn": {"hidden": 4 * embed}} for rate in (*rates, 1.0)]
     arch = helpers.random_arch("evit", 0, resolution=resolution, patch_size=8, embed_dim=embed, blocks=blocks)
     helpers.assert_equals_reference(reference, arch, 5)
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_of_tied_patches_the_first_are_kept(fuse: bool, helpers: ModuleType) -> None:
+    """The class token heeds all alike: the queries are zero."""
+    attn = {"heads": 2, "key_dim": 4, "value_dim": 4, "scale": 0.5}
+    block = {"attn": attn, "keep_rate": 0.5, "fuse": fuse, "ffn": None}
+    arch = helpers.random_arch("evit", 0, resolution=64, patch_size=4, embed_dim=8, blocks=[block])
+    model = helpers.build(arch, 0)
+    model.blocks[0].attn.qkv.weight.data[:8] = model.blocks[0].attn.qkv.bias.data[:8] = 0
+    with torch.no_grad():
+        tokens = model.tokens(helpers.image(arch, 2))
+        whole, _ = model.blocks[0].attn(model.blocks[0].norm1(tokens), False)
+        found = model.blocks[0](tokens)
+    assert torch.allclose(found[:, :129], (tokens + whole)[:, :129])
+    assert found.shape[1] == 129 + fuse
