@@ -416,7 +416,7 @@ def prune(
     data: Data = None,
     weights: Annotated[
         str | None,
-        typer.Option(help="timm, or a .safetensors or .pth state dict.  [default: the folder's own, or timm's]"),
+        typer.Option(help="timm, or a PyTorch or safetensors file.  [default: the folder's own, or timm's]"),
     ] = None,
     num_classes: Annotated[int | None, typer.Option(help="Classes the data must have.")] = None,
     reallocate: Annotated[
@@ -500,7 +500,7 @@ def train(
     ] = None,
     resolution: Annotated[int | None, typer.Option(help="Input resolution in px.  [default: the network's]")] = None,
     weights: Annotated[
-        str | None, typer.Option(help="Start from timm's, or from a .safetensors or .pth file.  [default: random]")
+        str | None, typer.Option(help="Start from timm's, or from a PyTorch or safetensors file.  [default: random]")
     ] = None,
     num_classes: Annotated[int | None, typer.Option(help="Classes the data must have.")] = None,
     teacher: Annotated[

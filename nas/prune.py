@@ -276,7 +276,7 @@ class _Run:
         if weights is None:
             self.job.note(f"no weights given{'' if self.options.data else ' and no --data'}; {what}")
         elif model.untrained:
-            self.job.note(f"weights {weights} have another classifier; {what}")
+            self.job.note(f"weights {weights} have another classifier or none; {what}")
         elif self.job.data.demo:
             self.job.note(f"no --data: pruned, tuned and evaluated on {self.job.data.name}")
         if model.loaded and model.loaded.told:

@@ -23,6 +23,9 @@ State = dict[str, Tensor]
 SAFETENSORS_HEADER = 100_000_000
 """Bytes of the largest header that safetensors reads."""
 
+WEIGHTS = r"(?i)\.(safetensors|bin|pth|pt|ckpt)$"
+"""Usual names of files of weights."""
+
 LEVELS = 2
 """How deep a state dict may lie in what a file holds."""
 
@@ -57,16 +60,14 @@ def is_averaged(place: str) -> bool:
 
 
 def _read(path: Path) -> Any:
-    if path.is_dir():
-        inside = sorted(
-            file for file in path.iterdir() if re.search(r"(?i)\.(safetensors|bin|pth|pt|ckpt)$", file.name)
-        )
-        raise WeightsError(f"{path}: a folder" + (f": give {inside[0]}" if inside else " without weights"))
     try:
+        if path.is_dir():
+            inside = sorted(file for file in path.iterdir() if re.search(WEIGHTS, file.name))
+            raise WeightsError(f"{path}: a folder" + (f": give {inside[0]}" if inside else " without weights"))
+        if not path.is_file():
+            raise WeightsError(f"{path}: no such file")
         with path.open("rb") as file:
             start = file.read(64)
-    except FileNotFoundError:
-        raise WeightsError(f"{path}: no such file") from None
     except OSError as error:
         raise WeightsError(f"{path}: {error.strerror}") from None
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= SAFETENSORS_HEADER:

@@ -107,8 +107,7 @@ def best_match(groups: Mapping[str, State], own: Collection[str], rules: Mapping
     """The group, prefix and naming with most of a network's names; of equals the first."""
     best = None
     for place, group in groups.items():
-        weights = {name: value for name, value in group.items() if not COUNTERS.search(name)}
-        for prefix, state in unwrapped(weights, len(own) // 2):
+        for prefix, state in unwrapped(_without_counters(group), len(own) // 2):
             for naming, pairs in rules.items():
                 renamed = rename(state, pairs)
                 match = Match(place, prefix, naming, renamed, sum(name in renamed for name in own))
@@ -163,7 +162,8 @@ def _told(match: Match, groups: Mapping[str, State], distilled: bool) -> str | N
     told = []
     group = groups[match.place]
     if match.place:
-        others = [place for place, other in groups.items() if place != match.place and len(other) == len(group)]
+        size = len(_without_counters(group))
+        others = [name for name in groups if name != match.place and len(_without_counters(groups[name])) == size]
         told.append(f"taken from {match.place}" + (f", not {', '.join(others)}" if others else ""))
     if match.prefix:
         told.append(f"prefix {match.prefix} stripped")
@@ -175,6 +175,10 @@ def _told(match: Match, groups: Mapping[str, State], distilled: bool) -> str | N
     if distilled:
         told.append("the distillation token and its head left out, so less accurate than published")
     return "; ".join(told) or None
+
+
+def _without_counters(group: State) -> State:
+    return {name: value for name, value in group.items() if not COUNTERS.search(name)}
 
 
 def timm_state(arch: Arch) -> State:

@@ -114,7 +114,7 @@ def test_beside_the_weights_may_stand_what_is_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize("first", ["plain", "averaged"])
 def test_plain_weights_go_before_averaged_ones(key: str, first: str, tmp_path: Path) -> None:
     """As in the evaluation of the official repositories, wherever either stands; and it is said."""
-    both = {"model": weights(), key: averaged("module.")}
+    both = {"model": weights(), key: averaged("module.") | {"n_averaged": torch.tensor(9)}}
     model = load(both if first == "plain" else dict(reversed(both.items())), tmp_path / "a.pth")
     assert equal(model)
     assert f"taken from model, not {key}" in model.loaded.told
@@ -192,6 +192,7 @@ def with_last(value: float) -> Callable[[Tensor], Tensor]:
             lambda: changed(lambda v: torch.quantize_per_tensor(v, 0.1, 0, torch.qint8), "head.weight"),
             "head.weight is sparse or quantized",
             id="quantized",
+            marks=pytest.mark.filterwarnings("ignore:.*quantize:UserWarning"),
         ),
         pytest.param(lambda: weights() | {"head.weight": torch.randn(2, 24)}, r"head.weight is \(2, 24\)", id="width"),
         pytest.param(
@@ -249,6 +250,7 @@ def archive(**members: bytes) -> bytes:
 
 FILES: dict[str, tuple[Callable[[], bytes], str]] = {
     "empty": (lambda: b"", "an empty file"),
+    "zeros": (lambda: bytes(999), "neither a PyTorch file nor safetensors"),
     "text": (lambda: b"0.1 0.2 0.3\n", "neither a PyTorch file nor safetensors"),
     "lfs": (lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 21\n", "git lfs pull"),
     "page": (lambda: b"<!DOCTYPE html><title>Not found</title>", "a web page"),
@@ -289,6 +291,13 @@ def refused(content: bytes, path: Path, words: str) -> None:
         read_checkpoint(path)
     assert "\n" not in str(caught.value)
     assert str(path) in str(caught.value)
+
+
+def test_a_file_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=f"{tmp_path}/a.pth: no such file"):
+        read_checkpoint(tmp_path / "a.pth")
+    with pytest.raises(WeightsError, match="name too long"):
+        read_checkpoint(tmp_path / ("a" * 300))
 
 
 def test_a_folder_names_the_file_in_it(tmp_path: Path) -> None:
