@@ -1,6 +1,7 @@
 """ONNX export: static shapes, BatchNorm folded away, equal to PyTorch."""
 
 import copy
+import json
 import random
 
 import numpy as np
@@ -12,8 +13,8 @@ from onnx.reference import ReferenceEvaluator
 from torch import Tensor, nn
 
 from nas.errors import UserError
-from nas.export import agreement, check_images, logits_of, onnx_logits, save_network, to_onnx
-from search_spaces import create_model, fold, get_arch, layers, list_models
+from nas.export import agreement, check_images, export_folder, logits_of, onnx_logits, save_network, to_onnx
+from search_spaces import Arch, create_model, fold, get_arch, layers, list_models
 from search_spaces.registry import FAMILIES
 from search_spaces.space import LEVELS, PARAMETERS
 
@@ -231,3 +232,31 @@ def test_levit_exports_on_odd_grids(form, resolution, tmp_path):
     folded = fold(randomise(create_model(arch)))
     to_onnx(folded, tmp_path / "model.onnx", resolution, batch_size=1)
     agreement(folded, tmp_path / "model.onnx", resolution, batch_size=1)
+
+
+def tiny_evit() -> Arch:
+    block = {"attn": {"heads": 2, "key_dim": 4, "value_dim": 4, "scale": 0.5}, "keep_rate": 1.0, "fuse": False}
+    document = {"version": 1, "family": "evit", "resolution": 32, "num_classes": 2, "patch_size": 8, "embed_dim": 8}
+    return Arch.from_json(json.dumps(document | {"blocks": [block | {"ffn": {"hidden": 16}}]}))
+
+
+def test_what_became_of_the_weights_is_told(tmp_path):
+    state = create_model(tiny_evit()).state_dict()
+    path = tmp_path / "checkpoint.pth"
+    torch.save({"model": {f"module.{name}": value for name, value in state.items()}, "model_ema": state}, path)
+    line = export_folder(tiny_evit(), tmp_path / "out", str(path), None, 1)
+    assert "with the given weights (taken from model, not model_ema; prefix module. stripped)" in line
+
+
+@pytest.mark.parametrize(
+    ("classes", "words"),
+    [(1, "add --num-classes 1,"), (7, "add --num-classes 7,"), (None, "has no classifier: `vitnas train --weights`")],
+)
+def test_a_network_without_a_trained_classifier_is_not_exported(classes, words, tmp_path):
+    state = {name: value for name, value in create_model(tiny_evit()).state_dict().items() if "head" not in name}
+    if classes:
+        state |= {"head.weight": torch.ones(classes, 8), "head.bias": torch.ones(classes)}
+    torch.save(state, tmp_path / "weights.pth")
+    with pytest.raises(UserError, match=words):
+        export_folder(tiny_evit(), tmp_path / "out", str(tmp_path / "weights.pth"), None, 1)
+    assert not (tmp_path / "out").exists()

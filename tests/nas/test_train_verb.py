@@ -279,15 +279,17 @@ def test_fine_tuning_begins_with_the_weights_given(vitnas, trained, tmp_path, mo
             super().__init__(model, *args, **kwargs)
 
     monkeypatch.setattr(nas.train, "Training", Peek)
-    weights = str(trained / "model.safetensors")
-    args = ("--weights", weights, "--epochs", "1", "--batch-size", "128")
+    weights, checkpoint = str(trained / "model.safetensors"), str(tmp_path / "checkpoint.pth")
+    given = load_file(weights)
+    torch.save({"model": {f"module.{name}": value for name, value in given.items()}, "epoch": 9}, checkpoint)
+    args = ("--weights", checkpoint, "--epochs", "1", "--batch-size", "128")
     for size in (64, 96):
         out = tmp_path / str(size)
         code, _, err = vitnas("train", str(trained), "--resolution", str(size), *args, "--out", str(out))
         assert code == 0, err
         assert metrics(out)["recipe"]["name"] == "finetune"
         assert ("64 px, resized to 96 px" in err) == (size == 96)
-    given = load_file(weights)
+        assert f"{checkpoint}: taken from model; prefix module. stripped" in err
     assert all(torch.equal(given[name], value) for name, value in begun[64].items())
     changed = {name for name, value in begun[96].items() if not torch.equal(given[name], value)}
     assert changed
