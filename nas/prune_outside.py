@@ -1,11 +1,12 @@
 """`vitnas prune --model timm/NAME`: a network outside the five families, through torch-pruning's own graph.
 
 It has no Arch: what is written is model.onnx, model.safetensors (`pruning.outside.resize_outside` loads it into timm's
-network) and the widths of its layers in prune.json.
+network) and the widths of its layers in prune.json. What state/ keeps is as in `nas.prune`, without Archs.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from nas.ending import Ending
 from nas.errors import UserError, first_line
 from nas.export import CONVERTED, agreement, save_weights, to_onnx
 from nas.files import replace_file, scratch
+from nas.inputs import identity
 from nas.job import Job, Progress, Say, compute_device
 from nas.measure import RUNTIMES, Measurement, device_lock, in_turn
 from nas.prune import (
@@ -65,23 +67,132 @@ def prune_outside(options: Options, command: str, say: Say, progress: Progress) 
 
 
 def _prune(options: Options, command: str, job: Job) -> dict[str, Any]:
-    import copy
+    from pruning.outside import load_outside
+
+    published, resolution = load_outside(options.model.removeprefix(OUTSIDE), None, pretrained=False)
+    job.open_data(options.data, resolution, options.num_classes, options.seed)
+    pretrained = options.data is not None or options.weights is not None
+    job.agree(identity(job.data, model=(options.model, "timm" if pretrained else None)))
+    if job.finished:
+        job.say(f"{options.folder} is finished: these are its results")
+        return json.loads((options.folder / "prune.json").read_text())
+    target = _target(options, _built(options, job), resolution)
+    job.make_folder()
+    if not job.state.network:
+        _keep(job, "dense", _dense(options, job, pretrained, published.num_classes))
+    dense = _kept(options, job, "dense")
+    job.accuracy(dense, "before")
+    if job.state.network == "dense":
+        _cut(options, job, target, resolution)
+    if job.state.network == "pruned":
+        model = _kept(options, job, "pruned")
+        job.accuracy(model, "pruned")
+        tune(job, options, model, dense)
+        _keep(job, "tuned", model)
+    model = _kept(options, job, "tuned")
+    if job.state.found.get("tuned_images"):
+        job.accuracy(model, "recovered")
+    save_weights(model, options.folder / "model.safetensors")
+    end, results = Ending(job.say), {}
+    with end.step("closing run"), job.phase("closing run"):
+        results = _closing_run(options, {"before": dense.cpu().eval(), "after": model.cpu().eval()}, resolution)
+    if end.interrupted:
+        raise KeyboardInterrupt
+    found = job.state.found["cut"]
+    networks = {
+        name: network_row(found[f"params_{name}"], found[f"macs_{name}"], results.get(name), options.settings)
+        for name in ("before", "after")
+    }
+    details = {
+        "family": options.model,
+        "resolution": resolution,
+        "blocks": [],
+        "importance": [],
+        "layers": found["layers"],
+    }
+    return write_results(job, options, command, networks, details, end)
+
+
+def _keep(job: Job, name: str, model: nn.Module) -> None:
+    """Save a network under a name, then make it the one that stands."""
+    save_weights(model, job.kept / f"{name}.safetensors")
+    job.state.network = name
+    job.save()
+
+
+def _kept(options: Options, job: Job, name: str) -> nn.Module:
+    from safetensors.torch import load_file
+
+    from pruning.outside import resize_outside
+
+    return resize_outside(_built(options, job), load_file(job.kept / f"{name}.safetensors")).to(job.device)
+
+
+def _built(options: Options, job: Job, pretrained: bool = False) -> nn.Module:
+    """The network with a classifier for the data, in eval mode."""
+    import torch
+
+    from pruning.outside import load_outside
+
+    torch.manual_seed(options.seed)
+    return load_outside(options.model.removeprefix(OUTSIDE), len(job.data.classes), pretrained)[0]
+
+
+def _dense(options: Options, job: Job, pretrained: bool, classes: int) -> nn.Module:
+    """The network to prune: with timm's weights where it has them, trained briefly where its classifier is new.
+
+    classes: of timm's own classifier.
+    """
+    from pruning.outside import OutsideError
+
+    if not pretrained:
+        job.note(f"no weights given and no --data; {brief_line(job)}")
+        model, untrained = _built(options, job), True
+    else:
+        try:
+            model, untrained = _built(options, job, pretrained=True), classes != len(job.data.classes)
+        except OutsideError as error:
+            if options.weights is not None:
+                raise
+            job.note(f"no pretrained weights ({error}); {brief_line(job)}")
+            model, untrained = _built(options, job), True
+        else:
+            job.state.found["weights"] = "timm"
+            if untrained:
+                job.note(f"timm's weights have another classifier; {brief_line(job)}")
+    if untrained:
+        train_briefly(job, model)
+    return model
+
+
+def _target(options: Options, model: nn.Module, resolution: int) -> int:
+    """MACs, below the network's own."""
+    import torch
+
+    from pruning.outside import count_macs
+
+    own = count_macs(model, torch.zeros(1, 3, resolution, resolution))[""]
+    target = int(options.budget.target(own))
+    if target >= own:
+        raise UserError(f"--macs {options.budget.text} leaves nothing to cut from {show('macs', own)}")
+    return target
+
+
+def _cut(options: Options, job: Job, target: int, resolution: int) -> None:
+    """Cut the unpruned network to the target, and keep the result."""
+    import torch
 
     from pruning.outside import prune_outside as cut
 
-    model, resolution, untrained = _load(options, job)
-    job.make_folder()
-    if untrained:
-        train_briefly(job, model)
-    job.accuracy(model, "before")
-    dense = copy.deepcopy(model)
+    model = _kept(options, job, "dense")
     batches = [(x.to(job.device), y.to(job.device)) for x, y in job.batches(job.calibration)]
+    torch.manual_seed(options.seed)  # the criterion "random" draws from it
     with job.phase("cutting") as progress:
         found = cut(
             model,
             resolution,
             lambda: in_turn(batches),
-            _target(options, model, resolution),
+            target,
             options.criterion,
             options.multiple_of,
             options.rounds,
@@ -91,60 +202,8 @@ def _prune(options: Options, command: str, job: Job) -> dict[str, Any]:
         job.note(f"only inner widths could be cut: {found.inner_only}")
     job.note("torch-pruning's graph decides what can be cut here: --axes and reallocation do not apply")
     job.state.rounds.append({"round": options.rounds, "reached": found.macs_after, "macs": found.macs_after})
-    job.accuracy(model, "pruned")
-    tune(job, options, model, dense)
-    if job.state.found.get("tuned_images"):
-        job.accuracy(model, "recovered")
-    with job.phase("closing run"):
-        results = _closing_run(options, {"before": dense.cpu().eval(), "after": model.cpu().eval()}, resolution)
-    save_weights(model, options.folder / "model.safetensors")
-    networks = {
-        "before": network_row(found.params_before, found.macs_before, results["before"], options.settings),
-        "after": network_row(found.params_after, found.macs_after, results["after"], options.settings),
-    }
-    layers = [asdict(layer) for layer in found.layers]
-    details = {"family": options.model, "resolution": resolution, "blocks": [], "importance": [], "layers": layers}
-    return write_results(job, options, command, networks, details, Ending(job.say))
-
-
-def _load(options: Options, job: Job) -> tuple[nn.Module, int, bool]:
-    """The network, its resolution, and whether it has to be trained first."""
-    import torch
-
-    from pruning.outside import OutsideError, load_outside
-
-    name, classes = options.model.removeprefix(OUTSIDE), options.num_classes
-    published, resolution = load_outside(name, None, pretrained=False)
-    job.open_data(options.data, resolution, classes, options.seed)
-    classes = len(job.data.classes)
-    torch.manual_seed(options.seed)
-    if options.data is None and options.weights is None:
-        job.note(f"no weights given and no --data; {brief_line(job)}")
-        return load_outside(name, classes, pretrained=False)[0], resolution, True
-    try:
-        model = load_outside(name, classes, pretrained=True)[0]
-    except OutsideError as error:
-        if options.weights is not None:
-            raise
-        job.note(f"no pretrained weights ({error}); {brief_line(job)}")
-        return load_outside(name, classes, pretrained=False)[0], resolution, True
-    job.state.found["weights"] = "timm"
-    other = published.num_classes != classes
-    if other:
-        job.note(f"timm's weights have another classifier; {brief_line(job)}")
-    return model, resolution, other
-
-
-def _target(options: Options, model: nn.Module, resolution: int) -> int:
-    import torch
-
-    from pruning.outside import count_macs
-
-    own = count_macs(model, torch.zeros(1, 3, resolution, resolution, device=next(model.parameters()).device))[""]
-    target = int(options.budget.target(own))
-    if target >= own:
-        raise UserError(f"--macs {options.budget.text} leaves nothing to cut from {show('macs', own)}")
-    return target
+    job.state.found["cut"] = asdict(found)
+    _keep(job, "pruned", model)
 
 
 def _closing_run(options: Options, models: dict[str, nn.Module], resolution: int) -> dict[str, Measurement]:
