@@ -1,4 +1,4 @@
-"""`vitnas prune --model timm/NAME` on a tiny network: what an interrupted run comes to, and what a finished one says."""
+"""`vitnas prune --model timm/NAME` on a tiny network: how an interrupted run goes on, what a finished one says."""
 
 from __future__ import annotations
 
