@@ -45,6 +45,7 @@ Data = Annotated[
         "wds/SHARDS.  [default: digits, a demo]"
     ),
 ]
+SEEDS = {"min": 0, "max": 2**32 - 1}  # as all generators in use take them
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 Model = Annotated[str, typer.Argument(help="A published name, an arch.json, or a run's folder.")]
 
@@ -107,7 +108,7 @@ def search(
     storage: Annotated[
         str | None, typer.Option(help="Database URL for workers on several machines.  [default: a journal in the run]")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the sampler, of splits and of trainings.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the sampler, of splits and of trainings.", **SEEDS)] = None,
     num_classes: Annotated[
         int | None, typer.Option(help="Classes of the networks' head.  [default: the data's, or 1000]")
     ] = None,
@@ -430,7 +431,7 @@ def prune(
     rounds: Annotated[int, typer.Option(help="Rounds of scoring and cutting.")] = 3,
     finetune: Annotated[float, typer.Option(help="Epochs of fine-tuning afterwards; 0 for none.")] = 1.0,
     distill: Annotated[bool, typer.Option("--distill", help="Fine-tune with the unpruned network as teacher.")] = False,
-    seed: Annotated[int, typer.Option(help="Seed of splits, samples and training.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of splits, samples and training.", **SEEDS)] = 0,
     device: Device = "cpu",
     runtime: RuntimeName = None,
     threads: Threads = None,
@@ -521,7 +522,7 @@ def train(
     workers: Annotated[
         int | None, typer.Option(help="Processes that decode images.  [default: 0 on cpu, else up to 8]")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of splits, weights and training.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of splits, weights and training.", **SEEDS)] = 0,
     device: Annotated[str | None, typer.Option(help="cpu or cuda.  [default: cuda where there is one]")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write to.  [default: one in runs/]")] = None,
     as_json: Json = False,

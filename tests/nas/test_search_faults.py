@@ -21,6 +21,7 @@ import nas.search
 from nas.errors import TrainingError, UserError
 from nas.measure import LinkLost, MeasureError, Measurement
 from nas.process import WorkerError
+from nas.quality.supernet import Shared
 from nas.quality.train import Train
 from nas.schooling import Schooling
 from search_spaces import Arch, create_model, table
@@ -160,6 +161,14 @@ def best(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (out / "s" / "best").iterdir()}
 
 
+@pytest.mark.parametrize(
+    "words", [("search", "--latency-budget", "1ms"), ("prune", "--model", "levit_128s"), ("train", "levit_128s")]
+)
+@pytest.mark.parametrize("seed", ["-1", str(2**32)])
+def test_seeds_out_of_range(vitnas, words, seed):
+    vitnas.refused(vitnas(*words, "--seed", seed), "--seed")
+
+
 # A trial
 
 
@@ -186,6 +195,45 @@ def test_a_training_that_fails_is_a_failed_trial(vitnas, device, tier, pictures,
     assert "\n" not in error
     assert str(fault).split("\n")[0].split("]")[-1].strip() in error or type(fault).__name__ in error
     assert json.loads(out)["winner"]
+
+
+@pytest.fixture
+def shared(monkeypatch: pytest.MonkeyPatch, tier: type[Taught]) -> dict[str, BaseException]:
+    """A tier whose families' weights are made up; what is raised in place of making them, by family."""
+    faults: dict[str, BaseException] = {}
+
+    class Weights(Shared):
+        faults, begun, begin = tier.faults, tier.begun, tier.begin
+
+        def _made(self, family: str) -> Any:
+            tier.begun.append(family)
+            if family in faults:
+                raise faults[family]
+            found = SimpleNamespace(top1=50.0, total=29)
+            return SimpleNamespace(arch=SimpleNamespace(resolution=64), evaluate=lambda *_: found)
+
+    monkeypatch.setitem(nas.quality.TIERS, "supernet", Weights)
+    return faults
+
+
+def test_a_family_without_shared_weights_fails_its_own_trials(vitnas, device, shared, tier, pictures, tmp_path):
+    shared["shvit"] = MemoryError()
+    more = ("--quality", "supernet", "--family", "levit")
+    code, _, err = vitnas(*trained(tmp_path, pictures, *more))
+    assert code == 0, err
+    trials = study_of(tmp_path).get_trials(deepcopy=False)
+    assert {(t.params["family"], t.state.name) for t in trials} == {("shvit", "FAIL"), ("levit", "COMPLETE")}
+    assert all(error == "the shared weights of shvit: MemoryError" for error in errors(tmp_path))
+    assert tier.begun.count("shvit") == 1, "not tried again"
+
+
+def test_no_family_has_shared_weights(vitnas, device, shared, pictures, tmp_path):
+    shared["shvit"] = UserError("no batch holds two images")
+    code, _, err = vitnas(*trained(tmp_path, pictures, "--quality", "supernet"))
+    assert code == 2
+    assert err.splitlines()[-1].startswith("vitnas: no family's weights could be trained")
+    assert "no batch holds two images" in err
+    assert states(tmp_path) == ["FAIL"]
 
 
 def test_a_lost_link_is_tried_again(vitnas, device, tmp_path):
