@@ -395,7 +395,7 @@ def test_every_criterion_meets_the_budget(vitnas, images, tmp_path, fake_clock, 
         (["--data", "nowhere"], ["nowhere", "no such folder"]),
         (["--num-classes", "7"], ["--num-classes is 7", "3 classes"]),
         (["--weights", "nowhere.safetensors"], ["no such file"]),
-        (["--weights", "pickle.pth"], ["plain state dict"]),
+        (["--weights", "pickle.pth"], ["Python objects", "state dict"]),
         (["--weights", "narrow.safetensors"], ["stem.0.linear.weight", "(4, 3, 3, 3)"]),
     ],
 )
