@@ -66,10 +66,10 @@ class Cache:
     """
 
     def __init__(self, machine: dict[str, Any], path: Path | None = None) -> None:
-        path = path or default_path()
-        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path or default_path()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         self._machine = machine
-        self._rows = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None)
+        self._rows = sqlite3.connect(self.path, timeout=BUSY_S, isolation_level=None)
         self._rows.execute(
             "CREATE TABLE IF NOT EXISTS latency (key TEXT PRIMARY KEY, arch TEXT, machine TEXT, measured TEXT, "
             "result TEXT)"

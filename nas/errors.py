@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,20 +28,28 @@ class TrainingError(UserError):
 class DiskFull(UserError):
     """A file that cannot be written for want of space.
 
-    place: the folder it belongs in. needed: bytes that are needed at least, where that is known.
+    place: the folder it belongs in. needed: bytes that are needed at least, where that is known. told: the message as
+    another process has put it.
     """
 
-    def __init__(self, place: Path | str, needed: int | None = None, error: BaseException | None = None) -> None:
+    def __init__(
+        self,
+        place: Path | str,
+        needed: int | None = None,
+        error: BaseException | None = None,
+        told: str | None = None,
+    ) -> None:
         self.place = Path(place)
+        if told is not None:
+            super().__init__(told)
+            return
         number = getattr(error, "errno", None)
         what = {
             errno.EDQUOT: "the quota is used up in",
             errno.EFBIG: "the size allowed for a file (ulimit -f) is too small in",
         }.get(number, "no space left in")
-        try:
-            known = [f"{_size(shutil.disk_usage(self.place).free)} free"]
-        except OSError:
-            known = []
+        free = free_space(self.place)
+        known = [f"{_size(free)} free"] if free < math.inf else []
         if needed:
             known.append(f"at least {_size(needed)} needed")
         super().__init__(
@@ -60,6 +69,19 @@ def is_full(error: BaseException | str) -> bool:
         return True
     before = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return before is not None and is_full(before)
+
+
+def fullest(*folders: Path) -> Path:
+    """That with the least space left: which one was full, where an error does not say."""
+    return min(folders, key=free_space)
+
+
+def free_space(folder: Path) -> float:
+    """Bytes; infinity where it is not known."""
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return math.inf
 
 
 @contextmanager
@@ -88,5 +110,5 @@ def reason(error: BaseException) -> str:
     return line if line == kind else f"{kind}: {line}"
 
 
-def _size(count: int) -> str:
+def _size(count: float) -> str:
     return f"{count / 2**20:,.1f} MiB" if count >= 1 << 20 else f"{count / 1024:.1f} KiB"

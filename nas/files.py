@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
-from nas.errors import DiskFull, UserError, is_full
+from nas.errors import DiskFull, UserError, free_space, is_full
 
 LOCK = ".lock"
 FULL_BELOW = 1 << 16  # free bytes: libraries in C++ do not say why a write failed
@@ -77,7 +77,7 @@ def drafted(path: Path, needed: int | None = None) -> Iterator[Path]:
             os.close(file)
         draft.replace(path)
     except (OSError, RuntimeError) as error:
-        if is_full(error) or (isinstance(error, RuntimeError) and _free(path.parent) < FULL_BELOW):
+        if is_full(error) or (isinstance(error, RuntimeError) and free_space(path.parent) < FULL_BELOW):
             written = draft.stat().st_size if draft.exists() else 0
             raise DiskFull(path.parent, needed or written, error) from error
         raise
@@ -104,13 +104,6 @@ def _alive(pid: int) -> bool:
     except OSError:  # another user's
         pass
     return True
-
-
-def _free(folder: Path) -> int:
-    try:
-        return shutil.disk_usage(folder).free
-    except OSError:
-        return sys.maxsize
 
 
 # ---------------------------------------------------------------------- locks
@@ -208,7 +201,7 @@ def scratch(folder: Path | None = None) -> Iterator[Path]:
     Args:
         folder: the run's folder, in whose tmp/ it lies; None: that of the system.
     """
-    parent = Path(tempfile.gettempdir()) if folder is None else folder / "tmp"
+    parent = temporary_folder() if folder is None else folder / "tmp"
     sweep_scratch(parent)
     path, lock = _own_folder(parent)
     try:
@@ -219,6 +212,17 @@ def scratch(folder: Path | None = None) -> Iterator[Path]:
         if folder is not None:
             with suppress(OSError):  # not empty: another process's
                 parent.rmdir()
+
+
+def temporary_folder() -> Path:
+    """That of the system, as TMPDIR says."""
+    try:
+        return Path(tempfile.gettempdir())
+    except FileNotFoundError:  # Python's, for full folders too
+        place = Path(os.environ.get("TMPDIR") or "/tmp")
+        if free_space(place) < FULL_BELOW:
+            raise DiskFull(place) from None
+        raise UserError(f"temporary files cannot be written to {place}: $TMPDIR names another folder") from None
 
 
 def sweep_scratch(parent: Path) -> None:

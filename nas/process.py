@@ -30,6 +30,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
+from nas.errors import DiskFull, disk_errors, fullest, is_full
+from nas.files import FULL_BELOW, temporary_folder
+
 START_S = 60  # a Python interpreter on a loaded machine
 EXIT_S = 5  # from a closed pipe to the end of its process
 BEAT_S = 10  # a distant child hears from its parent this often,
@@ -86,7 +89,8 @@ class Worker:
         self._ended: str | None = None  # why no call can succeed any more
         self._ready = False
         self._received = b""
-        self._printed = log.open("w+b") if log else tempfile.TemporaryFile()  # noqa: SIM115
+        with disk_errors(log.parent if log else temporary_folder()):
+            self._printed = log.open("w+b") if log else tempfile.TemporaryFile()  # noqa: SIM115
         self._selector = selectors.DefaultSelector()
         self._life: int | None = None  # a file descriptor that is ready once the child has ended
         try:
@@ -148,7 +152,10 @@ class Worker:
         self._write(_line({"method": method, "args": args}))
 
     def receive(self, timeout_s: float, told: Callable[..., None] | None = None) -> dict:
-        """Second half of `call`. told: called with what the method tells meanwhile (`tell`); timeout_s starts anew."""
+        """Second half of `call`. told: called with what the method tells meanwhile (`tell`); timeout_s starts anew.
+
+        Raises DiskFull where that is what the method met.
+        """
         try:
             self._await_ready(timeout_s)
             while "told" in (answer := self._answer(timeout_s)):
@@ -159,6 +166,8 @@ class Worker:
         except BaseException:
             self._end("interrupted")  # its answer would be taken for the next one's
             raise
+        if "full" in answer:
+            raise DiskFull(".", told=answer["full"])
         if "error" in answer:
             raise WorkerError(answer["error"])
         return answer["result"]
@@ -250,6 +259,9 @@ class Worker:
         self._printed.seek(max(0, self._printed.seek(0, os.SEEK_END) - 10 * REASON_LENGTH))
         lines = self._printed.read().decode(errors="replace").split("\n")
         self.last_words = next((_one_line(line) for line in reversed(lines) if line.strip()), "")
+        disk = os.fstatvfs(self._printed.fileno())
+        if not self.last_words and disk.f_bavail * disk.f_frsize < FULL_BELOW:
+            self.last_words = "No space left on device for what it prints"
         last = f": {self.last_words}" if self.last_words else ""
         if code >= 0:
             return f"exited with {code}{last}"
@@ -286,9 +298,20 @@ def serve(methods: dict[str, Callable[..., dict | None]]) -> None:
         try:
             answer = _line({"result": methods[request["method"]](**request["args"]) or {}})
         except Exception as error:
-            traceback.print_exc()
-            answer = _line({"error": _one_line(f"{type(error).__name__}: {error}")})
+            with contextlib.suppress(OSError):  # its disk may be full
+                traceback.print_exc()
+            full = {"full": str(_disk_full(error, request["args"]))} if is_full(error) else {}
+            answer = _line({"error": _one_line(f"{type(error).__name__}: {error}"), **full})
         _answer(answer)
+
+
+def _disk_full(error: Exception, args: dict[str, Any]) -> DiskFull:
+    """What a method met; its arguments are paths, among others, and it may have printed."""
+    if isinstance(error, DiskFull):
+        return error
+    folders = [Path(value).parent for value in args.values() if isinstance(value, str) and value.startswith("/")]
+    named = getattr(error, "filename", None)
+    return DiskFull(Path(named).parent if named else fullest(*folders, temporary_folder()), error=error)
 
 
 def tell(*values: Any) -> None:

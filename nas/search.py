@@ -490,8 +490,9 @@ class TrialRunner:
         try:
             return action(self.cache)
         except sqlite3.Error as error:
+            why = DiskFull(self.cache.path.parent, error=error) if is_full(error) else error
             self.cache = None
-            self.notes.append(f"the cache of latencies is no longer used: {error}")
+            self.notes.append(f"the cache of latencies is no longer used: {why}")
 
     def _timed(
         self, trial: optuna.Trial, arch: Arch, batch_size: int, budget_ms: float | None, clock: Clock

@@ -11,7 +11,6 @@ Optuna's storages are used as they are, plus what a search that may be killed at
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import re
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
-from nas.errors import UserError
+from nas.errors import DiskFull, UserError, is_full
 from nas.samplers import quiet_optuna
 
 if TYPE_CHECKING:
@@ -272,10 +271,8 @@ class _Uninterrupted:
 
 
 def _file_error(path: Path, error: OSError) -> UserError:
-    if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-        return UserError(
-            f"disk full while writing {path}: finished trials are kept; free space and run the same command again"
-        )
+    if is_full(error):
+        return DiskFull(path.parent, error=error)
     return UserError(f"cannot use {path}: {error.strerror or error}")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nas import hardware
-from nas.errors import UserError
+from nas.errors import DiskFull, UserError
 from nas.measure import protocol, runtime
 from nas.measure.locks import DeviceLock
 from nas.measure.protocol import MeasureError, Measurer
@@ -86,6 +86,8 @@ def answering(method: Callable[..., Any]) -> Callable[..., dict]:
     def answer(**args: Any) -> dict:
         try:
             return {"value": method(**args)}
+        except DiskFull:
+            raise
         except UserError as error:
             return {"refused": str(error)}
         except MeasureError as error:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Self, TypeVar
 
 import nas
-from nas.errors import UserError
+from nas.errors import DiskFull, UserError
 from nas.measure.protocol import MAX_ROUNDS, MeasureError, Measurement
 from nas.measure.runtime import RUNTIMES, Settings
 from nas.process import ENTER, Worker, WorkerError
@@ -163,6 +163,8 @@ class Connection:
         try:
             self._worker.send(method, **args)
             answer = self._worker.receive(limit_s, told)
+        except DiskFull as error:
+            raise DiskFull(".", told=f"{self.target}: {error}") from None
         except WorkerError as error:
             if self.alive:
                 raise MeasureError(f"{self.target}: {error}") from None

@@ -108,7 +108,7 @@ def test_a_library_that_hides_a_full_disk(tmp_path, monkeypatch):
 
     with pytest.raises(RuntimeError, match="PytorchStreamWriter"):
         write()
-    monkeypatch.setattr(files, "_free", lambda folder: 0)
+    monkeypatch.setattr(files, "free_space", lambda folder: 0)
     with pytest.raises(DiskFull, match="no space left"):
         write()
 

@@ -317,7 +317,7 @@ except UserError as error:
     assert done.returncode == 0, done.stderr
     number, message = done.stdout.split(maxsplit=1)
     assert 5 <= int(number) < 20
-    assert message.startswith(f"disk full while writing {path}: finished trials are kept")
+    assert message.startswith(f"the size allowed for a file (ulimit -f) is too small in {tmp_path} (")
     assert not path.read_bytes().endswith(b"\n")
     study = start(path)
     assert [t.values[0] for t in finished(study)] == list(range(int(number)))
