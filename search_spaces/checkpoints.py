@@ -133,7 +133,7 @@ def _unpickled(path: Path) -> Any:
 @functools.cache
 def plain_types() -> tuple[Any, ...]:
     """Types of plain data in training checkpoints, under each name they were ever pickled by; paths become pure ones,
-    which any system has."""
+    which any system has. Of NumPy's types those of numbers: the state of others can forge pointers."""
     paths = [
         (pure, f"{module}.{name}")
         for pure, names in (
@@ -149,8 +149,8 @@ def plain_types() -> tuple[Any, ...]:
         for function, name in ((scalar, "scalar"), (rebuild, "_reconstruct"))
         for core in ("core", "_core")
     ]
-    dtypes = [getattr(np.dtypes, name) for name in np.dtypes.__all__ if name.endswith("DType")]
-    return (argparse.Namespace, *paths, *functions, *dtypes, np.dtype, np.ndarray)
+    numbers = {type(np.dtype(code)) for code in "?" + np.typecodes["AllInteger"] + np.typecodes["AllFloat"]}
+    return (argparse.Namespace, *paths, *functions, *numbers, np.dtype, np.ndarray)
 
 
 def _groups(held: Any, place: str = "", levels: int = LEVELS) -> Iterator[tuple[str, State]]:

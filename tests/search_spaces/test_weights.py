@@ -267,6 +267,7 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
     "numbers": (lambda: stored({"epoch": 1, "loss": 0.5}), "no named tensors, but epoch, loss"),
     "nothing": (lambda: stored({}), "no named tensors, but nothing"),
     "module": (lambda: stored(nn.Linear(2, 2)), r"Python objects \(torch.nn.modules.linear.Linear\), refused"),
+    "objects": (lambda: stored({"model": weights(), "best": np.array([None])}), "refused and not run"),
     "object": (lambda: stored({"model": weights(), "best": Other()}), "refused and not run"),
 }
 
