@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from nas.errors import UserError
 from nas.export import Exporter, export_here, lower_precision
 from nas.files import scratch
-from nas.measure import RUNTIMES, MeasureError, Measurement, Settings, compare, device_lock
-from nas.measure.protocol import BUSY_SPREAD, paired_ratio
-from nas.process import WorkerError
+from nas.measure import RUNTIMES, Interrupted, MeasureError, Measurement, Settings, compare, device_lock
+from nas.measure.protocol import BUSY_SPREAD, SURE_ROUNDS, paired_ratio
+from nas.process import TOLD_S, WorkerError
 
 if TYPE_CHECKING:
     from nas.targets import Target
@@ -28,13 +28,16 @@ Cell = tuple[str, Settings]
 Progress = Callable[[str, int, int], None]
 """Called with (what goes on, done, in all)."""
 
+Waiting = Callable[[str, float, float], None]
+"""Called with a network that does not answer, the seconds waited for it and the most there are."""
+
 TIMEOUT_S = 600
 """For a network to load and warm up, and for a round: torch.compile takes minutes, a large batch seconds."""
 UNFOLDED = "On PyTorch timm's networks keep the BatchNorms that timm cannot fold; ours are folded. ONNX folds both."
 SETTINGS = ("runtime", "device", "precision", "batch_size", "threads")
 COLUMNS = (
     *("model", *SETTINGS, "latency_ms", "p95_ms", "ci_low_ms", "ci_high_ms", "samples"),
-    *("throughput", "throughput_batch", "ratio", "ratio_low", "ratio_high"),
+    *("throughput", "throughput_batch", "ratio", "ratio_low", "ratio_high", "error"),
 )
 PLOTS = (".png", ".svg", ".pdf")
 IMAGE = (1, 3, 224, 224)
@@ -49,7 +52,7 @@ class Options:
     settings: the combinations, checked, in the order of the table. own_batch: no batch size was asked for, so that an
     ONNX file keeps a fixed one, or that of its shape. throughput_at: the batch size whose throughput is told, None for
     that of the latency. shapes: of ONNX files' inputs, by their names. data: images that int8 is calibrated on, as
-    `open_data` takes them.
+    `open_data` takes them. timeout_s: for a network to be prepared, to load and warm up, and for each of its rounds.
     """
 
     targets: Sequence[Target]
@@ -59,21 +62,30 @@ class Options:
     throughput_at: int | None = None
     shapes: Mapping[str, Shape] = field(default_factory=dict)
     data: str | None = None
+    timeout_s: float = TIMEOUT_S
 
 
 @dataclass
 class Found:
-    """rows: of what could be measured, as JSON and the table tell it. errors: a line for each that could not."""
+    """rows: of what could be measured, as JSON and the table tell it. failed: what could not, with its error; errors: a
+    line for each of them. interrupted: whether Ctrl-C ended it before its last round."""
 
     rows: list[Row] = field(default_factory=list)
+    failed: list[Row] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    interrupted: bool = False
 
 
-def run_bench(options: Options, progress: Progress = lambda *_: None) -> Found:
+def run_bench(
+    options: Options, progress: Progress = lambda *_: None, say: Callable[[str], None] = lambda _: None
+) -> Found:
     """Measure all networks in all combinations in one interleaved run; ratios are to the first row.
 
+    say: told what is waited for, in a line. Ctrl-C ends the run with the rounds made until then.
+
     Raises:
+        KeyboardInterrupt: there were none.
         UserError: an ONNX file that cannot be measured so, --shape or --data that nothing uses, or calibration images
             that cannot be had; nothing has been measured then.
     """
@@ -92,7 +104,8 @@ def run_bench(options: Options, progress: Progress = lambda *_: None) -> Found:
     with scratch() as folder, device_lock(options.settings[0].device):
         calibration = _Calibration(options, folder, found.notes)
         paths: dict[str, Path] = {}
-        with _Files(folder, targets, inputs, options.shapes, calibration) as files:
+        waiting = _teller(say)
+        with _Files(folder, targets, inputs, options, calibration, waiting) as files:
             for i, cell in enumerate(every):
                 progress(f"exporting {cell[0]}", i, len(every))
                 try:
@@ -100,7 +113,21 @@ def run_bench(options: Options, progress: Progress = lambda *_: None) -> Found:
                 except WorkerError as error:
                     results[cell] = MeasureError(f"cannot be prepared: {error}")
         settings = {name: every[int(name)][1] for name in paths}
-        told = compare(paths, settings, options.rounds, lambda *done: progress("measuring, rounds", *done), TIMEOUT_S)
+        try:
+            told = compare(
+                paths,
+                settings,
+                options.rounds,
+                lambda *done: progress("measuring, rounds", *done),
+                options.timeout_s,
+                lambda name, *waited: waiting(every[int(name)][0], *waited),
+            )
+        except Interrupted as interrupt:
+            if not interrupt.done:
+                raise
+            told, found.interrupted = interrupt.results, True
+            few = ": intervals cover less than 95%" * (interrupt.done < SURE_ROUNDS)
+            found.notes.append(f"Interrupted: {interrupt.done} of {options.rounds} rounds were made{few}.")
     results |= {every[int(name)]: result for name, result in told.items()}
 
     differing = varying([asdict(settings) for _, settings in every])
@@ -110,6 +137,9 @@ def run_bench(options: Options, progress: Progress = lambda *_: None) -> Found:
         if isinstance(result, MeasureError):
             where = ", ".join(worded(name, getattr(settings, name)) for name in differing)
             found.errors.append(f"{label}{where and f' ({where})'}: {result}")
+            found.failed.append({"model": label, **_of(settings), "error": str(result)})
+    if found.interrupted:
+        found.notes += found.errors
     for cell in cells:
         result, batch = results[cell], batches[cell]
         if isinstance(result, Measurement):
@@ -147,11 +177,27 @@ def _own(label: str, given: OnnxInput | None, settings: Settings, options: Optio
     return replace(settings, batch_size=own, precision="int8" if given.quantised else settings.precision)
 
 
+def _teller(say: Callable[[str], None]) -> Waiting:
+    """Tells of every network once, and again where it is waited for longer."""
+    told: set[str] = set()
+
+    def waiting(label: str, waited_s: float, most_s: float) -> None:
+        if label not in told or waited_s > TOLD_S:
+            told.add(label)
+            say(f"waiting for {label}: no answer for {waited_s:.0f} s, given up after {most_s:.0f} s (--timeout)")
+
+    return waiting
+
+
+def _of(settings: Settings) -> Row:
+    return {name: getattr(settings, name) for name in SETTINGS}
+
+
 def _row(label: str, settings: Settings, result: Measurement, first: Measurement) -> Row:
     ratio, interval = paired_ratio(result, first)
     return {
         "model": label,
-        **{name: getattr(settings, name) for name in SETTINGS},
+        **_of(settings),
         "latency_ms": result.p50_ms,
         "p95_ms": result.p95_ms,
         "ci": list(result.ci_ms),
@@ -335,13 +381,19 @@ class _Files:
         folder: Path,
         targets: Mapping[str, Target],
         inputs: Mapping[str, OnnxInput],
-        shapes: Mapping[str, Shape],
+        options: Options,
         calibration: _Calibration,
+        waiting: Waiting,
     ) -> None:
-        self._folder, self._targets, self._inputs, self._shapes = folder, targets, inputs, shapes
+        self._folder, self._targets, self._inputs, self._shapes = folder, targets, inputs, options.shapes
         self._calibration = calibration
         self._made: dict[Cell, Path] = {}
-        self._child = Exporter(module="nas.bench", timeout_s=TIMEOUT_S)
+        self._label = ""  # what is being made
+        self._child = Exporter(
+            module="nas.bench",
+            timeout_s=options.timeout_s,
+            waiting=lambda *waited: waiting(self._label, *waited),
+        )
 
     def __enter__(self) -> _Files:
         return self
@@ -351,7 +403,7 @@ class _Files:
 
     def of(self, label: str, settings: Settings) -> Path:
         """The network's file for these settings, whatever the threads. Raises WorkerError where it cannot be made."""
-        key = (label, replace(settings, threads=1))
+        key, self._label = (label, replace(settings, threads=1)), label
         if key not in self._made:
             self._made[key] = self._make(label, settings, self._folder / str(len(self._made)))
         return self._made[key]
@@ -407,8 +459,8 @@ def check_output(option: str, path: Path, suffixes: Sequence[str] = ()) -> None:
         raise UserError(f"{option} {path} cannot be written: {error.strerror}") from None
 
 
-def to_csv(rows: Sequence[Row]) -> bytes:
-    """A line per row (COLUMNS); latencies in ms, throughput in images/s."""
+def to_csv(rows: Sequence[Row], failed: Sequence[Row] = ()) -> bytes:
+    """A line per row (COLUMNS); latencies in ms, throughput in images/s. What failed has its error alone."""
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
@@ -416,6 +468,7 @@ def to_csv(rows: Sequence[Row]) -> bytes:
         (ci_low, ci_high), (ratio_low, ratio_high) = row["ci"], row["ratio_ci"]
         flat = {"ci_low_ms": ci_low, "ci_high_ms": ci_high, "ratio_low": ratio_low, "ratio_high": ratio_high}
         writer.writerow(row | flat)
+    writer.writerows(failed)
     return text.getvalue().encode()
 
 

@@ -319,24 +319,31 @@ def bench(
     rounds: Annotated[
         int | None, typer.Option(help="Rounds; every network is timed in each.  [default: 30; 6 with --suite]")
     ] = None,
+    timeout: Annotated[
+        str | None,
+        typer.Option(
+            help="Time for a network to load and warm up, and for each of its rounds: 90s, 10m.  [default: 10m]"
+        ),
+    ] = None,
     csv: Annotated[Path | None, typer.Option(help="Write the table here.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the latencies: a .png, .svg or .pdf.")] = None,
     as_json: Json = False,
 ) -> None:
     """Measure networks side by side, in every combination of runtimes, precisions, batch sizes and threads.
 
-    All in one interleaved run; ratios are to the first row. Exit codes: 0 all were measured, 2 bad input, or some could
-    not be measured (the others are told).
+    All in one interleaved run; ratios are to the first row. Ctrl-C tells the rounds made until then. Exit codes: 0 all
+    were measured, 2 bad input, or some could not be measured (the others are told), 130 Ctrl-C.
     """
     import itertools
 
-    from nas.bench import PLOTS, Options, check_output, parse_shape, run_bench, to_csv, to_plot
+    from nas.bench import PLOTS, TIMEOUT_S, Options, check_output, parse_shape, run_bench, to_csv, to_plot
     from nas.display import show_bench, watch_phases
     from nas.files import replace_file
     from nas.hardware import busy_line, describe
     from nas.measure import device_lock
     from nas.measure.protocol import MAX_ROUNDS, SURE_ROUNDS
     from nas.targets import find_target
+    from nas.units import parse_duration
 
     if rounds is None:
         rounds = SURE_ROUNDS if suite else MAX_ROUNDS
@@ -357,6 +364,7 @@ def bench(
             (data, "--data"),
             (throughput_at, "--throughput-at"),
             (shape, "--shape"),
+            (timeout, "--timeout"),
             (plot, "--plot"),
         ):
             if given:
@@ -384,21 +392,25 @@ def bench(
         throughput_at=throughput_at,
         shapes=dict(map(parse_shape, shape or ())),
         data=data,
+        timeout_s=parse_duration(timeout) if timeout else TIMEOUT_S,
     )
     with device_lock(device):  # what another vitnas does there is not this machine's load
         hardware = describe(max(settings, key=lambda each: each.threads))
-    with watch_phases() as (progress, _):
-        found = run_bench(options, progress)
+    with watch_phases() as (progress, say):
+        found = run_bench(options, progress, say)
     if line := busy_line(hardware):
         found.notes.insert(0, f"{line[:1].upper()}{line[1:]}.")
     if as_json:
-        print(json.dumps({"results": found.rows, "hardware": hardware, "notes": found.notes}, indent=1))
+        told = {"results": found.rows, "failed": found.failed, "hardware": hardware, "notes": found.notes}
+        print(json.dumps(told, indent=1))
     elif found.rows:
         show_bench(found.rows, found.notes)
     if found.rows and csv:
-        replace_file(csv, to_csv(found.rows))
+        replace_file(csv, to_csv(found.rows, found.failed))
     if found.rows and plot:
         replace_file(plot, to_plot(found.rows, plot.suffix))
+    if found.interrupted:
+        raise KeyboardInterrupt
     if found.errors:
         raise UserError("; ".join(found.errors))
 

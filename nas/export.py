@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -294,13 +295,17 @@ class Exporter:
     """`write_artifact` in a child process: a network that crashes it, or fills its memory, is a WorkerError.
 
     images: what int8 is calibrated on, see `lower_precision`. module: what the child runs, with "export" among its
-    methods (see `export_here`).
+    methods (see `export_here`). waiting: see `Worker`.
     """
 
     def __init__(
-        self, images: np.ndarray | None = None, module: str = "nas.export", timeout_s: float = EXPORT_TIMEOUT_S
+        self,
+        images: np.ndarray | None = None,
+        module: str = "nas.export",
+        timeout_s: float = EXPORT_TIMEOUT_S,
+        waiting: Callable[[float, float], None] | None = None,
     ) -> None:
-        self._images, self._module, self._timeout_s = images, module, timeout_s
+        self._images, self._module, self._timeout_s, self._waiting = images, module, timeout_s, waiting
         self._worker: Worker | None = None
 
     def __enter__(self) -> Exporter:
@@ -326,7 +331,7 @@ class Exporter:
         if not self.running:
             if self._worker is not None:
                 self._worker.close()
-            self._worker = Worker(self._module)
+            self._worker = Worker(self._module, waiting=self._waiting)
         answer = self._worker.call(
             method, self._timeout_s, settings=asdict(settings), stem=str(stem), images=images, **source
         )

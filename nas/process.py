@@ -39,6 +39,7 @@ BEAT_S = 10  # a distant child hears from its parent this often,
 SILENCE_S = 60  # and ends where it has not for so long
 REASON_LENGTH = 500
 LONGEST = 1 << 30  # bytes of an answer
+TOLD_S, TOLD_AGAIN_S = 10, 60  # of waiting for an answer
 ENTER = "from nas.process import _enter; _enter()"
 GREETING = b'{"result": {}}'
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -66,6 +67,7 @@ class Worker:
     via: makes the command, and what is written to it first, of a start document for `_enter`; with any other than
     `here` the child is on another machine. It then ends at the end of its input or after SILENCE_S without a byte,
     and gets a blank line every BEAT_S; `pause`, `resume` and `pid` are those of the command and of no use.
+    waiting: called with the seconds waited for an answer and the most there are, after TOLD_S and every TOLD_AGAIN_S.
 
     The child runs in a session of its own, so the terminal's Ctrl-C does not reach it. On Linux the
     kernel kills it when the thread that created the Worker ends: create it in a thread that stays.
@@ -82,11 +84,13 @@ class Worker:
         cpus: list[int] | None = None,
         log: Path | None = None,
         via: Callable[[dict[str, Any]], tuple[list[str], bytes]] = here,
+        waiting: Callable[[float, float], None] | None = None,
     ):
         distant = via is not here
         command, opening = via({"module": module, "cpus": cpus, "distant": distant})
         self.last_words = ""  # the last line the child printed, once it has ended by itself
         self._ended: str | None = None  # why no call can succeed any more
+        self._waiting = waiting or (lambda *_: None)
         self._ready = False
         self._received = b""
         with disk_errors(log.parent if log else temporary_folder()):
@@ -236,10 +240,15 @@ class Worker:
         """Blocks until one whole line has come, until the deadline; timeout_s is told."""
         if self._ended:
             raise WorkerError(self._ended)
-        source = self._process.stdout.fileno()
+        source, begun, told_at = self._process.stdout.fileno(), time.monotonic(), TOLD_S
         while b"\n" not in self._received:
-            left = deadline - time.monotonic()
-            ready = [key.fd for key, _ in self._selector.select(max(0, left))]
+            waited = time.monotonic() - begun
+            left = deadline - begun - waited
+            ready = [key.fd for key, _ in self._selector.select(max(0, min(left, told_at - waited)))]
+            if not ready and left > told_at - waited:
+                self._waiting(told_at, deadline - begun)
+                told_at += TOLD_AGAIN_S
+                continue
             if left < 0 or not ready:
                 raise WorkerError(self._end(f"no answer in {timeout_s:.3g} s"))
             data = os.read(source, 1 << 16) if source in ready else b""  # of a dead child another may hold the pipe

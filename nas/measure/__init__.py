@@ -13,12 +13,13 @@ from pathlib import Path
 from nas import process
 from nas.measure import protocol, remote, runtime
 from nas.measure.locks import device_lock, in_turn
-from nas.measure.protocol import MAX_ROUNDS, MeasureError, Measurement, Measurer
+from nas.measure.protocol import MAX_ROUNDS, Interrupted, MeasureError, Measurement, Measurer
 from nas.measure.remote import LinkLost, RemoteMeasurer, is_remote
 from nas.measure.runtime import RUNTIMES, Runtime, Settings
 
 __all__ = [
     "RUNTIMES",
+    "Interrupted",
     "LinkLost",
     "MeasureError",
     "Measurement",
@@ -75,8 +76,9 @@ def compare(
     rounds: int = MAX_ROUNDS,
     progress: Callable[[int, int], None] | None = None,
     timeout_s: float | None = None,
+    waiting: Callable[[str, float, float], None] = lambda *_: None,
 ) -> dict[str, Measurement | MeasureError]:
     """`protocol.compare` on the device's machine."""
     first = next(iter(settings.values()), None) if isinstance(settings, Mapping) else settings
     compared = remote.compare if first and is_remote(first.device) else protocol.compare
-    return compared(paths, settings, rounds, progress, timeout_s)
+    return compared(paths, settings, rounds, progress, timeout_s, waiting)

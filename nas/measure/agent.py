@@ -72,10 +72,10 @@ class Agent:
         self.measurers.pop(measurer).__exit__()
 
     def compare(self, names: dict[str, str], settings: dict[str, dict], rounds: int, timeout_s: float | None) -> dict:
-        """Per network {"value": Measurement} or {"failed": line}; tells (rounds done, rounds)."""
+        """Per network {"value": Measurement} or {"failed": line}; tells (rounds done, rounds) and ("waiting", ...)."""
         paths = {key: FILES / name for key, name in names.items()}
         own = {key: Settings(**fields) for key, fields in settings.items()}
-        results = protocol.compare(paths, own, rounds, tell, timeout_s)
+        results = protocol.compare(paths, own, rounds, tell, timeout_s, lambda *what: tell("waiting", *what))
         return {
             key: {"failed": str(result)} if isinstance(result, MeasureError) else {"value": dataclasses.asdict(result)}
             for key, result in results.items()

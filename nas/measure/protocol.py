@@ -33,6 +33,14 @@ class MeasureError(RuntimeError):
     """A network that could not be measured: one line that says why."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C in `compare`. results: of the whole rounds made until then, `done` in number."""
+
+    def __init__(self, results: "dict[str, Measurement | MeasureError]", done: int):
+        super().__init__()
+        self.results, self.done = results, done
+
+
 def median_interval(values: Sequence[float]) -> tuple[float, float]:
     """Distribution-free 95% confidence interval of the median, by order statistics.
 
@@ -258,14 +266,17 @@ def compare(
     rounds: int = MAX_ROUNDS,
     progress: Callable[[int, int], None] | None = None,
     timeout_s: float | None = None,
+    waiting: Callable[[str, float, float], None] = lambda *_: None,
 ) -> dict[str, Measurement | MeasureError]:
     """Latencies of several networks side by side, by name: one process each, one running at a time.
 
     settings: of all of them, or of each by its name; one device. The order changes from round to round (fixed seed), so
-    that none always follows the same one. A
-    network that fails, or does not answer in timeout_s (None: its runtime's patience), has its MeasureError as its
-    value. progress is
-    called with (rounds done, rounds). The caller holds `device_lock`.
+    that none always follows the same one. A network that fails, or does not answer in timeout_s (None: its runtime's
+    patience), has its MeasureError as its value. progress is called with (rounds done, rounds), waiting with a network
+    that does not answer and what `Worker` says of it. The caller holds `device_lock`.
+
+    Raises:
+        Interrupted: Ctrl-C.
     """
     results: dict[str, Measurement | MeasureError] = {name: Measurement() for name in paths}
     models: dict[str, _Model] = {}
@@ -274,7 +285,9 @@ def compare(
     limits_s = {name: timeout_s or RUNTIMES[own[name].runtime].patience_s for name in paths}
 
     def load(name: str, result: Measurement, deadline: float) -> None:
-        models[name] = stack.enter_context(contextlib.closing(_Model(own[name])))
+        models[name] = stack.enter_context(
+            contextlib.closing(_Model(own[name], waiting=lambda *waited: waiting(name, *waited)))
+        )
         models[name].load(paths[name], deadline)
         result.load_s = time.monotonic() - (deadline - limits_s[name])
         models[name].warm_up(deadline)
@@ -282,30 +295,51 @@ def compare(
     def add_round(name: str, result: Measurement, deadline: float) -> None:
         result.rounds_ms.append(models[name].time_slice(deadline))
 
+    done = -1
     with contextlib.ExitStack() as stack:
-        for done in range(rounds + 1):
-            step = add_round if done else load
-            for name in order.sample(list(paths), len(paths)):
-                result = results[name]
-                if isinstance(result, MeasureError):
-                    continue
-                started = time.monotonic()
-                try:
-                    step(name, result, started + limits_s[name])
-                    result.wall_s += time.monotonic() - started
-                except WorkerError as error:
-                    models[name].close()
-                    results[name] = MeasureError(str(error))
-            if progress:
-                progress(done, rounds)
+        try:
+            for number in range(rounds + 1):
+                step = add_round if number else load
+                for name in order.sample(list(paths), len(paths)):
+                    result = results[name]
+                    if isinstance(result, MeasureError):
+                        continue
+                    started = time.monotonic()
+                    try:
+                        step(name, result, started + limits_s[name])
+                        result.wall_s += time.monotonic() - started
+                    except WorkerError as error:
+                        if name in models:
+                            models[name].close()
+                        results[name] = MeasureError(str(error))
+                done = number
+                if progress:
+                    progress(done, rounds)
+        except KeyboardInterrupt:
+            raise Interrupted(_whole_rounds(results, done), max(0, done)) from None
     return results
+
+
+def _whole_rounds(
+    results: Mapping[str, Measurement | MeasureError], done: int
+) -> dict[str, Measurement | MeasureError]:
+    """What was interrupted in the round after `done`, up to it."""
+    found = {}
+    for name, result in results.items():
+        if isinstance(result, Measurement):
+            kept = dataclasses.replace(result, rounds_ms=result.rounds_ms[: max(0, done)])
+            result = kept if kept.rounds_ms else MeasureError("interrupted before its first round")
+        found[name] = result
+    return found
 
 
 class _Model:
     """One network in a pinned process, stopped by SIGSTOP unless it is asked for something."""
 
-    def __init__(self, settings: Settings, log: Path | None = None):
-        self._worker = Worker(WORKER, usable_cpus()[: settings.threads], log)
+    def __init__(
+        self, settings: Settings, log: Path | None = None, waiting: Callable[[float, float], None] | None = None
+    ):
+        self._worker = Worker(WORKER, usable_cpus()[: settings.threads], log, waiting=waiting)
         self._worker.send("start", settings=dataclasses.asdict(settings))
 
     def load(self, path: Path, deadline: float) -> None:

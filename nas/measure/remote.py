@@ -405,19 +405,29 @@ def compare(
     rounds: int = MAX_ROUNDS,
     progress: Callable[[int, int], None] | None = None,
     timeout_s: float | None = None,
+    waiting: Callable[[str, float, float], None] = lambda *_: None,
 ) -> dict[str, Measurement | MeasureError]:
-    """As `nas.measure.protocol.compare`; begins again where the connection is lost, UserError at the third time."""
+    """As `nas.measure.protocol.compare`, but Ctrl-C loses the rounds made.
+
+    It begins again where the connection is lost, UserError at the third time.
+    """
     own = settings if isinstance(settings, Mapping) else dict.fromkeys(paths, settings)
     if not paths:
         return {}
     per_round_s = sum(timeout_s or RUNTIMES[own[name].runtime].patience_s for name in paths) + GRACE_S
+
+    def told(*what: Any) -> None:
+        if what[0] == "waiting":
+            waiting(*what[1:])
+        elif progress:
+            progress(*what)
 
     def attempt(connection: Connection) -> dict[str, Measurement | MeasureError]:
         with connection.files(paths.values()) as names:
             answers = connection.call(
                 "compare",
                 per_round_s,
-                progress,
+                told,
                 names=dict(zip(paths, names, strict=True)),
                 settings={name: there(own[name]) for name in paths},
                 rounds=rounds,

@@ -14,7 +14,7 @@ import pytest
 from nas import bench
 from nas.bench import OnnxInput, Options, check_output, is_tie, parse_shape, run_bench, to_csv, to_plot
 from nas.errors import UserError
-from nas.measure import MeasureError, Measurement, Settings
+from nas.measure import Interrupted, MeasureError, Measurement, Settings
 from nas.targets import Target, TimmNetwork, find_arch, find_target
 
 KEYS = [
@@ -69,7 +69,7 @@ def given(monkeypatch: pytest.MonkeyPatch) -> Callable[[Mapping[str, list[float]
     def install(medians: Mapping[str, list[float] | str]) -> list:
         asked: list[tuple[str, Settings]] = []
 
-        def compare(paths, settings, rounds, progress, timeout_s):
+        def compare(paths, settings, rounds, progress, timeout_s, waiting):
             assert list(paths) == list(settings)
             found = {}
             for name, path in paths.items():
@@ -155,7 +155,10 @@ def test_the_others_are_told_where_one_fails(vitnas, onnx_file, tmp_path: Path, 
     assert err.count("\n") == 1
     assert "bad.onnx: " in err
     assert "Unheard" in err
-    assert [row["ratio"] for row in csv.DictReader(Path("bench.csv").read_text().splitlines())] == ["1.0"]
+    first, second = csv.DictReader(Path("bench.csv").read_text().splitlines())
+    assert (first["model"], first["ratio"], first["error"]) == ("good.onnx", "1.0", "")
+    assert (second["model"], second["threads"], second["ratio"]) == ("bad.onnx", "1", "")
+    assert "Unheard" in second["error"]
 
 
 def test_int8_calibrated_on_images(onnx_file, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,16 +251,67 @@ def test_what_fails_is_told_and_the_ratio_is_to_the_first_row(given) -> None:
     found = run_bench(options("a", "b", "c"))
     assert [(row["model"], row["ratio"]) for row in found.rows] == [("b", 1), ("c", 1.5)]
     assert found.errors == ["a: it broke"]
+    assert found.failed == [
+        {"model": "a"} | {key: getattr(Settings(), key) for key in bench.SETTINGS} | {"error": "it broke"}
+    ]
 
 
 def test_what_cannot_be_prepared_is_told(onnx_file, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "compare", lambda paths, *_: dict.fromkeys(paths, Measurement([[1.0]] * 6)))
-    path = onnx_file(operator="Unheard")
-    found = run_bench(Options([find_target(path)], (Settings(precision="int8"),)))
+    monkeypatch.setattr("nas.process.TOLD_S", 0.01)
+    path, said = onnx_file(operator="Unheard"), []
+    found = run_bench(Options([find_target(path)], (Settings(precision="int8"),)), say=said.append)
+    assert said[0] == f"waiting for {path}: no answer for 0 s, given up after 600 s (--timeout)"
     assert found.rows == []
     assert len(found.errors) == 1
     assert found.errors[0].startswith(f"{path}: cannot be prepared: ")
     assert "Unheard" in found.errors[0]
+
+
+def test_what_is_waited_for_is_told(given, vitnas, monkeypatch: pytest.MonkeyPatch) -> None:
+    given({"efficientvit_m0": [1.0] * 6, "shvit_s1": "no answer in 90 s"})
+    compare = bench.compare
+
+    def slow(paths, settings, rounds, progress, timeout_s, waiting):
+        for waited_s in (5, 5, 65):
+            waiting("1", waited_s, timeout_s)
+        return compare(paths, settings, rounds, progress, timeout_s, waiting)
+
+    monkeypatch.setattr(bench, "compare", slow)
+    code, out, err = vitnas("bench", "efficientvit_m0", "shvit_s1", "--timeout", "90s", "--json")
+    assert code == 2
+    assert err.splitlines() == [
+        "waiting for shvit_s1: no answer for 5 s, given up after 90 s (--timeout)",
+        "waiting for shvit_s1: no answer for 65 s, given up after 90 s (--timeout)",
+        "vitnas: shvit_s1: no answer in 90 s",
+    ]
+    found = json.loads(out)
+    assert [row["model"] for row in found["results"]] == ["efficientvit_m0"]
+    assert [(row["model"], row["error"]) for row in found["failed"]] == [("shvit_s1", "no answer in 90 s")]
+
+
+@pytest.mark.parametrize(("done", "coverage"), [(6, ""), (2, ": intervals cover less than 95%"), (0, None)])
+def test_ctrl_c_tells_the_rounds_made(
+    vitnas, given, tmp_path: Path, monkeypatch, done: int, coverage: str | None
+) -> None:
+    given({})
+    results = {"0": Measurement([[1.0] * 3] * done), "1": MeasureError("it broke"), "2": Measurement([[2.0]] * done)}
+
+    def compare(*_: object) -> None:
+        raise Interrupted(results, done)
+
+    monkeypatch.setattr(bench, "compare", compare)
+    table = tmp_path / "bench.csv"
+    code, out, err = vitnas("bench", "efficientvit_m0", "shvit_s1", "levit_128s", "--csv", str(table))
+    assert (code, err) == (130, "interrupted\n")
+    if coverage is None:
+        assert out == ""
+        assert not table.exists()
+    else:
+        assert "2.000" in out
+        assert f"Interrupted: {done} of 30 rounds were made{coverage}.\nshvit_s1: it broke\n" in out
+        rows = list(csv.DictReader(table.read_text().splitlines()))
+        assert [row["model"] for row in rows] == ["efficientvit_m0", "levit_128s", "shvit_s1"]
 
 
 def test_a_network_named_twice_is_measured_once(given) -> None:
@@ -433,6 +487,7 @@ def test_parse_shape() -> None:
         (("--throughput-at", "100000000"), ("memory",)),
         (("--threads", "1", "--threads", "4096"), ("threads is 4096",)),
         (("--rounds", "5"), ("--rounds is 5", "6 or more")),
+        (("--timeout", "soon"), ("timeout 'soon'", "90s")),
         (("--runtime", "onnxruntime", "--runtime", "onxruntime"), ("unknown runtime", "onnxruntime")),
         (("--precision", "fp32", "--precision", "fp31"), ("unknown precision", "fp32")),
         (("--runtime", "onnxruntime", "--runtime", "torch", "--precision", "int8"), ("runtime torch", "int8")),

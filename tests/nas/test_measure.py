@@ -25,6 +25,7 @@ from scipy.stats import binom
 from nas import process
 from nas.errors import UserError
 from nas.measure import (
+    Interrupted,
     MeasureError,
     Measurement,
     Measurer,
@@ -639,6 +640,60 @@ def test_compare_loses_only_what_fails(network: Callable[[str], Path]) -> None:
     assert results["fast"].p50_ms < results["slow"].p50_ms
     assert len(results["fast"].rounds_ms) == len(results["slow"].rounds_ms) == 5
     assert done == [(n, 5) for n in range(6)]
+
+
+def test_compare_tells_what_it_waits_for(network: Callable[[str], Path], tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(process, "TOLD_S", 0.05)
+    heard = tmp_path / "heard"
+
+    def waiting(name: str, waited_s: float, most_s: float) -> None:
+        told.append((name, waited_s))
+        assert 0 < most_s <= 60
+        if name == "hangs":
+            heard.touch()
+
+    told: list[tuple[str, float]] = []
+    hang = f"while not os.path.exists({str(heard)!r}): time.sleep(0.01)\nraise RuntimeError('heard')"
+    paths = {"hangs": network(hang), "fine": network("time.sleep(0.001)")}
+    results = compare(paths, Settings(), 3, waiting=waiting)
+    assert ("hangs", 0.05) in told
+    assert str(results["hangs"]) == "RuntimeError: heard"
+    assert len(results["fine"].rounds_ms) == 3
+
+
+class Timed:
+    """A network of no process, timed in a millisecond; Ctrl-C comes in the slice after the last."""
+
+    last = 5
+
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
+
+    def time_slice(self, deadline: float) -> list[float]:
+        if not Timed.last:
+            raise KeyboardInterrupt
+        Timed.last -= 1
+        return [1.0]
+
+    def load(self, *_: object) -> None: ...
+
+    warm_up = close = load
+
+
+def test_ctrl_c_in_a_comparison_keeps_whole_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "_Model", Timed)
+    monkeypatch.setattr(Timed, "last", 5)
+    with pytest.raises(Interrupted) as caught:
+        compare({"a": Path("a"), "b": Path("b")}, Settings(), 9)
+    assert isinstance(caught.value, KeyboardInterrupt)
+    assert caught.value.done == 2
+    assert {name: result.rounds_ms for name, result in caught.value.results.items()} == {
+        name: [[1.0], [1.0]] for name in "ab"
+    }
+    with pytest.raises(Interrupted) as caught:
+        compare({"a": Path("a")}, Settings(), 9)
+    assert caught.value.done == 0
+    assert str(caught.value.results["a"]) == "interrupted before its first round"
 
 
 def test_compare_of_several_settings(network: Callable[[str], Path]) -> None:
