@@ -24,6 +24,12 @@ KEYS = [
 FAST = ("--rounds", "6", "--threads", "1")
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is said of a slow machine."""
+    monkeypatch.setattr("nas.process.TOLD_S", 1000)
+
+
 @pytest.fixture
 def onnx_file(tmp_path: Path) -> Callable[..., str]:
     """Writes a small network: inputs by name, each (type, sizes); a size may be a name or None."""
@@ -251,9 +257,7 @@ def test_what_fails_is_told_and_the_ratio_is_to_the_first_row(given) -> None:
     found = run_bench(options("a", "b", "c"))
     assert [(row["model"], row["ratio"]) for row in found.rows] == [("b", 1), ("c", 1.5)]
     assert found.errors == ["a: it broke"]
-    assert found.failed == [
-        {"model": "a"} | {key: getattr(Settings(), key) for key in bench.SETTINGS} | {"error": "it broke"}
-    ]
+    assert [(row["model"], row["threads"], row["error"]) for row in found.failed] == [("a", 1, "it broke")]
 
 
 def test_what_cannot_be_prepared_is_told(onnx_file, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,7 +277,7 @@ def test_what_is_waited_for_is_told(given, vitnas, monkeypatch: pytest.MonkeyPat
     compare = bench.compare
 
     def slow(paths, settings, rounds, progress, timeout_s, waiting):
-        for waited_s in (5, 5, 65):
+        for waited_s in (10, 10, 70):
             waiting("1", waited_s, timeout_s)
         return compare(paths, settings, rounds, progress, timeout_s, waiting)
 
@@ -281,8 +285,8 @@ def test_what_is_waited_for_is_told(given, vitnas, monkeypatch: pytest.MonkeyPat
     code, out, err = vitnas("bench", "efficientvit_m0", "shvit_s1", "--timeout", "90s", "--json")
     assert code == 2
     assert err.splitlines() == [
-        "waiting for shvit_s1: no answer for 5 s, given up after 90 s (--timeout)",
-        "waiting for shvit_s1: no answer for 65 s, given up after 90 s (--timeout)",
+        "waiting for shvit_s1: no answer for 10 s, given up after 90 s (--timeout)",
+        "waiting for shvit_s1: no answer for 70 s, given up after 90 s (--timeout)",
         "vitnas: shvit_s1: no answer in 90 s",
     ]
     found = json.loads(out)
@@ -519,7 +523,7 @@ def test_a_full_disk_leaves_no_half_file(vitnas, given, tmp_path: Path, fill_dis
     table.write_text("old")
     fill_disk()
     code, _, err = vitnas("bench", "efficientvit_m0", "--csv", str(table))
-    assert (code, err.count("\n")) == (2, 1)
+    assert (code, err.count("\n")) == (1, 1)
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("bench.csv", "old")]
 
 
