@@ -17,6 +17,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import reduce
@@ -36,7 +37,7 @@ from torch import Tensor, nn
 from nas.data import Batch
 from nas.errors import TrainingError, UserError
 from nas.files import replace_file
-from nas.train import Accuracy, batches_for, evaluate
+from nas.train import Accuracy, batches_for, evaluate, out_of_memory
 from pruning.slicing import significant
 from search_spaces import Arch, ArchError, table
 from search_spaces.registry import FAMILIES
@@ -393,20 +394,51 @@ class Supernet:
             self._kept[arch] = found
         return found
 
-    def step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def step(self, images: Tensor, labels: Tensor, parts: int = 1) -> tuple[Tensor, Tensor]:
         """Leave the gradients of one sandwich at the owner's parameters.
+
+        Args:
+            parts: in which the images come, for want of memory.
 
         Returns:
             The largest candidate's loss on the labels, and the others' mean cross-entropy to its output.
         """
         torch._foreach_zero_([parameter.grad for parameter in self.owner.parameters()])
         others = [self.smallest, *(self._draw(self._random) for _ in range(RANDOM))]
+        pieces = zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True)
+        found = [self._sandwich(others, *piece, len(labels)) for piece in pieces]
+        loss, other = torch.stack([torch.stack(each) for each in found]).sum(0)
+        return loss, other
+
+    def _sandwich(self, others: Sequence[Arch], images: Tensor, labels: Tensor, total: int) -> tuple[Tensor, Tensor]:
+        """Losses of some of a step's `total` images, weighted by their share."""
+        share = len(labels) / total
         logits, loss = self._learn(
-            self.largest, images, lambda logits: F.cross_entropy(logits, labels, label_smoothing=LABEL_SMOOTHING)
+            self.largest,
+            images,
+            lambda logits: share * F.cross_entropy(logits, labels, label_smoothing=LABEL_SMOOTHING),
         )
         wanted = logits.softmax(1)
-        losses = [self._learn(arch, images, lambda logits: F.cross_entropy(logits, wanted))[1] for arch in others]
+        losses = [
+            self._learn(arch, images, lambda logits: share * F.cross_entropy(logits, wanted))[1] for arch in others
+        ]
         return loss, torch.stack(losses).mean()
+
+    def _step_within_memory(self, images: Tensor, labels: Tensor) -> Tensor:
+        """As `step`; where memory does not suffice its images come in twice as many parts, from then on. The largest
+        candidate's loss."""
+        while True:
+            try:
+                return self.step(images, labels, min(self._parts, len(labels) // 2))[0]
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+            self._parts *= 2
+            if len(labels) // self._parts < 2:
+                raise TrainingError("the supernet ran out of memory with two images: lower --resolution")
+            self._kept.clear()  # their gradients may be half added
+            at_once = -(-len(labels) // self._parts)
+            print(f"out of memory: the supernet goes on with {at_once} images at a time", file=sys.stderr)
 
     def _learn(self, arch: Arch, images: Tensor, loss: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         candidate = self.candidate(arch)
@@ -437,9 +469,11 @@ class Supernet:
             progress: called after each update with images done, images in all, and the largest candidate's loss.
 
         Raises:
-            TrainingError: the loss is no longer finite. UserError: no batch holds two images.
+            TrainingError: the loss is no longer finite, or there is no memory for two images. UserError: no batch holds
+                two images.
         """
         random_seed(seed)
+        self._parts = 1
         self._random = np.random.default_rng(seed)
         self.to(device)
         optimizer = create_optimizer_v2(self.owner, "adamw", lr=lr, weight_decay=WEIGHT_DECAY)
@@ -448,8 +482,8 @@ class Supernet:
         )
         for done, (inputs, labels) in batches_for(loader, images):
             schedule.step_update(done)
-            loss, _ = self.step(inputs.to(self.device, memory_format=torch.channels_last), labels.to(self.device))
-            value = loss.item()
+            inputs = inputs.to(self.device, memory_format=torch.channels_last)
+            value = self._step_within_memory(inputs, labels.to(self.device)).item()
             if not math.isfinite(value):
                 epoch = 1 + done // len(loader.dataset) if hasattr(loader, "dataset") else 1
                 raise TrainingError(f"the supernet's loss is {value} after {done:,} images", epoch)

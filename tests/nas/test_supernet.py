@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nas.errors import UserError
+from nas.errors import TrainingError, UserError
 from nas.supernet import Candidate, Supernet, maximum
 from pruning import slice_weights
 from search_spaces import Arch, get_arch, table
@@ -195,6 +195,46 @@ def test_training_lowers_the_loss_of_the_largest_and_the_smallest(helpers: Modul
     again.step(*batches[0])
     again.train(batches, 320, 4e-3, seed=0)
     assert all(torch.equal(a, b) for a, b in zip(net.owner.parameters(), again.owner.parameters(), strict=True))
+
+
+def test_want_of_memory_halves_the_batch(helpers: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The images of a step are the same, in parts; where not even two fit, the training fails in one line."""
+    archs, batches, learn = small_shvits(helpers), digits(64), Supernet._learn
+    sizes: list[int] = []
+    room = 4
+
+    def crowded(net: Supernet, arch: Arch, images: Tensor, loss: object) -> tuple[Tensor, Tensor]:
+        sizes.append(len(images))
+        found = learn(net, arch, images, loss)
+        if len(images) > room:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes")
+        return found
+
+    monkeypatch.setattr(Supernet, "_learn", crowded)
+    net = Supernet.among(archs)
+    net.train(batches, 64, 1e-3, seed=0)
+    assert sizes[:2] == [16, 8]
+    assert set(sizes[2:]) == {4}
+    assert len(sizes) == 2 + 4 * 4 * 4, "steps, parts and networks"
+    room = 1
+    with pytest.raises(TrainingError, match="memory with two images"):
+        Supernet.among(archs).train(batches, 64, 1e-3, seed=0)
+
+
+def test_parts_add_up_to_the_whole_s_gradient(helpers: ModuleType) -> None:
+    """Without BatchNorm's statistics, which are of each part."""
+    images, labels = digits(16)[0]
+    found = []
+    for parts in (1, 4):
+        net = Supernet.among(small_shvits(helpers))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(nn.BatchNorm2d, "train", lambda self, mode=True: nn.Module.train(self, False))
+            patch.setattr(nn.BatchNorm1d, "train", lambda self, mode=True: nn.Module.train(self, False))
+            losses = net.step(images, labels, parts)
+        found.append((losses, [parameter.grad for parameter in net.owner.parameters()]))
+    (one, whole), (other, parted) = found
+    assert torch.allclose(torch.stack(one), torch.stack(other), rtol=1e-4)
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(whole, parted, strict=True))
 
 
 def test_evaluating_calibrates_a_copy_of_the_statistics(helpers: ModuleType) -> None:
