@@ -541,8 +541,8 @@ def train(
 ) -> None:
     """Train a network on images; the accuracy told is that of the last epoch's weights, never of the best one.
 
-    The same command continues an interrupted training after its last finished epoch. Exit codes: 0 done, 1 the loss
-    was no longer finite (weights of the epoch before are kept), 2 bad input.
+    The same command continues an interrupted training after its last finished epoch. Exit codes: 0 done, 1 the training
+    or its ONNX file failed (weights of the last good epoch are kept) or the disk is full, 2 bad input.
     """
     from nas.display import show_train, watch_images
     from nas.training import Options, check_device, choose_recipe, default_folder, default_workers

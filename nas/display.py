@@ -337,18 +337,22 @@ def show_train(data: Mapping[str, Any], folder: Path, to_stderr: bool) -> None:
     if final is None:
         console.print("No epoch was finished.")
         return
-    low, high = final["ci"]
-    console.print(
-        f"Top-1 {final['top1']:.1f}% [{low:.1f}..{high:.1f}] on {final['val_images']:,} validation images of "
-        f"{data['data']['name']}: {final['of']}, epoch {final['epoch']} of {data['recipe']['epochs']}, "
-        f"recipe {data['recipe']['name']}."
-    )
+    if "top1" not in final:
+        console.print(f"Epoch {final['epoch']} was not judged.")
+    else:
+        low, high = final["ci"]
+        console.print(
+            f"Top-1 {final['top1']:.1f}% [{low:.1f}..{high:.1f}] on {final['val_images']:,} validation images of "
+            f"{data['data']['name']}: {final['of']}, epoch {final['epoch']} of {data['recipe']['epochs']}, "
+            f"recipe {data['recipe']['name']}."
+        )
     seconds = sum(row["seconds"] for row in data["epochs"])
     console.print(
         f"{data['params'] / 1e6:.2f} M parameters, {data['macs'] / 1e6:.0f} MMACs at {data['resolution']} px; "
         f"trained in {clock(seconds)} at {final['images_per_s']:.0f} images/s."
     )
-    console.print(f"Network: {folder} (model.safetensors, model.onnx, metrics.json)")
+    files = (name for name in ("model.safetensors", "model.onnx", "metrics.json") if (folder / name).is_file())
+    console.print(f"Network: {folder} ({', '.join(files)})")
 
 
 WIDTHS = ("embed", "heads", "qk", "v", "ffn", "ratio")

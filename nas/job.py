@@ -71,9 +71,15 @@ class Job:
         if not path.is_file():
             self.state = State(options, now())
             return
-        self.state = State(**json.loads(path.read_text()))
+        try:
+            self.state = State(**json.loads(path.read_text()))
+            begun_with = dict(self.state.options)
+        except (ValueError, TypeError):
+            raise UserError(
+                f"{path} is damaged or not vitnas's: give another --out, or remove it to begin anew"
+            ) from None
         for key, value in options.items():
-            known = self.state.options.get(key)
+            known = begun_with.get(key)
             if known != value:
                 raise UserError(f"{folder} holds another run ({key} {known}, not {value}): give another --out")
 

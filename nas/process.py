@@ -337,12 +337,18 @@ def _answer(line: bytes) -> None:
     _answers.flush()
 
 
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the one that started it ends, where it can."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def _enter() -> None:
     """What a child does first: before this, its module's imports could print into the protocol."""
     global _requests, _answers
     start = json.loads(sys.argv[1])
+    die_with_parent()
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getpgid(0) == os.getpid():
             _guard(os.getpid())
         with contextlib.suppress(OSError):  # some containers forbid it

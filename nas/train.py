@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, TypeVar
 
 import numpy as np
@@ -135,7 +134,7 @@ class Training:
     over them, BatchNorm's statistics at each epoch's end, and rank 0 writes.
 
     epoch: epochs done. history: a row for each: epoch, loss (mean over updates), lr (last), images_per_s, seconds, and
-    what `validate` adds. images, updates: images an update, updates an epoch.
+    what `validate` adds. judged: whether the last row has that. images, updates: images an update, updates an epoch.
     """
 
     @failing_as("preparing the training")
@@ -175,7 +174,7 @@ class Training:
         """
         self.model, self.seed, self._checkpoint = model.to(device), seed, checkpoint
         self._validate, self._accumulate = validate, accumulate
-        self.epoch, self.history = 0, []
+        self.epoch, self.history, self.judged = 0, [], True
         self.rank, world = ranks()
         batch = min(recipe.batch_size, len(data)) // (world * accumulate)
         if batch < 2:
@@ -240,13 +239,22 @@ class Training:
             UserError: the checkpoint cannot be written, or the images are broken.
         """
         last = self.recipe.epochs if until is None else min(until, self.recipe.epochs)
+        if not self.judged:
+            self._judge()
         while self.epoch < last:
             with failing_as(f"training in epoch {self.epoch + 1}", self.epoch + 1):
-                row = self._train_epoch(progress)
-                if self._validate is not None:
-                    row |= self._validate(self.network)
-            self.history.append(row)
+                self.history.append(self._train_epoch(progress))
             self.epoch += 1
+            self.judged = False
+            self._judge()
+
+    def _judge(self) -> None:
+        """Validate the epoch that is done, and keep it even where that fails."""
+        try:
+            if self._validate is not None:
+                self.history[-1] |= self._validate(self.network)
+            self.judged = True
+        finally:
             self._save()
 
     def _train_epoch(self, progress: Callable[[int, int, float], None] | None) -> dict[str, Any]:
@@ -323,6 +331,7 @@ class Training:
                 "agree": self._agree,
                 "epoch": self.epoch,
                 "history": self.history,
+                "judged": self.judged,
                 "model": self.model.state_dict(),
                 "ema": self._ema.module.state_dict() if self._ema is not None else None,
                 "updater": self._updater.state(),
@@ -347,23 +356,36 @@ class Training:
         """
         state = None
         if self._checkpoint is not None and self.rank == 0 and self._checkpoint.is_file():
-            try:
+            with self._reading():
                 state = torch.load(self._checkpoint, map_location="cpu", weights_only=True)
-            except (RuntimeError, UnpicklingError, EOFError):
-                raise UserError(f"{self._checkpoint} is no checkpoint: remove it to begin anew") from None
         state = agreed(state)
         if state is None:
             return
-        for key, value in self._agree.items():
-            if state["agree"].get(key) != value:
-                raise UserError(
-                    f"{self._checkpoint} is of another training ({key} differs): remove it, or keep it elsewhere"
-                )
-        self.epoch, self.history = state["epoch"], state["history"]
-        self.model.load_state_dict(state["model"])
-        if self._ema is not None:
-            self._ema.module.load_state_dict(state["ema"])
-        self._updater.load(state["updater"])
+        with self._reading():
+            for key, value in self._agree.items():
+                if state["agree"].get(key) != value:
+                    raise UserError(
+                        f"{self._checkpoint} is of another training ({key} differs): remove it, or keep it elsewhere"
+                    )
+            self.model.load_state_dict(state["model"])
+            if self._ema is not None:
+                self._ema.module.load_state_dict(state["ema"])
+            self._updater.load(state["updater"])
+            self.epoch, self.history, self.judged = state["epoch"], state["history"], state["judged"]
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Whatever a damaged or foreign file raises, with or without torch's help, is told in one line."""
+        try:
+            yield
+        except (UserError, OSError, MemoryError):
+            raise
+        except Exception as error:
+            if out_of_memory(error):
+                raise
+            raise UserError(
+                f"{self._checkpoint} is damaged or no checkpoint of vitnas's: remove it to begin anew"
+            ) from None
 
 
 class Updater:

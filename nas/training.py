@@ -6,18 +6,20 @@ import json
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nas.errors import TrainingError, UserError, first_line
-from nas.export import save_network
+from nas.export import save_model, save_onnx
+from nas.files import folder_lock, replace_file
 from nas.job import Job, Progress, Say, now
 from nas.process import usable_cpus
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import nn
 
     from nas.data import ImageData
@@ -30,7 +32,9 @@ TIMM = "timm/"
 """Begins the names of timm's networks."""
 RESULT = "metrics.json"
 MAX_WORKERS = 8
+MOST, MOST_WORKERS = 1_000_000, 256
 EVALUATED_AT_ONCE = 256
+FEW = 8
 PATIENCE = timedelta(hours=1)
 """How long the other processes wait for the first one, which evaluates and writes."""
 
@@ -72,18 +76,22 @@ class Options:
         from nas.train import PRECISIONS
 
         recipe = self.recipe
-        for name, value, least in (
-            ("epochs", recipe.epochs, 1),
-            ("batch-size", recipe.batch_size, 2),
-            ("accumulate", self.accumulate, 1),
-            ("workers", self.workers, 0),
+        for name, value, least, most in (
+            ("epochs", recipe.epochs, 1, MOST),
+            ("batch-size", recipe.batch_size, 2, MOST),
+            ("accumulate", self.accumulate, 1, MOST),
+            ("workers", self.workers, 0, MOST_WORKERS),
+            ("seed", self.seed, 0, 2**32 - 1),
+            ("resolution", self.resolution, 1, MOST),
         ):
-            if value < least:
-                raise UserError(f"--{name} is {value}: give {least} or more")
+            if value is not None and not least <= value <= most:
+                raise UserError(f"--{name} is {value}: give {least} to {most}")
         if self.precision not in PRECISIONS:
             raise UserError(f"--precision {self.precision!r}: choose from {', '.join(PRECISIONS)}")
         if not 0 < recipe.lr < 1e3:
             raise UserError(f"--lr is {recipe.lr:g}: give a learning rate above 0, such as 1e-3")
+        if self.data is not None and self.folder.exists() and self.folder.resolve() == Path(self.data).resolve():
+            raise UserError(f"--out {self.folder} is the folder of the images: give another")
         if self.teacher is None and self.teacher_weights is not None:
             raise UserError("--teacher-weights needs --teacher")
 
@@ -147,9 +155,9 @@ def train(options: Options, command: str, say: Say, progress: Progress) -> dict[
     """
     from search_spaces import ArchError
 
-    with processes(options.device) as device:
+    with processes(options.device) as device, ExitStack() as locks:
         try:
-            return _Run(options, device, command, say, progress).run()
+            return _Run(options, device, command, say, progress, locks).run()
         except ArchError as error:
             raise UserError(str(error)) from None
 
@@ -157,23 +165,30 @@ def train(options: Options, command: str, say: Say, progress: Progress) -> dict[
 class _Run:
     """One run of the command, from its folder's state to its results."""
 
-    def __init__(self, options: Options, device: str, command: str, say: Say, progress: Progress) -> None:
+    def __init__(
+        self, options: Options, device: str, command: str, say: Say, progress: Progress, locks: ExitStack
+    ) -> None:
         from nas.train import ranks
 
-        self.options, self.device, self.command = options, device, command
+        self.options, self.device, self.command, self._locks = options, device, command, locks
         self.rank, self.processes = ranks()
+        self._new = not options.folder.is_dir()
         if self.rank:
             say, progress = (lambda line: None), (lambda *_: None)
+        elif not self._new:
+            locks.enter_context(folder_lock(options.folder, say=say))
         self.job = Job(options.folder, options.fingerprint(), say, progress, device, RESULT)
         self._queued: list[str] | None = []
 
     def run(self) -> dict[str, Any]:
         from nas.train import agreed
 
-        if agreed(self.job.finished):
-            self.job.say(f"{self.options.folder} is finished: these are its results")
-            return json.loads(self.job.result.read_text()) if not self.rank else {"error": None}
         self._open()
+        self.job.agree(self._identity())
+        if agreed(self.job.finished):
+            found = self._results() if not self.rank else {"error": None}
+            self.job.say(f"{self.options.folder} is finished: these are its results")
+            return found
         training, guided = self._training(self._network(), self._teacher())
         self._begin(training)
         error = None
@@ -186,6 +201,13 @@ class _Run:
         data = self._write(training, error) if not self.rank else {"error": error}
         agreed(True)  # torchrun ends all processes when one has failed: the others wait until the first has written
         return data
+
+    def _results(self) -> dict[str, Any]:
+        try:
+            found = json.loads(self.job.result.read_text())
+            return {key: found[key] for key in ("final", "error", "epochs", "data", "recipe")} | found
+        except (ValueError, TypeError, KeyError):
+            raise UserError(f"{self.job.result} is damaged: give another --out to train again") from None
 
     # What is trained, on what
 
@@ -204,6 +226,25 @@ class _Run:
         self.arch: Arch = arch.replace(num_classes=len(data.classes))
         if data.demo:
             self._note(f"no --data: trained and evaluated on {data.name}, as a demonstration")
+
+    def _identity(self) -> dict[str, str | None]:
+        """Of everything that the training reads."""
+        from nas.inputs import identity
+        from nas.targets import find_target
+
+        def network(text: str, weights: str | None) -> tuple[Arch | str, str | Path | None]:
+            if text.startswith(TIMM):
+                return text, weights or "timm"
+            target = find_target(text)
+            return target.arch or text, weights or target.weights or "timm"
+
+        options = self.options
+        return identity(
+            self.data,
+            model=(self.target.arch, options.weights),
+            teacher=options.teacher and network(options.teacher, options.teacher_weights),
+            oracle=options.oracle and network(options.oracle, None),
+        )
 
     def _network(self) -> nn.Module:
         import torch
@@ -277,6 +318,10 @@ class _Run:
         """Everything asked for can be had: from here on the folder is written and notes are told."""
         if not self.rank:
             self.job.make_folder()
+            if self._new:
+                self._locks.enter_context(folder_lock(self.options.folder, say=self.job.say))
+            if self._new and (self.job.kept / "state.json").is_file():
+                raise UserError(f"{self.options.folder} was begun by another command just now: give another --out")
         lines, self._queued = self._queued or (), None
         for line in lines:
             self._note(line)
@@ -288,14 +333,14 @@ class _Run:
     def _evaluate(self, network: nn.Module) -> dict[str, Any]:
         from nas.train import evaluate
 
-        found = evaluate(network, self._val, self.device)
+        found = evaluate(network, self._val, self.device, self._note)
         return {"top1": found.top1, "ci": list(found.interval), "val_loss": found.loss, "val_images": found.total}
 
     # Course
 
     def _epochs(self, training: Training) -> None:
         epochs = training.recipe.epochs
-        while training.epoch < epochs:
+        while training.epoch < epochs or not training.judged:
             with self.job.phase("training") as progress:
                 training.run(training.epoch + 1, progress)
             if not self.rank:
@@ -305,13 +350,14 @@ class _Run:
     def _go_back(self, training: Training, error: TrainingError) -> None:
         training.restore()
         done = training.epoch
-        self._note(f"{error}; " + (f"the weights of epoch {done} are kept" if done else "there are no earlier weights"))
+        kept = f"the weights of epoch {done} are kept" if done else "there are no earlier weights"
+        self.job.say(f"{error}; {kept}")
 
     def _write(self, training: Training, error: TrainingError | None) -> dict[str, Any]:
+        """Weights and what is known, then the ONNX file: where that fails it is told and recorded."""
         import torch
 
         from nas.data import skipped_line
-        from nas.files import replace_file
         from nas.hardware import describe
         from nas.measure import Settings
         from search_spaces import table
@@ -321,8 +367,7 @@ class _Run:
         if broken:
             self._note(broken)
         if training.epoch:
-            with self.job.phase("exporting"):
-                save_network(training.network.cpu(), options.folder, 1, trained=True)
+            save_model(training.network.cpu(), options.folder)
         last = training.history[-1] if training.history else None
         settings = Settings("torch", options.device, torch.get_num_threads(), training.images)
         data = {
@@ -351,11 +396,30 @@ class _Run:
             "phases": self.job.state.phases,
             "error": str(error) if error else None,
         }
-        replace_file(self.job.result, json.dumps(data, indent=1).encode())
-        if error is None:
+        replace_file(self.job.result, json.dumps(data, indent=1))
+        if training.epoch:
+            try:
+                with self.job.phase("exporting"):
+                    save_onnx(training.network, options.folder, 1, trained=True, images=self._few())
+            except UserError as failure:
+                line = f"no model.onnx, but the weights are there: {failure}"
+                self.job.say(line)
+                data["error"] = f"{error}; {line}" if error else line
+        data |= {"notes": self.job.state.notes, "phases": self.job.state.phases, "finished": now()}
+        replace_file(self.job.result, json.dumps(data, indent=1))
+        self.job.save()
+        if data["error"] is None:
             self.job.finish()
             (self.job.kept / "checkpoint").unlink()
         return data
+
+    def _few(self) -> np.ndarray | None:
+        """Some validation images (N, 3, R, R), to check the ONNX file on."""
+        import numpy as np
+
+        found = (self.data.val[i] for i in range(min(FEW, len(self.data.val))))
+        images = [item[0] for item in found if not isinstance(item, str)]
+        return np.stack(images) if images else None
 
     def _note(self, line: str) -> None:
         """A note for the user and the results; a training that goes on does not repeat it."""

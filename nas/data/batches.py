@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Sampler
 from nas.data.images import Images, Key
 from nas.errors import UserError
 from nas.measure.locks import in_turn
+from nas.process import die_with_parent
 
 MAX_BROKEN = 0.05
 """Share of the images of one pass that may be broken; one broken image is always skipped, never refused alone."""
@@ -79,6 +80,7 @@ class Loader(DataLoader):
             sampler=order,
             num_workers=workers,
             persistent_workers=workers > 0,
+            worker_init_fn=_enter,
             collate_fn=_collate,
             generator=torch.Generator(),  # of its own: a pass draws nothing from the global one
         )
@@ -162,6 +164,10 @@ def skipped_line(loaders: Sequence[Loader]) -> str | None:
 
 def _first(names: Sequence[str]) -> str:
     return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+
+
+def _enter(worker: int) -> None:
+    die_with_parent()
 
 
 def _without_traceback(error: Exception) -> Exception:

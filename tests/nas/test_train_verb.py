@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,12 +16,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
 import nas.train
 from nas.data import loader, open_data, sample
-from nas.errors import UserError
+from nas.errors import TrainingError, UserError
+from nas.files import folder_lock
 from nas.train import evaluate
 from search_spaces import Arch, create_model, get_arch
 
@@ -81,6 +84,7 @@ def test_a_folder_that_export_and_bench_take(vitnas, deit, tmp_path):
         "model.onnx",
         "metrics.json",
         "state",
+        ".lock",
     }
     assert [path.name for path in (out / "state").iterdir()] == ["state.json"]
     assert [row["epoch"] for row in found["epochs"]] == [1, 2]
@@ -106,6 +110,146 @@ def test_a_folder_that_export_and_bench_take(vitnas, deit, tmp_path):
     again = load_file(tmp_path / "exported" / "model.safetensors")
     assert all(torch.equal(value, again[name]) for name, value in load_file(out / "model.safetensors").items())
     assert vitnas("bench", str(out), "--rounds", "6", "--threads", "1")[0] == 0
+
+
+@pytest.mark.usefixtures("few")
+def test_what_an_onnx_check_refuses_is_written(vitnas, deit, tmp_path, monkeypatch):
+    """Weights and metrics are there, an older model.onnx is not; the same command exports again, without training."""
+    import nas.export
+
+    out = tmp_path / "out"
+    args = ("train", deit, "--out", str(out), "--epochs", "1", "--batch-size", "128", "--device", "cpu")
+    out.mkdir()
+    (out / "model.onnx").write_text("of an older network")
+    agreement = nas.export.agreement
+
+    def refuse(*args):
+        raise UserError("the exported network disagrees with PyTorch by 2.0e-02 of its largest logit")
+
+    monkeypatch.setattr(nas.export, "agreement", refuse)
+    for times in (1, 2):
+        code, text, err = vitnas(*args, "--json")
+        assert code == 1, err
+        (line,) = (line for line in err.splitlines() if line.startswith("no model.onnx"))
+        assert "disagrees with PyTorch by 2.0e-02" in line
+        assert "(model.safetensors, metrics.json)" in err
+        assert metrics(out)["error"] == json.loads(text)["error"] == line
+        assert metrics(out)["final"]["top1"] == json.loads(text)["final"]["top1"]
+        assert ("going on after epoch 1 of 1" in err) == (times == 2)
+        assert not (out / "model.onnx").exists()
+        model = create_model(Arch.from_json((out / "arch.json").read_bytes()), weights=out / "model.safetensors")
+        assert model.arch.num_classes == 10
+    monkeypatch.setattr(nas.export, "agreement", agreement)
+    monkeypatch.setattr(nas.train.Updater, "step", None)
+    assert vitnas(*args)[0] == 0
+    assert (metrics(out)["error"], (out / "model.onnx").is_file()) == (None, True)
+    assert [path.name for path in (out / "state").iterdir()] == ["state.json"]
+
+
+@pytest.mark.usefixtures("few")
+def test_it_goes_on_only_with_the_same_inputs(vitnas, deit, tmp_path):
+    """By what files hold, not by what they are called."""
+    data, out, student = tmp_path / "data", tmp_path / "out", tmp_path / "arch.json"
+    for label in ("cat", "dog"):
+        (data / label).mkdir(parents=True)
+        for i in range(4):
+            Image.new("RGB", (32, 32), (60 * i, 0, 0)).save(data / label / f"{i}.png")
+    student.write_text(Path(deit).read_text())
+    args = ("train", str(student), "--data", str(data), "--out", str(out), "--epochs", "1", "--batch-size", "4")
+    assert vitnas(*args)[0] == 0
+    code, _, err = vitnas(*args)
+    assert (code, f"{out} is finished" in err) == (0, True)
+    (data / "fox").mkdir()
+    for i in range(4):
+        Image.new("RGB", (32, 32), (0, 60 * i, 0)).save(data / "fox" / f"{i}.png")
+    vitnas.refused(vitnas(*args), f"{out} was begun with another content of the images of --data", "another --out")
+    shutil.rmtree(data / "fox")
+    student.write_text(
+        Path(deit).read_text().replace('"hidden":128', '"hidden":64').replace('"hidden": 128', '"hidden": 64')
+    )
+    vitnas.refused(vitnas(*args), "another content of the network of --model")
+
+
+def test_a_second_command_on_a_folder_is_refused(vitnas, deit, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    with folder_lock(out):
+        vitnas.refused(vitnas("train", deit, "--out", str(out), *ARGS), f"{out} is in use by vitnas", str(os.getpid()))
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("state/state.json", "{"),
+        ("state/state.json", "[1]"),
+        ("state/state.json", '{"colour": "red"}'),
+        ("metrics.json", "{}"),
+        ("metrics.json", "no JSON"),
+        ("state/checkpoint", ""),
+        ("state/checkpoint", "no checkpoint"),
+    ],
+)
+def test_a_damaged_file_is_one_line(vitnas, deit, tmp_path, file, content):
+    out = tmp_path / "out"
+    args = ("train", deit, "--out", str(out), "--epochs", "1", "--batch-size", "128", "--device", "cpu")
+    if file == "state/checkpoint":
+        (out / "state").mkdir(parents=True)
+    else:
+        assert vitnas(*args)[0] == 0
+    (out / file).write_text(content)
+    code, _, err = vitnas(*args)
+    assert (code, err.count("\n")) == (2, 1 + ("no --data" in err)), err
+    assert str(out / file) in err
+    assert (out / file).read_text() == content
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_what_is_done(vitnas, deit, tmp_path, monkeypatch, number):
+    """One line says how to go on."""
+    out = tmp_path / "out"
+    args = ("train", deit, "--out", str(out), "--epochs", "3", "--batch-size", "128", "--device", "cpu")
+    step = nas.train.Updater.step
+
+    def signalled(self, at, batches):
+        if at == 5:  # of two an epoch
+            signal.raise_signal(number)
+        return step(self, at, batches)
+
+    monkeypatch.setattr(nas.train.Updater, "step", signalled)
+    code, text, err = vitnas(*args)
+    assert (code, text) == (130, "")
+    assert err.splitlines()[-2].startswith("epoch 2/3")
+    assert err.splitlines()[-1] == f"interrupted; to go on: vitnas {' '.join(args)}"
+    monkeypatch.setattr(nas.train.Updater, "step", step)
+    code, _, err = vitnas(*args)
+    assert (code, "going on after epoch 2 of 3" in err) == (0, True)
+
+
+@pytest.mark.usefixtures("few")
+def test_a_failing_judge_loses_no_epoch(vitnas, deit, tmp_path, monkeypatch):
+    """The next run of the command judges the epoch that was not."""
+    import nas.data
+
+    out = tmp_path / "out"
+    args = ("train", deit, "--out", str(out), "--epochs", "1", "--batch-size", "128", "--device", "cpu")
+
+    def failing(*args):
+        raise TrainingError("out of memory with one image to judge")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(nas.train, "evaluate", failing)
+        code, text, err = vitnas(*args)
+    assert code == 1, err
+    assert "out of memory with one image to judge; the weights of epoch 1 are kept" in err
+    assert "Epoch 1 was not judged" in text
+    assert metrics(out)["final"]["epoch"] == 1
+    assert (out / "model.safetensors").is_file()
+    monkeypatch.setattr(nas.train.Updater, "step", None)
+    code, text, err = vitnas(*args)
+    assert code == 0, err
+    assert text.startswith("Top-1 ")
 
 
 def killed(args: list[str], checkpoint: Path) -> None:
@@ -368,6 +512,15 @@ def test_an_oracle_lends_weights_and_chooses_tokens(vitnas, small, deit, tmp_pat
     [
         (("--recipe", "slow"), ("unknown --recipe 'slow'", "quick")),
         (("--epochs", "0"), ("--epochs is 0",)),
+        (("--seed", "-1"), ("--seed is -1", "give 0 to")),
+        (("--seed", "99999999999999999999"), ("--seed is 99999999999999999999",)),
+        (("--workers", "100000"), ("--workers is 100000",)),
+        (("--workers", "-1"), ("--workers is -1",)),
+        (("--lr", "nan"), ("--lr is nan",)),
+        (("--num-classes", "-3"), ("--num-classes",)),
+        (("--resolution", "-32"), ("--resolution is -32",)),
+        (("--resolution", "0"), ("--resolution is 0",)),
+        (("--resolution", "320000"), ("resolution", "512")),
         (("--batch-size", "1"), ("--batch-size is 1",)),
         (("--accumulate", "0"), ("--accumulate is 0",)),
         (("--lr", "0"), ("--lr is 0",)),
@@ -377,7 +530,7 @@ def test_an_oracle_lends_weights_and_chooses_tokens(vitnas, small, deit, tmp_pat
         (("--num-classes", "12"), ("--num-classes",)),
         (("--data", "/no/such/folder"), ("/no/such/folder",)),
         (("--resolution", "33"), ("33",)),
-        (("--weights", "no.safetensors"), ("--weights", "no such file")),
+        (("--weights", "no.safetensors"), ("no.safetensors: no such file",)),
         (("--weights", "timm"), ("--weights", "no pretrained weights")),
         (("--teacher-weights", "x.pth"), ("--teacher-weights needs --teacher",)),
         (("--teacher", "timm/no_such_network"), ("--teacher timm/no_such_network", "no such network")),
