@@ -180,8 +180,8 @@ def meta(options: Options, data: ImageData | None = None) -> dict[str, Any]:
             "train_images": lessons.images,
             "epochs": lessons.epochs,
             "seed": options.seed or 0,
-            **identity(data, parent=network_of(lessons.parent)),
         }
+        agreed |= identity(data, parent=network_of(lessons.parent))
     return agreed
 
 
