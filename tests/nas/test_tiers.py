@@ -216,7 +216,7 @@ def test_the_best_are_settled_by_training_them_to_the_end(school):
 
 
 def test_machines_keep_each_others_trainings(school, tmp_path, monkeypatch):
-    """While one trains, another one stores what it has trained: the best, and networks of the validation."""
+    """Before one stores what it has trained, another one does: the best, and networks of the validation."""
     from optuna.samplers import RandomSampler
 
     from nas import validate as validation
@@ -231,15 +231,15 @@ def test_machines_keep_each_others_trainings(school, tmp_path, monkeypatch):
         finish(mine, mine.ask(), 40.0, 1.0, -0.5, {"detail": found})
         row = {"trial": i, "digest": arch.digest(), "features": features, "feasible": True, "quality": 0.0}
         rows.append(row | {"arch": arch.model_dump(mode="json")})
-    whole = tier.complete
+    store = mine.set_user_attr
 
-    def complete(arch, counts):
-        if arch.digest() == rows[0]["digest"]:
-            settle(theirs, tier, rows[1:], True, print)
-        return whole(arch, counts)
+    def store_last(key, value):
+        settle(theirs, tier, rows[1:], True, print)
+        store(key, value)
 
-    monkeypatch.setattr(tier, "complete", complete)
-    settle(mine, tier, rows[:1], True, print)
+    with monkeypatch.context() as patch:
+        patch.setattr(mine, "set_user_attr", store_last)
+        settle(mine, tier, rows[:1], True, print)
     assert [sorted(one.rungs) for one in results_of(mine)] == [[1, 3, 9]] * 2
 
     def measure_one(tier, arch):
