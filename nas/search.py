@@ -22,11 +22,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nas.errors import FAULTS, DiskFull, UserError, is_full, reason
-from nas.export import EXPORT_TIMEOUT_S, Exporter
+from nas.export import Exporter
 from nas.files import replace_file, scratch, sweep_drafts
 from nas.inputs import identity
 from nas.measure import (
-    RUNTIMES,
     LinkLost,
     MeasureError,
     Settings,
@@ -51,7 +50,6 @@ if TYPE_CHECKING:
     from search_spaces import Arch
 
 REFERENCE = "efficientvit_m0"
-BEAT_S = 60
 SWEPT = "trial {} was taken for dead by another worker; its result was dropped"
 PHASES = (
     "start",
@@ -114,8 +112,8 @@ class Progress:
 class Run:
     """What happened in this process, for the breakdown and the exit.
 
-    hardware: as described at the start. calibration: images for int8, where there are any. alive: called while a
-    network is trained. failures: a line for what ended it before its time.
+    hardware: as described at the start. calibration: images for int8, where there are any. failures: a line for what
+    ended it before its time.
     """
 
     started: str
@@ -128,7 +126,6 @@ class Run:
     tier: Tier | None = None
     hardware: dict[str, Any] = field(default_factory=dict)
     calibration: np.ndarray | None = None
-    alive: Callable[[], None] = lambda: None
 
 
 def default_study(options: Mapping[str, Any]) -> str:
@@ -218,7 +215,7 @@ def search(
     from nas.samplers import make_sampler
     from nas.schooling import open_schooling
     from nas.storage import storage_errors
-    from nas.study import open_study, remaining, sweep
+    from nas.study import due, open_study, sweep
 
     check_settings(options.settings)
     sampler = make_sampler(options.sampler, options.seed)
@@ -254,34 +251,31 @@ def search(
         try:
             starting = Clock(run.phases)
 
-            def trained(what: str, done: int, total: int) -> None:
-                run.alive()
-                phase(what, done, total)
+            def late() -> bool:
+                return deadline is not None and time.perf_counter() >= deadline
 
-            run.tier = TIERS[options.quality](open_schooling(options, data, study, trained, say))
+            run.tier = TIERS[options.quality](open_schooling(options, data, study, phase, say))
             if run.tier.trained and options.sampler == "auto":
                 from nas.propose import Proposer
 
                 study.sampler = Proposer(run.tier, options)
-            sweep(study)
-            if remaining(study, options.trials):
+            if due(study, options.trials, say, late):
                 known = open_cache(options, say) if options.cache else None
                 if known is not None:
                     stack.callback(known.close)
                 worker = stack.enter_context(TrialRunner(options, study, run.tier, known, run.calibration))
                 enqueue_published(options, study, worker.reference_ms)
                 starting.lap("start")
-            while remaining(study, options.trials) and (deadline is None or time.perf_counter() < deadline):
-                started = time.perf_counter()
-                try:
-                    worker.trial(run)
-                finally:
-                    run.trial_s.append(time.perf_counter() - started)
-                refuse_hopeless(run.tier, options.families)
-                around = Clock(run.phases)
-                progress(state_of(study, options, run))
-                sweep(study)
-                around.lap("other")
+                while due(study, options.trials, say, late) and not late():
+                    started = time.perf_counter()
+                    try:
+                        worker.trial(run)
+                    finally:
+                        run.trial_s.append(time.perf_counter() - started)
+                    refuse_hopeless(run.tier, options.families)
+                    around = Clock(run.phases)
+                    progress(state_of(study, options, run))
+                    around.lap("other")
         except KeyboardInterrupt:
             if run.tier is None:
                 raise
@@ -293,6 +287,7 @@ def search(
             run.interrupted = True
             run.failures.append(str(error))
             say(f"{error}; finishing with what was measured; the same command continues")
+        sweep(study)
     run.wall_s = time.perf_counter() - begun
     return study, run
 
@@ -325,7 +320,6 @@ class TrialRunner:
         self.options, self.study, self.tier, self.cache = options, study, tier, cache
         self._calibration = calibration
         self.notes: list[str] = []
-        self.lease_s = EXPORT_TIMEOUT_S + 120 + 2 * RUNTIMES[options.settings.runtime].patience_s
         self._stack = ExitStack()
 
     def __enter__(self) -> TrialRunner:
@@ -351,16 +345,15 @@ class TrialRunner:
         """Ask, build, export, measure, estimate, tell."""
         from optuna.exceptions import UpdateFinishedTrialError
 
-        from nas.study import fail, lease
+        from nas.study import ask, fail, heartbeat
 
         clock, self.notes = Clock(run.phases), run.notes
-        with ExitStack() as device:
+        with ExitStack() as living, ExitStack() as device:
             device.enter_context(device_lock(self.options.settings.device))
             clock.lap("waiting for the device")
-            trial = self.study.ask()
+            trial = ask(self.study)
             try:
-                lease(trial, self.lease_s)
-                run.alive = heart(trial, self.lease_s)
+                living.enter_context(heartbeat(trial))
                 clock.lap("storage")
                 arch = suggest(trial, self.options)
                 clock.lap("sampler")
@@ -385,8 +378,6 @@ class TrialRunner:
             except KeyboardInterrupt:
                 fail(self.study, trial, "interrupted", retry=True)
                 raise
-            finally:
-                run.alive = lambda: None
 
     def _measure_and_tell(
         self, trial: optuna.Trial, arch: Arch, clock: Clock, leave_device: Callable[[], None]
@@ -545,21 +536,6 @@ class Clock:
         self._phases[phase] += seconds
 
 
-def heart(trial: optuna.Trial, lease_s: float) -> Callable[[], None]:
-    """A function that extends a trial's lease, once a minute at most."""
-    from nas.study import lease
-
-    last = time.monotonic()
-
-    def beat() -> None:
-        nonlocal last
-        if time.monotonic() - last > BEAT_S:
-            lease(trial, lease_s)
-            last = time.monotonic()
-
-    return beat
-
-
 def suggest(trial: optuna.Trial, options: Options) -> Arch:
     """Every parameter of the shared vocabulary, then the family's Arch."""
     from search_spaces.registry import FAMILIES
@@ -625,15 +601,20 @@ def enqueue_published(options: Options, study: optuna.Study, reference_ms: float
 
     The choice is made once a study; a worker that joins enqueues what one killed meanwhile had not.
     """
+    from nas.storage import alone
     from nas.study import enqueue
     from search_spaces.api import find_variant
     from search_spaces.registry import FAMILIES
 
-    if "published" not in study.user_attrs:
-        order = published_order(options, reference_ms)
-        count = max(len(options.families), options.trials // 4)
-        study.set_user_attr("published", order[:count])
-    for name in study.user_attrs["published"]:
+    order = published_order(options, reference_ms)
+    count = max(len(options.families), options.trials // 4)
+
+    def choose() -> list[str]:
+        if "published" not in study.user_attrs:
+            study.set_user_attr("published", order[:count])
+        return study.user_attrs["published"]
+
+    for name in alone(study._storage, choose):
         family, variant = find_variant(name)
         params = {"family": family, **FAMILIES[family].space.encode(variant.values)}
         enqueue(study, params, {"name": name}, choices(options))

@@ -5,7 +5,8 @@ Optuna's storages are used as they are, plus what a search that may be killed at
 - a journal whose last line a killed writer or a full disk tore is cut back before the next append
   (one append after a torn line would make it unreadable for ever);
 - Ctrl-C and SIGTERM wait until the journal's file and Optuna's memory of it agree;
-- `exclusive`, for decisions that read, then write: one process at a time takes them;
+- `alone`, for decisions that read, then write: one process at a time takes them;
+- a database that goes away during a search is waited for;
 - what goes wrong with a file or a server is told in one line, without the URL's password.
 """
 
@@ -16,20 +17,27 @@ import os
 import re
 import signal
 import threading
+import time
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import unquote
 
 from nas.errors import DiskFull, UserError, is_full
+from nas.files import tell
 from nas.samplers import quiet_optuna
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     import sqlalchemy
     from optuna.storages import BaseStorage
+    from optuna.trial import TrialState
 
+T = TypeVar("T")
+PATIENCE_S = 600  # how long a lost database is waited for
+PAUSES_S = (0.2, 5.0)  # between attempts: the first, and the longest
 CONNECT_TIMEOUT_S = 5
 JOURNAL_LOCK_GRACE_S = 30  # Optuna's default: a journal lock held this long belongs to a dead one
 EXCLUSIVE_TIMEOUT_S = 60
@@ -106,7 +114,10 @@ def _open_database(storage: str, read_only: bool) -> BaseStorage:
         )
     except RuntimeError as error:  # tables of another Optuna
         raise UserError(f"cannot use the storage {mask_url(storage)}: {error}") from None
-    return database if read_only else get_storage(database)
+    if read_only:
+        return database
+    cached = get_storage(database)
+    return cached if url.get_backend_name() == "sqlite" else _Patient(cached, storage)
 
 
 def _holds_studies(url: sqlalchemy.URL) -> bool:
@@ -172,12 +183,128 @@ def storage_errors(storage: str | Path) -> Iterator[None]:
     try:
         yield
     except (SQLAlchemyError, StorageInternalError) as error:
-        cause = error.__cause__ or error
-        text = str(getattr(cause, "orig", None) or cause) or type(cause).__name__
-        passwords = [found for secret in _SECRETS for _, found in secret.findall(str(storage)) if found]
-        for form in (*passwords, *map(unquote, passwords)):
-            text = text.replace(form, "***")
-        raise UserError(f"cannot use the storage {mask_url(str(storage))}: {text.splitlines()[0]}") from None
+        raise UserError(f"cannot use the storage {mask_url(str(storage))}: {_reason(error, storage)}") from None
+
+
+def _reason(error: Exception, storage: str | Path) -> str:
+    """What a driver says, in one line without the password of `storage`."""
+    cause = error.__cause__ or error
+    text = str(getattr(cause, "orig", None) or cause).strip() or type(cause).__name__
+    passwords = [found for secret in _SECRETS for _, found in secret.findall(str(storage)) if found]
+    for form in (*passwords, *map(unquote, passwords)):
+        text = text.replace(form, "***")
+    return text.splitlines()[0]
+
+
+# ---------------------------------------------------------------- a database that goes away
+
+
+class _Patient:
+    """A database's storage whose calls wait for a lost server, PATIENCE_S at most; told as it goes and as it is back.
+
+    An answer may be lost after the server has acted on it, so that each call must bear to be made twice: attributes
+    and parameters are then stored again, whether a trial was told is looked up, and trials are made in `alone` only.
+    Only the main thread waits: a lease that cannot be extended now is extended at the next beat.
+    """
+
+    def __init__(self, storage: BaseStorage, url: str) -> None:
+        import sqlalchemy
+
+        self._storage, self._url = storage, url
+        self._alone: int | None = None
+        self._gave_up = False
+        sqlalchemy.event.listen(storage._backend.engine, "checkout", self._keep_connection)
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._storage, name)
+        return partial(self.wait, found) if callable(found) else found
+
+    def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
+        """As Optuna's; a second attempt is content with what the first one stored."""
+        attempts = 0
+
+        def store() -> bool:
+            nonlocal attempts
+            attempts += 1
+            if attempts > 1:
+                trial = self._storage.get_trial(trial_id)
+                if trial.state == state and (values is None or trial.values == list(values)):
+                    return True
+            return self._storage.set_trial_state_values(trial_id, state, values)
+
+        return self.wait(store)
+
+    def wait(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """The call's result, made again as long as the server is lost."""
+        try:
+            result = call(*args, **kwargs)
+        except _database_errors() as error:
+            here = threading.current_thread() is threading.main_thread() and self._alone is None
+            if self._gave_up or not here or not _is_lost(error):
+                raise
+            return self._outlast(error, partial(call, *args, **kwargs))
+        self._gave_up = False
+        return result
+
+    def _outlast(self, error: Exception, call: Callable[[], T]) -> T:
+        """The call's result once the server is back. Ctrl-C ends this wait and spares what it leads to another."""
+        self._gave_up = True
+        lost, pause = time.monotonic(), PAUSES_S[0]
+        tell(
+            f"the database {mask_url(self._url)} is away ({_reason(error, self._url)}): it is waited for, "
+            f"{PATIENCE_S / 60:g} minutes at most"
+        )
+        while time.monotonic() + pause < lost + PATIENCE_S:
+            time.sleep(pause)
+            pause = min(2 * pause, PAUSES_S[1])
+            try:
+                result = call()
+            except _database_errors() as again:
+                if not _is_lost(again):
+                    raise
+                error = again
+            else:
+                self._gave_up = False
+                tell(f"the database is back after {time.monotonic() - lost:.0f} s")
+                return result
+        raise error
+
+    def decide(self, action: Callable[[], T]) -> T:
+        """The result of `action`, whose calls all use the connection that holds the lock: they end with it."""
+        sessions = self._storage._backend.scoped_session
+        with exclusive(self._storage) as connection:
+            sessions.remove()
+            sessions(bind=connection)
+            self._alone = threading.get_ident()
+            try:
+                return action()
+            finally:
+                self._alone = None
+                sessions.remove()
+
+    def _keep_connection(self, *_: Any) -> None:
+        if self._alone == threading.get_ident():
+            raise ConnectionError("the connection that held the lock was lost")
+
+
+def _database_errors() -> tuple[type[Exception], ...]:
+    from optuna.exceptions import StorageInternalError
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return SQLAlchemyError, StorageInternalError, ConnectionError
+
+
+def _is_lost(error: Exception) -> bool:
+    """Whether there is no connection to the server any more, or it is stopping or starting."""
+    from optuna.exceptions import StorageInternalError
+    from sqlalchemy.exc import DBAPIError, OperationalError
+
+    cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+    if not isinstance(cause, DBAPIError):
+        return isinstance(cause, ConnectionError)
+    code = getattr(cause.orig, "sqlstate", None)
+    refused = isinstance(cause, OperationalError) and (code is None or code.startswith("57P"))
+    return cause.connection_invalidated or refused
 
 
 # ---------------------------------------------------------------------- the journal file
@@ -298,14 +425,28 @@ def _journal_path(storage: str | Path) -> Path:
 # ------------------------------------------------------------------- one process at a time
 
 
+def alone(storage: BaseStorage, decide: Callable[[], T]) -> T:
+    """What `decide` returns, called while no other process of this storage decides (see `exclusive`).
+
+    A lost database takes the lock with it: `decide` is then called again, and reads again.
+    """
+    if isinstance(storage, _Patient):
+        return storage.wait(storage.decide, decide)
+    with exclusive(storage):
+        return decide()
+
+
 @contextmanager
-def exclusive(storage: str | Path | BaseStorage) -> Iterator[None]:
+def exclusive(storage: str | Path | BaseStorage) -> Iterator[sqlalchemy.Connection | None]:
     """Hold what only one process at a time may hold of all that use this storage.
 
     The kernel, or the database server, frees it when its holder dies.
 
     Args:
         storage: where it is, or what `open_storage` opened there.
+
+    Yields:
+        The connection that holds it, of a server.
 
     Raises:
         UserError: the path or URL cannot be used, or another process holds it for EXCLUSIVE_TIMEOUT_S.
@@ -324,7 +465,7 @@ def exclusive(storage: str | Path | BaseStorage) -> Iterator[None]:
         except OSError as error:
             raise _file_error(guard, error) from error
         try:
-            yield
+            yield None
         finally:
             lock.release()
     else:
@@ -336,7 +477,8 @@ def exclusive(storage: str | Path | BaseStorage) -> Iterator[None]:
                 result = connection.execute(sqlalchemy.text(statement))
             if result.scalar() == 0:  # MySQL's way of saying that the time is up
                 raise UserError("another process keeps the study's database locked")
-            yield
+            connection.commit()
+            yield connection
 
 
 def _guard(storage: str | Path | BaseStorage) -> Path | sqlalchemy.Engine:

@@ -3,7 +3,7 @@
 Any number of processes, on any number of machines, may work on one study, and each may be killed
 at any moment. `lease` and `sweep` see to that: a trial says which process runs it, and any worker
 fails the trials of dead ones and enqueues their parameters again (Optuna's heartbeats exist only on
-databases and only inside ``study.optimize``). Decisions that read, then write (create, sweep,
+databases and only inside ``study.optimize``). Decisions that read, then write (create, ask, sweep,
 enqueue) are taken by one process at a time.
 
 Optuna's own log of operations decides who wins a race for a single trial: the first ``tell`` does.
@@ -14,22 +14,26 @@ from __future__ import annotations
 import json
 import os
 import socket
+import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nas.errors import UserError
-from nas.storage import exclusive, mask_url, open_storage, storage_errors
+from nas.storage import PATIENCE_S, alone, exclusive, mask_url, open_storage, storage_errors
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterator, Mapping
 
     import optuna
     from optuna.trial import FrozenTrial
 
 METRICS = ["quality", "throughput"]  # both maximised
 META = "vitnas"  # the study attribute that holds what must agree to continue the study
-UNLEASED_S = 60.0  # a trial running this long without a lease lost its worker before `lease`
+BEAT_S = 30.0  # between two extensions of a lease
+LEASE_S = PATIENCE_S + 4 * BEAT_S  # so that no lease ends while its worker waits for a lost database
+LOOK_S = 2.0  # between two looks at other machines' leases
 
 _BOOKKEEPING = {"lease", "error", "retry", "retry_of"}  # attributes that a retry does not inherit
 
@@ -53,8 +57,8 @@ def open_study(name: str, storage: str | Path, meta: dict[str, Any], sampler: An
     import optuna
 
     meta = json.loads(json.dumps(meta))
-    with storage_errors(storage), exclusive(storage):
-        backend = open_storage(storage)
+
+    def load_or_create() -> optuna.Study:
         try:
             study = optuna.load_study(study_name=name, storage=backend, sampler=sampler)
             sampler.reseed_rng()
@@ -76,7 +80,12 @@ def open_study(name: str, storage: str | Path, meta: dict[str, Any], sampler: An
         elif stored != meta:
             differences = "; ".join(f"{key} {old}, this command says {new}" for key, old, new in _differ(stored, meta))
             raise UserError(f"this study has {differences}; use --study for a new one")
-    return study
+        return study
+
+    with storage_errors(storage):
+        with exclusive(storage):
+            backend = open_storage(storage)
+        return alone(backend, load_or_create)
 
 
 def _differ(stored: dict[str, Any], given: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
@@ -92,12 +101,51 @@ def _differ(stored: dict[str, Any], given: dict[str, Any]) -> Iterator[tuple[str
 # ------------------------------------------------------------------------- running a trial
 
 
-def lease(trial: optuna.Trial, seconds: float) -> None:
-    """Store in `trial` that this process runs it and means to be done within `seconds`.
+def ask(study: optuna.Study) -> optuna.Trial:
+    """A new trial, leased to this process.
 
-    Call it right after ``study.ask()``, before the first suggestion (which is when the sampler thinks), and again
-    to extend it. On this machine the process itself is looked at and the time does not matter; workers on other
-    machines go by the time, so clocks should agree within a small part of it.
+    Both are one decision: who decides next and finds a running trial without a lease knows that its worker died.
+    """
+
+    def decide() -> optuna.Trial:
+        trial = study.ask()
+        lease(trial)
+        return trial
+
+    return alone(study._storage, decide)
+
+
+@contextmanager
+def heartbeat(trial: optuna.Trial) -> Iterator[None]:
+    """Extend a trial's lease every BEAT_S, in a thread, while the block runs, whatever it does."""
+    from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
+    from sqlalchemy.exc import SQLAlchemyError
+
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(BEAT_S):
+            try:
+                lease(trial)
+            except UpdateFinishedTrialError:
+                return
+            except (UserError, SQLAlchemyError, StorageInternalError):  # the block's own calls meet and tell it
+                continue
+
+    thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(LOOK_S)  # a lost server may keep it longer
+
+
+def lease(trial: optuna.Trial, seconds: float = LEASE_S) -> None:
+    """Store in `trial` that this process runs it and extends this lease within `seconds`.
+
+    On this machine the process itself is looked at and the time does not matter; workers on other machines go by the
+    time, so clocks should agree within a small part of it.
     """
     process = _process(os.getpid())
     assert process is not None
@@ -121,17 +169,18 @@ def sweep(study: optuna.Study) -> list[int]:
     Returns:
         The numbers of the trials that this call failed.
     """
-    if not (_dead(study) or _owed(study)):
-        return []
-    with exclusive(study._storage):
-        swept = [
-            trial.number
-            for trial in _dead(study)
-            if _tell_fail(study, trial, "worker died", retry="retry_of" not in trial.user_attrs)
-        ]
+    swept: list[int] = []
+
+    def decide() -> None:
+        for trial in _dead(study):
+            if _tell_fail(study, trial, "worker died", retry="retry_of" not in trial.user_attrs):
+                swept.append(trial.number)
         for trial in _owed(study):
             kept = {k: v for k, v in trial.user_attrs.items() if k not in _BOOKKEEPING}
             study.enqueue_trial(_params(trial), {**kept, "retry_of": trial.number})
+
+    if _dead(study) or _owed(study):
+        alone(study._storage, decide)
     return swept
 
 
@@ -196,6 +245,36 @@ def remaining(study: optuna.Study, total: int) -> int:
     return max(0, total - sum(t.state != TrialState.WAITING and not t.user_attrs.get("retry") for t in trials))
 
 
+def due(
+    study: optuna.Study, total: int, say: Callable[[str], None], expired: Callable[[], bool] = lambda: False
+) -> int:
+    """How many more trials to start (see `remaining`), after a sweep.
+
+    Where there are none, other machines' workers are waited for until each shows that it lives, or until its lease
+    ends: what a dead one has left is to be done here.
+
+    Args:
+        say: told that there is a wait.
+        expired: ends the wait.
+    """
+    sweep(study)
+    left = remaining(study, total)
+    silent = {} if left else _elsewhere(study)
+    if silent and not expired():
+        minutes = (max(held["expires"] for held in silent.values()) - time.time()) / 60
+        say(
+            f"waiting for a sign of life of other machines' workers (trial {', '.join(map(str, silent))}): without one "
+            f"within {minutes:.0f} minutes they are taken for dead"
+        )
+    while silent and not left and not expired():
+        time.sleep(LOOK_S)
+        sweep(study)
+        left = remaining(study, total)
+        now = _elsewhere(study)
+        silent = {number: held for number, held in silent.items() if now.get(number) == held}
+    return left
+
+
 def enqueue(
     study: optuna.Study,
     params: Mapping[str, int],
@@ -219,11 +298,22 @@ def enqueue(
     for name, permitted in choices.items():
         if params[name] not in permitted:
             raise ValueError(f"{name} = {params[name]!r} is not among {permitted}")
-    with exclusive(study._storage):
+
+    def decide() -> bool:
         if any(_params(trial) == params for trial in study.get_trials(deepcopy=False)):
             return False
         study.enqueue_trial(dict(params), dict(attrs))
-    return True
+        return True
+
+    return alone(study._storage, decide)
+
+
+def _elsewhere(study: optuna.Study) -> dict[int, dict[str, Any]]:
+    """The leases of the trials that run on other machines, by number."""
+    from optuna.trial import TrialState
+
+    leases = {t.number: t.user_attrs.get("lease") for t in study.get_trials(False, [TrialState.RUNNING])}
+    return {number: held for number, held in leases.items() if held and held["host"] != _host()}
 
 
 def _dead(study: optuna.Study) -> list[FrozenTrial]:
@@ -234,8 +324,8 @@ def _dead(study: optuna.Study) -> list[FrozenTrial]:
 
 def _worker_is_dead(trial: FrozenTrial) -> bool:
     held = trial.user_attrs.get("lease")
-    if held is None:
-        return time.time() - trial.datetime_start.timestamp() > UNLEASED_S
+    if held is None:  # see `ask`
+        return True
     if held["host"] != _host():
         return time.time() > held["expires"]
     started = _process(held["pid"])

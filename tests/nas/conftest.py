@@ -8,7 +8,6 @@ import json
 import os
 import pwd
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -20,97 +19,24 @@ from pathlib import Path
 
 import psutil
 import pytest
-
-PASSWORD = "s3cret/word"
-INITDB = ["--auth=scram-sha-256", "--no-locale", "--encoding=UTF8", "--no-sync"]
-POSTGRES = ["-h", "127.0.0.1", "-k", "", "-F"]  # no Unix socket, no fsync
-
-
-def _binaries() -> Path | None:
-    on_path = shutil.which("initdb")
-    if on_path:
-        return Path(on_path).resolve().parent
-    return max(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda p: int(p.parent.name), default=None)
-
-
-def _unprivileged() -> dict[str, object]:
-    """Arguments of subprocess that drop root, which initdb and postgres refuse to run as."""
-    if os.geteuid() != 0:
-        return {}
-    names = {entry.pw_name for entry in pwd.getpwall()}
-    user = pwd.getpwnam("postgres" if "postgres" in names else "nobody")
-    return {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+from postgres import Server, Unavailable, free_port
 
 
 @pytest.fixture(scope="session")
-def postgres_server() -> Iterator[str]:
-    """URL of a temporary server on localhost, without a database name; it asks for its password."""
-    binaries = _binaries()
-    if binaries is None:
-        pytest.skip("no PostgreSQL here (Debian: apt install postgresql): not tested on one")
-    psycopg = pytest.importorskip("psycopg", reason="psycopg is missing: PostgreSQL not tested")
-    drop = _unprivileged()
-    home = Path(tempfile.mkdtemp(prefix="vitnas-postgres-"))
-    data, secret, log = home / "data", home / "password", home / "log"
-    secret.write_text(PASSWORD)
-    if drop:
-        os.chown(home, drop["user"], drop["group"])
-        os.chown(secret, drop["user"], drop["group"])
-    server = None
+def postgres_server() -> Iterator[Server]:
+    """A temporary server on localhost that asks for its password."""
     try:
-        subprocess.run(
-            [binaries / "initdb", "-D", data, "-U", "vitnas", "--pwfile", secret, *INITDB],
-            check=True,
-            capture_output=True,
-            cwd=home,
-            **drop,
-        )
-        port = _free_port()
-        with log.open("wb") as output:
-            server = subprocess.Popen(
-                [binaries / "postgres", "-D", data, "-p", str(port), *POSTGRES],
-                stdout=output,
-                stderr=output,
-                cwd=home,
-                **drop,
-            )
-        deadline = time.monotonic() + 30
-        while True:
-            try:
-                psycopg.connect(
-                    host="127.0.0.1", port=port, user="vitnas", password=PASSWORD, dbname="postgres"
-                ).close()
-                break
-            except psycopg.OperationalError:
-                if server.poll() is not None or time.monotonic() > deadline:
-                    pytest.fail(f"the PostgreSQL server did not start:\n{log.read_text()}")
-                time.sleep(0.05)
-        yield f"postgresql://vitnas:{PASSWORD.replace('/', '%2F')}@127.0.0.1:{port}"
-    finally:
-        if server is not None:
-            server.send_signal(signal.SIGQUIT)  # without a checkpoint: the data goes too
-            try:
-                server.wait(20)
-            except subprocess.TimeoutExpired:
-                server.kill()
-        shutil.rmtree(home, ignore_errors=True)
+        server = Server()
+    except Unavailable as error:
+        pytest.skip(str(error))
+    with server:
+        yield server
 
 
 @pytest.fixture
-def postgres_url(postgres_server: str, request: pytest.FixtureRequest) -> str:
+def postgres_url(postgres_server: Server) -> str:
     """URL of a fresh, empty database."""
-    import psycopg
-
-    name = f"test_{time.time_ns()}"
-    with psycopg.connect(f"{postgres_server}/postgres", autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}")
-    return f"{postgres_server}/{name}"
+    return postgres_server.new_database()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -209,9 +135,9 @@ def ssh_server() -> Iterator[SshServer]:
     for key in ("host", "user"):
         command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "", "-f", home / key]
         subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
-    port, user = _free_port(), pwd.getpwuid(os.geteuid()).pw_name
+    port, user = free_port(), pwd.getpwuid(os.geteuid()).pw_name
     (home / "sshd_config").write_text(SSHD.format(port=port, home=home, locks=os.environ["VITNAS_LOCKS"]))
-    (home / "config").write_text(SSH.format(port=port, closed=_free_port(), home=home, user=user))
+    (home / "config").write_text(SSH.format(port=port, closed=free_port(), home=home, user=user))
     (home / "known_hosts").write_text(f"board {(home / 'host.pub').read_text()}")
     with (home / "log").open("wb") as log:
         server = subprocess.Popen([sshd, "-D", "-e", "-f", home / "sshd_config"], stdout=log, stderr=log)

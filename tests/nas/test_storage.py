@@ -9,19 +9,25 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import optuna
 import pytest
+from optuna.exceptions import StorageInternalError
 from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
-from sqlalchemy.exc import SQLAlchemyError
+from postgres import Server
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 import nas
 from nas import storage as layer
 from nas.errors import UserError
 from nas.storage import mask_url
-from nas.study import finish, lease, open_study, sweep
+from nas.study import ask as next_trial
+from nas.study import enqueue, finish, lease, open_study, remaining, sweep
 
 PROLOGUE = """
 import os, random, resource, signal, sys, time
@@ -148,10 +154,11 @@ def test_password_in_a_drivers_own_words_is_hidden() -> None:
     )
 
 
-def test_server_that_goes_away_is_one_line(postgres_url: str) -> None:
+def test_server_that_stays_away_is_one_line(postgres_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import psycopg
 
     study = start(postgres_url)
+    monkeypatch.setattr(layer, "PATIENCE_S", 0)
     name = postgres_url.rpartition("/")[2]
     with psycopg.connect(postgres_url.rpartition("/")[0] + "/postgres", autocommit=True) as admin:
         admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
@@ -167,6 +174,174 @@ def test_sqlite_works(tmp_path: Path) -> None:
     study = start(url)
     finish(study, ask(study), 70.0, 500.0, -0.1, {})
     assert len(finished(start(url))) == 1
+
+
+# ---------------------------------------------------------------- a database that goes away
+
+
+@pytest.fixture
+def outage(postgres_server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The server is stopped as the test says and started as soon as it is said to be away; what was said."""
+    said: list[str] = []
+
+    def tell(line: str) -> None:
+        said.append(line)
+        if "is away" in line:
+            postgres_server.start()
+
+    monkeypatch.setattr(layer, "tell", tell)
+    monkeypatch.setattr(layer, "PAUSES_S", (0.01, 0.1))
+    yield said
+    if not postgres_server.running:
+        postgres_server.start()
+
+
+def test_every_call_of_a_search_outlasts_an_outage(
+    postgres_server: Server, postgres_url: str, outage: list[str]
+) -> None:
+    study = start(postgres_url)
+    called: dict[str, Any] = {}
+
+    def away(name: str, call: Callable[[], Any]) -> Any:
+        postgres_server.stop()
+        called[name] = call()
+        assert postgres_server.running, name
+        return called[name]
+
+    away("remaining", lambda: remaining(study, 3))
+    away("enqueue", lambda: enqueue(study, {"width": 5}, {}, {"width": range(7)}))
+    trial = away("ask", lambda: next_trial(study))
+    away("suggest", lambda: trial.suggest_int("width", 0, 6))
+    away("set", lambda: study.set_user_attr("key", "value"))
+    away("finish", lambda: finish(study, trial, 70.0, 500.0, -0.1, {"latency_ms": 1.0}))
+    dead = next_trial(study)
+    dead.suggest_int("width", 0, 6)
+    dead.set_user_attr("lease", {**dead.user_attrs["lease"], "started": -100})
+    away("sweep", lambda: sweep(study))
+    assert called["suggest"] == 5
+    assert called["finish"] is True
+    assert called["sweep"] == [1]
+    states = [t.state for t in start(postgres_url).trials]
+    assert states == [TrialState.COMPLETE, TrialState.FAIL, TrialState.WAITING]
+    away_lines, back_lines = outage[::2], outage[1::2]
+    assert len(away_lines) == len(back_lines) == 7
+    for line in away_lines:
+        assert line.startswith("the database postgresql://vitnas:***@127.0.0.1:")
+        assert line.endswith("it is waited for, 10 minutes at most")
+        assert "\n" not in line
+        assert not re.search("s3cret|word", line)
+    assert all(re.fullmatch(r"the database is back after \d+ s", line) for line in back_lines)
+
+
+class Lost(Exception):
+    """What a driver raises for a connection that is gone."""
+
+
+def no_answer() -> OperationalError:
+    return OperationalError("COMMIT", {}, Lost("server closed the connection unexpectedly"))
+
+
+@pytest.fixture
+def unanswered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> optuna.Study:
+    """A study in a database whose server does what it is told, but whose first answer to a tell is lost."""
+    url = f"sqlite:///{tmp_path}/study.db"
+    study = start(url)
+    study._storage = patient = layer._Patient(study._storage, url)
+    monkeypatch.setattr(layer, "PAUSES_S", (0.0, 0.0))
+    store, answers = patient._storage.set_trial_state_values, iter([False])
+
+    def set_trial_state_values(*args: Any) -> bool:
+        told = store(*args)
+        if next(answers, True):
+            return told
+        raise no_answer()
+
+    monkeypatch.setattr(patient._storage, "set_trial_state_values", set_trial_state_values)
+    return study
+
+
+def test_result_whose_answer_is_lost_is_stored_once(
+    unanswered: optuna.Study, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trial = unanswered.ask()
+    assert finish(unanswered, trial, 70.0, 500.0, -0.1, {}) is True
+    assert [t.values for t in unanswered.trials] == [[70.0, 500.0]]
+    assert capsys.readouterr().err.count("\n") == 2
+
+
+def test_trial_that_another_worker_failed_meanwhile_is_no_result(
+    unanswered: optuna.Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial = unanswered.ask()
+    other = start(f"sqlite:///{tmp_path}/study.db")
+
+    def swept(*_: Any) -> bool:
+        monkeypatch.undo()
+        other.tell(trial.number, state=TrialState.FAIL)
+        raise no_answer()
+
+    monkeypatch.setattr(unanswered._storage._storage, "set_trial_state_values", swept)
+    assert finish(unanswered, trial, 70.0, 500.0, -0.1, {}) is False
+
+
+def test_ctrl_c_ends_the_wait_and_those_that_follow(unanswered: optuna.Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*_: Any, **__: Any) -> None:
+        raise no_answer()
+
+    pauses: list[float] = []
+
+    def pressed(pause: float) -> None:
+        pauses.append(pause)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(unanswered._storage._storage, "get_all_trials", gone)
+    monkeypatch.setattr(layer, "time", SimpleNamespace(monotonic=time.monotonic, sleep=pressed))
+    with pytest.raises(KeyboardInterrupt):
+        unanswered.get_trials()
+    with pytest.raises(OperationalError):
+        unanswered.get_trials()
+    assert len(pauses) == 1
+
+
+def test_what_a_server_says_of_a_statement_is_not_waited_for(postgres_url: str) -> None:
+    study = start(postgres_url)
+    with study._storage._backend.engine.connect() as connection:
+        connection.exec_driver_sql("DROP TABLE trials CASCADE")
+        connection.commit()
+    with pytest.raises(StorageInternalError):
+        study.get_trials()
+
+
+@pytest.mark.parametrize("cut_in", ["enqueue_trial", "ask"])
+def test_decision_is_taken_again_if_the_lock_is_lost_in_it(
+    postgres_server: Server, postgres_url: str, monkeypatch: pytest.MonkeyPatch, cut_in: str
+) -> None:
+    """Only the connection that holds the lock is cut. Another worker decides then: nothing is enqueued twice."""
+    study = start(postgres_url)
+    monkeypatch.setattr(layer, "PAUSES_S", (0.0, 0.1))
+    dead = next_trial(study)
+    dead.suggest_int("width", 0, 6)
+    dead.set_user_attr("lease", {**dead.user_attrs["lease"], "started": -100})
+    whole, other = getattr(study, cut_in), start(postgres_url)
+
+    def cut(*args: Any) -> Any:
+        monkeypatch.setattr(study, cut_in, whole)
+        result = whole(*args) if cut_in == "ask" else None
+        postgres_server.cut()
+        sweep(other)
+        return result or whole(*args)
+
+    monkeypatch.setattr(study, cut_in, cut)
+    if cut_in == "ask":
+        trial = next_trial(study)
+        assert "lease" in study.trials[trial.number].user_attrs
+    else:
+        assert sweep(study) == [0]
+    sweep(study)
+    trials = start(postgres_url).trials
+    assert [t.user_attrs["retry_of"] for t in trials if "retry_of" in t.user_attrs] == [0]
+    running = [t.number for t in trials if t.state == TrialState.RUNNING]
+    assert running == ([trial.number] if cut_in == "ask" else [])
 
 
 # ---------------------------------------------------------------------- the journal file

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -15,10 +17,13 @@ from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 
 import nas
+from nas import search
 from nas import study as layer
 from nas.errors import UserError
+from nas.measure import Settings
 from nas.storage import open_storage
-from nas.study import enqueue, fail, finish, lease, open_study, remaining, sweep
+from nas.study import ask as next_trial
+from nas.study import due, enqueue, fail, finish, heartbeat, open_study, remaining, sweep
 
 META = {"budget_ms": 2.0, "runtime": "onnxruntime", "hardware": {"cpu": "Zen 3", "threads": 1}}
 CHOICES = {"width": range(7), "depth": range(7)}
@@ -27,14 +32,13 @@ PROLOGUE = f"""
 import os, sys, time
 from optuna.samplers import RandomSampler
 from pathlib import Path
-from nas.study import enqueue, finish, lease, open_study, remaining, sweep
+from nas.study import ask as next_trial, due, enqueue, finish, heartbeat, open_study, remaining, sweep
 storage = sys.argv[1]
 META, CHOICES = {META!r}, {CHOICES!r}
 def start():
     return open_study("s", storage, META, RandomSampler())
-def ask(study, seconds=60):
-    trial = study.ask()
-    lease(trial, seconds)
+def ask(study):
+    trial = next_trial(study)
     for name, permitted in CHOICES.items():
         trial.suggest_int(name, permitted[0], permitted[-1])
     return trial
@@ -52,9 +56,7 @@ def start(storage: str | Path, **changes: Any) -> optuna.Study:
 
 
 def ask(study: optuna.Study, leased: bool = True) -> optuna.Trial:
-    trial = study.ask()
-    if leased:
-        lease(trial, 60)
+    trial = next_trial(study) if leased else study.ask()
     for name, permitted in CHOICES.items():
         trial.suggest_int(name, permitted[0], permitted[-1])
     return trial
@@ -181,7 +183,7 @@ def test_killed_worker_is_swept_and_its_parameters_run_again(storage: str, tmp_p
     finish(study, ask(study), 70.0, 500.0, -0.1, {})
     body = """
 study = start()
-trial = ask(study, 9999)
+trial = ask(study)
 trial.set_constraint("latency", 5.0)
 print(trial.number, flush=True)
 time.sleep(60)
@@ -222,7 +224,7 @@ def test_retry_whose_worker_dies_too_is_not_run_a_third_time(storage: str) -> No
     assert sweep(study) == []
 
 
-def test_who_counts_as_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_counts_as_dead(tmp_path: Path) -> None:
     study = start(tmp_path / "j")
     alive = ask(study)
     put_lease(study, alive, expires=0)
@@ -233,21 +235,75 @@ def test_who_counts_as_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     expired = ask(study)
     put_lease(study, expired, host="elsewhere", pid=os.getpid(), expires=time.time() - 1)
     unleased = ask(study, leased=False)
-    assert sweep(study) == [reused_pid.number, expired.number]
-    monkeypatch.setattr(layer, "UNLEASED_S", 0.0)
-    assert sweep(study) == [unleased.number]
+    assert sweep(study) == [reused_pid.number, expired.number, unleased.number]
     states = {t.number: t.state for t in study.trials}
     assert states[alive.number] == states[elsewhere.number] == TrialState.RUNNING
 
 
-def test_trial_without_parameters_yet_is_failed_but_not_retried(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_trial_without_parameters_yet_is_failed_and_neither_retried_nor_counted(tmp_path: Path) -> None:
     study = start(tmp_path / "j")
     study.ask()
-    monkeypatch.setattr(layer, "UNLEASED_S", 0.0)
     assert sweep(study) == [0]
     assert len(study.trials) == 1
+    assert remaining(study, 1) == 1
+
+
+def test_lease_is_extended_whatever_the_worker_does(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer, "BEAT_S", 0.01)
+    study = start(storage)
+    trial, other = ask(study), start(storage)
+
+    def leased() -> float:
+        return other.trials[trial.number].user_attrs["lease"]["expires"]
+
+    with heartbeat(trial):
+        for _ in range(2):
+            before, deadline = leased(), time.monotonic() + 60
+            while leased() == before:
+                assert time.monotonic() < deadline
+        assert finish(study, trial, 70.0, 500.0, -0.1, {})
+    assert not [thread for thread in threading.enumerate() if thread.name == "heartbeat"]
+
+
+def test_trial_is_leased_while_it_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that a trial does reports anything, as when images are decoded or judged."""
+    monkeypatch.setattr(layer, "BEAT_S", 0.01)
+    beats, study = threading.Semaphore(0), start(tmp_path / "j")
+
+    def measure_and_tell(*_: Any) -> bool:
+        return all(beats.acquire(timeout=60) for _ in range(3))
+
+    monkeypatch.setattr(layer, "lease", lambda *_: beats.release())
+    monkeypatch.setattr(search, "suggest", lambda *_: None)
+    runner, run = search.TrialRunner(SimpleNamespace(settings=Settings()), study, None), search.Run("now")
+    monkeypatch.setattr(runner, "_measure_and_tell", measure_and_tell)
+    runner.trial(run)
+    assert not run.notes
+
+
+def test_last_worker_waits_for_other_machines_until_they_show_life(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layer, "LOOK_S", 0.0)
+    study, said = start(tmp_path / "j"), []
+    trials = [ask(study), ask(study)]
+    for trial in trials:
+        put_lease(study, trial, host="elsewhere")
+
+    def one_lives_and_one_ends(line: str) -> None:
+        said.append(line)
+        put_lease(study, trials[0], expires=time.time() + 99)
+        finish(study, trials[1], 70.0, 500.0, -0.1, {})
+
+    assert due(study, 2, one_lives_and_one_ends) == 0
+    assert len(said) == 1
+    assert "trial 0, 1" in said[0]
+    assert due(study, 3, said.append) == 1, "there is something to do"
+    assert due(study, 2, said.append, lambda: True) == 0, "time is up"
+    assert len(said) == 1
+    assert due(study, 2, lambda line: put_lease(study, trials[0], expires=0)) == 1
+    assert ask(study).params == trials[0].params
+    assert study.trials[0].user_attrs["error"] == "worker died"
 
 
 def test_sweepers_at_the_same_moment_enqueue_once(storage: str, tmp_path: Path) -> None:

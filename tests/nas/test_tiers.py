@@ -485,18 +485,6 @@ def test_shared_weights_are_trained_once_and_may_not_choose_unproven(pictures, t
     assert again.value == found[0].value, "the weights that the first one kept"
 
 
-def test_a_long_training_keeps_its_lease(monkeypatch):
-    from nas import search
-
-    now, leased = [0.0], []
-    monkeypatch.setattr("nas.study.lease", lambda trial, seconds: leased.append(now[0]))
-    monkeypatch.setattr(search.time, "monotonic", lambda: now[0])
-    beat = search.heart(None, 300)
-    for now[0] in (1, search.BEAT_S + 1, search.BEAT_S + 2, 2 * search.BEAT_S + 3):
-        beat()
-    assert leased == [search.BEAT_S + 1, 2 * search.BEAT_S + 3]
-
-
 def test_a_parent_is_a_folder_with_weights(pictures, tmp_path, helpers):
     import torch
 
