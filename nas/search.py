@@ -287,7 +287,8 @@ def search(
             run.interrupted = True
             run.failures.append(str(error))
             say(f"{error}; finishing with what was measured; the same command continues")
-        sweep(study)
+        if not run.failures:
+            sweep(study)
     run.wall_s = time.perf_counter() - begun
     return study, run
 
