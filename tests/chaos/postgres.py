@@ -12,6 +12,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
+
 PASSWORD = "s3cret/word"
 INITDB = ["--auth=scram-sha-256", "--no-locale", "--encoding=UTF8", "--no-sync"]
 POSTGRES = ["-h", "127.0.0.1", "-k", "", "-F"]  # no Unix socket, no fsync
@@ -60,6 +62,13 @@ class Server:
     @property
     def running(self) -> bool:
         return self._process is not None
+
+    def pids(self) -> list[int]:
+        """Its processes."""
+        if self._process is None:
+            return []
+        below = psutil.Process(self._process.pid).children(recursive=True)
+        return [self._process.pid, *(process.pid for process in below)]
 
     def start(self) -> None:
         """Start it and wait until it answers."""
