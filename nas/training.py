@@ -81,7 +81,6 @@ class Options:
             ("batch-size", recipe.batch_size, 2, MOST),
             ("accumulate", self.accumulate, 1, MOST),
             ("workers", self.workers, 0, MOST_WORKERS),
-            ("seed", self.seed, 0, 2**32 - 1),
             ("resolution", self.resolution, 1, MOST),
         ):
             if value is not None and not least <= value <= most:

@@ -512,8 +512,8 @@ def test_an_oracle_lends_weights_and_chooses_tokens(vitnas, small, deit, tmp_pat
     [
         (("--recipe", "slow"), ("unknown --recipe 'slow'", "quick")),
         (("--epochs", "0"), ("--epochs is 0",)),
-        (("--seed", "-1"), ("--seed is -1", "give 0 to")),
-        (("--seed", "99999999999999999999"), ("--seed is 99999999999999999999",)),
+        (("--seed", "-1"), ("--seed", "0")),
+        (("--seed", "99999999999999999999"), ("--seed",)),
         (("--workers", "100000"), ("--workers is 100000",)),
         (("--workers", "-1"), ("--workers is -1",)),
         (("--lr", "nan"), ("--lr is nan",)),
