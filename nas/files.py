@@ -149,6 +149,32 @@ def folder_lock(
         close_lock(file)
 
 
+@contextmanager
+def job_folder(folder: Path) -> Iterator[None]:
+    """Have a folder, made where it is not there, for one command; one that was made for nothing goes again.
+
+    Raises:
+        UserError: it cannot be written, or another command has it.
+    """
+    while True:
+        made = not folder.exists()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write to {folder}: {error.strerror}; give another --out") from None
+        with folder_lock(folder):
+            if not (folder / LOCK).exists():  # another command that made it has removed it
+                continue
+            try:
+                yield
+            finally:
+                if made and os.listdir(folder) == [LOCK]:
+                    (folder / LOCK).unlink()
+                    with suppress(OSError):  # another command has just come
+                        folder.rmdir()
+            return
+
+
 def _locked(file: int, folder: Path, say: Callable[[str], None]) -> bool:
     """Whether a lock is had at once; True, and told, where the file system has no locks."""
     try:

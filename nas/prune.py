@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from nas.ending import Ending
 from nas.errors import UserError, first_line
 from nas.export import save_model, save_onnx, save_weights, write_artifact
-from nas.files import replace_file, scratch
+from nas.files import job_folder, replace_file, scratch
 from nas.inputs import identity
 from nas.job import Job, Progress, Say, compute_device, now
 from nas.measure import MeasureError, Measurement, Settings, compare, device_lock, in_turn
@@ -157,12 +157,13 @@ def prune(options: Options, command: str, say: Say, progress: Progress) -> dict[
     from pruning.importance import ImportanceError
     from search_spaces import ArchError
 
-    if options.model.startswith(OUTSIDE):
-        from nas.prune_outside import prune_outside
-
-        return prune_outside(options, command, say, progress)
     try:
-        return _Run(options, command, say, progress).run()
+        with job_folder(options.folder):
+            if options.model.startswith(OUTSIDE):
+                from nas.prune_outside import prune_outside
+
+                return prune_outside(options, command, say, progress)
+            return _Run(options, command, say, progress).run()
     except BudgetError as error:
         budget = options.budget
         raise UserError(

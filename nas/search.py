@@ -369,13 +369,14 @@ class TrialRunner:
                 run.notes.append(SWEPT.format(trial.number))
             except FAULTS as error:
                 clock.lap("timed runs" if isinstance(error, MeasureError) else "build and export")
-                ends = isinstance(error, UserError) or is_full(
-                    error
-                )  # a connection that does not come back, a full disk
+                full = is_full(error)
+                ends = full or isinstance(error, UserError)  # a full disk, a connection that does not come back
                 fail(self.study, trial, reason(error), retry=ends)
                 clock.lap("storage")
                 if ends:
-                    raise error if isinstance(error, UserError) else DiskFull(self._folder, error=error) from error
+                    raise (
+                        error if isinstance(error, UserError) else DiskFull(self.options.folder, error=error)
+                    ) from error
             except KeyboardInterrupt:
                 fail(self.study, trial, "interrupted", retry=True)
                 raise

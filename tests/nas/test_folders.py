@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from nas import search
+from nas import files, search
 from nas.errors import UserError
-from nas.files import machine_tag
+from nas.files import folder_lock, job_folder, machine_tag
 from nas.job import Job
 from nas.measure import Settings, default_threads
 from search_spaces.registry import FAMILIES
@@ -55,3 +55,57 @@ def test_a_job_sweeps_what_a_killed_one_left(tmp_path, ended):
     left.touch()
     job.make_folder()
     assert not left.exists()
+
+
+def test_two_prunings_of_one_folder(tmp_path, monkeypatch):
+    """The second is refused, with a line that names the first."""
+    from nas.prune import prune
+
+    monkeypatch.setattr("sys.argv", ["vitnas", "prune"])
+    options = SimpleNamespace(folder=tmp_path / "pruned", model="shvit_s1")
+    (tmp_path / "pruned").mkdir()
+    with (
+        folder_lock(options.folder),
+        pytest.raises(UserError, match=r"pruned is in use by vitnas prune \(process \d+ on "),
+    ):
+        prune(options, "", print, print)
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_a_job_s_folder_that_was_made_for_nothing_goes_again(written, tmp_path):
+    def fail():
+        with job_folder(tmp_path / "runs" / "pruned"):
+            if written:
+                (tmp_path / "runs" / "pruned" / "state").mkdir()
+            raise UserError("no such network")
+
+    with pytest.raises(UserError, match="no such network"):
+        fail()
+    assert (tmp_path / "runs" / "pruned").exists() == written
+
+
+def test_a_folder_that_was_there_stays(tmp_path):
+    with job_folder(tmp_path):
+        pass
+    assert tmp_path.exists()
+
+
+def test_a_folder_that_its_maker_removes_meanwhile_is_made_again(tmp_path, monkeypatch):
+    folder = tmp_path / "pruned"
+    locked = files._locked
+
+    def removed_first(*arguments):
+        monkeypatch.setattr(files, "_locked", locked)
+        (folder / files.LOCK).unlink()
+        folder.rmdir()
+        return locked(*arguments)
+
+    monkeypatch.setattr(files, "_locked", removed_first)
+    with job_folder(folder):
+        assert (folder / files.LOCK).is_file()
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot write to .*file/pruned"), job_folder(tmp_path / "file" / "pruned"):
+        pass
