@@ -142,9 +142,11 @@ def folder_lock(
         with suppress(OSError):  # a full disk takes no words, but a lock
             os.ftruncate(file, 0)
             os.pwrite(file, f"{_command()} (process {os.getpid()} on {socket.gethostname()}) since {since}".encode(), 0)
-        yield
-        with suppress(OSError):
-            os.ftruncate(file, 0)
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                os.ftruncate(file, 0)
     finally:
         close_lock(file)
 
@@ -157,7 +159,7 @@ def job_folder(folder: Path) -> Iterator[None]:
         UserError: it cannot be written, or another command has it.
     """
     while True:
-        made = not folder.exists()
+        made = [each for each in (folder, *folder.parents) if not each.exists()]
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -171,7 +173,8 @@ def job_folder(folder: Path) -> Iterator[None]:
                 if made and os.listdir(folder) == [LOCK]:
                     (folder / LOCK).unlink()
                     with suppress(OSError):  # another command has just come
-                        folder.rmdir()
+                        for each in made:
+                            each.rmdir()
             return
 
 

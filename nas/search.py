@@ -374,9 +374,9 @@ class TrialRunner:
                 fail(self.study, trial, reason(error), retry=ends)
                 clock.lap("storage")
                 if ends:
-                    raise (
-                        error if isinstance(error, UserError) else DiskFull(self.options.folder, error=error)
-                    ) from error
+                    if full and not isinstance(error, DiskFull):
+                        raise DiskFull(self.options.folder, error=error) from error
+                    raise
             except KeyboardInterrupt:
                 fail(self.study, trial, "interrupted", retry=True)
                 raise

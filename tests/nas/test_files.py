@@ -163,6 +163,7 @@ def test_the_second_command_on_a_folder_is_refused_and_told_of_the_first(tmp_pat
         assert "secret" not in (tmp_path / ".lock").read_text()
         with folder_lock(tmp_path, name=".report.lock"):
             pass
+    assert (tmp_path / ".lock").read_text() == ""
     with folder_lock(tmp_path):
         pass
 

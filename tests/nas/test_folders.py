@@ -81,7 +81,7 @@ def test_a_job_s_folder_that_was_made_for_nothing_goes_again(written, tmp_path):
 
     with pytest.raises(UserError, match="no such network"):
         fail()
-    assert (tmp_path / "runs" / "pruned").exists() == written
+    assert (tmp_path / "runs").exists() == written
 
 
 def test_a_folder_that_was_there_stays(tmp_path):
