@@ -333,7 +333,7 @@ class Exporter:
                 self._worker.close()
             self._worker = Worker(self._module, waiting=self._waiting)
         answer = self._worker.call(
-            method, self._timeout_s, settings=asdict(settings), stem=str(stem), images=images, **source
+            method, self._timeout_s, settings=asdict(settings), stem=str(stem.absolute()), images=images, **source
         )
         return Path(answer["path"])
 

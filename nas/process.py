@@ -138,7 +138,11 @@ class Worker:
             return False
         if not hasattr(os, "waitid"):
             return self._process.poll() is None
-        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None  # its number stays its own
+        try:
+            ended = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)  # its number stays its own
+        except ChildProcessError:  # SIGCHLD is ignored: the system has forgotten it
+            return False
+        return ended is None
 
     def call(self, method: str, timeout_s: float, **args) -> dict:
         """Runs a method of the child and returns its answer; WorkerError says why there is none."""
@@ -229,7 +233,7 @@ class Worker:
         line = self._read(timeout_s, time.monotonic() + timeout_s)
         with contextlib.suppress(ValueError, RecursionError):
             answer = json.loads(line)
-            kinds = {"result": dict, "error": str, "told": list}
+            kinds = {"result": dict, "error": str, "full": str, "told": list}
             if isinstance(answer, dict) and len(answer) == 1:
                 [(key, value)] = answer.items()
                 if isinstance(value, kinds.get(key, ())):
@@ -309,8 +313,10 @@ def serve(methods: dict[str, Callable[..., dict | None]]) -> None:
         except Exception as error:
             with contextlib.suppress(OSError):  # its disk may be full
                 traceback.print_exc()
-            full = {"full": str(_disk_full(error, request["args"]))} if is_full(error) else {}
-            answer = _line({"error": _one_line(f"{type(error).__name__}: {error}"), **full})
+            if is_full(error):
+                answer = _line({"full": str(_disk_full(error, request["args"]))})
+            else:
+                answer = _line({"error": _one_line(f"{type(error).__name__}: {error}")})
         _answer(answer)
 
 
@@ -349,7 +355,7 @@ def _enter() -> None:
     start = json.loads(sys.argv[1])
     die_with_parent()
     if sys.platform == "linux":
-        if os.getpgid(0) == os.getpid():
+        if os.getpgid(0) == os.getpid() and start["parent"] != 1:  # the end of process 1 ends all others
             _guard(os.getpid())
         with contextlib.suppress(OSError):  # some containers forbid it
             Path("/proc/self/oom_score_adj").write_text("1000")  # kill this process, not the search

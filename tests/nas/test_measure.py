@@ -23,7 +23,7 @@ from onnx import TensorProto, helper, numpy_helper
 from scipy.stats import binom
 
 from nas import process
-from nas.errors import UserError
+from nas.errors import DiskFull, UserError
 from nas.measure import (
     Interrupted,
     MeasureError,
@@ -87,8 +87,11 @@ CHILD = """
         os.close(process._answers.fileno())
         time.sleep(100)
 
+    def fill(stem):
+        raise OSError(28, "No space left on device")
+
     serve({
-        "start": start, "die_beside": die_beside, "write": write, "close": close, "tell": lambda: tell(1),
+        "start": start, "fill": fill, "die_beside": die_beside, "write": write, "close": close, "tell": lambda: tell(1),
         "echo": echo, "fail": fail, "leave": leave, "burn": burn, "abort": os.abort,
         "hang": lambda: time.sleep(100), "eof": lambda: sys.stdin.read() or {"read": ""},
         "cpus": lambda: {"cpus": sorted(os.sched_getaffinity(0))},
@@ -217,6 +220,25 @@ def test_a_crash_is_a_reason(child: str, method: str, reason: str) -> None:
 )
 def test_native_code_names_its_reason_first(text: str, reason: str) -> None:
     assert _one_line(text) == reason
+
+
+def test_a_full_disk_of_a_child_leaves_it_usable(child: str, tmp_path: Path) -> None:
+    with Worker(child) as worker:
+        with pytest.raises(DiskFull, match=r"no space left in .*: make room"):
+            worker.call("fill", 20, stem=str(tmp_path / "candidate"))
+        assert worker.call("echo", 20, a=1) == {"a": 1}
+
+
+def test_a_dead_child_that_the_system_has_forgotten(child: str) -> None:
+    previous = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        with Worker(child) as worker:
+            os.kill(worker.pid, signal.SIGKILL)
+            with pytest.raises(WorkerError):
+                worker.call("echo", 20, a=1)
+            assert not worker.alive
+    finally:
+        signal.signal(signal.SIGCHLD, previous)
 
 
 @pytest.mark.parametrize(
