@@ -101,7 +101,7 @@ def lower_precision(path: Path, settings: Settings, calibration: np.ndarray | No
     elif settings.precision == "int8":
         from nas.quantize import quantize
 
-        quantize(path, calibration, signed=settings.runtime == "openvino")
+        quantize(path, calibration)
 
 
 def label_onnx(path: Path, arch: Arch, trained: bool) -> None:
