@@ -10,10 +10,10 @@ import signal
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -41,7 +41,7 @@ from nas.process import Worker, WorkerError, _one_line, usable_cpus
 ALONE = Path(__file__).parents[1] / "benchmarks" / "bench_interleaving.py"
 
 CHILD = """
-    import hashlib, os, subprocess, sys, threading, time
+    import hashlib, os, signal, subprocess, sys, threading, time
     from nas import process
     from nas.process import serve, tell
 
@@ -77,6 +77,10 @@ CHILD = """
         tell(pid)
         os._exit(3)
 
+    def interrupt():
+        os.kill(os.getppid(), signal.SIGINT)
+        time.sleep(100)
+
     def write(text, times=1, pause_s=0):
         for _ in range(times):
             os.write(process._answers.fileno(), text.encode("latin-1"))
@@ -95,14 +99,16 @@ CHILD = """
         "echo": echo, "fail": fail, "leave": leave, "burn": burn, "abort": os.abort,
         "hang": lambda: time.sleep(100), "eof": lambda: sys.stdin.read() or {"read": ""},
         "cpus": lambda: {"cpus": sorted(os.sched_getaffinity(0))},
-        "strange": lambda: {"object": object()},
+        "strange": lambda: {"object": object()}, "interrupt": interrupt,
     })
 """
 
-# A stand-in for the measuring process: its "networks" are Python statements run as one inference.
+# A stand-in for the measuring process: its "networks" are Python statements run as one inference, and its clock shows
+# 1 ms for each, or the `ms` they set, however long they take.
 FAKE_WORKER = """
     import os, time
     from pathlib import Path
+    from types import SimpleNamespace
     import psutil
     from nas.measure import worker
     from nas.measure.runtime import register
@@ -110,9 +116,19 @@ FAKE_WORKER = """
     @register("onnxruntime", precisions={"cpu": ("fp32",)}, artifact="onnx", package="onnxruntime")
     def load(path, settings):
         code = compile(Path(path).read_text(), "network", "exec")
-        names = {"os": os, "time": time, "psutil": psutil, "settings": settings}
-        return lambda: exec(code, names)
+        names = {"os": os, "time": time, "psutil": psutil, "settings": settings, "ms": 1}
 
+        def infer():
+            global passed_ms
+            exec(code, names)
+            passed_ms += names["ms"]
+
+        return infer
+
+    passed_ms = 0
+    worker.time = SimpleNamespace(
+        perf_counter=lambda: passed_ms / 1e3, perf_counter_ns=lambda: passed_ms * 10**6
+    )
     worker.main()
 """
 
@@ -141,8 +157,8 @@ def network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
 
 
 def gone(pid: int) -> bool:
-    """Whether the process has ended within 5 s (a zombie nobody reaps has)."""
-    for _ in range(500):
+    """Whether the process ends within a minute (a zombie nobody reaps has)."""
+    for _ in range(6000):
         if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
             return True
         time.sleep(0.01)
@@ -338,7 +354,7 @@ def test_a_hang_ends_at_its_time_limit(child: str) -> None:
         started = time.monotonic()
         with pytest.raises(WorkerError, match=r"no answer in 0\.3 s"):
             worker.call("hang", 0.3)
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 60
         assert gone(worker.pid)
         with pytest.raises(WorkerError, match=r"no answer in 0\.3 s"):
             worker.call("echo", 20)
@@ -347,9 +363,8 @@ def test_a_hang_ends_at_its_time_limit(child: str) -> None:
 def test_an_interrupted_call_leaves_no_stale_answer(child: str) -> None:
     with Worker(child) as worker:
         worker.call("echo", 20)
-        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
         with pytest.raises(KeyboardInterrupt):
-            worker.call("hang", 20)
+            worker.call("interrupt", 20)
         assert gone(worker.pid)
         with pytest.raises(WorkerError, match="interrupted"):
             worker.call("echo", 20)
@@ -537,28 +552,25 @@ def test_stop_rules(medians: list[float], budget_ms: float | None, expected: boo
 
 
 def test_measure_keeps_every_sample_of_both(network: Callable[[str], Path], tmp_path: Path) -> None:
-    with Measurer(Settings(), network("time.sleep(0.002)"), tmp_path) as measurer:
+    with Measurer(Settings(), network("ms = 2"), tmp_path) as measurer:
         measurer.prepare()
-        result = measurer.measure(network("time.sleep(0.004)"))
-    assert 4 < result.p50_ms < 12
-    assert 2 < result.reference_p50_ms < 8
-    assert 8 <= len(result.rounds_ms) == len(result.reference_rounds_ms) <= 30
-    assert len({len(samples) for samples in result.rounds_ms}) == 1  # fixed before the first round
-    assert 3 <= len(result.rounds_ms[0]) <= 5  # 20 ms
+        result = measurer.measure(network("ms = 9 - ms"))  # by turns 8 and 1
+    assert result.rounds_ms == [[1.0, 8.0] * 10] * 8
+    assert result.reference_rounds_ms == [[2.0] * 10] * 8  # 20 ms
     assert 0 < result.load_s < result.wall_s
 
 
 def test_a_slow_network_is_run_once_a_round(network: Callable[[str], Path], tmp_path: Path) -> None:
-    with Measurer(Settings(), network("time.sleep(0.001)"), tmp_path) as measurer:
-        result = measurer.measure(network("time.sleep(0.51)"), budget_ms=300)
+    with Measurer(Settings(), network("ms = 1"), tmp_path) as measurer:
+        result = measurer.measure(network("ms = 510"), budget_ms=300)
     assert [len(samples) for samples in result.rounds_ms] == [1, 1, 1]
 
 
 def test_above_the_budget_takes_few_rounds(network: Callable[[str], Path], tmp_path: Path) -> None:
-    with Measurer(Settings(), network("time.sleep(0.001)"), tmp_path) as measurer:
-        assert len(measurer.measure(network("time.sleep(0.01)"), 2.0).rounds_ms) == 3
-        assert len(measurer.measure(network("time.sleep(0.01)"), 9.0).rounds_ms) == 6
-        assert len(measurer.measure(network("time.sleep(0.01)"), 50.0).rounds_ms) >= 8
+    with Measurer(Settings(), network("ms = 1"), tmp_path) as measurer:
+        assert len(measurer.measure(network("ms = 10"), 2.0).rounds_ms) == 3
+        assert len(measurer.measure(network("ms = 10"), 9.0).rounds_ms) == 6
+        assert len(measurer.measure(network("ms = 10"), 50.0).rounds_ms) == 8
 
 
 def test_a_candidate_of_another_batch_size(network: Callable[[str], Path], tmp_path: Path) -> None:
@@ -570,7 +582,7 @@ def test_a_candidate_of_another_batch_size(network: Callable[[str], Path], tmp_p
 def test_only_the_timed_process_runs(network: Callable[[str], Path], child: str, tmp_path: Path) -> None:
     with (
         Worker(child) as exporter,
-        Measurer(Settings(), network("time.sleep(0.001)"), tmp_path) as measurer,
+        Measurer(Settings(), network("ms = 1"), tmp_path) as measurer,
     ):
         exporter.call("burn", 20)
         others = [exporter.pid, measurer._reference._worker.pid]
@@ -586,7 +598,7 @@ def test_only_the_timed_process_runs(network: Callable[[str], Path], child: str,
 
 
 def test_failed_candidates_cost_nothing_else(network: Callable[[str], Path], tmp_path: Path) -> None:
-    with Measurer(Settings(), network("time.sleep(0.001)"), tmp_path) as measurer:
+    with Measurer(Settings(), network("ms = 1"), tmp_path) as measurer:
         for code, reason in [
             ("this is no python", "SyntaxError: invalid syntax"),
             ("os.abort()", r"killed by signal 6 \(SIGABRT\)"),
@@ -599,31 +611,53 @@ def test_failed_candidates_cost_nothing_else(network: Callable[[str], Path], tmp
         started = time.monotonic()
         with pytest.raises(MeasureError, match="not measured in 1 s, 0 rounds done"):
             measurer.measure(network("time.sleep(100)"), timeout_s=1)
-        with pytest.raises(MeasureError, match=r"not measured in 2.7 s, [0-2] rounds done"):
-            measurer.measure(network("time.sleep(0.2)"), timeout_s=2.7)
-        assert time.monotonic() - started < 10
+        assert time.monotonic() - started < 60
         with pytest.raises(MeasureError, match="FileNotFoundError"):
             measurer.measure(tmp_path / "absent")
-        assert measurer.measure(network("time.sleep(0.001)")).n > 0
+        assert measurer.measure(network("ms = 1")).n > 0
 
 
-def test_time_out_keeps_enough_rounds(network: Callable[[str], Path], tmp_path: Path) -> None:
-    with Measurer(Settings(), network("time.sleep(0.001)"), tmp_path) as measurer:
-        result = measurer.measure(network("time.sleep(0.05)"), timeout_s=2)
-    assert 3 <= len(result.rounds_ms) < 8
-    assert result.wall_s < 2.3
+class Slow:
+    """A network of no process: each slice takes a quarter of a second of the class's own clock."""
+
+    now_s = 0.0
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def time_slice(self, deadline: float) -> list[float]:
+        Slow.now_s += 0.25
+        if Slow.now_s > deadline:
+            raise WorkerError("no answer")
+        return [250.0]
+
+    def load(self, *_: object) -> None: ...
+
+    warm_up = close = load
+
+
+def test_time_out_keeps_enough_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "_Model", Slow)
+    monkeypatch.setattr(protocol, "time", SimpleNamespace(monotonic=lambda: Slow.now_s))
+    with Measurer(Settings(), tmp_path, tmp_path) as measurer:
+        assert len(measurer.measure(tmp_path).rounds_ms) == 8
+        for timeout_s, rounds in ((3, 5), (2, 3)):  # it stops where two more rounds do not fit
+            result = measurer.measure(tmp_path, timeout_s=timeout_s)
+            assert (len(result.rounds_ms), result.wall_s) == (rounds, rounds / 2)
+        with pytest.raises(MeasureError, match=r"not measured in 1.3 s, 2 rounds done"):
+            measurer.measure(tmp_path, timeout_s=1.3)
 
 
 def test_a_dead_reference_is_started_again(network: Callable[[str], Path], tmp_path: Path) -> None:
-    with Measurer(Settings(), network("time.sleep(0.001)"), tmp_path) as measurer:
+    with Measurer(Settings(), network("ms = 1"), tmp_path) as measurer:
         first = measurer._reference._worker.pid
         os.kill(first, signal.SIGKILL)
-        assert measurer.measure(network("time.sleep(0.001)")).reference_p50_ms > 1
+        assert measurer.measure(network("ms = 1")).reference_p50_ms == 1
         second = measurer._reference._worker.pid
         assert second != first
         # and again, this time while the candidate is being measured
-        result = measurer.measure(network(f"if psutil.pid_exists({second}): os.kill({second}, 9)\ntime.sleep(0.001)"))
-        assert len(result.reference_rounds_ms) == len(result.rounds_ms) >= 8
+        result = measurer.measure(network(f"if psutil.pid_exists({second}): os.kill({second}, 9)"))
+        assert len(result.reference_rounds_ms) == len(result.rounds_ms) == 8
     assert gone(measurer._reference._worker.pid)
 
 
@@ -647,9 +681,9 @@ def test_compare_loses_only_what_fails(network: Callable[[str], Path]) -> None:
     done = []
     results = compare(
         {
-            "fast": network("time.sleep(0.001)"),
+            "fast": network("ms = 1"),
             "broken": network("no python"),
-            "slow": network("time.sleep(0.005)"),
+            "slow": network("ms = 5"),
             "crash": network("os.abort()"),
         },
         Settings(),
@@ -659,7 +693,7 @@ def test_compare_loses_only_what_fails(network: Callable[[str], Path]) -> None:
     assert list(results) == ["fast", "broken", "slow", "crash"]
     assert isinstance(results["broken"], MeasureError)
     assert "SIGABRT" in str(results["crash"])
-    assert results["fast"].p50_ms < results["slow"].p50_ms
+    assert (results["fast"].p50_ms, results["slow"].p50_ms) == (1, 5)
     assert len(results["fast"].rounds_ms) == len(results["slow"].rounds_ms) == 5
     assert done == [(n, 5) for n in range(6)]
 
@@ -676,7 +710,7 @@ def test_compare_tells_what_it_waits_for(network: Callable[[str], Path], tmp_pat
 
     told: list[tuple[str, float]] = []
     hang = f"while not os.path.exists({str(heard)!r}): time.sleep(0.01)\nraise RuntimeError('heard')"
-    paths = {"hangs": network(hang), "fine": network("time.sleep(0.001)")}
+    paths = {"hangs": network(hang), "fine": network("ms = 1")}
     results = compare(paths, Settings(), 3, waiting=waiting)
     assert ("hangs", 0.05) in told
     assert str(results["hangs"]) == "RuntimeError: heard"
@@ -770,11 +804,11 @@ def test_one_measuring_at_a_time_per_device() -> None:
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     with device_lock("test-a"):
-        assert other("test-b").communicate(timeout=30) == ("got it\n", "")
+        assert other("test-b").communicate(timeout=120) == ("got it\n", "")
         waiting = other("test-a")
         assert "waiting for another vitnas process" in waiting.stderr.readline()
         assert waiting.poll() is None
-    assert waiting.communicate(timeout=30) == ("got it\n", "")
+    assert waiting.communicate(timeout=120) == ("got it\n", "")
 
 
 def test_importing_is_light() -> None:
@@ -862,7 +896,10 @@ def test_eager_times_an_arch(tmp_path: Path) -> None:
     path = tmp_path / "arch.json"
     path.write_text(arch.to_json())
     with Measurer(Settings("torch", threads=1), path, tmp_path) as measurer:
-        result = measurer.measure(path)
-    fastest, reference = (min(map(min, rounds)) for rounds in (result.rounds_ms, result.reference_rounds_ms))
-    assert math.isclose(fastest, reference, rel_tol=0.5)
-    assert result.p50_ms > 1
+        for _ in range(5):  # other programs can only add
+            result = measurer.measure(path)
+            assert result.p50_ms > 1
+            fastest, reference = (min(map(min, rounds)) for rounds in (result.rounds_ms, result.reference_rounds_ms))
+            if math.isclose(fastest, reference, rel_tol=0.5):
+                return
+    pytest.fail(f"{fastest} ms beside {reference} ms of the same network")
