@@ -24,6 +24,7 @@ from nas.errors import DiskFull, UserError, free_space, is_full
 
 LOCK = ".lock"
 FULL_BELOW = 1 << 16  # free bytes: libraries in C++ do not say why a write failed
+TRIES = 100
 _locks: set[int] = set()
 
 
@@ -268,7 +269,7 @@ def sweep_scratch(parent: Path) -> None:
 
 def _own_folder(parent: Path) -> tuple[Path, int]:
     """A new folder that is locked, and the lock's file descriptor; a sweeping process may take one before its lock."""
-    while True:
+    for _ in range(TRIES):
         try:
             parent.mkdir(parents=True, exist_ok=True)
             path = Path(tempfile.mkdtemp(prefix=f"vitnas-{machine_tag()}-", dir=parent))
@@ -290,3 +291,4 @@ def _own_folder(parent: Path) -> tuple[Path, int]:
             if path.exists():
                 return path, file
             close_lock(file)
+    raise UserError(f"no folder can be kept in {parent}: other processes remove it; give another --out")

@@ -219,14 +219,15 @@ def search(
 
     check_settings(options.settings)
     sampler = make_sampler(options.sampler, options.seed)
-    make_folder(options.folder)
+    made = make_folder(options.folder)
     sweep_drafts(options.folder)
     storage = storage_of(options)
     try:
         study = open_study(options.study, storage, meta(options, data), sampler)
     except UserError:
         with suppress(OSError):  # it holds something
-            options.folder.rmdir()
+            if made:
+                options.folder.rmdir()
         raise
     run = Run(datetime.now().astimezone().isoformat(timespec="seconds"))
     with device_lock(options.settings.device):  # what another vitnas does there is not this machine's load
@@ -638,16 +639,23 @@ def storage_of(options: Options) -> str | Path:
     return options.storage or options.folder / "study.journal"
 
 
-def make_folder(folder: Path) -> None:
-    """Create a run's folder and see that it can be written.
+def make_folder(folder: Path) -> bool:
+    """Create a run's folder and see that it can be written; returns whether it was not there.
 
     Raises:
         UserError: it cannot.
     """
+    made = False
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir()
+            made = True
+        except FileExistsError:
+            folder.mkdir(exist_ok=True)  # raises where it is a file
         with tempfile.TemporaryFile(dir=folder):
             pass
+        return made
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}; give another --out") from None
 
@@ -657,6 +665,7 @@ def write_hardware(options: Options) -> dict[str, Any]:
     from nas.hardware import describe
 
     described = describe(options.settings)
+    options.folder.mkdir(parents=True, exist_ok=True)  # its maker may have been refused and removed it, empty
     replace_file(options.folder / "hardware.json", json.dumps(described, indent=1) + "\n")
     return described
 

@@ -29,6 +29,7 @@ KINDS = ("cpu", "cuda")
 SHARED_FOLDERS = ("/run/lock", "/var/lock", "/tmp")
 PATIENCE_S = 2  # before a wait is told
 WAIT_S = 20
+TOGETHER_S = 1800  # processes that train together wait for each other for an hour at most
 POLL_S = 0.05
 _told: set[str] = set()
 
@@ -39,7 +40,7 @@ def folder() -> Path:
         return Path(given)
     for name in SHARED_FOLDERS:
         with contextlib.suppress(OSError):
-            if os.stat(name).st_mode & stat.S_IWOTH:
+            if os.stat(name).st_mode & stat.S_IWOTH and os.access(name, os.W_OK):
                 return Path(name)
     return Path(tempfile.gettempdir())
 
@@ -53,13 +54,14 @@ def tell_once(line: str) -> None:
 @contextlib.contextmanager
 def device_lock(device: str) -> Iterator[None]:
     """Held by whoever measures on `device`: one process of that machine at a time. Who has to wait is told, once."""
-    lock = remote.DistantLock(device) if remote.is_remote(device) else DeviceLock(device)
+    distant = remote.is_remote(device)
+    lock = remote.DistantLock(device) if distant else DeviceLock(device)
     waiting = f"waiting for another vitnas process that measures on {device}"
     _turn.stand_back(1)
     try:
         if not lock.acquire(0 if waiting in _told else PATIENCE_S):
             tell_once(waiting)
-            while not lock.acquire(WAIT_S):
+            while not lock.acquire(WAIT_S if distant else math.inf):
                 pass
         yield
     finally:
@@ -143,8 +145,8 @@ class DeviceLock:
 def in_turn(items: Iterable[T]) -> Iterator[T]:
     """The items, each of them when nothing is timed on this machine; until the next one it is this process's turn.
 
-    A process that holds a device to measure has its turn already. Of several that train together the first one waits,
-    and the others for it.
+    A process that holds a device to measure has its turn already. Of several that train together (torchrun) the first
+    one waits, and the others for it, so it does not wait for ever.
     """
     with _turn:
         for item in items:
@@ -158,6 +160,7 @@ class _Turn:
     def __init__(self) -> None:
         self._computing = self._measuring = 0
         self._held: list[ProcessLock] = []
+        self._waited_enough = False
 
     def __enter__(self) -> None:
         self._computing += 1
@@ -174,23 +177,23 @@ class _Turn:
 
     def give_way(self) -> None:
         """Have the turn on return, and let those measure that wait for it before."""
-        if self._measuring or int(os.environ.get("LOCAL_RANK", 0)):
+        together = int(os.environ.get("WORLD_SIZE", 1)) > 1
+        if self._measuring or (together and int(os.environ.get("LOCAL_RANK", 0))):
             return
         gates = [ProcessLock(f"vitnas-{kind}.gate") for kind in KINDS]
         while not (all(map(_is_open, gates)) and (self._held or self._take())):
             self._let_go()
-            for gate in gates:
-                try:
-                    if not gate.acquire(PATIENCE_S, shared=True):
-                        tell_once("waiting for another vitnas process that measures on this machine")
-                        gate.acquire(math.inf, shared=True)
-                finally:
-                    gate.release()
+            limit_s = math.inf if not together else 0 if self._waited_enough else TOGETHER_S
+            if not all(_wait_for(gate, limit_s) for gate in gates):
+                tell_once(f"another process still measures after {TOGETHER_S} s: training goes on beside it")
+                self._waited_enough = True
+                return
+        self._waited_enough = False
 
     def _take(self) -> bool:
         for kind in KINDS:
             self._held.append(ProcessLock(f"vitnas-{kind}.lock"))
-            if not self._held[-1].acquire(0, shared=True):
+            if not self._held[-1].acquire(POLL_S, shared=True):
                 return False
         return True
 
@@ -199,11 +202,23 @@ class _Turn:
             self._held.pop().release()
 
 
+def _wait_for(gate: ProcessLock, limit_s: float) -> bool:
+    """Whether nobody measures behind a gate any more, within limit_s; a wait is told, once."""
+    try:
+        if gate.acquire(min(PATIENCE_S, limit_s), shared=True):
+            return True
+        tell_once("waiting for another vitnas process that measures on this machine")
+        return gate.acquire(limit_s, shared=True)
+    finally:
+        gate.release()
+
+
 def _is_open(gate: ProcessLock) -> bool:
     """Whether nobody measures behind a gate or waits for it."""
-    found = gate.acquire(0, shared=True)
-    gate.release()
-    return found
+    try:
+        return gate.acquire(0, shared=True)
+    finally:
+        gate.release()
 
 
 _turn = _Turn()

@@ -244,3 +244,10 @@ def test_scratch_of_a_killed_process_is_swept_and_a_live_ones_stays(tmp_path, mo
         with scratch():
             assert live.is_dir()
     assert list(tmp_path.iterdir()) == [other]
+
+
+def test_a_scratch_folder_that_is_always_removed_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "TRIES", 3)
+    monkeypatch.setattr(files.tempfile, "mkdtemp", lambda prefix, dir: str(tmp_path / "removed"))
+    with pytest.raises(UserError, match="other processes remove it"), scratch(tmp_path):
+        pass

@@ -28,15 +28,17 @@ def test_what_differs_from_the_default_is_in_a_run_s_name():
     )
 
 
-@pytest.mark.parametrize("taken", [True, False])
-def test_a_refused_worker_removes_no_folder_but_an_empty_one(taken, tmp_path, monkeypatch):
+@pytest.mark.parametrize("found", ["nothing", "a study", "an empty folder"])
+def test_a_refused_worker_removes_no_folder_but_an_empty_one_of_its_own(found, tmp_path, monkeypatch):
     folder = tmp_path / "short"
 
     def open_study(*_):
-        if taken:
+        if found == "a study":
             (folder / "study.journal").write_text("another worker's")
         raise UserError("threads 4, not 2")
 
+    if found == "an empty folder":
+        folder.mkdir()  # of a worker with a database
     monkeypatch.setattr("nas.study.open_study", open_study)
     monkeypatch.setattr(search, "check_settings", lambda settings: None)
     monkeypatch.setattr(search, "meta", lambda *_: {})
@@ -45,7 +47,14 @@ def test_a_refused_worker_removes_no_folder_but_an_empty_one(taken, tmp_path, mo
     )
     with pytest.raises(UserError, match="threads 4"):
         search.search(options, print, print)
-    assert [path.name for path in tmp_path.rglob("*")] == (["short", "study.journal"] if taken else [])
+    left = {"nothing": [], "a study": ["short", "study.journal"], "an empty folder": ["short"]}
+    assert [path.name for path in tmp_path.rglob("*")] == left[found]
+
+
+def test_hardware_json_is_written_where_a_refused_worker_removed_the_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("nas.hardware.describe", lambda settings: {"cpu": "one"})
+    search.write_hardware(SimpleNamespace(folder=tmp_path / "short", settings=None))
+    assert (tmp_path / "short" / "hardware.json").is_file()
 
 
 def test_a_job_sweeps_what_a_killed_one_left(tmp_path, ended):

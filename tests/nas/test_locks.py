@@ -166,12 +166,37 @@ def test_who_measures_has_its_turn_and_gives_up_its_share():
     assert DeviceLock("cpu").acquire(0)
 
 
-def test_of_several_processes_that_train_together_one_waits(monkeypatch):
-    monkeypatch.setenv("LOCAL_RANK", "1")
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_of_several_processes_that_train_together_the_first_waits_but_not_for_ever(rank, monkeypatch, capsys):
+    for name, value in (("PATIENCE_S", 0), ("TOGETHER_S", 0)):
+        monkeypatch.setattr(locks, name, value)
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")
     measuring = DeviceLock("cpu")
     assert measuring.acquire(0)
     assert list(in_turn("ab")) == ["a", "b"]
     measuring.release()
+    told = capsys.readouterr().err
+    assert ("training goes on beside it" in told) == (rank == "0")
+
+
+def test_a_rank_without_others_waits_as_any_training(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")  # left over from a shell's environment
+    test_a_timing_waits_for_a_batch_and_a_training_for_a_timing()
+
+
+def test_who_waits_to_measure_does_not_poll(monkeypatch):
+    """Who polls comes too late for ever beside one that measures, lets go and measures again."""
+    asked = []
+
+    def acquire(self, timeout_s):
+        asked.append(timeout_s)
+        return len(asked) > 1
+
+    monkeypatch.setattr(DeviceLock, "acquire", acquire)
+    with device_lock("cpu"):
+        pass
+    assert asked == [locks.PATIENCE_S, float("inf")]
 
 
 def test_a_pass_over_images_takes_turns(monkeypatch):
