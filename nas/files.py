@@ -87,6 +87,13 @@ def drafted(path: Path, needed: int | None = None) -> Iterator[Path]:
             draft.unlink()
 
 
+def unwritable(folder: Path, error: OSError) -> UserError:
+    """What to raise where nothing can be written to a folder."""
+    if is_full(error):
+        return DiskFull(folder, error=error)
+    return UserError(f"cannot write to {folder}: {error.strerror}; give another --out")
+
+
 def sweep_drafts(folder: Path) -> None:
     """Remove what killed processes of this machine left of `drafted` files in a folder and below it."""
     pattern = re.compile(rf"\..+\.{machine_tag()}-(\d+)-[0-9a-f]{{8}}\.draft(\.\w+)?")
@@ -131,7 +138,7 @@ def folder_lock(
     try:
         file = open_lock(path, os.O_CREAT | os.O_RDWR)
     except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}; give another --out") from None
+        raise unwritable(folder, error) from None
     try:
         if not _locked(file, folder, say):
             holder = os.pread(file, 1000, 0).decode(errors="replace").strip() or "another vitnas command"
@@ -164,7 +171,7 @@ def job_folder(folder: Path) -> Iterator[None]:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"cannot write to {folder}: {error.strerror}; give another --out") from None
+            raise unwritable(folder, error) from None
         with folder_lock(folder):
             if not (folder / LOCK).exists():  # another command that made it has removed it
                 continue
@@ -276,9 +283,7 @@ def _own_folder(parent: Path) -> tuple[Path, int]:
         except FileNotFoundError:  # another process removed the empty parent
             continue
         except OSError as error:
-            if is_full(error):
-                raise DiskFull(parent, error=error) from error
-            raise UserError(f"cannot write to {parent}: {error.strerror}; give another --out") from None
+            raise unwritable(parent, error) from None
         with suppress(FileNotFoundError, BlockingIOError):
             file = open_lock(path, os.O_RDONLY | os.O_DIRECTORY)
             try:

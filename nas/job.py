@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nas.errors import UserError
-from nas.files import replace_file, sweep_drafts
+from nas.files import replace_file, sweep_drafts, unwritable
 from nas.inputs import changed
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class Job:
             self.kept.mkdir(parents=True, exist_ok=True)
             sweep_drafts(self.folder)
         except OSError as error:
-            raise UserError(f"cannot write to {self.folder}: {error.strerror}; give another --out") from None
+            raise unwritable(self.folder, error) from None
 
     def save(self) -> None:
         replace_file(self.kept / "state.json", json.dumps(asdict(self.state), indent=1))

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from nas.errors import FAULTS, DiskFull, UserError, is_full, reason
 from nas.export import Exporter
-from nas.files import replace_file, scratch, sweep_drafts
+from nas.files import replace_file, scratch, sweep_drafts, unwritable
 from nas.inputs import identity
 from nas.measure import (
     LinkLost,
@@ -657,7 +657,7 @@ def make_folder(folder: Path) -> bool:
             pass
         return made
     except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}; give another --out") from None
+        raise unwritable(folder, error) from None
 
 
 def write_hardware(options: Options) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import tempfile
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from nas import errors, files, process
 from nas.errors import DiskFull, UserError
 from nas.measure import agent, remote
 from nas.process import Worker, WorkerError
+from nas.search import make_folder
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
@@ -94,3 +96,11 @@ def test_no_folder_for_temporary_files(free, kind, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=str(tmp_path)) as raised:
         Worker("nas.export")
     assert type(raised.value) is kind
+
+
+@pytest.mark.parametrize("take", [files.folder_lock, files.job_folder, files.scratch, make_folder])
+def test_a_run_s_folder_on_a_full_disk(take, tmp_path, monkeypatch):
+    for module, name in ((os, "open"), (files.Path, "mkdir"), (tempfile, "mkdtemp"), (tempfile, "TemporaryFile")):
+        monkeypatch.setattr(module, name, lambda *_, **__: fail(FULL))
+    with pytest.raises(DiskFull, match="no space left"), nullcontext(take(tmp_path / "run")) as taken, taken:
+        pass
