@@ -167,6 +167,7 @@ def search(
     from nas.search import Options, default_study, interruptible, storage_of
     from nas.search import search as run_search
     from nas.storage import storage_errors
+    from nas.study import sweep
     from nas.targets import find_target
 
     beside = tuple(find_target(network) for network in against or ())
@@ -215,6 +216,7 @@ def search(
         found, run = run_search(options, progress, say, phase, images)
         with storage_errors(storage_of(options)), interruptible():
             result = finish_run(options, found, run, command_line(), phase, say)
+            sweep(found)
     show_result(result, options.folder, to_stderr=as_json)
     if as_json:
         print(json.dumps({key: result[key] for key in result if key != "trials"} | {"folder": str(options.folder)}))

@@ -47,6 +47,7 @@ def run(folder: Path, server: Server, kills: int, away_s: float) -> bool:
             witness.see(workers.trials())
             refill()
         if outage < OUTAGES:
+            workers.wait_until_open()
             moment(0.5)
             witness.see(workers.trials())
             server.stop()

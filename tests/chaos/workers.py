@@ -28,7 +28,7 @@ import psutil
 import torch  # noqa: F401  imported before the forks
 from optuna.trial import FrozenTrial, TrialState
 
-from nas import search
+from nas import search, study
 from nas.measure import Settings
 from nas.measure.protocol import Measurement
 from nas.storage import open_storage
@@ -85,6 +85,7 @@ class Workers:
         search.Exporter, search.open_measurer = Exporter, Measurer
         described = {"busy_share": None}
         search.write_hardware = lambda options: described
+        study.open_study = self._opened(study.open_study)
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:  # fills the caches that forks share
             search.search(options(Path(folder), None, 2), lambda _: None, lambda _: None)
@@ -107,6 +108,22 @@ class Workers:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
+
+    def _opened(self, open_study: Callable[..., optuna.Study]) -> Callable[..., optuna.Study]:
+        def opened(*args: Any) -> optuna.Study:
+            found = open_study(*args)
+            (self.out / f"{os.getpid()} has opened").touch()
+            return found
+
+        return opened
+
+    def wait_until_open(self) -> None:
+        """Until every worker has opened the study: one whose server is away then is refused at once."""
+        deadline = time.monotonic() + 60
+        while not all((self.out / f"{pid} has opened").exists() for pid in self.pids):
+            if time.monotonic() > deadline:
+                raise TimeoutError("the workers do not start")
+            time.sleep(0.01)
 
     def kill(self, pid: int) -> bool:
         """Whether it was still alive."""

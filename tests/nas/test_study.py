@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -304,6 +305,22 @@ def test_last_worker_waits_for_other_machines_until_they_show_life(
     assert due(study, 2, lambda line: put_lease(study, trials[0], expires=0)) == 1
     assert ask(study).params == trials[0].params
     assert study.trials[0].user_attrs["error"] == "worker died"
+
+
+def test_worker_sweeps_after_its_closing_run(
+    tmp_path: Path, vitnas: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = start(tmp_path / "j")
+
+    def finish_run(*_: Any) -> dict[str, Any]:
+        put_lease(study, ask(study), pid=dead_pid())
+        return {"winner": None, "failures": []}
+
+    monkeypatch.setattr("nas.search.search", lambda *_: (study, search.Run("now")))
+    monkeypatch.setattr("nas.outcome.finish_run", finish_run)
+    monkeypatch.setattr("nas.display.show_result", lambda *_, **__: None)
+    assert vitnas("search", "--latency-budget", "2ms", "--out", str(tmp_path))[0] == 1
+    assert [t.state for t in study.trials] == [TrialState.FAIL, TrialState.WAITING]
 
 
 def test_sweepers_at_the_same_moment_enqueue_once(storage: str, tmp_path: Path) -> None:

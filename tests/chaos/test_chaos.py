@@ -1,0 +1,28 @@
+"""The scripts of this folder in a short form."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent
+
+
+def chaos(script: str, *words: str) -> str:
+    command = [sys.executable, str(FOLDER / script), *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=FOLDER.parents[1])
+    if done.returncode == 77:
+        pytest.skip(done.stdout.strip())
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_kills() -> None:
+    assert "stand-in: " in chaos("kills.py", "--kills", "4", "--real", "0")
+
+
+def test_outages() -> None:
+    assert "2 outages" in chaos("outages.py", "--kills", "3", "--away", "2")
