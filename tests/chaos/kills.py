@@ -26,7 +26,7 @@ def cheap(folder: Path, kills: int) -> bool:
         workers.start(ENDLESS)
     killed = quit_by_themselves = 0
     while killed < kills:
-        moment(1.5)
+        moment(3.0)
         quit_by_themselves += len(workers.quitters())
         if workers.pids:
             killed += workers.kill(random.choice(workers.pids))
