@@ -184,14 +184,14 @@ def test_export_folder(vitnas, tmp_path):
 
 def test_help_is_fast_and_has_examples():
     command = [sys.executable, "-m", "nas.cli", "--help"]
-    subprocess.run(command, check=True, capture_output=True)
-    times = []
-    for _ in range(5):
+    for _ in range(20):  # other programs can only add
         started = time.perf_counter()
         done = subprocess.run(command, check=True, capture_output=True, text=True)
-        times.append(time.perf_counter() - started)
-    assert "vitnas search --latency-budget 2ms --device cpu" in done.stdout
-    assert min(times) < 0.5
+        fast = time.perf_counter() - started < 0.5
+        assert "vitnas search --latency-budget 2ms --device cpu" in done.stdout
+        if fast:
+            return
+    pytest.fail("--help takes 0.5 s or more, every time")
 
 
 @pytest.mark.parametrize("verb", ["search", "models", "show", "bench", "export", "dashboard"])

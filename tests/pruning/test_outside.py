@@ -176,7 +176,7 @@ def test_a_trial_dies_with_its_parent() -> None:
         assert psutil.pid_exists(pid)
         process.kill()
         process.wait()
-    psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], 10)
+    psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], 60)
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
