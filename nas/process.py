@@ -324,7 +324,8 @@ def _disk_full(error: Exception, args: dict[str, Any]) -> DiskFull:
     """What a method met; its arguments are paths, among others, and it may have printed."""
     if isinstance(error, DiskFull):
         return error
-    folders = [Path(value).parent for value in args.values() if isinstance(value, str) and value.startswith("/")]
+    paths = [Path(value).absolute() for value in args.values() if isinstance(value, str) and os.sep in value]
+    folders = [path.parent for path in paths if path.parent.is_dir()]
     named = getattr(error, "filename", None)
     return DiskFull(Path(named).parent if named else fullest(*folders, temporary_folder()), error=error)
 

@@ -45,10 +45,13 @@ def test_a_child_whose_log_is_full_answers_all_the_same(monkeypatch):
 
 def test_a_child_names_the_place_that_is_full(tmp_path, monkeypatch):
     run, temporary = tmp_path / "run", tmp_path / "tmp"
+    run.mkdir()
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(process, "temporary_folder", lambda: temporary)
     monkeypatch.setattr(errors, "free_space", lambda folder: 1024 if folder == run else 1 << 30)
     told = answer_of(lambda stem: fail(FULL), monkeypatch, stem=str(run / "candidate"))["full"]
     assert told.startswith(f"no space left in {run} (1.0 KiB free)")
+    assert answer_of(lambda stem: fail(FULL), monkeypatch, stem="run/candidate")["full"] == told
     named = OSError(errno.ENOSPC, "No space left on device", str(temporary / "zipped"))
     told = answer_of(lambda stem: fail(named), monkeypatch, stem=str(run / "candidate"))["full"]
     assert told.startswith(f"no space left in {temporary} (")
