@@ -205,7 +205,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
         pass
 
 
-def test_a_forked_child_does_not_keep_the_locks(tmp_path):
+def test_a_forked_child_does_not_keep_the_locks_of_a_killed_parent(tmp_path, monkeypatch):
     fork = multiprocessing.get_context("fork")
     here, there = fork.Pipe()
 
@@ -213,6 +213,13 @@ def test_a_forked_child_does_not_keep_the_locks(tmp_path):
         there.send("up")
         there.recv()
 
+    flock = files.fcntl.flock
+
+    def as_a_kill_does(file, how):
+        if how != files.fcntl.LOCK_UN:
+            flock(file, how)
+
+    monkeypatch.setattr(files.fcntl, "flock", as_a_kill_does)
     with folder_lock(tmp_path):
         child = fork.Process(target=stay)
         child.start()
