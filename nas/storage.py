@@ -297,11 +297,11 @@ def _database_errors() -> tuple[type[Exception], ...]:
 def _is_lost(error: Exception) -> bool:
     """Whether there is no connection to the server any more, or it is stopping or starting."""
     from optuna.exceptions import StorageInternalError
-    from sqlalchemy.exc import DBAPIError, OperationalError
+    from sqlalchemy.exc import DBAPIError, OperationalError, PendingRollbackError
 
     cause = error.__cause__ if isinstance(error, StorageInternalError) else error
     if not isinstance(cause, DBAPIError):
-        return isinstance(cause, ConnectionError)
+        return isinstance(cause, ConnectionError | PendingRollbackError)  # the latter where Optuna asked once more
     code = getattr(cause.orig, "sqlstate", None)
     refused = isinstance(cause, OperationalError) and (code is None or code.startswith("57P"))
     return cause.connection_invalidated or refused

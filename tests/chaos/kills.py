@@ -41,12 +41,12 @@ def cheap(folder: Path, kills: int) -> bool:
     codes = workers.finish()
     trials = workers.trials()
     faults = witness.faults(trials) | {
-        "temporary files": len(leftovers(folder, workers.out / STUDY)),
+        "temporary files": len(left := leftovers(folder, workers.out / STUDY)),
         "processes": len(survivors()),
         "workers that quit": quit_by_themselves + sum(code != 0 for code in codes),
     }
     told = f"{killed} kills in {time.monotonic() - begun:.0f} s, {witness.count} finished trials seen of {len(trials)}"
-    return verdict("stand-in", faults, told, workers.log.read_text)
+    return verdict("stand-in", faults, told, lambda: f"{left}\n{workers.log.read_text()}")
 
 
 def real(folder: Path, kills: int, longest_s: float) -> bool:
@@ -79,12 +79,12 @@ def real(folder: Path, kills: int, longest_s: float) -> bool:
         code = process.wait()
     trials = trials_of(journal)
     faults = witness.faults(trials) | {
-        "temporary files": len(leftovers(folder, out / STUDY)),
+        "temporary files": len(left := leftovers(folder, out / STUDY)),
         "processes": len(survivors()),
         "workers that quit": kills - killed + (code not in (0, 1)),
     }
     told = f"{killed} kills in {time.monotonic() - begun:.0f} s, {witness.count} finished trials seen of {len(trials)}"
-    return verdict("real measuring", faults, told, log.read_text)
+    return verdict("real measuring", faults, told, lambda: f"{left}\n{log.read_text()}")
 
 
 def main() -> int:

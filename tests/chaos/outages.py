@@ -63,7 +63,7 @@ def run(folder: Path, server: Server, kills: int, away_s: float) -> bool:
     codes = workers.finish()
     trials = workers.trials()
     faults = witness.faults(trials) | {
-        "temporary files": len(leftovers(folder, workers.out / STUDY)),
+        "temporary files": len(left := leftovers(folder, workers.out / STUDY)),
         "processes": len(survivors(known=server.pids())),
         "workers that quit": quit_by_themselves + sum(code != 0 for code in codes),
     }
@@ -72,7 +72,7 @@ def run(folder: Path, server: Server, kills: int, away_s: float) -> bool:
         f"{killed} kills and {OUTAGES} outages of {away_s:g} s in {time.monotonic() - begun:.0f} s, {waits} waits, "
         f"{witness.count} finished trials seen of {len(trials)}"
     )
-    return verdict("PostgreSQL", faults, told, workers.log.read_text)
+    return verdict("PostgreSQL", faults, told, lambda: f"{left}\n{workers.log.read_text()}")
 
 
 def _complete(workers: Workers) -> bool:

@@ -20,7 +20,7 @@ from optuna.exceptions import StorageInternalError
 from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 from postgres import Server
-from sqlalchemy.exc import OperationalError, SQLAlchemyError
+from sqlalchemy.exc import OperationalError, PendingRollbackError, SQLAlchemyError
 
 import nas
 from nas import storage as layer
@@ -282,6 +282,22 @@ def test_trial_that_another_worker_failed_meanwhile_is_no_result(
 
     monkeypatch.setattr(unanswered._storage._storage, "set_trial_state_values", swept)
     assert finish(unanswered, trial, 70.0, 500.0, -0.1, {}) is False
+
+
+def test_server_lost_within_a_read_is_waited_for(
+    unanswered: optuna.Study, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Optuna then asks once more on the same, broken connection."""
+    read, answers = unanswered._storage._storage.get_all_trials, iter([False])
+
+    def get_all_trials(*args: Any, **kwargs: Any) -> list[optuna.trial.FrozenTrial]:
+        if next(answers, True):
+            return read(*args, **kwargs)
+        raise StorageInternalError("commit") from PendingRollbackError("Can't reconnect until ... is rolled back")
+
+    monkeypatch.setattr(unanswered._storage._storage, "get_all_trials", get_all_trials)
+    assert unanswered.get_trials() == []
+    assert "is back" in capsys.readouterr().err
 
 
 def test_ctrl_c_ends_the_wait_and_those_that_follow(unanswered: optuna.Study, monkeypatch: pytest.MonkeyPatch) -> None:
