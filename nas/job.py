@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 CALIBRATION_IMAGES = 512
 EVALUATED_IMAGES = 5_000
 BATCH = 32
+NAMED = ("model", "weights", "data", "teacher", "teacher_weights", "oracle")
+"""Options that name what a run reads: its content must be equal (`Job.agree`), not its name."""
 
 Say = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
@@ -80,7 +82,7 @@ class Job:
             ) from None
         for key, value in options.items():
             known = begun_with.get(key)
-            if known != value:
+            if known != value and key not in NAMED:
                 raise UserError(f"{folder} holds another run ({key} {known}, not {value}): give another --out")
 
     def agree(self, inputs: dict[str, str | None]) -> None:

@@ -310,8 +310,11 @@ def finish_run(
 
     Returns:
         The report's data.
+
+    Raises:
+        UserError: another worker is at its end, and after Ctrl-C that is not waited for.
     """
-    with folder_lock(options.folder, waiting=True, name=LOCK, say=say):
+    with folder_lock(options.folder, waiting=not run.interrupted, name=LOCK, say=say):
         return _Finish(options, study, run, command, phase, say).run()
 
 
@@ -415,10 +418,10 @@ class _Finish:
         from nas.report import write_run
 
         best, trained = self.options.folder / "best", False
-        if self.winner is None:
-            shutil.rmtree(best, ignore_errors=True)
-        else:
+        if self.winner is not None:
             trained = self._save(arch_of(self.winner), best)
+        elif not (best / "model.safetensors").is_file():
+            shutil.rmtree(best, ignore_errors=True)
         data = self._data(trained)
         with self._step("report"):
             write_run(self.options.folder, data)
@@ -498,6 +501,8 @@ class _Finish:
             yield "the final trainings are not finished: the same command goes on with them"
         if self.final and winner is None:
             yield "every trial that had met the budget was over it in the closing side-by-side run"
+            if (self.options.folder / "best" / "model.safetensors").is_file():
+                yield "best/ is left as it was: a trained network that met the budget in an earlier run"
         elif self.final and first and first["trial"] != winner["trial"]:
             yield f"{label_of(first)} ranked first in the search but was not the best within budget in the closing run"
         cached = [row for row in measured if row["source"].startswith("cache")]

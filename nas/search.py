@@ -50,6 +50,9 @@ if TYPE_CHECKING:
     from search_spaces import Arch
 
 REFERENCE = "efficientvit_m0"
+LESSONS = "lessons.json"
+ELSEWHERE = ("budget_ms", "families", "space", "hardware", "throughput_at")
+"""What a study must agree on and a training does not depend on."""
 SWEPT = "trial {} was taken for dead by another worker; its result was dropped"
 PHASES = (
     "start",
@@ -222,13 +225,17 @@ def search(
     made = make_folder(options.folder)
     sweep_drafts(options.folder)
     storage = storage_of(options)
+    agreed = meta(options, data)
     try:
-        study = open_study(options.study, storage, meta(options, data), sampler)
+        lessons = lessons_of(options.folder, agreed) if options.lessons else None
+        study = open_study(options.study, storage, agreed, sampler)
     except UserError:
         with suppress(OSError):  # it holds something
             if made:
                 options.folder.rmdir()
         raise
+    if lessons is not None:
+        replace_file(options.folder / LESSONS, lessons)
     run = Run(datetime.now().astimezone().isoformat(timespec="seconds"))
     with device_lock(options.settings.device):  # what another vitnas does there is not this machine's load
         run.hardware = write_hardware(options)
@@ -306,6 +313,26 @@ def refuse_hopeless(tier: Tier, families: Sequence[str]) -> None:
     if all(family in tier.failed for family in families):
         reasons = "; ".join(f"{family}: {tier.failed[family]}" for family in families)
         raise UserError(f"no family's weights could be trained to judge by ({reasons})")
+
+
+def lessons_of(folder: Path, agreed: Mapping[str, Any]) -> str:
+    """What a folder's trainings depend on, for its `LESSONS`: they are found there by their networks alone.
+
+    Raises:
+        UserError: trainings of others are there, though the study may not be: its journal was removed, say.
+    """
+    from nas.study import _differ
+
+    wanted = json.loads(json.dumps({key: value for key, value in agreed.items() if key not in ELSEWHERE}))
+    found = wanted
+    if (folder / LESSONS).is_file():
+        found = json.loads((folder / LESSONS).read_text())
+    elif any((folder / name).exists() for name in ("final", "training")):
+        found = {}
+    differences = "; ".join(f"{key} {old}, this command says {new}" for key, old, new in _differ(found, wanted))
+    if differences:
+        raise UserError(f"{folder} holds trainings with {differences}; use --study for a new one")
+    return json.dumps(wanted, indent=1)
 
 
 class TrialRunner:
@@ -398,7 +425,7 @@ class TrialRunner:
         latency = self._known(digest) or self._latency(trial, arch, clock)
         clock.lap("other")
         constraint = latency["latency_ms"] / self.options.budget_ms - 1
-        if self.tier.trained and constraint <= 0:
+        if self.tier.trained:  # a family's shared weights are trained for whatever comes first
             leave_device()
         try:
             estimate = (self.tier.estimate if constraint <= 0 else self.tier.predict)(arch, counts)

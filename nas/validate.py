@@ -99,6 +99,7 @@ def measure_one(tier: Train, arch: Arch) -> dict[str, Any]:
         training.run(None, lambda done, total, *_: school.progress("validation", done, total))
     finally:
         training.loader.close()
+    found = school.judge(training.network, judge)
     folder.unlink(missing_ok=True)
     return {
         "family": arch.family,
@@ -109,7 +110,7 @@ def measure_one(tier: Train, arch: Arch) -> dict[str, Any]:
         GATE: tier.early(arch, counts, rungs).value,
         "estimate, last rung": estimate.value,
         "rungs": rungs,
-        "top1": school.judge(training.network, judge).top1,
+        "top1": found.top1,
     }
 
 

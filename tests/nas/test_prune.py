@@ -298,6 +298,8 @@ def test_a_folder_goes_on_only_with_what_it_was_begun_with(vitnas, images, tmp_p
         path.write_bytes(before)
         assert {path: path.read_bytes() for path in kept} == kept
     assert "finished" in vitnas(*command)[2]
+    (tmp_path / "net").rename(tmp_path / "moved")
+    assert "finished" in vitnas(*words(tmp_path / "moved", tmp_path / "out", *command[command.index("--data") :]))[2]
 
 
 def test_a_step_of_the_end_that_fails_leaves_the_others(vitnas, images, tmp_path, fake_clock, monkeypatch):

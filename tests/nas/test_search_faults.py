@@ -415,3 +415,44 @@ def test_no_file_of_another_network_stays(vitnas, device, tier, pictures, tmp_pa
     monkeypatch.setattr(nas.outcome, "save_onnx", refused)
     vitnas(*trained(tmp_path, pictures))
     assert set(best(tmp_path)) == {"arch.json", "model.safetensors"}
+
+
+def test_trainings_on_other_images_are_not_taken_for_these(vitnas, device, tier, pictures, tmp_path):
+    """Without its journal the study is a new one, but its folder's trainings are not."""
+    assert vitnas(*trained(tmp_path, pictures))[0] == 0
+    for path in (tmp_path / "s").glob("study.journal*"):
+        path.unlink()
+    (pictures / "a" / "more.png").write_bytes((pictures / "a" / "0.png").read_bytes())
+    kept = best(tmp_path)
+    vitnas.refused(vitnas(*trained(tmp_path, pictures)), "the images of --data", "--study")
+    assert not (tmp_path / "s" / "study.journal").exists()
+    assert best(tmp_path) == kept
+    (pictures / "a" / "more.png").unlink()
+    begun = list(tier.begun)
+    assert vitnas(*trained(tmp_path, pictures))[0] == 0
+    assert len(tier.begun) == len(begun) + TRIALS, "the final trainings are kept"
+
+
+def test_after_ctrl_c_no_other_worker_s_end_is_waited_for(vitnas, device, tmp_path):
+    from nas.files import folder_lock
+
+    (tmp_path / "s").mkdir()
+    device.faults[2] = KeyboardInterrupt()
+    with folder_lock(tmp_path / "s", name=nas.outcome.LOCK):
+        code, _, err = vitnas(*command(tmp_path))
+    assert code == 2
+    assert "interrupted" in err
+    assert "in use by" in err.splitlines()[-1]
+
+
+def test_a_trained_network_stays_where_later_all_are_over_the_budget(
+    vitnas, device, tier, pictures, tmp_path, monkeypatch
+):
+    assert vitnas(*trained(tmp_path, pictures))[0] == 0
+    kept = best(tmp_path)
+    slow = Measurement([[1000.0] * 3] * 8)
+    monkeypatch.setattr(nas.outcome, "compare", lambda paths, *_, **__: dict.fromkeys(paths, slow))
+    code, out, _ = vitnas(*trained(tmp_path, pictures))
+    assert code == 1
+    assert any("best/ is left as it was" in note for note in json.loads(out)["notes"])
+    assert best(tmp_path) == kept
