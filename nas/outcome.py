@@ -428,6 +428,12 @@ class _Finish:
             self.study.set_user_attr("result", winner_line(data))
         return data | {"failures": self._failures(), "interrupted": self.end.interrupted}
 
+    def _images(self, arch: Arch) -> np.ndarray | None:
+        """Some validation images of a search that trains."""
+        from nas.data import some_of
+
+        return some_of(self.tier.schooling.data.at(arch.resolution).val) if self.trained else None
+
     def _save(self, arch: Arch, folder: Path) -> bool:
         """Write arch.json and the weights, where they are trained; then model.onnx, whose metadata says whether they
         are, and beside it the file that was measured, where that has another precision. Whether they are trained."""
@@ -436,7 +442,7 @@ class _Finish:
         with self._step("best/"):
             start_best(arch, folder, weights)
         with self._step("best/model.onnx"):
-            save_best(arch, folder, weights, options.settings.batch_size)
+            save_best(arch, folder, weights, options.settings.batch_size, self._images(arch))
         path = folder / "model.onnx"
         if options.settings.precision in CONVERTED and RUNTIMES[options.settings.runtime].artifact == "onnx":
             lower = folder / f"model.{options.settings.precision}.onnx"
@@ -581,12 +587,14 @@ def start_best(arch: Arch, folder: Path, weights: Path | None) -> None:
         replace_file(folder / "model.safetensors", weights.read_bytes())
 
 
-def save_best(arch: Arch, folder: Path, weights: Path | None, batch_size: int) -> None:
-    """Write model.onnx; with trained weights it is checked against PyTorch."""
+def save_best(
+    arch: Arch, folder: Path, weights: Path | None, batch_size: int, images: np.ndarray | None = None
+) -> None:
+    """Write model.onnx; with trained weights it is checked against PyTorch, on `images` too (see `save_onnx`)."""
     from search_spaces import create_model
 
     if weights is not None:
-        save_onnx(create_model(arch, weights=weights), folder, batch_size, trained=True)
+        save_onnx(create_model(arch, weights=weights), folder, batch_size, trained=True, images=images)
         return
     with drafted(folder / "model.onnx") as draft:
         write_onnx(arch, draft, batch_size)

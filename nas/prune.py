@@ -482,6 +482,7 @@ class _Run:
         self.model = model
 
     def _write(self) -> dict[str, Any]:
+        from nas.data import some_of
         from search_spaces import table
 
         options = self.options
@@ -489,7 +490,8 @@ class _Run:
         results: dict[str, Measurement] = {}
         save_model(self.model.cpu(), options.folder)
         with self.end.step("model.onnx"), self.job.phase("exporting"):
-            save_onnx(self.model, options.folder, options.settings.batch_size, trained=True)
+            images = some_of(self.job.evaluated)
+            save_onnx(self.model, options.folder, options.settings.batch_size, trained=True, images=images)
         with self.end.step("closing run"), self.job.phase("closing run") as progress:
             results = self._compare(archs, CLOSING_ROUNDS, progress)
         self._stop_if_interrupted()

@@ -19,7 +19,6 @@ from nas.job import Job, Progress, Say, now
 from nas.process import usable_cpus
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import nn
 
     from nas.data import ImageData
@@ -34,7 +33,6 @@ RESULT = "metrics.json"
 MAX_WORKERS = 8
 MOST, MOST_WORKERS = 1_000_000, 256
 EVALUATED_AT_ONCE = 256
-FEW = 8
 PATIENCE = timedelta(hours=1)
 """How long the other processes wait for the first one, which evaluates and writes."""
 
@@ -397,9 +395,11 @@ class _Run:
         }
         replace_file(self.job.result, json.dumps(data, indent=1))
         if training.epoch:
+            from nas.data import some_of
+
             try:
                 with self.job.phase("exporting"):
-                    save_onnx(training.network, options.folder, 1, trained=True, images=self._few())
+                    save_onnx(training.network, options.folder, 1, trained=True, images=some_of(self.data.val))
             except UserError as failure:
                 line = f"no model.onnx, but the weights are there: {failure}"
                 self.job.say(line)
@@ -411,14 +411,6 @@ class _Run:
             self.job.finish()
             (self.job.kept / "checkpoint").unlink()
         return data
-
-    def _few(self) -> np.ndarray | None:
-        """Some validation images (N, 3, R, R), to check the ONNX file on."""
-        import numpy as np
-
-        found = (self.data.val[i] for i in range(min(FEW, len(self.data.val))))
-        images = [item[0] for item in found if not isinstance(item, str)]
-        return np.stack(images) if images else None
 
     def _note(self, line: str) -> None:
         """A note for the user and the results; a training that goes on does not repeat it."""

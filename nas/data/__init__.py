@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nas.data.batches import (
     ALL_BROKEN,
@@ -33,6 +34,9 @@ from nas.data.images import (
 from nas.data.sources import Found, Part, digits, find
 from nas.errors import UserError
 
+if TYPE_CHECKING:
+    import numpy as np
+
 __all__ = [
     "ALL_BROKEN",
     "BROKEN_BASE",
@@ -49,9 +53,11 @@ __all__ = [
     "open_data",
     "sample",
     "skipped_line",
+    "some_of",
     "split",
 ]
 
+SOME = 8
 VAL_SHARE = 0.1
 DIGITS_VAL_SHARE = 0.2
 
@@ -111,6 +117,15 @@ def open_data(name: str | Path | None, resolution: int, num_classes: int | None,
     else:
         train_images, val_images = (_images(part, resolution, name is None) for part in (train, val))
     return ImageData(found.name, classes, train_images, train_images, val_images, demo=name is None).at(resolution)
+
+
+def some_of(images: Images) -> np.ndarray | None:
+    """What can be decoded of the first SOME images, float32 (N, 3, R, R), to check a network on; None of none."""
+    import numpy as np
+
+    found = (images[i] for i in range(min(SOME, len(images))))
+    pixels = [item[0] for item in found if not isinstance(item, str)]
+    return np.stack(pixels) if pixels else None
 
 
 def _images(part: Part, resolution: int, demo: bool) -> Images:

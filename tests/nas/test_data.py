@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from nas.data import Augmentation, Images, decode, hold_out, loader, open_data, skipped_line, split
+from nas.data import Augmentation, Images, decode, hold_out, loader, open_data, skipped_line, some_of, split
 from nas.data.images import train_transform
 from nas.errors import UserError
 
@@ -388,6 +388,16 @@ def test_too_many_broken_images_are_refused(tmp_path, workers):
     assert sum(name in str(error.value) for name in broken) == 3
     assert "\n" not in str(error.value)
     assert not multiprocessing.active_children()
+
+
+def test_some_images_are_those_that_can_be_decoded(tmp_path):
+    val = open_data(fill(tmp_path, black=100, white=100), 16, 2, seed=0).val
+    assert some_of(val).shape == (8, 3, 16, 16)
+    spoil(val.sources[0])
+    assert some_of(val).shape == (7, 3, 16, 16)
+    for file in val.sources:
+        spoil(file)
+    assert some_of(val) is None
 
 
 def test_nothing_but_broken_images_is_refused_at_the_first_batch(tmp_path):
