@@ -36,6 +36,7 @@ from nas.measure import (
     device_kind,
     device_label,
     device_lock,
+    locks,
     open_measurer,
     remote,
 )
@@ -61,7 +62,7 @@ def server(ssh_server, monkeypatch: pytest.MonkeyPatch) -> Iterator:
 
 
 def wait(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -100,8 +101,9 @@ def test_measures_on_the_other_machine(server, tmp_path: Path) -> None:
         assert all(connection in worker.parents() for worker in server.processes(WORKERS))
         same, other = measurer.measure(reference), measurer.measure(slower, timeout_s=30)
         assert same.n == sum(map(len, same.reference_rounds_ms)) > 20
-        assert 0.2 < same.p50_ms / same.reference_p50_ms < 5
-        assert other.p50_ms > 5 * other.reference_p50_ms
+        fastest = [min(map(min, rounds)) for rounds in (same.rounds_ms, same.reference_rounds_ms, other.rounds_ms)]
+        assert 0.2 < fastest[0] / fastest[1] < 5  # other programs can only add
+        assert fastest[2] > 5 * fastest[1]
         assert other.wall_s > other.load_s > 0
         assert measurer.measure(batch, HOPELESS_MS, batch_size=4).n >= 9
         with pytest.raises(MeasureError, match="start with batch size 1"):
@@ -171,11 +173,13 @@ def test_a_login_shell_that_prints(server, tmp_path: Path, monkeypatch: pytest.M
 def test_takes_turns_with_whoever_measures_there(server, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setattr("nas.measure.locks.PATIENCE_S", 0.1)
     theirs = ProcessLock(LOCK)
+    later, tell = threading.Timer(0.5, theirs.release), locks.tell_once
+    monkeypatch.setattr(locks, "tell_once", lambda line: (tell(line), later.start()))
     with device_lock(DEVICE):
         assert not theirs.acquire(0)
     assert theirs.acquire(0)
-    threading.Timer(0.5, theirs.release).start()
     with device_lock(DEVICE):
+        later.join()
         assert theirs._file is None
         assert not theirs.acquire(0)
     assert capsys.readouterr().err == f"waiting for another vitnas process that measures on {DEVICE}\n"
@@ -189,15 +193,23 @@ def test_a_lost_link_is_a_failed_measurement_and_the_next_one_works(server, tmp_
     theirs = ProcessLock(LOCK)
     with device_lock(DEVICE), open_measurer(SETTINGS, reference, tmp_path) as measurer:
         first = server.processes()
-        cutter = threading.Thread(
-            target=lambda: (wait(lambda: len(files_on(server)) == 2), time.sleep(0.3), server.cut())
-        )
+        [worker] = server.processes(WORKERS)
+        agent, asked = worker.parent(), worker.num_ctx_switches()
+
+        def cut() -> None:
+            """While the networks take turns; the agent is stopped, so it cannot end them before."""
+            wait(lambda: len(files_on(server)) == 2 and worker.num_ctx_switches() != asked)
+            agent.suspend()
+            server.cut()
+            agent.resume()
+
+        cutter = threading.Thread(target=cut)
         cutter.start()
         with pytest.raises(LinkLost, match=r"the connection to board was lost: exited with 255: .*closed") as error:
             measurer.measure(slow)
         cutter.join()
         assert "\n" not in str(error.value)
-        psutil.wait_procs(first, 10)
+        psutil.wait_procs(first, 60)
         assert not any(process.is_running() for process in first)
         assert theirs.acquire(0)
         theirs.release()
@@ -212,14 +224,14 @@ def test_a_lost_link_is_a_failed_measurement_and_the_next_one_works(server, tmp_
 
 
 def test_a_comparison_begins_again(server, tmp_path: Path) -> None:
-    rounds, total = [], 60
+    rounds, total = [], 60  # of 30 ms or more: the agent is far from the last when it is cut off
 
     def progress(done: int, _: int) -> None:
         rounds.append(done)
         if rounds == [0, 1]:
             server.cut()
 
-    results = compare({"a": network(tmp_path / "a.onnx")}, SETTINGS, total, progress)
+    results = compare({"a": network(tmp_path / "a.onnx", 256)}, SETTINGS, total, progress)
     assert rounds[-total - 1 :] == list(range(total + 1))
     assert rounds[:2] == [0, 1]
     assert len(rounds) > total + 2
@@ -264,25 +276,38 @@ def child_with(silence_s: float) -> Callable[[dict], tuple[list[str], bytes]]:
     return lambda start: ([sys.executable, "-c", code, json.dumps(start | {"parent": os.getpid()})], b"")
 
 
+HEARING = """
+    import queue, select
+    from nas.process import serve
+
+    limits, whole = queue.Queue(), select.select
+
+    def counted(read, write, failed, limit_s):
+        limits.put(limit_s)  # the silence begins anew
+        return whole(read, write, failed, limit_s)
+
+    select.select = counted
+    serve({"hear": lambda: {"limits_s": [limits.get(timeout=50) for _ in range(5)]}})
+"""
+
+
 def test_an_agent_ends_when_it_hears_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "child.py").write_text(
-        "import time\nfrom nas.process import serve\nserve({'sleep': lambda: time.sleep(1.5)})"
-    )
-    monkeypatch.setattr(process, "BEAT_S", 0.1)
-    with Worker("child", via=child_with(1)) as worker:
-        assert worker.call("sleep", 20) == {}
+    (tmp_path / "child.py").write_text(textwrap.dedent(HEARING))
+    monkeypatch.setattr(process, "BEAT_S", 0.05)
+    with Worker("child", via=child_with(60)) as worker:
+        assert worker.call("hear", 60) == {"limits_s": [60] * 5}
     monkeypatch.setattr(process, "BEAT_S", 100)
     with Worker("child", via=child_with(0.5)) as worker, pytest.raises(WorkerError, match="exited with 0"):
-        worker.call("sleep", 20)
+        worker.call("hear", 60)
 
 
 def test_ctrl_c_while_a_file_is_sent() -> None:
     """Nothing reads it, so the write blocks; what goes on afterwards must not begin with half a request."""
-    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    once_it_writes = "head -c 1 >/dev/null; kill -INT $PPID; exec sleep 100"
     before = psutil.Process().children()
     with pytest.raises(KeyboardInterrupt):
-        Worker("any", via=lambda start: (["sleep", "100"], bytes(1 << 20)))
+        Worker("any", via=lambda start: (["sh", "-c", once_it_writes], bytes(1 << 20)))
     assert psutil.Process().children() == before
 
 

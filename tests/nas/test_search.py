@@ -18,6 +18,7 @@ STUDY = "short"
 FAMILIES = ("--family", "efficientvit", "--family", "shvit")
 SHORT = (*FAMILIES, "--sampler", "random", "--seed", "3", "--threads", "1", "--resolution", "64")
 TRIALS = 6
+MANY = 16  # more than are done by the time a worker is stopped
 
 
 pytestmark = pytest.mark.usefixtures("few_rounds")
@@ -28,9 +29,9 @@ def command(out: Path, *words: str, budget: str = "30ms", trials: int = TRIALS) 
     return [*base, *SHORT, *words]
 
 
-def start(program: list[str], out: Path) -> subprocess.Popen:
+def start(program: list[str], out: Path, trials: int) -> subprocess.Popen:
     return subprocess.Popen(
-        [*program, *command(out)],
+        [*program, *command(out, trials=trials)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -47,7 +48,7 @@ def trials_of(out: Path) -> list:
     return optuna.load_study(study_name=STUDY, storage=storage).get_trials(deepcopy=False)
 
 
-def wait_for(condition, seconds: float = 120) -> None:
+def wait_for(condition, seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
@@ -87,30 +88,34 @@ def ended(process: subprocess.Popen, out: Path) -> Ended:
 @dataclass
 class Course:
     """One search in three processes: two at once, of which the first is killed by SIGKILL and, a trial later, the
-    second interrupted by Ctrl-C; a third that runs to the end. reported: whether there was a report after Ctrl-C."""
+    second interrupted by Ctrl-C; a third that runs to the end, which is after `trials`. reported: whether there was a
+    report after Ctrl-C."""
 
     out: Path
     killed: Ended
     interrupted: Ended
     reported: bool
+    trials: int
     done: Ended
 
 
 @pytest.fixture(scope="module")
 def course(tmp_path_factory, vitnas_in_few_rounds) -> Course:
     out = tmp_path_factory.mktemp("runs")
-    first, second = start(vitnas_in_few_rounds, out), start(vitnas_in_few_rounds, out)
+    first, second = (start(vitnas_in_few_rounds, out, MANY) for _ in range(2))
     wait_for(lambda: samples(out) >= 2)
     below = children(first.pid)
     first.kill()
     killed = ended(first, out)
-    wait_for(lambda: not any(alive(pid) for pid in below), 10)
+    wait_for(lambda: not any(alive(pid) for pid in below))
     before = samples(out)
     wait_for(lambda: samples(out) > before)
     os.kill(second.pid, signal.SIGINT)
     interrupted = ended(second, out)
     reported = (out / STUDY / "report.html").exists()
-    return Course(out, killed, interrupted, reported, ended(start(vitnas_in_few_rounds, out), out))
+    trials = max(TRIALS, len(interrupted.finished) + 2)
+    done = ended(start(vitnas_in_few_rounds, out, trials), out)
+    return Course(out, killed, interrupted, reported, trials, done)
 
 
 def alive(pid: int) -> bool:
@@ -127,8 +132,8 @@ def test_resume_loses_nothing(course):
         for trial in before.finished:
             assert after[trial.number].values == trial.values
     assert all(t.state.is_finished() for t in after.values())
-    assert TRIALS <= len(after) <= TRIALS + 3
-    assert sum(t.state.name == "COMPLETE" for t in after.values()) >= TRIALS - 1
+    assert course.trials <= len(after) <= course.trials + 3
+    assert sum(t.state.name == "COMPLETE" for t in after.values()) >= course.trials - 1
 
 
 def test_trials_of_dead_workers_are_made_again(course):
@@ -209,7 +214,7 @@ def test_reported_latency_holds_in_an_independent_loop(course, tmp_path):
 
 
 def test_a_finished_study_is_only_reported_again(course, vitnas, exports_here):
-    code, text, err = vitnas(*command(course.out, "--json"))
+    code, text, err = vitnas(*command(course.out, "--json", trials=course.trials))
     assert code == 0, err
     assert len(trials_of(course.out)) == len(course.done.trials)
     data = json.loads(text)
