@@ -363,7 +363,7 @@ def test_blocks_are_measured_as_onnx():
     names = ["block/deit_tiny", "block/twins_pair", "block/none"]
     found = time_networks(names, Settings(threads=1), 2)
     assert isinstance(found["block/none"], MeasureError)
-    small, large = (found[name].p50_ms for name in names[:2])
+    small, large = (min(map(min, found[name].rounds_ms)) for name in names[:2])  # other programs can only add
     assert small < large
 
 
