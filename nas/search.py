@@ -225,8 +225,8 @@ def search(
     made = make_folder(options.folder)
     sweep_drafts(options.folder)
     storage = storage_of(options)
-    agreed = meta(options, data)
     try:
+        agreed = meta(options, data)
         lessons = lessons_of(options.folder, agreed) if options.lessons else None
         study = open_study(options.study, storage, agreed, sampler)
     except UserError:

@@ -42,9 +42,8 @@ def test_a_refused_worker_removes_no_folder_but_an_empty_one_of_its_own(found, t
     monkeypatch.setattr("nas.study.open_study", open_study)
     monkeypatch.setattr(search, "check_settings", lambda settings: None)
     monkeypatch.setattr(search, "meta", lambda *_: {})
-    options = SimpleNamespace(
-        folder=folder, study="short", storage=None, sampler="random", seed=0, settings=Settings("onnxruntime", "cpu", 1)
-    )
+    settings = Settings("onnxruntime", "cpu", 1)
+    options = search.Options(2.0, settings, ("shvit",), 2, None, "short", tmp_path, None, "random", 0, 10)
     with pytest.raises(UserError, match="threads 4"):
         search.search(options, print, print)
     left = {"nothing": [], "a study": ["short", "study.journal"], "an empty folder": ["short"]}
