@@ -237,9 +237,13 @@ def survivors(wait_s: float = 15, known: Sequence[int] = ()) -> list[psutil.Proc
         time.sleep(0.1)
 
 
+KEPT_BY_LIBRARIES = (".ses", "torchinductor_")
+"""In TMPDIR, one of each: ONNX Runtime's session file and PyTorch's cache."""
+
+
 def leftovers(laboratory: Path, run: Path) -> list[str]:
     """Temporary files and folders in TMPDIR and in a run's folder."""
-    ours = [path for path in (laboratory / "tmp").iterdir() if path.name != ".ses"]  # ONNX Runtime's own, one a machine
+    ours = [path for path in (laboratory / "tmp").iterdir() if not path.name.startswith(KEPT_BY_LIBRARIES)]
     found = [*ours, *(run / "tmp").glob("*"), *run.rglob("*.draft*"), *run.rglob("*.partial")]
     return [str(path.relative_to(laboratory)) for path in found]
 

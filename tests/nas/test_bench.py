@@ -25,6 +25,9 @@ KEYS = [
 FAST = ("--rounds", "6", "--threads", "1")
 
 
+pytestmark = pytest.mark.usefixtures("exports_here")
+
+
 @pytest.fixture(autouse=True)
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is said of a slow machine."""

@@ -434,9 +434,8 @@ def test_this_machine_needs_no_ssh(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     check_settings(Settings())
 
 
+@pytest.mark.usefixtures("few_rounds", "exports_here")
 def test_a_search_there_tries_again_what_a_lost_link_cost(server, vitnas, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("nas.measure.protocol.MAX_ROUNDS", 8)
-    monkeypatch.setattr("nas.outcome.CLOSING_ROUNDS", 3)
     whole, cut = TrialRunner._timed, []
 
     def once_cut(*args):
