@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nas.errors import UserError, first_line
-from nas.files import drafted, replace_file
+from nas.files import drafted, replace_file, scratch
 from nas.measure import RUNTIMES, Settings
 from nas.process import Worker
 
@@ -120,16 +121,6 @@ def label_onnx(path: Path, arch: Arch, trained: bool) -> None:
     onnx.save(model, path)
 
 
-def save_network(model: nn.Module, folder: Path, batch_size: int, trained: bool, with_weights: bool = True) -> str:
-    """Write a network built by `create_model` as arch.json and, unless told not to, model.safetensors; then model.onnx.
-
-    Returns, Raises:
-        As `save_onnx`, which leaves the other files.
-    """
-    save_model(model, folder, with_weights)
-    return save_onnx(model, folder, batch_size, trained)
-
-
 def save_model(model: nn.Module, folder: Path, with_weights: bool = True) -> None:
     """Write a network as arch.json and, unless told not to, model.safetensors.
 
@@ -199,11 +190,32 @@ def export_folder(arch: Arch, folder: Path, weights: str | None, num_classes: in
         raise UserError(str(error)) from None
     if weights is not None and model.untrained:
         raise UserError(_other_classifier(model, weights))
-    agreed = save_network(model, folder, batch_size, weights is not None, with_weights=weights is not None)
+    agreed = replace_network(model, folder, batch_size, trained=weights is not None)
     what = "with random, untrained weights"
     if model.loaded:
         what = "with the given weights" + (f" ({model.loaded.told})" if model.loaded.told else "")
     return f"{folder}/model.onnx: {arch.family} {what}; {agreed}"
+
+
+def replace_network(model: nn.Module, folder: Path, batch_size: int, trained: bool) -> str:
+    """Write arch.json, model.onnx and, of a trained network, model.safetensors; all of them or none.
+
+    Returns, Raises:
+        As `save_onnx`.
+    """
+    try:
+        with scratch(folder) as draft:
+            save_model(model, draft, with_weights=trained)
+            agreed = save_onnx(model, draft, batch_size, trained)
+            (folder / "model.safetensors").unlink(missing_ok=True)
+            for path in draft.iterdir():
+                path.replace(folder / path.name)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}; give another --out") from None
+    finally:
+        with suppress(OSError):  # it holds something
+            folder.rmdir()
+    return agreed
 
 
 def _other_classifier(model: nn.Module, weights: str) -> str:

@@ -13,7 +13,7 @@ from onnx.reference import ReferenceEvaluator
 from torch import Tensor, nn
 
 from nas.errors import UserError
-from nas.export import agreement, check_images, export_folder, logits_of, onnx_logits, save_network, to_onnx
+from nas.export import agreement, check_images, export_folder, logits_of, onnx_logits, replace_network, to_onnx
 from search_spaces import Arch, create_model, fold, get_arch, layers, list_models
 from search_spaces.registry import FAMILIES
 from search_spaces.space import LEVELS, PARAMETERS
@@ -193,12 +193,17 @@ def test_logits_that_are_not_finite_are_refused(value, tmp_path):
             agreement(network, path, 8, 1)
 
 
-def test_a_network_that_gives_nan_is_not_saved(tmp_path, helpers):
+def test_a_network_that_gives_nan_leaves_an_earlier_export(tmp_path, helpers):
     model = create_model(helpers.random_arch("shvit", 0))
+    replace_network(model, tmp_path / "out", 1, trained=True)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert set(before) == {"arch.json", "model.onnx", "model.safetensors"}
     model.head.cls.linear.bias.data[0] = float("nan")
-    with pytest.raises(UserError, match="NaN or infinite"):
-        save_network(model, tmp_path, 1, trained=True)
-    assert not (tmp_path / "model.onnx").exists()
+    for folder in ("out", "new"):
+        with pytest.raises(UserError, match="NaN or infinite"):
+            replace_network(model, tmp_path / folder, 1, trained=True)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(("batch_size", "count"), [(1, 8), (3, 9), (8, 8), (20, 20)])
