@@ -53,7 +53,9 @@ class DiskFull(UserError):
         if needed:
             known.append(f"at least {_size(needed)} needed")
         super().__init__(
-            f"{what} {place}" + f" ({', '.join(known)})" * bool(known) + ": make room, then the same command goes on"
+            f"{what} {place}"
+            + f" ({', '.join(known)})" * bool(known)
+            + f": {'raise it' if number == errno.EFBIG else 'make room'}, then the same command goes on"
         )
 
 
