@@ -21,7 +21,7 @@ def chaos(script: str, *words: str) -> str:
 
 
 def test_kills() -> None:
-    assert "stand-in: " in chaos("kills.py", "--kills", "4", "--real", "0")
+    assert "stand-in: " in chaos("kills.py", "--kills", "2", "--real", "0")
 
 
 def test_outages() -> None:

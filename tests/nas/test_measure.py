@@ -889,8 +889,10 @@ def test_alone_and_interleaved_agree(tmp_path: Path, child: str) -> None:
 # --- PyTorch eager ---
 
 
-def test_eager_times_an_arch(tmp_path: Path) -> None:
+def test_eager_times_an_arch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from search_spaces import get_arch
+
+    monkeypatch.setattr(protocol, "MAX_ROUNDS", protocol.MIN_ROUNDS)
 
     arch = get_arch("efficientvit_m0")
     path = tmp_path / "arch.json"
