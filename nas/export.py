@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nas.errors import UserError, first_line
-from nas.files import drafted, replace_file, scratch
+from nas.files import drafted, replace_file, scratch, unwritable
 from nas.measure import RUNTIMES, Settings
 from nas.process import Worker
 
@@ -134,7 +134,7 @@ def save_model(model: nn.Module, folder: Path, with_weights: bool = True) -> Non
         if with_weights:
             save_weights(model, folder / "model.safetensors")
     except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}; give another --out") from None
+        raise unwritable(folder, error) from None
 
 
 def save_onnx(model: nn.Module, folder: Path, batch_size: int, trained: bool, images: np.ndarray | None = None) -> str:
@@ -160,7 +160,7 @@ def save_onnx(model: nn.Module, folder: Path, batch_size: int, trained: bool, im
             label_onnx(draft, arch, trained)
             return agreement(folded, draft, arch.resolution, batch_size, images)
     except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}; give another --out") from None
+        raise unwritable(folder, error) from None
     except (RuntimeError, ValueError, MemoryError) as error:
         raise UserError(f"this network cannot be exported: {first_line(error)}") from None
 
@@ -211,7 +211,7 @@ def replace_network(model: nn.Module, folder: Path, batch_size: int, trained: bo
             for path in draft.iterdir():
                 path.replace(folder / path.name)
     except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}; give another --out") from None
+        raise unwritable(folder, error) from None
     finally:
         with suppress(OSError):  # it holds something
             folder.rmdir()

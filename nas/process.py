@@ -43,6 +43,7 @@ TOLD_S, TOLD_AGAIN_S = 10, 60  # of waiting for an answer
 ENTER = "from nas.process import _enter; _enter()"
 GREETING = b'{"result": {}}'
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 # What native code puts before a reason: ONNX Runtime's codes and file, a place in C++ and its function.
 NATIVE = re.compile(
     r"\[ONNXRuntimeError\] : \d+ : \w+ : (?:Load model from .*? failed: ?)?|"
@@ -454,19 +455,20 @@ def _cores() -> list[list[int]]:
     return list(cores.values())
 
 
-def _cpu_quota(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
+def _cpu_quota(root: Path = CGROUPS, own: Path = OWN_CGROUPS) -> float:
     """CPUs granted by the tightest quota among this process's cgroups; infinity where none is read."""
-    granted = [math.inf]
+    return min(map(_folder_quota, cgroup_folders("cpu", root, own)), default=math.inf)
+
+
+def cgroup_folders(controller: str, root: Path = CGROUPS, own: Path = OWN_CGROUPS) -> Iterator[Path]:
+    """Folders of the cgroups that hold this process and limit what `controller` names, each before its parent."""
     for line in own.read_text().splitlines() if own.exists() else []:
         _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
         mount = root / controllers
         group = mount / path.lstrip("/")
-        for folder in [group, *group.parents]:
-            if folder.is_relative_to(mount):
-                granted.append(_folder_quota(folder))
-    return min(granted)
+        yield from (folder for folder in [group, *group.parents] if folder.is_relative_to(mount))
 
 
 def _folder_quota(folder: Path) -> float:

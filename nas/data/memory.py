@@ -8,6 +8,8 @@ from pathlib import Path
 
 import psutil
 
+from nas.process import CGROUPS, OWN_CGROUPS, cgroup_folders
+
 LIMITS = (
     ("memory.max", "memory.current", "inactive_file"),  # cgroup 2
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),  # cgroup 1
@@ -21,17 +23,9 @@ def free_memory() -> int:
     return min(psutil.virtual_memory().available, own, cgroup_memory())
 
 
-def cgroup_memory(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+def cgroup_memory(root: Path = CGROUPS, own: Path = OWN_CGROUPS) -> int:
     """Bytes that the tightest of this process's cgroups leaves, the page cache counted as free."""
-    left = [sys.maxsize]
-    for line in own.read_text().splitlines() if own.exists() else []:
-        _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        mount = root / controllers
-        group = mount / path.lstrip("/")
-        left += [_left(folder) for folder in [group, *group.parents] if folder.is_relative_to(mount)]
-    return min(left)
+    return min(map(_left, cgroup_folders("memory", root, own)), default=sys.maxsize)
 
 
 def _left(folder: Path) -> int:
