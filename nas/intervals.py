@@ -1,0 +1,75 @@
+"""Confidence intervals of what vitnas prints. All are 95% intervals; accuracies are in percent, differences in points."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Interval:
+    """low, high: its ends, in the unit of what it is for."""
+
+    low: float
+    high: float
+
+    def holds(self, value: float) -> bool:
+        return self.low <= value <= self.high
+
+    def clipped(self, low: float = 0.0, high: float = 100.0) -> Interval:
+        """The part within what is possible."""
+        return Interval(min(max(self.low, low), high), min(max(self.high, low), high))
+
+
+def of_share(percent: float, total: int) -> Interval:
+    """Wilson's score interval of an accuracy in percent that was counted on `total` images (Wilson 1927).
+
+    Raises:
+        ValueError: total is not positive.
+    """
+    from scipy.stats import binomtest
+
+    if total < 1:
+        raise ValueError("an accuracy needs at least one image")
+    found = binomtest(min(max(round(percent / 100 * total), 0), total), total)
+    low, high = found.proportion_ci(LEVEL, method="wilson")
+    return Interval(100 * float(low), 100 * float(high))
+
+
+def of_mean(values: Sequence[float]) -> Interval | None:
+    """Student's t interval of the mean of independent values, such as one accuracy a seed; None of fewer than two."""
+    from scipy.stats import t
+
+    n = len(values)
+    if n < 2:
+        return None
+    mean = sum(values) / n
+    deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
+    half = float(t.ppf((1 + LEVEL) / 2, n - 1)) * deviation / math.sqrt(n)
+    return Interval(mean - half, mean + half)
+
+
+def joined(value: float, *parts: Interval | None) -> Interval:
+    """The interval of a value with several independent sources of error, each given as the interval it alone would
+    have (method of variance estimates recovery: distances to the ends add in squares; Zou and Donner 2008)."""
+    known = [part for part in parts if part is not None]
+    low = math.sqrt(sum(max(value - part.low, 0) ** 2 for part in known))
+    high = math.sqrt(sum(max(part.high - value, 0) ** 2 for part in known))
+    return Interval(value - low, value + high)
+
+
+def of_difference(first: float, first_interval: Interval, second: float, second_interval: Interval) -> Interval:
+    """The interval of first minus second, two independent values (Zou and Donner 2008)."""
+    low = math.hypot(first - first_interval.low, second_interval.high - second)
+    high = math.hypot(first_interval.high - first, second - second_interval.low)
+    return Interval(first - second - low, first - second + high)
+
+
+def of_accuracies(top1: Sequence[float], images: int) -> Interval:
+    """The interval of a mean top-1 in percent over seeds, all judged on the same `images`: the images' own noise and,
+    of two seeds or more, the seeds' spread."""
+    mean = sum(top1) / len(top1)
+    return joined(mean, of_share(mean, images), of_mean(top1)).clipped()
