@@ -15,7 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from nas.outcome import OVERHEAD, interval, overhead_share
+from nas.front import interval
+from nas.outcome import OVERHEAD, overhead_share
 
 if TYPE_CHECKING:
     from nas.search import Options, Progress

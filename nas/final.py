@@ -59,7 +59,7 @@ def settle(
     note: Callable[[str], None],
 ) -> list[Row]:
     """Train the best of the rows to the last rung, until the first `BEST` all are; rows reviewed by what it showed."""
-    from nas.outcome import arch_of
+    from nas.front import arch_of
     from search_spaces import table
 
     failed: set[str] = set()

@@ -1,4 +1,4 @@
-"""Confidence intervals of what vitnas prints. All are 95% intervals; accuracies are in percent, differences in points."""
+"""95% confidence intervals of what vitnas prints: accuracies in percent, differences in points."""
 
 from __future__ import annotations
 

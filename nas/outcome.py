@@ -1,35 +1,29 @@
-"""What a study found: rows, the feasible front, the closing side-by-side run, and the files of a run's folder."""
+"""The end of a search: it judges, measures and trains the best, and writes the files of a run's folder."""
 
 from __future__ import annotations
 
-import json
 import shutil
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nas.advice import advice
+from nas.closing import CLOSING_ROUNDS, closing_run, ties_of
 from nas.ending import Ending
-from nas.export import CONVERTED, Exporter, label_onnx, lower_precision, save_onnx, write_onnx
-from nas.files import drafted, folder_lock, replace_file, scratch
+from nas.export import CONVERTED, label_onnx, lower_precision, save_onnx, write_onnx
+from nas.files import drafted, folder_lock, replace_file
 from nas.final import weights_of
+from nas.front import Row, arch_of, best_of, front_of, label_of, rows_of
 from nas.measure import (
     RUNTIMES,
-    MeasureError,
-    Measurement,
-    Settings,
-    compare,
-    device_kind,
-    device_lock,
 )
-from nas.measure.protocol import BUSY_SPREAD, paired_ratio
-from nas.process import WorkerError
-from nas.quality import Estimate
-from nas.search import LATENCY_KEYS, keep_samples, storage_of
+from nas.measure.protocol import BUSY_SPREAD
+from nas.search import storage_of
 from nas.storage import storage_errors
 
 if TYPE_CHECKING:
@@ -41,258 +35,7 @@ if TYPE_CHECKING:
     from nas.search import Options, Run
     from search_spaces import Arch
 
-Row = dict[str, Any]
 LOCK = ".end.lock"
-CLOSING_ROUNDS = 30
-THROUGHPUT_ROUNDS = 10
-RESERVES = 3
-"""How many of the best trials enter the closing run, should the first not meet the budget there."""
-MARGINS = (0.95, 0.85, 0.7)
-"""Shares of the budget below which the best trial enters it too, should all of those be over it."""
-
-
-def rows_of(study: optuna.Study) -> list[Row]:
-    """One flat row per told trial, in the report's columns."""
-    from optuna.trial import TrialState
-
-    rows = []
-    for trial in study.get_trials(deepcopy=False):
-        if trial.state not in (TrialState.COMPLETE, TrialState.FAIL):
-            continue
-        attrs = trial.user_attrs
-        detail = attrs.get("detail", {})
-        complete = trial.state == TrialState.COMPLETE
-        rows.append(
-            {
-                "trial": trial.number,
-                "family": attrs.get("family", trial.params.get("family", "")),
-                "name": attrs.get("name", ""),
-                "state": "complete" if complete else "failed",
-                "error": attrs.get("error", ""),
-                "quality": trial.values[0] if complete else None,
-                "quality_estimate": detail.get("quality_estimate"),
-                "quality_error": detail.get("quality_error"),
-                "quality_how": detail.get("quality_how", ""),
-                **{key: detail.get(key) for key in LATENCY_KEYS},
-                "params_m": attrs.get("params_m"),
-                "macs_m": attrs.get("macs_m"),
-                "resolution": attrs.get("resolution"),
-                "feasible": bool(complete and attrs.get("feasible")),
-                "source": detail.get("source", ""),
-                "digest": detail.get("digest"),
-                "features": detail.get("training", {}).get("features"),
-                "arch": attrs.get("arch"),
-            }
-        )
-    return rows
-
-
-def rank(row: Row) -> tuple[float, float, float]:
-    """Sorts best first: by quality, where its tier may choose, then parameters, then latency (forms of one network
-    differ in nothing else)."""
-    return -row["quality"] if row.get("selects", True) else 0.0, -row["params_m"], row["latency_ms"]
-
-
-def best_of(rows: Sequence[Row]) -> Row | None:
-    return min(rows, key=rank, default=None)
-
-
-def front_of(rows: Sequence[Row]) -> list[Row]:
-    """Feasible rows that no other feasible row beats in both quality and latency, fastest first."""
-    front: list[Row] = []
-    for row in sorted((r for r in rows if r["feasible"]), key=lambda r: (r["latency_ms"], -r["quality"])):
-        if not front or row["quality"] > front[-1]["quality"]:
-            front.append(row)
-    return front
-
-
-def finalists_of(rows: Sequence[Row], budget_ms: float) -> list[Row]:
-    """Rows for the closing run: every published one that fits (the fastest one where none does), the best ones, the
-    best of each family, and the best with some margin, should the machine be slower in the closing run.
-    """
-    feasible = [row for row in rows if row["feasible"]]
-    published = [row for row in rows if row["name"] and row["latency_ms"] is not None]
-    baselines = [row for row in published if row["feasible"]] or sorted(published, key=lambda r: r["latency_ms"])[:1]
-    ranked = sorted(feasible, key=rank)
-    chosen: list[Row] = []
-    seen: set[str] = set()
-
-    def add(row: Row | None) -> None:
-        if row is None:
-            return
-        key = json.dumps(row["arch"], sort_keys=True)
-        if key not in seen:
-            seen.add(key)
-            chosen.append(row)
-
-    for row in baselines + ranked[:RESERVES]:
-        add(row)
-    for family in dict.fromkeys(row["family"] for row in ranked):
-        add(best_of([row for row in feasible if row["family"] == family]))
-    for share in MARGINS:
-        add(best_of([row for row in feasible if row["latency_ms"] <= share * budget_ms]))
-    return chosen
-
-
-def label_of(row: Row) -> str:
-    return row["name"] or f"trial {row['trial']}"
-
-
-def arch_of(row: Row) -> Arch:
-    from search_spaces import Arch
-
-    return Arch.from_json(json.dumps(row["arch"]))
-
-
-def closing_run(
-    options: Options,
-    rows: Sequence[Row],
-    calibration: np.ndarray | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> tuple[list[Row], list[Row]]:
-    """Measure the finalists once more, side by side with `options.against` in one interleaved run.
-
-    calibration: images for int8.
-
-    Returns:
-        Rows of the final table, best first; rows of the outside networks, whose ratios are to the first of those.
-    """
-    finalists = finalists_of(rows, options.budget_ms)
-    networks = {label_of(row): arch_of(row) for row in finalists}
-    outside = {
-        target.label if target.label not in networks else f"{target.label} (as named)": target.network
-        for target in options.against
-        if target.network not in networks.values()
-    }
-    many = options.throughput_at and replace(options.settings, batch_size=options.throughput_at)
-    batches: dict[str, Measurement | MeasureError] = {}
-    with Exporter(calibration) as exporter:
-        results = side_by_side(exporter, networks | outside, options.settings, CLOSING_ROUNDS, progress, options.folder)
-        if many:
-            batches = side_by_side(exporter, networks | outside, many, THROUGHPUT_ROUNDS, progress, options.folder)
-
-    def timed(label: str) -> dict[str, Any]:
-        """A network's figures; its error where it has none."""
-        result, batch = results[label], batches.get(label) if many else results[label]
-        if isinstance(result, MeasureError):
-            return {"error": str(result)}
-        keep_samples(options.folder, {"closing": label, **result.to_dict()})
-        throughput = None
-        if isinstance(batch, Measurement):
-            throughput = batch.throughput((many or options.settings).batch_size)
-            if many:
-                keep_samples(options.folder, {"closing": label, "batch_size": many.batch_size, **batch.to_dict()})
-        low, high = result.ci_ms
-        return {
-            "latency_ms": result.p50_ms,
-            "latency_p95_ms": result.p95_ms,
-            "ci_low_ms": low,
-            "ci_high_ms": high,
-            "samples": result.n,
-            "throughput": throughput,
-            "fits": result.p50_ms <= options.budget_ms,
-        }
-
-    final = []
-    for row in finalists:
-        entry = {
-            "label": label_of(row),
-            "role": "published" if row["name"] else "found",
-            "published_top1": published_top1(row),
-            "error": "",
-            "fits": False,
-            "selects": row.get("selects", True),
-            **{k: row[k] for k in FINAL_KEYS},
-        }
-        final.append(entry | timed(entry["label"]))
-    fitting = sorted((e for e in final if e["fits"]), key=rank)
-    for place, entry in enumerate(fitting):
-        first_of_family = all(e["family"] != entry["family"] for e in fitting[:place])
-        if place == 0:
-            entry["role"] = "winner"
-        elif first_of_family:
-            entry["role"] = "family winner"
-    final = fitting + sorted((e for e in final if not e["fits"]), key=lambda e: -e["quality"])
-    measured = [entry for entry in final if not entry["error"]]
-    beside = []
-    for label in outside:
-        entry = {"label": label, "error": "", "fits": False, "ratio": None, "ratio_low": None, "ratio_high": None}
-        entry |= timed(label)
-        if measured and not entry["error"]:
-            first = results[measured[0]["label"]]
-            entry["ratio"], (entry["ratio_low"], entry["ratio_high"]) = paired_ratio(results[label], first)
-        beside.append(entry)
-    return final, beside
-
-
-def side_by_side(
-    exporter: Exporter,
-    networks: Mapping[str, Any],
-    settings: Settings,
-    rounds: int,
-    progress: Callable[[int, int], None] | None,
-    folder: Path,
-) -> dict[str, Measurement | MeasureError]:
-    """One interleaved run of networks by their labels; what cannot be exported is an error of its own.
-
-    folder: the run's, for the files that are measured.
-    """
-    results: dict[str, Measurement | MeasureError] = {}
-    with scratch(folder) as room, device_lock(settings.device):
-        paths = {}
-        for i, (label, network) in enumerate(networks.items()):
-            try:
-                paths[label] = exporter.write(network, settings, room / str(i))
-            except WorkerError as error:
-                results[label] = MeasureError(f"cannot be exported: {error}")
-        return results | compare(paths, settings, rounds=rounds, progress=progress)
-
-
-def published_top1(row: Row) -> float | None:
-    """What was published of a variant, at its own resolution and number of classes."""
-    from search_spaces.api import find_variant
-
-    if not row["name"]:
-        return None
-    _, variant = find_variant(row["name"])
-    at_home = row["resolution"] == variant.values["resolution"] and row["arch"]["num_classes"] == 1000
-    return variant.top1 if at_home else None
-
-
-FINAL_KEYS = (
-    "trial",
-    "family",
-    "name",
-    "quality",
-    "quality_estimate",
-    "quality_error",
-    "quality_how",
-    "params_m",
-    "macs_m",
-    "resolution",
-    "arch",
-)
-
-
-def ties_of(final: Sequence[Row]) -> list[str]:
-    """Which family winners the tier cannot tell from the winner."""
-    winners = [e for e in final if e["role"] in ("winner", "family winner")]
-    if not winners:
-        return []
-    first, *others = winners
-    estimate = Estimate(first["quality_estimate"], first["quality_error"])
-    lines = []
-    for other in others:
-        if estimate.overlaps(Estimate(other["quality_estimate"], other["quality_error"])):
-            lines.append(
-                f"{other['label']} ({other['family']}) ties with {first['label']} ({first['family']}): "
-                f"{interval(other)} and {interval(first)} overlap"
-            )
-    return lines
-
-
-def interval(row: Row) -> str:
-    return f"{row['quality_estimate']:.1f} +- {row['quality_error']:.1f}"
 
 
 def finish_run(
@@ -651,27 +394,6 @@ OVERHEAD = ("start", "estimate", "storage", "other")
 def overhead_share(data: Mapping[str, Any]) -> float:
     """Share of the trials' wall time outside sampling, export, session creation and timed runs."""
     return sum(row["share"] for row in data["breakdown"] if row["phase"] in OVERHEAD)
-
-
-def advice(options: Options, run: Run) -> list[str]:
-    """What may bring the budget within reach."""
-    from search_spaces.registry import FAMILIES
-
-    lines = []
-    device, most = device_kind(options.settings.device), run.hardware.get("physical_cores", 1)
-    if device == "cpu" and options.settings.threads < most:
-        lines.append(f"--threads {most}: this search used {options.settings.threads}")
-    others = [name for name, runtime in RUNTIMES.items() if device in runtime.devices]
-    others = [name for name in others if name != options.settings.runtime]
-    if others:
-        lines.append(f"--runtime: {', '.join(others)} may be faster")
-    left_out = sorted(set(FAMILIES) - set(options.families))
-    if left_out and not (options.lessons and options.lessons.parent):
-        lines.append(f"--family: {', '.join(left_out)} were not searched")
-    lowest = min(FAMILIES[family].space.options["resolution"][0] for family in options.families)
-    smaller = "" if options.resolution else f"lower resolutions (down to {lowest} px) and "
-    lines.append(f"more --trials: {smaller}smaller widths are in the space")
-    return lines
 
 
 def protocol(options: Options) -> list[str]:

@@ -652,7 +652,7 @@ def enqueue_published(options: Options, study: optuna.Study, reference_ms: float
 
 def state_of(study: optuna.Study, options: Options, run: Run) -> Progress:
     """Progress after a trial."""
-    from nas.outcome import best_of, rows_of
+    from nas.front import best_of, rows_of
     from nas.study import remaining
 
     rows = rows_of(study)

@@ -189,8 +189,8 @@ def vitnas(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
 
 FEW_ROUNDS = {
     "nas.measure.protocol.MAX_ROUNDS": 8,
-    "nas.outcome.CLOSING_ROUNDS": 6,
-    "nas.outcome.THROUGHPUT_ROUNDS": 3,
+    "nas.closing.CLOSING_ROUNDS": 6,
+    "nas.closing.THROUGHPUT_ROUNDS": 3,
 }
 SMALLEST = {"efficientvit": "efficientvit_m0", "levit": "levit_128s", "shvit": "shvit_s1"}
 
@@ -206,7 +206,7 @@ def few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def vitnas_in_few_rounds() -> list[str]:
     """The command in a process of its own, as after `few_rounds`; its words follow."""
-    lines = [f"import nas.measure.protocol, nas.outcome, nas.search; smallest = {SMALLEST}"]
+    lines = [f"import nas.measure.protocol, nas.closing, nas.search; smallest = {SMALLEST}"]
     lines += [f"{name} = {value}" for name, value in FEW_ROUNDS.items()]
     lines.append("nas.search.published_order = lambda options, _: [smallest[f] for f in options.families]")
     return [sys.executable, "-c", "; ".join([*lines, "from nas.cli import main", "main()"])]

@@ -252,8 +252,9 @@ def test_nothing_fits(tmp_path, vitnas, exports_here):
 
 
 def test_a_candidate_that_fails_is_a_failed_trial(tmp_path, monkeypatch, exports_here):
+    from nas.front import rows_of
     from nas.measure import MeasureError, Measurer, Settings
-    from nas.outcome import finish_run, rows_of
+    from nas.outcome import finish_run
     from nas.search import Options, search
 
     real, calls = Measurer.measure, []
@@ -279,8 +280,8 @@ def test_a_candidate_that_fails_is_a_failed_trial(tmp_path, monkeypatch, exports
 
 def test_the_same_arch_is_measured_once(tmp_path, exports_here):
     """Inactive parameters differ, the network does not: the measurement is reused and says so."""
+    from nas.front import rows_of
     from nas.measure import Settings
-    from nas.outcome import rows_of
     from nas.samplers import make_sampler
     from nas.search import Options, choices, meta, search
     from nas.study import enqueue, open_study

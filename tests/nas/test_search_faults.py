@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import nas.closing
 import nas.final
 import nas.hardware
 import nas.outcome
@@ -90,11 +91,11 @@ class Taught(Train):
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     found = Device()
-    for module in (nas.search, nas.outcome):
+    for module in (nas.search, nas.closing):
         monkeypatch.setattr(module, "Exporter", lambda *_: nullcontext(found))
         monkeypatch.setattr(module, "device_lock", lambda device: nullcontext())
     monkeypatch.setattr(nas.search, "open_measurer", lambda *_: nullcontext(found))
-    monkeypatch.setattr(nas.outcome, "compare", found.compare)
+    monkeypatch.setattr(nas.closing, "compare", found.compare)
     monkeypatch.setattr(nas.outcome, "write_onnx", lambda arch, path, batch: path.write_bytes(b"untrained"))
     monkeypatch.setattr(nas.outcome, "label_onnx", lambda *_, **__: None)
     monkeypatch.setattr(nas.hardware, "SAMPLE_S", 0.0)
@@ -329,7 +330,7 @@ def test_a_closing_run_that_fails(vitnas, device, tmp_path, monkeypatch, fault):
     def refused(*_: Any, **__: Any) -> None:
         raise fault
 
-    monkeypatch.setattr(nas.outcome, "compare", refused)
+    monkeypatch.setattr(nas.closing, "compare", refused)
     code, out, err = vitnas(*command(tmp_path, "--json"))
     assert code == 1, err
     data = json.loads(out)
@@ -356,7 +357,7 @@ def test_ctrl_c_at_the_end_keeps_what_was_done(vitnas, device, tier, pictures, t
         raise KeyboardInterrupt
 
     where = {
-        "closing": (nas.outcome, "compare"),
+        "closing": (nas.closing, "compare"),
         "training": (nas.final, "train_fully"),
         "judging": (nas.final, "settle"),
     }
@@ -451,7 +452,7 @@ def test_a_trained_network_stays_where_later_all_are_over_the_budget(
     assert vitnas(*trained(tmp_path, pictures))[0] == 0
     kept = best(tmp_path)
     slow = Measurement([[1000.0] * 3] * 8)
-    monkeypatch.setattr(nas.outcome, "compare", lambda paths, *_, **__: dict.fromkeys(paths, slow))
+    monkeypatch.setattr(nas.closing, "compare", lambda paths, *_, **__: dict.fromkeys(paths, slow))
     code, out, _ = vitnas(*trained(tmp_path, pictures))
     assert code == 1
     assert any("best/ is left as it was" in note for note in json.loads(out)["notes"])

@@ -13,7 +13,7 @@ from scipy.stats import kendalltau
 
 from nas.errors import TrainingError, UserError
 from nas.final import Accuracies, compare_means, settle, verdict
-from nas.outcome import rank
+from nas.front import rank
 from nas.quality.surrogate import Surrogate, Trained, describe
 from nas.quality.train import SCREEN_FROM, Train, low_resolution
 from nas.schooling import ETA, Lessons, Schooling, results_of
@@ -265,7 +265,7 @@ def test_a_tier_that_may_not_choose_leaves_it_to_parameters():
 def test_the_closing_run_leaves_it_to_parameters_too(tmp_path, monkeypatch):
     from contextlib import nullcontext
 
-    from nas import outcome
+    from nas import closing
     from nas.measure import Measurement
 
     def row(number: int, quality: float, params: float, selects: bool) -> dict:
@@ -273,16 +273,16 @@ def test_the_closing_run_leaves_it_to_parameters_too(tmp_path, monkeypatch):
         told = {"quality_estimate": quality, "quality_error": 1.0, "quality_how": "", "selects": selects}
         return fixed | told | {"trial": number, "quality": quality, "params_m": params, "arch": {"number": number}}
 
-    monkeypatch.setattr(outcome, "arch_of", lambda row: row["arch"])
+    monkeypatch.setattr(closing, "arch_of", lambda row: row["arch"])
     exporter = SimpleNamespace(write=lambda network, settings, stem: stem)
-    monkeypatch.setattr(outcome, "Exporter", lambda images: nullcontext(exporter))
-    monkeypatch.setattr(outcome, "device_lock", lambda device: nullcontext())
-    monkeypatch.setattr(outcome, "compare", lambda paths, *_, **__: dict.fromkeys(paths, Measurement([[1.0]] * 6)))
+    monkeypatch.setattr(closing, "Exporter", lambda images: nullcontext(exporter))
+    monkeypatch.setattr(closing, "device_lock", lambda device: nullcontext())
+    monkeypatch.setattr(closing, "compare", lambda paths, *_, **__: dict.fromkeys(paths, Measurement([[1.0]] * 6)))
     settings = SimpleNamespace(device="cpu", batch_size=1)
     options = SimpleNamespace(budget_ms=2.0, settings=settings, folder=tmp_path, against=(), throughput_at=None)
     for selects_, best in ((True, 1), (False, 2)):
         rows = [row(1, 60.0, 2.0, selects_), row(2, 50.0, 4.0, selects_)]
-        assert outcome.closing_run(options, rows)[0][0]["trial"] == best
+        assert closing.closing_run(options, rows)[0][0]["trial"] == best
 
 
 def test_taus():
@@ -374,7 +374,7 @@ def test_bad_words_are_refused(vitnas, tmp_path, words, said):
 
 
 def test_published_arch_keeps_its_own_figures_only_at_home():
-    from nas.outcome import published_top1
+    from nas.closing import published_top1
 
     arch = get_arch("shvit_s1")
     home = {"name": "shvit_s1", "resolution": 224, "arch": arch.model_dump()}

@@ -2,7 +2,8 @@
 
 import json
 
-from nas.outcome import best_of, finalists_of, front_of, ties_of
+from nas.closing import ties_of
+from nas.front import best_of, finalists_of, front_of
 from nas.search import keep_samples
 
 

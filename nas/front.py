@@ -1,0 +1,117 @@
+"""A study's trials as rows: their ranking, the feasible front, and which of them enter the closing run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from nas.search import LATENCY_KEYS
+
+if TYPE_CHECKING:
+    import optuna
+
+    from search_spaces import Arch
+
+Row = dict[str, Any]
+RESERVES = 3
+"""How many of the best trials enter the closing run, should the first not meet the budget there."""
+MARGINS = (0.95, 0.85, 0.7)
+"""Shares of the budget below which the best trial enters it too, should all of those be over it."""
+
+
+def rows_of(study: optuna.Study) -> list[Row]:
+    """One flat row per told trial, in the report's columns."""
+    from optuna.trial import TrialState
+
+    rows = []
+    for trial in study.get_trials(deepcopy=False):
+        if trial.state not in (TrialState.COMPLETE, TrialState.FAIL):
+            continue
+        attrs = trial.user_attrs
+        detail = attrs.get("detail", {})
+        complete = trial.state == TrialState.COMPLETE
+        rows.append(
+            {
+                "trial": trial.number,
+                "family": attrs.get("family", trial.params.get("family", "")),
+                "name": attrs.get("name", ""),
+                "state": "complete" if complete else "failed",
+                "error": attrs.get("error", ""),
+                "quality": trial.values[0] if complete else None,
+                "quality_estimate": detail.get("quality_estimate"),
+                "quality_error": detail.get("quality_error"),
+                "quality_how": detail.get("quality_how", ""),
+                **{key: detail.get(key) for key in LATENCY_KEYS},
+                "params_m": attrs.get("params_m"),
+                "macs_m": attrs.get("macs_m"),
+                "resolution": attrs.get("resolution"),
+                "feasible": bool(complete and attrs.get("feasible")),
+                "source": detail.get("source", ""),
+                "digest": detail.get("digest"),
+                "features": detail.get("training", {}).get("features"),
+                "arch": attrs.get("arch"),
+            }
+        )
+    return rows
+
+
+def rank(row: Row) -> tuple[float, float, float]:
+    """Sorts best first: by quality, where its tier may choose, then parameters, then latency (forms of one network
+    differ in nothing else)."""
+    return -row["quality"] if row.get("selects", True) else 0.0, -row["params_m"], row["latency_ms"]
+
+
+def best_of(rows: Sequence[Row]) -> Row | None:
+    return min(rows, key=rank, default=None)
+
+
+def front_of(rows: Sequence[Row]) -> list[Row]:
+    """Feasible rows that no other feasible row beats in both quality and latency, fastest first."""
+    front: list[Row] = []
+    for row in sorted((r for r in rows if r["feasible"]), key=lambda r: (r["latency_ms"], -r["quality"])):
+        if not front or row["quality"] > front[-1]["quality"]:
+            front.append(row)
+    return front
+
+
+def finalists_of(rows: Sequence[Row], budget_ms: float) -> list[Row]:
+    """Rows for the closing run: every published one that fits (the fastest one where none does), the best ones, the
+    best of each family, and the best with some margin, should the machine be slower in the closing run.
+    """
+    feasible = [row for row in rows if row["feasible"]]
+    published = [row for row in rows if row["name"] and row["latency_ms"] is not None]
+    baselines = [row for row in published if row["feasible"]] or sorted(published, key=lambda r: r["latency_ms"])[:1]
+    ranked = sorted(feasible, key=rank)
+    chosen: list[Row] = []
+    seen: set[str] = set()
+
+    def add(row: Row | None) -> None:
+        if row is None:
+            return
+        key = json.dumps(row["arch"], sort_keys=True)
+        if key not in seen:
+            seen.add(key)
+            chosen.append(row)
+
+    for row in baselines + ranked[:RESERVES]:
+        add(row)
+    for family in dict.fromkeys(row["family"] for row in ranked):
+        add(best_of([row for row in feasible if row["family"] == family]))
+    for share in MARGINS:
+        add(best_of([row for row in feasible if row["latency_ms"] <= share * budget_ms]))
+    return chosen
+
+
+def label_of(row: Row) -> str:
+    return row["name"] or f"trial {row['trial']}"
+
+
+def arch_of(row: Row) -> Arch:
+    from search_spaces import Arch
+
+    return Arch.from_json(json.dumps(row["arch"]))
+
+
+def interval(row: Row) -> str:
+    return f"{row['quality_estimate']:.1f} +- {row['quality_error']:.1f}"
