@@ -10,19 +10,23 @@ import hashlib
 import json
 import os
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack, closing
 from datetime import datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nas.measure.protocol import Measurement
+from nas.measure.protocol import SURE_ROUNDS, Measurement
 
 if TYPE_CHECKING:
+    from nas.measure import Settings
     from search_spaces import Arch
 
 ENVIRONMENT = "VITNAS_CACHE"
+REFERENCE = "efficientvit_m0"
+"""The published network that is timed beside every other one."""
 SAME_SPEED = 0.05  # the reference network's latency then and now, relative
 BUSY_S = 20  # for another process's write
 SHAPING = ("search_spaces/*.py", "nas/measure/*.py", "nas/export.py", "nas/quantize.py", "nas/process.py")
@@ -81,15 +85,16 @@ class Cache:
         Args:
             reference_ms: the reference network's median now.
         """
+        found = self.last(arch, batch_size)
+        then = found[1].reference_p50_ms if found else None
+        return found if then is not None and abs(then / reference_ms - 1) <= SAME_SPEED else None
+
+    def last(self, arch: Arch, batch_size: int) -> tuple[str, Measurement] | None:
+        """As `get`, whatever the machine's speed is now: to be told with its date."""
         row = self._rows.execute(
             "SELECT measured, result FROM latency WHERE key = ?", [self._key(arch, batch_size)]
         ).fetchone()
-        if row is None:
-            return None
-        result = Measurement.from_dict(json.loads(row[1]))
-        then = result.reference_p50_ms
-        same = then is not None and abs(then / reference_ms - 1) <= SAME_SPEED
-        return (row[0], result) if same else None
+        return row and (row[0], Measurement.from_dict(json.loads(row[1])))
 
     def put(self, arch: Arch, batch_size: int, result: Measurement) -> None:
         """Keep a result, in place of an earlier one."""
@@ -110,3 +115,69 @@ class Cache:
     def _key(self, arch: Arch, batch_size: int) -> str:
         document = [arch.digest(), batch_size, self._machine]
         return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
+def machine_of(settings: Settings) -> dict[str, Any]:
+    """What must agree for a latency measured with these settings to count (see `Cache`)."""
+    from nas.hardware import fingerprint
+
+    return fingerprint(settings) | {"at": settings.device, "reference": REFERENCE, "code": code_digest()}
+
+
+def known(arch: Arch, settings: Settings) -> tuple[str, Measurement] | None:
+    """When a network was last measured here with these settings, and the result (`p50_ms`, `ci_ms`); None if it never
+    was, or in too few rounds for an interval of 95%.
+
+    The machine's speed then is not compared with its speed now, as a search does: tell the date (ISO 8601) beside it.
+    settings: as `cli.settings_of` makes them. Nothing is measured, and no file is made.
+
+    Raises:
+        sqlite3.Error: a file that is no cache.
+    """
+    if not default_path().is_file():
+        return None
+    with closing(Cache(machine_of(settings))) as cache:
+        found = cache.last(arch, settings.batch_size)
+    return found if found and len(found[1].rounds_ms) >= SURE_ROUNDS else None
+
+
+def fill(
+    archs: Mapping[str, Arch], settings: Settings, progress: Callable[[str, int, int], None] = lambda *_: None
+) -> dict[str, str]:
+    """Measure networks, by name, one after the other beside the reference network, and keep each in the cache at once.
+
+    Afterwards `known` has them. Ctrl-C, too, keeps what was measured until then. progress: called with (the name,
+    networks done, in all).
+
+    Returns:
+        Why, by its name, a network could not be measured.
+
+    Raises:
+        UserError: the reference network cannot be measured here. OSError, sqlite3.Error: the cache cannot be used.
+    """
+    from nas.errors import UserError
+    from nas.export import Exporter
+    from nas.files import scratch
+    from nas.measure import MeasureError, device_lock, open_measurer
+    from nas.process import WorkerError
+    from search_spaces import get_arch
+
+    failed: dict[str, str] = {}
+    with ExitStack() as stack:
+        cache = stack.enter_context(closing(Cache(machine_of(settings))))
+        room, exporter = stack.enter_context(scratch()), stack.enter_context(Exporter())
+        try:
+            with device_lock(settings.device):
+                reference = exporter.write(get_arch(REFERENCE), settings, room / "reference")
+                measurer = stack.enter_context(open_measurer(settings, reference, room))
+        except (MeasureError, WorkerError) as error:
+            raise UserError(f"the reference network {REFERENCE} cannot be measured here: {error}") from None
+        for done, (name, arch) in enumerate(archs.items()):
+            progress(name, done, len(archs))
+            try:
+                with device_lock(settings.device):
+                    path = exporter.write(arch, settings, room / "candidate")
+                    cache.put(arch, settings.batch_size, measurer.measure(path, pause=exporter.running))
+            except (MeasureError, WorkerError) as error:
+                failed[name] = str(error)
+    return failed

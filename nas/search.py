@@ -21,6 +21,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nas.cache import REFERENCE
 from nas.errors import FAULTS, DiskFull, UserError, is_full, reason
 from nas.export import Exporter
 from nas.files import replace_file, scratch, sweep_drafts, unwritable
@@ -49,7 +50,6 @@ if TYPE_CHECKING:
     from nas.targets import Target
     from search_spaces import Arch
 
-REFERENCE = "efficientvit_m0"
 LESSONS = "lessons.json"
 ELSEWHERE = ("budget_ms", "families", "space", "hardware", "throughput_at")
 """What a study must agree on and a training does not depend on."""
@@ -580,12 +580,11 @@ def open_cache(options: Options, say: Callable[[str], None]) -> Cache | None:
     """Earlier results of this machine; None, told in one line, where the cache's file cannot be used."""
     import sqlite3
 
-    from nas.cache import Cache, code_digest, default_path
-    from nas.hardware import fingerprint
+    from nas.cache import Cache, default_path, machine_of
 
-    machine = fingerprint(options.settings) | {"at": options.settings.device, "reference": REFERENCE}
+    machine = machine_of(options.settings)
     try:
-        return Cache(machine | {"code": code_digest()})
+        return Cache(machine)
     except (OSError, sqlite3.Error) as error:
         say(f"no earlier latencies are used and none are kept: {default_path()}: {error}")
         return None

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 import nas.cache
-from nas.cache import Cache, code_digest, default_path, digest_of
-from nas.measure import Measurement, Settings
+from nas.cache import Cache, code_digest, default_path, digest_of, fill, known, machine_of
+from nas.measure import MeasureError, Measurement, Settings
 from nas.search import Options, open_cache
 from search_spaces import get_arch
 
@@ -93,3 +93,49 @@ def test_a_search_uses_no_latency_of_other_code(tmp_path: Path, monkeypatch: pyt
     assert open_cache(options, print).get(get_arch("shvit_s1"), 1, 2.0)
     monkeypatch.setattr(nas.cache, "code_digest", lambda: code_digest() + " changed")
     assert open_cache(options, print).get(get_arch("shvit_s1"), 1, 2.0) is None
+
+
+def test_what_is_known_is_told_whatever_the_speed_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VITNAS_CACHE", str(tmp_path / "deep"))
+    arch, settings = get_arch("shvit_s1"), Settings()
+    assert known(arch, settings) is None
+    assert not (tmp_path / "deep").exists()
+    cache = Cache(machine_of(settings))
+    cache.put(arch, 1, Measurement([[1.0]] * 5, [[2.0]] * 5))
+    assert known(arch, settings) is None  # no interval of 95%
+    cache.put(arch, 1, RESULT)
+    when, found = known(arch, settings)
+    assert (when[:2], found) == ("20", RESULT)
+    assert known(arch, Settings(batch_size=2)) is None
+    assert known(arch.at(96), settings) is None
+
+
+def test_fill_measures_what_known_then_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[object] = []
+
+    class Measurer:
+        def __enter__(self) -> "Measurer":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            events.append("closed")
+
+        def measure(self, path: str, pause: list) -> Measurement:
+            if path == "shvit_s2":
+                raise MeasureError("no answer")
+            if path == "levit_128":
+                raise KeyboardInterrupt
+            return RESULT
+
+    names = {get_arch(name): name for name in ("efficientvit_m0", "shvit_s1", "shvit_s2", "levit_128")}
+    monkeypatch.setattr("nas.export.Exporter.write", lambda self, arch, settings, stem: names[arch])
+    monkeypatch.setattr("nas.measure.open_measurer", lambda settings, reference, room: Measurer())
+    archs = {name: arch for arch, name in names.items() if name.startswith("shvit")}
+    failed = fill(archs, Settings(), lambda *done: events.append(done))
+    assert failed == {"shvit_s2": "no answer"}
+    assert events == [("shvit_s1", 0, 2), ("shvit_s2", 1, 2), "closed"]
+    assert known(archs["shvit_s1"], Settings())[1] == RESULT
+    assert known(archs["shvit_s2"], Settings()) is None
+    with pytest.raises(KeyboardInterrupt):
+        fill({name: arch for arch, name in names.items()}, Settings())
+    assert known(get_arch("efficientvit_m0"), Settings())[1] == RESULT
