@@ -17,6 +17,7 @@ from rich.table import Table
 
 from nas.front import interval
 from nas.outcome import OVERHEAD, overhead_share
+from nas.units import counted
 
 if TYPE_CHECKING:
     from nas.search import Options, Progress
@@ -125,8 +126,8 @@ def show_result(data: Mapping[str, Any], folder: Path, to_stderr: bool) -> None:
     winner = data["winner"]
     settings = data["settings"]
     where = (
-        f"{settings['runtime']} {settings['precision']}, {settings['device']}, {settings['threads']} thread(s), "
-        f"batch {settings['batch_size']}"
+        f"{settings['runtime']} {settings['precision']}, {settings['device']}, "
+        f"{counted(settings['threads'], 'thread')}, batch {settings['batch_size']}"
     )
     fastest = data["fastest"]
     if fastest is None:
@@ -159,7 +160,7 @@ def show_result(data: Mapping[str, Any], folder: Path, to_stderr: bool) -> None:
         console.print("Some published networks, farther from the budget, were not tried: report.html lists them.")
     failed = [row for row in data["trials"] if row["state"] == "failed"]
     if failed:
-        console.print(f"{len(failed)} trial(s) failed; report.html groups them by reason")
+        console.print(f"{counted(len(failed), 'trial')} failed; report.html groups them by reason")
     console.print(data["quality_tier"]["note"])
     if data["median_trial_s"]:
         shares = ", ".join(f"{row['phase']} {row['share']:.1%}" for row in data["breakdown"])
@@ -177,7 +178,7 @@ def show_accuracy(console: Console, data: Mapping[str, Any]) -> None:
         for row in found["rows"]:
             spread = "" if row["deviation"] is None else f" +- {row['deviation']:.1f}"
             console.print(
-                f"Top-1 of {row['label']}: {row['mean']:.1f}{spread} % over {len(row['top1'])} seed(s), "
+                f"Top-1 of {row['label']}: {row['mean']:.1f}{spread} % over {counted(len(row['top1']), 'seed')}, "
                 f"{found['epochs']} epochs of the recipe {found['recipe']}, on {row['images']:,} validation images."
             )
         console.print(f"{found['verdict'][:1].upper()}{found['verdict'][1:]}.")

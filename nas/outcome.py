@@ -25,6 +25,7 @@ from nas.measure import (
 from nas.measure.protocol import BUSY_SPREAD
 from nas.search import storage_of
 from nas.storage import storage_errors
+from nas.units import counted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -401,8 +402,8 @@ def protocol(options: Options) -> list[str]:
     from nas.search import REFERENCE
 
     return [
-        f"Each network runs in a fresh process pinned to {options.settings.threads} CPU(s); every other process of "
-        "the search is stopped while it is timed.",
+        f"Each network runs in a fresh process pinned to {counted(options.settings.threads, 'CPU')}; every other "
+        "process of the search is stopped while it is timed.",
         f"{MIN_ROUNDS} to {MAX_ROUNDS} rounds of short slices alternate with {REFERENCE} as the fixed reference, after "
         "untimed runs; a trial ends early once its interval is wholly over the budget, judged after each round from "
         "the 6th on, or far over it from the 3rd on.",

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from nas.files import replace_file
 from nas.storage import mask_url
+from nas.units import counted
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -207,7 +208,7 @@ def duration(seconds: float) -> str:
 def conditions(settings: dict[str, Any]) -> str:
     """What a latency is a property of, besides the network and the machine, in words."""
     runtime = f"{settings['runtime']} {settings['precision']}"
-    threads = f"{settings['threads']} thread{'s' * (settings['threads'] > 1)}"
+    threads = counted(settings["threads"], "thread")
     return f"{runtime}, {settings['device']}, {threads}, batch {settings['batch_size']}"
 
 

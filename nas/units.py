@@ -1,4 +1,4 @@
-"""Times as people type them."""
+"""Times as people type them, and counts as they read them."""
 
 from __future__ import annotations
 
@@ -67,3 +67,8 @@ def parse_duration(text: str) -> float:
     if not match or float(match[1]) == 0:
         raise UserError(f"timeout {text!r} is not a duration: write it like 90s, 10m or 1h")
     return float(match[1]) * SECONDS[match[2] or "s"]
+
+
+def counted(number: int, noun: str) -> str:
+    """A number and its noun: "1 thread", "2 threads"."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"

@@ -14,10 +14,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from nas.measure.runtime import RUNTIMES, Settings
 from nas.process import Worker, WorkerError, usable_cpus
+from nas.units import counted
 
 WORKER = "nas.measure.worker"
 MIN_ROUNDS, MAX_ROUNDS = 8, 30
@@ -27,6 +28,7 @@ PRECISION = 0.02  # half-width of the interval over the median
 HOPELESS = 1.5  # times the budget
 CONFIDENCE = 0.95
 BUSY_SPREAD = 0.25  # of round medians (`Measurement.spread`), from which on the machine is called busy
+QUANTA = 2.0  # median over the fastest sample, above which most samples wait for a CPU (1.3 on a quiet machine)
 
 
 class MeasureError(RuntimeError):
@@ -75,6 +77,26 @@ def paired_ratio(one: "Measurement", other: "Measurement") -> tuple[float, tuple
     pairs = zip(_medians(one.rounds_ms), _medians(other.rounds_ms), strict=True)
     ratios = [a / b for a, b in pairs]
     return statistics.median(ratios), median_interval(ratios)
+
+
+def quanta(measurement: "Measurement") -> bool:
+    """Whether most samples are turns of the scheduler, waited for, and not the network's own time.
+
+    Of a network whose CPUs another process uses too, a few samples still fall between two of its turns.
+    """
+    return measurement.p50_ms > QUANTA * min(_samples(measurement.rounds_ms))
+
+
+def quanta_line(described: Mapping[str, Any]) -> str:
+    """What `quanta` means, of a machine as `nas.hardware.describe` tells it."""
+    usable, threads, share = described["usable_cpus"], described["threads"], described.get("busy_share")
+    some = f"{share * usable:.1f} of " if share else "some of "
+    at = f"at {counted(threads, 'thread')} a network waits for them"
+    fewer = "use --threads 1, or " if threads > 1 else ""
+    return (
+        f"other processes keep {some}{counted(usable, 'CPU')} busy: {at}, so these figures are waiting times, not "
+        f"speed; {fewer}stop them (`top` shows which)"
+    )
 
 
 @dataclass
