@@ -17,12 +17,12 @@ from rich.table import Table
 
 from nas.front import interval
 from nas.outcome import OVERHEAD, overhead_share
+from nas.tables import Column, console_of, print_table, prose
 from nas.units import counted
 
 if TYPE_CHECKING:
     from nas.search import Options, Progress
 
-PIPE_WIDTH = 150
 DRAW_EVERY_S = 0.2
 LINES_EVERY = 10
 """Trials between two lines of progress where standard error is no terminal."""
@@ -143,9 +143,9 @@ def show_result(data: Mapping[str, Any], folder: Path, to_stderr: bool) -> None:
             f"{winner['latency_ms']:.2f} ms, {data['quality_tier']['label']} {interval(winner)}."
         )
     if data["final"]:
-        console.print(final_table(data["final"], budget))
+        show_final(console, data["final"], budget)
         if data["against"]:
-            console.print(against_table(data["against"], data["final"][0]["label"], budget))
+            show_against(console, data["against"], data["final"][0]["label"], budget)
         console.print(
             "One interleaved run. Intervals of latency: 95%, of its median."
             + (" Weights are untrained." if data["untrained"] else "")
@@ -189,17 +189,24 @@ def show_accuracy(console: Console, data: Mapping[str, Any]) -> None:
         console.print(validation_line(tier, data["validation"]))
 
 
-def final_table(final: Sequence[Mapping[str, Any]], budget: str) -> Table:
-    table = columns(
-        "network", "role", right=("estimated top-1", "published", "ms", "95%", "img/s", "M params", "MMACs")
-    )
-    for row in final:
-        label = row["label"] if row["name"] else f"{row['label']} ({row['family']})"
-        if row["error"]:
-            table.add_row(label, f"failed: {row['error']}")
-            continue
-        table.add_row(
-            label,
+FINAL = (
+    Column("network", label=True),
+    Column("role", label=True),
+    Column("estimated top-1", drop=1),
+    Column("published", drop=4),
+    Column("ms"),
+    Column("95% of ms", drop=2),
+    Column("img/s", drop=3),
+    Column("M params", drop=5),
+    Column("MMACs", drop=6),
+)
+
+
+def show_final(console: Console, final: Sequence[Mapping[str, Any]], budget: str) -> None:
+    """The table of the closing run, then what could not be measured in it."""
+    rows = [
+        (
+            row["label"] if row["name"] else f"{row['label']} ({row['family']})",
             row["role"] if row["fits"] else f"over {budget}",
             interval(row),
             f"{row['published_top1']:.1f}" if row["published_top1"] else "",
@@ -209,34 +216,50 @@ def final_table(final: Sequence[Mapping[str, Any]], budget: str) -> Table:
             f"{row['params_m']:.1f}",
             f"{row['macs_m']:.0f}",
         )
-    return table
+        for row in final
+        if not row["error"]
+    ]
+    print_table(console, FINAL, rows)
+    show_failed(console, final)
+
+
+def show_failed(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A line for each network that could not be measured."""
+    for row in rows:
+        if row["error"]:
+            prose(console, f"{row['label']} failed: {row['error']}")
 
 
 def rate(throughput: float | None) -> str:
     return "" if throughput is None else f"{throughput:.0f}"
 
 
-def against_table(rows: Sequence[Mapping[str, Any]], first: str, budget: str) -> Table:
+def show_against(console: Console, rows: Sequence[Mapping[str, Any]], first: str, budget: str) -> None:
     """Outside networks of the closing run, beside the network on top of the final table."""
-    table = columns("against", "", right=("ms", "95%", "img/s", f"time of {first}'s", "95%"))
-    for row in rows:
-        if row["error"]:
-            table.add_row(row["label"], f"failed: {row['error']}")
-            continue
-        ratio = (
-            ("", "")
-            if row["ratio"] is None
-            else (f"{row['ratio']:.2f}", f"{row['ratio_low']:.2f}..{row['ratio_high']:.2f}")
-        )
-        table.add_row(
+    columns = (
+        Column("against", label=True),
+        Column("", label=True, drop=3),
+        Column("ms"),
+        Column("95% of ms", drop=2),
+        Column("img/s", drop=4),
+        Column(f"time of {first}'s"),
+        Column("95% of that", drop=1),
+    )
+    told = [
+        (
             row["label"],
             "" if row["fits"] else f"over {budget}",
             f"{row['latency_ms']:.2f}",
             f"{row['ci_low_ms']:.2f}..{row['ci_high_ms']:.2f}",
             rate(row["throughput"]),
-            *ratio,
+            "" if row["ratio"] is None else f"{row['ratio']:.2f}",
+            "" if row["ratio"] is None else f"{row['ratio_low']:.2f}..{row['ratio_high']:.2f}",
         )
-    return table
+        for row in rows
+        if not row["error"]
+    ]
+    print_table(console, columns, told)
+    show_failed(console, rows)
 
 
 def columns(*left: str, right: Sequence[str]) -> Table:
@@ -249,18 +272,20 @@ def columns(*left: str, right: Sequence[str]) -> Table:
     return table
 
 
-def console_of(stderr: bool = False) -> Console:
-    """A console that does not squeeze tables into 80 columns when its output goes to a file or a pipe."""
-    terminal = (sys.stderr if stderr else sys.stdout).isatty()
-    width = None if terminal else PIPE_WIDTH
-    return Console(stderr=stderr, highlight=False, soft_wrap=True, markup=False, emoji=False, width=width)
+MODELS = (
+    Column("name", label=True),
+    Column("family", label=True, drop=2),
+    Column("M params"),
+    Column("MMACs"),
+    Column("px"),
+    Column("top-1"),
+    Column("source", label=True, drop=3),
+)
 
 
 def show_models(rows: Sequence[Mapping[str, Any]]) -> None:
-    table = columns("name", "family", right=("M params", "MMACs", "px", "top-1"))
-    table.add_column("source")
-    for row in rows:
-        table.add_row(
+    told = [
+        (
             row["name"],
             row["family"],
             f"{row['params'] / 1e6:.2f}",
@@ -269,18 +294,32 @@ def show_models(rows: Sequence[Mapping[str, Any]]) -> None:
             f"{row['top1']:.1f}" if row["top1"] else "",
             row["source"],
         )
-    console_of().print(table)
+        for row in rows
+    ]
+    print_table(console_of(), MODELS, told)
+
+
+STAGES = (
+    Column("stage"),
+    Column("embed_dim"),
+    Column("depth"),
+    Column("heads"),
+    Column("key_dim"),
+    Column("attention", drop=2),
+    Column("FFN ratio"),
+    Column("keep rate", drop=1),
+)
 
 
 def show_arch(row: Mapping[str, Any]) -> None:
     console = console_of()
-    console.print(
+    prose(
+        console,
         f"{row['model']}: {row['family']}, {row['resolution']} px, {row['num_classes']} classes, "
-        f"{row['params'] / 1e6:.2f} M parameters, {row['macs'] / 1e6:.1f} MMACs"
+        f"{row['params'] / 1e6:.2f} M parameters, {row['macs'] / 1e6:.1f} MMACs",
     )
-    table = columns(right=("stage", "embed_dim", "depth", "heads", "key_dim", "attention", "FFN ratio", "keep rate"))
-    for i, stage in enumerate(row["stages"], 1):
-        table.add_row(
+    told = [
+        (
             str(i),
             str(stage["embed_dim"]),
             str(stage["depth"]),
@@ -290,8 +329,10 @@ def show_arch(row: Mapping[str, Any]) -> None:
             f"{stage['ffn_ratio']:.2f}",
             f"{stage['keep_rate']:.2f}",
         )
-    console.print(table)
-    console.print(f"{row['quality_label']}: {interval(row)}")
+        for i, stage in enumerate(row["stages"], 1)
+    ]
+    print_table(console, STAGES, told)
+    prose(console, f"{row['quality_label']}: {interval(row)}")
 
 
 def show_prune(data: Mapping[str, Any], folder: Path, to_stderr: bool) -> None:
@@ -392,7 +433,7 @@ def show_bench(rows: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> None:
             "tie" if is_tie(row, first) else "",
         )
     console = console_of()
-    console.width = max(console.width, PIPE_WIDTH)  # a narrow terminal wraps lines rather than cut figures off
+    console.width = max(console.width, 150)  # a narrow terminal wraps lines rather than cut figures off
     console.print(table)
     same = ", ".join(worded(name, first[name]) for name in SETTINGS if name not in differing)
     console.print(

@@ -242,13 +242,6 @@ def test_a_classifier_left_random_is_not_exported(vitnas, tmp_path):
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
-def test_text_in_brackets_is_printed_as_it_is(capsys):
-    from nas.display import console_of
-
-    console_of().print("runs[test]/report.html [/x]")
-    assert capsys.readouterr().out == "runs[test]/report.html [/x]\n"
-
-
 def test_sigterm_ends_a_command_as_ctrl_c_does(vitnas, monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr("nas.targets.find_target", lambda _: os.kill(os.getpid(), signal.SIGTERM))

@@ -1,0 +1,88 @@
+"""Tables and text for a terminal of any width, and for pipes: no figure is ever cut."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+PIPE_WIDTH = 10_000
+"""In columns: what is read by a program, or kept in a file, is not wrapped."""
+LABEL_WIDTH = 16
+"""Columns to which a table's labels are folded at most."""
+GAP = 2
+
+
+@dataclass(frozen=True)
+class Column:
+    """A table's column. label: text, which folds where room is short; others hold figures, which are never cut. drop:
+    where the table is still too wide, columns are left out, those with the highest number first; 0: never."""
+
+    name: str
+    label: bool = False
+    drop: int = 0
+
+
+def print_table(
+    console: Console, columns: Sequence[Column], rows: Sequence[Sequence[str]], elsewhere: str = "--json has them"
+) -> None:
+    """Print a table that fits the terminal, and name below it the columns that do not.
+
+    A column without any text is left out silently.
+
+    Args:
+        elsewhere: where those columns can be seen.
+    """
+    cells = {column: [row[i] for row in rows] for i, column in enumerate(columns)}
+    shown = [column for column in columns if any(cells[column])]
+    widest = {column: max(map(len, (column.name, *cells[column]))) for column in shown}
+    least = {column: narrowest(column, cells[column]) for column in shown}
+
+    def needed() -> int:
+        return sum(least[column] for column in shown) + GAP * (len(shown) - 1)
+
+    left_out = []
+    while needed() > console.width and any(column.drop for column in shown):
+        left_out.append(max(shown, key=lambda column: column.drop))
+        shown.remove(left_out[-1])
+    spare = max(0, console.width - needed())
+    table = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0))
+    for column in sorted(shown, key=lambda column: not column.label):  # labels are widened first
+        more = min(spare, widest[column] - least[column])
+        least[column] += more
+        spare -= more
+    for column in shown:
+        justify = "left" if column.label else "right"
+        table.add_column(column.name, justify=justify, width=least[column], overflow="fold", vertical="top")
+    for i in range(len(rows)):
+        table.add_row(*(cells[column][i] for column in shown))
+    room = console.width
+    console.width = max(room, needed())  # a terminal that is narrower still wraps lines
+    console.print(table, soft_wrap=False)
+    console.width = room
+    if left_out:
+        names = ", ".join(column.name for column in columns if column in left_out)
+        prose(console, f"Columns left out at {room} columns: {names}; {elsewhere}.")
+
+
+def narrowest(column: Column, cells: Sequence[str]) -> int:
+    """The least width of a column: figures whole, labels down to `LABEL_WIDTH`, headings folded between words."""
+    heading, widest = max(map(len, column.name.split()), default=0), max(map(len, cells), default=0)
+    return max(heading, min(widest, LABEL_WIDTH) if column.label else widest)
+
+
+def prose(console: Console, line: str) -> None:
+    """Print a line of text, wrapped between words in a terminal; a long path is left in one piece."""
+    wide = console.width - (1 if console.is_terminal else 0)
+    console.print("\n".join(textwrap.wrap(line, wide, break_long_words=False, break_on_hyphens=False)), soft_wrap=True)
+
+
+def console_of(stderr: bool = False) -> Console:
+    """A console that squeezes nothing into 80 columns where its output goes to a file or a pipe."""
+    terminal = (sys.stderr if stderr else sys.stdout).isatty()
+    width = None if terminal else PIPE_WIDTH
+    return Console(stderr=stderr, highlight=False, soft_wrap=True, markup=False, emoji=False, width=width)
