@@ -121,6 +121,8 @@ def clock(seconds: float) -> str:
 
 def show_result(data: Mapping[str, Any], folder: Path, to_stderr: bool) -> None:
     """A search's result: the answer, the closing table, ties, notes and where the time went."""
+    from nas.report import quality_words
+
     console = console_of(to_stderr)
     budget = f"{data['budget_ms']:g} ms"
     winner = data["winner"]
@@ -140,7 +142,7 @@ def show_result(data: Mapping[str, Any], folder: Path, to_stderr: bool) -> None:
     else:
         console.print(
             f"Best within {budget} ({where}): {winner['label']} of the family {winner['family']}, "
-            f"{winner['latency_ms']:.2f} ms, {data['quality_tier']['label']} {interval(winner)}."
+            f"{winner['latency_ms']:.2f} ms, {quality_words(data)}."
         )
     if data["final"]:
         show_final(console, data["final"], budget)
@@ -176,11 +178,8 @@ def show_accuracy(console: Console, data: Mapping[str, Any]) -> None:
     found = data["accuracy"]
     if found:
         for row in found["rows"]:
-            spread = "" if row["deviation"] is None else f" +- {row['deviation']:.1f}"
-            console.print(
-                f"Top-1 of {row['label']}: {row['mean']:.1f}{spread} % over {counted(len(row['top1']), 'seed')}, "
-                f"{found['epochs']} epochs of the recipe {found['recipe']}, on {row['images']:,} validation images."
-            )
+            console.print(f"Trained fully, {row['label']}: {row['words']}.")
+        console.print(f"{found['epochs']} epochs of the recipe {found['recipe']}, judged on validation images.")
         console.print(f"{found['verdict'][:1].upper()}{found['verdict'][1:]}.")
     tier = data["quality_tier"]
     if tier["trained"]:

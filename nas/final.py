@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from nas.errors import TrainingError
 from nas.export import save_weights
 from nas.files import replace_file
+from nas.intervals import LEVEL, Interval, joined, of_accuracies, of_difference, of_share, top1_words
 from nas.schooling import COMPLETED, results_of
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 BEST = 3
 """How many of the best networks are trained to the last rung before one is chosen."""
+ONE_SEED = "one seed: the spread of seeds is not in it"
 
 
 def review(tier: Train, rows: Sequence[Row], selects: bool) -> list[Row]:
@@ -83,12 +85,14 @@ def settle(
 
 @dataclasses.dataclass(frozen=True)
 class Accuracies:
-    """A network's final trainings. top1: percent on the validation images, one a seed; images: how many those are."""
+    """A network's final trainings. top1: percent on the validation images, one a seed; images: how many those are.
+    hits: a row a seed, of whether each image was told right; empty where an earlier version trained."""
 
     label: str
     top1: list[float]
     images: int
     seconds: float
+    hits: list[list[bool]] = dataclasses.field(default_factory=list, repr=False)
 
     @property
     def mean(self) -> float:
@@ -99,8 +103,24 @@ class Accuracies:
         """Standard deviation over seeds; None of a single one."""
         return statistics.stdev(self.top1) if len(self.top1) > 1 else None
 
+    @property
+    def interval(self) -> Interval:
+        """The mean's 95% interval: the images' noise and, of several seeds, theirs."""
+        return of_accuracies(self.top1, self.images)
+
+    @property
+    def words(self) -> str:
+        return top1_words(self.mean, self.ci, self.images, len(self.top1))
+
+    @property
+    def ci(self) -> list[float]:
+        return [self.interval.low, self.interval.high]
+
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"mean": self.mean, "deviation": self.deviation}
+        """For JSON: top1 is a list of one a seed, mean and top1_ci are what is told."""
+        kept = {name: getattr(self, name) for name in ("label", "top1", "images", "seconds")}
+        more = {"mean": self.mean, "deviation": self.deviation, "top1_ci": self.ci, "seeds": len(self.top1)}
+        return kept | more | {"words": self.words}
 
 
 def train_fully(options: Options, tier: Train, label: str, arch: Arch) -> Accuracies:
@@ -125,10 +145,13 @@ def train_fully(options: Options, tier: Train, label: str, arch: Arch) -> Accura
                 save_weights(training.network, path.with_suffix(".safetensors"))
             found = school.judge(training.network, data.val)
             row = {"top1": found.top1, "images": found.total, "seconds": time.monotonic() - begun}
+            row["hits"] = "".join("01"[hit] for hit in found.hits)
             replace_file(path, json.dumps(row).encode())
             path.with_suffix(".state").unlink(missing_ok=True)
         made.append(json.loads(path.read_text()))
-    return Accuracies(label, [m["top1"] for m in made], made[0]["images"], sum(m["seconds"] for m in made))
+    hits = [[digit == "1" for digit in m["hits"]] for m in made if "hits" in m]
+    top1, seconds = [m["top1"] for m in made], sum(m["seconds"] for m in made)
+    return Accuracies(label, top1, made[0]["images"], seconds, hits if len(hits) == len(made) else [])
 
 
 def weights_of(options: Options, arch: Arch) -> Path | None:
@@ -143,24 +166,44 @@ def result_path(options: Options, arch: Arch, seed: int) -> Path:
 
 
 def compare_means(first: Accuracies, second: Accuracies) -> dict[str, Any]:
-    """The difference of two networks' mean top-1 in points, with Welch's 95% interval where there are several seeds."""
+    """The difference of two networks' mean top-1 in points, on the same images, with its 95% interval: the images'
+    noise, paired image by image, and of several seeds their spread (Welch)."""
+    difference = first.mean - second.mean
+    shares = (value for each in (first, second) for value in (each.mean, of_share(each.mean, each.images)))
+    by_images = of_difference(*shares, correlation=agreement(first.hits, second.hits))
+    found = joined(difference, by_images, seeds_spread(first, second)).clipped(-100.0, 100.0)
+    return {
+        "difference": difference,
+        "ci": [found.low, found.high],
+        "tie": found.holds(0.0),
+        "leaves_out": "" if min(len(first.top1), len(second.top1)) > 1 else ONE_SEED,
+    }
+
+
+def seeds_spread(first: Accuracies, second: Accuracies) -> Interval | None:
+    """Welch's 95% interval of the difference over seeds; None where a network has a single one, or nothing varies."""
     from scipy.stats import ttest_ind
 
-    difference = first.mean - second.mean
-    if first.deviation is None or second.deviation is None or not (first.deviation or second.deviation):
-        return {"difference": difference, "ci": None, "tie": None}
-    low, high = map(float, ttest_ind(first.top1, second.top1, equal_var=False).confidence_interval())
-    return {"difference": difference, "ci": [low, high], "tie": low <= 0 <= high}
+    if not (first.deviation or second.deviation) or None in (first.deviation, second.deviation):
+        return None
+    found = ttest_ind(first.top1, second.top1, equal_var=False).confidence_interval(LEVEL)
+    return Interval(float(found.low), float(found.high))
+
+
+def agreement(first: Sequence[Sequence[bool]], second: Sequence[Sequence[bool]]) -> float:
+    """Correlation over images of two networks' answers, means over seeds; 0 where it is not known."""
+    if not first or not second or len({len(row) for row in (*first, *second)}) > 1:
+        return 0.0
+    a, b = ([statistics.mean(map(float, image)) for image in zip(*rows, strict=True)] for rows in (first, second))
+    return statistics.correlation(a, b) if len(set(a)) > 1 and len(set(b)) > 1 else 0.0
 
 
 def verdict(found: Mapping[str, Any], first: Accuracies, second: Accuracies) -> str:
     """The comparison in one line."""
-    by = f"{found['difference']:+.1f} points"
-    if found["ci"] is None:
-        why = "the seeds show no spread" if first.deviation is not None else "one seed says nothing of the spread"
-        return f"{first.label} against {second.label}: {by}, undecided: {why}"
     low, high = found["ci"]
     kind = "a tie" if found["tie"] else "a gain" if low > 0 else "a loss"
-    seeds = len(first.top1)
-    interval = f"95% {low:+.1f} to {high:+.1f} over {seeds} seeds, on these images"
-    return f"{first.label} against {second.label}: {by} ({interval}): {kind}"
+    seeds = min(len(first.top1), len(second.top1))
+    of = f"the same {first.images:,} images, {seeds} seed{'s' * (seeds > 1)}"
+    by = f"{found['difference']:+.1f} points (95%: {low:+.1f} to {high:+.1f}, {of})"
+    line = f"{first.label} against {second.label}: {by}: {kind}"
+    return f"{line} ({found['leaves_out']})" if found["leaves_out"] else line

@@ -360,6 +360,9 @@ def winner_data(winner: Row | None) -> dict[str, Any] | None:
         "family": winner["family"],
         "trial": winner["trial"],
         **{key: winner[key] for key in ("latency_ms", "quality", "quality_estimate", "quality_error")},
+        **{key: winner.get("accuracy", {}).get(key) for key in ("top1_ci", "images", "seeds")},
+        "top1": winner.get("accuracy", {}).get("mean"),
+        "accuracy": winner.get("accuracy", {}).get("words", ""),
         "arch": winner["arch"],
         "summary": [stage.model_dump() for stage in arch_of(winner).summary()],
     }
@@ -369,7 +372,10 @@ def winner_line(data: Mapping[str, Any]) -> str:
     """The study's result in one line."""
     if data["winner"] is None:
         return f"nothing fits {data['budget_ms']:g} ms"
-    return f"{data['winner']['label']} ({data['winner']['family']}) within {data['budget_ms']:g} ms"
+    accuracy = data["winner"]["accuracy"]
+    return f"{data['winner']['label']} ({data['winner']['family']}) within {data['budget_ms']:g} ms" + (
+        accuracy and f", {accuracy}"
+    )
 
 
 def skipped_lines(options: Options, rows: Sequence[Row]) -> list[str]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nas.files import replace_file
+from nas.front import interval
 from nas.storage import mask_url
 from nas.units import counted
 
@@ -170,6 +171,12 @@ def validation_line(tier: dict[str, Any], validation: dict[str, Any] | None) -> 
         if one["tau"] is not None
     )
     return f"Kendall's tau with {validation['networks']} full trainings (95% interval): {taus}."
+
+
+def quality_words(data: dict[str, Any]) -> str:
+    """How good the winner is: its accuracy where it was trained fully, else what the tier says of it."""
+    winner = data["winner"]
+    return winner["accuracy"] or f"{data['quality_tier']['label']} {interval(winner)}"
 
 
 def _quality_name(data: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,11 +44,12 @@ CHECK_EVERY = 10
 
 @dataclass(frozen=True)
 class Accuracy:
-    """`correct` of `total` images; `loss` is their mean cross-entropy in nats."""
+    """`correct` of `total` images; `loss` is their mean cross-entropy in nats. hits: whether each was, in order."""
 
     correct: int
     total: int
     loss: float
+    hits: tuple[bool, ...] = field(default=(), repr=False)
 
     @property
     def top1(self) -> float:
@@ -93,7 +94,7 @@ def evaluate(
         TrainingError: there is no memory for one image, or PyTorch fails.
     """
     model.to(device).eval()
-    correct = total = 0
+    hits: list[bool] = []
     loss = 0.0
     at_once = sys.maxsize
     for batch in loader:
@@ -103,26 +104,28 @@ def evaluate(
                 raise TrainingError("out of memory with one image to judge: lower --resolution")
             _free(device)
             say(f"out of memory: judging goes on with {at_once} images at a time")
-        correct += found[0]
+        hits += found[0]
         loss += found[1]
-        total += len(batch[1])
-    return Accuracy(correct, total, loss / total)
+    return Accuracy(sum(hits), len(hits), loss / len(hits), tuple(hits))
 
 
-def _judged(model: nn.Module, batch: Batch, at_once: int, device: str | torch.device) -> tuple[int, float] | None:
-    """Correct answers and the sum of losses in a batch; None where memory did not suffice."""
-    correct, loss = 0, 0.0
+def _judged(
+    model: nn.Module, batch: Batch, at_once: int, device: str | torch.device
+) -> tuple[list[bool], float] | None:
+    """Which answers are correct and the sum of losses in a batch; None where memory did not suffice."""
+    hits: list[bool] = []
+    loss = 0.0
     try:
         for part in zip(*(values.split(at_once) for values in batch), strict=True):
             images, labels = _to(device, *part)
             logits = model(images)
-            correct += int((logits.argmax(1) == labels).sum())
+            hits += (logits.argmax(1) == labels).tolist()
             loss += F.cross_entropy(logits, labels, reduction="sum").item()
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
         return None
-    return correct, loss
+    return hits, loss
 
 
 class Training:

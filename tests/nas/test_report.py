@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from nas.errors import DiskFull
+from nas.final import Accuracies
 from nas.report import COLUMNS, REASONS_SHOWN, write_run
 
 FILES = ["pareto.json", "pareto.png", "report.html", "trials.csv"]
@@ -156,6 +157,11 @@ def invent(trials: int = 100, budget: float = 2.0, seed: int = 0) -> dict[str, A
             "family": winner["family"],
             "trial": winner["trial"],
             "arch": {"family": winner["family"]},
+            **dict.fromkeys(("top1", "top1_ci", "images", "seeds")),
+            "accuracy": "",
+            "latency_ms": winner["latency_ms"],
+            "quality_estimate": winner["quality_estimate"],
+            "quality_error": winner["quality_error"],
             "summary": [
                 {"embed_dim": 128, "depth": 2, **stage, "heads": 0.0, "key_dim": 0.0, "attention_share": 0.0},
                 {"embed_dim": 256, "depth": 5, **stage, "attention_share": 0.6, "ffn_ratio": 2.1333333},
@@ -455,12 +461,15 @@ def test_importing_the_report_imports_no_heavy_package() -> None:
 def trained(data: dict, **more) -> dict:
     """An invented run as a trained search leaves it."""
     tier = data["quality_tier"] | {"name": "train", "label": "estimated top-1 (on your images)", "trained": True}
-    rows = [
-        {"label": entry["label"], "top1": [70.0, 71.0], "images": 500, "mean": 70.5, "deviation": 0.7, "seconds": 9.0}
-        for entry in data["final"][:2]
-    ]
+    rows = [Accuracies(entry["label"], [70.0, 71.0], 500, 9.0).to_dict() for entry in data["final"][:2]]
+    told = {key: rows[0][key] for key in ("top1_ci", "images", "seeds")}
+    winner = data["winner"] | told | {"top1": 70.5, "accuracy": rows[0]["words"]}
     accuracy = {"rows": rows, "epochs": 30, "recipe": "quick", "verdict": "a tie <of> two"}
-    return data | {"quality_tier": tier | {"held_out": [1.25, 0.5]}, "accuracy": accuracy, "untrained": False} | more
+    return (
+        data
+        | {"quality_tier": tier | {"held_out": [1.25, 0.5]}, "accuracy": accuracy, "winner": winner, "untrained": False}
+        | more
+    )
 
 
 def test_final_trainings_and_the_tier_s_worth_are_told(tmp_path: Path) -> None:
@@ -478,3 +487,21 @@ def test_final_trainings_and_the_tier_s_worth_are_told(tmp_path: Path) -> None:
     page = (tmp_path / "report.html").read_text()
     assert "estimate 0.60 (0.20 to 0.90)" in page
     assert "8 full trainings" in page
+
+
+def test_the_trained_accuracy_is_the_headline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from nas.display import show_result
+    from nas.outcome import winner_line
+
+    data = trained(invent(20))
+    words = data["winner"]["accuracy"]
+    assert words.startswith("70.5% top-1 (95%: ")
+    assert words.endswith(", 500 images, 2 seeds)")
+    page = report(tmp_path, data)
+    assert words in re.search(r"<h1>(.*?)</h1>", page.source, re.DOTALL)[1]
+    assert "70.5% top-1 after full training" in page.text
+    show_result(data, tmp_path, to_stderr=False)
+    out = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert words in out.partition(".\n")[0]
+    assert out.index(words) < out.index("estimated top-1")
+    assert words in winner_line(data)

@@ -47,6 +47,11 @@ def test_a_trained_network_comes_out_with_its_baseline(searched):
     ours, *theirs = found["accuracy"]["rows"]
     assert ours["label"] == found["winner"]["label"]
     assert ours["images"] == 40, "the validation images"
+    assert found["winner"]["top1"] == ours["mean"]
+    assert found["winner"]["top1_ci"] == ours["top1_ci"]
+    assert (found["winner"]["images"], found["winner"]["seeds"]) == (40, 2)
+    kept = [json.loads(path.read_text()) for path in (folder / "final").glob("*.json")]
+    assert all(100 * row["hits"].count("1") / row["images"] == row["top1"] for row in kept)
     assert all(len(row["top1"]) == 2 for row in (ours, *theirs))
     if theirs:
         assert any(word in found["accuracy"]["verdict"] for word in ("a tie", "a gain", "a loss"))

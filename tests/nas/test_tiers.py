@@ -326,12 +326,56 @@ def test_final_figures_are_compared_with_their_spread():
     assert "a gain" in verdict(gain, one, far)
     assert "a loss" in verdict(compare_means(far, one), far, one)
     alike = Accuracies("theirs", [100.0, 100.0], 500, 3.0)
-    assert compare_means(one, one)["tie"]
-    assert compare_means(alike, alike) == {"difference": 0, "ci": None, "tie": None}
-    assert "undecided" in verdict(compare_means(alike, alike), alike, alike)
-    single = compare_means(one, Accuracies("theirs", [50.0], 500, 3.0))
-    assert single["ci"] is None
-    assert "undecided" in verdict(single, one, Accuracies("theirs", [50.0], 500, 3.0))
+    same = compare_means(alike, alike)
+    assert same["tie"]
+    assert same["ci"][0] < 0 < same["ci"][1], "500 of 500 images do not show that there is no difference"
+
+
+def answers(right: int, images: int = 100, flip: int = 0) -> list[bool]:
+    """The first `right` images, with the first `flip` of them wrong and as many of the others right."""
+    hits = [i < right for i in range(images)]
+    return [not hits[i] if i < flip or right <= i < right + flip else hits[i] for i in range(images)]
+
+
+def test_a_comparison_holds_the_noise_of_the_images():
+    """Seeds that agree with each other do not make 40 images say more than they do."""
+    one, other = Accuracies("a", [60.0, 60.1, 60.0], 40, 1.0), Accuracies("b", [55.0, 55.1, 55.0], 40, 1.0)
+    found = compare_means(one, other)
+    assert found["tie"]
+    assert found["ci"][0] < -10 < 5 < 20 < found["ci"][1]
+    line = verdict(found, one, other)
+    assert "40 images, 3 seeds" in line
+    assert "95%: " in line
+
+
+def test_one_seed_is_compared_by_its_images_and_says_so():
+    one, other = Accuracies("a", [60.0], 100, 1.0), Accuracies("b", [58.0], 100, 1.0)
+    found = compare_means(one, other)
+    assert found["tie"]
+    assert "a tie (one seed: the spread of seeds is not in it)" in verdict(found, one, other)
+    gain = compare_means(one, Accuracies("b", [20.0], 100, 1.0))
+    assert not gain["tie"]
+    assert "one seed" in gain["leaves_out"]
+
+
+def test_the_same_images_are_compared_one_by_one():
+    """Newcombe's interval of paired shares (1998, method 10): narrower the more the answers agree."""
+    nearly = Accuracies("b", [70.0], 100, 1.0, [answers(70)]), Accuracies("a", [66.0], 100, 1.0, [answers(66)])
+    unknown = [dataclasses.replace(each, hits=[]) for each in nearly]
+    paired, apart = compare_means(*nearly)["ci"], compare_means(*unknown)["ci"]
+    assert paired[1] - paired[0] < 0.5 * (apart[1] - apart[0])
+    unlike = dataclasses.replace(nearly[1], hits=[answers(66, flip=30)])
+    far = compare_means(nearly[0], unlike)["ci"]
+    assert far[1] - far[0] > 1.5 * (paired[1] - paired[0])
+
+
+def test_final_trainings_are_told_with_their_interval_images_and_seeds():
+    found = Accuracies("a", [58.0, 59.0, 61.0], 180, 9.0)
+    low, high = found.to_dict()["top1_ci"]
+    assert low < 59.3 - 6 < 59.3 + 6 < high, "180 images leave 7 points open"
+    assert found.words == f"59.3% top-1 (95%: {low:.1f} to {high:.1f}, 180 images, 3 seeds)"
+    low, high = Accuracies("a", [100.0, 99.0], 100, 9.0).to_dict()["top1_ci"]
+    assert high <= 100
 
 
 @pytest.mark.parametrize(
