@@ -34,10 +34,13 @@ RUNTIMES = "onnxruntime, openvino, torch, torch.compile, cudagraphs or tensorrt"
 DEFAULT_RUNTIME = "[default: onnxruntime on cpu, torch on cuda]"
 RuntimeName = Annotated[str | None, typer.Option(help=f"{RUNTIMES}.  {DEFAULT_RUNTIME}")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads.  [default: the physical cores this process may use]")]
+TrainThreads = Annotated[
+    int | None, typer.Option(help="CPU threads of trainings.  [default: the CPUs that nobody else uses, as it goes]")
+]
 BatchSize = Annotated[int, typer.Option(help="Images per inference.")]
 PRECISIONS = "fp32, tf32, bf16, fp16 or int8, as the runtime can"
 Precision = Annotated[str, typer.Option(help=f"{PRECISIONS}.")]
-TRAINING_OPTIONS = ("train_images", "epochs", "final_epochs", "seeds", "validate")
+TRAINING_OPTIONS = ("train_images", "epochs", "final_epochs", "seeds", "validate", "train_threads")
 Data = Annotated[
     str | None,
     typer.Option(
@@ -123,6 +126,7 @@ def search(
     ] = None,
     final_epochs: Annotated[int, typer.Option(help="Epochs of the trainings at the end.")] = 30,
     seeds: Annotated[int, typer.Option(help="Seeds of the trainings at the end.")] = 3,
+    train_threads: TrainThreads = None,
     validate: Annotated[
         int, typer.Option(help="Train so many held-out networks fully, to measure how well the tier ranks; 0: none.")
     ] = 0,
@@ -169,6 +173,7 @@ def search(
     from nas.storage import storage_errors
     from nas.study import sweep
     from nas.targets import find_target
+    from nas.threads import training_threads
 
     beside = tuple(find_target(network) for network in against or ())
     for target in beside:
@@ -212,7 +217,7 @@ def search(
         against=beside,
         cache=not no_cache,
     )
-    with watch(options) as (progress, say, phase):
+    with watch(options) as (progress, say, phase), training_threads(train_threads, say):
         found, run = run_search(options, progress, say, phase, images)
         with storage_errors(storage_of(options)), interruptible():
             result = finish_run(options, found, run, command_line(), phase, say)
@@ -451,6 +456,7 @@ def prune(
     threads: Threads = None,
     batch_size: BatchSize = 1,
     precision: Precision = "fp32",
+    train_threads: TrainThreads = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write to.  [default: one in runs/]")] = None,
     as_json: Json = False,
 ) -> None:
@@ -460,8 +466,10 @@ def prune(
     budget, 1 done but over it as measured, or a step at its end failed, 2 bad input.
     """
     from nas.display import show_prune, watch_phases
+    from nas.job import compute_device
     from nas.prune import Options, default_folder, kinds_of, parse_pruning_budget
     from nas.prune import prune as run_prune
+    from nas.threads import training_threads
 
     budget = parse_pruning_budget(macs, params, latency_budget)
     options = Options(
@@ -482,7 +490,7 @@ def prune(
         seed=seed,
     )
     options.check()
-    with watch_phases() as (progress, say):
+    with watch_phases() as (progress, say), training_threads(train_threads, say, compute_device(options.settings)):
         found = run_prune(options, command_line(), say, progress)
     show_prune(found, options.folder, to_stderr=as_json)
     if as_json:
@@ -536,6 +544,7 @@ def train(
     workers: Annotated[
         int | None, typer.Option(help="Processes that decode images.  [default: 0 on cpu, else up to 8]")
     ] = None,
+    train_threads: TrainThreads = None,
     seed: Annotated[int, typer.Option(help="Seed of splits, weights and training.", **SEEDS)] = 0,
     device: Annotated[str | None, typer.Option(help="cpu or cuda.  [default: cuda where there is one]")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write to.  [default: one in runs/]")] = None,
@@ -547,6 +556,7 @@ def train(
     or its ONNX file failed (weights of the last good epoch are kept) or the disk is full, 2 bad input.
     """
     from nas.display import show_train, watch_images
+    from nas.threads import training_threads
     from nas.training import Options, check_device, choose_recipe, default_folder, default_workers
     from nas.training import train as run_train
 
@@ -571,7 +581,7 @@ def train(
         seed=seed,
     )
     options.check()
-    with watch_images() as (progress, say):
+    with watch_images() as (progress, say), training_threads(train_threads, say, device):
         found = run_train(options, command_line(), say, progress)
     if "final" in found:
         show_train(found, options.folder, to_stderr=as_json)

@@ -14,6 +14,7 @@ from nas.data.images import Images, Key
 from nas.errors import UserError
 from nas.measure.locks import in_turn
 from nas.process import die_with_parent
+from nas.threads import adapt
 
 MAX_BROKEN = 0.05
 """Share of the images of one pass that may be broken; one broken image is always skipped, never refused alone."""
@@ -109,6 +110,7 @@ class Loader(DataLoader):
         seen, broken = 0, []
         try:
             for images, labels, names in in_turn(super().__iter__()):
+                adapt()
                 seen += len(labels) + len(names)
                 broken += names
                 self.skipped += [name for name in names if name not in self.skipped]
