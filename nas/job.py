@@ -18,7 +18,7 @@ from nas.inputs import changed
 if TYPE_CHECKING:
     from torch import nn
 
-    from nas.data import Images, Loader
+    from nas.data import ImageData, Images, Loader
     from nas.measure import Settings
 
 CALIBRATION_IMAGES = 512
@@ -152,6 +152,14 @@ class Job:
         self.evaluated = sample(self.data.val, EVALUATED_IMAGES, seed)
         self.calibration = sample(self.data.calibration, CALIBRATION_IMAGES, seed)
 
+    def tell_of(self, data: ImageData) -> None:
+        """What a data set holds, and what looks odd in it."""
+        from nas.data import describe
+
+        self.say(describe(data))
+        for line in data.notes:
+            self.note(line)
+
     def batches(self, images: Images) -> Loader:
         """The images in order."""
         return self._loader(images, shuffle=False)
@@ -187,17 +195,12 @@ class Job:
 
     def describe_data(self) -> dict[str, Any]:
         """What a report says of the images; broken ones become a note."""
-        from nas.data import skipped_line
+        from nas.data import skipped_line, summary
 
         broken = skipped_line(self._loaders)
         if broken:
             self.note(broken)
-        return {
-            "name": self.data.name,
-            "demo": self.data.demo,
-            "classes": len(self.data.classes),
-            "train": len(self.data.train),
-            "val": len(self.data.val),
+        return asdict(summary(self.data)) | {
             "evaluated": len(self.evaluated),
             "calibration": len(self.calibration),
         }

@@ -218,6 +218,7 @@ class _Finish:
             "seed": options.seed,
             "sampler": options.sampler,
             "hardware": run.hardware,
+            "data": self._about_data() if self.trained else None,
             "quality_tier": tier_data(run),
             "validation": self.validation,
             "accuracy": self.accuracy,
@@ -237,6 +238,11 @@ class _Finish:
             "median_trial_s": statistics.median(run.trial_s) if run.trial_s else 0.0,
             "untrained": not trained,
         }
+
+    def _about_data(self) -> dict[str, Any]:
+        from nas.data import summary
+
+        return asdict(summary(self.tier.schooling.data))
 
     def _remarks(self, measured: Sequence[Row]) -> Iterator[str]:
         """What a reader of the figures should know."""

@@ -200,6 +200,7 @@ class _Run:
         self.whole = anatomy(arch)
         self._check_budget()
         self.job.make_folder()
+        self.job.tell_of(self.job.data)
         self._dense(arch, weights)
         self._rounds()
         self._recover()

@@ -78,6 +78,7 @@ def _prune(options: Options, command: str, job: Job) -> dict[str, Any]:
         return json.loads((options.folder / "prune.json").read_text())
     target = _target(options, _built(options, job), resolution)
     job.make_folder()
+    job.tell_of(job.data)
     if not job.state.network:
         _keep(job, "dense", _dense(options, job, pretrained, published.num_classes))
     dense = _kept(options, job, "dense")

@@ -240,6 +240,11 @@ def search(
     with device_lock(options.settings.device):  # what another vitnas does there is not this machine's load
         run.hardware = write_hardware(options)
     lines = [busy_line(run.hardware)]
+    if data is not None:
+        from nas.data import describe
+
+        say(describe(data))
+        lines += data.notes
     if options.settings.precision != "fp32":
         lines.append(f"latency is measured in {options.settings.precision}; quality is that of fp32")
     if options.settings.precision == "int8":

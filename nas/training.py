@@ -319,6 +319,7 @@ class _Run:
                 self._locks.enter_context(folder_lock(self.options.folder, say=self.job.say))
             if self._new and (self.job.kept / "state.json").is_file():
                 raise UserError(f"{self.options.folder} was begun by another command just now: give another --out")
+        self.job.tell_of(self.data)
         lines, self._queued = self._queued or (), None
         for line in lines:
             self._note(line)
@@ -354,7 +355,7 @@ class _Run:
         """Weights and what is known, then the ONNX file: where that fails it is told and recorded."""
         import torch
 
-        from nas.data import skipped_line
+        from nas.data import skipped_line, summary
         from nas.hardware import describe
         from nas.measure import Settings
         from search_spaces import table
@@ -376,13 +377,7 @@ class _Run:
             "resolution": self.arch.resolution,
             "params": counts.params(),
             "macs": counts.macs(),
-            "data": {
-                "name": self.data.name,
-                "demo": self.data.demo,
-                "classes": len(self.data.classes),
-                "train": len(self.data.train),
-                "val": len(self.data.val),
-            },
+            "data": asdict(summary(self.data)),
             "recipe": asdict(training.recipe) | {"peak_lr": training.recipe.peak_lr},
             "options": options.fingerprint(),
             "processes": self.processes,

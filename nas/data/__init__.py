@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nas.data.about import Summary, describe, shown, summary
 from nas.data.batches import (
     ALL_BROKEN,
     BROKEN_BASE,
@@ -46,15 +47,19 @@ __all__ = [
     "ImageData",
     "Images",
     "Loader",
+    "Summary",
     "cached",
     "decode",
+    "describe",
     "hold_out",
     "loader",
     "open_data",
     "sample",
+    "shown",
     "skipped_line",
     "some_of",
     "split",
+    "summary",
 ]
 
 SOME = 8
@@ -64,7 +69,9 @@ DIGITS_VAL_SHARE = 0.2
 
 @dataclass(frozen=True)
 class ImageData:
-    """A data set, split. `calibration` holds the images of `train` without augmentation; `demo`: not the user's own."""
+    """A data set, split. classes: names in label order. calibration: the images of `train` without augmentation.
+    demo: not the user's own. validation: which images validate, in words. left_out: what was found and not used.
+    notes: what looks odd."""
 
     name: str
     classes: list[str]
@@ -72,6 +79,9 @@ class ImageData:
     calibration: Images
     val: Images
     demo: bool
+    validation: str = ""
+    left_out: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def at(self, resolution: int, augmentation: Augmentation | None = None) -> ImageData:
         """The same images at R = `resolution` pixels a side, `train` augmented so (None: `Augmentation()`).
@@ -107,16 +117,29 @@ def open_data(name: str | Path | None, resolution: int, num_classes: int | None,
             beyond it.
     """
     found = digits() if name is None else find(str(name))
+    demo = name is None
     classes = _classes(found, num_classes)
-    train, val = found.train, found.val
+    train, val, validation = found.train, found.val, found.validation
     if val is None:
         _require_two_of_each(found, classes)
-        share = DIGITS_VAL_SHARE if name is None else VAL_SHARE
+        share = DIGITS_VAL_SHARE if demo else VAL_SHARE
         picked = split(train.labels, share, seed)
-        train_images, val_images = (_images(train, resolution, name is None).pick(part) for part in picked)
+        train_images, val_images = (_images(train, resolution, demo).pick(part) for part in picked)
+        validation = f"{share:.0%} of each class, picked by seed {seed}"
     else:
-        train_images, val_images = (_images(part, resolution, name is None) for part in (train, val))
-    return ImageData(found.name, classes, train_images, train_images, val_images, demo=name is None).at(resolution)
+        train_images, val_images = (_images(part, resolution, demo) for part in (train, val))
+    data = ImageData(
+        found.name,
+        classes,
+        train_images,
+        train_images,
+        val_images,
+        demo=demo,
+        validation=validation,
+        left_out=found.left_out,
+        notes=found.notes,
+    )
+    return data.at(resolution)
 
 
 def some_of(images: Images) -> np.ndarray | None:

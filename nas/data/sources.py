@@ -51,12 +51,16 @@ class Part:
 
 @dataclass(frozen=True)
 class Found:
-    """classes: None where labels are bare numbers. val: None where `train` is to be split."""
+    """classes: None where labels are bare numbers. val: None where `train` is to be split; validation: what it is, in
+    words. left_out: what was found and not used. notes: what looks odd."""
 
     name: str
     classes: list[str] | None
     train: Part
     val: Part | None = None
+    validation: str = ""
+    left_out: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def cache_folder() -> Path:
@@ -89,7 +93,7 @@ def folder(name: str) -> Found:
     for each in sorted(set(classes) ^ set(val_classes), key=natural_key):
         here, there = ("train", val_root.name) if each in classes else (val_root.name, "train")
         raise UserError(f"{path}: class {each!r} is in {here}/ but not in {there}/")
-    return Found(str(path), classes, train, val)
+    return Found(str(path), classes, train, val, f"{val_root.name}/")
 
 
 def _scan(root: Path) -> tuple[list[str], Part]:
@@ -142,7 +146,7 @@ def torch_dataset(name: str) -> Found:
     except (OSError, RuntimeError) as error:
         raise UserError(f"torch/{name} cannot be had in {root} ({first_line(error)}); ${CACHE} names another") from None
     classes, train, val = parts[0][0], parts[0][1], parts[1][1]
-    return Found(f"torch/{name}", classes, train, val)
+    return Found(f"torch/{name}", classes, train, val, "its own validation images")
 
 
 def _torch_split(name: str, root: Path, split: str) -> tuple[list[str], Part]:
@@ -219,8 +223,15 @@ def hub_dataset(name: str) -> Found:
         for split, values in labels.items()
         if split == "train" or min(values) > SECRET
     }
-    val = next((parts[split] for split in VAL_SPLITS if split in parts), None)
-    return Found(f"hfds/{name}" + f" (label: {label})" * (label != "label"), classes, parts["train"], val)
+    val = next((split for split in VAL_SPLITS if split in parts), None)
+    return Found(
+        f"hfds/{name}" + f" (label: {label})" * (label != "label"),
+        classes,
+        parts["train"],
+        parts.get(val),
+        f"split {val}",
+        tuple(f"split {split}" for split in splits if split not in ("train", val)),
+    )
 
 
 def _columns(features: datasets.Features, name: str) -> tuple[str, str]:
@@ -264,7 +275,9 @@ def shards(name: str) -> Found:
         rows = index.rows(wanted)
         return Part(index.sources(rows), index.label[rows].tolist(), index.file[rows])
 
-    return Found(name, None, part(set(found) - val), part(val) if val else None)
+    names = sorted(path.name for path in val)
+    what = names[0] if len(names) == 1 else f"{len(names)} shards from {names[0]} on" if names else ""
+    return Found(name, None, part(set(found) - val), part(val) if val else None, what)
 
 
 SOURCES: dict[str, Callable[[str], Found]] = {"torch/": torch_dataset, "hfds/": hub_dataset, "wds/": shards}
