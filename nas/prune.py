@@ -15,6 +15,8 @@ from nas.files import job_folder, replace_file, scratch
 from nas.inputs import identity
 from nas.job import Job, Progress, Say, compute_device, now
 from nas.measure import MeasureError, Measurement, Settings, compare, device_lock, in_turn
+from nas.measure.protocol import paired_ratio
+from nas.savings import group_of, measure_savings, rates, stage_of
 from nas.units import parse_budget, parse_count, parse_share
 
 if TYPE_CHECKING:
@@ -292,8 +294,8 @@ class _Run:
         self.job.accuracy(self.dense, "before")
         budget = self.options.budget
         if budget.metric == "latency":
-            if "rates" not in self.state.found:
-                self.state.found["rates"], self.state.found["own"] = self._measured_costs()
+            if "costs" not in self.state.found:
+                self.state.found["costs"], self.state.found["own"] = self._measured_costs()
                 self.job.save()
             own = self.state.found["own"]
         else:
@@ -383,9 +385,10 @@ class _Run:
         metric = self.options.budget.metric
         if metric != "latency":
             return Costs(parts, metric)
-        rates = {knob.name: self.state.found["rates"][group_of(knob.width, knob.kind)] for knob in parts.knobs}
+        known = rates(self.state.found["costs"])
+        of_knobs = {knob.name: known.get(group_of(knob.width, knob.kind), 0.0) for knob in parts.knobs}
         base = self.state.rounds[-1]["reached"] if self.state.rounds else self.state.found["own"]
-        return Costs(parts, "macs", rates, base)
+        return Costs(parts, "macs", of_knobs, base)
 
     def _meet(self, aim: float, rounds: int) -> None:
         """Cut further while the measured latency is over the budget; then reallocate within it."""
@@ -409,34 +412,22 @@ class _Run:
     def _reached(self) -> float:
         return self.state.rounds[-1]["reached"] if self.state.rounds else self.state.found["own"]
 
-    def _measured_costs(self) -> tuple[dict[str, float], float]:
-        """Milliseconds that a multiply-accumulate costs in each group of knobs, by halving the group and measuring it
-        beside the whole network; and the whole network's latency."""
-        from pruning.units import cut, indifferent
-        from search_spaces import table
-
-        parts = self.whole
-        groups: dict[str, dict[str, int]] = {}
-        for knob in parts.knobs:
-            if knob.kind in self.options.kinds:
-                size = 0 if knob.kind == "blocks" else half(knob.size, knob.kind, self.options.multiple_of)
-                if size != knob.size:
-                    groups.setdefault(group_of(knob.width, knob.kind), {})[knob.name] = size
-        archs = {"": parts.arch} | {
-            name: cut(parts, indifferent(parts), settings).arch for name, settings in groups.items()
-        }
+    def _measured_costs(self) -> tuple[list[dict[str, Any]], float]:
+        """What each group of knobs saves as measured, as rows; and the whole network's latency in ms."""
         with self.job.phase("measuring costs") as progress:
-            results = self._compare(archs, COST_ROUNDS, progress)
-        own, macs = results[""].p50_ms, parts.table.macs()
-        rates = {}
-        for name in groups:
-            saved = macs - table(archs[name]).macs()
-            rates[name] = max(0.0, own - results[name].p50_ms) / saved if saved > 0 else 0.0
-        free = [name for name, rate in rates.items() if rate == 0]
-        if free:
-            self.job.note(f"halving these saved no time as measured, so they are left alone: {', '.join(free)}")
-        everything = {group_of(k.width, k.kind) for k in parts.knobs}
-        return {name: rates.get(name, 0.0) for name in everything}, own
+            savings, own = measure_savings(
+                self.whole,
+                self.options.kinds,
+                self.options.multiple_of,
+                lambda archs, rounds: self._compare(archs, rounds, progress),
+            )
+        none = [saving.group for saving in savings if not saving.shown]
+        if none:
+            self.job.note(
+                f"no saving shown for {len(none)} of {len(savings)} groups when halved, though measured twice (95% "
+                f"interval of the saving holds 0): {', '.join(none)}. They are left alone"
+            )
+        return [saving.row() for saving in savings], own
 
     def _side_by_side(self, arch: Arch) -> float:
         """The network's latency in ms beside the whole one; for a relative budget in the first run's milliseconds."""
@@ -444,7 +435,7 @@ class _Run:
             results = self._compare({"whole": self.dense.arch, "cut": arch}, COST_ROUNDS, progress)
         if not self.options.budget.relative:
             return results["cut"].p50_ms
-        return results["cut"].p50_ms / results["whole"].p50_ms * self.state.found["own"]
+        return paired_ratio(results["cut"], results["whole"])[0] * self.state.found["own"]
 
     def _compare(
         self, archs: Mapping[str, Arch], rounds: int, progress: Callable[[int, int], None]
@@ -511,7 +502,7 @@ class _Run:
             "resolution": self.model.arch.resolution,
             "blocks": blocks,
             "importance": self.state.found["importance"],
-            "rates": self.state.found.get("rates"),
+            "costs": self.state.found.get("costs"),
         }
         return write_results(self.job, options, self.command, networks, details, self.end)
 
@@ -690,22 +681,6 @@ def block_widths(arch: Arch) -> dict[str, dict[str, float]]:
             "ratio": ffn / embed,
         }
     return rows
-
-
-def stage_of(path: str) -> str:
-    """stages.1 of stages.1.blocks.0; nothing for a network without stages."""
-    return ".".join(path.split(".")[:2]) if path.startswith("stages.") else ""
-
-
-def group_of(width: str, kind: str) -> str:
-    """Knobs whose latency is measured together: a kind within a stage; branches by what they are."""
-    return " ".join(filter(None, (stage_of(width), kind, width.split(".")[-1] if kind == "blocks" else "")))
-
-
-def half(size: int, kind: str, multiple_of: int) -> int:
-    """Half of a width, on its multiples; the width itself where there is none."""
-    step = 1 if kind == "heads" else multiple_of
-    return min(size, max(step, size // 2 // step * step))
 
 
 def show(metric: str, amount: float) -> str:

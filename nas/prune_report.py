@@ -15,7 +15,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nas.prune import group_of, show, stage_of
+from nas.prune import show
 from nas.report import (
     COLOURS,
     INK,
@@ -30,6 +30,8 @@ from nas.report import (
     replace_file,
     wall_seconds,
 )
+
+from nas.savings import group_of, rates, stage_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -120,7 +122,7 @@ def _html(folder: Path, data: Doc) -> str:
         "density_power": _power(cell["density"] for row in importance for cell in row["cells"] if cell),
         "importance_power": _power(row["importance"] for row in data["importance"]),
         "unit_power": _power(row["mean"] for row in kinds),
-        "cost_unit": "ms" if data.get("rates") else "MMAC",
+        "cost_unit": "ms" if data.get("costs") else "MMAC",
         "costs": _costs(data),
         "breakdown": [
             {"phase": phase, "seconds": seconds, "share": seconds / spent}
@@ -287,9 +289,9 @@ def _kinds(rows: list[Doc]) -> list[str]:
 
 def _cost(data: Doc, row: Doc) -> float:
     """What a knob costs: millions of MACs, or ms where those were measured."""
-    if not data.get("rates"):
+    if not data.get("costs"):
         return row["macs"] / 1e6
-    return row["macs"] * data["rates"][group_of(row["name"].partition("[")[0], row["kind"])]
+    return row["macs"] * rates(data["costs"]).get(group_of(row["name"].partition("[")[0], row["kind"]), 0.0)
 
 
 def _density(data: Doc, rows: list[Doc]) -> float | None:
@@ -349,11 +351,11 @@ def _power(values: Iterable[float | None]) -> int:
 
 
 def _costs(data: Doc) -> list[dict[str, Any]]:
-    """Measured microseconds per million MACs by group, the dearest first, and beside the whole network's mean."""
+    """What halving each group saved as measured, the dearest by MACs first, and beside the whole network's mean."""
     mean = data["before"]["latency_ms"] / data["before"]["macs"]
-    rates = sorted((data.get("rates") or {}).items(), key=lambda item: -item[1])
-    top = max((rate for _, rate in rates), default=0) or 1
-    return [{"group": g, "rate": 1e9 * rate, "relative": rate / mean, "share": rate / top} for g, rate in rates]
+    rows = sorted(data.get("costs") or (), key=lambda row: -row["rate"])
+    top = max((row["rate"] for row in rows), default=0) or 1
+    return [{**row, "relative": row["rate"] / mean, "share": row["rate"] / top} for row in rows]
 
 
 # ---------------------------------------------------------------------------------- what to do next
@@ -486,7 +488,7 @@ def _importance_plot(data: Doc) -> bytes:
     for y in range(1, len(kinds)):
         axes.axhline(y - 0.5, color="#e6e9ed", lw=0.9)
     axes.grid(visible=False, axis="y")
-    unit = "ms" if data.get("rates") else "MMAC"
+    unit = "ms" if data.get("costs") else "MMAC"
     zeros = ", hollow: importance 0" if any(density == 0 for _, density in found) else ""
     axes.set_xlabel(f"importance per {unit}, log scale{zeros}", color=INK, fontsize=10.5)
     if len(places) > 1:

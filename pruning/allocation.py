@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -170,6 +170,17 @@ def larger_size(knob: Knob, size: int, multiple_of: int) -> int | None:
     return higher if knob.grows and knob.kind in GROWING and higher <= LARGEST * knob.size else None
 
 
+def movable(parts: Anatomy, kinds: Collection[Kind], multiple_of: int) -> list[Knob]:
+    """Knobs of these kinds that can change so that their width stays, or becomes, a multiple.
+
+    A width that attention heads divide is several knobs; where one of them is below `multiple_of` and so cannot change,
+    nor can the others.
+    """
+    parted = Counter(knob.width for knob in parts.knobs)
+    stuck = {knob.width for knob in parts.knobs if parted[knob.width] > 1 and knob.size < multiple_of}
+    return [knob for knob in parts.knobs if knob.kind in kinds and knob.width not in stuck]
+
+
 def allocate(
     parts: Anatomy,
     scores: Scores,
@@ -181,10 +192,12 @@ def allocate(
 ) -> Settings:
     """Settings of the knobs of these kinds that cost at most `target` and lose the least importance.
 
+    Every width that changes becomes a multiple of `multiple_of`, heads and branches apart.
+
     Raises:
         BudgetError: the minimum sizes cost more than `target`.
     """
-    knobs = [knob for knob in parts.knobs if knob.kind in kinds]
+    knobs = movable(parts, kinds, multiple_of)
     values = {
         knob.name: _Value(
             np.take_along_axis(knob.importance(scores), knob.ranking(scores), axis=1).sum(axis=0),
@@ -199,7 +212,9 @@ def allocate(
             raise BudgetError(state.cost)
     if reallocate:
         _exchange(knobs, values, state, down, target, multiple_of)
-    _refill(down.taken, state, target)
+    chunks = _chunks(knobs)
+    down.taken.extend(_even_out(chunks, state, multiple_of))
+    _refill(down.taken, chunks, state, target, multiple_of)
     return {knob.name: state.at(knob) for knob in knobs if state.at(knob) != knob.size}
 
 
@@ -291,8 +306,36 @@ def _exchange(
                 return
 
 
-def _refill(taken: list[tuple[Knob, int]], state: _State, target: float) -> None:
-    """Undo the last steps where the budget has room for them: a large step may have left some."""
+def _chunks(knobs: Collection[Knob]) -> dict[str, list[Knob]]:
+    """Knobs by their width; several where attention heads divide it."""
+    found: dict[str, list[Knob]] = defaultdict(list)
+    for knob in knobs:
+        found[knob.width].append(knob)
+    return found
+
+
+def _even_out(chunks: Mapping[str, list[Knob]], state: _State, multiple_of: int) -> list[tuple[Knob, int]]:
+    """Take the chunks of every width that has changed down to multiples, as their sum must be one; returns the steps,
+    each as its knob and the size before."""
+    steps = []
+    for knobs in chunks.values():
+        if len(knobs) > 1 and any(state.at(knob) != knob.size for knob in knobs):
+            for knob in knobs:
+                before = state.at(knob)
+                if before % multiple_of:
+                    state.move(knob, smaller_size(knob, before, multiple_of))
+                    steps.append((knob, before))
+    return steps
+
+
+def _refill(
+    taken: list[tuple[Knob, int]], chunks: Mapping[str, list[Knob]], state: _State, target: float, multiple_of: int
+) -> None:
+    """Undo the last steps where the budget has room for them and multiples stay: a large step may have left some."""
     for knob, before in reversed(taken):
-        if state.at(knob) < before and state.cost + state.price(knob, before) <= target:
+        if state.at(knob) >= before or state.cost + state.price(knob, before) > target:
+            continue
+        others = (other for other in chunks[knob.width] if other is not knob)
+        odd = knob.kind not in ("heads", "blocks") and before % multiple_of
+        if not odd or all(state.at(other) == other.size for other in others):
             state.move(knob, before)

@@ -18,6 +18,7 @@ from matplotlib.colors import to_hex
 import nas.prune_report
 from nas.errors import DiskFull
 from nas.prune_report import BEFORE, CUT, GROWN, SAME, write_report
+from nas.savings import Saving
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -128,7 +129,7 @@ def invent() -> dict[str, Any]:
             knob("stages.0.blocks.0.attn.qk", "qk", 16, 0.0, 1e6),
             knob("stages.1.blocks.0.ffn.hidden", "ffn", 512, 0.1, 20e6),
         ],
-        "rates": None,
+        "costs": None,
         "notes": ["a fixture's note"],
         "failures": [],
         "phases": {"scoring": 100.0, "fine-tuning": 150.0, "closing run": 10.0},
@@ -153,10 +154,19 @@ def timed(target: float, reached: float) -> dict[str, Any]:
         "met": reached <= target,
     }
     data["after"] |= {"latency_ms": reached, "ci": [0.98 * reached, 1.02 * reached]}
-    data["rates"] = {"embed": 0.0, "stages.0 embed": 2e-8, "stages.0 ffn": 1e-8, "stages.0 qk": 1e-8, "stages.1 ffn": 0}
+    data["costs"] = [
+        saving("stages.0 embed", 4_000_000, 0.08),
+        saving("stages.0 ffn", 4_000_000, 0.04),
+        saving("stages.0 qk", 4_000_000, 0.04),
+        saving("stages.1 ffn", 10_000_000, -0.01),
+    ]
     for row in data["rounds"]:
         row |= {"target": 2.0, "reached": 1.9}
     return data
+
+
+def saving(group: str, macs: int, ms: float) -> dict[str, Any]:
+    return Saving(group, macs, ms, (ms - 0.02, ms + 0.02), 10).row()
 
 
 class Page(HTMLParser):
@@ -437,9 +447,10 @@ def test_importance_per_millisecond_and_measured_costs(report: Report) -> None:
     assert page.row("stages.0") == ["1.00 80.0", "0 0", "15.0 600"]  # 0.08 over 8 MMACs at 0.01 ms, 0.6 over 2 at 0.02
     assert page.row("stages.1") == ["– 100", "–", "–"]
     assert page.row("all") == ["1.00 180", "0 0", "15.0 1,000"]
-    assert "A dash: its MACs cost no time as measured, so it was left alone" in page.text
-    assert page.row("stages.0 embed")[:2] == ["20.0", "2.50x"]  # the whole network: 2.4 ms for 300 MMACs
-    assert page.row("stages.1 ffn")[:2] == ["0", "0.00x"]
+    assert "A dash: no saving was shown as measured, so it was left alone" in page.text
+    whole = page.row("stages.0 embed")  # the whole network: 2.4 ms for 300 MMACs
+    assert whole[:5] == ["0.080", "0.060 to 0.100", "10", "20.0", "2.50x"]
+    assert page.row("stages.1 ffn")[:5] == ["none shown", "-0.030 to 0.010", "10", "–", "–"]
     assert "judged by the closing run alone" in page.text
     assert "What a MAC costs here" not in report(invent()).text
 
@@ -520,7 +531,7 @@ def test_a_network_outside_the_families(report: Report) -> None:
         ],
         "rounds": [{"round": 2, "reached": 149e6, "macs": 149_000_000}],
     }
-    del data["rates"]
+    del data["costs"]
     for which in ("before", "after"):
         del data[which]["arch"]
     page = report(data)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import search_spaces
-from pruning.allocation import LARGEST, BudgetError, Costs, allocate, larger_size, smaller_size
+from pruning.allocation import LARGEST, BudgetError, Costs, allocate, larger_size, movable, smaller_size
 from pruning.units import KINDS, Anatomy, Cut, Knob, Settings, anatomy, cut
 from search_spaces import Arch
 from search_spaces.registry import FAMILIES
@@ -162,9 +162,16 @@ def no_step_back_fits(parts: Anatomy, costs: Costs, settings: Settings, leftover
         if size == knob.size:
             continue
         back = size + 1 if knob.kind in ("heads", "blocks") else min(size + multiple, knob.size)
+        if knob.kind not in ("heads", "blocks") and back % multiple and others_changed(parts, settings, knob):
+            continue
         if price(parts, costs, {**settings, knob.name: back}) - price(parts, costs, settings) <= leftover:
             return False
     return True
+
+
+def others_changed(parts: Anatomy, settings: Settings, knob: Knob) -> bool:
+    """Whether other chunks of its width have changed."""
+    return any(other.width == knob.width and other is not knob and other.name in settings for other in parts.knobs)
 
 
 def minimum(parts: Anatomy, costs: Costs, kinds: Any, multiple: int) -> float:
@@ -174,12 +181,57 @@ def minimum(parts: Anatomy, costs: Costs, kinds: Any, multiple: int) -> float:
 
 def smallest(parts: Anatomy, kinds: Any, multiple: int) -> dict[str, int]:
     settings = {}
+    free = movable(parts, kinds, multiple)
     for knob in parts.knobs:
         size = knob.size
-        while knob.kind in kinds and (lower := smaller_size(knob, size, multiple)) is not None:
+        while knob in free and (lower := smaller_size(knob, size, multiple)) is not None:
             size = lower
         settings[knob.name] = size
     return settings
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_width_that_changes_becomes_a_multiple(family: str, helpers: ModuleType) -> None:
+    """Of the network that comes out, whole widths as well as what heads divide them into; the others are as before."""
+    changed = 0
+    for seed, multiple, share in itertools.product((1, 4), (2, 4, 8), (0.6,)):
+        parts = anatomy(helpers.random_arch(family, seed))
+        scores = lognormal(parts, seed)
+        costs = Costs(parts, "macs")
+        target = share * costs.base + (1 - share) * minimum(parts, costs, KINDS, multiple)
+        done = cut(parts, scores, allocate(parts, scores, costs, target, list(KINDS), multiple, reallocate=True))
+        changed += check_multiples(parts, done, multiple)
+    assert changed > 3
+
+
+def test_a_width_of_odd_chunks_becomes_a_multiple_as_a_whole() -> None:
+    """SHViT-S1's last stage has 320 channels, 68 with attention and 252 without: cutting the first alone left 316."""
+    parts = anatomy(search_spaces.get_arch("shvit_s1"))
+    scores = {k.width: np.ones((k.rows, parts.sizes.get(k.width, 1))) for k in parts.knobs}
+    scores["stages.2.embed"][..., :68] = 1e-6
+    costs = Costs(parts, "macs")
+    done = cut(parts, scores, allocate(parts, scores, costs, 0.99 * costs.base, ["embed"], 8))
+    assert check_multiples(parts, done, 8)
+    assert search_spaces.table(done.arch).widths()["stages.2.embed"].size < 320
+    assert search_spaces.table(done.arch).macs() <= 0.99 * costs.base
+
+
+def lognormal(parts: Anatomy, seed: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {k.width: rng.lognormal(0, 1.5, (k.rows, parts.sizes.get(k.width, 1))) for k in parts.knobs}
+
+
+def check_multiples(parts: Anatomy, done: Cut, multiple: int) -> int:
+    """How many widths have changed, all of them to multiples."""
+    before, changed = parts.sizes, 0
+    whole = {knob.width for knob in parts.knobs if knob.kind not in ("heads", "blocks")}
+    follow = {name for knob in parts.knobs for name in knob.follows}
+    for name, width in search_spaces.table(done.arch).widths().items():
+        was = rename(done, name)
+        if was in whole | follow and width.size != before[was]:
+            changed += 1
+            assert width.size % multiple == 0, (name, before[was], width.size)
+    return changed
 
 
 @pytest.mark.parametrize("kinds", [["ffn"], ["qk", "v"], ["heads"], ["embed"], ["blocks"], ["ffn", "blocks"]])
