@@ -30,7 +30,6 @@ from nas.report import (
     replace_file,
     wall_seconds,
 )
-
 from nas.savings import group_of, rates, stage_of
 
 if TYPE_CHECKING:

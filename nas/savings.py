@@ -1,8 +1,8 @@
 """What each part of a network costs in time, as measured: halved beside the whole network, group by group.
 
-A group's saving comes from the paired ratio of one interleaved run. Where its 95% interval holds 0 the group is measured
-once more, longer; where it still does, no saving is shown: the group costs nothing, so that the allocation leaves it
-alone, and is reported as "none shown". What is unsure never decides what is cut.
+A group's saving comes from the paired ratio of one interleaved run. Where its 95% interval holds 0 the group is
+measured once more, longer; where it still does, no saving is shown: the group costs nothing, so that the allocation
+leaves it alone, and is reported as "none shown". What is unsure never decides what is cut.
 """
 
 from __future__ import annotations
