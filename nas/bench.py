@@ -15,8 +15,9 @@ from nas.errors import UserError
 from nas.export import Exporter, export_here, lower_precision
 from nas.files import scratch
 from nas.measure import RUNTIMES, Interrupted, MeasureError, Measurement, Settings, compare, device_lock
-from nas.measure.protocol import BUSY_SPREAD, SURE_ROUNDS, paired_ratio
+from nas.measure.protocol import BUSY_SPREAD, SURE_ROUNDS, paired_ratio, quanta
 from nas.process import TOLD_S, WorkerError
+from nas.units import counted
 
 if TYPE_CHECKING:
     from nas.targets import Target
@@ -36,11 +37,12 @@ TIMEOUT_S = 600
 UNFOLDED = "On PyTorch timm's networks keep the BatchNorms that timm cannot fold; ours are folded. ONNX folds both."
 SETTINGS = ("runtime", "device", "precision", "batch_size", "threads")
 COLUMNS = (
-    *("model", *SETTINGS, "latency_ms", "p95_ms", "ci_low_ms", "ci_high_ms", "samples"),
-    *("throughput", "throughput_batch", "ratio", "ratio_low", "ratio_high", "error"),
+    *("model", "resolution", *SETTINGS, "latency_ms", "p95_ms", "ci_low_ms", "ci_high_ms", "samples"),
+    *("throughput", "throughput_batch", "ratio", "ratio_low", "ratio_high", "waiting", "error"),
 )
 PLOTS = (".png", ".svg", ".pdf")
 IMAGE = (1, 3, 224, 224)
+CHANNELS = (1, 3, 4)
 INT8_OPSET = 13
 """The first whose DequantizeLinear has a scale per channel."""
 
@@ -96,7 +98,12 @@ def run_bench(
             found.notes.append(f"{label} is named more than once: measured once.")
     inputs = {label: OnnxInput.read(target.onnx) for label, target in targets.items() if target.onnx}
     _check_shapes(options.shapes, inputs.values())
-    cells = [(label, _own(label, inputs.get(label), each, options)) for each in options.settings for label in targets]
+    cells = [
+        (label, _own(targets[label], inputs.get(label), each, options))
+        for each in options.settings
+        for label in targets
+    ]
+    sizes = {label: _resolution(target, inputs.get(label), options.shapes) for label, target in targets.items()}
     batches = {cell: (cell[0], replace(cell[1], batch_size=many or cell[1].batch_size)) for cell in cells}
     every = list(dict.fromkeys([*cells, *batches.values()]))
 
@@ -137,34 +144,41 @@ def run_bench(
         if isinstance(result, MeasureError):
             where = ", ".join(worded(name, getattr(settings, name)) for name in differing)
             found.errors.append(f"{label}{where and f' ({where})'}: {result}")
-            found.failed.append({"model": label, **_of(settings), "error": str(result)})
+            failure = {"model": label, "resolution": sizes[label], **_of(settings), "error": str(result)}
+            found.failed.append(failure)
     if found.interrupted:
         found.notes += found.errors
     for cell in cells:
         result, batch = results[cell], batches[cell]
         if isinstance(result, Measurement):
             first = first or result
-            found.rows.append(_row(*cell, result, first) | _throughput(results[batch], batch[1].batch_size))
+            row = {"model": cell[0], "resolution": sizes[cell[0]], **_row(cell[1], result, first)}
+            found.rows.append(row | _throughput(results[batch], batch[1].batch_size))
+    found.notes += [trained_elsewhere(target) for target in targets.values() if target.trained_at]
+    if line := unequal({row["model"]: row["resolution"] for row in found.rows}, options.targets):
+        found.notes.append(line)
     if any(targets[label].timm and RUNTIMES[settings.runtime].artifact == "module" for label, settings in cells):
         found.notes.append(UNFOLDED)
+    waiting = any(row["waiting"] for row in found.rows)
     spreads = [(result.spread, cell[0]) for cell, result in results.items() if isinstance(result, Measurement)]
     spread, label = max(spreads, default=(0, ""))
-    if spread > BUSY_SPREAD:
+    if spread > BUSY_SPREAD and not waiting:
         found.notes.append(
             f"This machine was busy: the rounds of {label} varied by {spread:.0%}; run again on a quiet machine."
         )
     return found
 
 
-def _own(label: str, given: OnnxInput | None, settings: Settings, options: Options) -> Settings:
+def _own(target: Target, given: OnnxInput | None, settings: Settings, options: Options) -> Settings:
     """The settings, with the batch size of an ONNX file that has a fixed one."""
     if given is None:
         return settings
+    label = target.label
     if RUNTIMES[settings.runtime].artifact != "onnx":
         able = " or ".join(name for name, each in RUNTIMES.items() if each.artifact == "onnx")
         raise UserError(f"{label}: runtime {settings.runtime} does not load ONNX files; use {able}")
     asked, many = None if options.own_batch else settings.batch_size, options.throughput_at
-    own, *image = given.shape(options.shapes, asked)
+    own, *image = given.shape(options.shapes, asked, target.resolution)
     for option, wanted in (("batch-size", asked), ("throughput-at", many)):
         if wanted is not None and given.batch_size not in (None, wanted):
             raise UserError(f"{label} is fixed at batch size {own}: --{option} {wanted} does not fit")
@@ -175,6 +189,37 @@ def _own(label: str, given: OnnxInput | None, settings: Settings, options: Optio
     if settings.precision == "int8" and not given.quantised and given.opset < INT8_OPSET:
         raise UserError(f"{label} is of opset {given.opset}: int8 needs {INT8_OPSET} or newer, export it so")
     return replace(settings, batch_size=own, precision="int8" if given.quantised else settings.precision)
+
+
+def _resolution(target: Target, given: OnnxInput | None, shapes: Mapping[str, Shape]) -> int | str | None:
+    """In px, "HxW" of images that are not square; None of what is no image."""
+    if given is None:
+        return target.network.resolution if target.network else None
+    sides = given.sides(given.shape(shapes, None, target.resolution))
+    return sides and (sides[0] if sides[0] == sides[1] else f"{sides[0]}x{sides[1]}")
+
+
+def trained_elsewhere(target: Target) -> str:
+    """A line on a network that was trained at another resolution than it is measured at."""
+    return f"{target.label}: trained at {target.trained_at} px, measured at {target.arch.resolution} px."
+
+
+def unequal(sizes: Mapping[str, int | str | None], targets: Iterable[Target]) -> str | None:
+    """A line where networks, by label, have other resolutions than the first, with what makes them equal; or None."""
+    told = {label: size for label, size in sizes.items() if size is not None}
+    first = next(iter(told), "")
+    usual = told.get(first)
+    others = {label: size for label, size in told.items() if size != usual}
+    if not others:
+        return None
+    said = []
+    for size in dict.fromkeys(others.values()):
+        labels = [label for label in others if others[label] == size]
+        said.append(f"{' and '.join(labels)} run{'s' * (len(labels) == 1)} at {size} px")
+    rest = first if len(told) == len(others) + 1 else "the others"
+    able = any(each.label in others and each.resolution is None and each.onnx is None for each in targets)
+    hint = f": add @{usual}" if able and isinstance(usual, int) else ""
+    return f"{', '.join(said)}, {rest} at {usual} px{hint}."
 
 
 def _teller(say: Callable[[str], None]) -> Waiting:
@@ -193,17 +238,19 @@ def _of(settings: Settings) -> Row:
     return {name: getattr(settings, name) for name in SETTINGS}
 
 
-def _row(label: str, settings: Settings, result: Measurement, first: Measurement) -> Row:
+def _row(settings: Settings, result: Measurement, first: Measurement) -> Row:
+    """waiting: whether its samples are waiting times (see `quanta`); there is no ratio to or of such ones."""
     ratio, interval = paired_ratio(result, first)
+    told = not quanta(result) and not quanta(first)
     return {
-        "model": label,
         **_of(settings),
         "latency_ms": result.p50_ms,
         "p95_ms": result.p95_ms,
         "ci": list(result.ci_ms),
         "samples": result.n,
-        "ratio": ratio,
-        "ratio_ci": list(interval),
+        "ratio": ratio if told else None,
+        "ratio_ci": list(interval) if told else None,
+        "waiting": quanta(result),
     }
 
 
@@ -214,20 +261,21 @@ def _throughput(result: Measurement | MeasureError, batch_size: int) -> Row:
 
 def is_tie(row: Row, first: Row) -> bool:
     """Whether a row cannot be told from the first one."""
-    low, high = row["ratio_ci"]
-    return row is not first and low <= 1 <= high
+    return row is not first and row["ratio_ci"] is not None and row["ratio_ci"][0] <= 1 <= row["ratio_ci"][1]
 
 
-def varying(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Which of SETTINGS are not the same in all rows."""
-    rows = list(rows)
-    return [name for name in SETTINGS if len({row[name] for row in rows}) > 1]
+def varying(rows: Sequence[Mapping[str, Any]], names: Iterable[str] = SETTINGS) -> list[str]:
+    """Which of these are not the same in all rows."""
+    return [name for name in names if len({row[name] for row in rows}) > 1]
 
 
 def worded(name: str, value: Any) -> str:
     """One of SETTINGS as people read it."""
-    words = {"batch_size": f"batch {value}", "threads": f"{value} thread{'s' * (value != 1)}"}
-    return words.get(name, str(value))
+    if name == "threads":
+        return counted(value, "thread")
+    return {"batch_size": f"batch {value}", "resolution": "no images" if value is None else f"{value} px"}.get(
+        name, str(value)
+    )
 
 
 # ------------------------------------------------------------------------------------------------ ONNX files
@@ -292,15 +340,51 @@ class OnnxInput:
         """None where it is dynamic."""
         return self.sizes[0] if self.sizes else None
 
-    def shape(self, shapes: Mapping[str, Shape], batch_size: int | None) -> Shape:
-        """The static shape: the file's own, its dynamic sizes as in `shapes`, a dynamic first one the batch size.
+    @property
+    def _places(self) -> tuple[int, int] | None:
+        """Which dimensions are the height and the width; None where it is no image."""
+        if self.sizes is None:
+            return 2, 3
+        if len(self.sizes) != 4:
+            return None
+        return (1, 2) if self.sizes[3] in CHANNELS and self.sizes[1] not in CHANNELS else (2, 3)
 
-        batch_size: None for what `shapes` says, or else 1.
+    def sides(self, shape: Shape) -> tuple[int, int] | None:
+        """Height and width of an image of this shape; None where it is none."""
+        return (shape[self._places[0]], shape[self._places[1]]) if self._places and len(shape) == 4 else None
+
+    def _image(self, resolution: int) -> Shape:
+        """The shape of a square image of this size; 1 where the batch is dynamic.
 
         Raises:
-            UserError: other sizes are dynamic and `shapes` does not have the input, or it contradicts the file.
+            UserError: the input is no image, or is fixed at other sizes.
+        """
+        if self._places is None:
+            raise UserError(f"{self.path} takes no images (its input {self.name} is {self}): leave out its resolution")
+        sizes = self.sizes or (None, IMAGE[1], None, None)
+        shape = [resolution if i in self._places else size for i, size in enumerate(sizes)]
+        if any(sizes[place] not in (None, resolution) for place in self._places):
+            raise UserError(
+                f"{self.path} is fixed at {self}: it cannot take {resolution} px; leave out its resolution, or export "
+                "it with dynamic sizes"
+            )
+        return (shape[0] or 1, *(size or IMAGE[1] for size in shape[1:]))
+
+    def shape(self, shapes: Mapping[str, Shape], batch_size: int | None, resolution: int | None = None) -> Shape:
+        """The static shape: the file's own, its dynamic sizes as in `shapes`, a dynamic first one the batch size.
+
+        batch_size: None for what `shapes` says, or else 1. resolution: of square images.
+
+        Raises:
+            UserError: other sizes are dynamic and nothing says them, or the file has others.
         """
         given = shapes.get(self.name)
+        if resolution is not None:
+            if given is not None and self.sides(given) != (resolution, resolution):
+                raise UserError(
+                    f"--shape {self.name}={_written(given)} is not of {resolution} px: leave one of them out"
+                )
+            given = given or self._image(resolution)
         sizes = (None,) * len(given or IMAGE) if self.sizes is None else self.sizes
         if given is None and None in sizes[1:]:
             usual = IMAGE if len(sizes) == 4 else (1, *[128] * len(sizes))
@@ -416,7 +500,7 @@ class _Files:
             resolution = network.resolution
             method, source = "export", {"document": to_document(network)}
         else:
-            shape = given.shape(self._shapes, settings.batch_size)
+            shape = given.shape(self._shapes, settings.batch_size, self._targets[label].resolution)
             resolution = shape[-1]
             method, source = "fix", {"source": str(given.path), "name": given.name, "shape": shape}
             if given.quantised:
@@ -465,7 +549,7 @@ def to_csv(rows: Sequence[Row], failed: Sequence[Row] = ()) -> bytes:
     writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        (ci_low, ci_high), (ratio_low, ratio_high) = row["ci"], row["ratio_ci"]
+        (ci_low, ci_high), (ratio_low, ratio_high) = row["ci"], row["ratio_ci"] or (None, None)
         flat = {"ci_low_ms": ci_low, "ci_high_ms": ci_high, "ratio_low": ratio_low, "ratio_high": ratio_high}
         writer.writerow(row | flat)
     writer.writerows(failed)
@@ -479,6 +563,7 @@ def to_plot(rows: Sequence[Row], suffix: str) -> bytes:
     """
     from nas.report import INK, SOFT, new_figure, plain_axes
 
+    equal = len({row["resolution"] for row in rows}) == 1
     panels: dict[tuple, list[Row]] = {}
     for row in rows:
         panels.setdefault(tuple(row[name] for name in SETTINGS), []).append(row)
@@ -499,9 +584,8 @@ def to_plot(rows: Sequence[Row], suffix: str) -> bytes:
         colours = ["#0072B2" if row is rows[0] else "#8FB8D8" for row in panel]
         axes.barh(places, values, 0.68, color=colours, xerr=reach, error_kw={"ecolor": INK, "lw": 1.1, "capsize": 2.5})
         for place, row in zip(places, panel, strict=True):
-            said = "" if row is rows[0] else "  tie" if is_tie(row, rows[0]) else f"  {_figure(row['ratio'])}x"
             axes.annotate(
-                f"{_figure(row['latency_ms'])} ms{said}",
+                f"{_figure(row['latency_ms'])} ms{_beside(row, rows[0])}",
                 (row["ci"][1], place),
                 (6, 0),
                 textcoords="offset points",
@@ -509,7 +593,8 @@ def to_plot(rows: Sequence[Row], suffix: str) -> bytes:
                 color=INK,
                 fontsize=9,
             )
-        axes.set_yticks(places, [_short(row["model"]) for row in panel])
+        names = [_short(row["model"]) + ("" if equal else f", {row['resolution']} px") for row in panel]
+        axes.set_yticks(places, names)
         axes.set_ylim(len(panel) - 0.4, -0.6)
         axes.set_xlim(0, 1.35 * right)
         title = ", ".join(worded(name, value) for name, value in zip(SETTINGS, combination, strict=True))
@@ -518,6 +603,14 @@ def to_plot(rows: Sequence[Row], suffix: str) -> bytes:
     content = io.BytesIO()
     figure.savefig(content, format=suffix.removeprefix("."))
     return content.getvalue()
+
+
+def _beside(row: Row, first: Row) -> str:
+    if row["waiting"]:
+        return "  waiting"
+    if row is first or row["ratio"] is None:
+        return ""
+    return "  tie" if is_tie(row, first) else f"  {_figure(row['ratio'])}x"
 
 
 def _figure(value: float) -> str:

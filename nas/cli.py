@@ -286,7 +286,7 @@ def show(model: Model, as_json: Json = False) -> None:
 
 
 @app.command(
-    epilog="Example:  vitnas bench levit_128s shvit_s1 timm/lcnet_075 runs/cpu-onnxruntime-2ms-all\n\n"
+    epilog="Example:  vitnas bench levit_128s shvit_s1@160 timm/lcnet_075 runs/cpu-onnxruntime-2ms-all\n\n"
     "Example:  vitnas bench efficientvit_m0 timm/lcnet_075 --runtime onnxruntime --runtime openvino --precision fp32 "
     "--precision int8 --data ./images\n\n"
     "Example:  vitnas bench mine.onnx --shape images=1x3x224x224 --throughput-at 64 --csv bench.csv --plot bench.png"
@@ -294,7 +294,13 @@ def show(model: Model, as_json: Json = False) -> None:
 def bench(
     models: Annotated[
         list[str] | None,
-        typer.Argument(help="Published names, arch.json files, runs' folders, timm/NAME or .onnx files."),
+        typer.Argument(
+            help="Published names, arch.json files, runs' folders, timm/NAME or .onnx files; each with @PX for another "
+            "input resolution."
+        ),
+    ] = None,
+    resolution: Annotated[
+        int | None, typer.Option(help="Input resolution, in px, of all networks without @PX.  [default: their own]")
     ] = None,
     device: Device = "cpu",
     runtime: Annotated[list[str] | None, typer.Option(help=f"{RUNTIMES}; repeatable.  {DEFAULT_RUNTIME}")] = None,
@@ -338,17 +344,19 @@ def bench(
 ) -> None:
     """Measure networks side by side, in every combination of runtimes, precisions, batch sizes and threads.
 
-    All in one interleaved run; ratios are to the first row. Ctrl-C tells the rounds made until then. Exit codes: 0 all
-    were measured, 2 bad input, or some could not be measured (the others are told), 130 Ctrl-C.
+    All in one interleaved run; ratios are to the first row. --json prints results (with their resolution and
+    throughput_batch), failed (with their error), hardware and notes. Ctrl-C tells the rounds made until then. Exit
+    codes: 0 all were measured, 2 bad input, or some could not be measured (the others are told), 130 Ctrl-C.
     """
     import itertools
 
     from nas.bench import PLOTS, TIMEOUT_S, Options, check_output, parse_shape, run_bench, to_csv, to_plot
-    from nas.display import show_bench, watch_phases
+    from nas.bench_table import show_bench
+    from nas.display import watch_phases
     from nas.files import replace_file
     from nas.hardware import busy_line, describe
     from nas.measure import device_lock
-    from nas.measure.protocol import MAX_ROUNDS, SURE_ROUNDS
+    from nas.measure.protocol import MAX_ROUNDS, SURE_ROUNDS, quanta_line
     from nas.targets import find_target
     from nas.units import parse_duration
 
@@ -369,6 +377,7 @@ def bench(
         for given, option in (
             (models, "networks"),
             (data, "--data"),
+            (resolution, "--resolution"),
             (throughput_at, "--throughput-at"),
             (shape, "--shape"),
             (timeout, "--timeout"),
@@ -392,7 +401,7 @@ def bench(
     if plot:
         check_output("--plot", plot, PLOTS)
     options = Options(
-        targets=[find_target(model) for model in models],
+        targets=[find_target(model, resolution) for model in models],
         settings=list(dict.fromkeys(settings)),
         rounds=rounds,
         own_batch=not batch_size,
@@ -405,7 +414,8 @@ def bench(
         hardware = describe(max(settings, key=lambda each: each.threads))
     with watch_phases() as (progress, say):
         found = run_bench(options, progress, say)
-    if line := busy_line(hardware):
+    line = quanta_line(hardware) if any(row["waiting"] for row in found.rows) else busy_line(hardware)
+    if line:
         found.notes.insert(0, f"{line[:1].upper()}{line[1:]}.")
     if as_json:
         told = {"results": found.rows, "failed": found.failed, "hardware": hardware, "notes": found.notes}

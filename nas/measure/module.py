@@ -46,7 +46,7 @@ def build(network: Arch | TimmNetwork) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         ours = isinstance(network, Arch)
-        model = fold(FAMILIES[network.family].build(network)) if ours else _create_timm(network)
+        model = fold(FAMILIES[network.family].build(network)) if ours else create_timm(network)
         randomise(model)
     return model
 
@@ -107,7 +107,12 @@ def fixed_images(shape: tuple[int, ...]):
     return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
 
 
-def _create_timm(network: TimmNetwork) -> nn.Module:
+def create_timm(network: TimmNetwork) -> nn.Module:
+    """timm's network for inference, at its resolution, with timm's random weights.
+
+    Raises:
+        Exception: any kind, where it cannot be built at that resolution; some raise only when they run.
+    """
     import timm
     from timm.utils.model import reparameterize_model
 

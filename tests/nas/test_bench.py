@@ -19,8 +19,20 @@ from nas.measure.protocol import paired_ratio
 from nas.targets import Target, TimmNetwork, find_arch, find_target
 
 KEYS = [
-    *("model", "runtime", "device", "precision", "batch_size", "threads", "latency_ms", "p95_ms", "ci", "samples"),
-    *("ratio", "ratio_ci", "throughput", "throughput_batch"),
+    *(
+        "model",
+        "resolution",
+        "runtime",
+        "device",
+        "precision",
+        "batch_size",
+        "threads",
+        "latency_ms",
+        "p95_ms",
+        "ci",
+        "samples",
+    ),
+    *("ratio", "ratio_ci", "waiting", "throughput", "throughput_batch"),
 ]
 FAST = ("--rounds", "6", "--threads", "1")
 
@@ -32,6 +44,12 @@ pytestmark = pytest.mark.usefixtures("exports_here")
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is said of a slow machine."""
     monkeypatch.setattr("nas.process.TOLD_S", 1000)
+
+
+@pytest.fixture
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is measured for real never waits for a CPU."""
+    monkeypatch.setattr(bench, "quanta", lambda _: False)
 
 
 @pytest.fixture
@@ -108,6 +126,7 @@ def options(*labels: str, settings: tuple[Settings, ...] = (Settings(),), **more
 # --- measured for real ---
 
 
+@pytest.mark.usefixtures("quiet")
 def test_networks_of_all_kinds(vitnas, onnx_file, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: dict[str, Measurement] = {}
     monkeypatch.setattr(bench, "compare", lambda *args: made.update(compare(*args)) or made)
@@ -138,6 +157,7 @@ def test_networks_of_all_kinds(vitnas, onnx_file, tmp_path: Path, monkeypatch: p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["arch.json", "bench.csv", "bench.png", "mine.onnx"]
 
 
+@pytest.mark.usefixtures("quiet")
 def test_runtimes_and_precisions_in_one_run(vitnas, onnx_file, tmp_path: Path, monkeypatch) -> None:
     pytest.importorskip("openvino")
     onnx_file(images=[None, 3, 32, 32])
@@ -146,18 +166,19 @@ def test_runtimes_and_precisions_in_one_run(vitnas, onnx_file, tmp_path: Path, m
     code, out, err = vitnas("bench", "mine.onnx", *words, "--throughput-at", "8", *FAST)
     assert (code, err) == (0, "")
     lines = [line.split() for line in out.splitlines()]
-    assert [line[1:3] for line in lines[1:5]] == [
+    assert [line[1:3] for line in lines[2:6]] == [
         ["onnxruntime", "fp32"],
         ["onnxruntime", "int8"],
         ["openvino", "fp32"],
         ["openvino", "int8"],
     ]
-    assert lines[0][:3] == ["network", "runtime", "precision"]
+    assert out.startswith("One interleaved run: 32 px, cpu, batch 1, 1 thread.\n")
+    assert lines[1][:3] == ["network", "runtime", "precision"]
     assert "img/s at batch 8" in out
-    assert "One interleaved run: cpu, batch 1, 1 thread." in out
     assert out.count("calibrated on noise") == 1
 
 
+@pytest.mark.usefixtures("quiet")
 def test_the_others_are_told_where_one_fails(vitnas, onnx_file, tmp_path: Path, monkeypatch) -> None:
     onnx_file("good.onnx")
     onnx_file("bad.onnx", operator="Unheard")
@@ -348,9 +369,9 @@ def test_a_tie_is_called_one(given, vitnas, factors: list[float], tie: bool) -> 
     given({"efficientvit_m0": [1.0] * 6, "shvit_s1": factors})
     code, out, _ = vitnas("bench", "efficientvit_m0", "shvit_s1")
     assert code == 0
-    first, second = out.splitlines()[1:3]
+    first, second = out.splitlines()[2:4]
     assert "tie" not in first
-    assert second.endswith("tie") is tie
+    assert second.rstrip().endswith("tie") is tie
     found = run_bench(options("efficientvit_m0", "shvit_s1"))
     assert not is_tie(found.rows[0], found.rows[0])
     assert is_tie(found.rows[1], found.rows[0]) is tie
@@ -367,6 +388,170 @@ def test_csv_and_plots(given) -> None:
     assert to_plot(found.rows, ".png").startswith(b"\x89PNG")
     assert b"<svg" in to_plot(found.rows, ".svg")
     assert to_plot(found.rows, ".pdf").startswith(b"%PDF")
+
+
+# --- resolutions ---
+
+
+def test_every_kind_of_network_at_another_resolution(vitnas, given, onnx_file, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    onnx_file(images=["N", 3, "H", "W"])
+    (tmp_path / "run" / "best").mkdir(parents=True)
+    (tmp_path / "run" / "best" / "arch.json").write_text(find_arch("levit_128s").to_json())
+    (tmp_path / "run@2").mkdir()
+    (tmp_path / "run@2" / "arch.json").write_text(find_arch("levit_128s").at(96).to_json())
+    words = ["shvit_s1@64", "run@64", "run/best/arch.json@64", "timm/test_vit@64", "mine.onnx@64", "run@2"]
+    given(dict.fromkeys(words, [1.0] * 6))
+    code, out, _ = vitnas("bench", *words, "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert [(row["model"], row["resolution"]) for row in found["results"]] == [
+        *((word, 64) for word in words[:5]),
+        ("run@2", 96),
+    ]
+    assert found["notes"][-1:] == ["run@2 runs at 96 px, the others at 64 px: add @64."]
+
+
+def test_resolution_of_all_that_have_none_of_their_own(vitnas, given, onnx_file, tmp_path: Path) -> None:
+    path, table = onnx_file(images=["N", "H", "W", 3]), tmp_path / "bench.csv"
+    given({name: [1.0] * 6 for name in ("levit_128s@128", "timm/test_vit", path)})
+    words = ("levit_128s@128", "timm/test_vit", path, "--resolution", "96")
+    code, out, _ = vitnas("bench", *words, "--csv", str(table))
+    assert code == 0
+    assert [row["resolution"] for row in csv.DictReader(table.read_text().splitlines())] == ["128", "96", "96"]
+    assert f"timm/test_vit and {path} run at 96 px, levit_128s@128 at 128 px." in out
+    assert out.splitlines()[1].split()[:2] == ["network", "px"]
+
+
+def test_networks_of_one_resolution_have_it_above_the_table(vitnas, given) -> None:
+    given({name: [1.0] * 6 for name in ("levit_128s", "timm/test_vit@224")})
+    _, out, _ = vitnas("bench", "levit_128s", "timm/test_vit@224", "--threads", "1")
+    assert out.startswith("One interleaved run: 224 px, onnxruntime, cpu, fp32, batch 1, 1 thread.\n")
+    assert "px" not in out.splitlines()[1]
+
+
+def test_a_timm_network_beside_small_ones_is_told(given) -> None:
+    given({name: [1.0] * 6 for name in ("levit_128s@64", "shvit_s1@64", "timm/test_vit", "timm/lcnet_050")})
+    targets = [find_target(name) for name in ("levit_128s@64", "shvit_s1@64", "timm/test_vit", "timm/lcnet_050")]
+    notes = run_bench(Options(targets, (Settings(),))).notes
+    assert notes == ["timm/test_vit runs at 160 px, timm/lcnet_050 runs at 224 px, the others at 64 px: add @64."]
+
+
+def test_a_run_trained_at_another_resolution_is_told(given, tmp_path: Path) -> None:
+    (tmp_path / "arch.json").write_text(find_arch("levit_128s").at(64).to_json())
+    (tmp_path / "model.safetensors").touch()
+    label = f"{tmp_path}@96"
+    given({label: [1.0] * 6})
+    target = find_target(label)
+    assert run_bench(Options([target], (Settings(),))).notes == [f"{label}: trained at 64 px, measured at 96 px."]
+    with pytest.raises(UserError, match=f"trained at 64 px: `vitnas train {tmp_path} --weights .* --resolution 96`"):
+        _ = target.weights
+    assert target.as_trained().arch.resolution == 64
+    assert target.as_trained().weights == tmp_path / "model.safetensors"
+    assert find_target(f"{tmp_path}@64").weights == tmp_path / "model.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("shvit_s1@", ("shvit_s1@64",)),
+        ("shvit_s1@abc", ("shvit_s1@64",)),
+        ("shvit_s1@0", ("shvit_s1@64",)),
+        ("@64", ("levit_128s@64",)),
+        ("shvit_s9@64", ("unknown model 'shvit_s9'",)),
+        ("shvit_s1@8", ("16 to 512 px, not 8",)),
+        ("shvit_s1@600", ("16 to 512 px, not 600",)),
+        ("shvit_s1@99999", ("4096 px or less",)),
+        ("deit_tiny@100", ("patch_size 16", "96 px and 128 px work")),
+        ("sepvit_lite@50", ("cannot be cut", "32 px and 64 px work")),
+        ("timm/test_vit@100", ("cannot take images of 100 px", "96 px and 128 px work")),
+        ("timm/nothing@64", ("no network 'nothing'",)),
+        ("none/run@64", ("none/run: no such file or folder",)),
+        ("me@host/mine.onnx", ("me@host/mine.onnx: no such file",)),
+    ],
+)
+def test_resolutions_that_are_refused(vitnas, given, word: str, said: tuple[str, ...]) -> None:
+    given({})
+    vitnas.refused(vitnas("bench", word), *said)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words", "said"),
+    [
+        (["N", 3, 8, 8], ("{path}@64",), ("fixed at ?x3x8x8", "cannot take 64 px", "dynamic sizes")),
+        (["N", 3, 8, 8], ("{path}", "--resolution", "64"), ("fixed at ?x3x8x8", "leave out its resolution")),
+        (["N", "T"], ("{path}@64",), ("takes no images", "?x?")),
+        (["N", 3, "H", "W"], ("{path}@64", "--shape", "images=1x3x32x32"), ("--shape images=1x3x32x32", "64 px")),
+    ],
+)
+def test_resolutions_of_onnx_files_that_are_refused(vitnas, given, onnx_file, sizes, words, said) -> None:
+    given({})
+    path = onnx_file(images=sizes)
+    vitnas.refused(vitnas("bench", *(word.format(path=path) for word in words)), *said)
+
+
+def test_images_that_are_not_square(onnx_file, given) -> None:
+    path, words = onnx_file(images=[1, 3, 8, 16]), onnx_file("words.onnx", images=[1, 7])
+    given({path: [1.0] * 6, words: [1.0] * 6})
+    found = run_bench(Options([find_target(path), find_target(words)], (Settings(),), own_batch=True))
+    assert [row["resolution"] for row in found.rows] == ["8x16", None]
+    assert found.notes == []
+
+
+def test_timm_networks_of_fixed_size_are_built_for_another(exports_here) -> None:
+    from nas.measure.module import build
+
+    network = find_target("timm/vit_tiny_patch16_224@64").timm
+    assert network.resolution == 64
+    assert build(network).pos_embed.shape[1] == 17
+
+
+# --- a busy machine ---
+
+
+def test_waiting_times_have_no_ratio(vitnas, given, monkeypatch: pytest.MonkeyPatch) -> None:
+    given({})
+    waiting = Measurement([[1.0, 8.0, 8.0]] * 6)
+    told = {"0": Measurement([[2.0] * 3] * 6), "1": waiting, "2": Measurement([[3.0] * 3] * 6)}
+    monkeypatch.setattr(bench, "compare", lambda *_: told)
+    _, out, _ = vitnas("bench", "efficientvit_m0", "shvit_s1", "levit_128s", "--json")
+    found = json.loads(out)
+    assert [(row["waiting"], row["ratio"]) for row in found["results"]] == [(False, 1), (True, None), (False, 1.5)]
+    assert "these figures are waiting times, not speed" in found["notes"][0]
+    _, out, _ = vitnas("bench", "efficientvit_m0", "shvit_s1", "levit_128s")
+    assert out.splitlines()[3].split()[-1] == "waiting"
+    assert "tie" not in out
+    assert "busy: the rounds" not in out
+    told["0"] = waiting
+    rows = run_bench(options("a", "b", "c")).rows
+    assert [row["ratio"] for row in rows] == [None] * 3
+    assert [line["ratio"] for line in csv.DictReader(to_csv(rows).decode().splitlines())] == [""] * 3
+    assert b"<svg" in to_plot(rows, ".svg")
+
+
+# --- the table ---
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_no_figure_is_cut_in_a_narrow_terminal(given, monkeypatch, capsys, width: int) -> None:
+    from rich.console import Console
+
+    from nas import bench_table
+
+    labels = ["runs/cpu-onnxruntime-1.5ms-all-224px-flowers", "timm/mobilenetv3_large_100.ra_in1k"]
+    given({label: [1234.567] * 6 for label in labels})
+    settings = tuple(
+        Settings(runtime, precision=kind) for runtime in ("onnxruntime", "openvino") for kind in ("fp32", "int8")
+    )
+    rows = run_bench(options(*labels, settings=settings, throughput_at=64)).rows
+    console = Console(width=width, force_terminal=True, color_system=None, highlight=False)
+    monkeypatch.setattr(bench_table, "console_of", lambda: console)
+    bench_table.show_bench(rows, ["a note " * 20])
+    out = capsys.readouterr().out
+    assert "…" not in out
+    assert max(map(len, out.splitlines())) <= max(width, 79)
+    assert out.count("1234.567") >= 8
+    assert "cpu" in out.splitlines()[0]
 
 
 # --- ONNX files ---
