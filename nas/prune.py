@@ -202,7 +202,6 @@ class _Run:
         self.whole = anatomy(arch)
         self._check_budget()
         self.job.make_folder()
-        self.job.tell_of(self.job.data)
         self._dense(arch, weights)
         self._rounds()
         self._recover()
@@ -250,9 +249,11 @@ class _Run:
     def _dense(self, arch: Arch, weights: str | Path | None) -> None:
         """The network to prune, trained: with weights that fit, or briefly on the data."""
         if self.state.network:
+            self.job.tell_of(self.job.data)
             self.dense = self._load("dense")
             return
         model, untrained = self._with_weights(arch, weights)
+        self.job.tell_of(self.job.data)
         if untrained:
             train_briefly(self.job, model)
         self.dense = model.eval().to(self.job.device)
