@@ -7,9 +7,11 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nas.card import LABELS, PREFIX, PREPROCESS, Card, Preprocess
 from nas.errors import UserError, first_line
 from nas.files import drafted, replace_file, scratch, unwritable
 from nas.measure import RUNTIMES, Settings
@@ -105,8 +107,8 @@ def lower_precision(path: Path, settings: Settings, calibration: np.ndarray | No
         quantize(path, calibration)
 
 
-def label_onnx(path: Path, arch: Arch, trained: bool) -> None:
-    """Store the Arch, and whether the weights are trained, in the file's metadata.
+def label_onnx(path: Path, arch: Arch | None, trained: bool, card: Card) -> None:
+    """Store a network's card, its Arch where it has one, and whether its weights are trained in the file's metadata.
 
     Raises:
         ValueError: the labelled file would pass 2 GB, protobuf's limit.
@@ -114,10 +116,10 @@ def label_onnx(path: Path, arch: Arch, trained: bool) -> None:
     import onnx
 
     model = onnx.load(path)
-    onnx.helper.set_model_props(
-        model, {"vitnas.arch": arch.to_json(), "vitnas.weights": "trained" if trained else "untrained"}
-    )
-    model.producer_name = "vitnas"
+    facts = {} if arch is None else {f"{PREFIX}arch": arch.to_json()}
+    facts |= {f"{PREFIX}weights": "trained" if trained else "untrained"} | card.metadata()
+    onnx.helper.set_model_props(model, facts)
+    model.producer_name, model.producer_version = "vitnas", version("vitnas")
     onnx.save(model, path)
 
 
@@ -137,8 +139,11 @@ def save_model(model: nn.Module, folder: Path, with_weights: bool = True) -> Non
         raise unwritable(folder, error) from None
 
 
-def save_onnx(model: nn.Module, folder: Path, batch_size: int, trained: bool, images: np.ndarray | None = None) -> str:
-    """Write a network as model.onnx; where that fails there is none afterwards, rather than an older one.
+def save_onnx(
+    model: nn.Module, folder: Path, batch_size: int, trained: bool, card: Card, images: np.ndarray | None = None
+) -> str:
+    """Write a network as model.onnx, its card beside it; where that fails there is no model.onnx afterwards, rather
+    than an older one.
 
     images: of the kind it is for, float32 (N, 3, R', R'), where there are any, to look at beside others.
 
@@ -155,9 +160,10 @@ def save_onnx(model: nn.Module, folder: Path, batch_size: int, trained: bool, im
     arch, folded, path = model.arch, fold(model), folder / "model.onnx"
     try:
         path.unlink(missing_ok=True)
+        card.write(folder)
         with drafted(path) as draft:
             to_onnx(folded, draft, arch.resolution, batch_size)
-            label_onnx(draft, arch, trained)
+            label_onnx(draft, arch, trained, card)
             return agreement(folded, draft, arch.resolution, batch_size, images)
     except OSError as error:
         raise unwritable(folder, error) from None
@@ -173,7 +179,9 @@ def save_weights(model: nn.Module, path: Path) -> None:
 
 
 def export_folder(arch: Arch, folder: Path, weights: str | None, num_classes: int | None, batch_size: int) -> str:
-    """Write arch.json, model.onnx and, where weights are given, model.safetensors; returns one line on what was done.
+    """Write arch.json, model.onnx with its card and, where weights are given, model.safetensors; returns what was done.
+
+    Of weights that vitnas trained, the card and metrics.json are taken from the folder they lie in.
 
     Raises:
         UserError: a folder that cannot be written, weights that cannot be had or do not fit, or an ONNX network that
@@ -190,15 +198,41 @@ def export_folder(arch: Arch, folder: Path, weights: str | None, num_classes: in
         raise UserError(str(error)) from None
     if weights is not None and model.untrained:
         raise UserError(_other_classifier(model, weights))
-    agreed = replace_network(model, folder, batch_size, trained=weights is not None)
+    card, metrics = card_for(model.arch, weights)
+    agreed = replace_network(model, folder, batch_size, weights is not None, card, metrics)
     what = "with random, untrained weights"
     if model.loaded:
         what = "with the given weights" + (f" ({model.loaded.told})" if model.loaded.told else "")
+        if card.classes is None:
+            agreed += f"; the weights do not say what their classes are called, and {PREPROCESS} is what vitnas does"
     return f"{folder}/model.onnx: {arch.family} {what}; {agreed}"
 
 
-def replace_network(model: nn.Module, folder: Path, batch_size: int, trained: bool) -> str:
-    """Write arch.json, model.onnx and, of a trained network, model.safetensors; all of them or none.
+def card_for(arch: Arch, weights: str | None) -> tuple[Card, Path | None]:
+    """The card of an Arch with weights, and the metrics.json of their training.
+
+    Of a run's model.safetensors they are the run's own, without accuracy and metrics where the Arch is another.
+    """
+    if weights is None:
+        return Card.untrained(arch.resolution), None
+    if weights == "timm":
+        return Card.timm(arch), None
+    path = Path(weights)
+    if path.name != "model.safetensors" or not (path.parent / "arch.json").is_file():
+        return Card.untrained(arch.resolution), None
+    card, metrics = Card.read(path.parent), path.parent / "metrics.json"
+    if (path.parent / "arch.json").read_text() == arch.to_json() and card.preprocess is not None:
+        return card, metrics if metrics.is_file() else None
+    classes = card.classes if card.classes and len(card.classes) == arch.num_classes else None
+    return Card(preprocess=Preprocess.own(arch.resolution), classes=classes), None
+
+
+def replace_network(
+    model: nn.Module, folder: Path, batch_size: int, trained: bool, card: Card, metrics: Path | None = None
+) -> str:
+    """Write arch.json, model.onnx, its card and, of a trained network, model.safetensors; all of them or none.
+
+    metrics: a file of its training, to be copied.
 
     Returns, Raises:
         As `save_onnx`.
@@ -206,8 +240,11 @@ def replace_network(model: nn.Module, folder: Path, batch_size: int, trained: bo
     try:
         with scratch(folder) as draft:
             save_model(model, draft, with_weights=trained)
-            agreed = save_onnx(model, draft, batch_size, trained)
-            (folder / "model.safetensors").unlink(missing_ok=True)
+            agreed = save_onnx(model, draft, batch_size, trained, card)
+            if metrics is not None:
+                replace_file(draft / "metrics.json", metrics.read_bytes())
+            for name in ("model.safetensors", "metrics.json", LABELS):
+                (folder / name).unlink(missing_ok=True)
             for path in draft.iterdir():
                 path.replace(folder / path.name)
     except OSError as error:

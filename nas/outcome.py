@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,11 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nas.advice import advice
+from nas.card import LABELS, PREPROCESS, Card, Preprocess
 from nas.closing import CLOSING_ROUNDS, closing_run, ties_of
 from nas.ending import Ending
 from nas.export import CONVERTED, label_onnx, lower_precision, save_onnx, write_onnx
 from nas.files import drafted, folder_lock, replace_file
-from nas.final import weights_of
+from nas.final import result_path, weights_of
 from nas.front import Row, arch_of, best_of, front_of, label_of, rows_of
 from nas.measure import (
     RUNTIMES,
@@ -178,6 +180,16 @@ class _Finish:
 
         return some_of(self.tier.schooling.data.at(arch.resolution).val) if self.trained else None
 
+    def _card(self, arch: Arch, trained: bool) -> Card:
+        """What best/model.onnx says of itself; its accuracy is that of its own weights, the first seed's."""
+        if not self.trained:
+            return Card.untrained(arch.resolution)
+        data = self.tier.schooling.data.at(arch.resolution)
+        if not trained:
+            return Card(preprocess=Preprocess.of(data.val.transform))
+        found = json.loads(result_path(self.options, arch, seed=0).read_text())
+        return Card.of(data, found["top1"], found["images"])
+
     def _save(self, arch: Arch, folder: Path) -> bool:
         """Write arch.json and the weights, where they are trained; then model.onnx, whose metadata says whether they
         are, and beside it the file that was measured, where that has another precision. Whether they are trained."""
@@ -186,7 +198,8 @@ class _Finish:
         with self._step("best/"):
             start_best(arch, folder, weights)
         with self._step("best/model.onnx"):
-            save_best(arch, folder, weights, options.settings.batch_size, self._images(arch))
+            card = self._card(arch, weights is not None)
+            save_best(arch, folder, weights, options.settings.batch_size, card, self._images(arch))
         path = folder / "model.onnx"
         if options.settings.precision in CONVERTED and RUNTIMES[options.settings.runtime].artifact == "onnx":
             lower = folder / f"model.{options.settings.precision}.onnx"
@@ -329,26 +342,27 @@ def start_best(arch: Arch, folder: Path, weights: Path | None) -> None:
     folder.mkdir(exist_ok=True)
     kept, document = folder / "arch.json", arch.to_json()
     same = weights is not None and kept.is_file() and kept.read_text() == document
-    for earlier in folder.glob("model.*"):
+    for earlier in (*folder.glob("model.*"), folder / PREPROCESS, folder / LABELS):
         if not (same and earlier.name == "model.safetensors"):
-            earlier.unlink()
+            earlier.unlink(missing_ok=True)
     replace_file(kept, document)
     if weights is not None:
         replace_file(folder / "model.safetensors", weights.read_bytes())
 
 
 def save_best(
-    arch: Arch, folder: Path, weights: Path | None, batch_size: int, images: np.ndarray | None = None
+    arch: Arch, folder: Path, weights: Path | None, batch_size: int, card: Card, images: np.ndarray | None = None
 ) -> None:
-    """Write model.onnx; with trained weights it is checked against PyTorch, on `images` too (see `save_onnx`)."""
+    """Write model.onnx and its card; trained, it is checked against PyTorch, on `images` too (see `save_onnx`)."""
     from search_spaces import create_model
 
     if weights is not None:
-        save_onnx(create_model(arch, weights=weights), folder, batch_size, trained=True, images=images)
+        save_onnx(create_model(arch, weights=weights), folder, batch_size, trained=True, card=card, images=images)
         return
+    card.write(folder)
     with drafted(folder / "model.onnx") as draft:
         write_onnx(arch, draft, batch_size)
-        label_onnx(draft, arch, trained=False)
+        label_onnx(draft, arch, trained=False, card=card)
 
 
 def tier_data(run: Run) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from nas.card import Card
 from nas.ending import Ending
 from nas.errors import UserError, first_line
 from nas.export import save_model, save_onnx, save_weights, write_artifact
@@ -464,14 +465,16 @@ class _Run:
             self._stop_if_interrupted()
             if self.state.network != "tuned":
                 model = self._load(self.state.network)
+        self.stands = "pruned"
         if self.state.found.get("tuned_images"):
             self.job.accuracy(model, "recovered")
+            self.stands = "recovered"
             if worse_after_tuning(self.state.found):
                 last = f"round-{len(self.state.rounds)}"
                 self.job.note(
                     "fine-tuning lowered the accuracy: the weights before it are kept; try more --finetune epochs"
                 )
-                model = self._load(last)
+                model, self.stands = self._load(last), "pruned"
         self.model = model
 
     def _write(self) -> dict[str, Any]:
@@ -484,7 +487,9 @@ class _Run:
         save_model(self.model.cpu(), options.folder)
         with self.end.step("model.onnx"), self.job.phase("exporting"):
             images = some_of(self.job.evaluated)
-            save_onnx(self.model, options.folder, options.settings.batch_size, trained=True, images=images)
+            judged = self.state.found[self.stands]
+            card = Card.of(self.job.data, judged["top1"], judged["images"])
+            save_onnx(self.model, options.folder, options.settings.batch_size, trained=True, card=card, images=images)
         with self.end.step("closing run"), self.job.phase("closing run") as progress:
             results = self._compare(archs, CLOSING_ROUNDS, progress)
         self._stop_if_interrupted()

@@ -10,9 +10,10 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from nas.card import Card
 from nas.ending import Ending
 from nas.errors import UserError, first_line
-from nas.export import CONVERTED, agreement, save_weights, to_onnx
+from nas.export import CONVERTED, agreement, label_onnx, save_weights, to_onnx
 from nas.files import replace_file, scratch
 from nas.inputs import identity
 from nas.job import Job, Progress, Say, compute_device
@@ -96,7 +97,10 @@ def _prune(options: Options, command: str, job: Job) -> dict[str, Any]:
     save_weights(model, options.folder / "model.safetensors")
     end, results = Ending(job.say), {}
     with end.step("closing run"), job.phase("closing run"):
-        results = _closing_run(options, {"before": dense.cpu().eval(), "after": model.cpu().eval()}, resolution)
+        both = {"before": dense.cpu().eval(), "after": model.cpu().eval()}
+        judged = job.state.found.get("recovered") or job.state.found["pruned"]
+        card = Card.of(job.data, judged["top1"], judged["images"])
+        results = _closing_run(options, both, resolution, card)
     if end.interrupted:
         raise KeyboardInterrupt
     found = job.state.found["cut"]
@@ -207,7 +211,7 @@ def _cut(options: Options, job: Job, target: int, resolution: int) -> None:
     _keep(job, "pruned", model)
 
 
-def _closing_run(options: Options, models: dict[str, nn.Module], resolution: int) -> dict[str, Measurement]:
+def _closing_run(options: Options, models: dict[str, nn.Module], resolution: int, card: Card) -> dict[str, Measurement]:
     """Export both networks, keep the pruned one's file, and measure them side by side."""
     paths = {}
     with scratch(options.folder) as folder, device_lock(options.settings.device):
@@ -219,5 +223,7 @@ def _closing_run(options: Options, models: dict[str, nn.Module], resolution: int
                 raise UserError(f"{options.model} cannot be exported: {first_line(error)}") from None
         agreement(models["after"], paths["after"], resolution, options.settings.batch_size)
         results = measured(paths, options.settings, CLOSING_ROUNDS)
+        label_onnx(paths["after"], None, trained=True, card=card)
+        card.write(options.folder)
         replace_file(options.folder / "model.onnx", paths["after"].read_bytes())
     return results

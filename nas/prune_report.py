@@ -49,6 +49,8 @@ FILES = {
     "arch.json": "the pruned network's widths; every verb takes it",
     "model.safetensors": "its weights",
     "model.onnx": "the same as ONNX, ready to run",
+    "preprocess.json": "how an image becomes its input",
+    "labels.txt": "its classes",
     "prune.json": "every figure of this page",
     "report.html": "this page",
     "state": "what lets the same command go on, or answer again",

@@ -38,9 +38,9 @@ def quantize(path: Path, calibration: np.ndarray | None = None) -> None:
     with scratch(path.parent) as folder, drafted(path) as done:
         prepared = folder / "prepared.onnx"
         quant_pre_process(path, prepared, skip_symbolic_shape=True)
-        graph = onnx.load(path, load_external_data=False).graph
-        constants = {each.name for each in graph.initializer}
-        (image,) = [each for each in graph.input if each.name not in constants]
+        original = onnx.load(path, load_external_data=False)
+        constants = {each.name for each in original.graph.initializer}
+        (image,) = [each for each in original.graph.input if each.name not in constants]
         shape = tuple(dim.dim_value for dim in image.type.tensor_type.shape.dim)
         quantize_static(
             prepared,
@@ -53,6 +53,10 @@ def quantize(path: Path, calibration: np.ndarray | None = None) -> None:
             weight_type=QuantType.QInt8,
             reduce_range=True,
         )
+        made = onnx.load(done)
+        made.producer_name, made.producer_version = original.producer_name, original.producer_version
+        onnx.helper.set_model_props(made, {prop.key: prop.value for prop in original.metadata_props})
+        onnx.save(made, done)
 
 
 def calibration_images(data: ImageData, resolution: int) -> tuple[np.ndarray, str | None]:

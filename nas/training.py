@@ -12,6 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nas.card import Card
 from nas.errors import TrainingError, UserError, first_line
 from nas.export import save_model, save_onnx
 from nas.files import folder_lock, replace_file
@@ -394,7 +395,9 @@ class _Run:
 
             try:
                 with self.job.phase("exporting"):
-                    save_onnx(training.network, options.folder, 1, trained=True, images=some_of(self.data.val))
+                    card = Card.of(self.data, last.get("top1"), last.get("val_images", 0))
+                    images = some_of(self.data.val)
+                    save_onnx(training.network, options.folder, 1, trained=True, card=card, images=images)
             except UserError as failure:
                 line = f"no model.onnx, but the weights are there: {failure}"
                 self.job.say(line)

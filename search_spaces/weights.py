@@ -185,16 +185,26 @@ def timm_state(arch: Arch) -> State:
     """Pretrained weights of the published variant that `arch` is, fetched by timm."""
     import timm
 
+    name = timm_name(arch)
+    try:
+        with offline_if_unreachable():
+            return timm.create_model(name, pretrained=True).state_dict()
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise WeightsError(f"timm could not fetch {name}: {reason[:200]}") from None
+
+
+def timm_name(arch: Arch) -> str:
+    """What timm calls the published variant that `arch` is.
+
+    Raises:
+        WeightsError: timm has no weights for it.
+    """
     family = FAMILIES[arch.family]
     shape = arch.replace(form="linear") if arch.family == "levit" else arch
     for variant in family.variants.values():
         if variant.timm and family.space.arch(variant.values, arch.num_classes) == shape:
-            try:
-                with offline_if_unreachable():
-                    return timm.create_model(variant.timm, pretrained=True).state_dict()
-            except Exception as error:
-                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-                raise WeightsError(f"timm could not fetch {variant.timm}: {reason[:200]}") from None
+            return variant.timm
     raise WeightsError("timm has no pretrained weights for this Arch; give a file of weights")
 
 

@@ -179,7 +179,7 @@ def test_export_folder(vitnas, tmp_path):
     assert props["vitnas.weights"] == "untrained"
     assert json.loads(props["vitnas.arch"])["num_classes"] == 7
     assert not (out / "model.safetensors").exists()
-    assert {path.name for path in out.iterdir()} == {"arch.json", "model.onnx"}
+    assert {path.name for path in out.iterdir()} == {"arch.json", "model.onnx", "preprocess.json"}
 
 
 def test_help_is_fast_and_has_examples():

@@ -12,6 +12,7 @@ import torch
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor, nn
 
+from nas.card import Card
 from nas.errors import UserError
 from nas.export import agreement, check_images, export_folder, logits_of, onnx_logits, replace_network, to_onnx
 from search_spaces import Arch, create_model, fold, get_arch, layers, list_models
@@ -195,13 +196,14 @@ def test_logits_that_are_not_finite_are_refused(value, tmp_path):
 
 def test_a_network_that_gives_nan_leaves_an_earlier_export(tmp_path, helpers):
     model = create_model(helpers.random_arch("shvit", 0))
-    replace_network(model, tmp_path / "out", 1, trained=True)
+    card = Card.untrained(model.arch.resolution)
+    replace_network(model, tmp_path / "out", 1, trained=True, card=card)
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    assert set(before) == {"arch.json", "model.onnx", "model.safetensors"}
+    assert set(before) == {"arch.json", "model.onnx", "model.safetensors", "preprocess.json"}
     model.head.cls.linear.bias.data[0] = float("nan")
     for folder in ("out", "new"):
         with pytest.raises(UserError, match="NaN or infinite"):
-            replace_network(model, tmp_path / folder, 1, trained=True)
+            replace_network(model, tmp_path / folder, 1, trained=True, card=card)
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
     assert not (tmp_path / "new").exists()
 

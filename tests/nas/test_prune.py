@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 import nas.job
 import nas.prune
 import nas.prune_report
+from nas.card import Card
 from nas.errors import UserError
 from nas.measure import Measurement
 from nas.prune import parse_pruning_budget
@@ -113,6 +114,10 @@ def test_end_to_end_without_data(vitnas, arch_file, tmp_path):
     model = create_model(arch, weights=out / "model.safetensors").eval()
     assert not model.untrained
     x = torch.randn(1, 3, arch.resolution, arch.resolution)
+    card = Card.read(out)
+    assert card.classes == data["data"]["class_names"] == [str(digit) for digit in range(10)]
+    assert (card.preprocess.resize, card.preprocess.size) == (arch.resolution, arch.resolution), "all of a digit"
+    assert card.accuracy.top1 == data["accuracy"]["recovered"]["top1"]
     session = onnxruntime.InferenceSession(out / "model.onnx")
     (found,) = session.run(None, {"images": x.numpy()})
     assert np.allclose(found, model(x).detach().numpy(), atol=1e-3)
@@ -409,7 +414,8 @@ def test_bad_input(vitnas, images, tmp_path, fake_clock, monkeypatch, more, said
     save_file(state, "narrow.safetensors")
     torch.save(torch.nn.Linear(2, 2), "pickle.pth")
     given = [] if "--data" in more else ["--data", str(images)]
-    vitnas.refused(vitnas(*words(tmp_path / "net", tmp_path / "out", *given, "--finetune", "0", *more)), *said)
+    code, out, err = vitnas(*words(tmp_path / "net", tmp_path / "out", *given, "--finetune", "0", *more))
+    vitnas.refused((code, out, err.splitlines(keepends=True)[-1]), *said)  # after the line on the data, if any
 
 
 @pytest.mark.parametrize("model", ["efficientvit_m9", "nowhere/arch.json"])

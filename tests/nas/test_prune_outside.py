@@ -33,7 +33,7 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
             raise OutsideError("no way to the hub")
         return whole(name, num_classes, pretrained)[0], 32
 
-    def closing_run(options, models, resolution):
+    def closing_run(options, models, resolution, card):
         (options.folder / "model.onnx").write_bytes(b"")
         return {name: Measurement([[1.0] * 3] * 3) for name in models}
 

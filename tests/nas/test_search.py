@@ -160,7 +160,7 @@ def test_run_folder(course):
     folder = course.out / STUDY
     names = {path.name for path in folder.iterdir()}
     assert {"study.journal", "hardware.json", "trials.csv", "pareto.json", "pareto.png", "report.html", "best"} <= names
-    assert {path.name for path in (folder / "best").iterdir()} == {"arch.json", "model.onnx"}
+    assert {path.name for path in (folder / "best").iterdir()} == {"arch.json", "model.onnx", "preprocess.json"}
     rows = list(csv.DictReader((folder / "trials.csv").open()))
     complete = [row for row in rows if row["state"] == "complete"]
     for row in complete:

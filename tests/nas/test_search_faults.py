@@ -108,7 +108,9 @@ def tier(monkeypatch: pytest.MonkeyPatch) -> type[Taught]:
     monkeypatch.setattr(Taught, "faults", {}, raising=False)
     monkeypatch.setattr(Taught, "begun", [], raising=False)
     monkeypatch.setitem(nas.quality.TIERS, "train", Taught)
-    monkeypatch.setattr(Schooling, "judge", lambda self, network, images: SimpleNamespace(top1=50.0, total=8))
+    monkeypatch.setattr(
+        Schooling, "judge", lambda self, network, images: SimpleNamespace(top1=50.0, total=8, hits=(True, False) * 4)
+    )
 
     def save_onnx(model: Any, folder: Path, *_: Any, **__: Any) -> None:
         (folder / "model.onnx").write_bytes(b"trained")

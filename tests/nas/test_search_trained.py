@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from nas.card import Card
+
 FOLDER = "trained"
 
 
@@ -40,7 +42,8 @@ def test_a_trained_network_comes_out_with_its_baseline(searched):
     root, done = searched
     assert done.returncode == 0, done.stderr
     folder = root / "runs" / FOLDER
-    assert {path.name for path in (folder / "best").iterdir()} == {"arch.json", "model.onnx", "model.safetensors"}
+    files = {"arch.json", "model.onnx", "model.safetensors", "preprocess.json", "labels.txt"}
+    assert {path.name for path in (folder / "best").iterdir()} == files
     found = json.loads(done.stdout)
     assert found["num_classes"] == 2
     assert not found["untrained"]
@@ -52,6 +55,9 @@ def test_a_trained_network_comes_out_with_its_baseline(searched):
     assert (found["winner"]["images"], found["winner"]["seeds"]) == (40, 2)
     kept = [json.loads(path.read_text()) for path in (folder / "final").glob("*.json")]
     assert all(100 * row["hits"].count("1") / row["images"] == row["top1"] for row in kept)
+    card = Card.read(folder / "best")
+    assert (card.classes, card.preprocess.size) == (["blue", "red"], 32)
+    assert (card.accuracy.top1, card.accuracy.images) == (ours["top1"][0], 40), "of its own weights, the first seed's"
     assert all(len(row["top1"]) == 2 for row in (ours, *theirs))
     if theirs:
         assert any(word in found["accuracy"]["verdict"] for word in ("a tie", "a gain", "a loss"))

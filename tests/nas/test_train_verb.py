@@ -82,6 +82,8 @@ def test_a_folder_that_export_and_bench_take(vitnas, deit, tmp_path):
         "model.safetensors",
         "model.onnx",
         "metrics.json",
+        "preprocess.json",
+        "labels.txt",
         "state",
         ".lock",
     }
