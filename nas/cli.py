@@ -166,8 +166,9 @@ def search(
         lessons.check()
         families = inheriting(parent, families, family) if tier == "inherit" else families
 
-    from nas.display import show_result, watch
+    from nas.display import show_result
     from nas.outcome import finish_run
+    from nas.progress import watch
     from nas.search import Options, default_study, interruptible, storage_of
     from nas.search import search as run_search
     from nas.storage import storage_errors
@@ -217,7 +218,7 @@ def search(
         against=beside,
         cache=not no_cache,
     )
-    with watch(options) as (progress, say, phase), training_threads(train_threads, say):
+    with watch(options, images) as (progress, say, phase), training_threads(train_threads, say):
         found, run = run_search(options, progress, say, phase, images)
         with storage_errors(storage_of(options)), interruptible():
             result = finish_run(options, found, run, command_line(), phase, say)
@@ -352,11 +353,11 @@ def bench(
 
     from nas.bench import PLOTS, TIMEOUT_S, Options, check_output, parse_shape, run_bench, to_csv, to_plot
     from nas.bench_table import show_bench
-    from nas.display import watch_phases
     from nas.files import replace_file
     from nas.hardware import busy_line, describe
     from nas.measure import device_lock
     from nas.measure.protocol import MAX_ROUNDS, SURE_ROUNDS, quanta_line
+    from nas.progress import watch_phases
     from nas.targets import find_target
     from nas.units import parse_duration
 
@@ -475,8 +476,9 @@ def prune(
     The same command continues an interrupted run after its last finished round. Exit codes: 0 done and within the
     budget, 1 done but over it as measured, or a step at its end failed, 2 bad input.
     """
-    from nas.display import show_prune, watch_phases
+    from nas.display import show_prune
     from nas.job import compute_device
+    from nas.progress import watch_phases
     from nas.prune import Options, default_folder, kinds_of, parse_pruning_budget
     from nas.prune import prune as run_prune
     from nas.threads import training_threads
@@ -565,7 +567,8 @@ def train(
     The same command continues an interrupted training after its last finished epoch. Exit codes: 0 done, 1 the training
     or its ONNX file failed (weights of the last good epoch are kept) or the disk is full, 2 bad input.
     """
-    from nas.display import show_train, watch_images
+    from nas.display import show_train
+    from nas.progress import watch_images
     from nas.threads import training_threads
     from nas.training import Options, check_device, choose_recipe, default_folder, default_workers
     from nas.training import train as run_train
@@ -591,7 +594,7 @@ def train(
         seed=seed,
     )
     options.check()
-    with watch_images() as (progress, say), training_threads(train_threads, say, device):
+    with watch_images(chosen.epochs) as (progress, say), training_threads(train_threads, say, device):
         found = run_train(options, command_line(), say, progress)
     if "final" in found:
         show_train(found, options.folder, to_stderr=as_json)
@@ -643,11 +646,12 @@ def dashboard(
 def run_suite(name: str, settings: Any, rounds: int, csv: Path | None, as_json: bool) -> None:
     """`vitnas bench --suite NAME`."""
     from nas.bench import check_output
-    from nas.display import console_of, watch_phases
+    from nas.display import console_of
     from nas.files import replace_file
     from nas.hardware import busy_line, describe
     from nas.measure import device_lock
     from nas.papers import papers_csv, papers_table, run_papers
+    from nas.progress import watch_phases
 
     if name != "papers":
         raise UserError(f"unknown suite {name!r}: choose papers")

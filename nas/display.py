@@ -1,118 +1,18 @@
-"""What a person sees on the terminal. Progress goes to standard error, results to standard output."""
+"""What a command came to, on standard output; its progress is on standard error (`progress`)."""
 
 from __future__ import annotations
 
-import os
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-from rich.progress import Progress as Bar
 from rich.table import Table
 
 from nas.front import interval
 from nas.outcome import OVERHEAD, overhead_share
 from nas.tables import Column, console_of, print_table, prose
 from nas.units import counted
-
-if TYPE_CHECKING:
-    from nas.search import Options, Progress
-
-DRAW_EVERY_S = 0.2
-LINES_EVERY = 10
-"""Trials between two lines of progress where standard error is no terminal."""
-
-
-@contextmanager
-def watch(
-    options: Options,
-) -> Iterator[tuple[Callable[[Progress], None], Callable[[str], None], Callable[[str, int, int], None]]]:
-    """Live progress of a search: yields callbacks for a trial's end, for a line to say, and for what goes on inside a
-    trial or after them (what, done, in all)."""
-    with bar_of(TextColumn("{task.fields[state]}")) as bar:
-        task = bar.add_task("trials", total=options.trials, state="starting")
-        inner = bar.add_task("", total=None, state="", visible=False)
-        every = 1 if options.lessons else LINES_EVERY
-        said: set[str] = set()
-
-        def update(progress: Progress) -> None:
-            bar.update(inner, visible=False)
-            bar.update(task, completed=progress.done, state=state_line(progress), refresh=True)
-            if bar.disable and (progress.done % every == 0 or progress.done >= progress.total):
-                print(f"trial {progress.done}/{progress.total}: {state_line(progress)}", file=sys.stderr, flush=True)
-
-        def phase(what: str, done: int, total: int) -> None:
-            bar.update(inner, description=what, completed=done, total=total, visible=True, refresh=True)
-            if bar.disable and what != "training" and what not in said:
-                said.add(what)
-                print(what, file=sys.stderr, flush=True)
-
-        yield update, lambda line: bar.console.print(line, markup=False, highlight=False, soft_wrap=True), phase
-
-
-def bar_of(*more: TextColumn) -> Bar:
-    """A progress bar on standard error, silent where that is no terminal, and in all of torchrun's processes but one.
-
-    It is drawn only when told to: a refreshing thread would take time from what is being measured.
-    """
-    console = Console(stderr=True)
-    return Bar(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        *more,
-        console=console,
-        disable=not console.is_terminal or os.environ.get("RANK", "0") != "0",
-        transient=True,
-        auto_refresh=False,
-    )
-
-
-@contextmanager
-def watch_phases() -> Iterator[tuple[Callable[[str, int, int], None], Callable[[str], None]]]:
-    """Live progress of a command that goes through phases: yields (progress callback, say)."""
-    with bar_of() as bar:
-        task = bar.add_task("starting", total=None)
-        yield (
-            lambda phase, done, total: bar.update(task, description=phase, completed=done, total=total, refresh=True),
-            lambda line: bar.console.print(line, markup=False, highlight=False, soft_wrap=True),
-        )
-
-
-@contextmanager
-def watch_images() -> Iterator[tuple[Callable[[str, int, int], None], Callable[[str], None]]]:
-    """As `watch_phases`, for phases that count images: with images a second and the time left."""
-    with bar_of(TextColumn("{task.fields[state]}")) as bar:
-        task = bar.add_task("starting", total=None, state="")
-        drawn = 0.0
-
-        def progress(phase: str, done: int, total: int) -> None:
-            nonlocal drawn
-            bar.update(task, description=phase, completed=done, total=total)
-            now = time.monotonic()
-            if not bar.disable and now - drawn > DRAW_EVERY_S:
-                drawn, known = now, bar.tasks[0]
-                if known.speed:
-                    left = clock(known.time_remaining or 0)
-                    bar.update(task, state=f"images, {known.speed:,.0f} a second, {left} left")
-                bar.refresh()
-
-        yield progress, lambda line: bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def state_line(progress: Progress) -> str:
-    best = progress.best
-    parts = [f"{progress.feasible} within budget"]
-    if best:
-        parts.append(f"best {interval(best)} estimated ({best['family']}, {best['latency_ms']:.2f} ms)")
-    if progress.seconds_left:
-        parts.append(f"about {clock(progress.seconds_left)} left")
-    return ", ".join(parts)
 
 
 def clock(seconds: float) -> str:

@@ -53,6 +53,8 @@ if TYPE_CHECKING:
 LESSONS = "lessons.json"
 ELSEWHERE = ("budget_ms", "families", "space", "hardware", "throughput_at")
 """What a study must agree on and a training does not depend on."""
+RECENT = 20
+"""Trials whose time says how long the next ones take."""
 SWEPT = "trial {} was taken for dead by another worker; its result was dropped"
 PHASES = (
     "start",
@@ -102,13 +104,26 @@ class Options:
 
 @dataclass
 class Progress:
-    """What a display shows between trials."""
+    """What a display shows between trials. trial_s: seconds that one took lately, None before the first; measuring_s:
+    without its training."""
 
     done: int
     total: int
     feasible: int
     best: dict[str, Any] | None
-    seconds_left: float | None
+    trial_s: float | None
+    measuring_s: float
+
+
+@dataclass
+class Stage:
+    """Tells a display what goes on (what, done, in all), and in which trial."""
+
+    tell: Callable[[str, int, int], None]
+    trial: int | None = None
+
+    def __call__(self, what: str, done: int = 0, total: int = 0) -> None:
+        self.tell(what if self.trial is None else f"trial {self.trial}: {what}", done, total)
 
 
 @dataclass
@@ -205,7 +220,7 @@ def search(
     """Run trials until the study holds `options.trials`, the time is up, or Ctrl-C.
 
     Args:
-        phase: called while a network is trained: what, images done and in all.
+        phase: called with what goes on inside a trial, what is done of it and its total, 0 where nothing is counted.
         data: the images of `options.lessons`.
 
     Raises:
@@ -267,7 +282,9 @@ def search(
             def late() -> bool:
                 return deadline is not None and time.perf_counter() >= deadline
 
-            run.tier = TIERS[options.quality](open_schooling(options, data, study, phase, say))
+            stage = Stage(phase)
+            progress(state_of(study, options, run))
+            run.tier = TIERS[options.quality](open_schooling(options, data, study, stage, say))
             if run.tier.trained and options.sampler == "auto":
                 from nas.propose import Proposer
 
@@ -276,7 +293,7 @@ def search(
                 known = open_cache(options, say) if options.cache else None
                 if known is not None:
                     stack.callback(known.close)
-                worker = stack.enter_context(TrialRunner(options, study, run.tier, known, run.calibration))
+                worker = stack.enter_context(TrialRunner(options, study, run.tier, known, run.calibration, stage))
                 enqueue_published(options, study, worker.reference_ms)
                 starting.lap("start")
                 while due(study, options.trials, say, late) and not late():
@@ -350,8 +367,10 @@ class TrialRunner:
         tier: Tier,
         cache: Cache | None = None,
         calibration: np.ndarray | None = None,
+        stage: Stage | None = None,
     ) -> None:
         self.options, self.study, self.tier, self.cache = options, study, tier, cache
+        self.stage = stage or Stage(lambda *_: None)
         self._calibration = calibration
         self.notes: list[str] = []
         self._stack = ExitStack()
@@ -360,6 +379,7 @@ class TrialRunner:
         self._folder = self._stack.enter_context(scratch(self.options.folder))
         self._exporter = self._stack.enter_context(Exporter(self._calibration))
         try:
+            self.stage(f"measuring the reference network {REFERENCE}")
             with device_lock(self.options.settings.device):
                 reference = self._exporter.write(reference_arch(), self.options.settings, self._folder / "reference")
                 self.measurer = self._stack.enter_context(open_measurer(self.options.settings, reference, self._folder))
@@ -386,6 +406,8 @@ class TrialRunner:
             device.enter_context(device_lock(self.options.settings.device))
             clock.lap("waiting for the device")
             trial = ask(self.study)
+            self.stage.trial = trial.number
+            living.callback(setattr, self.stage, "trial", None)
             try:
                 living.enter_context(heartbeat(trial))
                 clock.lap("storage")
@@ -532,8 +554,10 @@ class TrialRunner:
             settings = replace(self.options.settings, batch_size=batch_size)
             if settings == self.options.settings:
                 self.measurer.prepare()
+            self.stage("exporting")
             path = self._exporter.write(arch, settings, self._folder / "candidate")
             clock.lap("build and export")
+            self.stage("measuring")
             result = self.measurer.measure(path, budget_ms, pause=self._exporter.running, batch_size=batch_size)
             clock.add("session", result.load_s)
             clock.lap("timed runs", less=result.load_s)
@@ -655,15 +679,30 @@ def enqueue_published(options: Options, study: optuna.Study, reference_ms: float
 
 
 def state_of(study: optuna.Study, options: Options, run: Run) -> Progress:
-    """Progress after a trial."""
+    """Progress between trials."""
     from nas.front import best_of, rows_of
     from nas.study import remaining
 
     rows = rows_of(study)
     left = remaining(study, options.trials)
     feasible = [row for row in rows if row["feasible"]]
-    seconds = left * statistics.median(run.trial_s[-20:]) if run.trial_s else None
-    return Progress(max(0, options.trials - left), options.trials, len(feasible), best_of(feasible), seconds)
+    recent = run.trial_s[-RECENT:] or durations(study)[-RECENT:]
+    measuring = sum(run.phases[name] for name in ("build and export", "session", "timed runs"))
+    return Progress(
+        done=max(0, options.trials - left),
+        total=options.trials,
+        feasible=len(feasible),
+        best=best_of(feasible),
+        trial_s=statistics.mean(recent) if recent else None,
+        measuring_s=measuring / len(run.trial_s) if run.trial_s else 0.0,
+    )
+
+
+def durations(study: optuna.Study) -> list[float]:
+    """Seconds of every trial that was measured."""
+    from optuna.trial import TrialState
+
+    return [each.duration.total_seconds() for each in study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])]
 
 
 def storage_of(options: Options) -> str | Path:

@@ -148,8 +148,13 @@ class Train:
                 yield epochs, self._until(training, epochs - done), judges
 
     def _until(self, training: Training, epochs: int) -> nn.Module:
+        before = self.epochs - training.recipe.epochs  # at a lower resolution
+
+        def progress(done: int, total: int, _: float) -> None:
+            self.schooling.progress(f"training, epoch {before + training.epoch + 1}/{self.epochs}", done, total)
+
         try:
-            training.run(epochs, lambda done, total, *_: self.schooling.progress("training", done, total))
+            training.run(epochs, progress)
         finally:
             training.loader.close()
         return training.network
