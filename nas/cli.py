@@ -275,8 +275,8 @@ def show(model: Model, as_json: Json = False) -> None:
         "num_classes": arch.num_classes,
         "params": counts.params(),
         "macs": counts.macs(),
-        "quality_estimate": estimate.value,
-        "quality_error": estimate.error,
+        "quality": estimate.score,
+        **estimate.to_dict(),
         "quality_label": tier.label,
         "stages": [stage.model_dump() for stage in arch.summary()],
     }

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from nas.export import Exporter
 from nas.files import scratch
-from nas.front import Row, arch_of, finalists_of, interval, label_of, rank
+from nas.front import Row, arch_of, finalists_of, label_of, rank
 from nas.measure import MeasureError, Measurement, Settings, compare, device_lock
 from nas.measure.protocol import paired_ratio
 from nas.process import WorkerError
-from nas.quality import Estimate
 from nas.search import keep_samples
 
 if TYPE_CHECKING:
@@ -29,8 +28,9 @@ FINAL_KEYS = (
     "name",
     "quality",
     "quality_estimate",
-    "quality_error",
+    "quality_ci",
     "quality_how",
+    "guessed",
     "params_m",
     "macs_m",
     "resolution",
@@ -159,12 +159,11 @@ def ties_of(final: Sequence[Row]) -> list[str]:
     if not winners:
         return []
     first, *others = winners
-    estimate = Estimate(first["quality_estimate"], first["quality_error"])
-    lines = []
-    for other in others:
-        if estimate.overlaps(Estimate(other["quality_estimate"], other["quality_error"])):
-            lines.append(
-                f"{other['label']} ({other['family']}) ties with {first['label']} ({first['family']}): "
-                f"{interval(other)} and {interval(first)} overlap"
-            )
-    return lines
+    low, high = first["quality_ci"]
+    return [
+        f"{other['label']} ({other['family']}) ties with {first['label']} ({first['family']}): the 95% intervals of "
+        f"their estimates overlap, {other['quality_ci'][0]:.1f} to {other['quality_ci'][1]:.1f} and {low:.1f} to "
+        f"{high:.1f}"
+        for other in others
+        if low <= other["quality_ci"][1] and other["quality_ci"][0] <= high
+    ]

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from nas.front import interval
+from nas.front import score_words
 from nas.outcome import OVERHEAD, overhead_share
 from nas.tables import Column, console_of, print_table, prose
 from nas.units import counted
@@ -45,7 +45,7 @@ def show_result(data: Mapping[str, Any], folder: Path, to_stderr: bool) -> None:
             f"{winner['latency_ms']:.2f} ms, {quality_words(data)}."
         )
     if data["final"]:
-        show_final(console, data["final"], budget)
+        show_final(console, data["final"], data["quality_tier"]["name"], budget)
         if data["against"]:
             show_against(console, data["against"], data["final"][0]["label"], budget)
         console.print(
@@ -88,26 +88,14 @@ def show_accuracy(console: Console, data: Mapping[str, Any]) -> None:
         console.print(validation_line(tier, data["validation"]))
 
 
-FINAL = (
-    Column("network", label=True),
-    Column("role", label=True),
-    Column("estimated top-1", drop=1),
-    Column("published", drop=4),
-    Column("ms"),
-    Column("95% of ms", drop=2),
-    Column("img/s", drop=3),
-    Column("M params", drop=5),
-    Column("MMACs", drop=6),
-)
-
-
-def show_final(console: Console, final: Sequence[Mapping[str, Any]], budget: str) -> None:
-    """The table of the closing run, then what could not be measured in it."""
+def show_final(console: Console, final: Sequence[Mapping[str, Any]], tier: str, budget: str) -> None:
+    """The table of the closing run, then what could not be measured in it. tier: whose scores these are."""
     rows = [
         (
             row["label"] if row["name"] else f"{row['label']} ({row['family']})",
             row["role"] if row["fits"] else f"over {budget}",
-            interval(row),
+            f"{row['quality']:.1f}",
+            "{:.1f}..{:.1f}".format(*row["quality_ci"]),
             f"{row['published_top1']:.1f}" if row["published_top1"] else "",
             f"{row['latency_ms']:.2f}",
             f"{row['ci_low_ms']:.2f}..{row['ci_high_ms']:.2f}",
@@ -118,7 +106,19 @@ def show_final(console: Console, final: Sequence[Mapping[str, Any]], budget: str
         for row in final
         if not row["error"]
     ]
-    print_table(console, FINAL, rows)
+    columns = (
+        Column("network", label=True),
+        Column("role", label=True),
+        Column(f"score ({tier})", drop=1),
+        Column("95% of estimate", drop=7),
+        Column("published", drop=4),
+        Column("ms"),
+        Column("95% of ms", drop=2),
+        Column("img/s", drop=3),
+        Column("M params", drop=5),
+        Column("MMACs", drop=6),
+    )
+    print_table(console, columns, rows)
     show_failed(console, final)
 
 
@@ -231,7 +231,7 @@ def show_arch(row: Mapping[str, Any]) -> None:
         for i, stage in enumerate(row["stages"], 1)
     ]
     print_table(console, STAGES, told)
-    prose(console, f"{row['quality_label']}: {interval(row)}")
+    prose(console, f"{row['quality_label']}: {score_words(row)}")
 
 
 def show_prune(data: Mapping[str, Any], folder: Path, to_stderr: bool) -> None:

@@ -43,10 +43,9 @@ def review(tier: Train, rows: Sequence[Row], selects: bool) -> list[Row]:
         estimate = estimates.get(row["trial"])
         if estimate is not None:
             row = row | {
-                "quality": estimate.bound,
-                "quality_estimate": estimate.value,
-                "quality_error": estimate.error,
-                "quality_how": estimate.how,
+                "quality": estimate.score,
+                **estimate.to_dict(),
+                "guessed": not estimate.training["rungs"],
                 "selects": selects,
             }
         reviewed.append(row)

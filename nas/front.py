@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from nas.intervals import of_error
 from nas.search import LATENCY_KEYS
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ MARGINS = (0.95, 0.85, 0.7)
 
 
 def rows_of(study: optuna.Study) -> list[Row]:
-    """One flat row per told trial, in the report's columns."""
+    """One flat row per told trial, in the report's columns. guessed: not trained, by a tier that trains."""
     from optuna.trial import TrialState
 
     rows = []
@@ -40,8 +41,9 @@ def rows_of(study: optuna.Study) -> list[Row]:
                 "error": attrs.get("error", ""),
                 "quality": trial.values[0] if complete else None,
                 "quality_estimate": detail.get("quality_estimate"),
-                "quality_error": detail.get("quality_error"),
+                "quality_ci": detail.get("quality_ci") or earlier_ci(detail),
                 "quality_how": detail.get("quality_how", ""),
+                "guessed": detail.get("training", {}).get("rungs") == {},
                 **{key: detail.get(key) for key in LATENCY_KEYS},
                 "params_m": attrs.get("params_m"),
                 "macs_m": attrs.get("macs_m"),
@@ -56,10 +58,20 @@ def rows_of(study: optuna.Study) -> list[Row]:
     return rows
 
 
-def rank(row: Row) -> tuple[float, float, float]:
-    """Sorts best first: by quality, where its tier may choose, then parameters, then latency (forms of one network
-    differ in nothing else)."""
-    return -row["quality"] if row.get("selects", True) else 0.0, -row["params_m"], row["latency_ms"]
+def earlier_ci(detail: Mapping[str, Any]) -> list[float] | None:
+    """The 95% interval of a trial that an earlier version told: it kept one standard error."""
+    if "quality_error" not in detail:
+        return None
+    found = of_error(detail["quality_estimate"], detail["quality_error"]).clipped()
+    return [found.low, found.high]
+
+
+def rank(row: Row) -> tuple[bool, float, float, float]:
+    """Sorts best first: where its tier may choose by quality, those only guessed last; then parameters, then latency
+    (forms of one network differ in nothing else)."""
+    selects = row.get("selects", True)
+    quality = -row["quality"] if selects else 0.0
+    return selects and row.get("guessed", False), quality, -row["params_m"], row["latency_ms"]
 
 
 def best_of(rows: Sequence[Row]) -> Row | None:
@@ -67,9 +79,11 @@ def best_of(rows: Sequence[Row]) -> Row | None:
 
 
 def front_of(rows: Sequence[Row]) -> list[Row]:
-    """Feasible rows that no other feasible row beats in both quality and latency, fastest first."""
+    """Feasible rows that no other feasible row beats in both quality and latency, fastest first; none that are only
+    guessed."""
     front: list[Row] = []
-    for row in sorted((r for r in rows if r["feasible"]), key=lambda r: (r["latency_ms"], -r["quality"])):
+    known = (r for r in rows if r["feasible"] and not r.get("guessed"))
+    for row in sorted(known, key=lambda r: (r["latency_ms"], -r["quality"])):
         if not front or row["quality"] > front[-1]["quality"]:
             front.append(row)
     return front
@@ -113,5 +127,7 @@ def arch_of(row: Row) -> Arch:
     return Arch.from_json(json.dumps(row["arch"]))
 
 
-def interval(row: Row) -> str:
-    return f"{row['quality_estimate']:.1f} +- {row['quality_error']:.1f}"
+def score_words(row: Row) -> str:
+    """A row's score and the 95% interval of its estimate."""
+    low, high = row["quality_ci"]
+    return f"{row['quality']:.1f} (95%: {low:.1f} to {high:.1f})"

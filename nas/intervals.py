@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from nas.units import counted
+
 LEVEL = 0.95
 
 
@@ -52,6 +54,14 @@ def of_mean(values: Sequence[float]) -> Interval | None:
     return Interval(mean - half, mean + half)
 
 
+def of_error(value: float, error: float, freedom: float = math.inf) -> Interval:
+    """The interval of a value whose standard error is known, or was estimated with so many degrees of freedom."""
+    from scipy.stats import t
+
+    half = float(t.ppf((1 + LEVEL) / 2, freedom)) * error
+    return Interval(value - half, value + half)
+
+
 def joined(value: float, *parts: Interval | None) -> Interval:
     """The interval of a value with several independent sources of error, each given as the interval it alone would
     have (method of variance estimates recovery: distances to the ends add in squares; Zou and Donner 2008)."""
@@ -84,5 +94,5 @@ def of_accuracies(top1: Sequence[float], images: int) -> Interval:
 
 def top1_words(top1: float, ci: Sequence[float], images: int, seeds: int | None = None) -> str:
     """A measured accuracy in the form that every verb prints: 59.5% top-1 (95%: 55.9 to 63.0, 180 images, 3 seeds)."""
-    over = "" if seeds is None else f", {seeds} seed{'s' * (seeds > 1)}"
-    return f"{top1:.1f}% top-1 (95%: {ci[0]:.1f} to {ci[1]:.1f}, {images:,} images{over})"
+    over = "" if seeds is None else f", {counted(seeds, 'seed')}"
+    return f"{top1:.1f}% top-1 (95%: {ci[0]:.1f} to {ci[1]:.1f}, {counted(images, 'image')}{over})"

@@ -205,7 +205,7 @@ def state_of(progress: Progress, options: Options) -> list[str]:
     best = progress.best
     found = [f"{progress.feasible} within {options.budget_ms:g} ms"]
     if best:
-        found.append(f"best score {best['quality_estimate']:.1f} ({best['family']}, {best['latency_ms']:.2f} ms)")
+        found.append(f"best score {best['quality']:.1f} ({best['family']}, {best['latency_ms']:.2f} ms)")
     return found
 
 

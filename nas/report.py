@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nas.files import replace_file
-from nas.front import interval
+from nas.front import score_words
 from nas.storage import mask_url
 from nas.units import counted
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 Looks = dict[str, tuple[str, str]]  # a family's colour and marker
 
 COLUMNS = (
-    *("trial", "family", "name", "state", "quality", "quality_estimate", "quality_error"),
+    *("trial", "family", "name", "state", "quality", "quality_estimate", "quality_low", "quality_high", "quality_how"),
     *("latency_ms", "latency_p95_ms", "latency_ci_low_ms", "latency_ci_high_ms", "n", "spread", "reference_ms"),
     *("throughput", "params_m", "macs_m", "resolution", "feasible", "source", "error"),
 )
@@ -39,6 +39,8 @@ REASONS_SHOWN = 12  # failed trials are grouped by reason; more reasons than the
 # One pair a family, in alphabetical order: shapes, and colours after Okabe and Ito for colour-blind readers.
 COLOURS = ("#D55E00", "#009E73", "#0072B2", "#E69F00", "#B5539C", "#3A8FB7", "#7A6A00", "#555555")
 MARKERS = "s^ovDPXh"
+BAR_ROOM = 10.0  # points of top-1 that intervals may widen the plot by, each way
+FOOT = 0.025  # share of the plot's height at which trials without a score stand
 INK, SOFT = "#1d2733", "#6b7580"
 SIDES = ((1, 0), (-1, 0), (-1, 1), (1, -1), (0, 1), (0, -1), (1, 1), (-1, -1))  # of its point a label may stand on
 
@@ -79,7 +81,9 @@ def _csv(trials: list[dict[str, Any]]) -> str:
     for trial in trials:
         p50, p95 = trial["latency_ms"], trial["latency_p95_ms"]
         spread = round(p95 / p50 - 1, 4) if p50 and p95 else None
-        writer.writerow(trial | {"n": trial["samples"], "spread": spread})
+        low, high = trial["quality_ci"] or (None, None)
+        more = {"n": trial["samples"], "spread": spread, "quality_low": low, "quality_high": high}
+        writer.writerow(trial | more)
     return text.getvalue()
 
 
@@ -112,7 +116,7 @@ def _html(data: dict[str, Any], plot: bytes) -> str:
     reasons = Counter(t["error"] for t in trials if t["state"] == "failed").most_common()
     shown = {
         "plot": base64.b64encode(plot).decode(),
-        "quality_name": _quality_name(data),
+        "said": quality_words(data) if winner else "",
         "trust": validation_line(data["quality_tier"], data["validation"]),
         "best": _measured_winner(data) if winner else None,
         "families": _families(data),
@@ -150,7 +154,7 @@ def _families(data: dict[str, Any]) -> list[dict[str, Any]]:
         fitting = [t for t in own if t["feasible"]]
         best = max(
             fitting,
-            key=lambda t: (t["trial"] in winners, t["quality"], -t["latency_ms"]),
+            key=lambda t: (t["trial"] in winners, not t["guessed"], t["quality"], -t["latency_ms"]),
             default=None,
         )
         fastest = min(measured, key=lambda t: t["latency_ms"], default=None)
@@ -176,11 +180,7 @@ def validation_line(tier: dict[str, Any], validation: dict[str, Any] | None) -> 
 def quality_words(data: dict[str, Any]) -> str:
     """How good the winner is: its accuracy where it was trained fully, else what the tier says of it."""
     winner = data["winner"]
-    return winner["accuracy"] or f"{data['quality_tier']['label']} {interval(winner)}"
-
-
-def _quality_name(data: dict[str, Any]) -> str:
-    return data["quality_tier"]["label"].partition(" (")[0]
+    return winner["accuracy"] or f"score {score_words(winner)}"
 
 
 def significant(value: float | None) -> str:
@@ -254,16 +254,17 @@ def plain_axes(axes: Axes) -> None:
 
 
 def _plot(data: dict[str, Any]) -> bytes:
-    """Quality as ranked (the lower bound) against latency; a bar reaches up to the end of a front point's interval."""
+    """Scores against latency; a bar is the 95% interval of a front point's estimate. What a tier that trains has only
+    guessed has no height."""
     figure = new_figure(10, 6.4)
     axes = figure.add_subplot()
     measured = [t for t in data["trials"] if t["state"] == "complete"]
-    scored = [t for t in measured if t["quality"] is not None]
+    scored = [t for t in measured if not unknown(t)]
     front = sorted(data["pareto"], key=lambda p: p["latency_ms"])
     looks = dict(
         zip(sorted({t["family"] for t in data["trials"]}), cycle(zip(COLOURS, MARKERS, strict=True)), strict=False)
     )
-    winner = data["winner"] and next(t for t in scored if t["trial"] == data["winner"]["trial"])
+    winner = data["winner"] and next((t for t in scored if t["trial"] == data["winner"]["trial"]), None)
 
     _frame(axes, data, measured, scored, front)
     _draw_trials(axes, looks, measured)
@@ -271,7 +272,7 @@ def _plot(data: dict[str, Any]) -> bytes:
         _draw_front(axes, looks, front, data["budget_ms"])
     if winner:
         axes.plot(winner["latency_ms"], winner["quality"], "o", ms=18, mfc="none", mec=INK, mew=1.6, zorder=6)
-    _legend(figure, looks, bool(front))
+    _legend(figure, looks, bool(front), any(t["guessed"] for t in measured))
     _label(figure, axes, winner, scored, front, data["budget_ms"])
     return png_of(figure)
 
@@ -295,7 +296,10 @@ def _frame(axes: Axes, data: dict[str, Any], measured: list[dict], scored: list[
     if scored:
         tenth = sorted(t["quality"] for t in scored)[len(scored) // 10]
         bottom = min([tenth, *(t["quality"] for t in [*front, *scored] if "arch" in t or t["name"])])
-        top = max([*(t["quality"] for t in scored), *map(_upper, front)])
+        top = max(t["quality"] for t in scored)
+        bars = [end for p in front for end in p["quality_ci"]]
+        bottom = min(bottom, max(min(bars, default=bottom), bottom - BAR_ROOM))
+        top = max(top, min(max(bars, default=top), top + BAR_ROOM))
         margin = max(1.0, 0.06 * (top - bottom))
         axes.set_ylim(bottom - margin, top + 1.5 * margin)
         notes.append((sum(t["quality"] < bottom - margin for t in scored), "below the frame", "left"))
@@ -304,23 +308,23 @@ def _frame(axes: Axes, data: dict[str, Any], measured: list[dict], scored: list[
     for count, where, side in notes:
         if count:
             words = f"{count} trial{'s' * (count > 1)} {where}"
-            at = {"left": 0.008, "right": 0.992}[side], 0.035
+            at = {"left": 0.008, "right": 0.992}[side], 2 * FOOT
             axes.text(*at, words, ha=side, transform=axes.transAxes, fontsize=9.5, color=SOFT)
     axes.axvspan(budget, right, color="#f4f5f7", zorder=0, lw=0)
     axes.axvline(budget, color=INK, lw=1.2, ls=(0, (5, 3)), zorder=1)
 
     axes.set_xlabel(f"median latency in ms, log scale ({conditions(data['settings'])})", color=INK, fontsize=11)
-    axes.set_ylabel(f"{_quality_name(data)} ({data['quality_tier']['name']}), lower bound, %", color=INK, fontsize=11)
+    axes.set_ylabel(f"score ({data['quality_tier']['name']}), %", color=INK, fontsize=11)
     plain_axes(axes)
 
 
 def _draw_trials(axes: Axes, looks: Looks, measured: list[dict]) -> None:
-    """A dot a trial, faded over the budget; published variants hollow; a tick at the foot where quality is unknown."""
+    """A dot a trial, faded over the budget; published variants hollow; below, hollow, those that were not trained."""
     for t in measured:
         colour, marker = looks[t["family"]]
-        if t["quality"] is None:
-            foot = {"transform": axes.get_xaxis_transform(), "alpha": 0.5, "ms": 8}
-            axes.plot(t["latency_ms"], 0.014, "|", color=colour, **foot)
+        if unknown(t):
+            foot = {"transform": axes.get_xaxis_transform(), "mfc": "none", "mec": colour, "alpha": 0.6, "ms": 6}
+            axes.plot(t["latency_ms"], FOOT, marker, **foot)
         elif t["name"]:
             look = {"mfc": "white", "mec": colour, "mew": 1.8, "ms": 8.5, "alpha": 1 if t["feasible"] else 0.5}
             axes.plot(t["latency_ms"], t["quality"], marker, zorder=5, **look)
@@ -331,8 +335,8 @@ def _draw_trials(axes: Axes, looks: Looks, measured: list[dict]) -> None:
 
 def _draw_front(axes: Axes, looks: Looks, front: list[dict], budget: float) -> None:
     for p in front:
-        bar = {"color": INK, "lw": 0.9, "ms": 5, "markevery": [1], "alpha": 0.3, "zorder": 1}
-        axes.plot([p["latency_ms"]] * 2, [p["quality"], _upper(p)], marker="_", **bar)
+        bar = {"color": INK, "lw": 0.9, "ms": 5, "alpha": 0.3, "zorder": 1}
+        axes.plot([p["latency_ms"]] * 2, p["quality_ci"], marker="_", **bar)
         if not p["name"]:
             colour, marker = looks[p["family"]]
             axes.plot(p["latency_ms"], p["quality"], marker, color=colour, ms=7.5, mec=INK, mew=1, zorder=4)
@@ -341,7 +345,7 @@ def _draw_front(axes: Axes, looks: Looks, front: list[dict], budget: float) -> N
     axes.plot(*zip(*steps, strict=True), color=INK, lw=1.3, zorder=3)
 
 
-def _legend(figure: Figure, looks: Looks, front: bool) -> None:
+def _legend(figure: Figure, looks: Looks, front: bool, guessed: bool) -> None:
     from matplotlib.lines import Line2D
 
     entries = [
@@ -351,6 +355,8 @@ def _legend(figure: Figure, looks: Looks, front: bool) -> None:
     ]
     if front:
         entries.append(Line2D([], [], color=INK, lw=1.3, label="front"))
+    if guessed:
+        entries.append(Line2D([], [], marker="o", mfc="none", mec=SOFT, ls="", ms=6, label="not trained (at the foot)"))
     figure.legend(handles=entries, loc="outside upper left", ncols=8, frameon=False, fontsize=10.5, handletextpad=0.3)
 
 
@@ -410,5 +416,6 @@ def _label(
             text.remove()
 
 
-def _upper(row: dict[str, Any]) -> float:
-    return row["quality_estimate"] + row["quality_error"]
+def unknown(trial: dict[str, Any]) -> bool:
+    """Whether nothing says how good a measured network is: a tier that trains has only guessed."""
+    return trial["quality"] is None or trial["guessed"]

@@ -467,7 +467,7 @@ class TrialRunner:
         told = finish(
             self.study,
             trial,
-            quality=estimate.bound,
+            quality=estimate.score,
             throughput=latency["throughput"],
             constraint=constraint,
             attrs={
@@ -481,9 +481,7 @@ class TrialRunner:
                 "arch": arch.model_dump(mode="json"),
                 "detail": {
                     "digest": digest,
-                    "quality_estimate": estimate.value,
-                    "quality_error": estimate.error,
-                    "quality_how": estimate.how,
+                    **estimate.to_dict(),
                     "training": dict(estimate.training),
                     "code": code_digest(),
                     **latency,

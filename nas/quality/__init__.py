@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from nas.intervals import Interval
+
 if TYPE_CHECKING:
     from nas.schooling import Schooling
     from search_spaces import Arch
@@ -14,22 +16,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a tier says of a network, in points of top-1. how: where it is from. training: what was learnt on the way,
-    kept with the trial."""
+    """What a tier says of a network's top-1, in percent.
+
+    interval: 95%, with the noise of the images that judged. score: what a search ranks by, one standard error below the
+    value, so that what is less known does not win by luck; it is no end of the interval. how: where it is from.
+    training: what was learnt on the way, kept with the trial.
+    """
 
     value: float
-    error: float
+    interval: Interval
+    score: float
     how: str = "predicted"
     training: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
-    def bound(self) -> float:
-        """The lower end, which a search ranks by."""
-        return self.value - self.error
+    @classmethod
+    def within(cls, value: float, error: float, interval: Interval) -> Estimate:
+        """Nothing outside of 0 to 100. error: one standard error."""
+        possible = min(max(value, 0.0), 100.0)
+        return cls(possible, interval.clipped(), max(possible - error, 0.0))
 
-    def overlaps(self, other: Estimate) -> bool:
-        """Whether the two intervals share a point: then the tier cannot tell the networks apart."""
-        return abs(self.value - other.value) <= self.error + other.error
+    def to_dict(self) -> dict[str, Any]:
+        """As a trial and its row keep it."""
+        ci = [self.interval.low, self.interval.high]
+        return {"quality_estimate": self.value, "quality_ci": ci, "quality_how": self.how}
 
 
 class Tier(Protocol):

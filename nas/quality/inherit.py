@@ -22,7 +22,7 @@ class Inherit(Train):
     """As `Train`, with other beginnings: the parent's most important units, and the parent as teacher."""
 
     name = "inherit"
-    label = "estimated top-1 (on your images, after fine-tuning inherited weights)"
+    label = "score (inherit: top-1 estimated on your images, after fine-tuning inherited weights)"
 
     def __init__(self, schooling: Schooling) -> None:
         super().__init__(schooling)

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from nas.intervals import joined, of_error
 from nas.quality import Estimate
 from search_spaces import Arch, get_arch, table
 from search_spaces.arch import StageSummary
@@ -23,13 +24,14 @@ SAMPLES = 12
 SHAPE_SD = 1.87
 """Points of top-1 that size leaves unexplained: residual spread of 129 published ViTs and hybrids in timm (up to 6
 GMACs, ImageNet-1k only) around a fit on log MACs and log parameters."""
+SHAPE_FREEDOM = 126
 
 
 class Prior:
     """The default tier of a search without data. An estimate costs one build on the meta device at most."""
 
     name = "prior"
-    label = "predicted top-1 (prior, with that family's published recipe)"
+    label = "score (prior: ImageNet top-1 predicted from size, with that family's published recipe)"
     note = (
         "The prior knows only size: it favours the largest network that fits the budget. To find what suits your "
         "images, search with --data."
@@ -49,17 +51,20 @@ class Prior:
     def estimate(self, arch: Arch, counts: Table) -> Estimate:
         """Predicted ImageNet-1k top-1 of `arch`.
 
-        The error is the leave-one-out error and, in quadrature, `SHAPE_SD` per unit of distance from the nearest
-        published shape.
+        Its interval is the prediction interval of the family's line (Student's t: few networks are published) and, in
+        quadrature, `SHAPE_SD` per unit of distance from the nearest published shape. Its score is below the value by
+        the leave-one-out error and the same.
         """
         line, macs = self._line(arch.family), counts.macs()
         if isinstance(arch, EvitArch) and any(block.keep_rate < 1 for block in arch.blocks):
             whole = table(unreduced(arch)).macs()
-            value = line.at(whole) - self._reduction_cost(arch, macs / whole)
+            macs, value = whole, line.at(whole) - self._reduction_cost(arch, macs / whole)
         else:
             value = line.at(macs)
-        distance = self._neighbourhood(arch.family).distance(arch)
-        return Estimate(min(value, 100.0), math.hypot(line.error, SHAPE_SD * distance))
+        unlike = SHAPE_SD * self._neighbourhood(arch.family).distance(arch)
+        by_size = of_error(value, line.doubt(macs), line.freedom)
+        interval = joined(value, by_size, of_error(value, unlike, SHAPE_FREEDOM))
+        return Estimate.within(value, math.hypot(line.error, unlike), interval)
 
     def _line(self, family: str) -> Line:
         if family not in self._lines:
@@ -94,7 +99,8 @@ class Prior:
 
 
 class Line:
-    """Least squares of top-1 on log2 MACs. `error` is the root mean square of the leave-one-out residuals."""
+    """Least squares of top-1 on log2 MACs. error: the root mean square of the leave-one-out residuals. freedom: degrees
+    of freedom of the fit's residuals."""
 
     def __init__(self, points: Sequence[tuple[int, float]]) -> None:
         self.x = np.log2([macs for macs, _ in points])
@@ -102,9 +108,17 @@ class Line:
         self.slope, self.offset = np.polyfit(self.x, self.y, 1)
         self.residuals = np.array([self._without(i) for i in range(len(points))])
         self.error = float(np.sqrt(np.mean(self.residuals**2)))
+        self.freedom = len(points) - 2
+        around = self.y - self.slope * self.x - self.offset
+        self.spread = float(np.sqrt((around**2).sum() / self.freedom))
 
     def at(self, macs: int) -> float:
         return float(self.slope * math.log2(macs) + self.offset)
+
+    def doubt(self, macs: int) -> float:
+        """Standard error of a new network's top-1 by the line; it grows away from the published sizes."""
+        away = (math.log2(macs) - self.x.mean()) ** 2 / ((self.x - self.x.mean()) ** 2).sum()
+        return self.spread * math.sqrt(1 + 1 / len(self.x) + float(away))
 
     def _without(self, left_out: int) -> float:
         rest = np.arange(len(self.x)) != left_out

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nas.errors import FAULTS, TrainingError, is_full, reason
+from nas.intervals import of_share
 from nas.quality import Estimate
 from nas.quality.surrogate import describe
 from nas.quality.train import Train
@@ -35,7 +36,7 @@ class Shared(Train):
     """See the module. Its final trainings are those of `Train`, from scratch."""
 
     name = "supernet"
-    label = "estimated top-1 (on your images, with weights its family shares)"
+    label = "score (supernet: top-1 on your images, with weights its family shares)"
     needs_validation = True
 
     def __init__(self, schooling: Schooling) -> None:
@@ -52,7 +53,7 @@ class Shared(Train):
         return self.estimate(arch, counts)
 
     def estimate(self, arch: Arch, counts: Table) -> Estimate:
-        """Accuracy with the family's shared weights; the error is what so few images leave open."""
+        """Accuracy with the family's shared weights; its interval is what so few images leave open."""
         from nas.data import loader, sample
 
         school, supernet = self.schooling, self._supernet(arch.family)
@@ -133,6 +134,6 @@ class Shared(Train):
 
 
 def estimate_of(top1: float, images: int) -> Estimate:
-    """Top-1 in percent on so many images; the error is its binomial standard deviation."""
+    """Top-1 in percent on so many images, with Wilson's interval; the score is one binomial deviation below."""
     share = top1 / 100
-    return Estimate(top1, 100 * float(np.sqrt(share * (1 - share) / images)))
+    return Estimate.within(top1, 100 * float(np.sqrt(share * (1 - share) / images)), of_share(top1, images))

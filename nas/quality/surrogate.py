@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import kendalltau
 
-from nas.quality import Estimate
 from search_spaces import Arch
 from search_spaces.registry import FAMILIES
 from search_spaces.widths import Table
@@ -67,6 +66,15 @@ def describe(arch: Arch, counts: Table) -> np.ndarray:
     )
 
 
+@dataclass(frozen=True)
+class Guess:
+    """Top-1 in percent, which may lie outside of 0 to 100 where nothing like the network was trained; error: one
+    standard deviation."""
+
+    value: float
+    error: float
+
+
 class Surrogate:
     """Fitted to networks trained to various epochs; predicts top-1 after `epochs`. noise: the least standard deviation
     of a result, what another seed would change."""
@@ -78,17 +86,17 @@ class Surrogate:
         if len(self.trained) >= LEAST:
             self._fit()
 
-    def predict(self, features: np.ndarray) -> Estimate:
-        """Top-1 after `epochs` of a network trained once; the error is one standard deviation.
+    def predict(self, features: np.ndarray) -> Guess:
+        """Top-1 after `epochs` of a network trained once.
 
         For a network among those it was fitted to, its own training counts. Without enough networks it is their mean.
         """
         if len(self.trained) < LEAST:
             best = [max(each.rungs.values()) for each in self.trained]
-            return Estimate(float(np.mean(best)) if best else 0.0, WIDE)
+            return Guess(float(np.mean(best)) if best else 0.0, WIDE)
         mean, deviation = self._process.predict(self._scaled(features[None], [self.epochs]), return_std=True)
         error = float(np.hypot(deviation[0] * self._spread, self.noise))
-        return Estimate(float(mean[0]) * self._spread + self._centre, error)
+        return Guess(float(mean[0]) * self._spread + self._centre, error)
 
     def held_out(self) -> tuple[float, float] | None:
         """Mean absolute error in points, and Kendall's tau, of top-1 after `epochs` predicted for every network that

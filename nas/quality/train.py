@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nas.files import replace_file
+from nas.intervals import joined, of_error, of_share
 from nas.quality import Estimate
-from nas.quality.surrogate import Rungs, Surrogate, Trained, describe
+from nas.quality.surrogate import Guess, Rungs, Surrogate, Trained, describe
 from nas.schooling import ETA
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class Train:
     """See the module. `estimate` trains; `predict` asks the surrogate alone."""
 
     name = "train"
-    label = "estimated top-1 (on your images, after the search's last rung of training)"
+    label = "score (train: top-1 estimated on your images, after the search's last rung of training)"
     trained = True
     needs_validation = False
     failed: Mapping[str, str] = {}
@@ -68,13 +69,13 @@ class Train:
             TrainingError: the loss is no longer finite.
         """
         key, features, surrogate = arch.digest(), describe(arch, counts), self.surrogate()
-        guess, known = self._weighed(surrogate, key, features), surrogate.trained
+        known = surrogate.trained
         if any(each.key == key for each in known):
-            return guess
+            return self._weighed(surrogate, key, features)
         if len(known) >= SCREEN_FROM:
-            best = max(surrogate.predict(each.features).value for each in known)
+            best, guess = max(surrogate.predict(each.features).value for each in known), surrogate.predict(features)
             if guess.value + guess.error < best:
-                return guess
+                return self._weighed(surrogate, key, features)
         return self._train(arch, features, known, in_better_third)
 
     def early(self, arch: Arch, counts: Table, rungs: Mapping[str, float]) -> Estimate:
@@ -82,7 +83,7 @@ class Train:
         key, features = arch.digest(), describe(arch, counts)
         first = min(map(int, rungs))
         others = [each for each in self.schooling.results() if each.key != key]
-        return self._fitted([*others, Trained(key, features, {first: rungs[str(first)]})]).predict(features)
+        return self._weighed(self._fitted([*others, Trained(key, features, {first: rungs[str(first)]})]), key, features)
 
     def complete(self, arch: Arch, counts: Table) -> Estimate:
         """Train a network to the last rung."""
@@ -123,11 +124,11 @@ class Train:
                 replace_file(path, json.dumps(judged).encode())
             rungs[epochs] = judged[str(epochs)]
             surrogate = self._fitted([*others, Trained(key, features, dict(rungs))])
-            estimate = surrogate.predict(features)
-            if not goes_on(surrogate, estimate, epochs):
+            guess = surrogate.predict(features)
+            if not goes_on(surrogate, guess, epochs):
                 break
         shutil.rmtree(folder, ignore_errors=True)
-        return self._told(estimate, features, rungs, seconds=time.monotonic() - begun)
+        return self._told(self._bounded(guess), features, rungs, seconds=time.monotonic() - begun)
 
     def _rungs(self, arch: Arch, folder: Path) -> Iterator[tuple[int, nn.Module, Images]]:
         """Train from rung to rung: epochs, the network, and the images that judge it."""
@@ -162,7 +163,16 @@ class Train:
     def _weighed(self, surrogate: Surrogate, key: str, features: np.ndarray) -> Estimate:
         """A network's estimate, with its own training where it had one."""
         own = next((each.rungs for each in surrogate.trained if each.key == key), {})
-        return self._told(surrogate.predict(features), features, own)
+        return self._told(self._bounded(surrogate.predict(features)), features, own)
+
+    def _bounded(self, guess: Guess) -> Estimate:
+        """A guess within 0 to 100: how far it lay outside is a miss, which its error holds. Its interval also holds the
+        noise of the images that judged."""
+        value = min(max(guess.value, 0.0), 100.0)
+        error = math.hypot(guess.error, guess.value - value)
+        return Estimate.within(
+            value, error, joined(value, of_error(value, error), of_share(value, self.schooling.judged))
+        )
 
     def _told(self, found: Estimate, features: np.ndarray, rungs: Mapping[int, float], **more: Any) -> Estimate:
         how = f"trained {max(rungs)} of {self.epochs} epochs" if rungs else "predicted from others' trainings"
@@ -205,10 +215,10 @@ class Train:
         """The network that the others learn from, if there is one."""
 
 
-def in_better_third(surrogate: Surrogate, estimate: Estimate, epochs: int) -> bool:
+def in_better_third(surrogate: Surrogate, guess: Guess, epochs: int) -> bool:
     """Whether a network is in the better third of those that came as far, by the surrogate fitted to all."""
     peers = [surrogate.predict(each.features).value for each in surrogate.trained if epochs in each.rungs]
-    return sum(value > estimate.value for value in peers) < math.ceil(len(peers) / ETA)
+    return sum(value > guess.value for value in peers) < math.ceil(len(peers) / ETA)
 
 
 def low_resolution(arch: Arch) -> int | None:

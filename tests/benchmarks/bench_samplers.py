@@ -132,7 +132,7 @@ class World:
         key = arch.digest()
         if key not in self._known:
             counts = table(arch)
-            self._known[key] = (self._prior.estimate(arch, counts).bound, self._fit.at(arch, counts))
+            self._known[key] = (self._prior.estimate(arch, counts).score, self._fit.at(arch, counts))
         return self._known[key]
 
 

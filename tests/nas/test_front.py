@@ -20,7 +20,7 @@ def row(trial: int, quality: float, latency: float, params: float = 1.0, family:
         "role": "",
         "label": f"trial {trial}",
         "quality_estimate": quality + 1,
-        "quality_error": 1.0,
+        "quality_ci": [quality - 1, quality + 3],
     }
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from nas.quality import TIERS, Estimate
-from nas.quality.prior import Line, Prior, references
+from nas.quality.prior import Line, Prior, references, sizes
 from search_spaces import get_arch, list_models, table
 from search_spaces.api import find_variant
 from search_spaces.evit import EvitArch
@@ -42,7 +42,36 @@ def test_errors_agree_with_quality_measured_before():
 @pytest.mark.parametrize("name", [n for n in list_models() if find_variant(n)[1].top1 is not None])
 def test_published_networks_lie_within_twice_the_error(prior, name):
     found = estimate(prior, get_arch(name))
-    assert abs(found.value - find_variant(name)[1].top1) < 2 * found.error
+    assert found.interval.holds(find_variant(name)[1].top1)
+
+
+def test_the_interval_is_the_line_s_prediction_interval():
+    """Student's t: three networks say far less than six. Against numpy's and SciPy's own figures of a regression."""
+    from scipy.stats import linregress, t
+
+    points = [(2**i, y) for i, y in ((20, 60.0), (21, 66.0), (22, 69.0), (24, 75.0))]
+    line, x = Line(points), np.log2([macs for macs, _ in points])
+    fit = linregress(x, [y for _, y in points])
+    spread = fit.stderr * np.sqrt(((x - x.mean()) ** 2).sum())
+    error_of_mean = np.hypot(fit.intercept_stderr, 0) ** 2 + (23 * fit.stderr) ** 2 - 2 * 23 * x.mean() * fit.stderr**2
+    assert line.doubt(2**23) == pytest.approx(np.sqrt(spread**2 + error_of_mean))
+    assert line.freedom == 2
+    assert t.ppf(0.975, 2) > 4
+
+
+def width(found: Estimate) -> float:
+    return found.interval.high - found.interval.low
+
+
+def test_intervals_are_95_percent_and_the_score_is_as_it_was(prior):
+    """The score is one leave-one-out error below, which ranks; the interval is wider than that both ways."""
+    for name in ("levit_192", "efficientvit_m2", "shvit_s2", "sepvit_lite", "deit_small"):
+        arch = get_arch(name)
+        found = estimate(prior, arch)
+        error = Line([(table(get_arch(n)).macs(), find_variant(n)[1].top1) for n in sizes(arch.family)]).error
+        assert found.score == pytest.approx(found.value - error)
+        assert found.interval.low < found.score
+        assert 0 <= found.interval.low < found.value < found.interval.high <= 100
 
 
 def test_error_grows_away_from_published_shapes(prior):
@@ -53,16 +82,16 @@ def test_error_grows_away_from_published_shapes(prior):
     extreme = arch.replace(
         stages=(arch.stages[0], stage.model_copy(update={"blocks": stage.blocks * 8}), arch.stages[2])
     )
-    errors = [at_home.error, estimate(prior, wider).error, estimate(prior, extreme).error]
+    errors = [width(at_home), width(estimate(prior, wider)), width(estimate(prior, extreme))]
     assert errors == sorted(errors)
     assert errors[2] > 2 * errors[0]
     assert estimate(prior, extreme).value > at_home.value
-    assert estimate(prior, extreme).bound < at_home.bound, "a shape nobody has trained must not win by its size"
+    assert estimate(prior, extreme).score < at_home.score, "a shape nobody has trained must not win by its size"
 
 
 def test_resolution_counts_as_distance(prior):
     arch = get_arch("levit_128s")
-    assert estimate(prior, arch.replace(resolution=128)).error > estimate(prior, arch).error
+    assert width(estimate(prior, arch.replace(resolution=128))) > width(estimate(prior, arch))
 
 
 @pytest.mark.parametrize(("suffix", "cost"), [("", (0.0, 0.0, 0.3, 0.9, 1.3)), ("_drop", (-0.1, 0.1, 0.4, 0.7, 1.4))])
@@ -79,12 +108,7 @@ def test_keeping_fewer_tokens_than_published_costs_more(prior):
     fewer = [b.model_copy(update={"keep_rate": 0.4}) if b.keep_rate < 1 else b for b in arch.blocks]
     below = estimate(prior, arch.replace(blocks=tuple(fewer)))
     assert below.value < estimate(prior, arch).value
-    assert below.error > estimate(prior, arch).error
-
-
-def test_overlap_is_a_tie():
-    assert Estimate(70, 1).overlaps(Estimate(72, 1))
-    assert not Estimate(70, 1).overlaps(Estimate(72.1, 1))
+    assert below.value - below.score > estimate(prior, arch).value - estimate(prior, arch).score
 
 
 def test_it_is_never_called_accuracy():

@@ -16,7 +16,7 @@ from rich.console import Console
 from nas.progress import Line, Screen, watch, watch_images, watch_phases
 from nas.search import Progress
 
-BEST = {"family": "efficientvit", "latency_ms": 1.234, "quality_estimate": 36.84, "quality_error": 2.1}
+BEST = {"family": "efficientvit", "latency_ms": 1.234, "quality": 36.84}
 TRIALS = Line("trials", 12, 100, 750, ("8 within 1.5 ms", "best score 36.8 (efficientvit, 1.23 ms)"))
 SEARCH = SimpleNamespace(trials=12, budget_ms=1.5, lessons=None, timeout_s=None)
 
@@ -67,7 +67,7 @@ PLAY = """
 from types import SimpleNamespace
 from nas.progress import watch
 from nas.search import Progress
-best = {"family": "efficientvit", "latency_ms": 1.234, "quality_estimate": 36.84, "quality_error": 2.1}
+best = {"family": "efficientvit", "latency_ms": 1.234, "quality": 36.84}
 with watch(SimpleNamespace(trials=12, budget_ms=1.5, lessons=None, timeout_s=None)) as (update, say, phase):
     update(Progress(10, 12, 8, best, 60.0, 1.0))
     phase("measuring the reference network efficientvit_m0", 0, 0)

@@ -52,7 +52,9 @@ def trial(number: int, family: str, latency: float, quality: float | None, budge
         "error": "",
         "quality": quality,
         "quality_estimate": None if quality is None else quality + error,
-        "quality_error": None if quality is None else error,
+        "quality_ci": None if quality is None else [quality - error, quality + 3 * error],
+        "quality_how": "predicted",
+        "guessed": False,
         "latency_ms": latency,
         "latency_p95_ms": latency * 1.08,
         "latency_ci_low_ms": latency * 0.99,
@@ -71,6 +73,7 @@ def trial(number: int, family: str, latency: float, quality: float | None, budge
 def failed(number: int, reason: str) -> dict:
     blank = trial(number, "sepvit", 1, None, 0)
     kept = {"trial": number, "family": "sepvit", "name": "", "state": "failed", "error": reason, "feasible": False}
+    kept["guessed"] = False
     return dict.fromkeys(blank) | kept | {"source": "measured"}
 
 
@@ -92,7 +95,7 @@ def invent(trials: int = 100, budget: float = 2.0, seed: int = 0) -> dict[str, A
     for t in sorted((t for t in rows if t["feasible"]), key=lambda t: t["latency_ms"]):
         if not front or t["quality"] > front[-1]["quality"]:
             front.append(t)
-    keys = ["family", "name", "quality", "quality_estimate", "quality_error", "latency_ms", "throughput"]
+    keys = ["family", "name", "quality", "quality_estimate", "quality_ci", "latency_ms", "throughput"]
     pareto = [
         {k: t[k] for k in [*keys, "params_m", "macs_m", "trial"]} | {"arch": {"family": t["family"]}} for t in front
     ]
@@ -128,7 +131,7 @@ def invent(trials: int = 100, budget: float = 2.0, seed: int = 0) -> dict[str, A
         },
         "quality_tier": {
             "name": "prior",
-            "label": "predicted top-1 (prior, with that family's published recipe)",
+            "label": "score (prior: ImageNet top-1 predicted from size, with that family's published recipe)",
             "note": "The prior knows only size: it favours the largest network that fits the budget.",
             "trained": False,
             "held_out": None,
@@ -161,7 +164,8 @@ def invent(trials: int = 100, budget: float = 2.0, seed: int = 0) -> dict[str, A
             "accuracy": "",
             "latency_ms": winner["latency_ms"],
             "quality_estimate": winner["quality_estimate"],
-            "quality_error": winner["quality_error"],
+            "quality": winner["quality"],
+            "quality_ci": winner["quality_ci"],
             "summary": [
                 {"embed_dim": 128, "depth": 2, **stage, "heads": 0.0, "key_dim": 0.0, "attention_share": 0.0},
                 {"embed_dim": 256, "depth": 5, **stage, "attention_share": 0.6, "ffn_ratio": 2.1333333},
@@ -251,10 +255,10 @@ def test_the_four_files_hold_the_result(tmp_path: Path, data: dict[str, Any]) ->
 def test_the_page_answers_in_its_title(tmp_path: Path) -> None:
     data = invent()
     row = data["final"][0]
-    low, high = row["quality"], row["quality_estimate"] + row["quality_error"]
+    low, high = row["quality_ci"]
     title = (
         f"Within 2 ms: {row['label']}, {row['family']}, {row['latency_ms']:.2f}\xa0ms (95% interval "
-        f"{row['ci_low_ms']:.2f} to {row['ci_high_ms']:.2f}), predicted top-1 {low:.1f} to {high:.1f}"
+        f"{row['ci_low_ms']:.2f} to {row['ci_high_ms']:.2f}), score {row['quality']:.1f} (95%: {low:.1f} to {high:.1f})"
     ).replace("\xa0", " ")
     text = report(tmp_path, data).text
     assert title in text
@@ -460,7 +464,11 @@ def test_importing_the_report_imports_no_heavy_package() -> None:
 
 def trained(data: dict, **more) -> dict:
     """An invented run as a trained search leaves it."""
-    tier = data["quality_tier"] | {"name": "train", "label": "estimated top-1 (on your images)", "trained": True}
+    tier = data["quality_tier"] | {
+        "name": "train",
+        "label": "score (train: top-1 estimated on your images)",
+        "trained": True,
+    }
     rows = [Accuracies(entry["label"], [70.0, 71.0], 500, 9.0).to_dict() for entry in data["final"][:2]]
     told = {key: rows[0][key] for key in ("top1_ci", "images", "seeds")}
     winner = data["winner"] | told | {"top1": 70.5, "accuracy": rows[0]["words"]}
@@ -503,5 +511,29 @@ def test_the_trained_accuracy_is_the_headline(tmp_path: Path, capsys: pytest.Cap
     show_result(data, tmp_path, to_stderr=False)
     out = re.sub(r"\s+", " ", capsys.readouterr().out)
     assert words in out.partition(".\n")[0]
-    assert out.index(words) < out.index("estimated top-1")
+    assert out.index(words) < out.index("score (train)")
     assert words in winner_line(data)
+
+
+def test_what_was_not_trained_has_no_height_in_the_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such trials stand hollow at the foot, whatever the surrogate guessed of them."""
+    from matplotlib.figure import Figure
+
+    figures = []
+    savefig = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), savefig(self, *a, **k))[1])
+    data = trained(invent(40))
+    guessed = [t for t in data["trials"] if t["state"] == "complete" and not t["feasible"]]
+    assert guessed
+    for t in guessed:
+        t |= {"quality": 97.0, "quality_estimate": 99.0, "quality_ci": [60.0, 100.0], "guessed": True}
+    page = report(tmp_path, data)
+    axes = figures[0].axes[0]
+    for t in guessed:
+        (mark,) = [line for line in axes.lines if list(line.get_xdata()) == [t["latency_ms"]]]
+        assert mark.get_transform() == axes.get_xaxis_transform()
+        assert mark.get_markerfacecolor() == "none"
+    assert axes.get_ylim()[1] < 97
+    assert "97.0" not in page.text
+    assert "not trained" in page.text
+    assert "not trained (at the foot)" in {text.get_text() for text in figures[0].legends[0].get_texts()}

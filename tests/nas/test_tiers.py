@@ -131,6 +131,58 @@ def test_one_fit_serves_until_a_training_adds_to_it(school, monkeypatch):
     assert [each.key for each in tier.surrogate().trained] == [each.key for each in school.__dict__["known"]]
 
 
+@pytest.mark.parametrize("raw", [228.0, 139.0, -45.0, 62.0])
+def test_estimates_stay_within_0_and_100(school, monkeypatch, raw):
+    """How far a guess lies outside is its error: a network that nothing like it was trained of cannot rank first."""
+    from nas.quality.surrogate import Guess
+
+    monkeypatch.setattr(Surrogate, "predict", lambda self, features: Guess(raw, 2.0))
+    found = Stub(school).predict(arch_at(0), table(arch_at(0)))
+    assert 0 <= found.interval.low <= found.value <= found.interval.high <= 100
+    assert 0 <= found.score <= 100
+    if raw > 100:
+        assert found.score < 100 - (raw - 100) + 1 or found.score == 0
+        assert found.interval.low < 50
+    json.dumps(found.to_dict())
+
+
+def test_an_interval_holds_the_noise_of_the_images_that_judge(school, monkeypatch):
+    from nas.intervals import of_share
+    from nas.quality.surrogate import Guess
+
+    monkeypatch.setattr(Surrogate, "predict", lambda self, features: Guess(60.0, 0.01))
+    found = Stub(school).predict(arch_at(0), table(arch_at(0)))
+    assert school.judged == 200
+    alone = of_share(60.0, 200)
+    assert found.interval.low == pytest.approx(alone.low, abs=0.01)
+    assert found.interval.high == pytest.approx(alone.high, abs=0.01)
+    assert found.score == pytest.approx(59.99), "the same images judge all, so they do not rank"
+    monkeypatch.setattr(Surrogate, "predict", lambda self, features: Guess(60.0, 4.0))
+    wide = Stub(school).predict(arch_at(0), table(arch_at(0))).interval
+    assert wide.low < 60 - 1.96 * 4 < 60 + 1.96 * 4 < wide.high
+
+
+def test_trials_tell_whether_they_were_trained(school, tmp_path):
+    from optuna.samplers import RandomSampler
+
+    from nas.front import best_of, front_of, rows_of
+    from nas.study import finish, open_study
+
+    study, tier = open_study("s", tmp_path / "journal", {}, RandomSampler()), Stub(school)
+    for seed, feasible in ((0, True), (1, False)):
+        arch = arch_at(seed)
+        found = (tier.estimate if feasible else tier.predict)(arch, table(arch))
+        detail = {"digest": arch.digest(), **found.to_dict(), "training": dict(found.training)}
+        told = dict.fromkeys(("latency_ms", "latency_ci_low_ms", "latency_ci_high_ms"), 1.0)
+        attrs = {"detail": detail | told, "feasible": feasible, "params_m": 1.0, "budget_ms": 2.0}
+        finish(study, study.ask(), found.score, 1.0, -0.5, attrs)
+    first, second = rows_of(study)
+    assert (first["guessed"], second["guessed"]) == (False, True)
+    better = second | {"feasible": True, "quality": 99.0, "latency_ms": 0.5}
+    assert best_of([first, better]) is first, "a guess does not win over what was trained"
+    assert front_of([first, better]) == [first]
+
+
 def test_the_same_network_is_not_trained_twice(school):
     tier = Stub(school)
     learn(school, tier, arch_at(0))
@@ -270,7 +322,8 @@ def test_the_closing_run_leaves_it_to_parameters_too(tmp_path, monkeypatch):
 
     def row(number: int, quality: float, params: float, selects: bool) -> dict:
         fixed = {"name": "", "family": "shvit", "feasible": True, "latency_ms": 1.0, "macs_m": 1.0, "resolution": 32}
-        told = {"quality_estimate": quality, "quality_error": 1.0, "quality_how": "", "selects": selects}
+        told = {"quality_estimate": quality, "quality_ci": [quality - 1, quality + 1], "quality_how": ""}
+        told |= {"guessed": False, "selects": selects}
         return fixed | told | {"trial": number, "quality": quality, "params_m": params, "arch": {"number": number}}
 
     monkeypatch.setattr(closing, "arch_of", lambda row: row["arch"])
@@ -523,7 +576,10 @@ def test_shared_weights_are_trained_once_and_may_not_choose_unproven(pictures, t
     tier = Shared(real_school(pictures, tmp_path))
     found = [tier.estimate(arch, table(arch)) for arch in few]
     assert tier.needs_validation
-    assert all(0 <= one.value <= 100 and one.error > 0 and one.how == "with shared weights" for one in found)
+    assert all(
+        0 <= one.interval.low < one.value <= one.interval.high <= 100 and one.how == "with shared weights"
+        for one in found
+    )
     monkeypatch.setattr(Supernet, "train", None)
     again = Shared(real_school(pictures, tmp_path)).estimate(few[0], table(few[0]))
     assert again.value == found[0].value, "the weights that the first one kept"
