@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from wsgiref.util import setup_testing_defaults
 
+import numpy as np
 import optuna
 import pytest
 from optuna.samplers import RandomSampler
@@ -24,6 +25,8 @@ import nas
 from nas import dashboard
 from nas.errors import UserError
 from nas.study import finish, open_study
+from search_spaces.registry import FAMILIES
+from search_spaces.space import LEVELS, PARAMETERS
 
 
 def make_study(storage: str) -> optuna.Study:
@@ -63,7 +66,7 @@ def test_lists_the_study_and_every_trials_constraint(any_storage: str) -> None:
     status, body = get(app, f"/api/studies/{summary['study_id']}")
     detail = json.loads(body)
     assert status.startswith("200")
-    assert detail["objective_names"] == ["quality", "throughput"]
+    assert detail["objective_names"] == ["score (prior)", "throughput, images/s"]
     fits, over, running = detail["trials"]
     assert fits["constraints"] == [-0.25]
     assert over["constraints"] == [0.5]
@@ -158,3 +161,107 @@ def test_serves_the_printed_address_until_interrupted(tmp_path: Path) -> None:
         assert server.returncode == 0
     finally:
         server.kill()
+
+
+def searched(storage: str, resolution: int | None = 64) -> tuple[optuna.Study, list[Any]]:
+    """A study as a trained search leaves it: a network within the budget, a published one, one too slow to be trained,
+    a failed one."""
+    from nas.study import fail
+    from search_spaces import get_arch
+    from search_spaces.space import random_params
+
+    meta = {"budget_ms": 1.5, "quality": "train", "resolution": resolution}
+    study = open_study("mine", storage, meta, RandomSampler(seed=0))
+    archs = [FAMILIES["shvit"].space.decode(random_params(np.random.default_rng(0)), 5, resolution)]
+    archs += [get_arch("shvit_s1"), get_arch("levit_128s")]
+    for arch, name, latency, rungs in zip(
+        archs, ("", "shvit_s1", "levit_128s"), (1.23456, 1.4, 2.25), ({"1": 40.0}, {"1": 50.0}, {}), strict=True
+    ):
+        trial = study.ask()
+        for parameter in PARAMETERS:
+            trial.suggest_int(parameter, 0, LEVELS - 1)
+        detail = {"quality_estimate": 55.0, "quality_ci": [45.0, 65.0], "quality_how": "trained 1 of 9 epochs"}
+        detail |= {"latency_ci_low_ms": latency - 0.03, "latency_ci_high_ms": latency + 0.03}
+        attrs = {"family": arch.family, "latency_ms": latency, "budget_ms": 1.5, "resolution": arch.resolution}
+        attrs |= {"arch": arch.model_dump(mode="json"), "detail": detail | {"training": {"rungs": rungs}}}
+        attrs |= {"feasible": int(latency < 1.5)} | ({"name": name} if name else {})
+        finish(study, trial, 50.0 + 10 * latency, 500.0, latency / 1.5 - 1, attrs)
+    fail(study, study.ask(), "no answer in 60 s")
+    return study, archs
+
+
+def detail_of(app: Any) -> dict[str, Any]:
+    study_id = json.loads(get(app, "/api/studies")[1])["study_summaries"][0]["study_id"]
+    status, body = get(app, f"/api/studies/{study_id}")
+    assert status.startswith("200"), body
+    return json.loads(body)
+
+
+def test_a_note_tells_a_trial_by_its_values(any_storage: str) -> None:
+    study, archs = searched(any_storage)
+    detail = detail_of(dashboard.app(any_storage))
+    assert detail["objective_names"] == ["score (train)", "throughput, images/s"]
+    ours, published, slow, broken = detail["trials"]
+    assert {"key": "latency_ms", "value": "1.235"} in ours["user_attrs"]
+    note = ours["note"]["body"]
+    assert "Latency 1.235 ms (95%: 1.205 to 1.265), budget 1.5 ms: fits." in note
+    assert "Score 62.3; top-1 trained 1 of 9 epochs: 55.0% (95%: 45.0 to 65.0)." in note
+    params, options = study.trials[0].params, FAMILIES["shvit"].space.options
+    for name in ("depth_s1", "width_s2", "qk"):
+        if name in options:
+            assert f"| {name} | {options[name][params[name] * len(options[name]) // LEVELS]} |" in note
+    assert "| resolution | 64 |" in note
+    assert "| stage | embed dim | depth |" in note
+    assert json.dumps(archs[0].model_dump(mode="json")) in note
+    assert "**shvit_s1** (shvit), 224 px" in published["note"]["body"]
+    assert "Not trained" in slow["note"]["body"]
+    assert broken["note"]["body"] == "no answer in 60 s"
+    assert "| 1 | shvit_s1 | shvit | 1.400 | 64.0 |" in detail["note"]["body"]
+
+
+def test_what_was_not_trained_has_no_value(any_storage: str) -> None:
+    study, _ = searched(any_storage)
+    detail = detail_of(dashboard.app(any_storage))
+    slow = detail["trials"][2]
+    assert slow["state"] == "Pruned"
+    assert "values" not in slow
+    assert [t.state for t in study.trials[:3]] == [TrialState.COMPLETE] * 3, "nothing of it is written"
+    plots = {plot["id"]: json.loads(plot["graph_object"]) for plot in detail["plotly_graph_objects"]}
+    (apart,) = [trace for trace in plots["vitnas-front"]["data"] if trace.get("yaxis") == "y2"]
+    assert apart["x"] == [2.25]
+    assert all(2.25 not in t["x"] for t in plots["vitnas-front"]["data"] if "marker" in t and t is not apart)
+
+
+def test_latencies_are_plotted_with_the_budget(any_storage: str) -> None:
+    searched(any_storage)
+    plots = {
+        plot["id"]: json.loads(plot["graph_object"])
+        for plot in detail_of(dashboard.app(any_storage))["plotly_graph_objects"]
+    }
+    dots = [trace for trace in plots["vitnas-latency"]["data"] if trace["mode"] == "markers"]
+    assert sorted(value for trace in dots for value in trace["y"]) == [1.23456, 1.4, 2.25]
+    (budget,) = [trace for trace in plots["vitnas-latency"]["data"] if trace["name"] == "budget"]
+    assert budget["y"] == [1.5, 1.5]
+    (front,) = [trace for trace in plots["vitnas-front"]["data"] if trace["name"] == "front"]
+    assert front["x"] == [1.23456, 1.4, 1.5]
+
+
+def test_a_note_somebody_wrote_is_kept(tmp_path: Path) -> None:
+    from optuna_dashboard import save_note
+
+    path = tmp_path / "study.journal"
+    study, _ = searched(str(path))
+    save_note(study, "mine")
+    before = path.read_bytes()
+    detail = detail_of(dashboard.app(path))
+    assert detail["note"]["body"] == "mine"
+    assert "Latency" in detail["trials"][0]["note"]["body"]
+    assert path.read_bytes() == before
+
+
+def test_a_network_of_another_version_is_told(tmp_path: Path) -> None:
+    study, _ = searched(str(tmp_path / "j"))
+    trial = study.trials[0]
+    stranger = trial.user_attrs | {"arch": {"family": "shvit", "shape": "unknown"}}
+    trial.user_attrs = stranger
+    assert "another version of vitnas" in dashboard.note(trial, {"budget_ms": 1.5})
