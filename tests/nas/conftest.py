@@ -4,7 +4,6 @@ why."""
 from __future__ import annotations
 
 import errno
-import json
 import os
 import pwd
 import shutil
@@ -14,11 +13,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
+import quick
 from postgres import Server, Unavailable, free_port
 
 
@@ -187,53 +187,25 @@ def vitnas(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
     return Cli(capsys, monkeypatch)
 
 
-FEW_ROUNDS = {
-    "nas.measure.protocol.MAX_ROUNDS": 8,
-    "nas.closing.CLOSING_ROUNDS": 6,
-    "nas.closing.THROUGHPUT_ROUNDS": 3,
-}
-SMALLEST = {"efficientvit": "efficientvit_m0", "levit": "levit_128s", "shvit": "shvit_s1"}
+@pytest.fixture
+def few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    quick.few_rounds(monkeypatch)
 
 
 @pytest.fixture
-def few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Networks are timed in few rounds, and the smallest published ones are tried first."""
-    for name, value in FEW_ROUNDS.items():
-        monkeypatch.setattr(name, value)
-    monkeypatch.setattr("nas.search.published_order", lambda options, _: [SMALLEST[f] for f in options.families])
+def small_shvit(monkeypatch: pytest.MonkeyPatch) -> None:
+    quick.small_shvit(monkeypatch)
 
 
 @pytest.fixture(scope="session")
-def vitnas_in_few_rounds() -> list[str]:
-    """The command in a process of its own, as after `few_rounds`; its words follow."""
-    lines = [f"import nas.measure.protocol, nas.closing, nas.search; smallest = {SMALLEST}"]
-    lines += [f"{name} = {value}" for name, value in FEW_ROUNDS.items()]
-    lines.append("nas.search.published_order = lambda options, _: [smallest[f] for f in options.families]")
-    return [sys.executable, "-c", "; ".join([*lines, "from nas.cli import main", "main()"])]
-
-
-_exported: dict[str, Path] = {}
+def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where exports are kept for `exports_here`."""
+    return tmp_path_factory.mktemp("exports")
 
 
 @pytest.fixture
-def exports_here(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Networks are exported in this process, each once in all tests; what a child does is tested in test_measure."""
-    from nas.export import Exporter, export_here
-
-    in_a_child = Exporter.call
-
-    def call(self, method, settings, stem, images, **source):
-        if method != "export" or images is not None:
-            return in_a_child(self, method, settings, stem, images, **source)
-        key = json.dumps([asdict(settings), source], sort_keys=True)
-        if key not in _exported:
-            kept = tmp_path_factory.mktemp("exported") / "network"
-            _exported[key] = Path(
-                export_here(settings=asdict(settings), stem=str(kept), images=images, **source)["path"]
-            )
-        return Path(shutil.copyfile(_exported[key], f"{stem}{_exported[key].suffix}"))
-
-    monkeypatch.setattr(Exporter, "call", call)
+def exports_here(exports: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick.exports_here(monkeypatch, exports)
 
 
 @pytest.fixture

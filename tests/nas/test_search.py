@@ -9,10 +9,12 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import quick
 
 STUDY = "short"
 FAMILIES = ("--family", "efficientvit", "--family", "shvit")
@@ -29,7 +31,7 @@ def command(out: Path, *words: str, budget: str = "30ms", trials: int = TRIALS) 
     return [*base, *SHORT, *words]
 
 
-def start(program: list[str], out: Path, trials: int) -> subprocess.Popen:
+def start(program: Sequence[str], out: Path, trials: int) -> subprocess.Popen:
     return subprocess.Popen(
         [*program, *command(out, trials=trials)],
         stdout=subprocess.PIPE,
@@ -100,9 +102,10 @@ class Course:
 
 
 @pytest.fixture(scope="module")
-def course(tmp_path_factory, vitnas_in_few_rounds) -> Course:
+def course(tmp_path_factory, exports) -> Course:
     out = tmp_path_factory.mktemp("runs")
-    first, second = (start(vitnas_in_few_rounds, out, MANY) for _ in range(2))
+    exporting = quick.program(exports)
+    first, second = start(quick.program(), out, MANY), start(exporting, out, MANY)
     wait_for(lambda: samples(out) >= 2)
     below = children(first.pid)
     first.kill()
@@ -114,7 +117,7 @@ def course(tmp_path_factory, vitnas_in_few_rounds) -> Course:
     interrupted = ended(second, out)
     reported = (out / STUDY / "report.html").exists()
     trials = max(TRIALS, len(interrupted.finished) + 2)
-    done = ended(start(vitnas_in_few_rounds, out, trials), out)
+    done = ended(start(exporting, out, trials), out)
     return Course(out, killed, interrupted, reported, trials, done)
 
 
@@ -242,7 +245,7 @@ def test_resuming_with_another_budget_is_refused(course, vitnas):
     vitnas.refused(vitnas(*command(course.out, budget="3ms")), "budget_ms 30")
 
 
-def test_nothing_fits(tmp_path, vitnas, exports_here):
+def test_nothing_fits(tmp_path, vitnas, small_shvit, exports_here):
     code, text, err = vitnas(*command(tmp_path, budget="1us", trials=2))
     assert code == 1, err
     assert "Nothing fits" in text
@@ -252,7 +255,7 @@ def test_nothing_fits(tmp_path, vitnas, exports_here):
     assert (tmp_path / STUDY / "report.html").exists()
 
 
-def test_a_candidate_that_fails_is_a_failed_trial(tmp_path, monkeypatch, exports_here):
+def test_a_candidate_that_fails_is_a_failed_trial(tmp_path, monkeypatch, small_shvit, exports_here):
     from nas.front import rows_of
     from nas.measure import MeasureError, Measurer, Settings
     from nas.outcome import finish_run

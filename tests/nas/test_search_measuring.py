@@ -17,7 +17,7 @@ from nas.search import TrialRunner, open_cache
 SMALL = ("--latency-budget", "90ms", "--family", "shvit", "--resolution", "64", "--threads", "1", "--seed", "3")
 
 
-pytestmark = pytest.mark.usefixtures("few_rounds")
+pytestmark = pytest.mark.usefixtures("few_rounds", "small_shvit")
 
 
 def rows_of(folder: Path) -> list[dict[str, str]]:

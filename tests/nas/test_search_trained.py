@@ -2,11 +2,14 @@
 
 import csv
 import json
-import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import pytest
+import quick
 from PIL import Image
 
 from nas.card import Card
@@ -23,8 +26,20 @@ def command(root: Path, *words: str, trials: int = 3) -> list[str]:
     ]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def short(exports):
+    with pytest.MonkeyPatch.context() as patch:
+        quick.few_rounds(patch)
+        quick.small_shvit(patch)
+        quick.exports_here(patch, exports)
+        yield
+
+
 @pytest.fixture(scope="module")
-def searched(tmp_path_factory, vitnas_in_few_rounds) -> tuple[Path, subprocess.CompletedProcess]:
+def searched(tmp_path_factory, short) -> tuple[Path, str]:
+    """The folder of images and runs; what the search printed."""
+    from nas import cli
+
     root = tmp_path_factory.mktemp("trained")
     rng = np.random.default_rng(0)
     for part, count in (("train", 60), ("val", 20)):
@@ -34,17 +49,21 @@ def searched(tmp_path_factory, vitnas_in_few_rounds) -> tuple[Path, subprocess.C
             for i in range(count):
                 pixels = np.clip(np.array(colour) + rng.normal(0, 60, (32, 32, 3)), 0, 255).astype(np.uint8)
                 Image.fromarray(pixels).save(folder / f"{i}.png")
-    words = [*vitnas_in_few_rounds, *command(root, "--json", "--validate", "6")]
-    return root, subprocess.run(words, capture_output=True, text=True, timeout=300)
+    out, err = StringIO(), StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["vitnas", *command(root, "--json", "--validate", "6")])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+    assert stop.value.code == 0, err.getvalue()
+    return root, out.getvalue()
 
 
 def test_a_trained_network_comes_out_with_its_baseline(searched):
-    root, done = searched
-    assert done.returncode == 0, done.stderr
+    root, text = searched
     folder = root / "runs" / FOLDER
     files = {"arch.json", "model.onnx", "model.safetensors", "preprocess.json", "labels.txt"}
     assert {path.name for path in (folder / "best").iterdir()} == files
-    found = json.loads(done.stdout)
+    found = json.loads(text)
     assert found["num_classes"] == 2
     assert not found["untrained"]
     ours, *theirs = found["accuracy"]["rows"]
@@ -88,7 +107,7 @@ def test_weights_are_those_of_the_network_as_measured(searched):
         assert abs(fold(model)(images).numpy() - logits).max() < 1e-3
 
 
-def test_nothing_is_trained_again(searched, vitnas, exports_here):
+def test_nothing_is_trained_again(searched, vitnas):
     root, first = searched
     folder = root / "runs" / FOLDER
     before = {path: path.stat().st_mtime_ns for path in (folder / "final").iterdir()}
@@ -96,7 +115,7 @@ def test_nothing_is_trained_again(searched, vitnas, exports_here):
     code, out, err = vitnas(*command(root, "--json", "--validate", "6"))
     assert code == 0, err
     assert all(path.stat().st_mtime_ns == made for path, made in before.items())
-    assert json.loads(out)["accuracy"] == json.loads(first.stdout)["accuracy"]
+    assert json.loads(out)["accuracy"] == json.loads(first)["accuracy"]
 
 
 def test_another_training_is_refused(searched, vitnas):
@@ -106,8 +125,8 @@ def test_another_training_is_refused(searched, vitnas):
 
 
 def test_the_tier_validates_itself(searched):
-    _, done = searched
-    data = json.loads(done.stdout)
+    _, text = searched
+    data = json.loads(text)
     found = data["validation"]
     assert found["networks"] == 6
     assert {"estimate, first rung", "params"} <= set(found["tau"])

@@ -1,0 +1,77 @@
+"""What makes real searches short: few rounds of timing, small networks, exports without a child process."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SMALLEST = {"efficientvit": "efficientvit_m0", "levit": "levit_128s", "shvit": "shvit_s1"}
+
+
+def few_rounds(patch: pytest.MonkeyPatch) -> None:
+    """Time networks in few rounds, and try the smallest published ones first."""
+    patch.setattr("nas.measure.protocol.MAX_ROUNDS", 8)
+    patch.setattr("nas.closing.CLOSING_ROUNDS", 6)
+    patch.setattr("nas.closing.THROUGHPUT_ROUNDS", 3)
+    patch.setattr("nas.search.published_order", lambda options, _: [SMALLEST[f] for f in options.families])
+
+
+def small_shvit(patch: pytest.MonkeyPatch) -> None:
+    """Decode every point of SHViT's space, published ones too, to a quarter of its widths and at most two blocks a
+    stage."""
+    from search_spaces.registry import FAMILIES
+
+    family = FAMILIES["shvit"]
+
+    def arch(values: Any, num_classes: int) -> Any:
+        small = {k: v // 4 for k, v in values.items() if k.startswith("width")}
+        small |= {k: min(v, 2) for k, v in values.items() if k.startswith("depth")}
+        return family.space.arch({**values, **small}, num_classes)
+
+    patch.setitem(FAMILIES, "shvit", replace(family, space=replace(family.space, arch=arch)))
+
+
+def exports_here(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Export networks in this process, each once; what a child does is tested in test_measure.
+
+    folder: for the files that are kept; processes may share it.
+    """
+    from nas.export import Exporter, export_here
+
+    in_a_child = Exporter.call
+
+    def call(self: Any, method: str, settings: Any, stem: Path, images: str | None, **source: Any) -> Path:
+        if method != "export" or images is not None:
+            return in_a_child(self, method, settings, stem, images, **source)
+        key = json.dumps([asdict(settings), source], sort_keys=True)
+        kept = folder / hashlib.sha256(key.encode()).hexdigest()
+        if not kept.exists():
+            made = export_here(settings=asdict(settings), stem=f"{kept}.{os.getpid()}", images=images, **source)["path"]
+            Path(made).rename(kept.with_suffix(Path(made).suffix))
+            kept.symlink_to(kept.with_suffix(Path(made).suffix).name)
+        return Path(shutil.copyfile(kept, f"{stem}{kept.resolve().suffix}"))
+
+    patch.setattr(Exporter, "call", call)
+
+
+def program(exporting: Path | None = None) -> Sequence[str]:
+    """The command in a process of its own, with few rounds; its words follow.
+
+    exporting: the folder of `exports_here`, for a process that exports by itself.
+    """
+    lines = [
+        f"import sys, pathlib; sys.path.insert(0, {str(Path(__file__).parent)!r}); import pytest, quick",
+        "patch = pytest.MonkeyPatch(); quick.few_rounds(patch)",
+    ]
+    if exporting is not None:
+        lines.append(f"quick.exports_here(patch, pathlib.Path({str(exporting)!r}))")
+    return [sys.executable, "-c", "; ".join([*lines, "from nas.cli import main", "main()"])]
