@@ -18,7 +18,9 @@ SMALLEST = {"efficientvit": "efficientvit_m0", "levit": "levit_128s", "shvit": "
 
 
 def few_rounds(patch: pytest.MonkeyPatch) -> None:
-    """Time networks in few rounds, and try the smallest published ones first."""
+    """Time networks in few rounds, few of them in the closing run, and try the smallest published ones first."""
+    patch.setattr("nas.front.RESERVES", 1)
+    patch.setattr("nas.front.MARGINS", ())
     patch.setattr("nas.measure.protocol.MAX_ROUNDS", 8)
     patch.setattr("nas.closing.CLOSING_ROUNDS", 6)
     patch.setattr("nas.closing.THROUGHPUT_ROUNDS", 3)
@@ -64,13 +66,14 @@ def exports_here(patch: pytest.MonkeyPatch, folder: Path) -> None:
 
 
 def program(exporting: Path | None = None) -> Sequence[str]:
-    """The command in a process of its own, with few rounds; its words follow.
+    """The command in a process of its own, with few rounds and small networks; its words
+    follow.
 
     exporting: the folder of `exports_here`, for a process that exports by itself.
     """
     lines = [
         f"import sys, pathlib; sys.path.insert(0, {str(Path(__file__).parent)!r}); import pytest, quick",
-        "patch = pytest.MonkeyPatch(); quick.few_rounds(patch)",
+        "patch = pytest.MonkeyPatch(); quick.few_rounds(patch); quick.small_shvit(patch)",
     ]
     if exporting is not None:
         lines.append(f"quick.exports_here(patch, pathlib.Path({str(exporting)!r}))")

@@ -17,7 +17,7 @@ import pytest
 import quick
 
 STUDY = "short"
-FAMILIES = ("--family", "efficientvit", "--family", "shvit")
+FAMILIES = ("--family", "levit", "--family", "shvit")
 SHORT = (*FAMILIES, "--sampler", "random", "--seed", "3", "--threads", "1", "--resolution", "64")
 TRIALS = 6
 MANY = 16  # more than are done by the time a worker is stopped
@@ -217,7 +217,7 @@ def test_reported_latency_holds_in_an_independent_loop(course, tmp_path):
     pytest.fail(f"never near the reported ratio: {ratios}")
 
 
-def test_a_finished_study_is_only_reported_again(course, vitnas, exports_here):
+def test_a_finished_study_is_only_reported_again(course, vitnas, small_shvit, exports_here):
     code, text, err = vitnas(*command(course.out, "--json", trials=course.trials))
     assert code == 0, err
     assert len(trials_of(course.out)) == len(course.done.trials)
@@ -232,7 +232,7 @@ def test_a_finished_study_is_only_reported_again(course, vitnas, exports_here):
     [
         (("--num-classes", "10"), "num_classes"),
         (("--batch-size", "2"), "batch_size"),
-        (("--family", "levit"), "families"),
+        (("--family", "evit"), "families"),
     ],
 )
 def test_resuming_with_another_setting_is_refused(course, vitnas, words, difference):
