@@ -76,6 +76,9 @@ class Taught(Train):
         class Training:
             loader = SimpleNamespace(close=lambda: None)
 
+            def __init__(self) -> None:
+                self.recipe, self.epoch = recipe, 0
+
             @property
             def network(self) -> Any:
                 return create_model(arch)
