@@ -187,6 +187,12 @@ def vitnas(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
     return Cli(capsys, monkeypatch)
 
 
+@pytest.fixture(autouse=True)
+def _no_power_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files are not waited for until the disk has them: no test cuts the power."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
 @pytest.fixture
 def few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     quick.few_rounds(monkeypatch)

@@ -92,7 +92,7 @@ class Taught(Train):
 
 
 @pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> Device:
+def device(monkeypatch: pytest.MonkeyPatch, small_shvit: None) -> Device:
     found = Device()
     for module in (nas.search, nas.closing):
         monkeypatch.setattr(module, "Exporter", lambda *_: nullcontext(found))
