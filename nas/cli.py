@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import sys
 from pathlib import Path
@@ -19,12 +20,13 @@ EPILOG = (
     "  vitnas dashboard"
 )
 
+log = logging.getLogger("nas")
 app = typer.Typer(
     name="vitnas",
     help="Find the vision transformer for your device, under a latency budget measured on it.",
     epilog=EPILOG,
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
@@ -49,13 +51,61 @@ Data = Annotated[
     ),
 ]
 SEEDS = {"min": 0, "max": 2**32 - 1}  # as all generators in use take them
+
+
+def be_verbose(verbose: bool) -> bool:
+    """Let the loggers of this package speak."""
+    if verbose:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+        log.setLevel(logging.DEBUG)
+    return verbose
+
+
+Verbose = Annotated[
+    bool,
+    typer.Option(
+        "--verbose", "-v", help="Tell where the time goes, and tracebacks of what fails.", callback=be_verbose
+    ),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Tell results and errors only.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 Model = Annotated[str, typer.Argument(help="A published name, an arch.json, or a run's folder.")]
 
 
+VERSIONS = ("vitnas", "torch", "onnxruntime", "optuna")
+
+
+def tell_version(asked: bool) -> None:
+    """Print the versions of this program and of what its figures depend on."""
+    if not asked:
+        return
+    from importlib.metadata import PackageNotFoundError, version
+
+    told = []
+    for name in VERSIONS:
+        try:
+            told.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            told.append(f"{name} not installed")
+    print(", ".join([*told, f"Python {sys.version.split()[0]}"]))
+    raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", help="Tell the versions and exit.", callback=tell_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Find the vision transformer for your device, under a latency budget measured on it."""
+
+
 @app.command(
+    short_help="Search networks that meet a latency budget.",
     epilog="Example:  vitnas search --latency-budget 2ms --data ./images --resolution 128\n\n"
-    "Example:  vitnas search --latency-budget 2ms --family shvit --family levit --trials 200"
+    "Example:  vitnas search --latency-budget 2ms --family shvit --family levit --trials 200",
 )
 def search(
     context: typer.Context,
@@ -131,12 +181,15 @@ def search(
         int, typer.Option(help="Train so many held-out networks fully, to measure how well the tier ranks; 0: none.")
     ] = 0,
     as_json: Json = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
 ) -> None:
     """Search networks that meet a latency budget on this device, as measured on it.
 
     With --data candidates are trained on your images, and at the end the winner and a published network are trained
-    fully, by one recipe. The same command continues its study. Ctrl-C ends it cleanly, with the report written. Exit
-    codes: 0 a network was found, 1 nothing fits the budget or a step at the end failed, 2 bad input.
+    fully, by one recipe. The same command continues its study. Ctrl-C ends it cleanly, with the report written.
+
+    Exit codes: 0 a network was found, 1 nothing fits the budget or a step at the end failed, 2 bad input, 130 Ctrl-C.
     """
     from nas.units import parse_budget, parse_duration
 
@@ -218,48 +271,84 @@ def search(
         against=beside,
         cache=not no_cache,
     )
-    with watch(options, images) as (progress, say, phase), training_threads(train_threads, say):
+    with watch(options, images, quiet) as (progress, say, phase), training_threads(train_threads, say):
         found, run = run_search(options, progress, say, phase, images)
         with storage_errors(storage_of(options)), interruptible():
             result = finish_run(options, found, run, command_line(), phase, say)
             sweep(found)
-    show_result(result, options.folder, to_stderr=as_json)
+    show_result(result, options.folder, as_json, verbose, data)
     if as_json:
         print(json.dumps({key: result[key] for key in result if key != "trials"} | {"folder": str(options.folder)}))
+    if result["interrupted"] and not result["failures"]:
+        raise KeyboardInterrupt
     raise typer.Exit(0 if result["winner"] and not result["failures"] else 1)
 
 
-@app.command(epilog="Example:  vitnas models --json")
-def models(as_json: Json = False) -> None:
-    """List the published networks: parameters, MACs, resolution and published top-1."""
-    from nas.display import show_models
-    from search_spaces import get_arch, list_models, table
-    from search_spaces.api import find_variant
+@app.command(short_help="List the runs under runs/.", epilog="Example:  vitnas runs --json")
+def runs(
+    folder: Annotated[Path, typer.Argument(help="The folder that holds the runs.")] = Path("runs"),
+    as_json: Json = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """List runs: kind, budget, the best network, state, size on disk, last change; by their files alone.
 
-    rows = []
-    for name in list_models():
-        arch, (family, variant) = get_arch(name), find_variant(name)
-        counts = table(arch)
-        rows.append(
-            {
-                "name": name,
-                "family": family,
-                "params": counts.params(),
-                "macs": counts.macs(),
-                "resolution": arch.resolution,
-                "top1": variant.top1,
-                "source": variant.source,
-            }
-        )
+    Exit codes: 0 done, 2 no such folder.
+    """
+    from nas.runs import list_runs, show_runs
+
+    rows = list_runs(folder)
     if as_json:
         print(json.dumps(rows, indent=1))
     else:
-        show_models(rows)
+        show_runs(rows, folder)
 
 
-@app.command(epilog="Example:  vitnas show runs/cpu-onnxruntime-2ms-all")
-def show(model: Model, as_json: Json = False) -> None:
-    """Show a network: its stages along the five axes, parameters, MACs and the prior's prediction."""
+@app.command(short_help="List the published networks.", epilog="Example:  vitnas models --json")
+def models(
+    measure: Annotated[
+        bool,
+        typer.Option("--measure", help="Measure those not yet measured here; Ctrl-C keeps what is done."),
+    ] = False,
+    device: Device = "cpu",
+    runtime: RuntimeName = None,
+    threads: Threads = None,
+    batch_size: BatchSize = 1,
+    precision: Precision = "fp32",
+    as_json: Json = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """List the published networks: parameters, MACs, resolution, published top-1, and latency where measured here.
+
+    Exit codes: 0 done, 1 some could not be measured, 2 bad input, 130 Ctrl-C: what was measured is kept.
+    """
+    from nas.models import archs, list_rows, show_rows
+
+    settings, networks, failed = settings_of(runtime, device, threads, batch_size, precision), archs(), {}
+    if measure:
+        from nas.cache import fill, known
+        from nas.progress import watch_phases
+
+        unknown = {name: arch for name, arch in networks.items() if known(arch, settings) is None}
+        with watch_phases(quiet) as (progress, _):
+            failed = fill(unknown, settings, lambda name, *done: progress(f"measuring {name}", *done))
+    rows = list_rows(networks, settings)
+    if as_json:
+        print(json.dumps(rows, indent=1))
+    else:
+        show_rows(rows, settings)
+    for name, why in failed.items():
+        print(f"{name} could not be measured: {why}", file=sys.stderr)
+    raise typer.Exit(1 if failed else 0)
+
+
+@app.command(short_help="Show what a network or a run is.", epilog="Example:  vitnas show runs/cpu-onnxruntime-2ms-all")
+def show(model: Model, as_json: Json = False, verbose: Verbose = False, quiet: Quiet = False) -> None:
+    """Show a network: its stages along the five axes, parameters, MACs and the prior's prediction.
+
+    Exit codes: 0 done, 2 bad input.
+    """
     from nas.display import show_arch
     from nas.quality.prior import Prior
     from nas.targets import find_arch
@@ -287,10 +376,11 @@ def show(model: Model, as_json: Json = False) -> None:
 
 
 @app.command(
+    short_help="Measure networks side by side.",
     epilog="Example:  vitnas bench levit_128s shvit_s1@160 timm/lcnet_075 runs/cpu-onnxruntime-2ms-all\n\n"
     "Example:  vitnas bench efficientvit_m0 timm/lcnet_075 --runtime onnxruntime --runtime openvino --precision fp32 "
     "--precision int8 --data ./images\n\n"
-    "Example:  vitnas bench mine.onnx --shape images=1x3x224x224 --throughput-at 64 --csv bench.csv --plot bench.png"
+    "Example:  vitnas bench mine.onnx --shape images=1x3x224x224 --throughput-at 64 --csv bench.csv --plot bench.png",
 )
 def bench(
     models: Annotated[
@@ -342,12 +432,15 @@ def bench(
     csv: Annotated[Path | None, typer.Option(help="Write the table here.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the latencies: a .png, .svg or .pdf.")] = None,
     as_json: Json = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
 ) -> None:
     """Measure networks side by side, in every combination of runtimes, precisions, batch sizes and threads.
 
     All in one interleaved run; ratios are to the first row. --json prints results (with their resolution and
-    throughput_batch), failed (with their error), hardware and notes. Ctrl-C tells the rounds made until then. Exit
-    codes: 0 all were measured, 2 bad input, or some could not be measured (the others are told), 130 Ctrl-C.
+    throughput_batch), failed (with their error), hardware and notes. Ctrl-C tells the rounds made until then.
+
+    Exit codes: 0 all were measured, 2 bad input, or some could not be measured (the others are told), 130 Ctrl-C.
     """
     import itertools
 
@@ -388,7 +481,7 @@ def bench(
                 raise UserError(f"--suite brings its own networks: leave out {option}")
         one = [given[0] if given else None for given, _ in asked]
         settings = settings_of(one[0], device, one[3], one[2] or 1, one[1] or "fp32")
-        run_suite(suite, settings, rounds, csv, as_json)
+        run_suite(suite, settings, rounds, csv, as_json, quiet)
         return
     if not models:
         raise UserError("name the networks to measure: published names, timm/NAME, arch.json or .onnx files")
@@ -413,7 +506,7 @@ def bench(
     )
     with device_lock(device):  # what another vitnas does there is not this machine's load
         hardware = describe(max(settings, key=lambda each: each.threads))
-    with watch_phases() as (progress, say):
+    with watch_phases(quiet) as (progress, say):
         found = run_bench(options, progress, say)
     line = quanta_line(hardware) if any(row["waiting"] for row in found.rows) else busy_line(hardware)
     if line:
@@ -434,8 +527,9 @@ def bench(
 
 
 @app.command(
+    short_help="Shrink a trained network to a budget.",
     epilog="Examples:\n\n  vitnas prune --model efficientvit_m4\n\n"
-    "  vitnas prune --model levit_192 --data ./images --latency-budget 0.6x --finetune 3 --distill"
+    "  vitnas prune --model levit_192 --data ./images --latency-budget 0.6x --finetune 3 --distill",
 )
 def prune(
     model: Annotated[str, typer.Option(help="A published name, an arch.json, a run's folder, or timm/NAME.")],
@@ -470,11 +564,15 @@ def prune(
     train_threads: TrainThreads = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write to.  [default: one in runs/]")] = None,
     as_json: Json = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
 ) -> None:
     """Shrink a network to a budget by Taylor importance, and move parameters to where they matter.
 
-    The same command continues an interrupted run after its last finished round. Exit codes: 0 done and within the
-    budget, 1 done but over it as measured, or a step at its end failed, 2 bad input.
+    The same command continues an interrupted run after its last finished round.
+
+    Exit codes: 0 done and within the budget, 1 done but over it as measured, or a step at its end failed, 2 bad input,
+    130 Ctrl-C.
     """
     from nas.display import show_prune
     from nas.job import compute_device
@@ -502,7 +600,7 @@ def prune(
         seed=seed,
     )
     options.check()
-    with watch_phases() as (progress, say), training_threads(train_threads, say, compute_device(options.settings)):
+    with watch_phases(quiet) as (progress, say), training_threads(train_threads, say, compute_device(options.settings)):
         found = run_prune(options, command_line(), say, progress)
     show_prune(found, options.folder, to_stderr=as_json)
     if as_json:
@@ -511,10 +609,11 @@ def prune(
 
 
 @app.command(
+    short_help="Train a network on your images.",
     epilog="Examples:\n\n  vitnas train efficientvit_m0 --data ./images --resolution 128\n\n"
     "  vitnas train levit_192 --weights timm --data ./images\n\n"
     "  torchrun --nproc-per-node 8 -m nas.cli train levit_192 --data ./imagenet --recipe levit "
-    "--teacher timm/regnety_160.deit_in1k --precision bf16"
+    "--teacher timm/regnety_160.deit_in1k --precision bf16",
 )
 def train(
     model: Model,
@@ -561,11 +660,15 @@ def train(
     device: Annotated[str | None, typer.Option(help="cpu or cuda.  [default: cuda where there is one]")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write to.  [default: one in runs/]")] = None,
     as_json: Json = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
 ) -> None:
     """Train a network on images; the accuracy told is that of the last epoch's weights, never of the best one.
 
-    The same command continues an interrupted training after its last finished epoch. Exit codes: 0 done, 1 the training
-    or its ONNX file failed (weights of the last good epoch are kept) or the disk is full, 2 bad input.
+    The same command continues an interrupted training after its last finished epoch.
+
+    Exit codes: 0 done, 1 the training or its ONNX file failed (weights of the last good epoch are kept) or the disk is
+    full, 2 bad input, 130 Ctrl-C.
     """
     from nas.display import show_train
     from nas.progress import watch_images
@@ -594,7 +697,7 @@ def train(
         seed=seed,
     )
     options.check()
-    with watch_images(chosen.epochs) as (progress, say), training_threads(train_threads, say, device):
+    with watch_images(chosen.epochs, quiet) as (progress, say), training_threads(train_threads, say, device):
         found = run_train(options, command_line(), say, progress)
     if "final" in found:
         show_train(found, options.folder, to_stderr=as_json)
@@ -603,7 +706,9 @@ def train(
     raise typer.Exit(1 if found["error"] else 0)
 
 
-@app.command(epilog="Example:  vitnas export levit_128s --weights timm --out levit")
+@app.command(
+    short_help="Write a network as ONNX.", epilog="Example:  vitnas export levit_128s --weights timm --out levit"
+)
 def export(
     model: Model,
     out: Annotated[Path, typer.Option(help="Folder to write arch.json, model.onnx and model.safetensors to.")],
@@ -616,8 +721,13 @@ def export(
     ] = None,
     num_classes: Annotated[int | None, typer.Option(help="Classes.  [default: the network's own]")] = None,
     batch_size: BatchSize = 1,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Write a network as ONNX (BatchNorm folded, static shapes), checked against PyTorch."""
+    """Write a network as ONNX (BatchNorm folded, static shapes), checked against PyTorch.
+
+    Exit codes: 0 done, 2 bad input.
+    """
     from nas.export import export_folder
     from nas.targets import find_arch, find_target
 
@@ -627,7 +737,10 @@ def export(
     print(export_folder(arch, out, weights or (beside and str(beside)), num_classes, batch_size))
 
 
-@app.command(epilog="Example:  vitnas dashboard runs/cpu-onnxruntime-2ms-all --port 8090")
+@app.command(
+    short_help="Look at a search in the browser.",
+    epilog="Example:  vitnas dashboard runs/cpu-onnxruntime-2ms-all --port 8090",
+)
 def dashboard(
     run: Annotated[
         str | None, typer.Argument(help="A run's folder, a journal, or a database URL.  [default: the newest in runs/]")
@@ -636,14 +749,19 @@ def dashboard(
         str, typer.Option(help="Address to listen on; anyone who reaches it can change the study.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8080,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Look at a study in optuna-dashboard, with its latency constraint shown."""
+    """Look at a study in optuna-dashboard, with its latency constraint shown.
+
+    Ctrl-C ends it. Exit codes: 0 ended, 2 bad input.
+    """
     from nas.dashboard import serve
 
     serve(storage_named(run), host, port)
 
 
-def run_suite(name: str, settings: Any, rounds: int, csv: Path | None, as_json: bool) -> None:
+def run_suite(name: str, settings: Any, rounds: int, csv: Path | None, as_json: bool, quiet: bool) -> None:
     """`vitnas bench --suite NAME`."""
     from nas.bench import check_output
     from nas.display import console_of
@@ -659,7 +777,7 @@ def run_suite(name: str, settings: Any, rounds: int, csv: Path | None, as_json: 
         check_output("--csv", csv)
     with device_lock(settings.device):
         hardware = describe(settings)
-    with watch_phases() as (progress, say):
+    with watch_phases(quiet) as (progress, say):
         if line := busy_line(hardware):
             say(line)
         found = run_papers(settings, rounds, lambda done, total: progress("claims", done, total), say)
@@ -767,12 +885,14 @@ def main() -> None:
             raise KeyboardInterrupt
         sys.exit(code if isinstance(code, int) else 0)
     except UserError as error:
+        log.debug("traceback", exc_info=True)
         fail(str(error), 1 if isinstance(error, DiskFull) else 2)
     except KeyboardInterrupt:
         goes_on = sys.argv[1:2] in (["search"], ["prune"], ["train"])
         print("interrupted" + f"; to go on: {command_line()}" * goes_on, file=sys.stderr)
         sys.exit(130)
     except OSError as error:
+        log.debug("traceback", exc_info=True)
         fail(f"{error.filename or 'input or output'}: {error.strerror or error}")
     except Exception as error:
         if not hasattr(error, "format_message"):

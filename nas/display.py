@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,15 @@ def clock(seconds: float) -> str:
     return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
 
 
-def show_result(data: Mapping[str, Any], folder: Path, to_stderr: bool) -> None:
-    """A search's result: the answer, the closing table, ties, notes and where the time went."""
+def show_result(
+    data: Mapping[str, Any], folder: Path, to_stderr: bool, verbose: bool = False, images: str | None = None
+) -> None:
+    """A search's result: the answer, the closing table, ties and notes, then its files and what to do next.
+
+    Args:
+        verbose: tell where the time went, too.
+        images: what it trained on, as named on the command line.
+    """
     from nas.report import quality_words
 
     console = console_of(to_stderr)
@@ -33,44 +41,62 @@ def show_result(data: Mapping[str, Any], folder: Path, to_stderr: bool) -> None:
     )
     fastest = data["fastest"]
     if fastest is None:
-        console.print("No trial was measured.")
+        prose(console, "No trial was measured.")
     elif winner is None:
-        console.print(f"Nothing fits {budget} ({where}).")
-        console.print(f"Fastest measured: {fastest['label']} ({fastest['family']}), {fastest['latency_ms']:.2f} ms.")
+        prose(console, f"Nothing fits {budget} ({where}).")
+        prose(console, f"Fastest measured: {fastest['label']} ({fastest['family']}), {fastest['latency_ms']:.2f} ms.")
         for line in data["advice"]:
-            console.print(f"  may help: {line}")
+            prose(console, f"  may help: {line}")
     else:
-        console.print(
+        prose(
+            console,
             f"Best within {budget} ({where}): {winner['label']} of the family {winner['family']}, "
-            f"{winner['latency_ms']:.2f} ms, {quality_words(data)}."
+            f"{winner['latency_ms']:.2f} ms, {quality_words(data)}.",
         )
     if data["final"]:
         show_final(console, data["final"], data["quality_tier"]["name"], budget)
         if data["against"]:
             show_against(console, data["against"], data["final"][0]["label"], budget)
-        console.print(
+        prose(
+            console,
             "One interleaved run. Intervals of latency: 95%, of its median."
             + (" Weights are untrained." if data["untrained"] else "")
-            + (f" Images a second are at batch {data['throughput_at']}." if data["throughput_at"] else "")
+            + (f" Images a second are at batch {data['throughput_at']}." if data["throughput_at"] else ""),
         )
     show_accuracy(console, data)
     for line in (*data["ties"], *data["notes"], *data["failures"]):
-        console.print(line)
-    if data["interrupted"] or data["failures"]:
-        console.print(f"To go on: {data['command']}")
+        prose(console, line)
     if data["skipped"]:
-        console.print("Some published networks, farther from the budget, were not tried: report.html lists them.")
+        prose(console, "Some published networks, farther from the budget, were not tried: report.html lists them.")
     failed = [row for row in data["trials"] if row["state"] == "failed"]
     if failed:
-        console.print(f"{counted(len(failed), 'trial')} failed; report.html groups them by reason")
-    console.print(data["quality_tier"]["note"])
-    if data["median_trial_s"]:
+        prose(console, f"{counted(len(failed), 'trial')} failed; report.html groups them by reason")
+    prose(console, data["quality_tier"]["note"])
+    if verbose and data["median_trial_s"]:
         shares = ", ".join(f"{row['phase']} {row['share']:.1%}" for row in data["breakdown"])
-        console.print(
+        prose(
+            console,
             f"{data['trials_per_minute']:.1f} trials a minute, median {data['median_trial_s']:.2f} s; {shares}; "
-            f"overhead ({', '.join(OVERHEAD)}) {overhead_share(data):.1%}"
+            f"overhead ({', '.join(OVERHEAD)}) {overhead_share(data):.1%}",
         )
-    console.print(f"Report: {folder / 'report.html'}")
+    for line in what_now(data, folder, images):
+        console.print(line)
+
+
+def what_now(data: Mapping[str, Any], folder: Path, images: str | None) -> list[str]:
+    """A search's file, its report, and the next useful command; nothing is wrapped, so that it can be copied."""
+    lines, best = [], folder / "best"
+    trained = (best / "model.safetensors").is_file()
+    if (best / "model.onnx").is_file():
+        lines.append(f"Network: {best / 'model.onnx'} ({'trained' if trained else 'random'} weights)")
+    lines.append(f"Report: {folder / 'report.html'}")
+    if data["interrupted"] or data["failures"]:
+        lines.append(f"To go on: {data['command']}")
+    elif data["winner"] is not None:
+        name = shlex.quote(images) if images else "FOLDER_OF_IMAGES"
+        verb = f"prune --model {shlex.quote(str(best))}" if trained else f"train {shlex.quote(str(best))}"
+        lines.append(f"Next: vitnas {verb} --data {name}")
+    return lines
 
 
 def show_accuracy(console: Console, data: Mapping[str, Any]) -> None:
@@ -78,14 +104,14 @@ def show_accuracy(console: Console, data: Mapping[str, Any]) -> None:
     found = data["accuracy"]
     if found:
         for row in found["rows"]:
-            console.print(f"Trained fully, {row['label']}: {row['words']}.")
-        console.print(f"{found['epochs']} epochs of the recipe {found['recipe']}, judged on validation images.")
-        console.print(f"{found['verdict'][:1].upper()}{found['verdict'][1:]}.")
+            prose(console, f"Trained fully, {row['label']}: {row['words']}.")
+        prose(console, f"{found['epochs']} epochs of the recipe {found['recipe']}, judged on validation images.")
+        prose(console, f"{found['verdict'][:1].upper()}{found['verdict'][1:]}.")
     tier = data["quality_tier"]
     if tier["trained"]:
         from nas.report import validation_line
 
-        console.print(validation_line(tier, data["validation"]))
+        prose(console, validation_line(tier, data["validation"]))
 
 
 def show_final(console: Console, final: Sequence[Mapping[str, Any]], tier: str, budget: str) -> None:
@@ -169,33 +195,6 @@ def columns(*left: str, right: Sequence[str]) -> Table:
     for name in right:
         table.add_column(name, justify="right")
     return table
-
-
-MODELS = (
-    Column("name", label=True),
-    Column("family", label=True, drop=2),
-    Column("M params"),
-    Column("MMACs"),
-    Column("px"),
-    Column("top-1"),
-    Column("source", label=True, drop=3),
-)
-
-
-def show_models(rows: Sequence[Mapping[str, Any]]) -> None:
-    told = [
-        (
-            row["name"],
-            row["family"],
-            f"{row['params'] / 1e6:.2f}",
-            f"{row['macs'] / 1e6:.0f}",
-            str(row["resolution"]),
-            f"{row['top1']:.1f}" if row["top1"] else "",
-            row["source"],
-        )
-        for row in rows
-    ]
-    print_table(console_of(), MODELS, told)
 
 
 STAGES = (

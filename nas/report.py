@@ -1,4 +1,4 @@
-"""A run's folder for people and other tools: trials.csv, pareto.json, pareto.png and report.html.
+"""A run's folder for people and other tools: trials.csv, pareto.json, pareto.png, result.json and report.html.
 
 Everything is drawn from the one JSON-able document a search hands over; nothing is measured or ranked here.
 """
@@ -46,7 +46,7 @@ SIDES = ((1, 0), (-1, 0), (-1, 1), (1, -1), (0, 1), (0, -1), (1, 1), (-1, -1))  
 
 
 def write_run(folder: Path, data: dict[str, Any]) -> None:
-    """Write the four files into `folder`, each replaced in one step, so that a reader never sees half of one.
+    """Write the five files into `folder`, each replaced in one step, so that a reader never sees half of one.
 
     `trials.csv` has one row a trial; `n` is its number of timed inferences and `spread` how far the 95th
     percentile lies above the median latency, as a share of the median. Passwords in URLs are masked.
@@ -64,6 +64,7 @@ def write_run(folder: Path, data: dict[str, Any]) -> None:
     plot = _plot(data)
     replace_file(folder / "pareto.png", plot)
     replace_file(folder / "report.html", _html(data, plot).encode())
+    replace_file(folder / "result.json", json.dumps({k: v for k, v in data.items() if k != "trials"}, indent=1))
 
 
 def _masked(value: Any) -> Any:

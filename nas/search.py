@@ -8,6 +8,7 @@ gives way to what is timed (`nas.measure.locks`); workers on several machines sh
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from nas.targets import Target
     from search_spaces import Arch
 
+log = logging.getLogger(__name__)
 LESSONS = "lessons.json"
 ELSEWHERE = ("budget_ms", "families", "space", "hardware", "throughput_at")
 """What a study must agree on and a training does not depend on."""
@@ -425,6 +427,7 @@ class TrialRunner:
             except FAULTS as error:
                 clock.lap("timed runs" if isinstance(error, MeasureError) else "build and export")
                 full = is_full(error)
+                log.debug("trial %d failed", trial.number, exc_info=True)
                 ends = full or isinstance(error, UserError)  # a full disk, a connection that does not come back
                 fail(self.study, trial, reason(error), retry=ends)
                 clock.lap("storage")
@@ -462,6 +465,7 @@ class TrialRunner:
             if is_full(error):
                 raise
             clock.lap("training")
+            log.debug("trial %d failed", trial.number, exc_info=True)
             return fail(self.study, trial, reason(error))
         clock.lap("training" if self.tier.trained else "estimate")
         told = finish(

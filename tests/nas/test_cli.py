@@ -1,6 +1,7 @@
 """The command line as a user meets it: bad input, the small verbs, and what they print."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from nas.errors import UserError
 from search_spaces import get_arch
 
 
@@ -136,17 +138,6 @@ def test_export_refuses_a_pickle_with_code(vitnas, tmp_path, monkeypatch):
     assert not Path("exploded").exists()
 
 
-def test_models_json(vitnas):
-    code, out, _ = vitnas("models", "--json")
-    rows = json.loads(out)
-    assert code == 0
-    assert len(rows) == 52
-    m0 = next(row for row in rows if row["name"] == "efficientvit_m0")
-    assert m0["params"] == 2_349_436
-    assert isinstance(m0["macs"], int)
-    assert m0.keys() == {"name", "family", "params", "macs", "resolution", "top1", "source"}
-
-
 def test_show(vitnas, arch_file):
     code, out, _ = vitnas("show", arch_file())
     assert code == 0
@@ -249,3 +240,52 @@ def test_sigterm_ends_a_command_as_ctrl_c_does(vitnas, monkeypatch):
         assert vitnas("show", "efficientvit_m0") == (130, "", "interrupted\n")
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+VERBS = ("search", "runs", "models", "show", "bench", "prune", "train", "export", "dashboard")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_at_80_columns(vitnas, verb, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = vitnas(verb, "-h")
+    assert code == 0
+    assert all(len(line) <= 80 for line in out.splitlines())
+    for word in ("Exit codes:", "-v, --verbose", "-q, --quiet", "-h, --help", f"  vitnas {verb}"):
+        assert word in out
+    assert "130 Ctrl-C" in " ".join(out.split()) or verb in ("runs", "show", "export", "dashboard")
+
+
+def test_the_list_of_verbs_is_not_cut(vitnas, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = vitnas("--help")
+    assert "..." not in out.partition("\n")[2]
+    assert "--install-completion" in out
+
+
+def test_version(vitnas):
+    code, out, _ = vitnas("--version")
+    assert code == 0
+    assert len(out.splitlines()) == 1
+    assert all(f"{name} " in out for name in ("vitnas", "torch", "onnxruntime", "optuna", "Python"))
+
+
+def test_an_unknown_option_names_the_near_one(vitnas):
+    vitnas.refused(vitnas("search", "--latency-bugdet", "2ms"), "--latency-budget")
+
+
+def test_verbose_tells_tracebacks(vitnas, monkeypatch, caplog):
+    def refuse(_):
+        raise UserError("no such network") from ValueError("because of this")
+
+    monkeypatch.setattr("nas.targets.find_target", refuse)
+    vitnas.refused(vitnas("show", "x"), "no such network")
+    log = logging.getLogger("nas")
+    try:
+        code, _, err = vitnas("show", "x", "-v")
+        assert code == 2
+        assert "because of this" in err
+        assert "Traceback" in err
+    finally:
+        log.handlers.clear()
+        log.setLevel(logging.NOTSET)

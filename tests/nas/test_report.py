@@ -23,7 +23,7 @@ from nas.errors import DiskFull
 from nas.final import Accuracies
 from nas.report import COLUMNS, REASONS_SHOWN, write_run
 
-FILES = ["pareto.json", "pareto.png", "report.html", "trials.csv"]
+FILES = ["pareto.json", "pareto.png", "report.html", "result.json", "trials.csv"]
 PUBLISHED = {  # name: family, latency in ms, quality in percent
     "levit_128s": ("levit", 2.4, 75.1),
     "levit_128": ("levit", 3.1, 77.0),
@@ -231,7 +231,7 @@ def report(folder: Path, data: dict[str, Any]) -> Page:
 @pytest.mark.parametrize(
     "data", [invent(), invent(40, 0.5), invent(1, 3.0)], ids=["found", "nothing fits", "one trial"]
 )
-def test_the_four_files_hold_the_result(tmp_path: Path, data: dict[str, Any]) -> None:
+def test_the_files_hold_the_result(tmp_path: Path, data: dict[str, Any]) -> None:
     page = report(tmp_path, data)
     assert sorted(path.name for path in tmp_path.iterdir()) == FILES
 

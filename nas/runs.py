@@ -1,0 +1,238 @@
+"""`vitnas runs`: what the folders under runs/ hold, by their files alone."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import socket
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from nas.errors import UserError
+from nas.tables import Column, console_of, print_table, prose
+
+Row = dict[str, Any]
+"""run: the folder's name. kind: search, train, prune or export. budget, best: in words. state: finished, interrupted,
+running, or what is damaged. bytes: of all files. changed: the last of them, ISO 8601."""
+HOLDER = re.compile(r"\(process (\d+) on (.+)\) since ")
+COMPLETE = 1
+"""A trial's state in Optuna's journal, and below the operations that set it and a study's attributes."""
+SET_STATE, SET_STUDY = 6, 2
+COUNTED = re.compile(rb'"op_code": ?[26]\b')
+COLUMNS = (
+    Column("run", label=True),
+    Column("kind", label=True, drop=3),
+    Column("budget", label=True, drop=4),
+    Column("best", label=True),
+    Column("state", label=True),
+    Column("size", drop=1),
+    Column("changed", drop=2),
+)
+
+
+class Damaged(Exception):
+    """A file that is not what it should be."""
+
+
+def list_runs(root: Path) -> list[Row]:
+    """A row for each folder, the one changed last first.
+
+    Raises:
+        UserError: there is no such folder, or it cannot be read.
+    """
+    try:
+        folders = [path for path in root.iterdir() if path.is_dir()]
+    except OSError as error:
+        raise UserError(f"{root}: {error.strerror}; name the folder that holds the runs") from None
+    return sorted(map(row_of, folders), key=lambda row: row["changed"], reverse=True)
+
+
+def row_of(folder: Path) -> Row:
+    """What a run's folder holds; a damaged one says what is damaged."""
+    size, changed = weight(folder)
+    row = {"run": folder.name, "kind": "", "budget": "", "best": "", "state": "no run of vitnas's"}
+    try:
+        for told in (search_row, prune_row, train_row, export_row):
+            found = told(folder)
+            if found is not None:
+                row |= found
+                break
+    except Damaged as error:
+        row["state"] = f"damaged: {error}"
+    except OSError as error:
+        row["state"] = f"cannot be read: {error.strerror}"
+    except (KeyError, TypeError, ValueError, AttributeError):
+        row["state"] = "damaged, or written by another vitnas"
+    when = datetime.fromtimestamp(changed).astimezone().isoformat(timespec="seconds")
+    return row | {"bytes": size, "changed": when}
+
+
+def search_row(folder: Path) -> Row | None:
+    result, journal = folder / "result.json", folder / "study.journal"
+    if result.is_file():
+        told = read(result)
+        winner = told["winner"]
+        best = "nothing fits"
+        if winner is not None:
+            figure = f"{winner['top1']:.1f}% top-1" if winner.get("top1") else f"score {winner['quality_estimate']:.1f}"
+            best = f"{winner['label']} ({winner['family']}), {winner['latency_ms']:.2f} ms, {figure}"
+        ended = "interrupted" if told["interrupted"] else "failed in part" if told["failures"] else "finished"
+        return {"kind": "search", "budget": f"{told['budget_ms']:g} ms", "best": best, "state": state(folder, ended)}
+    if journal.is_file():
+        return {"kind": "search", **of_journal(journal), "state": state(folder, "interrupted")}
+    if (folder / "hardware.json").is_file():
+        return {"kind": "search", "state": state(folder, "interrupted before its end")}
+    return None
+
+
+def of_journal(path: Path) -> Row:
+    """Budget and progress of a search that has no result yet; a last line torn by a kill is left out."""
+    budget, done, result = "", 0, None
+    for line in path.read_bytes().splitlines():
+        if not COUNTED.search(line):
+            continue
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if entry.get("op_code") == SET_STATE:
+            done += entry.get("state") == COMPLETE
+        elif entry.get("op_code") == SET_STUDY:
+            attributes = entry["user_attr"]
+            if "budget_ms" in (attributes.get("vitnas") or {}):
+                budget = f"{attributes['vitnas']['budget_ms']:g} ms"
+            result = attributes.get("result", result)
+    if not budget:
+        raise Damaged(f"{path.name} holds no study of vitnas's")
+    return {"budget": budget, "best": result or f"no result yet, {done} trial{'s' * (done != 1)} measured"}
+
+
+def prune_row(folder: Path) -> Row | None:
+    path = folder / "prune.json"
+    if not path.is_file():
+        return unfinished(folder, "prune", "budget")
+    told = read(path)
+    known = [told["accuracy"][which] for which in ("recovered", "pruned") if told["accuracy"].get(which)]
+    parts = [told["model"], *(f"{found['top1']:.1f}% top-1" for found in known[:1])]
+    if told["after"].get("latency_ms") is not None:
+        parts.insert(1, f"{told['after']['latency_ms']:.2f} ms")
+    budget = f"{told['budget']['metric']} {told['budget']['text']}"
+    ended = "failed in part" if told.get("failures") else "finished"
+    return {"kind": "prune", "budget": budget, "best": ", ".join(parts), "state": state(folder, ended)}
+
+
+def train_row(folder: Path) -> Row | None:
+    path = folder / "metrics.json"
+    if not path.is_file() or "recipe" not in (told := read(path)):
+        return unfinished(folder, "train", "recipe")
+    final, epochs = told["final"], told["recipe"]["epochs"]
+    best = told["model"] + (f", {final['top1']:.1f}% top-1" if final and "top1" in final else "")
+    done = len(told["epochs"])
+    ended = "failed" if told["error"] else "finished" if done >= epochs else f"interrupted, {done} of {epochs} epochs"
+    return {"kind": "train", "best": best, "state": state(folder, ended)}
+
+
+def export_row(folder: Path) -> Row | None:
+    if not (folder / "arch.json").is_file():
+        return None
+    return {"kind": "export", "best": read(folder / "arch.json")["family"], "state": "finished"}
+
+
+def unfinished(folder: Path, kind: str, option: str) -> Row | None:
+    """The row of a command whose state is kept but that has no result, told from others by one of its options."""
+    path = folder / "state" / "state.json"
+    if not path.is_file():
+        return None
+    options = read(path)["options"]
+    return (
+        {"kind": kind, "best": options["model"], "state": state(folder, "interrupted")} if option in options else None
+    )
+
+
+def read(path: Path) -> Any:
+    try:
+        found = json.loads(path.read_text())
+    except ValueError:
+        raise Damaged(path.name) from None
+    if not isinstance(found, Mapping):
+        raise Damaged(path.name)
+    return found
+
+
+def state(folder: Path, ended: str) -> str:
+    """`running` where a process of this machine has the folder."""
+    return "running" if running(folder) else ended
+
+
+def running(folder: Path) -> bool:
+    for name in (".lock", ".end.lock"):
+        path = folder / name
+        match = HOLDER.search(path.read_text(errors="replace")) if path.is_file() else None
+        if match and match[2] == socket.gethostname() and alive(int(match[1])):
+            return True
+    return any(map(locked, (folder / "tmp").glob("vitnas-*")))
+
+
+def alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def locked(path: Path) -> bool:
+    """Whether a process holds its scratch folder."""
+    try:
+        file = os.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(file)
+    return False
+
+
+def weight(folder: Path) -> tuple[int, float]:
+    """Bytes of all files in a folder, and when the last of them changed; what cannot be read does not count."""
+    size, changed = 0, folder.stat().st_mtime
+    for place, _, names in os.walk(folder):
+        for name in names:
+            try:
+                found = os.lstat(os.path.join(place, name))
+            except OSError:
+                continue
+            size += found.st_size
+            changed = max(changed, found.st_mtime)
+    return size, changed
+
+
+def show_runs(rows: list[Row], root: Path) -> None:
+    console = console_of()
+    if not rows:
+        prose(console, f"There is no run under {root}.")
+        return
+    told = [
+        (row["run"], row["kind"], row["budget"], row["best"], row["state"], size_of(row["bytes"]), when(row["changed"]))
+        for row in rows
+    ]
+    print_table(console, COLUMNS, told)
+
+
+def size_of(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def when(changed: str) -> str:
+    return changed[:16].replace("T", " ")

@@ -1,0 +1,164 @@
+"""`vitnas runs`: folders of every kind, whole and damaged, read by their files alone."""
+
+import fcntl
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nas.runs import list_runs
+
+WINNER = {
+    "label": "trial 12",
+    "family": "efficientvit",
+    "latency_ms": 1.234,
+    "quality_estimate": 36.8,
+    "top1": 59.5,
+}
+SEARCH = {"budget_ms": 1.5, "winner": WINNER, "interrupted": False, "failures": []}
+TRAIN = {"model": "shvit_s1", "recipe": {"epochs": 3}, "final": {"top1": 61.2}, "epochs": [{}] * 3, "error": None}
+PRUNE = {
+    "model": "levit_192",
+    "budget": {"metric": "macs", "text": "0.5x"},
+    "accuracy": {"before": {"top1": 70.0}, "pruned": {"top1": 50.0}, "recovered": {"top1": 65.0}},
+    "after": {"latency_ms": 2.0},
+}
+BEGUN = {"options": {"model": "levit_192", "budget": "0.5x"}}
+
+
+@pytest.fixture
+def made(tmp_path):
+    """Write a file of a run's folder."""
+
+    def write(run: str, name: str, content: object) -> Path:
+        path = tmp_path / run / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        return path
+
+    return write
+
+
+def told(root: Path) -> dict:
+    return {row["run"]: (row["kind"], row["budget"], row["best"], row["state"]) for row in list_runs(root)}
+
+
+def test_every_kind_of_run(made, tmp_path):
+    made("a", "result.json", SEARCH)
+    made("b", "result.json", SEARCH | {"interrupted": True, "winner": WINNER | {"top1": None}})
+    made("c", "result.json", SEARCH | {"winner": None})
+    made("d", "metrics.json", TRAIN)
+    made("e", "metrics.json", TRAIN | {"epochs": [{}]})
+    made("f", "prune.json", PRUNE)
+    made("g", "state/state.json", BEGUN)
+    made("h", "arch.json", {"family": "levit"})
+    best = "trial 12 (efficientvit), 1.23 ms"
+    assert told(tmp_path) == {
+        "a": ("search", "1.5 ms", f"{best}, 59.5% top-1", "finished"),
+        "b": ("search", "1.5 ms", f"{best}, score 36.8", "interrupted"),
+        "c": ("search", "1.5 ms", "nothing fits", "finished"),
+        "d": ("train", "", "shvit_s1, 61.2% top-1", "finished"),
+        "e": ("train", "", "shvit_s1, 61.2% top-1", "interrupted, 1 of 3 epochs"),
+        "f": ("prune", "macs 0.5x", "levit_192, 2.00 ms, 65.0% top-1", "finished"),
+        "g": ("prune", "", "levit_192", "interrupted"),
+        "h": ("export", "", "levit", "finished"),
+    }
+
+
+def test_a_search_without_a_result_is_known_by_its_journal(made, tmp_path):
+    lines = [
+        {"op_code": 0, "study_name": "s"},
+        {"op_code": 2, "study_id": 0, "user_attr": {"vitnas": {"budget_ms": 2.0}}},
+        {"op_code": 6, "trial_id": 0, "state": 1, "values": [1]},
+        {"op_code": 6, "trial_id": 1, "state": 3, "values": None},
+    ]
+    journal = "".join(json.dumps(line) + "\n" for line in lines) + '{"op_code": 6, "tri'
+    made("s", "study.journal", journal)
+    assert told(tmp_path)["s"] == ("search", "2 ms", "no result yet, 1 trial measured", "interrupted")
+
+
+def test_the_journal_is_read_as_optuna_writes_it(tmp_path):
+    import optuna
+    from optuna.storages.journal import JournalFileBackend
+
+    (tmp_path / "s").mkdir()
+    storage = optuna.storages.JournalStorage(JournalFileBackend(str(tmp_path / "s" / "study.journal")))
+    study = optuna.create_study(storage=storage)
+    study.set_user_attr("vitnas", {"budget_ms": 2.0})
+    study.optimize(lambda trial: 1.0, n_trials=2)
+    assert told(tmp_path)["s"] == ("search", "2 ms", "no result yet, 2 trials measured", "interrupted")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("result.json", '{"budget_ms": 1.5, "win'),
+        ("result.json", {}),
+        ("result.json", []),
+        ("metrics.json", "\0"),
+        ("metrics.json", TRAIN | {"epochs": None}),
+        ("prune.json", {"model": 3}),
+        ("state/state.json", "[]"),
+        ("study.journal", "nonsense"),
+        ("arch.json", "nonsense"),
+    ],
+)
+def test_a_damaged_folder_is_one_line(vitnas, made, tmp_path, name, content):
+    made("broken", name, content)
+    made("whole", "result.json", SEARCH)
+    (tmp_path / "empty").mkdir()
+    code, out, err = vitnas("runs", str(tmp_path))
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert len(lines) == 4
+    assert "damaged" in next(line for line in lines if line.startswith("broken"))
+    assert "finished" in next(line for line in lines if line.startswith("whole"))
+    assert "no run" in next(line for line in lines if line.startswith("empty"))
+
+
+def test_a_run_that_a_process_has_is_running(made, tmp_path, ended):
+    made("train", "metrics.json", TRAIN)
+    lock = made("train", ".lock", f"vitnas train (process {os.getpid()} on {socket.gethostname()}) since today")
+    made("search", "result.json", SEARCH)
+    scratch = made("search", "tmp/vitnas-1234-abc/candidate.onnx", "").parent
+    assert {row["state"] for row in list_runs(tmp_path)} == {"running", "finished"}
+    file = os.open(scratch, os.O_RDONLY)
+    fcntl.flock(file, fcntl.LOCK_EX)
+    try:
+        assert {row["state"] for row in list_runs(tmp_path)} == {"running"}
+    finally:
+        os.close(file)
+    lock.write_text(f"vitnas train (process {ended} on {socket.gethostname()}) since today")
+    assert {row["state"] for row in list_runs(tmp_path)} == {"finished"}
+
+
+def test_size_and_order(made, tmp_path):
+    os.utime(made("old", "result.json", SEARCH), (1, 1))
+    os.utime(tmp_path / "old", (1, 1))
+    made("new", "samples.jsonl", "x" * 2_000_000)
+    made("new", "result.json", SEARCH)
+    rows = list_runs(tmp_path)
+    assert [row["run"] for row in rows] == ["new", "old"]
+    assert 2_000_000 < rows[0]["bytes"] < 2_001_000
+
+
+def test_json_and_no_folder(vitnas, made, tmp_path):
+    made("a", "result.json", SEARCH)
+    code, out, _ = vitnas("runs", str(tmp_path), "--json")
+    assert code == 0
+    assert json.loads(out)[0].keys() == {"run", "kind", "budget", "best", "state", "bytes", "changed"}
+    vitnas.refused(vitnas("runs", str(tmp_path / "nowhere")), "nowhere")
+
+
+def test_neither_runs_nor_the_version_import_torch(tmp_path):
+    for words in (["runs", str(tmp_path)], ["--version"], ["--help"]):
+        command = [sys.executable, "-X", "importtime", "-m", "nas.cli", *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        imported = set(re.findall(r"\| +(\w+)$", done.stderr, re.M))
+        assert "typer" in imported
+        assert not imported & {"torch", "optuna", "matplotlib", "numpy", "onnxruntime"}
