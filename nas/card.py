@@ -97,6 +97,21 @@ class Accuracy(BaseModel):
     data: str
 
 
+class Latency(BaseModel):
+    """ms: the median; ci: its 95% interval."""
+
+    model_config = ConfigDict(frozen=True)
+
+    ms: float
+    ci: tuple[float, float]
+    device: str
+    runtime: str
+    precision: str
+    threads: int
+    batch_size: int
+    cpu: str | None = None
+
+
 class Card(BaseModel):
     """classes: names in the order of the logits. None: not known, as of random weights."""
 
@@ -105,6 +120,7 @@ class Card(BaseModel):
     preprocess: Preprocess | None = None
     classes: list[str] | None = None
     accuracy: Accuracy | None = None
+    latency: Latency | None = None
 
     @classmethod
     def of(cls, data: ImageData, top1: float | None = None, images: int = 0) -> Card:

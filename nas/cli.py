@@ -344,35 +344,25 @@ def models(
 
 
 @app.command(short_help="Show what a network or a run is.", epilog="Example:  vitnas show runs/cpu-onnxruntime-2ms-all")
-def show(model: Model, as_json: Json = False, verbose: Verbose = False, quiet: Quiet = False) -> None:
-    """Show a network: its stages along the five axes, parameters, MACs and the prior's prediction.
+def show(
+    model: Annotated[str, typer.Argument(help="A published name, an arch.json, a run's folder, or a .onnx file.")],
+    as_json: Json = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show a network: its stages along the five axes, and the data, classes, accuracy and latency of its run.
 
     Exit codes: 0 done, 2 bad input.
     """
-    from nas.display import show_arch
-    from nas.quality.prior import Prior
-    from nas.targets import find_arch
-    from search_spaces import table
+    from nas.show import facts_of
+    from nas.show import show as show_facts
+    from nas.targets import find_target
 
-    arch = find_arch(model)
-    counts, tier = table(arch), Prior()
-    estimate = tier.estimate(arch, counts)
-    row = {
-        "model": model,
-        "family": arch.family,
-        "resolution": arch.resolution,
-        "num_classes": arch.num_classes,
-        "params": counts.params(),
-        "macs": counts.macs(),
-        "quality": estimate.score,
-        **estimate.to_dict(),
-        "quality_label": tier.label,
-        "stages": [stage.model_dump() for stage in arch.summary()],
-    }
+    facts = facts_of(find_target(model))
     if as_json:
-        print(json.dumps(row, indent=1))
+        print(json.dumps(facts, indent=1))
     else:
-        show_arch(row)
+        show_facts(facts)
 
 
 @app.command(

@@ -10,7 +10,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from nas.front import score_words
 from nas.outcome import OVERHEAD, overhead_share
 from nas.tables import Column, console_of, print_table, prose
 from nas.units import counted
@@ -195,42 +194,6 @@ def columns(*left: str, right: Sequence[str]) -> Table:
     for name in right:
         table.add_column(name, justify="right")
     return table
-
-
-STAGES = (
-    Column("stage"),
-    Column("embed_dim"),
-    Column("depth"),
-    Column("heads"),
-    Column("key_dim"),
-    Column("attention", drop=2),
-    Column("FFN ratio"),
-    Column("keep rate", drop=1),
-)
-
-
-def show_arch(row: Mapping[str, Any]) -> None:
-    console = console_of()
-    prose(
-        console,
-        f"{row['model']}: {row['family']}, {row['resolution']} px, {row['num_classes']} classes, "
-        f"{row['params'] / 1e6:.2f} M parameters, {row['macs'] / 1e6:.1f} MMACs",
-    )
-    told = [
-        (
-            str(i),
-            str(stage["embed_dim"]),
-            str(stage["depth"]),
-            f"{stage['heads']:g}",
-            f"{stage['key_dim']:g}",
-            f"{stage['attention_share']:.0%}",
-            f"{stage['ffn_ratio']:.2f}",
-            f"{stage['keep_rate']:.2f}",
-        )
-        for i, stage in enumerate(row["stages"], 1)
-    ]
-    print_table(console, STAGES, told)
-    prose(console, f"{row['quality_label']}: {score_words(row)}")
 
 
 def show_prune(data: Mapping[str, Any], folder: Path, to_stderr: bool) -> None:

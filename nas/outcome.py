@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nas.advice import advice
-from nas.card import LABELS, PREPROCESS, Card, Preprocess
+from nas.card import LABELS, PREPROCESS, Card, Latency, Preprocess
 from nas.closing import CLOSING_ROUNDS, closing_run, ties_of
 from nas.ending import Ending
 from nas.export import CONVERTED, label_onnx, lower_precision, save_onnx, write_onnx
@@ -183,12 +183,22 @@ class _Finish:
     def _card(self, arch: Arch, trained: bool) -> Card:
         """What best/model.onnx says of itself; its accuracy is that of its own weights, the first seed's."""
         if not self.trained:
-            return Card.untrained(arch.resolution)
-        data = self.tier.schooling.data.at(arch.resolution)
-        if not trained:
-            return Card(preprocess=Preprocess.of(data.val.transform))
-        found = json.loads(result_path(self.options, arch, seed=0).read_text())
-        return Card.of(data, found["top1"], found["images"])
+            card = Card.untrained(arch.resolution)
+        else:
+            data = self.tier.schooling.data.at(arch.resolution)
+            card = Card(preprocess=Preprocess.of(data.val.transform))
+            if trained:
+                found = json.loads(result_path(self.options, arch, seed=0).read_text())
+                card = Card.of(data, found["top1"], found["images"])
+        return card.model_copy(update={"latency": self._latency()})
+
+    def _latency(self) -> Latency:
+        """The winner's: of the closing run, or of its trial where there was none."""
+        row, settings = self.winner, asdict(self.options.settings)
+        ci = [row.get(f"ci_{end}_ms", row.get(f"latency_ci_{end}_ms")) for end in ("low", "high")]
+        names = ("device", "runtime", "precision", "threads", "batch_size")
+        cpu = self.outset.hardware.get("cpu")
+        return Latency(ms=row["latency_ms"], ci=ci, cpu=cpu, **{name: settings[name] for name in names})
 
     def _save(self, arch: Arch, folder: Path) -> bool:
         """Write arch.json and the weights, where they are trained; then model.onnx, whose metadata says whether they

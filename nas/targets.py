@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 
 TIMM = "timm/"
+BEGUN = ("study.journal", "hardware.json", "state")
+"""In the folder of a run from its beginning, one of them at least."""
 LARGEST = 4096
 """The largest resolution, in px, that anything is asked for."""
 SMALLEST_ARCH, LARGEST_ARCH = 16, 512
@@ -217,6 +219,8 @@ def _find(text: str) -> Target:
         for candidate in (path / "arch.json", path / "best" / "arch.json"):
             if os.path.isfile(candidate):
                 return Target(text, arch=read_arch(candidate), folder=candidate.parent)
+        if any((path / name).exists() for name in BEGUN):
+            raise UserError(f"{text} is a run without a network so far: the command that began it goes on with it")
         raise UserError(f"{text} holds no arch.json and no best/arch.json")
     if path.suffix.lower() == ".onnx":
         if not os.path.isfile(text):

@@ -1,0 +1,212 @@
+"""`vitnas show`: what is known of a network: its Arch along the five axes, and what its run has found out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nas.card import PREFIX, Card, load_onnx, metadata_of
+from nas.errors import UserError
+from nas.intervals import top1_words
+from nas.tables import Column, console_of, print_table, prose
+
+if TYPE_CHECKING:
+    from nas.targets import Target
+    from search_spaces import Arch
+
+Facts = dict[str, Any]
+NAMED = 60
+"""Characters of the names of classes that are printed."""
+
+
+def facts_of(target: Target) -> Facts:
+    """What is known of a network, as --json has it; None where something is not known.
+
+    Raises:
+        UserError: a network without an Arch, or files that cannot be read.
+    """
+    from search_spaces import Arch, ArchError
+
+    if target.onnx is None:
+        if target.arch is None:
+            raise UserError(
+                f"{target.label} is {target.kind}: give a published name, an arch.json, a run's folder or a .onnx file"
+            )
+        return {"model": target.label} | _of_arch(target.arch) | _of_folder(target)
+    facts = metadata_of(load_onnx(target.onnx))
+    if f"{PREFIX}weights" not in facts:
+        raise UserError(f"{target.label} says nothing of itself: `vitnas export` writes files that do")
+    try:
+        arch = Arch.from_json(facts[f"{PREFIX}arch"]) if f"{PREFIX}arch" in facts else None
+    except ArchError as error:
+        raise UserError(f"{target.label}: {error}") from None
+    found = _of_arch(arch) if arch else dict.fromkeys(("family", "params", "macs", "stages"))
+    trained = facts[f"{PREFIX}weights"] == "trained"
+    return {"model": target.label} | found | _of_card(Card.read(target.onnx), trained) | {"kind": "ONNX file"}
+
+
+def _of_arch(arch: Arch) -> Facts:
+    from search_spaces import table
+
+    counts = table(arch)
+    return {
+        "family": arch.family,
+        "resolution": arch.resolution,
+        "num_classes": arch.num_classes,
+        "params": counts.params(),
+        "macs": counts.macs(),
+        "stages": [stage.model_dump() for stage in arch.summary()],
+    }
+
+
+def _of_card(card: Card, trained: bool) -> Facts:
+    accuracy, found = card.accuracy, {}
+    if card.preprocess:
+        found["resolution"] = card.preprocess.size
+    if card.classes:
+        found["num_classes"] = len(card.classes)
+    return found | {
+        "weights": "trained" if trained else "random",
+        "weights_from": None,
+        "data": accuracy and accuracy.data,
+        "classes": card.classes,
+        "top1": accuracy and accuracy.top1,
+        "top1_ci": accuracy and list(accuracy.ci),
+        "images": accuracy and accuracy.images,
+        "latency": card.latency and card.latency.model_dump(),
+        **dict.fromkeys(("quality_estimate", "quality_ci", "quality_label")),
+    }
+
+
+def _of_folder(target: Target) -> Facts:
+    """Of the files beside the Arch; the prior is asked only of a network that nobody has trained."""
+    from nas.quality.prior import Prior
+    from search_spaces import table
+
+    folder, arch, trained = target.folder, target.arch, target.as_trained().weights is not None
+    card = Card.read(folder) if folder and (folder / "arch.json").is_file() else Card()
+    if target.own is not None:  # what is known holds at the resolution of the weights
+        card = Card(classes=card.classes)
+    found = _of_card(card, trained) | {"kind": kind_of(folder), "resolution": arch.resolution}
+    metrics, pruned = (_read(folder, name) for name in ("metrics.json", "prune.json"))
+    if metrics:
+        found["data"] = metrics["data"]["name"]
+        options = metrics["options"]
+        found["weights_from"] = f"{options['model']}, " + (
+            f"fine-tuned from {options['weights']}" if options.get("weights") else "trained from random weights"
+        )
+    if pruned:
+        found["data"] = pruned["data"]["name"]
+        found["weights_from"] = f"{pruned['model']}, pruned to {pruned['budget']['text']} {pruned['budget']['metric']}"
+        after, settings = pruned["after"], pruned["settings"]
+        if after["latency_ms"] is not None and target.own is None:
+            names = ("device", "runtime", "precision", "threads", "batch_size")
+            found["latency"] = {"ms": after["latency_ms"], "ci": after["ci"], **{key: settings[key] for key in names}}
+            found["latency"]["cpu"] = pruned["hardware"].get("cpu")
+    if not trained:
+        tier = Prior()
+        told = tier.estimate(arch, table(arch)).to_dict()
+        found |= {key: told[key] for key in ("quality_estimate", "quality_ci")} | {"quality_label": tier.label}
+    return found
+
+
+def kind_of(folder: Path | None) -> str:
+    """What a network's folder was written by."""
+    if folder is None:
+        return "published network"
+    if (folder / "metrics.json").is_file():
+        return "training"
+    if (folder / "prune.json").is_file():
+        return "pruning"
+    if folder.name == "best" and (folder.parent / "trials.csv").is_file():
+        return "search"
+    return "network"
+
+
+def _read(folder: Path | None, name: str) -> Facts | None:
+    path = folder / name if folder else None
+    if path is None or not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text())
+        found["data"]["name"], found["options"]["model"]
+        return found
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged: it is not what vitnas wrote") from None
+
+
+STAGES = (
+    Column("stage"),
+    Column("embed_dim"),
+    Column("depth"),
+    Column("heads"),
+    Column("key_dim"),
+    Column("attention", drop=2),
+    Column("FFN ratio"),
+    Column("keep rate", drop=1),
+)
+
+
+def show(facts: Mapping[str, Any]) -> None:
+    """Print them."""
+    console = console_of()
+    for line in lines_of(facts):
+        prose(console, line)
+    if facts["stages"]:
+        print_table(console, STAGES, [_row(i, stage) for i, stage in enumerate(facts["stages"], 1)])
+    if facts["quality_label"]:
+        low, high = facts["quality_ci"]
+        words = f"{facts['quality_estimate']:.1f}% (95%: {low:.1f} to {high:.1f})"
+        prose(console, f"{facts['quality_label']}: {words}")
+
+
+def lines_of(facts: Mapping[str, Any]) -> list[str]:
+    """All but the stages, a line each."""
+    size = f", {facts['params'] / 1e6:.2f} M parameters, {facts['macs'] / 1e6:.1f} MMACs" if facts["params"] else ""
+    family = f"{facts['family']}, " if facts["family"] else ""
+    classes = f", {facts['num_classes']} classes" if facts.get("num_classes") else ""
+    pixels = f"{facts['resolution']} px" if facts.get("resolution") else "of unknown input"
+    lines = [f"{facts['model']} ({facts['kind']}): {family}{pixels}{classes}{size}"]
+    told = f": {facts['weights_from']}" if facts["weights_from"] else ""
+    lines.append(f"weights: {facts['weights']}{told}")
+    if facts["data"]:
+        lines.append(f"data: {facts['data']}")
+    if facts["classes"]:
+        lines.append(f"classes: {few(facts['classes'])}")
+    if facts["top1"] is not None:
+        lines.append(f"accuracy: {top1_words(facts['top1'], facts['top1_ci'], facts['images'])}")
+    elif facts["weights"] == "trained":
+        lines.append("accuracy: not known")
+    latency = facts["latency"]
+    if latency:
+        low, high = latency["ci"]
+        threads = f"{latency['threads']} thread{'s' * (latency['threads'] > 1)}"
+        where = f"{latency['device']} ({latency['cpu']})" if latency["cpu"] else latency["device"]
+        lines.append(
+            f"latency: {latency['ms']:.2f} ms (95%: {low:.2f} to {high:.2f}), {latency['runtime']} "
+            f"{latency['precision']}, {where}, {threads}, batch {latency['batch_size']}"
+        )
+    else:
+        lines.append("latency: not known here; `vitnas bench` measures it")
+    return lines
+
+
+def few(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    kept = [name for i, name in enumerate(names) if len(", ".join(names[: i + 1])) <= NAMED] or [names[0][:NAMED]]
+    return ", ".join(kept) + (f" and {len(names) - len(kept)} more" if len(names) > len(kept) else "")
+
+
+def _row(number: int, stage: Mapping[str, Any]) -> tuple[str, ...]:
+    return (
+        str(number),
+        str(stage["embed_dim"]),
+        str(stage["depth"]),
+        f"{stage['heads']:g}",
+        f"{stage['key_dim']:g}",
+        f"{stage['attention_share']:.0%}",
+        f"{stage['ffn_ratio']:.2f}",
+        f"{stage['keep_rate']:.2f}",
+    )
