@@ -6,6 +6,7 @@ import hashlib
 import io
 import itertools
 import json
+import logging
 import math
 import sys
 import time
@@ -33,11 +34,15 @@ from nas.recipes import Recipe
 from search_spaces.evit import set_keep_progress
 from search_spaces.layers import heads_of, set_drop_path
 
+logging.getLogger("timm.scheduler").setLevel(logging.ERROR)  # a schedule of one update needs no warning
+
 TEMPERATURE = 2.0
 T = TypeVar("T")
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 BRIEF = Recipe("brief", "`fit`", 1, 1, lr=1e-3, lr_batch=1, weight_decay=0.05, distillation="soft")
 OUT_OF_MEMORY = ("allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED", "std::bad_alloc")
+WITHIN_S = 180.0
+"""Seconds between two checkpoints within an epoch."""
 CHECK_EVERY = 10
 """Updates between two looks at the loss on an accelerator, each of which waits for it."""
 
@@ -128,16 +133,29 @@ def _judged(
     return hits, loss
 
 
-class Training:
-    """A network being trained by a recipe, in place; it can be stopped at any epoch and goes on.
+@dataclass
+class Within:
+    """How far an epoch is. updates: done; batches: taken from the loader; images: of this process; loss: the sum over
+    updates."""
 
-    Each epoch seeds the global random generators from `seed` and its number, so on a CPU a training that was stopped,
+    updates: int = 0
+    batches: int = 0
+    images: int = 0
+    loss: float = 0.0
+    seconds: float = 0.0
+
+
+class Training:
+    """A network being trained by a recipe, in place; it can be stopped at any update and goes on.
+
+    Each update seeds the global random generators from `seed` and its number, so on a CPU a training that was stopped,
     or took turns with others, ends with the weights of one that was not (equal data and threads). Incomplete updates
     at an epoch's end are left out. In several processes (an initialised `torch.distributed`) gradients are averaged
     over them, BatchNorm's statistics at each epoch's end, and rank 0 writes.
 
     epoch: epochs done. history: a row for each: epoch, loss (mean over updates), lr (last), images_per_s, seconds, and
-    what `validate` adds. judged: whether the last row has that. images, updates: images an update, updates an epoch.
+    what `validate` adds. judged: whether the last row has that. within: of the epoch that is begun, if one is. images,
+    updates: images an update, updates an epoch.
     """
 
     @failing_as("preparing the training")
@@ -165,7 +183,8 @@ class Training:
             data: the training images, augmented as the recipe wants.
             precision: fp32, or bf16 or fp16 by autocast.
             teacher: (B, 3, R, R) -> (B, classes), what the recipe's distillation learns from.
-            checkpoint: the file that holds the training after each epoch.
+            checkpoint: the file that holds the training after each epoch; beside it, the one that holds it within a
+                long one.
             workers: processes that decode images.
             accumulate: parts that an update's images come in.
             compiled: use torch.compile.
@@ -177,7 +196,7 @@ class Training:
         """
         self.model, self.seed, self._checkpoint = model.to(device), seed, checkpoint
         self._validate, self._accumulate = validate, accumulate
-        self.epoch, self.history, self.judged = 0, [], True
+        self.epoch, self.history, self.judged, self.within = 0, [], True, Within()
         self.rank, world = ranks()
         batch = min(recipe.batch_size, len(data)) // (world * accumulate)
         if batch < 2:
@@ -229,13 +248,20 @@ class Training:
         """What to evaluate and save: the moving average of the weights where the recipe has one."""
         return self._ema.module if self._ema is not None else self.model
 
-    def run(self, until: int | None = None, progress: Callable[[int, int, float], None] | None = None) -> None:
-        """Train up to epoch `until`, all without it, with a checkpoint after each.
+    def run(
+        self,
+        until: int | None = None,
+        progress: Callable[[int, int, float], None] | None = None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Train up to epoch `until`, all without it, with a checkpoint after each and every WITHIN_S.
 
         Args:
             progress: called after each update with images done, images of all epochs, and the last known loss.
+            stop: asked before each update and before an epoch is judged.
 
         Raises:
+            KeyboardInterrupt: `stop` said so; the checkpoints hold all that is done.
             TrainingError: the loss is no longer finite, there is no memory for two images, or PyTorch fails; the
                 checkpoint is that of the epoch before.
             DiskFull: no room for the checkpoint; that of the epoch before is kept.
@@ -243,65 +269,76 @@ class Training:
         """
         last = self.recipe.epochs if until is None else min(until, self.recipe.epochs)
         if not self.judged:
-            self._judge()
+            self._judge(stop)
         while self.epoch < last:
             with failing_as(f"training in epoch {self.epoch + 1}", self.epoch + 1):
-                self.history.append(self._train_epoch(progress))
+                self.history.append(self._train_epoch(progress, stop))
             self.epoch += 1
-            self.judged = False
-            self._judge()
+            self.judged, self.within = False, Within()
+            self._judge(stop)
 
-    def _judge(self) -> None:
+    def _judge(self, stop: Callable[[], bool]) -> None:
         """Validate the epoch that is done, and keep it even where that fails."""
         try:
             if self._validate is not None:
+                if stop():
+                    raise KeyboardInterrupt
                 self.history[-1] |= self._validate(self.network)
             self.judged = True
         finally:
             self._save()
 
-    def _train_epoch(self, progress: Callable[[int, int, float], None] | None) -> dict[str, Any]:
-        started = time.perf_counter()
-        self._reseed()
-        self.loader.set_epoch(self.epoch)
+    def _train_epoch(
+        self, progress: Callable[[int, int, float], None] | None, stop: Callable[[], bool]
+    ) -> dict[str, Any]:
+        at, begun = self.within, time.monotonic() - self.within.seconds
+        saved = time.monotonic()
+        self.loader.set_epoch(self.epoch, at.batches)
         self.model.train()
         device = next(self.model.parameters()).device
         look = 1 if device.type == "cpu" else CHECK_EVERY
-        total, value, done, seen = torch.zeros((), device=device), 0.0, 0, 0
+        total, value = torch.tensor(at.loss, device=device), 0.0
         batches = iter(self.loader)
-        for i in range(self.updates):
+        for i in range(at.updates, self.updates):
+            if stop():
+                self._save_within(total, begun)
+                raise KeyboardInterrupt
+            if time.monotonic() - saved > WITHIN_S:
+                self._save_within(total, begun)
+                saved = time.monotonic()
             parts = [batch for batch in itertools.islice(batches, self._accumulate) if len(batch[1]) > 1]
             if not parts:
                 if dist.is_initialized():
                     raise UserError(f"process {self.rank} ran out of images that can be decoded: use fewer processes")
                 break
             update = self.epoch * self.updates + i
+            self._reseed(update)
             if self.recipe.keep_warmup is not None:
                 start, end = (share * self.updates * self.recipe.epochs for share in self.recipe.keep_warmup)
                 set_keep_progress(self.model, (update - start) / (end - start))
             total += self._updater.step(update, parts)
-            done += 1
-            seen += sum(len(labels) for _, labels in parts)
             if self._ema is not None:
                 self._ema.update(self.model, update + 1)
-            if done % look == 0 or i == self.updates - 1:
-                value = self._finite(total) / done
+            at.updates, at.batches = i + 1, self.loader.taken
+            at.images += sum(len(labels) for _, labels in parts)
+            if at.updates % look == 0 or at.updates == self.updates:
+                value = self._finite(total) / at.updates
             if progress is not None:
                 progress((update + 1) * self.images, self.updates * self.recipe.epochs * self.images, value)
-        if not done:
+        if not at.updates:
             raise UserError("no batch holds two images that can be decoded: BatchNorm needs two, raise the batch size")
         if dist.is_initialized():
             for network in (self.model, self.network) if self._ema is not None else (self.model,):
                 distribute_bn(network, dist.get_world_size(), reduce=True)
-        loss = self._finite(total) / done
+        loss = self._finite(total) / at.updates
         if not all(torch.stack([p.detach().sum().isfinite() for p in self.model.parameters()]).tolist()):
             raise self._diverged("weights are")
-        seconds = time.perf_counter() - started
+        seconds = time.monotonic() - begun
         return {
             "epoch": self.epoch + 1,
             "loss": loss,
             "lr": self._updater.lr,
-            "images_per_s": seen * ranks()[1] / seconds,
+            "images_per_s": at.images * ranks()[1] / seconds,
             "seconds": seconds,
         }
 
@@ -321,11 +358,18 @@ class Training:
             self.epoch + 1,
         )
 
-    def _reseed(self) -> None:
-        """Before each epoch, so that no state of a generator has to be kept."""
-        random_seed(int(np.random.SeedSequence([self.seed, self.epoch, self.rank]).generate_state(1)[0]))
+    def _reseed(self, update: int) -> None:
+        """Before each update, so that no state of a generator has to be kept."""
+        random_seed(int(np.random.SeedSequence([self.seed, update, self.rank]).generate_state(1)[0]))
 
-    def _save(self) -> None:
+    def _save_within(self, total: Tensor, begun: float) -> None:
+        """Keep what is done of an epoch, unless the loss has gone where no later checkpoint could follow."""
+        loss = total.item()
+        if self.within.updates and math.isfinite(loss):
+            self.within.loss, self.within.seconds = loss, time.monotonic() - begun
+            self._save("-within")
+
+    def _save(self, suffix: str = "") -> None:
         if self._checkpoint is None or self.rank:
             return
         content = io.BytesIO()
@@ -335,6 +379,7 @@ class Training:
                 "epoch": self.epoch,
                 "history": self.history,
                 "judged": self.judged,
+                "within": asdict(self.within),
                 "model": self.model.state_dict(),
                 "ema": self._ema.module.state_dict() if self._ema is not None else None,
                 "updater": self._updater.state(),
@@ -343,41 +388,54 @@ class Training:
         )
         try:
             self._checkpoint.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(self._checkpoint, content.getvalue())
+            replace_file(self._file(suffix), content.getvalue())
+            if not suffix:
+                self._file("-within").unlink(missing_ok=True)
         except OSError as error:
-            left = f"; epoch {self.epoch - 1} is kept, and the same command goes on from there"
+            left = f"; epoch {self.epoch - (not suffix)} is kept, and the same command goes on from there"
             raise UserError(
-                f"the checkpoint of epoch {self.epoch} cannot be written to {self._checkpoint}: {error.strerror}"
-                + left * self._checkpoint.is_file()
+                f"the checkpoint of epoch {self.epoch + bool(suffix)} cannot be written to {self._checkpoint}: "
+                f"{error.strerror}" + left * self._checkpoint.is_file()
             ) from None
 
-    def restore(self) -> None:
-        """Go back to the last checkpoint, if there is one.
+    def _file(self, suffix: str) -> Path:
+        return self._checkpoint.with_name(self._checkpoint.name + suffix)
+
+    def restore(self, within: bool = True) -> None:
+        """Go back to the last checkpoint, if there is one; without `within`, to the last at an epoch's end.
 
         Raises:
             UserError: it cannot be read, or is of another training.
         """
+        self.within = Within()
+        for suffix in ("", "-within") if within else ("",):
+            self._read(suffix)
+
+    def _read(self, suffix: str) -> None:
         state = None
-        if self._checkpoint is not None and self.rank == 0 and self._checkpoint.is_file():
-            with self._reading():
-                state = torch.load(self._checkpoint, map_location="cpu", weights_only=True)
+        if self._checkpoint is not None and self.rank == 0 and self._file(suffix).is_file():
+            with self._reading(suffix):
+                state = torch.load(self._file(suffix), map_location="cpu", weights_only=True)
         state = agreed(state)
         if state is None:
             return
-        with self._reading():
+        with self._reading(suffix):
             for key, value in self._agree.items():
                 if state["agree"].get(key) != value:
                     raise UserError(
-                        f"{self._checkpoint} is of another training ({key} differs): remove it, or keep it elsewhere"
+                        f"{self._file(suffix)} is of another training ({key} differs): remove it, or keep it elsewhere"
                     )
+            if suffix and state["epoch"] != self.epoch:
+                return  # of an epoch that has been finished since
             self.model.load_state_dict(state["model"])
             if self._ema is not None:
                 self._ema.module.load_state_dict(state["ema"])
             self._updater.load(state["updater"])
             self.epoch, self.history, self.judged = state["epoch"], state["history"], state["judged"]
+            self.within = Within(**state.get("within", {}))
 
     @contextmanager
-    def _reading(self) -> Iterator[None]:
+    def _reading(self, suffix: str) -> Iterator[None]:
         """Whatever a damaged or foreign file raises, with or without torch's help, is told in one line."""
         try:
             yield
@@ -387,7 +445,7 @@ class Training:
             if out_of_memory(error):
                 raise
             raise UserError(
-                f"{self._checkpoint} is damaged or no checkpoint of vitnas's: remove it to begin anew"
+                f"{self._file(suffix)} is damaged or no checkpoint of vitnas's: remove it to begin anew"
             ) from None
 
 
@@ -428,7 +486,7 @@ class Updater:
             t_initial=total,
             t_in_epochs=False,
             lr_min=min(recipe.min_lr, lr),
-            warmup_t=math.ceil(recipe.warmup * total),
+            warmup_t=min(math.ceil(recipe.warmup * total), total - 1),
             warmup_lr_init=min(recipe.warmup_lr, lr),
         )
         self._dtype = PRECISIONS[precision]

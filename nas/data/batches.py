@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import signal
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -43,7 +44,7 @@ class Order(Sampler[Key]):
     def __init__(self, images: Images, shuffle: bool, seed: int, rank: int, world_size: int, repeats: int) -> None:
         self.images, self.shuffle, self.seed, self.repeats = images, shuffle, seed, repeats
         self.rank, self.world_size = rank, world_size
-        self.epoch = 0
+        self.epoch = self.left_out = 0
 
     def __len__(self) -> int:
         return len(self.images) // self.world_size
@@ -51,7 +52,8 @@ class Order(Sampler[Key]):
     def __iter__(self) -> Iterator[Key]:
         order = self._shuffled() if self.shuffle else torch.arange(len(self.images))
         epoch = self.epoch
-        for place in range(self.rank, len(self) * self.world_size, self.world_size):
+        begin = self.rank + self.left_out * self.world_size
+        for place in range(begin, len(self) * self.world_size, self.world_size):
             yield Key(int(order[place // self.repeats]), place % self.repeats, epoch, self.seed)
 
     def _shuffled(self) -> Tensor:
@@ -70,8 +72,8 @@ class Order(Sampler[Key]):
 class Loader(DataLoader):
     """Batches of the images that can be decoded: one with broken files is smaller, one with nothing else is left out.
 
-    epoch: the number of the next pass, which fixes its order and augmentation. skipped: names of the broken files met
-    so far.
+    epoch: the number of the next pass, which fixes its order and augmentation. taken: batches of the pass until now,
+    those left out too. skipped: names of the broken files met so far.
     """
 
     def __init__(self, images: Images, batch_size: int, order: Order, workers: int) -> None:
@@ -85,12 +87,12 @@ class Loader(DataLoader):
             collate_fn=_collate,
             generator=torch.Generator(),  # of its own: a pass draws nothing from the global one
         )
-        self.epoch = 0
+        self.epoch = self.taken = self._left_out = 0
         self.skipped: list[str] = []
 
-    def set_epoch(self, epoch: int) -> None:
-        """Make the next pass that of `epoch`; each one begun adds one."""
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, left_out: int = 0) -> None:
+        """Make the next pass that of `epoch`, without its first batches; each pass begun adds one."""
+        self.epoch, self._left_out = epoch, left_out
 
     def close(self) -> None:
         """End the processes that decode; another pass starts new ones."""
@@ -105,12 +107,14 @@ class Loader(DataLoader):
             UserError: more broken images than `MAX_BROKEN` allows, or nothing else at its beginning.
             MemoryError, RuntimeError: no memory for an image or a batch, or a process that decodes has died.
         """
-        self.sampler.epoch = self.epoch
+        self.taken, self._left_out = self._left_out, 0
+        self.sampler.epoch, self.sampler.left_out = self.epoch, self.taken * self.batch_size
         self.epoch += 1
         seen, broken = 0, []
         try:
             for images, labels, names in in_turn(super().__iter__()):
                 adapt()
+                self.taken += 1
                 seen += len(labels) + len(names)
                 broken += names
                 self.skipped += [name for name in names if name not in self.skipped]
@@ -170,6 +174,7 @@ def _first(names: Sequence[str]) -> str:
 
 def _enter(worker: int) -> None:
     die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that trains, which ends this one
 
 
 def _without_traceback(error: Exception) -> Exception:

@@ -17,6 +17,7 @@ from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3, dispatch_clip_grad, random_seed
 from torch import Tensor, nn
 
+import nas.train
 from nas.data import Images, loader
 from nas.data.images import plain_transform
 from nas.errors import DiskFull, TrainingError, UserError
@@ -97,6 +98,83 @@ def test_stopped_at_an_epoch_it_goes_on_bit_for_bit(recipe, tmp_path):
     assert [row["loss"] for row in part.history] == [row["loss"] for row in whole.history]
     assert not same(whole.model, other.model)
     assert (whole.network is whole.model) == (recipe.ema is None)
+
+
+class Clock:
+    """An update takes a minute."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.now, step = 0.0, Updater.step
+        monkeypatch.setattr(nas.train, "time", self)
+
+        def timed(*args):
+            self.now += 60
+            return step(*args)
+
+        monkeypatch.setattr(Updater, "step", timed)
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize("recipe", [PLAIN, RICH], ids=["plain", "rich"])
+@pytest.mark.parametrize("how", ["asked to stop", "killed"])
+def test_stopped_within_an_epoch_it_goes_on_bit_for_bit(recipe, how, tmp_path, monkeypatch):
+    """Where it was asked to stop, or with what is kept every few minutes; an image that is broken takes its place."""
+    data = pictures(96)
+    data.sources[5] = Path("no such file")
+    Clock(monkeypatch)
+    whole = Training(network(), data, recipe)
+    whole.run()
+    file, begun, asked = tmp_path / "checkpoint", [], iter([False] * 6 + [True] + [False] * 9 + [True] + [False] * 99)
+    stop = (lambda: next(asked)) if how == "asked to stop" else (lambda: False)
+    for at in (7, 9, 99):
+        part = Training(network(at - 7), data, recipe, checkpoint=file)
+        begun.append((part.epoch, part.within.updates))
+
+        def killed(done: int, total: int, loss: float, last: int = at) -> None:
+            if how == "killed" and done == 8 * last:
+                raise KeyboardInterrupt
+
+        try:
+            part.run(None, killed, stop)
+        except KeyboardInterrupt:
+            assert (tmp_path / "checkpoint-within").is_file()
+    assert begun == ([(0, 0), (0, 6), (1, 3)] if how == "asked to stop" else [(0, 0), (0, 4), (0, 8)])
+    assert same(whole.model, part.model)
+    assert same(whole.network, part.network)
+    assert [row["loss"] for row in part.history] == [row["loss"] for row in whole.history]
+    assert [row["seconds"] for row in part.history] == [720] * 3
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_a_diverged_epoch_goes_back_to_the_one_before(tmp_path, monkeypatch):
+    """Not to what was kept within it, and a checkpoint within an epoch that is done counts for nothing."""
+    Clock(monkeypatch)
+    file = tmp_path / "checkpoint"
+    training = Training(network(), pictures(), PLAIN, checkpoint=file)
+    training.run(1)
+    done = [value.clone() for value in training.model.state_dict().values()]
+    asked = iter([False] * 4 + [True])
+    with pytest.raises(KeyboardInterrupt):
+        training.run(None, stop=lambda: next(asked))
+    old = (tmp_path / "checkpoint-within").read_bytes()
+    training.restore(within=False)
+    assert (training.epoch, training.within.updates) == (1, 0)
+    assert all(torch.equal(a, b) for a, b in zip(done, training.model.state_dict().values(), strict=True))
+    training.run(2)
+    (tmp_path / "checkpoint-within").write_bytes(old)
+    again = Training(network(), pictures(), PLAIN, checkpoint=file)
+    assert (again.epoch, again.within.updates) == (2, 0)
+    assert same(again.model, training.model)
+
+
+def test_one_update_in_all_is_made_at_the_full_rate(caplog):
+    """timm would warm up only, and warn of its schedule."""
+    training = Training(network(), pictures(8), dataclasses.replace(PLAIN, epochs=1))
+    training.run()
+    assert training.history[0]["lr"] == PLAIN.peak_lr
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(
@@ -319,10 +397,10 @@ def test_an_update_of_every_recipe_is_that_of_a_plain_loop():
     ema = ModelEmaV3(twin, 0.99, use_warmup=True)
     total, update = 3 * 5, 0
     for epoch in range(3):
-        random_seed(int(np.random.SeedSequence([5, epoch, 0]).generate_state(1)[0]))
         images.set_epoch(epoch)
         twin.train()
         for x, y in itertools.islice(images, 5):
+            random_seed(int(np.random.SeedSequence([5, update, 0]).generate_state(1)[0]))
             x, y = mixup(x.clone(), y)
             rate = 3e-3 * (1 + np.cos(np.pi * update / total)) / 2
             for group in optimizer.param_groups:
