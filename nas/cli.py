@@ -612,7 +612,7 @@ def train(
         str | None,
         typer.Option(
             help="quick, finetune, or a published one: levit, efficientvit, evit, shvit, sepvit.  [default: quick; "
-            "finetune with --weights]"
+            "finetune from weights]"
         ),
     ] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs.  [default: the recipe's]")] = None,
@@ -624,7 +624,11 @@ def train(
     ] = None,
     resolution: Annotated[int | None, typer.Option(help="Input resolution in px.  [default: the network's]")] = None,
     weights: Annotated[
-        str | None, typer.Option(help="Start from timm's, or from a PyTorch or safetensors file.  [default: random]")
+        str | None,
+        typer.Option(
+            help="Start from timm's, from a PyTorch or safetensors file, or from none.  [default: the folder's own; "
+            "none]"
+        ),
     ] = None,
     num_classes: Annotated[int | None, typer.Option(help="Classes the data must have.")] = None,
     teacher: Annotated[
@@ -655,7 +659,7 @@ def train(
 ) -> None:
     """Train a network on images; the accuracy told is that of the last epoch's weights, never of the best one.
 
-    The same command continues an interrupted training after its last finished epoch.
+    A run's folder begins with its own weights. The same command continues an interrupted training where it was.
 
     Exit codes: 0 done, 1 the training or its ONNX file failed (weights of the last good epoch are kept) or the disk is
     full, 2 bad input, 130 Ctrl-C.
@@ -663,10 +667,20 @@ def train(
     from nas.display import show_train
     from nas.progress import watch_images
     from nas.threads import training_threads
-    from nas.training import Options, check_device, choose_recipe, default_folder, default_workers
+    from nas.training import (
+        Options,
+        check_device,
+        choose_recipe,
+        default_folder,
+        default_workers,
+        starting_weights,
+    )
     from nas.training import train as run_train
 
-    chosen = choose_recipe(recipe or ("quick" if weights is None else "finetune"), epochs, batch_size, lr, distillation)
+    begun_with = starting_weights(model, weights, out)
+    chosen = choose_recipe(
+        recipe or ("quick" if begun_with is None else "finetune"), epochs, batch_size, lr, distillation
+    )
     device = check_device(device)
     options = Options(
         model=model,
@@ -676,7 +690,7 @@ def train(
         data=data,
         resolution=resolution,
         num_classes=num_classes,
-        weights=weights,
+        weights=begun_with,
         teacher=teacher,
         teacher_weights=teacher_weights,
         oracle=oracle,

@@ -237,26 +237,29 @@ def show_prune(data: Mapping[str, Any], folder: Path, to_stderr: bool) -> None:
 
 def show_train(data: Mapping[str, Any], folder: Path, to_stderr: bool) -> None:
     """What a training came to."""
+    from nas.training import top1_words
+
     console, final = console_of(to_stderr), data["final"]
     if final is None:
         console.print("No epoch was finished.")
         return
+    which = f"{final['of']}, epoch {final['epoch']} of {data['recipe']['epochs']}, recipe {data['recipe']['name']}"
     if "top1" not in final:
-        console.print(f"Epoch {final['epoch']} was not judged.")
+        console.print(f"Epoch {final['epoch']} was not judged ({which}).")
     else:
-        low, high = final["ci"]
-        console.print(
-            f"Top-1 {final['top1']:.1f}% [{low:.1f}..{high:.1f}] on {final['val_images']:,} validation images of "
-            f"{data['data']['name']}: {final['of']}, epoch {final['epoch']} of {data['recipe']['epochs']}, "
-            f"recipe {data['recipe']['name']}."
-        )
+        console.print(f"{top1_words(final)} of {data['data']['name']}: {which}.")
     seconds = sum(row["seconds"] for row in data["epochs"])
     console.print(
         f"{data['params'] / 1e6:.2f} M parameters, {data['macs'] / 1e6:.0f} MMACs at {data['resolution']} px; "
         f"trained in {clock(seconds)} at {final['images_per_s']:.0f} images/s."
     )
-    files = (name for name in ("model.safetensors", "model.onnx", "metrics.json") if (folder / name).is_file())
+    files = [name for name in ("model.safetensors", "model.onnx", "metrics.json") if (folder / name).is_file()]
     console.print(f"Network: {folder} ({', '.join(files)})")
+    if "model.onnx" in files:
+        images = f" --data {shlex.quote(data['options']['data'])}" if data["options"]["data"] else ""
+        console.print("Next, its speed beside a network of timm's, or a smaller one made of it:")
+        console.print(f"  vitnas bench {shlex.quote(str(folder))} timm/lcnet_050@{data['resolution']}")
+        console.print(f"  vitnas prune --model {shlex.quote(str(folder))}{images}")
 
 
 WIDTHS = ("embed", "heads", "qk", "v", "ffn", "ratio")

@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.stats import binomtest
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
@@ -30,6 +29,7 @@ from torch import distributed as dist
 from nas.data import Batch, Images, loader
 from nas.errors import TrainingError, UserError, first_line
 from nas.files import replace_file
+from nas.intervals import of_share
 from nas.recipes import Recipe
 from search_spaces.evit import set_keep_progress
 from search_spaces.layers import heads_of, set_drop_path
@@ -64,8 +64,8 @@ class Accuracy:
     @property
     def interval(self) -> tuple[float, float]:
         """Wilson's 95% interval of the top-1 accuracy, in percent."""
-        found = binomtest(self.correct, self.total).proportion_ci(method="wilson")
-        return 100 * float(found.low), 100 * float(found.high)
+        found = of_share(self.top1, self.total)
+        return found.low, found.high
 
 
 def _to_stderr(line: str) -> None:

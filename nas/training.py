@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nas.card import Card
+from nas.card import LABELS, PREPROCESS, Card
 from nas.errors import TrainingError, UserError, first_line
 from nas.export import save_model, save_onnx
 from nas.files import folder_lock, replace_file
@@ -22,15 +23,19 @@ from nas.process import usable_cpus
 if TYPE_CHECKING:
     from torch import nn
 
-    from nas.data import ImageData
+    from nas.data import Batch, ImageData
     from nas.recipes import Recipe
     from nas.targets import Target
     from nas.train import Training
     from search_spaces import Arch
 
+RANDOM = "none"
+"""--weights that are no one's."""
 TIMM = "timm/"
 """Begins the names of timm's networks."""
 RESULT = "metrics.json"
+WEIGHTS = "model.safetensors"
+FILES = ("arch.json", WEIGHTS, "model.onnx", PREPROCESS, LABELS)
 MAX_WORKERS = 8
 MOST, MOST_WORKERS = 1_000_000, 256
 EVALUATED_AT_ONCE = 256
@@ -41,7 +46,7 @@ PATIENCE = timedelta(hours=1)
 @dataclass(frozen=True)
 class Options:
     """A training as asked for. model, teacher, oracle: as `find_target` takes them, a teacher timm/NAME as well.
-    weights, teacher_weights: "timm" or a file. resolution: None is the network's own."""
+    weights, teacher_weights: "timm" or a file; weights: None is random ones. resolution: None is the network's own."""
 
     model: str
     recipe: Recipe
@@ -88,8 +93,10 @@ class Options:
             raise UserError(f"--precision {self.precision!r}: choose from {', '.join(PRECISIONS)}")
         if not 0 < recipe.lr < 1e3:
             raise UserError(f"--lr is {recipe.lr:g}: give a learning rate above 0, such as 1e-3")
-        if self.data is not None and self.folder.exists() and self.folder.resolve() == Path(self.data).resolve():
-            raise UserError(f"--out {self.folder} is the folder of the images: give another")
+        if self.data is not None and os.path.isdir(self.data):
+            images = Path(self.data).resolve()
+            if self.folder.resolve() == images or images in self.folder.resolve().parents:
+                raise UserError(f"--out {self.folder} is in the folder of the images, {self.data}: give another")
         if self.teacher is None and self.teacher_weights is not None:
             raise UserError("--teacher-weights needs --teacher")
 
@@ -114,6 +121,28 @@ def choose_recipe(
     if lr is not None:
         changes |= {"lr": lr, "lr_batch": size}
     return replace(recipe, **{key: value for key, value in changes.items() if value is not None})
+
+
+def starting_weights(model: str, weights: str | None, folder: Path | None) -> str | None:
+    """The weights that a training begins with: those given, or those in the network's own folder; None: random ones.
+
+    folder: where the training writes: what it has written there itself is no beginning.
+
+    Raises:
+        UserError: the folder holds the network's weights, and not from this command.
+    """
+    from nas.targets import find_target
+
+    if weights is not None:
+        return None if weights == RANDOM else weights
+    beside = find_target(model).weights
+    if beside is None:
+        return None
+    if folder is not None and folder.is_dir() and folder.resolve() == beside.parent.resolve():
+        if not (folder / "state" / "state.json").is_file():
+            raise UserError(f"--out {folder} holds the weights that the training begins with: give another")
+        return None
+    return str(beside)
 
 
 def check_device(device: str | None) -> str:
@@ -170,6 +199,7 @@ class _Run:
 
         self.options, self.device, self.command, self._locks = options, device, command, locks
         self.rank, self.processes = ranks()
+        self._stop: Callable[[], bool] = lambda: False
         self._new = not options.folder.is_dir()
         if self.rank:
             say, progress = (lambda line: None), (lambda *_: None)
@@ -186,16 +216,22 @@ class _Run:
         if agreed(self.job.finished):
             found = self._results() if not self.rank else {"error": None}
             self.job.say(f"{self.options.folder} is finished: these are its results")
+            if not self.rank:
+                self._mend(Card.of(self.data, found.get("top1"), found.get("images") or 0))
             return found
         training, guided = self._training(self._network(), self._teacher())
         self._begin(training)
         error = None
         try:
-            with guided:
+            with guided, self._stopping():
                 self._epochs(training)
         except TrainingError as found:
             error = found
             self._go_back(training, found)
+        except KeyboardInterrupt:
+            if self.processes == 1:
+                self._leave(training)
+            raise
         data = self._write(training, error) if not self.rank else {"error": error}
         agreed(True)  # torchrun ends all processes when one has failed: the others wait until the first has written
         return data
@@ -206,6 +242,41 @@ class _Run:
             return {key: found[key] for key in ("final", "error", "epochs", "data", "recipe")} | found
         except (ValueError, TypeError, KeyError):
             raise UserError(f"{self.job.result} is damaged: give another --out to train again") from None
+
+    def _mend(self, card: Card) -> None:
+        """Write again what is missing or damaged of a finished training, from what is there.
+
+        Raises:
+            UserError: the weights are lost.
+        """
+        from nas.data import some_of
+        from nas.inputs import file_digest
+
+        folder, known = self.options.folder, self.job.state.found.get("files", {})
+        lost = [
+            name
+            for name in FILES
+            if not (folder / name).is_file() or known.get(name, "") not in ("", file_digest(folder / name))
+        ]
+        if not lost:
+            return
+        what = f"missing or changed since it was finished: {', '.join(lost)}"
+        if WEIGHTS in lost:
+            raise UserError(
+                f"{folder}, {what}: the trained weights are lost; bring {WEIGHTS} back from a copy, or train again "
+                "with another --out"
+            )
+        model = _with_weights(f"{folder}", self.arch, folder / WEIGHTS)
+        save_model(model, folder, with_weights=False)
+        save_onnx(model, folder, 1, trained=True, card=card, images=some_of(self.data.val))
+        self._keep_digests()
+        self.job.say(f"{what}: written again from {WEIGHTS}")
+
+    def _keep_digests(self) -> None:
+        from nas.inputs import file_digest
+
+        self.job.state.found["files"] = {name: file_digest(self.options.folder / name) for name in FILES}
+        self.job.save()
 
     # What is trained, on what
 
@@ -254,15 +325,18 @@ class _Run:
         torch.manual_seed(options.seed)
         model = create_model(self.arch)
         if options.weights is None:
-            if self.target.weights is not None:
-                self._note(
-                    f"trained from random weights: --weights {self.target.weights} starts from the network's own"
-                )
             return model
+        if options.weights == str(self.target.weights):
+            self._note(f"begins with the weights of {options.weights} (--weights {RANDOM}: with random ones)")
         given = self.target.arch.replace(num_classes=self.arch.num_classes)
         source = _with_weights("--weights", given, options.weights)
         if source.untrained:
-            self._note(f"{options.weights} has another classifier or none: this one begins untrained")
+            theirs = source.loaded.classes
+            known = f"a classifier of {theirs} classes" if theirs else "no classifier"
+            self._note(
+                f"{options.weights} has {known}: one for the {self.arch.num_classes} classes of these images begins "
+                "untrained"
+            )
         if source.loaded.told:
             self._note(f"{options.weights}: {source.loaded.told}")
         if given.resolution != self.arch.resolution:
@@ -324,16 +398,22 @@ class _Run:
         lines, self._queued = self._queued or (), None
         for line in lines:
             self._note(line)
-        if training.epoch:
-            self.job.say(f"going on after epoch {training.epoch} of {training.recipe.epochs}")
+        if training.epoch or training.within.updates:
+            self.job.say(f"going on after {self._done(training)}")
         if not self.rank:
             self.job.save()
 
     def _evaluate(self, network: nn.Module) -> dict[str, Any]:
         from nas.train import evaluate
 
-        found = evaluate(network, self._val, self.device, self._note)
-        return {"top1": found.top1, "ci": list(found.interval), "val_loss": found.loss, "val_images": found.total}
+        found = evaluate(network, self._until_stopped(self._val), self.device, self._note)
+        return {"top1": found.top1, "top1_ci": list(found.interval), "val_loss": found.loss, "val_images": found.total}
+
+    def _until_stopped(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            if self._stop():
+                raise KeyboardInterrupt
+            yield batch
 
     # Course
 
@@ -341,19 +421,69 @@ class _Run:
         epochs = training.recipe.epochs
         while training.epoch < epochs or not training.judged:
             with self.job.phase("training") as progress:
-                training.run(training.epoch + 1, progress)
+                training.run(training.epoch + 1, progress, self._stop)
             if not self.rank:
                 self.job.save()
                 self.job.say(epoch_line(training.history[-1], epochs))
 
     def _go_back(self, training: Training, error: TrainingError) -> None:
-        training.restore()
+        training.restore(within=False)
         done = training.epoch
         kept = f"the weights of epoch {done} are kept" if done else "there are no earlier weights"
         self.job.say(f"{error}; {kept}")
 
-    def _write(self, training: Training, error: TrainingError | None) -> dict[str, Any]:
-        """Weights and what is known, then the ONNX file: where that fails it is told and recorded."""
+    @contextmanager
+    def _stopping(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM let an update be finished, so that nothing is lost; a second one ends it at once.
+
+        Processes that train together end at the first.
+        """
+        if self.processes > 1:
+            yield
+            return
+        asked = False
+
+        def ask(number: int, frame: object) -> None:
+            nonlocal asked
+            if asked:
+                raise KeyboardInterrupt
+            asked = True
+
+        self._stop = lambda: asked
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _leave(self, training: Training) -> None:
+        """Write the network of an interrupted training: the last epoch's, or what there is of the first one."""
+        training.restore()
+        done = self._done(training)
+        if training.epoch:
+            training.restore(within=False)
+        elif not training.within.updates:
+            self.job.say("no update was finished: nothing is kept")
+            return
+        self.job.say(f"interrupted after {done}: writing the network (Ctrl-C again leaves that out)")
+        data = self._write(training, None, done)
+        told = top1_words(data["final"]) if "top1" in (data["final"] or {}) else "which was not judged"
+        which = f"epoch {training.epoch}" if training.epoch else done
+        self.job.say(f"{self.options.folder} holds the network of {which}, {told}")
+
+    def _done(self, training: Training) -> str:
+        """How far a training is, in words."""
+        within = training.within.updates * training.images
+        part = f"{within:,} images of epoch {training.epoch + 1}" if within else ""
+        whole = f"epoch {training.epoch} of {training.recipe.epochs}" if training.epoch or not within else ""
+        return " and ".join(filter(None, (whole, part)))
+
+    def _write(self, training: Training, error: TrainingError | None, interrupted: str | None = None) -> dict[str, Any]:
+        """Weights and what is known, then the ONNX file: where that fails it is told and recorded.
+
+        interrupted: after what.
+        """
         import torch
 
         from nas.data import skipped_line, summary
@@ -365,9 +495,10 @@ class _Run:
         broken = skipped_line([training.loader, self._val])
         if broken:
             self._note(broken)
-        if training.epoch:
+        trained = bool(training.epoch or training.within.updates)
+        if trained:
             save_model(training.network.cpu(), options.folder)
-        last = training.history[-1] if training.history else None
+        last = training.history[-1] if training.history else {}
         settings = Settings("torch", options.device, torch.get_num_threads(), training.images)
         data = {
             "model": options.model,
@@ -382,15 +513,22 @@ class _Run:
             "recipe": asdict(training.recipe) | {"peak_lr": training.recipe.peak_lr},
             "options": options.fingerprint(),
             "processes": self.processes,
+            "top1": last.get("top1"),
+            "top1_ci": last.get("top1_ci"),
+            "images": last.get("val_images"),
+            "classes": list(self.data.classes),
+            "seconds": sum(row["seconds"] for row in training.history) + training.within.seconds,
+            "train_threads": torch.get_num_threads(),
             "epochs": training.history,
-            "final": last and {"of": "moving average" if training.recipe.ema else "last weights", **last},
+            "final": {"of": "moving average" if training.recipe.ema else "last weights", **last} if last else None,
             "hardware": describe(settings),
             "notes": self.job.state.notes,
             "phases": self.job.state.phases,
+            "interrupted": interrupted,
             "error": str(error) if error else None,
         }
         replace_file(self.job.result, json.dumps(data, indent=1))
-        if training.epoch:
+        if trained:
             from nas.data import some_of
 
             try:
@@ -405,7 +543,8 @@ class _Run:
         data |= {"notes": self.job.state.notes, "phases": self.job.state.phases, "finished": now()}
         replace_file(self.job.result, json.dumps(data, indent=1))
         self.job.save()
-        if data["error"] is None:
+        if data["error"] is None and interrupted is None:
+            self._keep_digests()
             self.job.finish()
             (self.job.kept / "checkpoint").unlink()
         return data
@@ -419,11 +558,16 @@ class _Run:
 
 
 def epoch_line(row: dict[str, Any], epochs: int) -> str:
-    low, high = row["ci"]
     return (
-        f"epoch {row['epoch']}/{epochs}: loss {row['loss']:.3f}, top-1 {row['top1']:.1f}% [{low:.1f}..{high:.1f}], "
-        f"learning rate {row['lr']:.2g}, {row['images_per_s']:.0f} images/s"
+        f"epoch {row['epoch']}/{epochs}: {top1_words(row)}, loss {row['loss']:.3f}, learning rate {row['lr']:.2g}, "
+        f"{row['images_per_s']:.0f} images/s"
     )
+
+
+def top1_words(row: dict[str, Any]) -> str:
+    """An epoch's accuracy as it is told."""
+    low, high = row["top1_ci"]
+    return f"{row['top1']:.1f}% top-1 (95%: {low:.1f} to {high:.1f}, {row['val_images']:,} images)"
 
 
 @contextmanager

@@ -75,7 +75,7 @@ def test_a_folder_that_export_and_bench_take(vitnas, deit, tmp_path):
     code, _, err = vitnas("train", deit, "--out", str(out), *ARGS, "--lr", "0.004", "--json")
     assert code == 0, err
     assert "no --data" in err
-    assert "epoch 2/2: loss" in err
+    first = err
     found = metrics(out)
     assert {path.name for path in out.iterdir()} == {
         "arch.json",
@@ -98,12 +98,22 @@ def test_a_folder_that_export_and_bench_take(vitnas, deit, tmp_path):
     accuracy = evaluate(model, loader(data.val, 64, shuffle=False, seed=0))
     assert (found["final"]["val_images"], found["data"]["val"]) == (accuracy.total, accuracy.total)
     assert found["final"]["top1"] == pytest.approx(accuracy.top1)
-    assert found["final"]["ci"] == pytest.approx(accuracy.interval)
+    low, high = found["final"]["top1_ci"]
+    assert (low, high) == pytest.approx(accuracy.interval)
+    assert [found[key] for key in ("top1", "top1_ci", "images")] == [accuracy.top1, [low, high], accuracy.total]
+    assert found["classes"] == found["data"]["class_names"] == list("0123456789")
+    assert found["train_threads"] == 1
+    assert found["seconds"] == sum(row["seconds"] for row in found["epochs"])
     assert accuracy.top1 > 20
 
-    code, _, err = vitnas("train", deit, "--out", str(out), *ARGS, "--lr", "0.004")
+    code, text, err = vitnas("train", deit, "--out", str(out), *ARGS, "--lr", "0.004")
     assert code == 0
     assert "is finished" in err
+    assert "again" not in err
+    told = f"{accuracy.top1:.1f}% top-1 (95%: {low:.1f} to {high:.1f}, {accuracy.total} images)"
+    assert f"epoch 2/2: {told}" in first
+    assert text.startswith(f"{told} of ")
+    assert text.splitlines()[-2:] == [f"  vitnas bench {out} timm/lcnet_050@32", f"  vitnas prune --model {out}"]
     vitnas.refused(vitnas("train", deit, "--out", str(out), *ARGS), "another run", "lr")
 
     code, text, _ = vitnas("export", str(out), "--out", str(tmp_path / "exported"))
@@ -205,27 +215,113 @@ def test_a_damaged_file_is_one_line(vitnas, deit, tmp_path, file, content):
     assert (out / file).read_text() == content
 
 
-@pytest.mark.usefixtures("few")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_leaves_what_is_done(vitnas, deit, tmp_path, monkeypatch, number):
-    """One line says how to go on."""
-    out = tmp_path / "out"
-    args = ("train", deit, "--out", str(out), "--epochs", "3", "--batch-size", "128", "--device", "cpu")
+ONCE = ("--epochs", "3", "--batch-size", "64", "--device", "cpu")
+"""Of the `few` images: four updates an epoch."""
+
+
+def signalled(monkeypatch, at: int, number: int = signal.SIGINT) -> None:
+    """A signal comes within this update of a training's, from 0."""
     step = nas.train.Updater.step
 
-    def signalled(self, at, batches):
-        if at == 5:  # of two an epoch
+    def during(self, i, batches):
+        if i == at:
             signal.raise_signal(number)
-        return step(self, at, batches)
+        return step(self, i, batches)
 
-    monkeypatch.setattr(nas.train.Updater, "step", signalled)
-    code, text, err = vitnas(*args)
+    monkeypatch.setattr(nas.train.Updater, "step", during)
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize(
+    ("number", "at", "done", "which"),
+    [
+        (signal.SIGINT, 1, "128 images of epoch 1", "128 images of epoch 1, which was not judged"),
+        (signal.SIGTERM, 5, "epoch 1 of 3 and 128 images of epoch 2", "epoch 1, {top1}"),
+        (signal.SIGINT, 11, "epoch 3 of 3", "epoch 3, which was not judged"),
+    ],
+)
+def test_a_signal_leaves_a_network_and_goes_on_exactly(vitnas, deit, tmp_path, monkeypatch, number, at, done, which):
+    """The update in progress is finished; the network is the last epoch's, or what there is of the first one."""
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    args = ("train", deit, "--out", str(out), *ONCE)
+    with monkeypatch.context() as patched:
+        signalled(patched, at, number)
+        code, text, err = vitnas(*args)
     assert (code, text) == (130, "")
-    assert err.splitlines()[-2].startswith("epoch 2/3")
-    assert err.splitlines()[-1] == f"interrupted; to go on: vitnas {' '.join(args)}"
-    monkeypatch.setattr(nas.train.Updater, "step", step)
+    found = metrics(out)
+    assert (found["interrupted"], found["error"]) == (done, None)
+    lines = err.splitlines()[-3:]
+    assert lines[0].startswith(f"interrupted after {done}: writing the network")
+    top1 = f"{found['top1']:.1f}% top-1 (95%: " if found["top1"] is not None else ""
+    assert lines[1].startswith(f"{out} holds the network of {which.format(top1=top1)}")
+    assert lines[2] == f"interrupted; to go on: vitnas {' '.join(args)}"
+    kept = load_file(out / "model.safetensors")
+    assert create_model(Arch.from_json((out / "arch.json").read_bytes()), weights=out / "model.safetensors")
+    assert (out / "model.onnx").is_file()
     code, _, err = vitnas(*args)
-    assert (code, "going on after epoch 2 of 3" in err) == (0, True)
+    assert (code, f"going on after {done}" in err) == (0, True)
+    assert metrics(out)["interrupted"] is None
+    assert [path.name for path in (out / "state").iterdir()] == ["state.json"]
+    assert vitnas("train", deit, "--out", str(whole), *ONCE)[0] == 0
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (out, whole))
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+    assert all(torch.equal(kept[name], value) for name, value in theirs.items()) == (at == 11)
+
+
+@pytest.mark.usefixtures("few")
+def test_a_second_signal_ends_it_at_once(vitnas, deit, tmp_path, monkeypatch):
+    """Within the update, whose half is not kept."""
+    out = tmp_path / "out"
+    backward = torch.Tensor.backward
+    calls = []
+
+    def twice(self, *args, **kwargs):
+        calls.append(self)
+        if len(calls) == 6:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return backward(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "backward", twice)
+    code, _, err = vitnas("train", deit, "--out", str(out), *ONCE)
+    assert (code, len(calls)) == (130, 6)
+    assert metrics(out)["interrupted"] == "epoch 1 of 3"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert "holds the network of epoch 1, " in err
+
+
+@pytest.mark.usefixtures("few")
+def test_a_signal_before_the_first_update_is_done_leaves_nothing(vitnas, deit, tmp_path, monkeypatch):
+    monkeypatch.setattr(nas.train.Updater, "step", _interrupt)
+    code, _, err = vitnas("train", deit, "--out", str(tmp_path / "out"), *ONCE)
+    assert code == 130
+    assert "no update was finished: nothing is kept" in err
+
+
+def _interrupt(*args: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.usefixtures("few")
+def test_a_finished_training_writes_again_what_was_lost(vitnas, deit, tmp_path, monkeypatch):
+    """From its weights; without those it says what is lost."""
+    out = tmp_path / "out"
+    args = ("train", deit, "--out", str(out), "--epochs", "1", "--batch-size", "128", "--device", "cpu")
+    assert vitnas(*args)[0] == 0
+    arch = (out / "arch.json").read_text()
+    monkeypatch.setattr(nas.train.Updater, "step", None)
+    (out / "model.onnx").unlink()
+    (out / "arch.json").write_text("{")
+    code, _, err = vitnas(*args)
+    assert code == 0, err
+    assert "missing or changed since it was finished: arch.json, model.onnx: written again from model.saf" in err
+    assert ((out / "arch.json").read_text(), (out / "model.onnx").is_file()) == (arch, True)
+    assert "again" not in vitnas(*args)[2]
+    weights = (out / "model.safetensors").read_bytes()
+    (out / "model.safetensors").write_bytes(weights[:-4] + b"\0\1\2\3")
+    code, text, err = vitnas(*args)
+    assert (code, text) == (2, "")
+    assert "model.safetensors: the trained weights are lost" in err.splitlines()[-1]
 
 
 @pytest.mark.usefixtures("few")
@@ -244,13 +340,13 @@ def test_a_failing_judge_loses_no_epoch(vitnas, deit, tmp_path, monkeypatch):
         code, text, err = vitnas(*args)
     assert code == 1, err
     assert "out of memory with one image to judge; the weights of epoch 1 are kept" in err
-    assert "Epoch 1 was not judged" in text
+    assert text.startswith("Epoch 1 was not judged")
     assert metrics(out)["final"]["epoch"] == 1
     assert (out / "model.safetensors").is_file()
     monkeypatch.setattr(nas.train.Updater, "step", None)
     code, text, err = vitnas(*args)
     assert code == 0, err
-    assert text.startswith("Top-1 ")
+    assert "% top-1 (95%: " in text.splitlines()[0]
 
 
 KILLED = """
@@ -366,7 +462,7 @@ def test_torchrun(deit, tmp_path):
             text=True,
         )
         assert done.returncode == 0, done.stderr
-        assert done.stdout.count("Top-1") == 1
+        assert done.stdout.count(" top-1 (95%: ") == 1
     assert done.stderr.count("is finished") == 1
     found = metrics(out)
     assert found["processes"] == 2
@@ -425,7 +521,7 @@ def trained(helpers, small, tmp_path_factory) -> Path:
 
 @pytest.mark.usefixtures("few")
 def test_fine_tuning_begins_with_the_weights_given(vitnas, trained, tmp_path, monkeypatch):
-    """At another resolution the bias tables are resized; without --weights a note names those beside the Arch."""
+    """At another resolution the bias tables are resized; without --weights they are those beside the Arch."""
     begun = {}
 
     class Peek(nas.train.Training):
@@ -449,9 +545,36 @@ def test_fine_tuning_begins_with_the_weights_given(vitnas, trained, tmp_path, mo
     changed = {name for name, value in begun[96].items() if not torch.equal(given[name], value)}
     assert changed
     assert all(name.endswith("bias.table") for name in changed)
-    code, _, err = vitnas("train", str(trained), "--epochs", "1", "--batch-size", "128", "--out", str(tmp_path / "x"))
-    assert code == 0
-    assert f"--weights {weights} starts from" in err
+    short = ("--epochs", "1", "--batch-size", "128")
+    for name, more, recipe in (("own", (), "finetune"), ("random", ("--weights", "none"), "quick")):
+        begun.clear()
+        args = ("train", str(trained), *short, *more, "--out", str(tmp_path / name))
+        code, _, err = vitnas(*args)
+        assert code == 0
+        assert (f"begins with the weights of {weights} (--weights none: with random" in err) == (name == "own")
+        assert metrics(tmp_path / name)["recipe"]["name"] == recipe
+        assert all(torch.equal(given[key], value) for key, value in begun[64].items()) == (name == "own")
+
+
+@pytest.mark.usefixtures("few")
+def test_where_a_network_of_other_classes_begins(vitnas, trained, tmp_path):
+    """Its own classifier is not used, and that is told."""
+    data, out = tmp_path / "data", tmp_path / "out"
+    for label in ("cat", "dog", "fox"):
+        (data / label).mkdir(parents=True)
+        for i in range(4):
+            Image.new("RGB", (32, 32), (60 * i, 0, 0)).save(data / label / f"{i}.png")
+    args = ("train", str(trained), "--data", str(data), "--epochs", "1", "--batch-size", "4")
+    code, _, err = vitnas(*args, "--out", str(out))
+    assert code == 0, err
+    assert (
+        "model.safetensors has a classifier of 10 classes: one for the 3 classes of these images begins untrained"
+        in err
+    )
+    assert metrics(out)["classes"] == ["cat", "dog", "fox"]
+    for folder in (data, data / "cat" / "out"):
+        vitnas.refused(vitnas(*args, "--out", str(folder)), f"--out {folder} is in the folder of the images")
+    vitnas.refused(vitnas(*args, "--out", str(trained)), f"--out {trained} holds the weights that the training begins")
 
 
 @pytest.mark.usefixtures("few")
