@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,8 +10,7 @@ from typing import TYPE_CHECKING
 from nas.errors import UserError
 
 if TYPE_CHECKING:
-    from nas.data import ImageData, Images
-    from nas.data.images import Source
+    from nas.data import ImageData
     from search_spaces import Arch
 
 LENGTH = 16
@@ -57,33 +55,13 @@ def file_digest(path: Path) -> str:
 
 
 def data_digest(data: ImageData) -> str:
-    """Of the images' names, sizes and labels, however the folder that holds them is called."""
+    """Of the images' content and labels, in order, however the folder that holds them is called."""
+    import numpy as np
+
+    from nas.data.digests import digests
+
     digest = hashlib.sha256()
     for images in (data.train, data.val):
-        _add(digest, images)
+        digest.update(np.asarray(images.labels, dtype=np.int64).tobytes())
+        digest.update(digests(images).tobytes())
     return digest.hexdigest()[:LENGTH]
-
-
-def _add(digest: hashlib._Hash, images: Images) -> None:
-    import numpy as np
-
-    digest.update(np.asarray(images.labels, dtype=np.int64).tobytes())
-    folders = {os.path.dirname(source) for source in images.sources if isinstance(source, Path)}
-    above = len(os.path.commonpath(folders)) if folders else 0
-    for source in images.sources:
-        digest.update(_entry(source, above))
-
-
-def _entry(source: Source, above: int) -> bytes:
-    """above: characters of a path that are left out."""
-    import numpy as np
-
-    from nas.data.shards import Member
-
-    if isinstance(source, Path):
-        return f"{str(source)[above:]} {source.stat().st_size}\n".encode(errors="surrogateescape")
-    if isinstance(source, np.ndarray):
-        return source.tobytes()
-    if isinstance(source, Member):
-        return f"{source.shard.name} {source.offset} {source.size}\n".encode(errors="surrogateescape")
-    return f"{source}\n".encode()

@@ -154,10 +154,10 @@ class Job:
 
     def tell_of(self, data: ImageData) -> None:
         """What a data set holds, and what looks odd in it."""
-        from nas.data import describe
+        from nas.data import describe, oddities
 
         self.say(describe(data))
-        for line in data.notes:
+        for line in oddities(data):
             self.note(line)
 
     def batches(self, images: Images) -> Loader:

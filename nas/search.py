@@ -258,10 +258,10 @@ def search(
         run.hardware = write_hardware(options)
     lines = [busy_line(run.hardware)]
     if data is not None:
-        from nas.data import describe
+        from nas.data import describe, oddities
 
         say(describe(data))
-        lines += data.notes
+        lines += oddities(data)
     if options.settings.precision != "fp32":
         lines.append(f"latency is measured in {options.settings.precision}; quality is that of fp32")
     if options.settings.precision == "int8":

@@ -21,6 +21,7 @@ from nas.data.batches import (
     loader,
     skipped_line,
 )
+from nas.data.found import Found, Part
 from nas.data.images import (
     Augmentation,
     Images,
@@ -32,7 +33,8 @@ from nas.data.images import (
     split,
     train_transform,
 )
-from nas.data.sources import Found, Part, digits, find
+from nas.data.look import oddities
+from nas.data.sources import digits, find
 from nas.errors import UserError
 
 if TYPE_CHECKING:
@@ -53,6 +55,7 @@ __all__ = [
     "describe",
     "hold_out",
     "loader",
+    "oddities",
     "open_data",
     "sample",
     "shown",
@@ -63,6 +66,8 @@ __all__ = [
 ]
 
 SOME = 8
+SPARSE = 1000
+"""Classes that bare numbers may make without a thought of how many of them have images."""
 VAL_SHARE = 0.1
 DIGITS_VAL_SHARE = 0.2
 
@@ -158,8 +163,15 @@ def _images(part: Part, resolution: int, demo: bool) -> Images:
 def _classes(found: Found, num_classes: int | None) -> list[str]:
     labels = {*found.train.labels, *(found.val.labels if found.val else ())}
     if min(labels) < 0:
-        raise UserError(f"{found.name} has images without a label (or with label {min(labels)})")
+        raise UserError(
+            f"{found.name} has images without a label (or with label {min(labels)}): {_with_label(found, min(labels))}"
+        )
     if found.classes is None:
+        if num_classes is None and max(labels) >= max(SPARSE, 10 * len(labels)):
+            raise UserError(
+                f"{_with_label(found, max(labels))} has label {max(labels):,}, but {len(labels)} labels are in use: "
+                f"number them from 0, or give --num-classes {max(labels) + 1}"
+            )
         classes = [str(label) for label in range(max(max(labels) + 1, num_classes or 0))]
         if num_classes is not None and len(classes) > num_classes:
             raise UserError(
@@ -173,6 +185,11 @@ def _classes(found: Found, num_classes: int | None) -> list[str]:
     if num_classes is not None and num_classes != len(classes):
         raise UserError(f"{found.name} has {len(classes)} classes but --num-classes is {num_classes}")
     return classes
+
+
+def _with_label(found: Found, label: int) -> str:
+    part = next(part for part in (found.train, found.val) if part and label in part.labels)
+    return shown(str(part.sources[part.labels.index(label)]))
 
 
 def _require_two_of_each(found: Found, classes: list[str]) -> None:

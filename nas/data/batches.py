@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from nas.data.images import Images, Key
+from nas.data.about import shown
+from nas.data.images import MAX_ASPECT, Images, Key, Ribbon
 from nas.errors import UserError
 from nas.measure.locks import in_turn
 from nas.process import die_with_parent
@@ -110,15 +111,18 @@ class Loader(DataLoader):
         self.taken, self._left_out = self._left_out, 0
         self.sampler.epoch, self.sampler.left_out = self.epoch, self.taken * self.batch_size
         self.epoch += 1
-        seen, broken = 0, []
+        seen, broken, unused = 0, [], 0
         try:
             for images, labels, names in in_turn(super().__iter__()):
                 adapt()
                 self.taken += 1
                 seen += len(labels) + len(names)
-                broken += names
+                broken += [name for name in names if not isinstance(name, Ribbon)]
+                unused += len(names)
                 self.skipped += [name for name in names if name not in self.skipped]
                 self._refuse_if_too_many(broken, seen)
+                if unused == seen >= min(ALL_BROKEN, len(self.sampler)):
+                    raise UserError(f"none of the first {seen} images can be used: {skipped_line([self])}")
                 if len(labels):
                     yield images, labels
         except Exception as error:
@@ -161,15 +165,23 @@ def loader(
 
 
 def skipped_line(loaders: Sequence[Loader]) -> str | None:
-    """What to tell the user about the files that could not be decoded; None where all could."""
+    """What to tell the user about the images that could not be used; None where all could."""
     names = list(dict.fromkeys(itertools.chain.from_iterable(each.skipped for each in loaders)))
-    if not names:
-        return None
-    return f"skipped {len(names)} image{'s' * (len(names) > 1)} that cannot be decoded: {_first(names)}"
+    broken = [name for name in names if not isinstance(name, Ribbon)]
+    ribbons = [name for name in names if isinstance(name, Ribbon)]
+    lines = [
+        f"skipped {len(found)} image{'s' * (len(found) > 1)} {why}: {_first(found)}"
+        for found, why in (
+            (broken, "that cannot be decoded"),
+            (ribbons, f"more than {MAX_ASPECT} times as long as wide"),
+        )
+        if found
+    ]
+    return "; ".join(lines) or None
 
 
 def _first(names: Sequence[str]) -> str:
-    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+    return ", ".join(map(shown, names[:NAMED])) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
 
 
 def _enter(worker: int) -> None:

@@ -35,6 +35,7 @@ BACKGROUND = "white"
 """What shows through transparent pixels: the page that such pictures are drawn for."""
 MAX_ASPECT = 100
 """Length over width of a picture at most: its shorter side is brought to the network's, whatever the longer becomes."""
+DEEPEST = 65535
 CACHE_LIMIT = 2 * 2**30
 CACHE_SHARE = 0.5
 _held = 0
@@ -92,8 +93,16 @@ class Rows(Sequence[Source]):
         return Rows(self.fetch, self.rows[np.asarray(indices, dtype=np.int64)])
 
 
+class Ribbon(str):
+    """The name of an image beyond `MAX_ASPECT`, which is left out."""
+
+
+class RibbonError(ValueError):
+    """An image is longer than `MAX_ASPECT` allows."""
+
+
 class Images(Dataset):
-    """Map-style: index -> (image (3, R, R) float32, label), or the image's name where it cannot be decoded.
+    """Map-style: index -> (image (3, R, R) float32, label), or its name where it cannot be decoded or is a `Ribbon`.
 
     files: for images that are read fastest in the order of the files that hold them, the number of each one's file.
     """
@@ -117,6 +126,8 @@ class Images(Dataset):
             image = decode(source)
         except MemoryError:  # the machine's fault, not the file's
             raise MemoryError(f"{source} cannot be decoded") from None
+        except RibbonError:
+            return Ribbon(source)
         except Exception:  # Pillow's decoders raise a dozen kinds, from OSError to struct.error
             return str(source)
         return self.transform(image), self.labels[index]
@@ -147,8 +158,12 @@ class Images(Dataset):
 def decode(source: Source) -> Image.Image:
     """An RGB image from a file, a stored image, or grey levels (H, W) or colours (H, W, 3) uint8.
 
-    Transparent pixels let white through, grey of 16 bits is scaled to 8, and a turned camera's picture is turned back
-    as its EXIF orientation says. Pictures above `MAX_ASPECT` are refused, as those that are broken.
+    Transparent pixels let white through, grey of more than 8 bits is scaled to 8, and a turned camera's picture is
+    turned back as its EXIF orientation says.
+
+    Raises:
+        RibbonError: the picture is longer than `MAX_ASPECT` allows.
+        Exception: it is broken.
     """
     if isinstance(source, np.ndarray):
         return Image.fromarray(source).convert("RGB")
@@ -294,15 +309,29 @@ def _release(count: int) -> None:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if max(image.size) > MAX_ASPECT * min(image.size):
-        raise ValueError(f"more than {MAX_ASPECT} times as long as wide")
+        raise RibbonError
     ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I"):  # 16 bits, which convert() would clip to white; "I" holds them in 32
-        levels = np.asarray(image).clip(0, 65535)
-        return Image.fromarray((levels / 257).round().astype(np.uint8)).convert("RGB")
+    if image.mode.startswith(("I", "F")):  # which convert() would clip
+        return Image.fromarray(_levels(np.asarray(image, np.float64), image.mode == "F")).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), image).convert("RGB")
     return image.convert("RGB")
+
+
+def _levels(values: np.ndarray, floats: bool) -> np.ndarray:
+    """Grey in 8 bits, of 16 bits, of floats from 0 to 1 or to 255, or of any others, scaled from their least to their
+    greatest value."""
+    low, high = values.min(), values.max()
+    if not np.isfinite(high - low):
+        raise ValueError("pixels that are not finite")
+    if low < 0 or high > DEEPEST:
+        values = (values - low) * (255 / (high - low) if high > low else 0)
+    elif floats and high <= 255:
+        values = values * (255 if high <= 1 else 1)
+    else:
+        values = values * (255 / DEEPEST)
+    return values.round().astype(np.uint8)
 
 
 def _seed_generators(key: Key) -> None:

@@ -6,7 +6,7 @@ import difflib
 import os
 import re
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -18,9 +18,10 @@ from filelock import FileLock
 from PIL import Image
 from timm.data import create_dataset
 from timm.utils.misc import natural_key
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-from nas.data.images import Rows, Source
+from nas.data.folders import image_folder
+from nas.data.found import Found, Part
+from nas.data.images import Rows
 from nas.data.shards import find_shards, read_index
 from nas.errors import UserError, first_line
 
@@ -33,34 +34,12 @@ TORCH = (
     *("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist"),
     *("imagenet", "inaturalist", "places365"),
 )
-VAL_FOLDERS = ("val", "validation", "test")
 VAL_SPLITS = ("validation", "valid", "val", "dev", "test", "eval")
 VAL_SHARDS = re.compile(r"(?<![a-z])(val|validation|valid|test)(?![a-z])")
 SECRET = -1
 """The hub's label of images whose class is kept back; a split of them cannot validate."""
 TIMEOUT = 10.0
 """Seconds in which a host must answer."""
-
-
-@dataclass(frozen=True)
-class Part:
-    sources: Sequence[Source]
-    labels: list[int]
-    files: np.ndarray | None = None
-
-
-@dataclass(frozen=True)
-class Found:
-    """classes: None where labels are bare numbers. val: None where `train` is to be split; validation: what it is, in
-    words. left_out: what was found and not used. notes: what looks odd."""
-
-    name: str
-    classes: list[str] | None
-    train: Part
-    val: Part | None = None
-    validation: str = ""
-    left_out: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
 
 
 def cache_folder() -> Path:
@@ -77,44 +56,6 @@ def digits() -> Found:
         [str(name) for name in found.target_names],
         Part(images, found.target.tolist()),
     )
-
-
-def folder(name: str) -> Found:
-    path = Path(name)
-    if not path.exists():
-        raise UserError(f"{path}: no such folder")
-    if not path.is_dir():
-        raise UserError(f"{path} is not a folder: give one of images, <class>/*.jpg")
-    val_root = next((path / name for name in VAL_FOLDERS if (path / name).is_dir()), None)
-    if val_root is None or not (path / "train").is_dir():
-        return Found(str(path), *_scan(path))
-    classes, train = _scan(path / "train")
-    val_classes, val = _scan(val_root)
-    for each in sorted(set(classes) ^ set(val_classes), key=natural_key):
-        here, there = ("train", val_root.name) if each in classes else (val_root.name, "train")
-        raise UserError(f"{path}: class {each!r} is in {here}/ but not in {there}/")
-    return Found(str(path), classes, train, val, f"{val_root.name}/")
-
-
-def _scan(root: Path) -> tuple[list[str], Part]:
-    """Classes (the visible folders in `root`, in timm's order), and the images anywhere below each with its label."""
-    names = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    if not names:
-        hint = f"; for its shards write wds/{root}" if any(root.glob("*.tar")) else ""
-        raise UserError(f"{root} has no class folders: {root}/<class>/*.jpg is needed{hint}")
-    classes = sorted(names, key=natural_key)
-    number = {name: label for label, name in enumerate(classes)}
-    found = make_dataset(root, number, is_valid_file=_is_image, allow_empty=True)
-    labels = [label for _, label in found]
-    empty = set(number.values()) - set(labels)
-    if empty:
-        raise UserError(f"{root / classes[min(empty)]} holds no images ({', '.join(IMG_EXTENSIONS)})")
-    return classes, Part([Path(file) for file, _ in found], labels)
-
-
-def _is_image(file: str) -> bool:
-    path = Path(file)
-    return path.suffix.lower() in IMG_EXTENSIONS and not path.name.startswith(".")
 
 
 @dataclass(frozen=True)
@@ -277,7 +218,7 @@ def shards(name: str) -> Found:
 
     names = sorted(path.name for path in val)
     what = names[0] if len(names) == 1 else f"{len(names)} shards from {names[0]} on" if names else ""
-    return Found(name, None, part(set(found) - val), part(val) if val else None, what)
+    return Found(name, index.classes, part(set(found) - val), part(val) if val else None, what, index.left_out)
 
 
 SOURCES: dict[str, Callable[[str], Found]] = {"torch/": torch_dataset, "hfds/": hub_dataset, "wds/": shards}
@@ -289,4 +230,5 @@ def find(name: str) -> Found:
     for prefix, source in SOURCES.items():
         if name.lower().startswith(prefix):
             return source(name[len(prefix) :])
-    return shards(name) if name.endswith(".tar") or "{" in name else folder(name)
+    named = name.endswith(".tar") or "{" in name
+    return shards(name) if named and not Path(name).is_dir() else image_folder(name)

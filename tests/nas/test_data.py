@@ -304,18 +304,6 @@ def class_without_images(folder: Path) -> Path:
     return folder
 
 
-def val_without_images(folder: Path) -> Path:
-    fill(folder / "train", cat=3, dog=3)
-    fill(folder / "val", cat=3, dog=0)
-    return folder
-
-
-def class_missing_in_val(folder: Path) -> Path:
-    fill(folder / "train", cat=3, dog=3, eel=3)
-    fill(folder / "val", cat=3, dog=3)
-    return folder
-
-
 def class_only_in_val(folder: Path) -> Path:
     fill(folder / "train", cat=3, dog=3)
     fill(folder / "test", cat=3, dog=3, eel=3)
@@ -339,10 +327,8 @@ def single_image(folder: Path) -> Path:
         (empty, "has no class folders"),
         (loose_images, "has no class folders"),
         (class_without_images, "dog holds no images"),
-        (val_without_images, "val/dog holds no images"),
-        (class_missing_in_val, "class 'eel' is in train/ but not in val/"),
-        (class_only_in_val, "class 'eel' is in test/ but not in train/"),
-        (train_alone, "has one class ('train')"),
+        (class_only_in_val, "/test/ but not in train/: remove it, or add images to train/eel"),
+        (train_alone, "has train/ but no val/ or test/: give "),
         (single_image, "dog holds one image"),
     ],
 )
@@ -496,3 +482,40 @@ def test_a_ribbon_is_a_broken_image(tmp_path):
     batches = loader(data.val, 8, shuffle=False, seed=0)
     assert sum(len(labels) for _, labels in batches) == len(data.val) - 1
     assert batches.skipped == [str(data.val.sources[0])]
+    assert skipped_line([batches]) == f"skipped 1 image more than 100 times as long as wide: {data.val.sources[0]}"
+
+
+def test_many_ribbons_are_skipped_but_something_else_is_needed(tmp_path):
+    data = open_data(fill(tmp_path, black=20, white=20), 64, 2, seed=0)
+    for file in data.val.sources[:2]:
+        Image.new("L", (2100, 1)).save(file, "png")
+    batches = loader(data.val, 8, shuffle=False, seed=0)
+    assert sum(len(labels) for _, labels in batches) == 2
+    for file in data.val.sources:
+        Image.new("L", (2100, 1)).save(file, "png")
+    with pytest.raises(
+        UserError, match=r"^none of the first 4 images can be used: skipped 4 images more than 100 times"
+    ):
+        list(loader(data.val, 8, shuffle=False, seed=0))
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.array([[0.0, 0.5, 1.0]], np.float32), [0, 128, 255]),
+        (np.array([[0.0, 100.0, 255.0]], np.float32), [0, 100, 255]),
+        (np.array([[0.0, 257.0, 65535.0]], np.float32), [0, 1, 255]),
+        (np.array([[-1.0, 0.0, 1.0]], np.float32), [0, 128, 255]),
+        (np.array([[0, 2**30, 2**31 - 1]], np.int32), [0, 128, 255]),
+        (np.array([[-7.0, -7.0]], np.float32), [0, 0]),
+    ],
+)
+def test_floats_and_32_bits_are_scaled(tmp_path, values, expected):
+    Image.fromarray(values).save(tmp_path / "x.tif")
+    assert np.asarray(decode(tmp_path / "x.tif"))[0, :, 0].tolist() == expected
+
+
+def test_pixels_that_are_not_finite_are_a_broken_image(tmp_path):
+    Image.fromarray(np.array([[0.5, np.nan]], np.float32)).save(tmp_path / "x.tif")
+    with pytest.raises(ValueError, match="not finite"):
+        decode(tmp_path / "x.tif")

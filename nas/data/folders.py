@@ -1,0 +1,332 @@
+"""Folders of images: which of them are splits and classes, which files are images, and what is left out and why."""
+
+from __future__ import annotations
+
+import os
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+
+from PIL import Image
+from timm.utils.misc import natural_key
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from nas.data.about import shown
+from nas.data.found import Found, Part
+from nas.errors import UserError
+
+SPLITS = {
+    "train": ("train", "training", "trn"),
+    "val": ("val", "valid", "validation", "dev", "eval", "evaluation"),
+    "test": ("test", "testing", "tst"),
+}
+BESIDE_SPLIT = re.compile(r"(set|sets|data|dataset|images|imgs|img|split|folder)$")
+"""Ends the names of splits: train_set, TestImages."""
+SYSTEM_FOLDERS = frozenset(
+    ("@eadir", "__macosx", "#recycle", "@recycle", "$recycle.bin", "system volume information", "lost+found")
+)
+SYSTEM_FILES = frozenset(("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"))
+NO_IMAGES = frozenset((".txt", ".xml", ".json", ".csv", ".yaml", ".yml", ".md", ".html", ".npy", ".cls"))
+"""Suffixes of what lies beside images: not opened."""
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "AVIF", "JPEG2000", "PPM")
+"""What a file without a known suffix may be: formats with a signature."""
+UNREAD = frozenset(("MPEG", "HDF5", "GRIB", "BUFR", "WMF", "EPS", "PDF"))
+"""Formats that Pillow names but does not decode by itself."""
+FEW = 3
+
+
+@dataclass
+class LeftOut:
+    """What is found and not used. suffixes: of files that are no images; folders: hidden ones and the system's; links:
+    to folders that are read anyway; loose: images beside the class folders; whole: folders beside the splits."""
+
+    suffixes: Counter[str] = field(default_factory=Counter)
+    folders: Counter[str] = field(default_factory=Counter)
+    links: list[str] = field(default_factory=list)
+    loose: list[str] = field(default_factory=list)
+    whole: list[str] = field(default_factory=list)
+
+    def lines(self) -> tuple[str, ...]:
+        found = [f"{name}/" for name in self.whole]
+        if self.loose:
+            found.append(f"{_count(len(self.loose), 'image')} beside the class folders ({_few(self.loose)})")
+        found += [f"folder{'s' * (count > 1)} {_times(name, count)}" for name, count in self.folders.items()]
+        found += [f"link {name} (to a folder that is read anyway)" for name in self.links]
+        if self.suffixes:
+            found.append(files_of(self.suffixes))
+        return tuple(map(shown, found))
+
+
+def files_of(suffixes: Counter[str]) -> str:
+    """Files that are no images, by suffix."""
+    kinds = [f"{count:,} {suffix or 'without a suffix'}" for suffix, count in suffixes.most_common()]
+    return f"files that Pillow cannot open ({_few(kinds)})"
+
+
+@dataclass(frozen=True)
+class Scan:
+    """The images below each class folder of `root`. deep: classes whose images all lie in folders of their own."""
+
+    root: Path
+    images: dict[str, list[Path]]
+    deep: dict[str, list[str]]
+    suffixes: dict[str, Counter[str]]
+
+    def part(self, classes: Sequence[str]) -> Part:
+        found = [(path, label) for label, name in enumerate(classes) for path in self.images.get(name, ())]
+        return Part([path for path, _ in found], [label for _, label in found])
+
+
+def image_folder(name: str) -> Found:
+    """The images of a folder of <class>/ folders, or of train/ beside val/ or test/, however these are called.
+
+    Raises:
+        UserError: no such folder, one that does not say which of its folders are classes, or a class without images.
+    """
+    path = Path(name)
+    if not path.exists():
+        raise UserError(f"{shown(name)}: no such folder")
+    if not path.is_dir():
+        raise UserError(f"{shown(name)} is not a folder: {_instead(path)}")
+    left_out = LeftOut()
+    names = [entry.name for entry in _visible(path, None) if entry.is_dir()]
+    train, val = _splits(path, names)
+    if train is None or val is None:
+        _check_level(path, names)
+        found = _scan(path, left_out)
+        classes = _classes(found)
+        odd = [f"a class is called {shown(each)!r}, as a split is" for each in classes if split_of(each)]
+        return Found(name, classes, found.part(classes), left_out=left_out.lines(), notes=(*odd, *_notes(found)))
+    left_out.whole += sorted(set(names) - {train, val})
+    found, judges = _scan(path / train, left_out), _scan(path / val, left_out)
+    classes = _classes(found)
+    judging, odd = _matched(judges, classes, train)
+    return Found(
+        name,
+        classes,
+        found.part(classes),
+        judging.part(classes),
+        f"{val}/",
+        left_out.lines(),
+        (*_notes(found), *odd),
+    )
+
+
+def split_of(name: str) -> str | None:
+    """ "train", "val" or "test" for a folder that is called so, whatever its case and form."""
+    words = [word for word in re.split(r"[^a-z]+", name.lower()) if word]
+    core = [stem for word in words if (stem := BESIDE_SPLIT.sub("", word))]
+    return next((split for split, known in SPLITS.items() if len(core) == 1 and core[0] in known), None)
+
+
+def _splits(path: Path, names: Sequence[str]) -> tuple[str | None, str | None]:
+    """The folders to train on and to validate on; None for one that is not there.
+
+    Raises:
+        UserError: several that could be either.
+    """
+    of = {split: sorted(name for name in names if split_of(name) == split) for split in SPLITS}
+    if not of["train"] or not (of["val"] or of["test"]):
+        return None, None
+    chosen = of["train"], of["val"] or of["test"]
+    for each, what in zip(chosen, ("training", "validation"), strict=True):
+        if len(each) > 1:
+            both = " and ".join(f"{shown(name)}/" for name in each)
+            raise UserError(f"{shown(str(path))} has {both}, which could all be its {what} images: leave one")
+    return chosen[0][0], chosen[1][0]
+
+
+def _check_level(path: Path, names: Sequence[str]) -> None:
+    """Refuse what has no class folders but splits, or one folder which has the classes."""
+    root = shown(str(path))
+    if names and all(map(split_of, names)):
+        have = " and ".join(f"{shown(name)}/" for name in sorted(names))
+        hint = f"give {root}/{shown(names[0])} to split it, or add val/" if len(names) == 1 else "add the other"
+        lacks = "val/ or test/" if split_of(names[0]) == "train" else "train/"
+        raise UserError(f"{root} has {have} but no {lacks}: {hint}")
+    if len(names) == 1 and (inner := _inner(path / names[0])):
+        raise UserError(f"{root} holds one folder: did you mean {shown(str(inner))}?")
+    if not names:
+        shards = f"; for its shards write wds/{root}" if any(path.glob("*.tar")) else ""
+        raise UserError(f"{root} has no class folders: {root}/<class>/*.jpg is needed{shards}")
+
+
+def _inner(path: Path) -> Path | None:
+    """The first folder at or below `path`, one folder in another, that holds several; None where images come first."""
+    while True:
+        entries = list(_visible(path, None))
+        inside = [entry.name for entry in entries if entry.is_dir()]
+        if len(inside) > 1 and not any(_is_image(entry) for entry in entries if entry.is_file()):
+            return path
+        if len(inside) != 1:
+            return None
+        path = path / inside[0]
+
+
+def _scan(root: Path, left_out: LeftOut) -> Scan:
+    """The images below each visible folder in `root`, and what is left out.
+
+    Raises:
+        UserError: there are no folders.
+    """
+    images, deep, suffixes = {}, {}, {}
+    above = os.path.realpath(root)
+    for entry in sorted(_visible(root, left_out), key=lambda entry: natural_key(entry.name)):
+        if not entry.is_dir():
+            if entry.is_file() and _is_image(entry):
+                left_out.loose.append(entry.name)
+            continue
+        if _read_anyway(entry, above):
+            left_out.links.append(entry.name)
+            continue
+        other = LeftOut()
+        found = sorted(_images(Path(entry.path), above, other, {os.path.realpath(entry.path)}))
+        images[entry.name], suffixes[entry.name] = found, other.suffixes
+        inside = {path.relative_to(entry.path).parts[0] for path in found if path.parent != Path(entry.path)}
+        if len(inside) > 1 and all(path.parent != Path(entry.path) for path in found):
+            deep[entry.name] = sorted(inside, key=natural_key)
+        left_out.suffixes += other.suffixes
+        left_out.folders += other.folders
+        left_out.links += [os.path.relpath(link, root) for link in other.links]
+    if not images:
+        shards = f"; for its shards write wds/{root}" if any(root.glob("*.tar")) else ""
+        raise UserError(f"{shown(str(root))} has no class folders: {shown(str(root))}/<class>/*.jpg is needed{shards}")
+    return Scan(root, images, deep, suffixes)
+
+
+def _images(folder: Path, above: str, left_out: LeftOut, visited: set[str]) -> Iterator[Path]:
+    """All images below a folder; each real folder once."""
+    for entry in _visible(folder, left_out):
+        if entry.is_dir():
+            if entry.is_symlink():
+                real = os.path.realpath(entry.path)
+                if _read_anyway(entry, above) or real in visited:
+                    left_out.links.append(entry.path)
+                    continue
+                visited.add(real)
+            yield from _images(Path(entry.path), above, left_out, visited)
+        elif _is_image(entry):
+            yield Path(entry.path)
+        else:
+            left_out.suffixes[os.path.splitext(entry.name)[1].lower()] += 1
+
+
+def _visible(folder: Path, left_out: LeftOut | None) -> Iterator[os.DirEntry[str]]:
+    """What is neither hidden nor an operating system's own; folders of these kinds are counted."""
+    try:
+        with os.scandir(folder) as entries:
+            found = list(entries)
+    except OSError as error:
+        raise UserError(f"{shown(str(folder))} cannot be read: {error.strerror}") from None
+    for entry in found:
+        folder_like = entry.is_dir()
+        if entry.name.startswith(".") or entry.name.lower() in (SYSTEM_FOLDERS if folder_like else SYSTEM_FILES):
+            if folder_like and left_out is not None:
+                left_out.folders[entry.name] += 1
+        else:
+            yield entry
+
+
+def _read_anyway(entry: os.DirEntry[str], above: str) -> bool:
+    """Whether a link leads into the data set itself, or to a folder that holds it."""
+    if not entry.is_symlink():
+        return False
+    real = os.path.realpath(entry.path)
+    return os.path.commonpath((real, above)) in (real, above)
+
+
+def _is_image(entry: os.DirEntry[str]) -> bool:
+    """By suffix, where it is one of the usual; else whether Pillow can open it."""
+    suffix = os.path.splitext(entry.name)[1].lower()
+    if suffix in IMG_EXTENSIONS:
+        return True
+    if suffix in NO_IMAGES:
+        return False
+    own = Image.registered_extensions().get(suffix)
+    formats = [each for each in dict.fromkeys((own, *FORMATS)) if each in Image.OPEN and each not in UNREAD]
+    try:
+        with Image.open(entry.path, formats=formats):
+            return True
+    except Exception:  # of a dozen kinds
+        return False
+
+
+def _classes(found: Scan) -> list[str]:
+    """Class names in timm's order.
+
+    Raises:
+        UserError: one without images.
+    """
+    for name, images in found.images.items():
+        if not images:
+            other = found.suffixes[name]
+            what = f" but {files_of(other)}" if other else ""
+            where = shown(str(found.root / name))
+            raise UserError(f"{where} holds no images{what}: add some, or remove the folder")
+    return sorted(sorted(found.images), key=natural_key)
+
+
+def _matched(found: Scan, classes: Sequence[str], train: str) -> tuple[Scan, list[str]]:
+    """Validation images under the names of the training classes, and what to note of classes without any.
+
+    Raises:
+        UserError: images of a class that has none to train on.
+    """
+    known = {unicodedata.normalize("NFC", name): name for name in classes}
+    images = {known.get(unicodedata.normalize("NFC", name), name): paths for name, paths in found.images.items()}
+    root = shown(str(found.root))
+    for name in sorted(set(images) - set(classes), key=natural_key):
+        if images[name]:
+            near = next((each for each in classes if each.casefold() == name.casefold()), None)
+            hint = f"rename it to {shown(near)}" if near else f"remove it, or add images to {train}/{shown(name)}"
+            raise UserError(f"class {shown(name)!r} is in {root}/ but not in {train}/: {hint}")
+    if not any(images.values()):
+        raise UserError(f"{root} holds no images: add some, or remove it")
+    lacking = [shown(name) for name in classes if not images.get(name)]
+    note = [f"{found.root.name}/ has no images of {_few(lacking)}: accuracy says nothing of them"] if lacking else []
+    return Scan(found.root, images, found.deep, found.suffixes), note
+
+
+def _notes(found: Scan) -> Iterator[str]:
+    """What looks odd in the folders."""
+    alike = sorted(found.images, key=lambda name: (_plain(name), name))
+    for _, same in groupby(alike, _plain):
+        names = [repr(shown(name)) for name in same]
+        if len(names) > 1:
+            yield f"the classes {' and '.join(names)} differ in case or spaces only"
+    if found.deep:
+        name, inside = next(iter(found.deep.items()))
+        yield (
+            f"{_count(len(found.deep), 'class')} of {len(found.images)} hold folders of their own "
+            f"({shown(name)}: {_few([shown(each) for each in inside])}): their images all count as {shown(name)}"
+        )
+
+
+def _plain(name: str) -> str:
+    return unicodedata.normalize("NFKC", name).casefold().strip().replace(" ", "").replace("_", "").replace("-", "")
+
+
+def _instead(path: Path) -> str:
+    """What to do with a file in place of a folder."""
+    suffixes = "".join(path.suffixes[-2:]).lower()
+    if suffixes.endswith((".zip", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst", ".7z", ".rar")):
+        return "unpack it and give the folder"
+    return "give one of images, <class>/*.jpg"
+
+
+def _count(count: int, what: str) -> str:
+    return f"{count:,} {what}{'es' * what.endswith('s') or 's' if count > 1 else ''}"
+
+
+def _times(name: str, count: int) -> str:
+    return f"{name}/" + (f" ({count:,} times)" if count > 1 else "")
+
+
+def _few(names: Iterable[str]) -> str:
+    names = list(names)
+    more = f" and {len(names) - FEW} more" if len(names) > FEW else ""
+    return ", ".join(names[:FEW]) + more
