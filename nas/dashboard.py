@@ -12,6 +12,7 @@ import copy
 import errno
 import json
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from socketserver import ThreadingMixIn
@@ -72,7 +73,8 @@ def app(storage: str | Path) -> WSGIApplication:
     def get_all_trials(
         study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
     ) -> list[FrozenTrial]:
-        return [_shown(trial) for trial in stored_trials(study_id, deepcopy, states)]
+        trials = map(_shown, stored_trials(study_id, deepcopy))
+        return [trial for trial in trials if states is None or trial.state in states]
 
     shown.get_all_trials = get_all_trials  # type: ignore[method-assign]
     return _with_notes(optuna_dashboard.wsgi(shown), shown, lambda study_id: stored_trials(study_id, deepcopy=False))
@@ -91,8 +93,10 @@ def _shown(trial: FrozenTrial) -> FrozenTrial:
     shown.user_attrs = {
         key: round(value, 3) if isinstance(value, float) else value for key, value in attrs.items() if key not in HIDDEN
     }
-    if trial.state == TrialState.COMPLETE and guessed(trial):
-        shown.state, shown.values = TrialState.PRUNED, None
+    if trial.state == TrialState.COMPLETE:
+        shown.values = [round(value, 3) for value in trial.values]
+        if guessed(trial):
+            shown.state, shown.values = TrialState.PRUNED, None
     return shown
 
 
@@ -162,7 +166,7 @@ def note(trial: FrozenTrial, meta: Mapping[str, Any]) -> str:
         return "\n".join([*lines, f"The network cannot be read: another version of vitnas wrote it ({error})."])
     rows = [(i, *(f"{value:.3g}" for value in stage.values())) for i, stage in enumerate(stages, 1)]
     lines += [table(("stage", *(name.replace("_", " ") for name in stages[0])), rows), ""]
-    return "\n".join([*lines, "```json", json.dumps(attrs["arch"]), "```"])
+    return "\n".join([*lines, "```json", textwrap.fill(json.dumps(attrs["arch"]), 100), "```"])
 
 
 def latency_words(attrs: Mapping[str, Any]) -> str:
@@ -185,7 +189,8 @@ def score_words(trial: FrozenTrial) -> str:
         return ""
     ci = detail.get("quality_ci")
     return f"Score {trial.values[0]:.1f}" + (
-        f"; top-1 {detail['quality_how']}: {detail['quality_estimate']:.1f}% (95%: {ci[0]:.1f} to {ci[1]:.1f})."
+        f"; its estimate of top-1 ({detail['quality_how']}) is {detail['quality_estimate']:.1f}% "
+        f"(95%: {ci[0]:.1f} to {ci[1]:.1f})."
         if ci
         else "."
     )

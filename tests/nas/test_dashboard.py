@@ -205,14 +205,15 @@ def test_a_note_tells_a_trial_by_its_values(any_storage: str) -> None:
     assert {"key": "latency_ms", "value": "1.235"} in ours["user_attrs"]
     note = ours["note"]["body"]
     assert "Latency 1.235 ms (95%: 1.205 to 1.265), budget 1.5 ms: fits." in note
-    assert "Score 62.3; top-1 trained 1 of 9 epochs: 55.0% (95%: 45.0 to 65.0)." in note
+    assert "Score 62.3; its estimate of top-1 (trained 1 of 9 epochs) is 55.0% (95%: 45.0 to 65.0)." in note
     params, options = study.trials[0].params, FAMILIES["shvit"].space.options
     for name in ("depth_s1", "width_s2", "qk"):
         if name in options:
             assert f"| {name} | {options[name][params[name] * len(options[name]) // LEVELS]} |" in note
     assert "| resolution | 64 |" in note
     assert "| stage | embed dim | depth |" in note
-    assert json.dumps(archs[0].model_dump(mode="json")) in note
+    assert json.loads(note.partition("```json")[2].removesuffix("```")) == archs[0].model_dump(mode="json")
+    assert max(map(len, note.splitlines())) <= 110, "no page is wider than the screen"
     assert "**shvit_s1** (shvit), 224 px" in published["note"]["body"]
     assert "Not trained" in slow["note"]["body"]
     assert broken["note"]["body"] == "no answer in 60 s"
@@ -221,10 +222,15 @@ def test_a_note_tells_a_trial_by_its_values(any_storage: str) -> None:
 
 def test_what_was_not_trained_has_no_value(any_storage: str) -> None:
     study, _ = searched(any_storage)
-    detail = detail_of(dashboard.app(any_storage))
+    app = dashboard.app(any_storage)
+    detail = detail_of(app)
     slow = detail["trials"][2]
     assert slow["state"] == "Pruned"
     assert "values" not in slow
+    assert detail["trials"][0]["values"] == [62.346, 500.0]
+    status, body = get(app, f"/api/studies/{slow['study_id']}/param_importances")
+    assert status.startswith("200"), body
+    assert len(json.loads(body)["param_importances"]) == 2
     assert [t.state for t in study.trials[:3]] == [TrialState.COMPLETE] * 3, "nothing of it is written"
     plots = {plot["id"]: json.loads(plot["graph_object"]) for plot in detail["plotly_graph_objects"]}
     (apart,) = [trace for trace in plots["vitnas-front"]["data"] if trace.get("yaxis") == "y2"]
