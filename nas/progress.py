@@ -228,6 +228,7 @@ def watch_images(epochs: int, quiet: bool = False) -> Iterator[tuple[Phase, Say]
     """As `watch_phases`, where the phase `training` counts the images of so many epochs: with the time left."""
     pace, told = Pace(), ""
     with Screen(quiet) as screen:
+        screen.show(Line("reading the images"), at_once=True)
 
         def progress(what: str, done: int, total: int) -> None:
             nonlocal told

@@ -135,7 +135,7 @@ def starting_weights(model: str, weights: str | None, folder: Path | None) -> st
 
     if weights is not None:
         return None if weights == RANDOM else weights
-    beside = find_target(model).weights
+    beside = find_target(model).as_trained().weights
     if beside is None:
         return None
     if folder is not None and folder.is_dir() and folder.resolve() == beside.parent.resolve():
@@ -326,9 +326,10 @@ class _Run:
         model = create_model(self.arch)
         if options.weights is None:
             return model
-        if options.weights == str(self.target.weights):
+        own = self.target.as_trained()
+        if options.weights == str(own.weights):
             self._note(f"begins with the weights of {options.weights} (--weights {RANDOM}: with random ones)")
-        given = self.target.arch.replace(num_classes=self.arch.num_classes)
+        given = own.arch.replace(num_classes=self.arch.num_classes)
         source = _with_weights("--weights", given, options.weights)
         if source.untrained:
             theirs = source.loaded.classes

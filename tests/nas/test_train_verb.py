@@ -554,6 +554,13 @@ def test_fine_tuning_begins_with_the_weights_given(vitnas, trained, tmp_path, mo
         assert (f"begins with the weights of {weights} (--weights none: with random" in err) == (name == "own")
         assert metrics(tmp_path / name)["recipe"]["name"] == recipe
         assert all(torch.equal(given[key], value) for key, value in begun[64].items()) == (name == "own")
+    begun.clear()
+    args = ("train", f"{trained}@96", *short, "--out", str(tmp_path / "at"))
+    code, _, err = vitnas(*args)
+    assert code == 0, err
+    assert "64 px, resized to 96 px" in err
+    unchanged = {name for name, value in given.items() if torch.equal(begun[96][name], value)}
+    assert unchanged == given.keys() - changed
 
 
 @pytest.mark.usefixtures("few")
