@@ -189,7 +189,7 @@ def search(
     With --data candidates are trained on your images, and at the end the winner and a published network are trained
     fully, by one recipe. The same command continues its study. Ctrl-C ends it cleanly, with the report written.
 
-    Exit codes: 0 a network was found, 1 nothing fits the budget or a step at the end failed, 2 bad input, 130 Ctrl-C.
+    Exit codes: 0 a network surely fits, 1 none does or a step at the end failed, 2 bad input, 130 Ctrl-C.
     """
     from nas.units import parse_budget, parse_duration
 
@@ -220,7 +220,7 @@ def search(
         families = inheriting(parent, families, family) if tier == "inherit" else families
 
     from nas.display import show_result
-    from nas.outcome import finish_run
+    from nas.outcome import exit_code, finish_run
     from nas.progress import watch
     from nas.search import Options, default_study, interruptible, storage_of
     from nas.search import search as run_search
@@ -281,7 +281,7 @@ def search(
         print(json.dumps({key: result[key] for key in result if key != "trials"} | {"folder": str(options.folder)}))
     if result["interrupted"] and not result["failures"]:
         raise KeyboardInterrupt
-    raise typer.Exit(0 if result["winner"] and not result["failures"] else 1)
+    raise typer.Exit(exit_code(result))
 
 
 @app.command(short_help="List the runs under runs/.", epilog="Example:  vitnas runs --json")

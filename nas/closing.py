@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nas.budget import LatencyBudget, Verdict
 from nas.export import Exporter
 from nas.files import scratch
-from nas.front import Row, arch_of, finalists_of, label_of, rank
+from nas.front import Row, arch_of, choose, finalists_of, label_of, rank
 from nas.measure import MeasureError, Measurement, Settings, compare, device_lock
 from nas.measure.protocol import paired_ratio
 from nas.process import WorkerError
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from nas.search import Options
 
 CLOSING_ROUNDS = 30
+MOST_ROUNDS = 120
+"""In all, of a network whose interval holds the budget."""
 THROUGHPUT_ROUNDS = 10
 FINAL_KEYS = (
     "trial",
@@ -43,16 +46,21 @@ def closing_run(
     rows: Sequence[Row],
     calibration: np.ndarray | None = None,
     progress: Callable[[int, int], None] | None = None,
+    note: Callable[[str], None] = lambda line: None,
 ) -> tuple[list[Row], list[Row]]:
     """Measure the finalists once more, side by side with `options.against` in one interleaved run.
 
-    calibration: images for int8.
+    Finalists whose interval holds the budget, and that would win if they fitted, are measured longer.
+
+    calibration: images for int8. note: told of those that stay unsure.
 
     Returns:
-        Rows of the final table, best first; rows of the outside networks, whose ratios are to the first of those.
+        Rows of the final table, best first: those that surely fit, those that may, the others; rows of the outside
+        networks, whose ratios are to the first of those.
     """
-    finalists = finalists_of(rows, options.budget_ms)
-    networks = {label_of(row): arch_of(row) for row in finalists}
+    budget = LatencyBudget(options.budget_ms)
+    finalists = {label_of(row): row for row in finalists_of(rows, options.budget_ms)}
+    networks = {label: arch_of(row) for label, row in finalists.items()}
     outside = {
         target.label if target.label not in networks else f"{target.label} (as named)": target.network
         for target in options.against
@@ -60,22 +68,11 @@ def closing_run(
     }
     many = options.throughput_at and replace(options.settings, batch_size=options.throughput_at)
     batches: dict[str, Measurement | MeasureError] = {}
-    with Exporter(calibration) as exporter:
-        results = side_by_side(exporter, networks | outside, options.settings, CLOSING_ROUNDS, progress, options.folder)
-        if many:
-            batches = side_by_side(exporter, networks | outside, many, THROUGHPUT_ROUNDS, progress, options.folder)
 
-    def timed(label: str) -> dict[str, Any]:
+    def timed(label: str, result: Measurement | MeasureError) -> dict[str, Any]:
         """A network's figures; its error where it has none."""
-        result, batch = results[label], batches.get(label) if many else results[label]
         if isinstance(result, MeasureError):
-            return {"error": str(result)}
-        keep_samples(options.folder, {"closing": label, **result.to_dict()})
-        throughput = None
-        if isinstance(batch, Measurement):
-            throughput = batch.throughput((many or options.settings).batch_size)
-            if many:
-                keep_samples(options.folder, {"closing": label, "batch_size": many.batch_size, **batch.to_dict()})
+            return {"error": str(result), "verdict": None}
         low, high = result.ci_ms
         return {
             "latency_ms": result.p50_ms,
@@ -83,40 +80,86 @@ def closing_run(
             "ci_low_ms": low,
             "ci_high_ms": high,
             "samples": result.n,
-            "throughput": throughput,
-            "fits": result.p50_ms <= options.budget_ms,
+            "verdict": budget.judge(result.ci_ms),
         }
 
+    def unsure(results: Mapping[str, Measurement | MeasureError]) -> list[str]:
+        """Those that may fit and rank before all that surely do, best first."""
+        found = {label: row | timed(label, results[label]) for label, row in finalists.items()}
+        sure = choose([row for row in found.values() if row["verdict"] == Verdict.FITS])
+        open_ones = [label for label, row in found.items() if row["verdict"] == Verdict.UNSURE]
+        return [label for label in open_ones if sure is None or rank(found[label]) < rank(sure)]
+
+    with Exporter(calibration) as exporter:
+        results = side_by_side(
+            exporter, networks | outside, options.settings, CLOSING_ROUNDS, progress, options.folder, unsure
+        )
+        if many:
+            batches = side_by_side(exporter, networks | outside, many, THROUGHPUT_ROUNDS, progress, options.folder)
+    for label in unsure(results):
+        low, high = results[label].ci_ms
+        note(
+            f"{label} may be within {options.budget_ms:g} ms or over it, also after {len(results[label].rounds_ms)} "
+            f"rounds: 95% {low:.2f} to {high:.2f} ms"
+        )
+
+    def kept(label: str) -> dict[str, Any]:
+        """A network's figures, whose samples are kept."""
+        result, batch = results[label], batches.get(label) if many else results[label]
+        if isinstance(result, MeasureError):
+            return timed(label, result)
+        keep_samples(options.folder, {"closing": label, **result.to_dict()})
+        throughput = None
+        if isinstance(batch, Measurement):
+            throughput = batch.throughput((many or options.settings).batch_size)
+            if many:
+                keep_samples(options.folder, {"closing": label, "batch_size": many.batch_size, **batch.to_dict()})
+        return timed(label, result) | {"throughput": throughput}
+
     final = []
-    for row in finalists:
+    for label, row in finalists.items():
         entry = {
-            "label": label_of(row),
+            "label": label,
             "role": "published" if row["name"] else "found",
             "published_top1": published_top1(row),
             "error": "",
-            "fits": False,
             "selects": row.get("selects", True),
             **{k: row[k] for k in FINAL_KEYS},
         }
-        final.append(entry | timed(entry["label"]))
-    fitting = sorted((e for e in final if e["fits"]), key=rank)
-    for place, entry in enumerate(fitting):
-        first_of_family = all(e["family"] != entry["family"] for e in fitting[:place])
-        if place == 0:
-            entry["role"] = "winner"
-        elif first_of_family:
-            entry["role"] = "family winner"
-    final = fitting + sorted((e for e in final if not e["fits"]), key=lambda e: -e["quality"])
+        final.append(entry | kept(label))
+    final = ordered(final)
     measured = [entry for entry in final if not entry["error"]]
     beside = []
     for label in outside:
-        entry = {"label": label, "error": "", "fits": False, "ratio": None, "ratio_low": None, "ratio_high": None}
-        entry |= timed(label)
+        entry = {"label": label, "error": "", "ratio": None, "ratio_low": None, "ratio_high": None}
+        entry |= kept(label)
         if measured and not entry["error"]:
             first = results[measured[0]["label"]]
-            entry["ratio"], (entry["ratio_low"], entry["ratio_high"]) = paired_ratio(results[label], first)
+            entry["ratio"], (entry["ratio_low"], entry["ratio_high"]) = paired_ratio(
+                together(results[label]), together(first)
+            )
         beside.append(entry)
     return final, beside
+
+
+def ordered(final: Sequence[Row]) -> list[Row]:
+    """Best first, with the roles of the winner and of the families' winners; see `choose`."""
+    sure, unsure = (
+        sorted((entry for entry in final if entry["verdict"] == verdict), key=rank)
+        for verdict in (Verdict.FITS, Verdict.UNSURE)
+    )
+    families: set[str] = set()
+    for entry in sure or unsure[:1]:
+        if entry["family"] not in families:
+            entry["role"] = "family winner" if families else "winner"
+        families.add(entry["family"])
+    others = [entry for entry in final if entry["verdict"] not in (Verdict.FITS, Verdict.UNSURE)]
+    return sure + unsure + sorted(others, key=lambda entry: -entry["quality"])
+
+
+def together(result: Measurement) -> Measurement:
+    """The rounds that all networks have made in turn."""
+    return replace(result, rounds_ms=result.rounds_ms[:CLOSING_ROUNDS])
 
 
 def side_by_side(
@@ -126,10 +169,12 @@ def side_by_side(
     rounds: int,
     progress: Callable[[int, int], None] | None,
     folder: Path,
+    unsure: Callable[[Mapping[str, Measurement | MeasureError]], Sequence[str]] = lambda results: (),
 ) -> dict[str, Measurement | MeasureError]:
     """One interleaved run of networks by their labels; what cannot be exported is an error of its own.
 
-    folder: the run's, for the files that are measured.
+    folder: the run's, for the files that are measured. unsure: of the results, those to be measured longer, up to
+    MOST_ROUNDS.
     """
     results: dict[str, Measurement | MeasureError] = {}
     with scratch(folder) as room, device_lock(settings.device):
@@ -139,7 +184,17 @@ def side_by_side(
                 paths[label] = exporter.write(network, settings, room / str(i))
             except WorkerError as error:
                 results[label] = MeasureError(f"cannot be exported: {error}")
-        return results | compare(paths, settings, rounds=rounds, progress=progress)
+        results |= compare(paths, settings, rounds=rounds, progress=progress)
+        done = rounds
+        while done < MOST_ROUNDS and (labels := unsure(results)):
+            longer = compare({label: paths[label] for label in labels}, settings, rounds=rounds, progress=progress)
+            for label, more in longer.items():
+                before = results[label]
+                if isinstance(more, Measurement):
+                    more = replace(more, rounds_ms=before.rounds_ms + more.rounds_ms)
+                results[label] = more
+            done += rounds
+    return results
 
 
 def published_top1(row: Row) -> float | None:

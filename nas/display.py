@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from nas.budget import Verdict
 from nas.outcome import OVERHEAD, overhead_share
 from nas.tables import Column, console_of, print_table, prose
 from nas.units import counted
@@ -47,15 +48,18 @@ def show_result(
         for line in data["advice"]:
             prose(console, f"  may help: {line}")
     else:
+        sure = winner["verdict"] == Verdict.FITS
+        found = f"Best within {budget}" if sure else f"No network surely fits {budget}; the best of those that may"
+        ends = f"{winner['ci_low_ms']:.2f} to {winner['ci_high_ms']:.2f} ms"
         prose(
             console,
-            f"Best within {budget} ({where}): {winner['label']} of the family {winner['family']}, "
-            f"{winner['latency_ms']:.2f} ms, {quality_words(data)}.",
+            f"{found} ({where}): {winner['label']} of the family {winner['family']}, {winner['latency_ms']:.2f} ms "
+            f"({'' if sure else 'unsure: '}95% {ends}), {quality_words(data)}.",
         )
     if data["final"]:
-        show_final(console, data["final"], data["quality_tier"]["name"], budget)
+        show_final(console, data["final"], data["quality_tier"]["name"])
         if data["against"]:
-            show_against(console, data["against"], data["final"][0]["label"], budget)
+            show_against(console, data["against"], data["final"][0]["label"])
         prose(
             console,
             "One interleaved run. Intervals of latency: 95%, of its median."
@@ -113,12 +117,13 @@ def show_accuracy(console: Console, data: Mapping[str, Any]) -> None:
         prose(console, validation_line(tier, data["validation"]))
 
 
-def show_final(console: Console, final: Sequence[Mapping[str, Any]], tier: str, budget: str) -> None:
+def show_final(console: Console, final: Sequence[Mapping[str, Any]], tier: str) -> None:
     """The table of the closing run, then what could not be measured in it. tier: whose scores these are."""
     rows = [
         (
             row["label"] if row["name"] else f"{row['label']} ({row['family']})",
-            row["role"] if row["fits"] else f"over {budget}",
+            row["role"],
+            row["verdict"],
             f"{row['quality']:.1f}",
             "{:.1f}..{:.1f}".format(*row["quality_ci"]),
             f"{row['published_top1']:.1f}" if row["published_top1"] else "",
@@ -134,6 +139,7 @@ def show_final(console: Console, final: Sequence[Mapping[str, Any]], tier: str, 
     columns = (
         Column("network", label=True),
         Column("role", label=True),
+        Column("in budget", label=True),
         Column(f"score ({tier})", drop=1),
         Column("95% of estimate", drop=7),
         Column("published", drop=4),
@@ -158,11 +164,11 @@ def rate(throughput: float | None) -> str:
     return "" if throughput is None else f"{throughput:.0f}"
 
 
-def show_against(console: Console, rows: Sequence[Mapping[str, Any]], first: str, budget: str) -> None:
+def show_against(console: Console, rows: Sequence[Mapping[str, Any]], first: str) -> None:
     """Outside networks of the closing run, beside the network on top of the final table."""
     columns = (
         Column("against", label=True),
-        Column("", label=True, drop=3),
+        Column("in budget", label=True, drop=3),
         Column("ms"),
         Column("95% of ms", drop=2),
         Column("img/s", drop=4),
@@ -172,7 +178,7 @@ def show_against(console: Console, rows: Sequence[Mapping[str, Any]], first: str
     told = [
         (
             row["label"],
-            "" if row["fits"] else f"over {budget}",
+            row["verdict"],
             f"{row['latency_ms']:.2f}",
             f"{row['ci_low_ms']:.2f}..{row['ci_high_ms']:.2f}",
             rate(row["throughput"]),

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from nas.budget import LatencyBudget, Verdict
 from nas.intervals import of_error
 from nas.search import LATENCY_KEYS
 
@@ -22,7 +23,8 @@ MARGINS = (0.95, 0.85, 0.7)
 
 
 def rows_of(study: optuna.Study) -> list[Row]:
-    """One flat row per told trial, in the report's columns. guessed: not trained, by a tier that trains."""
+    """One flat row per told trial, in the report's columns. feasible: by the median latency; verdict: by its 95%
+    interval. guessed: not trained, by a tier that trains."""
     from optuna.trial import TrialState
 
     rows = []
@@ -49,6 +51,7 @@ def rows_of(study: optuna.Study) -> list[Row]:
                 "macs_m": attrs.get("macs_m"),
                 "resolution": attrs.get("resolution"),
                 "feasible": bool(complete and attrs.get("feasible")),
+                "verdict": verdict_of(attrs["budget_ms"], detail) if complete else None,
                 "source": detail.get("source", ""),
                 "digest": detail.get("digest"),
                 "features": detail.get("training", {}).get("features"),
@@ -56,6 +59,11 @@ def rows_of(study: optuna.Study) -> list[Row]:
             }
         )
     return rows
+
+
+def verdict_of(budget_ms: float, detail: Mapping[str, Any]) -> Verdict:
+    """What a trial's own measurement says of its budget."""
+    return LatencyBudget(budget_ms).judge((detail["latency_ci_low_ms"], detail["latency_ci_high_ms"]))
 
 
 def earlier_ci(detail: Mapping[str, Any]) -> list[float] | None:
@@ -76,6 +84,12 @@ def rank(row: Row) -> tuple[bool, float, float, float]:
 
 def best_of(rows: Sequence[Row]) -> Row | None:
     return min(rows, key=rank, default=None)
+
+
+def choose(rows: Sequence[Row]) -> Row | None:
+    """The best that surely fits; where none does, the best that may."""
+    sure = best_of([row for row in rows if row["verdict"] == Verdict.FITS])
+    return sure or best_of([row for row in rows if row["verdict"] == Verdict.UNSURE])
 
 
 def front_of(rows: Sequence[Row]) -> list[Row]:

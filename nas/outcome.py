@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nas.advice import advice
+from nas.budget import Verdict
 from nas.card import LABELS, PREPROCESS, Card, Latency, Preprocess
-from nas.closing import CLOSING_ROUNDS, closing_run, ties_of
+from nas.closing import CLOSING_ROUNDS, MOST_ROUNDS, closing_run, ties_of
 from nas.ending import Ending
 from nas.export import CONVERTED, label_onnx, lower_precision, save_onnx, write_onnx
 from nas.files import drafted, folder_lock, replace_file
 from nas.final import result_path, weights_of
-from nas.front import Row, arch_of, best_of, front_of, label_of, rows_of
+from nas.front import Row, arch_of, best_of, choose, front_of, label_of, rows_of
 from nas.measure import (
     RUNTIMES,
 )
@@ -110,7 +111,7 @@ class _Finish:
     def winner(self) -> Row | None:
         if self.final:
             return next((entry for entry in self.final if entry["role"] == "winner"), None)
-        return best_of(self.feasible)
+        return choose(self.feasible)
 
     def _judge(self) -> None:
         """Validate the tier, and train the best to its last rung; estimates by all trainings."""
@@ -137,7 +138,9 @@ class _Finish:
         watched = partial(self.phase, "closing side-by-side run") if self.phase else None
         if self.feasible and not self.end.interrupted:
             with self._step("closing side-by-side run"):
-                self.final, self.beside = closing_run(self.options, self.rows, self.outset.calibration, watched)
+                self.final, self.beside = closing_run(
+                    self.options, self.rows, self.outset.calibration, watched, self.notes.append
+                )
         if self.feasible and not self.final:
             left_out = "closing side-by-side run" + (" and no final training" if self.options.lessons else "")
             self.notes.append(f"no {left_out} was made; latencies are those of the single trials")
@@ -283,7 +286,7 @@ class _Finish:
             if (self.options.folder / "best" / "model.safetensors").is_file():
                 yield "best/ is left as it was: a trained network that met the budget in an earlier run"
         elif self.final and first and first["trial"] != winner["trial"]:
-            yield f"{label_of(first)} ranked first in the search but was not the best within budget in the closing run"
+            yield f"{label_of(first)} ranked first in the search but not among those that fit in the closing run"
         cached = [row for row in measured if row["source"].startswith("cache")]
         if cached:
             yield (
@@ -317,18 +320,25 @@ def accuracy_of(
         why = "the winner is itself a published network" if winner["name"] else "no published network beside it"
         return table | {"verdict": f"the training of {label_of(baseline)} failed" if baseline else why}
     result = compare_means(*found)
-    over = "" if baseline["fits"] else f"; {label_of(baseline)} is over the budget, as every published network tried"
-    return table | result | {"verdict": verdict(result, *found) + over}
+    name = label_of(baseline)
+    over = {
+        Verdict.FITS: "",
+        Verdict.UNSURE: f"; {name} may be over the budget",
+        Verdict.OVER: f"; {name} is over the budget, as every published network tried",
+    }
+    return table | result | {"verdict": verdict(result, *found) + over[baseline["verdict"]]}
 
 
 def baseline_of(final: Sequence[Row], winner: Row) -> Row | None:
-    """The published network within budget whose latency is nearest the winner's; the fastest one where none is."""
+    """The published network within budget whose latency is nearest the winner's, or of those that may be within it; the
+    fastest one where there are none."""
     if winner["name"]:
         return None
     published = [row for row in final if row["name"] and not row["error"]]
-    fitting = [row for row in published if row["fits"]]
-    if fitting:
-        return min(fitting, key=lambda row: abs(row["latency_ms"] - winner["latency_ms"]))
+    for wanted in (Verdict.FITS, Verdict.UNSURE):
+        within = [row for row in published if row["verdict"] == wanted]
+        if within:
+            return min(within, key=lambda row: abs(row["latency_ms"] - winner["latency_ms"]))
     return min(published, key=lambda row: row["latency_ms"], default=None)
 
 
@@ -340,6 +350,7 @@ PARETO_KEYS = (
     "quality_estimate",
     "quality_ci",
     "latency_ms",
+    "verdict",
     "throughput",
     "params_m",
     "macs_m",
@@ -389,7 +400,9 @@ def winner_data(winner: Row | None) -> dict[str, Any] | None:
         "label": label_of(winner),
         "family": winner["family"],
         "trial": winner["trial"],
-        **{key: winner[key] for key in ("latency_ms", "quality", "quality_estimate", "quality_ci")},
+        **{key: winner[key] for key in ("latency_ms", "verdict", "quality", "quality_estimate", "quality_ci")},
+        "ci_low_ms": winner.get("ci_low_ms", winner.get("latency_ci_low_ms")),
+        "ci_high_ms": winner.get("ci_high_ms", winner.get("latency_ci_high_ms")),
         **{key: winner.get("accuracy", {}).get(key) for key in ("top1_ci", "images", "seeds")},
         "top1": winner.get("accuracy", {}).get("mean"),
         "accuracy": winner.get("accuracy", {}).get("words", ""),
@@ -403,9 +416,16 @@ def winner_line(data: Mapping[str, Any]) -> str:
     if data["winner"] is None:
         return f"nothing fits {data['budget_ms']:g} ms"
     accuracy = data["winner"]["accuracy"]
-    return f"{data['winner']['label']} ({data['winner']['family']}) within {data['budget_ms']:g} ms" + (
+    how = "within" if data["winner"]["verdict"] == Verdict.FITS else "may be within"
+    return f"{data['winner']['label']} ({data['winner']['family']}) {how} {data['budget_ms']:g} ms" + (
         accuracy and f", {accuracy}"
     )
+
+
+def exit_code(data: Mapping[str, Any]) -> int:
+    """0 where a network surely fits and every step was made, else 1."""
+    winner = data["winner"]
+    return 0 if winner and winner["verdict"] == Verdict.FITS and not data["failures"] else 1
 
 
 def skipped_lines(options: Options, rows: Sequence[Row]) -> list[str]:
@@ -446,6 +466,7 @@ def protocol(options: Options) -> list[str]:
         f"Latency is the median of all samples; its {CONFIDENCE:.0%} interval comes from the rounds' medians by order "
         f"statistics, and rounds stop once its half-width is {PRECISION:.0%} of the median. samples.jsonl keeps every "
         "sample.",
-        f"The closing table is one run of {CLOSING_ROUNDS} rounds, all networks interleaved in shuffled order.",
+        f"The closing table is one run of {CLOSING_ROUNDS} rounds, all networks interleaved in shuffled order; those "
+        f"whose interval holds the budget are then measured longer, up to {MOST_ROUNDS} rounds, if they might win.",
         "Latencies are of random weights; BatchNorm is folded and attention biases are gathered before export.",
     ]

@@ -32,7 +32,8 @@ Looks = dict[str, tuple[str, str]]  # a family's colour and marker
 COLUMNS = (
     *("trial", "family", "name", "state", "quality", "quality_estimate", "quality_low", "quality_high", "quality_how"),
     *("latency_ms", "latency_p95_ms", "latency_ci_low_ms", "latency_ci_high_ms", "n", "spread", "reference_ms"),
-    *("throughput", "params_m", "macs_m", "resolution", "feasible", "source", "error"),
+    *("throughput", "params_m", "macs_m", "resolution", "feasible", "verdict", "source"),
+    "error",
 )
 REASONS_SHOWN = 12  # failed trials are grouped by reason; more reasons than these are only counted
 
@@ -137,7 +138,7 @@ def _measured_winner(data: dict[str, Any]) -> dict[str, Any]:
             return row
     trial = next(t for t in data["trials"] if t["trial"] == data["winner"]["trial"])
     ci = {"ci_low_ms": trial["latency_ci_low_ms"], "ci_high_ms": trial["latency_ci_high_ms"]}
-    return trial | ci | {"fits": trial["feasible"]}
+    return trial | ci
 
 
 def _families(data: dict[str, Any]) -> list[dict[str, Any]]:

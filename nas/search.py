@@ -682,7 +682,7 @@ def enqueue_published(options: Options, study: optuna.Study, reference_ms: float
 
 def state_of(study: optuna.Study, options: Options, run: Run) -> Progress:
     """Progress between trials."""
-    from nas.front import best_of, rows_of
+    from nas.front import choose, rows_of
     from nas.study import remaining
 
     rows = rows_of(study)
@@ -694,7 +694,7 @@ def state_of(study: optuna.Study, options: Options, run: Run) -> Progress:
         done=max(0, options.trials - left),
         total=options.trials,
         feasible=len(feasible),
-        best=best_of(feasible),
+        best=choose(feasible),
         trial_s=statistics.mean(recent) if recent else None,
         measuring_s=measuring / len(run.trial_s) if run.trial_s else 0.0,
     )

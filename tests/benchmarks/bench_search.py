@@ -110,7 +110,7 @@ def contestants(args: argparse.Namespace, school: Schooling) -> dict[str, Any]:
     print(f"the search trained {epochs} epochs in all", flush=True)
     found["random"] = best
     published = sorted(
-        (row for row in searched["final"] if row["name"] and row["fits"]), key=lambda r: -r["latency_ms"]
+        (row for row in searched["final"] if row["name"] and row["verdict"] == "fits"), key=lambda r: -r["latency_ms"]
     )
     for row in published[: args.published]:
         arch = get_arch(row["name"], len(school.data.classes)).at(args.resolution)

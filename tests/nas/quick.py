@@ -23,6 +23,7 @@ def few_rounds(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("nas.front.MARGINS", ())
     patch.setattr("nas.measure.protocol.MAX_ROUNDS", 8)
     patch.setattr("nas.closing.CLOSING_ROUNDS", 6)
+    patch.setattr("nas.closing.MOST_ROUNDS", 12)
     patch.setattr("nas.closing.THROUGHPUT_ROUNDS", 3)
     patch.setattr("nas.search.published_order", lambda options, _: [SMALLEST[f] for f in options.families])
 

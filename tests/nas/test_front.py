@@ -3,7 +3,7 @@
 import json
 
 from nas.closing import ties_of
-from nas.front import best_of, finalists_of, front_of
+from nas.front import best_of, choose, finalists_of, front_of
 from nas.search import keep_samples
 
 
@@ -16,6 +16,7 @@ def row(trial: int, quality: float, latency: float, params: float = 1.0, family:
         "family": family,
         "name": name,
         "feasible": latency <= 2,
+        "verdict": "fits" if latency <= 2 else "over",
         "arch": {"trial": trial},
         "role": "",
         "label": f"trial {trial}",
@@ -28,6 +29,13 @@ def test_equal_quality_goes_by_parameters_then_by_latency():
     assert best_of([row(0, 70, 1.0), row(1, 70, 1.5, params=2)])["trial"] == 1
     assert best_of([row(0, 70, 1.5), row(1, 70, 1.0)])["trial"] == 1
     assert best_of([]) is None
+
+
+def test_one_that_surely_fits_goes_before_a_better_one_that_may():
+    sure, unsure, over = row(0, 60, 1.0), row(1, 70, 1.95) | {"verdict": "unsure"}, row(2, 80, 2.5)
+    assert choose([over, unsure, sure]) is sure
+    assert choose([over, unsure]) is unsure
+    assert choose([over]) is None
 
 
 def test_front_has_no_dominated_and_no_infeasible_row():

@@ -227,7 +227,7 @@ def test_a_finished_study_is_only_reported_again(course, vitnas, small_shvit, ex
     assert len(trials_of(course.out)) == len(course.done.trials)
     data = json.loads(text)
     assert data["winner"]["arch"] == json.loads((course.out / STUDY / "best" / "arch.json").read_text())
-    roles = [row["role"] for row in data["final"] if row["fits"]]
+    roles = [row["role"] for row in data["final"] if row["verdict"] == "fits"]
     assert roles.count("winner") == 1
 
 

@@ -280,6 +280,35 @@ def test_ctrl_c_in_a_trial(vitnas, device, tmp_path):
     assert states(tmp_path)[-1] == "WAITING"
 
 
+# The verdict
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_where_nothing_surely_fits_the_headline_and_the_exit_code_say_so(vitnas, device, tmp_path, interrupted):
+    device.timed = lambda path: Measurement([[9.0] * 3, [11.0] * 3] * 4, [[1.0] * 3] * 8)
+    if interrupted:
+        device.faults[3] = KeyboardInterrupt()
+    code, out, _ = vitnas(*command(tmp_path))
+    assert code == 1
+    assert device.compared == (0 if interrupted else 4), "measured longer"
+    first = " ".join(out.split("Report")[0].split())
+    assert "No network surely fits 10 ms; the best of those that may (" in first
+    assert "ms (unsure: 95% " in first
+    page = (tmp_path / "s" / "report.html").read_text()
+    assert "No network surely fits 10 ms; the best of those that may" in page
+    lines = (tmp_path / "s" / "trials.csv").read_text().splitlines()
+    verdicts = {line.split(",")[lines[0].split(",").index("verdict")] for line in lines[1:]}
+    assert "unsure" in verdicts
+
+
+def test_a_network_that_surely_fits_is_the_headline(vitnas, device, tmp_path):
+    code, out, _ = vitnas(*command(tmp_path, "--json"))
+    data = json.loads(out)
+    assert code == 0
+    assert data["winner"]["verdict"] == "fits"
+    assert {row["verdict"] for row in data["final"]} == {"fits"}
+
+
 # The end
 
 
