@@ -51,8 +51,14 @@ def close(tmp_path: Any, clock: Clock, **medians: Any) -> tuple[list[dict[str, A
     rows = [
         {
             **{"name": "", "family": "shvit", "feasible": True, "latency_ms": 1.0, "macs_m": 1.0, "resolution": 32},
-            **{"quality": 70.0 - trial, "quality_estimate": 71.0, "quality_ci": [69.0, 73.0], "quality_how": ""},
-            **{"trial": trial, "params_m": 1.0, "arch": {"number": trial}},
+            **{
+                "quality": 70.0 - trial,
+                "quality_estimate": 71.0,
+                "quality_ci": [69.0, 73.0],
+                "quality_how": "",
+                "guessed": False,
+            },
+            **{"guessed": False, "trial": trial, "params_m": 1.0, "arch": {"number": trial}},
         }
         for trial in clock.medians
     ]
