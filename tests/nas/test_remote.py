@@ -434,7 +434,7 @@ def test_this_machine_needs_no_ssh(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     check_settings(Settings())
 
 
-@pytest.mark.usefixtures("few_rounds", "exports_here")
+@pytest.mark.usefixtures("few_rounds", "small_shvit", "exports_here")
 def test_a_search_there_tries_again_what_a_lost_link_cost(server, vitnas, tmp_path: Path, monkeypatch) -> None:
     whole, cut = TrialRunner._timed, []
 

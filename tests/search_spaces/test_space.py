@@ -19,6 +19,7 @@ from search_spaces.space import LEVELS, PARAMETERS, Space, fingerprint, with_att
 
 VARIANTS = [(family.name, name) for family in FAMILIES.values() for name in family.variants]
 MIDDLE = dict.fromkeys(PARAMETERS, LEVELS // 2)
+SHALLOW = MIDDLE | {name: 0 for name in PARAMETERS if name.startswith("depth")}
 DEEP = MIDDLE | {"form": 0} | {name: LEVELS - 1 for name in PARAMETERS if name.startswith("depth")}
 
 
@@ -26,7 +27,7 @@ def points(space: Space, count: int) -> list[dict[str, int]]:
     """The corners of single parameters, both ends of all, and random points."""
     rng = random.Random(7)
     found = [dict.fromkeys(PARAMETERS, level) for level in (0, LEVELS - 1)]
-    found += [MIDDLE | {name: level} for name in space.options for level in (0, LEVELS - 1)]
+    found += [SHALLOW | {name: level} for name in space.options for level in (0, LEVELS - 1)]
     found += [{name: rng.randrange(LEVELS) for name in PARAMETERS} for _ in range(count)]
     return found
 
