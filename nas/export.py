@@ -260,8 +260,9 @@ def _other_classifier(model: nn.Module, weights: str) -> str:
     classes = model.loaded.classes
     if classes is None:
         return f"{weights} has no classifier: `vitnas train --weights` trains one"
+    named = "1 class" if classes == 1 else f"{classes} classes"
     return (
-        f"{weights} has a classifier of {classes} classes and the network one of {model.arch.num_classes}: "
+        f"{weights} has a classifier of {named} and the network one of {model.arch.num_classes}: "
         f"add --num-classes {classes}, or train it with `vitnas train --weights`"
     )
 

@@ -7,7 +7,7 @@ import functools
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from search_spaces import efficientvit, evit, levit, sepvit, shvit  # noqa: F401  (each registers its family)
 from search_spaces.arch import Arch, ArchError
@@ -67,8 +67,9 @@ def table(arch: Arch) -> Table:
 def create_model(
     name_or_arch: str | Arch, num_classes: int | None = None, weights: str | Path | None = None
 ) -> nn.Module:
-    """Build a network: (B, 3, R, R) -> (B, num_classes) logits. On it `loaded` is what became of weights, `untrained`
-    names tensors left random.
+    """Build a network: (B, 3, R, R) -> (B, num_classes) logits; images of another size are a ValueError.
+
+    On it `loaded` is what became of weights, `untrained` names tensors left random.
 
     Args:
         name_or_arch: a published name or an Arch.
@@ -85,6 +86,19 @@ def create_model(
     table(arch)
     model = FAMILIES[arch.family].build(arch)
     model.arch = arch
+    model.register_forward_pre_hook(_check_size)
     model.loaded = load_weights(model, arch, weights) if weights is not None else None
     model.untrained = model.loaded.untrained if model.loaded else list(model.state_dict())
     return model
+
+
+def _check_size(model: nn.Module, inputs: tuple[Tensor]) -> None:
+    """Refuse images of another size than the network's; graphs that are being recorded stay as they are."""
+    if not inputs or torch.jit.is_tracing() or torch.compiler.is_compiling():
+        return
+    size, (height, width) = model.arch.resolution, inputs[0].shape[-2:]
+    if (height, width) != (size, size):
+        got = f"{height} px" if height == width else f"{height}x{width} px"
+        raise ValueError(
+            f"{model.arch.family} built for {size} px got {got}: build it from arch.replace(resolution={height})"
+        )

@@ -93,10 +93,11 @@ def load_groups(model: nn.Module, groups: Mapping[str, State], rules: Mapping[st
     """
     own = model.state_dict().keys()
     best = best_match(groups, own, rules)
-    if not best.found:
-        names = [name for group in groups.values() for name in group][:3]
+    if 2 * best.found < len(own):
+        names = _without_shared_prefix([name for group in groups.values() for name in group])[:3]
         keys = f" (under {', '.join(place for place in groups if place)})" if any(groups) else ""
-        raise WeightsError(f"the weights lack all tensors of this network: they have {', '.join(names)}, ...{keys}")
+        lack = "all" if not best.found else f"{len(own) - best.found} of the {len(own)}"
+        raise WeightsError(f"the weights lack {lack} tensors of this network: they have {', '.join(names)}, ...{keys}")
     state, distilled = without_distillation_token(best.state, own)
     untrained = fit(model, state)
     classes = {state[name].shape[0] for name in untrained if name in state}
@@ -175,6 +176,12 @@ def _told(match: Match, groups: Mapping[str, State], distilled: bool) -> str | N
     if distilled:
         told.append("the distillation token and its head left out, so less accurate than published")
     return "; ".join(told) or None
+
+
+def _without_shared_prefix(names: list[str]) -> list[str]:
+    while len({name.partition(".")[0] for name in names}) == 1 and all("." in name for name in names):
+        names = [name.partition(".")[2] for name in names]
+    return names
 
 
 def _without_counters(group: State) -> State:

@@ -2,7 +2,9 @@
 
 import copy
 import json
+import os
 import random
+from importlib.metadata import version
 
 import numpy as np
 import onnx
@@ -257,7 +259,11 @@ def test_what_became_of_the_weights_is_told(tmp_path):
 
 @pytest.mark.parametrize(
     ("classes", "words"),
-    [(1, "add --num-classes 1,"), (7, "add --num-classes 7,"), (None, "has no classifier: `vitnas train --weights`")],
+    [
+        (1, "of 1 class and .* add --num-classes 1,"),
+        (7, "add --num-classes 7,"),
+        (None, "has no classifier: `vitnas train --weights`"),
+    ],
 )
 def test_a_network_without_a_trained_classifier_is_not_exported(classes, words, tmp_path):
     state = {name: value for name, value in create_model(tiny_evit()).state_dict().items() if "head" not in name}
@@ -267,3 +273,50 @@ def test_a_network_without_a_trained_classifier_is_not_exported(classes, words, 
     with pytest.raises(UserError, match=words):
         export_folder(tiny_evit(), tmp_path / "out", str(tmp_path / "weights.pth"), None, 1)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_images_of_another_size_are_refused_in_words(family, helpers):
+    arch = helpers.random_arch(family, 0)
+    size = arch.resolution
+    for network in (model := create_model(arch).eval(), fold(model)):
+        for shape, got in (((64, 64), "64 px"), ((size, size + 32), f"{size}x{size + 32} px")):
+            if shape == (size, size):
+                continue
+            with pytest.raises(ValueError, match=f"^{family} built for {size} px got {got}: build it from "):
+                network(torch.zeros(1, 3, *shape))
+    assert model(torch.zeros(1, 3, size, size)).shape == (1, arch.num_classes)
+
+
+def test_the_check_of_sizes_is_in_no_graph(tmp_path):
+    """Nor does it break one that torch.compile records."""
+    model = fold(create_model(tiny_evit()))
+    to_onnx(model, tmp_path / "checked.onnx", 32, 1)
+    recorded = torch.export.export(model, (torch.zeros(1, 3, 32, 32),))
+    model._forward_pre_hooks.clear()
+    to_onnx(model, tmp_path / "bare.onnx", 32, 1)
+    assert (tmp_path / "checked.onnx").read_bytes() == (tmp_path / "bare.onnx").read_bytes()
+    again = torch.export.export(model, (torch.zeros(1, 3, 32, 32),))
+    assert [node.target for node in recorded.graph.nodes] == [node.target for node in again.graph.nodes]
+
+
+def test_another_family_s_weights_are_named_without_their_prefix(tmp_path, helpers):
+    state = create_model(helpers.random_arch("shvit", 0)).state_dict()
+    torch.save({f"module._orig_mod.{name}": value for name, value in state.items()}, tmp_path / "weights.pth")
+    with pytest.raises(UserError, match=r"they have stem\.0") as refused:
+        export_folder(tiny_evit(), tmp_path / "out", str(tmp_path / "weights.pth"), None, 1)
+    assert "module" not in str(refused.value)
+
+
+def test_files_have_the_mode_that_the_umask_allows(tmp_path, helpers):
+    before = os.umask(0o022)
+    try:
+        model = create_model(helpers.random_arch("shvit", 0))
+        replace_network(model, tmp_path / "out", 1, trained=True, card=Card(classes=["a"]))
+    finally:
+        os.umask(before)
+    files = list((tmp_path / "out").iterdir())
+    assert {"model.safetensors", "model.onnx", "labels.txt"} <= {path.name for path in files}
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o644}
+    made = onnx.load(tmp_path / "out" / "model.onnx")
+    assert (made.producer_name, made.producer_version) == ("vitnas", version("vitnas"))
