@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nas.budget import LatencyBudget, Verdict
+from nas.errors import UserError
 from nas.export import Exporter
 from nas.files import scratch
-from nas.front import Row, arch_of, choose, finalists_of, label_of, rank
+from nas.front import Row, arch_of, best_of, choose, finalists_of, label_of, rank
 from nas.measure import MeasureError, Measurement, Settings, compare, device_lock
 from nas.measure.protocol import paired_ratio
 from nas.process import WorkerError
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from nas.search import Options
+    from nas.targets import Target, TimmNetwork
+    from search_spaces import Arch
 
 CLOSING_ROUNDS = 30
 MOST_ROUNDS = 120
@@ -61,11 +64,7 @@ def closing_run(
     budget = LatencyBudget(options.budget_ms)
     finalists = {label_of(row): row for row in finalists_of(rows, options.budget_ms)}
     networks = {label: arch_of(row) for label, row in finalists.items()}
-    outside = {
-        target.label if target.label not in networks else f"{target.label} (as named)": target.network
-        for target in options.against
-        if target.network not in networks.values()
-    }
+    outside, refused = outside_of(options.against, finalists)
     many = options.throughput_at and replace(options.settings, batch_size=options.throughput_at)
     batches: dict[str, Measurement | MeasureError] = {}
 
@@ -130,9 +129,11 @@ def closing_run(
     final = ordered(final)
     measured = [entry for entry in final if not entry["error"]]
     beside = []
-    for label in outside:
-        entry = {"label": label, "error": "", "ratio": None, "ratio_low": None, "ratio_high": None}
-        entry |= kept(label)
+    for label, error in refused.items():
+        results[label] = MeasureError(error)
+    for label in outside | refused:
+        entry = {"label": label, "resolution": None, "error": "", "ratio": None, "ratio_low": None, "ratio_high": None}
+        entry |= kept(label) | ({"resolution": outside[label].resolution} if label in outside else {})
         if measured and not entry["error"]:
             first = results[measured[0]["label"]]
             entry["ratio"], (entry["ratio_low"], entry["ratio_high"]) = paired_ratio(
@@ -140,6 +141,30 @@ def closing_run(
             )
         beside.append(entry)
     return final, beside
+
+
+def outside_of(
+    against: Sequence[Target], finalists: Mapping[str, Row]
+) -> tuple[dict[str, Arch | TimmNetwork], dict[str, str]]:
+    """Networks to measure beside the finalists: named without @PX, at the resolution of the best of those.
+
+    Returns:
+        By their labels, those that are no finalists, and why others cannot run at that resolution.
+    """
+    best = best_of([row for row in finalists.values() if row["feasible"]] or list(finalists.values()))
+    networks = {label: arch_of(row) for label, row in finalists.items()}
+    found: dict[str, Arch | TimmNetwork] = {}
+    refused: dict[str, str] = {}
+    for target in against:
+        label = target.label if target.label not in networks else f"{target.label} (as named)"
+        try:
+            sized = target if target.resolution or best is None else target.at(best["resolution"])
+        except UserError as error:
+            refused[label] = str(error)
+            continue
+        if sized.network not in networks.values():
+            found[label] = sized.network
+    return found, refused
 
 
 def ordered(final: Sequence[Row]) -> list[Row]:

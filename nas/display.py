@@ -59,7 +59,7 @@ def show_result(
     if data["final"]:
         show_final(console, data["final"], data["quality_tier"]["name"])
         if data["against"]:
-            show_against(console, data["against"], data["final"][0]["label"])
+            show_against(console, data["against"], data["final"][0])
         prose(
             console,
             "One interleaved run. Intervals of latency: 95%, of its median."
@@ -124,6 +124,7 @@ def show_final(console: Console, final: Sequence[Mapping[str, Any]], tier: str) 
             row["label"] if row["name"] else f"{row['label']} ({row['family']})",
             row["role"],
             row["verdict"],
+            str(row["resolution"]),
             f"{row['quality']:.1f}",
             "{:.1f}..{:.1f}".format(*row["quality_ci"]),
             f"{row['published_top1']:.1f}" if row["published_top1"] else "",
@@ -140,6 +141,7 @@ def show_final(console: Console, final: Sequence[Mapping[str, Any]], tier: str) 
         Column("network", label=True),
         Column("role", label=True),
         Column("in budget", label=True),
+        Column("px", drop=4),
         Column(f"score ({tier})", drop=1),
         Column("95% of estimate", drop=7),
         Column("published", drop=4),
@@ -164,20 +166,24 @@ def rate(throughput: float | None) -> str:
     return "" if throughput is None else f"{throughput:.0f}"
 
 
-def show_against(console: Console, rows: Sequence[Mapping[str, Any]], first: str) -> None:
-    """Outside networks of the closing run, beside the network on top of the final table."""
+def show_against(console: Console, rows: Sequence[Mapping[str, Any]], first: Mapping[str, Any]) -> None:
+    """Outside networks of the closing run, beside the network on top of the final table, and who runs at which size."""
+    from nas.bench import unequal
+
     columns = (
         Column("against", label=True),
+        Column("px"),
         Column("in budget", label=True, drop=3),
         Column("ms"),
         Column("95% of ms", drop=2),
         Column("img/s", drop=4),
-        Column(f"time of {first}'s"),
+        Column(f"time of {first['label']}'s"),
         Column("95% of that", drop=1),
     )
     told = [
         (
             row["label"],
+            str(row["resolution"]),
             row["verdict"],
             f"{row['latency_ms']:.2f}",
             f"{row['ci_low_ms']:.2f}..{row['ci_high_ms']:.2f}",
@@ -190,6 +196,8 @@ def show_against(console: Console, rows: Sequence[Mapping[str, Any]], first: str
     ]
     print_table(console, columns, told)
     show_failed(console, rows)
+    sizes = {row["label"]: row["resolution"] for row in (first, *rows) if not row["error"]}
+    prose(console, unequal(sizes, ()) or f"All of these run at {first['resolution']} px, as {first['label']} does.")
 
 
 def columns(*left: str, right: Sequence[str]) -> Table:

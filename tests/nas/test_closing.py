@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -11,6 +12,8 @@ import pytest
 
 from nas import closing
 from nas.measure import MeasureError, Measurement
+from nas.targets import find_target
+from search_spaces import get_arch
 
 SURE, OVER = (1.0, 1.0), (2.5, 2.5)
 WIDE = (1.9, 2.3)
@@ -110,3 +113,30 @@ def test_one_that_fails_when_measured_longer_is_out(tmp_path, clock):
     assert len(clock.runs) == 2
     assert final[0]["trial"] == 1
     assert (final[1]["error"], final[1]["verdict"]) == ("killed by signal 9", None)
+
+
+def test_networks_beside_run_at_the_resolution_of_the_best_finalist():
+    def row(name: str, resolution: int, quality: float, feasible: bool = True) -> dict[str, Any]:
+        arch = json.loads(get_arch(name).at(resolution).to_json())
+        shown = {"quality": quality, "params_m": 1.0, "latency_ms": 1.0, "resolution": resolution}
+        return {**shown, "feasible": feasible, "arch": arch}
+
+    finalists = {
+        "levit_128s": row("levit_128s", 224, 90.0, feasible=False),
+        "trial 1": row("shvit_s1", 96, 60.0),
+        "trial 2": row("shvit_s1", 64, 50.0),
+    }
+    names = ("timm/lcnet_050", "shvit_s2@128", "shvit_s1", "levit_128s", "timm/test_vit@64", "timm/inception_v3")
+    found, refused = closing.outside_of([find_target(name) for name in names], finalists)
+    assert {label: network.resolution for label, network in found.items()} == {
+        "timm/lcnet_050": 96,
+        "shvit_s2@128": 128,
+        "levit_128s (as named)": 96,
+        "timm/test_vit@64": 64,
+        "timm/inception_v3": 96,
+    }
+    assert refused == {}
+    small = {"trial 2": finalists["trial 2"]}
+    found, refused = closing.outside_of([find_target("timm/inception_v3"), find_target("timm/lcnet_050")], small)
+    assert list(found) == ["timm/lcnet_050"]
+    assert "cannot take images of 64 px: 96 px works" in refused["timm/inception_v3"]

@@ -91,6 +91,7 @@ def test_throughput_at_a_batch_and_networks_beside(vitnas, tmp_path, exports_her
     winner = found["final"][0]
     for row in beside.values():
         assert row["verdict"] == "fits"
+        assert row["resolution"] == 64  # not timm's own 160, as the winner's is 64
         assert row["ratio"] == pytest.approx(row["latency_ms"] / winner["latency_ms"], rel=0.5)
         assert row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
     page = (tmp_path / "s" / "report.html").read_text()
