@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shlex
 import signal
 import threading
 import time
@@ -109,11 +110,11 @@ def _open_database(storage: str, read_only: bool) -> BaseStorage:
         database = RDBStorage(
             url.render_as_string(hide_password=False),
             engine_kwargs=_engine_options(url),
-            skip_compatibility_check=read_only,
             skip_table_creation=read_only,
         )
     except RuntimeError as error:  # tables of another Optuna
-        raise UserError(f"cannot use the storage {mask_url(storage)}: {error}") from None
+        told = str(error).replace("$STORAGE_URL", shlex.quote(mask_url(storage)))
+        raise UserError(f"cannot use the storage {mask_url(storage)}: {told}") from None
     if read_only:
         return database
     cached = get_storage(database)
@@ -147,6 +148,10 @@ def _sql_url(storage: str) -> sqlalchemy.URL:
         raise UserError(
             f"unknown database {backend!r} in {mask_url(storage)}: use postgresql://, mysql:// or sqlite:///"
         )
+    if backend == "sqlite" and url.host:
+        raise UserError(
+            f"{mask_url(storage)} names the host {url.host!r}: for a file write sqlite:///{url.host}/{url.database}"
+        )
     if backend == "sqlite" and url.database in (None, "", ":memory:"):
         raise UserError("a SQLite storage needs a file: sqlite:///PATH")
     if url.drivername == "postgresql":  # SQLAlchemy 2.0 would look for psycopg2
@@ -154,7 +159,8 @@ def _sql_url(storage: str) -> sqlalchemy.URL:
     try:
         url.get_dialect().import_dbapi()
     except (ImportError, ArgumentError) as error:
-        raise UserError(f"no driver for {mask_url(storage)}: {error}") from None
+        hint = ": pip install '.[postgresql]'" if url.drivername == "postgresql+psycopg" else ""
+        raise UserError(f"no driver for {mask_url(storage)}: {error}{hint}") from None
     return url
 
 

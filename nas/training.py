@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nas.card import LABELS, PREPROCESS, Card
-from nas.errors import TrainingError, UserError, first_line
+from nas.errors import TrainingError, UserError
 from nas.export import save_model, save_onnx
 from nas.files import folder_lock, replace_file
 from nas.job import Job, Progress, Say, now
@@ -612,7 +612,7 @@ def find_teacher(text: str, weights: str | None, classes: list[str]) -> nn.Modul
         return _own("--teacher", text, weights, classes)
     import timm
 
-    from search_spaces.weights import WeightsError, load_groups, offline_if_unreachable, read_checkpoint
+    from search_spaces.weights import WeightsError, load_groups, not_fetched, offline_if_unreachable, read_checkpoint
 
     name = text.removeprefix(TIMM)
     if not timm.is_model(name):
@@ -629,7 +629,7 @@ def find_teacher(text: str, weights: str | None, classes: list[str]) -> nn.Modul
     except WeightsError as error:
         raise UserError(f"--teacher-weights: {error}") from None
     except Exception as error:  # the weights' client raises kinds of its own
-        raise UserError(f"--teacher {text}: {first_line(error)}; --teacher-weights takes a file") from None
+        raise UserError(f"--teacher {text}: {not_fetched(name, error, '--teacher-weights')}") from None
     config = model.pretrained_cfg
     fixed = config["input_size"][-1] if config.get("fixed_input_size") else None
     return _fitting(f"--teacher {text}", model, (model.num_classes, len(classes)), fixed, config["mean"], config["std"])

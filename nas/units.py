@@ -6,7 +6,7 @@ import re
 
 from nas.errors import UserError
 
-MILLISECONDS = {"us": 1e-3, "ms": 1.0, "s": 1e3}
+MILLISECONDS = {"us": 1e-3, "µs": 1e-3, "μs": 1e-3, "ms": 1.0, "s": 1e3}
 SECONDS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 
 
@@ -16,7 +16,7 @@ def parse_budget(text: str) -> float:
     Raises:
         UserError: no unit, or not a positive time below an hour.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([a-z]*)\s*", text)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([a-zµμ]*)\s*", text)
     if match and match[2] == "":
         raise UserError(f"latency budget {text!r} has no unit: write {text.strip()}ms")
     if not match or match[2] not in MILLISECONDS:

@@ -36,7 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import search_spaces  # noqa: F401  (registers the families)
 from search_spaces.registry import FAMILIES
-from search_spaces.weights import offline_if_unreachable
+from search_spaces.weights import not_fetched, offline_if_unreachable
 
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 
@@ -122,8 +122,9 @@ def load_outside(name: str, num_classes: int | None, pretrained: bool) -> tuple[
         with offline_if_unreachable() if pretrained else contextlib.nullcontext():
             model = timm.create_model(name, pretrained=pretrained, **kwargs)
     except Exception as error:
-        failed = "fetch the weights of" if pretrained else "build"
-        raise OutsideError(f"timm could not {failed} {name}: {_first_line(error)}") from None
+        if pretrained:
+            raise OutsideError(not_fetched(name, error, None)) from None
+        raise OutsideError(f"timm could not build {name}: {_first_line(error)}") from None
     if not model.num_classes:
         raise OutsideError(f"timm/{name} has no classifier: give the number of classes")
     return model.eval(), model.pretrained_cfg["input_size"][-1]

@@ -19,10 +19,12 @@ from search_spaces.registry import FAMILIES, Rules
 __all__ = [
     "Loaded",
     "WeightsError",
+    "first_sentence",
     "fit",
     "load_groups",
     "load_weights",
     "namings",
+    "not_fetched",
     "offline_if_unreachable",
     "read_checkpoint",
     "translate",
@@ -197,8 +199,7 @@ def timm_state(arch: Arch) -> State:
         with offline_if_unreachable():
             return timm.create_model(name, pretrained=True).state_dict()
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise WeightsError(f"timm could not fetch {name}: {reason[:200]}") from None
+        raise WeightsError(not_fetched(name, error, "--weights")) from None
 
 
 def timm_name(arch: Arch) -> str:
@@ -213,6 +214,24 @@ def timm_name(arch: Arch) -> str:
         if variant.timm and family.space.arch(variant.values, arch.num_classes) == shape:
             return variant.timm
     raise WeightsError("timm has no pretrained weights for this Arch; give a file of weights")
+
+
+def not_fetched(name: str, error: Exception, option: str | None) -> str:
+    """That timm could not fetch the weights of its network `name`, why, and what to do: with an option that takes a
+    file, or without one."""
+    import timm
+
+    config = timm.get_pretrained_cfg(name)
+    hub = config.hf_hub_id if config is not None else None
+    file = f"model.safetensors from https://huggingface.co/{hub}" if hub else "a file of weights"
+    do = f"fetch {file} elsewhere and give {option} FILE" if option else f"it needs {file} in its cache"
+    return f"timm could not fetch {name} ({first_sentence(error)}): {do}"
+
+
+def first_sentence(error: Exception) -> str:
+    """Of an error's message; its class where it has none."""
+    lines = str(error).strip().splitlines()
+    return re.split(r"(?<=[a-z)\]])\. ", lines[0])[0].rstrip(".") if lines else type(error).__name__
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from nas.data.folders import image_folder
 from nas.data.found import Found, Part
 from nas.data.images import Rows
 from nas.data.shards import find_shards, read_index
-from nas.errors import UserError, first_line
+from nas.errors import UserError
 
 if TYPE_CHECKING:
     import datasets
@@ -79,13 +79,18 @@ def torch_dataset(name: str) -> Found:
     if name not in TORCH:
         near = difflib.get_close_matches(name, TORCH) or TORCH
         raise UserError(f"torch/{name} is not known: did you mean torch/{', torch/'.join(near)}?")
+    from search_spaces.weights import first_sentence
+
     root = cache_folder() / "torch"
     try:
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / f"{name}.lock"):
             parts = [_torch_split(name, root, split) for split in ("train", "validation")]
     except (OSError, RuntimeError) as error:
-        raise UserError(f"torch/{name} cannot be had in {root} ({first_line(error)}); ${CACHE} names another") from None
+        raise UserError(
+            f"torch/{name} cannot be had in {root} ({first_sentence(error)}): copy its files there, name another "
+            f"folder with ${CACHE}, or give --data DIR of your own images"
+        ) from None
     classes, train, val = parts[0][0], parts[0][1], parts[1][1]
     return Found(f"torch/{name}", classes, train, val, "its own validation images")
 
@@ -136,13 +141,18 @@ def hub_dataset(name: str) -> Found:
         import datasets
     except ImportError:
         raise UserError(f"hfds/{name} needs the package datasets: pip install 'vitnas[huggingface]'") from None
-    from search_spaces.weights import offline_if_unreachable
+    from search_spaces.weights import first_sentence, offline_if_unreachable
 
     with nullcontext() if Path(name).exists() else offline_if_unreachable():
         try:
             splits = datasets.load_dataset(name)
         except Exception as error:  # of any kind: what is wrong lies in the data set or its host
-            raise UserError(f"hfds/{name} cannot be loaded: {first_line(error)}") from None
+            elsewhere = (
+                ""
+                if Path(name).exists()
+                else f": fetch https://huggingface.co/datasets/{name} elsewhere and give hfds/FOLDER, or --data DIR"
+            )
+            raise UserError(f"hfds/{name} cannot be loaded ({first_sentence(error)}){elsewhere}") from None
     if "train" not in splits:
         raise UserError(f"hfds/{name} has no split 'train' but {', '.join(splits)}")
     image, label = _columns(splits["train"].features, name)

@@ -188,7 +188,8 @@ def test_number_of_classes(cache, monkeypatch):
 @pytest.mark.parametrize("name", [each for each in TORCH if each != "imagenet"])
 def test_a_download_that_cannot_be(name, cache, no_network, pauses):
     assert re.match(
-        rf"torch/{name} cannot be had in \S+ \(.+\); \$VITNAS_DATA names another$", message(f"torch/{name}")
+        rf"torch/{name} cannot be had in \S+ \(.+\): copy its files there, .*, or give --data DIR",
+        message(f"torch/{name}"),
     )
     assert pauses == []
 
@@ -307,7 +308,10 @@ def test_hub_data_that_is_refused(hub, tmp_path, labels, feature, column, expect
 
 def test_a_hub_that_cannot_be_reached(hub, no_network, pauses):
     found = message("hfds/nobody/nothing")
-    assert re.match(r"hfds/nobody/nothing cannot be loaded: .*nobody/nothing", found)
+    assert re.match(
+        r"hfds/nobody/nothing cannot be loaded \(.*nobody/nothing.*\): fetch https://huggingface.co/data", found
+    )
+    assert found.endswith("elsewhere and give hfds/FOLDER, or --data DIR")
     assert pauses == []
 
 

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -110,6 +111,7 @@ def test_mask_url(url: str, masked: str) -> None:
         ("postgresql://u:hun@ter2:hunter2@host/db", "should look like"),
         ("postgre://u:hunter2@host/db", "unknown database 'postgre'"),
         ("postgresql+nodriver://u:hunter2@host/db", "no driver"),
+        ("sqlite://st/x.db", "names the host 'st': for a file write sqlite:///st/x.db"),
         ("://hunter2", "should look like"),
         ("sqlite://", "needs a file"),
         ("sqlite:////no-such/folder/study.db", "cannot use /no-such/folder/study.db: No such file"),
@@ -132,6 +134,22 @@ def test_server_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(UserError, match="timeout"):
             start(f"postgresql://u:pw@127.0.0.1:{silent.getsockname()[1]}/db")
         assert time.monotonic() - begun < 60
+
+
+def test_a_missing_driver_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    with pytest.raises(UserError, match=r"no driver for postgresql://u:\*\*\*@h/db: .*pip install '\.\[postgresql\]'$"):
+        layer._sql_url("postgresql://u:pw@h/db")
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_tables_of_an_older_optuna_name_the_upgrade(tmp_path: Path, read_only: bool) -> None:
+    url = f"sqlite:///{tmp_path / 'old.db'}"
+    layer.open_storage(url)
+    with sqlite3.connect(tmp_path / "old.db") as database:
+        database.execute("UPDATE alembic_version SET version_num = 'v2.6.0.a'")
+    with pytest.raises(UserError, match=re.escape(f"optuna storage upgrade --storage {url}`")):
+        layer.open_storage(url, read_only=read_only)
 
 
 def test_postgresql_means_psycopg_3() -> None:

@@ -113,7 +113,10 @@ def test_weights_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(huggingface_hub, "get_session", unreachable)
     monkeypatch.setattr(timm, "create_model", create_model)
     before = constants.HF_HUB_OFFLINE
-    with pytest.raises(OutsideError, match=r"^timm could not fetch the weights of resnet18: no such file$"):
+    with pytest.raises(
+        OutsideError,
+        match=r"^timm could not fetch resnet18 \(no such file\): it needs .*/timm/resnet18\.\w+ in its cache",
+    ):
         load_outside("resnet18", None, pretrained=True)
     assert constants.HF_HUB_OFFLINE is before
 

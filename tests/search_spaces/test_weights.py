@@ -348,3 +348,26 @@ def test_networks_of_others_load_under_their_own_names(tmp_path: Path) -> None:
     torch.save({"state_dict": {f"module.{k}": v for k, v in first.state_dict().items()}}, tmp_path / "a.pth")
     assert load_groups(second, read_checkpoint(tmp_path / "a.pth"), {None: ()}).untrained == []
     assert torch.equal(first.weight, second.weight)
+
+
+def test_weights_that_cannot_be_fetched_say_where_they_are(monkeypatch):
+    """The whole sentence, however long, and what to do."""
+    import timm
+
+    from search_spaces import get_arch
+    from search_spaces.weights import WeightsError, load_weights
+
+    why = "An error happened while trying to locate the file on the Hub, and it is not in the cache " + "x" * 200
+
+    def refuse(*args, **kwargs):
+        raise OSError(f"{why}. Please check your connection\nand try again.")
+
+    arch = get_arch("levit_128s")
+    model = create_model(arch)
+    monkeypatch.setattr(timm, "create_model", refuse)
+    with pytest.raises(WeightsError) as error:
+        load_weights(model, arch, "timm")
+    assert str(error.value) == (
+        f"timm could not fetch levit_128s ({why}): fetch model.safetensors from "
+        "https://huggingface.co/timm/levit_128s.fb_dist_in1k elsewhere and give --weights FILE"
+    )
