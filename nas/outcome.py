@@ -195,9 +195,11 @@ class _Finish:
                 card = Card.of(data, found["top1"], found["images"])
         return card.model_copy(update={"latency": self._latency()})
 
-    def _latency(self) -> Latency:
-        """The winner's: of the closing run, or of its trial where there was none."""
+    def _latency(self) -> Latency | None:
+        """The winner's: of the closing run, or of its trial where there was none; None where it was not measured."""
         row, settings = self.winner, asdict(self.options.settings)
+        if row["latency_ms"] is None:
+            return None
         ci = [row.get(f"ci_{end}_ms", row.get(f"latency_ci_{end}_ms")) for end in ("low", "high")]
         names = ("device", "runtime", "precision", "threads", "batch_size")
         cpu = self.outset.hardware.get("cpu")

@@ -17,6 +17,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nas.card import CLASSIFY
 from nas.files import replace_file
 from nas.front import score_words
 from nas.storage import mask_url
@@ -108,6 +109,7 @@ def _pages() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    pages.globals["classify"] = CLASSIFY
     pages.filters |= {"significant": significant, "points": points, "millions": millions, "duration": duration}
     return pages
 

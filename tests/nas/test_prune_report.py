@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from markupsafe import escape
 from matplotlib.colors import to_hex
 
 import nas.prune_report
+from nas.card import CLASSIFY
 from nas.errors import DiskFull
 from nas.prune_report import BEFORE, CUT, GROWN, SAME, write_report
 from nas.savings import Saving
@@ -482,6 +484,7 @@ def test_how_it_was_done(report: Report, tmp_path: Path) -> None:
     assert page.row("cpu") == ["Fixture CPU @ 2.45 GHz"]
     assert page.row("governor") == ["unknown"]
     assert invent()["command"] in page.text
+    assert escape(CLASSIFY) in page.source
     assert "a fixture's note" in page.text
     listed = {row[0] for row in page.rows} & {
         "arch.json",

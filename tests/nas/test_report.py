@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from markupsafe import escape
 
+from nas.card import CLASSIFY
 from nas.errors import DiskFull
 from nas.final import Accuracies
 from nas.report import COLUMNS, REASONS_SHOWN, write_run
@@ -265,6 +267,7 @@ def test_the_page_answers_in_its_title(tmp_path: Path) -> None:
     ).replace("\xa0", " ")
     text = report(tmp_path, data).text
     assert title in text
+    assert "Classify an image" not in text
     for said in [
         "The weights are untrained",
         data["quality_tier"]["note"],
@@ -494,6 +497,7 @@ def test_final_trainings_and_the_tier_s_worth_are_told(tmp_path: Path) -> None:
     assert "not been validated" in page
     assert "1.2 points" in page or "1.3 points" in page
     assert "untrained" not in page.lower()
+    assert escape(CLASSIFY) in page
     taus = {"estimate": {"tau": 0.6, "ci": [0.2, 0.9]}, "params": {"tau": None, "ci": None}}
     write_run(tmp_path, trained(invent(20), validation={"networks": 8, "tau": taus, "selects": True}))
     page = (tmp_path / "report.html").read_text()
