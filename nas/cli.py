@@ -219,6 +219,9 @@ def search(
         lessons.check()
         families = inheriting(parent, families, family) if tier == "inherit" else families
 
+    from nas.progress import load, waiting
+
+    load("nas.search" if lessons is None else "nas.train", quiet)
     from nas.display import show_result
     from nas.outcome import exit_code, finish_run
     from nas.progress import watch
@@ -250,7 +253,8 @@ def search(
     if lessons is not None:
         from nas.data import open_data
 
-        images = open_data(data, resolution or 224, num_classes, seed or 0)
+        with waiting(f"reading {data}", quiet):
+            images = open_data(data, resolution or 224, num_classes, seed or 0)
         num_classes = len(images.classes)
     options = Options(
         budget_ms=budget_ms,
@@ -434,6 +438,9 @@ def bench(
     """
     import itertools
 
+    from nas.progress import load
+
+    load("nas.bench", quiet)
     from nas.bench import PLOTS, TIMEOUT_S, Options, check_output, parse_shape, run_bench, to_csv, to_plot
     from nas.bench_table import show_bench
     from nas.files import replace_file
@@ -564,6 +571,9 @@ def prune(
     Exit codes: 0 done and within the budget, 1 done but over it as measured, or a step at its end failed, 2 bad input,
     130 Ctrl-C.
     """
+    from nas.progress import load
+
+    load("nas.prune", quiet)
     from nas.display import show_prune
     from nas.job import compute_device
     from nas.progress import watch_phases
@@ -664,6 +674,9 @@ def train(
     Exit codes: 0 done, 1 the training or its ONNX file failed (weights of the last good epoch are kept) or the disk is
     full, 2 bad input, 130 Ctrl-C.
     """
+    from nas.progress import load
+
+    load("nas.train", quiet)
     from nas.display import show_train
     from nas.progress import watch_images
     from nas.threads import training_threads

@@ -138,6 +138,8 @@ class _Finish:
         watched = partial(self.phase, "closing side-by-side run") if self.phase else None
         if self.feasible and not self.end.interrupted:
             with self._step("closing side-by-side run"):
+                if self.phase:
+                    self.phase("exporting the best for the closing side-by-side run", 0, 0)
                 self.final, self.beside = closing_run(
                     self.options, self.rows, self.outset.calibration, watched, self.notes.append
                 )
@@ -209,6 +211,8 @@ class _Finish:
         """Write arch.json and the weights, where they are trained; then model.onnx, whose metadata says whether they
         are, and beside it the file that was measured, where that has another precision. Whether they are trained."""
         options = self.options
+        if self.phase:
+            self.phase("writing best/", 0, 0)
         weights = weights_of(options, arch) if options.lessons else None
         with self._step("best/"):
             start_best(arch, folder, weights)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +29,7 @@ SPEAK_EVERY_S = 30.0
 """In a pipe, while something runs."""
 LINES_EVERY = 10
 """Trials between two lines in a pipe, where none is trained."""
+READING = "reading the network and the images"
 BAR, WIDEST_BAR, NO_BAR_BELOW = 10, 30, 70
 """Columns of a bar: at least, at most, and of a terminal that has none."""
 
@@ -157,6 +160,21 @@ def drawn(line: Line, width: int) -> Table:
 
 
 @contextmanager
+def waiting(what: str, quiet: bool = False) -> Iterator[None]:
+    """A line in a terminal while the block runs; a pipe hears of it only where it takes long."""
+    with Screen(quiet) as screen:
+        screen.show(Line(what), at_once=True)
+        yield
+
+
+def load(module: str, quiet: bool = False) -> None:
+    """Import what takes seconds, and say so."""
+    if module not in sys.modules:
+        with waiting("loading PyTorch", quiet):
+            importlib.import_module(module)
+
+
+@contextmanager
 def watch(
     options: Options, images: ImageData | None = None, quiet: bool = False
 ) -> Iterator[tuple[Callable[[Progress], None], Say, Phase]]:
@@ -166,6 +184,7 @@ def watch(
     every = 1 if options.lessons else LINES_EVERY
     trials, told = Line("trials", 0, options.trials), ""
     with Screen(quiet) as screen:
+        screen.show(Line("opening the study"), at_once=True)
 
         def update(progress: Progress) -> None:
             nonlocal trials
@@ -214,6 +233,7 @@ def watch_phases(quiet: bool = False) -> Iterator[tuple[Phase, Say]]:
     """Progress of a command that goes through phases: yields (progress callback, say)."""
     told = ""
     with Screen(quiet) as screen:
+        screen.show(Line(READING), at_once=True)
 
         def progress(what: str, done: int, total: int) -> None:
             nonlocal told

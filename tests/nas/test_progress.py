@@ -186,3 +186,17 @@ def test_a_training_says_its_epoch(capsys):
         progress("exporting", 0, 0)
         progress("training", 8999, 9000)
     assert capsys.readouterr().err.splitlines()[:2] == ["training, epoch 1/9 0/9,000 images", "exporting"]
+
+
+def test_what_takes_seconds_is_told_in_a_terminal_only(capsys):
+    program = "from nas.progress import load; import time; load('colorsys'); load('json')"
+    assert visible(in_terminal(program, 80)) == ["loading PyTorch"]
+    exec(program, {})
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("watching", ["watch_phases()", "watch_images(9)"])
+def test_before_the_first_phase_something_is_shown(watching):
+    lines = visible(in_terminal(f"from nas.progress import *\nwith {watching} as (progress, say): say('a note')", 80))
+    assert lines[0].startswith("reading the ")
+    assert "a note" in lines
