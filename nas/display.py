@@ -12,6 +12,7 @@ from rich.table import Table
 
 from nas.budget import Verdict
 from nas.outcome import OVERHEAD, overhead_share
+from nas.search import INTERRUPTED
 from nas.tables import Column, console_of, print_table, prose
 from nas.units import counted
 
@@ -44,7 +45,11 @@ def show_result(
         prose(console, "No trial was measured.")
     elif winner is None:
         prose(console, f"Nothing fits {budget} ({where}).")
-        prose(console, f"Fastest measured: {fastest['label']} ({fastest['family']}), {fastest['latency_ms']:.2f} ms.")
+        ends = f"{fastest['latency_ci_low_ms']:.2f} to {fastest['latency_ci_high_ms']:.2f}"
+        prose(
+            console,
+            f"Fastest measured: {fastest['label']} ({fastest['family']}), {fastest['latency_ms']:.2f} ms (95% {ends}).",
+        )
         for line in data["advice"]:
             prose(console, f"  may help: {line}")
     else:
@@ -71,6 +76,8 @@ def show_result(
         prose(console, line)
     if data["skipped"]:
         prose(console, "Some published networks, farther from the budget, were not tried: report.html lists them.")
+    if any(row["state"] == INTERRUPTED for row in data["trials"]):
+        prose(console, "An interrupted trial is made again by the same command.")
     failed = [row for row in data["trials"] if row["state"] == "failed"]
     if failed:
         prose(console, f"{counted(len(failed), 'trial')} failed; report.html groups them by reason")

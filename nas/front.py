@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from nas.budget import LatencyBudget, Verdict
 from nas.intervals import of_error
-from nas.search import LATENCY_KEYS
+from nas.search import INTERRUPTED, LATENCY_KEYS
 
 if TYPE_CHECKING:
     import optuna
@@ -39,7 +39,7 @@ def rows_of(study: optuna.Study) -> list[Row]:
                 "trial": trial.number,
                 "family": attrs.get("family", trial.params.get("family", "")),
                 "name": attrs.get("name", ""),
-                "state": "complete" if complete else "failed",
+                "state": "complete" if complete else "interrupted" if attrs.get("error") == INTERRUPTED else "failed",
                 "error": attrs.get("error", ""),
                 "quality": trial.values[0] if complete else None,
                 "quality_estimate": detail.get("quality_estimate"),

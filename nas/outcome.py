@@ -146,7 +146,7 @@ class _Finish:
         if self.feasible and not self.final:
             left_out = "closing side-by-side run" + (" and no final training" if self.options.lessons else "")
             self.notes.append(f"no {left_out} was made; latencies are those of the single trials")
-        if self.options.against and not self.beside:
+        if self.options.against and self.feasible and not self.beside:
             self.notes.append(
                 "no network of --against was measured: there was no closing run, or they are all in its table"
             )
@@ -259,9 +259,9 @@ class _Finish:
             "final": [{k: v for k, v in entry.items() if k != "arch"} for entry in self.final],
             "against": self.beside,
             "winner": winner_data(winner),
-            "fastest": fastest and {"label": label_of(fastest), **{k: fastest[k] for k in ("family", "latency_ms")}},
+            "fastest": fastest and {"label": label_of(fastest), **{k: fastest[k] for k in FASTEST_KEYS}},
             "ties": ties_of(self.final),
-            "advice": advice(options, run) if winner is None else [],
+            "advice": advice(options, run, rows, self.command) if winner is None else [],
             "notes": [*run.notes, *self.notes, *self._remarks(measured)],
             "skipped": skipped_lines(options, rows),
             "protocol": protocol(options),
@@ -348,6 +348,7 @@ def baseline_of(final: Sequence[Row], winner: Row) -> Row | None:
     return min(published, key=lambda row: row["latency_ms"], default=None)
 
 
+FASTEST_KEYS = ("family", "latency_ms", "latency_ci_low_ms", "latency_ci_high_ms")
 PARETO_KEYS = (
     "arch",
     "family",

@@ -162,7 +162,8 @@ def _families(data: dict[str, Any]) -> list[dict[str, Any]]:
             default=None,
         )
         fastest = min(measured, key=lambda t: t["latency_ms"], default=None)
-        counts = {"tried": len(own), "fitting": len(fitting), "failed": len(own) - len(measured)}
+        failed = sum(t["state"] == "failed" for t in own)
+        counts = {"tried": len(measured) + failed, "fitting": len(fitting), "failed": failed}
         rows.append({"family": family, "best": best, "fastest": fastest, **counts})
     return sorted(rows, key=lambda row: row["best"]["quality"] if row["best"] else float("-inf"), reverse=True)
 

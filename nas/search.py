@@ -53,6 +53,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 LESSONS = "lessons.json"
+INTERRUPTED = "interrupted"
+"""The error of a trial that Ctrl-C has ended; the next run of the command makes it again."""
 ELSEWHERE = ("budget_ms", "families", "space", "hardware", "throughput_at")
 """What a study must agree on and a training does not depend on."""
 RECENT = 20
@@ -291,7 +293,11 @@ def search(
                 from nas.propose import Proposer
 
                 study.sampler = Proposer(run.tier, options)
-            if due(study, options.trials, say, late):
+            if not due(study, options.trials, say, late):
+                say(
+                    f"all {options.trials} trials are done, so only the end is made again; --trials with more adds some"
+                )
+            else:
                 known = open_cache(options, say) if options.cache else None
                 if known is not None:
                     stack.callback(known.close)
@@ -436,7 +442,7 @@ class TrialRunner:
                         raise DiskFull(self.options.folder, error=error) from error
                     raise
             except KeyboardInterrupt:
-                fail(self.study, trial, "interrupted", retry=True)
+                fail(self.study, trial, INTERRUPTED, retry=True)
                 raise
 
     def _measure_and_tell(

@@ -182,6 +182,8 @@ def invent(trials: int = 100, budget: float = 2.0, seed: int = 0) -> dict[str, A
             "label": fastest["name"] or f"trial {fastest['trial']}",
             "family": fastest["family"],
             "latency_ms": fastest["latency_ms"],
+            "latency_ci_low_ms": fastest["latency_ci_low_ms"],
+            "latency_ci_high_ms": fastest["latency_ci_high_ms"],
         },
         "notes": ["a fixture's note"],
         "ties": ["The intervals of trial 17 and levit_128s overlap: the prior cannot tell them apart (a tie)."],

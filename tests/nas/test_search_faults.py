@@ -278,6 +278,22 @@ def test_ctrl_c_in_a_trial(vitnas, device, tmp_path):
     assert "To go on: vitnas search" in out
     assert errors(tmp_path) == ["interrupted"]
     assert states(tmp_path)[-1] == "WAITING"
+    assert "An interrupted trial is made again by the same command." in out
+    assert "failed" not in out
+    assert "Failed trials" not in (tmp_path / "s" / "report.html").read_text()
+    code, _, err = vitnas(*command(tmp_path))
+    assert code == 0
+    assert "trials are done" not in err
+    assert "all 4 trials are done, so only the end is made again" in vitnas(*command(tmp_path))[2]
+
+
+def test_ctrl_c_before_any_trial_gives_no_advice(vitnas, device, tmp_path):
+    device.faults[1] = KeyboardInterrupt()
+    _, out, _ = vitnas(*command(tmp_path, "--against", "levit_128s"))
+    assert "No trial was measured" in out
+    assert "may help" not in out
+    assert "--against was measured" not in out
+    assert "What would help" not in (tmp_path / "s" / "report.html").read_text()
 
 
 # The verdict

@@ -1,0 +1,61 @@
+"""What a search that found nothing says would help."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from nas.advice import advice, rounded_up, with_budget
+from search_spaces import get_arch
+
+COMMAND = "vitnas search --latency-budget 1ms --family shvit --study mine --out 'my runs'"
+QUIET, BUSY = ({"physical_cores": 2, "usable_cpus": 2, "busy_share": share} for share in (0.01, 0.5))
+
+
+def lines(hardware: dict, latency: float = 3.21, state: str = "complete", threads: int = 1) -> list[str]:
+    fixed = {
+        "trial": 3,
+        "name": "shvit_s1",
+        "state": state,
+        "latency_ms": latency,
+        "latency_ci_high_ms": 1.05 * latency,
+    }
+    row = fixed | {"arch": json.loads(get_arch("shvit_s1").to_json())}
+    settings = SimpleNamespace(device="cpu", threads=threads, runtime="onnxruntime")
+    options = SimpleNamespace(settings=settings, budget_ms=1.0, families=("shvit",), lessons=None, resolution=None)
+    return advice(options, SimpleNamespace(hardware=hardware), [row], COMMAND)
+
+
+def test_it_names_the_budget_that_would_work_and_what_makes_networks_faster():
+    budget, smaller, pruned, *_ = lines(QUIET)
+    assert budget == (
+        "a budget of 3.4 ms, which shvit_s1 meets: vitnas search --latency-budget 3.4ms --family shvit --out 'my runs'"
+    )
+    assert smaller.startswith("--resolution ")
+    assert "an estimate of " in smaller
+    assert pruned.endswith("vitnas prune --model shvit_s1 --latency-budget 1ms")
+
+
+def test_a_lower_resolution_is_named_only_where_it_would_fit():
+    assert not any(line.startswith("--resolution") for line in lines(QUIET, latency=3000.0))
+
+
+def test_more_threads_are_advised_where_their_cpus_are_idle():
+    assert any(line.startswith("--threads 2") for line in lines(QUIET))
+    for hardware in (BUSY, {"physical_cores": 2, "usable_cpus": 2, "busy_share": None}):
+        assert not any("--threads" in line for line in lines(hardware))
+
+
+def test_no_advice_where_nothing_was_measured():
+    assert lines(QUIET, state="interrupted") == []
+
+
+@pytest.mark.parametrize(
+    ("ms", "up"), [(3.3705, 3.4), (3.4, 3.4), (0.04123, 0.042), (15.2, 16), (123.0, 130), (9.99, 10), (1.0, 1.0)]
+)
+def test_a_budget_is_rounded_up_to_two_digits(ms, up):
+    assert rounded_up(ms) == up
+
+
+def test_the_budget_of_a_command_is_replaced():
+    assert with_budget("vitnas search --latency-budget=2ms --study=s", 3.4) == "vitnas search --latency-budget 3.4ms"
