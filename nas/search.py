@@ -295,7 +295,7 @@ def search(
                 study.sampler = Proposer(run.tier, options)
             if not due(study, options.trials, say, late):
                 say(
-                    f"all {options.trials} trials are done, so only the end is made again; --trials with more adds some"
+                    f"none of {options.trials} trials is left to begin: only the end is made again (more --trials add some)"
                 )
             else:
                 known = open_cache(options, say) if options.cache else None

@@ -79,7 +79,7 @@ def test_networks_beside_take_images_of_the_same_size():
     assert closing.resized(find_target("levit_128s"), first, notes.append).network.resolution == 64
     assert closing.resized(asked, first, notes.append) is asked
     assert notes == []
-    odd = {"resolution": 72}
+    odd = {"resolution": 8}
     assert closing.resized(find_target("efficientvit_m0"), odd, notes.append).network.resolution == 224
     assert notes[0].endswith("it is measured at its own resolution")
 

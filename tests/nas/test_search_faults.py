@@ -283,8 +283,8 @@ def test_ctrl_c_in_a_trial(vitnas, device, tmp_path):
     assert "Failed trials" not in (tmp_path / "s" / "report.html").read_text()
     code, _, err = vitnas(*command(tmp_path))
     assert code == 0
-    assert "trials are done" not in err
-    assert "all 4 trials are done, so only the end is made again" in vitnas(*command(tmp_path))[2]
+    assert "is left to begin" not in err
+    assert "none of 4 trials is left to begin: only the end is made again" in vitnas(*command(tmp_path))[2]
 
 
 def test_ctrl_c_before_any_trial_gives_no_advice(vitnas, device, tmp_path):
