@@ -76,7 +76,7 @@ def show_result(
         prose(console, line)
     if data["skipped"]:
         prose(console, "Some published networks, farther from the budget, were not tried: report.html lists them.")
-    if any(row["state"] == INTERRUPTED for row in data["trials"]):
+    if data["interrupted"] and any(row["state"] == INTERRUPTED for row in data["trials"]):
         prose(console, "An interrupted trial is made again by the same command.")
     failed = [row for row in data["trials"] if row["state"] == "failed"]
     if failed:

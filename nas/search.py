@@ -294,9 +294,7 @@ def search(
 
                 study.sampler = Proposer(run.tier, options)
             if not due(study, options.trials, say, late):
-                say(
-                    f"none of {options.trials} trials is left to begin: only the end is made again (more --trials add some)"
-                )
+                say("no trial is left to begin: only the end is made again (more --trials add some)")
             else:
                 known = open_cache(options, say) if options.cache else None
                 if known is not None:

@@ -71,19 +71,6 @@ def close(tmp_path: Any, clock: Clock, **medians: Any) -> tuple[list[dict[str, A
     return closing.closing_run(options, rows, note=notes.append)[0], notes
 
 
-def test_networks_beside_take_images_of_the_same_size():
-    from nas.targets import find_target
-
-    notes: list[str] = []
-    first, asked = {"resolution": 64}, find_target("levit_128s@160")
-    assert closing.resized(find_target("levit_128s"), first, notes.append).network.resolution == 64
-    assert closing.resized(asked, first, notes.append) is asked
-    assert notes == []
-    odd = {"resolution": 8}
-    assert closing.resized(find_target("efficientvit_m0"), odd, notes.append).network.resolution == 224
-    assert notes[0].endswith("it is measured at its own resolution")
-
-
 def test_an_unsure_network_is_measured_longer_until_it_is_sure(tmp_path, clock):
     final, notes = close(tmp_path, clock, t0=[WIDE, (1.9, 1.9)], t1=SURE)
     assert clock.runs == [{"trial 0": 30, "trial 1": 30}, {"trial 0": 30}]
