@@ -361,8 +361,8 @@ def _legend(figure: Figure, looks: Looks, front: bool, guessed: bool) -> None:
     if front:
         entries.append(Line2D([], [], color=INK, lw=1.3, label="front"))
     if guessed:
-        entries.append(Line2D([], [], marker="o", mfc="none", mec=SOFT, ls="", ms=6, label="not trained (at the foot)"))
-    figure.legend(handles=entries, loc="outside upper left", ncols=8, frameon=False, fontsize=10.5, handletextpad=0.3)
+        entries.append(Line2D([], [], marker="o", mfc="none", mec=SOFT, ls="", ms=6, label="not trained"))
+    figure.legend(handles=entries, loc="outside upper left", ncols=5, frameon=False, fontsize=10.5, handletextpad=0.3)
 
 
 def _label(

@@ -546,4 +546,7 @@ def test_what_was_not_trained_has_no_height_in_the_plot(tmp_path: Path, monkeypa
     assert axes.get_ylim()[1] < 97
     assert "97.0" not in page.text
     assert "not trained" in page.text
-    assert "not trained (at the foot)" in {text.get_text() for text in figures[0].legends[0].get_texts()}
+    labels = figures[0].legends[0].get_texts()
+    assert "not trained" in {text.get_text() for text in labels}
+    assert len(labels) == 9, "with every family, and all that may stand there"
+    assert all(text.get_window_extent().x1 < figures[0].bbox.x1 for text in labels), "none is cut off"
