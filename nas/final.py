@@ -190,11 +190,14 @@ def seeds_spread(first: Accuracies, second: Accuracies) -> Interval | None:
 
 
 def agreement(first: Sequence[Sequence[bool]], second: Sequence[Sequence[bool]]) -> float:
-    """Correlation over images of two networks' answers, means over seeds; 0 where it is not known."""
+    """Correlation over images of two networks' answers, means over seeds, with Newcombe's correction for continuity:
+    networks that agree on some images need not agree on all. 0 where it is not known."""
     if not first or not second or len({len(row) for row in (*first, *second)}) > 1:
         return 0.0
     a, b = ([statistics.mean(map(float, image)) for image in zip(*rows, strict=True)] for rows in (first, second))
-    return statistics.correlation(a, b) if len(set(a)) > 1 and len(set(b)) > 1 else 0.0
+    both = statistics.pstdev(a) * statistics.pstdev(b)
+    shared = statistics.mean(x * y for x, y in zip(a, b, strict=True)) - statistics.mean(a) * statistics.mean(b)
+    return (max(shared - 0.5 / len(a), 0.0) if shared > 0 else shared) / both if both else 0.0
 
 
 def verdict(found: Mapping[str, Any], first: Accuracies, second: Accuracies) -> str:

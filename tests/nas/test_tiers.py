@@ -420,6 +420,14 @@ def test_the_same_images_are_compared_one_by_one():
     unlike = dataclasses.replace(nearly[1], hits=[answers(66, flip=30)])
     far = compare_means(nearly[0], unlike)["ci"]
     assert far[1] - far[0] > 1.5 * (paired[1] - paired[0])
+    alike = Accuracies("a", [50.0], 90, 1.0, [answers(45, 90)])
+    low, high = compare_means(alike, alike)["ci"]
+    assert low < -1 < 1 < high, "the same answers on 90 images do not show that there is no difference"
+    # Newcombe (1998), table II, row (a): 36, 12, 2, 0 of 50 pairs
+    first = [True] * 48 + [False] * 2
+    second = [True] * 36 + [False] * 12 + [True] * 2
+    pair = [Accuracies("x", [100 * sum(hits) / 50], 50, 1.0, [hits]) for hits in (first, second)]
+    assert compare_means(*pair)["ci"] == pytest.approx([5.69, 34.04], abs=0.02)
 
 
 def test_final_trainings_are_told_with_their_interval_images_and_seeds():
