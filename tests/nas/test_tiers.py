@@ -49,6 +49,9 @@ class Stub(Train):
             loader = SimpleNamespace(close=lambda: None)
             network = SimpleNamespace(state_dict=dict, top1=0.0)
 
+            def __init__(self) -> None:
+                self.recipe, self.epoch = recipe, 0
+
             def run(self, until=None, progress=None) -> None:
                 checkpoint.parent.mkdir(parents=True, exist_ok=True)
                 checkpoint.write_text("")
