@@ -350,10 +350,19 @@ def test_a_failing_judge_loses_no_epoch(vitnas, deit, tmp_path, monkeypatch):
 
 
 KILLED = """
-import os, signal, sys
+import dataclasses, os, signal, sys
 from pathlib import Path
+import nas.data
 from nas.cli import main
 from nas.train import Updater
+
+open_all, sample = nas.data.open_data, nas.data.sample
+
+def open_few(*args):
+    data = open_all(*args)
+    return dataclasses.replace(data, train=sample(data.train, 256, 0), val=sample(data.val, 64, 0))
+
+nas.data.open_data = open_few
 
 whole, left = Updater.step, 5
 
@@ -377,6 +386,7 @@ def killed(args: list[str], checkpoint: Path) -> None:
     assert child.returncode == -signal.SIGKILL, child.stderr
 
 
+@pytest.mark.usefixtures("few")
 def test_killed_it_goes_on_bit_for_bit(vitnas, small, tmp_path):
     """`kill -9` within an epoch, then the same command: the weights of a training that was never stopped."""
     model = small("levit", resolution=32)
