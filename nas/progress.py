@@ -29,7 +29,7 @@ SPEAK_EVERY_S = 30.0
 """In a pipe, while something runs."""
 LINES_EVERY = 10
 """Trials between two lines in a pipe, where none is trained."""
-READING = "reading the network and the images"
+READING = "reading the networks"
 BAR, WIDEST_BAR, NO_BAR_BELOW = 10, 30, 70
 """Columns of a bar: at least, at most, and of a terminal that has none."""
 
