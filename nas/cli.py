@@ -252,9 +252,10 @@ def search(
     images = None
     if lessons is not None:
         from nas.data import open_data
+        from nas.schooling import parent_weights
 
         with waiting(f"reading {data}", quiet):
-            images = open_data(data, resolution or 224, num_classes, seed or 0)
+            images = open_data(data, resolution or 224, num_classes, seed or 0, parent_weights(parent))
         num_classes = len(images.classes)
     options = Options(
         budget_ms=budget_ms,

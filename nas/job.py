@@ -143,12 +143,19 @@ class Job:
 
     # Data
 
-    def open_data(self, name: str | None, resolution: int, num_classes: int | None, seed: int) -> None:
-        """Open the images; `data`, `evaluated` and `calibration` hold them from here on."""
+    def open_data(
+        self,
+        name: str | None,
+        resolution: int,
+        num_classes: int | None,
+        seed: int,
+        weights: str | Path | None = None,
+    ) -> None:
+        """Open the images; `data`, `evaluated` and `calibration` hold them from here on. weights: of the network."""
         from nas.data import open_data, sample
 
         self.seed = seed
-        self.data = open_data(name, resolution, num_classes, seed)
+        self.data = open_data(name, resolution, num_classes, seed, weights)
         self.evaluated = sample(self.data.val, EVALUATED_IMAGES, seed)
         self.calibration = sample(self.data.calibration, CALIBRATION_IMAGES, seed)
 

@@ -22,10 +22,12 @@ from nas.export import CONVERTED, label_onnx, lower_precision, save_onnx, write_
 from nas.files import drafted, folder_lock, replace_file
 from nas.final import result_path, weights_of
 from nas.front import Row, arch_of, best_of, choose, front_of, label_of, rows_of
+from nas.lineage import record
 from nas.measure import (
     RUNTIMES,
 )
 from nas.measure.protocol import BUSY_SPREAD
+from nas.schooling import parent_weights
 from nas.search import storage_of
 from nas.storage import storage_errors
 from nas.units import counted
@@ -216,6 +218,8 @@ class _Finish:
         weights = weights_of(options, arch) if options.lessons else None
         with self._step("best/"):
             start_best(arch, folder, weights)
+            if weights is not None:
+                record(folder, self.tier.schooling.data.train, parent_weights(options.lessons.parent))
         with self._step("best/model.onnx"):
             card = self._card(arch, weights is not None)
             save_best(arch, folder, weights, options.settings.batch_size, card, self._images(arch))

@@ -190,7 +190,8 @@ class _Run:
         from pruning.units import anatomy
 
         arch, weights = self._source()
-        self.job.open_data(self.options.data, arch.resolution, self.options.num_classes, self.options.seed)
+        options = self.options
+        self.job.open_data(options.data, arch.resolution, options.num_classes, options.seed, weights)
         self.job.agree(identity(self.job.data, model=(arch, weights)))
         if self.job.finished:
             self.job.say(f"{self.options.folder} is finished: these are its results")
@@ -584,6 +585,7 @@ def write_results(
     The run is finished where no step of its end has failed; else the same command goes on.
     """
     from nas.hardware import describe
+    from nas.lineage import record
     from nas.prune_report import write_report
 
     before, after = networks["before"], networks["after"]
@@ -620,6 +622,8 @@ def write_results(
         "failures": end.failures,
         **details,
     }
+    trained_on = job.data.train if data["trained_images"] or data["tuned_images"] else job.data.train.pick([])
+    data["seen"] = record(options.folder, trained_on, found.get("weights"))
     with end.step("report"):
         write_report(options.folder, data)
     if not end.failures and not end.interrupted:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from nas.errors import UserError
 from nas.files import tell
+from nas.lineage import TIMM, remark, seen_among, seen_by
 
 if TYPE_CHECKING:
+    import numpy as np
     import optuna
     from torch import Tensor, nn
 
@@ -92,7 +93,8 @@ class Skips:
 class Schooling:
     """device: where networks train. folder: where unfinished trainings are kept. results: what the study knows of
     earlier trainings. progress: called with what is trained, images done and in all. resolution: of all networks, where
-    the search fixes it. loaders: of all that were in use, what they skipped. say: told of want of memory."""
+    the search fixes it. seen: which training images the parent's weights were trained on. loaders: of all that were in
+    use, what they skipped. say: told of want of memory."""
 
     data: ImageData
     lessons: Lessons
@@ -103,6 +105,7 @@ class Schooling:
     progress: Callable[[str, int, int], None]
     parent: Parent | None = None
     resolution: int | None = None
+    seen: np.ndarray | None = None
     loaders: list[Skips] = field(default_factory=list)
     say: Callable[[str], None] = tell
 
@@ -138,8 +141,8 @@ class Schooling:
         from nas.data import hold_out
 
         data = self.data.at(resolution)
-        rest, _ = hold_out(data.train, self.judged, self.seed)
-        _, judge = hold_out(data.calibration, self.judged, self.seed)
+        rest, _ = hold_out(data.train, self.judged, self.seed, self.seen)
+        _, judge = hold_out(data.calibration, self.judged, self.seed, self.seen)
         return rest, judge
 
     @cached_property
@@ -186,6 +189,7 @@ def open_schooling(
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = options.folder / "training"
+    known = seen_by(parent_weights(lessons.parent))
     schooling = Schooling(
         data,
         lessons,
@@ -195,6 +199,7 @@ def open_schooling(
         lambda: results_of(study),
         progress,
         resolution=options.resolution,
+        seen=None if known is None else seen_among(data.train, known),
         say=say,
     )
     say(
@@ -248,7 +253,7 @@ def find_parent(text: str, schooling: Schooling, say: Callable[[str], None]) -> 
 
     target = find_target(text)
     model = load_trained("--parent", target)
-    seen = provenance(target.folder, schooling)
+    seen = remark(target.weights or TIMM, schooling.halves(model.arch.resolution)[1], "judging") or ""
     if seen:
         say(seen)
     arch, classes = model.arch, len(schooling.data.classes)
@@ -266,17 +271,8 @@ def find_parent(text: str, schooling: Schooling, say: Callable[[str], None]) -> 
     return Parent(text, arch, model.state_dict(), scores, seen)
 
 
-def provenance(folder: Path | None, schooling: Schooling) -> str:
-    """What to say of a parent that may have been trained on this search's validation images; "" where it was not."""
-    if folder is None:
-        return ""
-    path = folder / "metrics.json"
-    if not path.is_file():
-        return f"which images {folder} was trained on is unknown: if validation images are among them, figures flatter"
-    told = json.loads(path.read_text()).get("options", {})
-    if told.get("data") == schooling.lessons.data and told.get("seed") != schooling.seed:
-        return (
-            f"{folder} was trained on this data with --seed {told.get('seed')}: where the seed splits it (no val/), "
-            f"figures on validation images flatter; search with --seed {told.get('seed')}"
-        )
-    return ""
+def parent_weights(name: str | None) -> str | Path | None:
+    """Where a parent's weights are; None without a parent."""
+    from nas.targets import find_target
+
+    return None if name is None else find_target(name).weights or TIMM

@@ -290,7 +290,7 @@ class _Run:
             raise UserError(f"{options.model} is {self.target.kind}: give a published name, an arch.json or a folder")
         size = options.resolution or self.target.arch.resolution
         arch = self.target.arch.at(size)
-        data = open_data(options.data, size, options.num_classes, options.seed)
+        data = open_data(options.data, size, options.num_classes, options.seed, options.weights)
         self.data: ImageData = data.at(size, options.recipe.augmentation)
         self.arch: Arch = arch.replace(num_classes=len(data.classes))
         if data.demo:
@@ -489,6 +489,7 @@ class _Run:
 
         from nas.data import skipped_line, summary
         from nas.hardware import describe
+        from nas.lineage import record
         from nas.measure import Settings
         from search_spaces import table
 
@@ -499,6 +500,7 @@ class _Run:
         trained = bool(training.epoch or training.within.updates)
         if trained:
             save_model(training.network.cpu(), options.folder)
+        seen = record(options.folder, self.data.train, options.weights) if trained else None
         last = training.history[-1] if training.history else {}
         settings = Settings("torch", options.device, torch.get_num_threads(), training.images)
         data = {
@@ -511,6 +513,7 @@ class _Run:
             "params": counts.params(),
             "macs": counts.macs(),
             "data": asdict(summary(self.data)),
+            "seen": seen,
             "recipe": asdict(training.recipe) | {"peak_lr": training.recipe.peak_lr},
             "options": options.fingerprint(),
             "processes": self.processes,

@@ -36,6 +36,7 @@ from nas.data.images import (
 from nas.data.look import oddities
 from nas.data.sources import digits, find
 from nas.errors import UserError
+from nas.lineage import remark, seen_among, seen_by
 
 if TYPE_CHECKING:
     import numpy as np
@@ -102,7 +103,9 @@ class ImageData:
         )
 
 
-def open_data(name: str | Path | None, resolution: int, num_classes: int | None, seed: int) -> ImageData:
+def open_data(
+    name: str | Path | None, resolution: int, num_classes: int | None, seed: int, weights: str | Path | None = None
+) -> ImageData:
     """Open a data set at R = `resolution` pixels a side, normalised with ImageNet's mean and deviation.
 
     Args:
@@ -115,6 +118,8 @@ def open_data(name: str | Path | None, resolution: int, num_classes: int | None,
             Of images without a validation split `seed` picks a tenth of each class (of digits a fifth) for it. Shards
             for validation have val, validation or test in their names.
         num_classes: how many classes the caller expects; None takes what there is.
+        weights: what a network begins with, "timm" or a file: images that it was trained on do not validate, where
+            that can be, and a note says how many do.
 
     Raises:
         UserError: no such data, it cannot be downloaded, no classes in it, one class only, a class without images,
@@ -128,11 +133,16 @@ def open_data(name: str | Path | None, resolution: int, num_classes: int | None,
     if val is None:
         _require_two_of_each(found, classes)
         share = DIGITS_VAL_SHARE if demo else VAL_SHARE
-        picked = split(train.labels, share, seed)
-        train_images, val_images = (_images(train, resolution, demo).pick(part) for part in picked)
+        images = _images(train, resolution, demo)
+        known = seen_by(weights)
+        seen = seen_among(images, known) if known is not None and len(known) else None
+        train_images, val_images = (images.pick(part) for part in split(train.labels, share, seed, seen))
         validation = f"{share:.0%} of each class, picked by seed {seed}"
+        if seen is not None and seen.any() and not seen_among(val_images, known).any():
+            validation = f"those that {weights} was not trained on"
     else:
         train_images, val_images = (_images(part, resolution, demo) for part in (train, val))
+    told = remark(weights, val_images, "validation")
     data = ImageData(
         found.name,
         classes,
@@ -142,7 +152,7 @@ def open_data(name: str | Path | None, resolution: int, num_classes: int | None,
         demo=demo,
         validation=validation,
         left_out=found.left_out,
-        notes=found.notes,
+        notes=(*found.notes, *filter(None, [told])),
     )
     return data.at(resolution)
 

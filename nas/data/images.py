@@ -207,14 +207,21 @@ def _at_least_one_bit(level_fn: Callable[..., tuple[int]], level: float, hparams
     return (max(1, level_fn(level, hparams)[0]),)
 
 
-def split(labels: Sequence[int], share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Indices for training and validation: `share` of each class, at least one image, goes to validation."""
+def split(
+    labels: Sequence[int], share: float, seed: int, seen: np.ndarray | None = None
+) -> tuple[list[int], list[int]]:
+    """Indices for training and validation: `share` of each class, at least one image, goes to validation.
+
+    seen: which images weights were trained on: they do not validate where half as many others do.
+    """
     rng = np.random.default_rng(seed)
     values = np.asarray(labels)
     train, val = [], []
     for label in np.unique(values):
         members = rng.permutation(np.flatnonzero(values == label))
         count = max(1, round(share * len(members)))
+        if seen is not None and 2 * (others := int((~seen[members]).sum())) >= count:
+            members, count = members[np.argsort(seen[members], kind="stable")], min(count, others)
         val += members[:count].tolist()
         train += members[count:].tolist()
     return sorted(train), sorted(val)
@@ -227,11 +234,11 @@ def sample(images: Images, count: int, seed: int) -> Images:
     return images.pick(np.sort(np.random.default_rng(seed).permutation(len(images))[:count]).tolist())
 
 
-def hold_out(images: Images, count: int, seed: int) -> tuple[Images, Images]:
+def hold_out(images: Images, count: int, seed: int, seen: np.ndarray | None = None) -> tuple[Images, Images]:
     """(the rest, `count` images), disjoint, each class with its share in both to within one image.
 
-    Which images they are depends on the labels, `count` and `seed` alone: from `train` and `calibration` of one
-    `ImageData` the same ones are held out.
+    Which images they are depends on the labels, `count`, `seed` and `seen` alone: from `train` and `calibration` of one
+    `ImageData` the same ones are held out. seen: which images weights were trained on: others are held out first.
 
     Raises:
         UserError: nothing would be left.
@@ -243,6 +250,8 @@ def hold_out(images: Images, count: int, seed: int) -> tuple[Images, Images]:
     place = np.empty(len(images))
     for label in np.unique(values):
         members = rng.permutation(np.flatnonzero(values == label))
+        if seen is not None:
+            members = members[np.argsort(seen[members], kind="stable")]
         place[members] = (np.arange(len(members)) + rng.random()) / len(members)
     order = np.argsort(place)
     return images.pick(np.sort(order[count:]).tolist()), images.pick(np.sort(order[:count]).tolist())

@@ -620,19 +620,3 @@ def test_a_parent_is_a_folder_with_weights(pictures, tmp_path, helpers):
         assert ("cannot teach" in said[-1]) == (classes == 7)
         assert len(said) == lines
         said.clear()
-
-
-def test_where_a_parent_s_images_come_from_is_told(school, tmp_path):
-    import json
-
-    from nas.schooling import provenance
-
-    assert provenance(None, school) == ""
-    assert "unknown" in provenance(tmp_path, school)
-    path = tmp_path / "metrics.json"
-    path.write_text(json.dumps({"options": {"data": "images", "seed": 1}}))
-    assert "--seed 1" in provenance(tmp_path, school)
-    path.write_text(json.dumps({"options": {"data": "images", "seed": 0}}))
-    assert provenance(tmp_path, school) == ""
-    path.write_text(json.dumps({"options": {"data": "others", "seed": 1}}))
-    assert provenance(tmp_path, school) == ""

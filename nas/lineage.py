@@ -1,0 +1,69 @@
+"""Which images a network's weights were trained on: digests in a file beside them, 8 bytes an image."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nas.files import drafted
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from nas.data import Images
+
+SEEN = "model.seen.npy"
+TIMM = "timm"
+"""Weights that were trained on ImageNet, not on the user's images."""
+
+
+def record(folder: Path, images: Images, parent: str | Path | None = None) -> dict[str, Any] | None:
+    """Keep what the weights in `folder` were trained on: these images, and what their `parent` was trained on.
+
+    Returns:
+        The file and its number of images; None, and no file, where it is unknown what the parent was trained on.
+    """
+    import numpy as np
+
+    from nas.data.digests import digests
+
+    known = seen_by(parent)
+    if known is None:
+        (folder / SEEN).unlink(missing_ok=True)
+        return None
+    found = np.union1d(digests(images), known)
+    with drafted(folder / SEEN) as draft, draft.open("wb") as file:
+        np.save(file, found)
+    return {"file": SEEN, "images": len(found)}
+
+
+def seen_by(weights: str | Path | None) -> np.ndarray | None:
+    """Digests of the images that weights were trained on: none of random ones and timm's; None where it is unknown."""
+    import numpy as np
+
+    if weights is None or str(weights) == TIMM:
+        return np.empty(0, np.uint64)
+    path = Path(weights) / SEEN if Path(weights).is_dir() else Path(weights).with_name(SEEN)
+    return np.load(path) if path.is_file() else None
+
+
+def seen_among(images: Images, seen: np.ndarray) -> np.ndarray:
+    """(N,) whether each image is among those seen; not looked at where none is."""
+    import numpy as np
+
+    from nas.data.digests import digests
+
+    return np.isin(digests(images), seen) if len(seen) else np.zeros(len(images), bool)
+
+
+def remark(weights: str | Path | None, images: Images, what: str) -> str | None:
+    """What to say of weights that were trained on some of the images, or may have been; None where they were not."""
+    seen = seen_by(weights)
+    if seen is None:
+        return (
+            f"which images {weights} was trained on is unknown: if {what} images are among them, figures are too high"
+        )
+    count = int(seen_among(images, seen).sum())
+    if not count:
+        return None
+    return f"{count:,} of {len(images):,} {what} images were in the training of {weights}: figures are too high"
