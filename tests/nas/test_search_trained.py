@@ -61,7 +61,7 @@ def searched(tmp_path_factory, short) -> tuple[Path, str]:
 def test_a_trained_network_comes_out_with_its_baseline(searched):
     root, text = searched
     folder = root / "runs" / FOLDER
-    files = {"arch.json", "model.onnx", "model.safetensors", "preprocess.json", "labels.txt"}
+    files = {"arch.json", "model.onnx", "model.safetensors", "model.seen.npy", "preprocess.json", "labels.txt"}
     assert {path.name for path in (folder / "best").iterdir()} == files
     found = json.loads(text)
     assert found["num_classes"] == 2

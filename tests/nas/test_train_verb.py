@@ -84,6 +84,7 @@ def test_a_folder_that_export_and_bench_take(vitnas, deit, tmp_path):
         "metrics.json",
         "preprocess.json",
         "labels.txt",
+        "model.seen.npy",
         "state",
         ".lock",
     }
