@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -891,7 +892,7 @@ def command_line() -> str:
     from nas.storage import mask_url
 
     words = [word if "://" not in word else mask_url(word) for word in sys.argv[1:]]
-    return " ".join(["vitnas", *words])
+    return shlex.join(["vitnas", *words])
 
 
 def main() -> None:
