@@ -752,8 +752,9 @@ def export(
 
     if batch_size < 1:
         raise UserError(f"--batch-size is {batch_size}: give 1 or more")
-    arch, beside = find_arch(model), find_target(model).weights
-    print(export_folder(arch, out, weights or (beside and str(beside)), num_classes, batch_size))
+    arch = find_arch(model)
+    given = weights or find_target(model).weights
+    print(export_folder(arch, out, given and str(given), num_classes, batch_size))
 
 
 @app.command(

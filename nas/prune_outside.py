@@ -58,6 +58,9 @@ def prune_outside(options: Options, command: str, say: Say, progress: Progress) 
         raise UserError(
             f"--precision {options.settings.precision}: networks outside the five families are measured in fp32"
         )
+    if "@" in options.model:
+        name, _, size = options.model.rpartition("@")
+        raise UserError(f"{name} is pruned at its own resolution, not at {size}: leave out @{size}")
     if options.weights not in (None, "timm"):
         raise UserError(f"--weights {options.weights}: networks outside the five families take timm's own, or none")
     job = Job(options.folder, options.fingerprint(), say, progress, compute_device(options.settings))
