@@ -15,7 +15,9 @@ from nas.errors import UserError
 from nas.export import Exporter, export_here, lower_precision
 from nas.files import scratch
 from nas.measure import RUNTIMES, Interrupted, MeasureError, Measurement, Settings, compare, device_lock
+from nas.measure.module import KINDS
 from nas.measure.protocol import BUSY_SPREAD, SURE_ROUNDS, paired_ratio, quanta
+from nas.measure.reasons import plain
 from nas.process import TOLD_S, WorkerError
 from nas.units import counted
 
@@ -79,31 +81,58 @@ class Found:
     interrupted: bool = False
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What will be measured, known before the device is free. sizes: the networks' resolutions, as rows tell them."""
+
+    targets: Mapping[str, Target]
+    inputs: Mapping[str, OnnxInput]
+    cells: Sequence[Cell]
+    sizes: Mapping[str, int | str | None]
+
+
+def plan(options: Options) -> Plan:
+    """Read the ONNX files, and check all networks against all settings.
+
+    Raises:
+        UserError: an ONNX file that is damaged or cannot be measured so, or --shape that nothing uses.
+    """
+    targets = {target.label: target for target in options.targets}
+    inputs = {label: OnnxInput.read(target.onnx) for label, target in targets.items() if target.onnx}
+    _check_shapes(options.shapes, inputs.values())
+    return Plan(
+        targets,
+        inputs,
+        [
+            (label, _own(target, inputs.get(label), each, options))
+            for each in options.settings
+            for label, target in targets.items()
+        ],
+        {label: _resolution(target, inputs.get(label), options.shapes) for label, target in targets.items()},
+    )
+
+
 def run_bench(
-    options: Options, progress: Progress = lambda *_: None, say: Callable[[str], None] = lambda _: None
+    options: Options,
+    progress: Progress = lambda *_: None,
+    say: Callable[[str], None] = lambda _: None,
+    planned: Plan | None = None,
 ) -> Found:
     """Measure all networks in all combinations in one interleaved run; ratios are to the first row.
 
-    say: told what is waited for, in a line. Ctrl-C ends the run with the rounds made until then.
+    say: told what is waited for, in a line. planned: what `plan` made of the options, if it was called before. Ctrl-C
+    ends the run with the rounds made until then.
 
     Raises:
         KeyboardInterrupt: there were none.
-        UserError: an ONNX file that cannot be measured so, --shape or --data that nothing uses, or calibration images
-            that cannot be had; nothing has been measured then.
+        UserError: as `plan`, or calibration images that cannot be had or that nothing uses; nothing has been measured
+            then.
     """
-    found, many = Found(), options.throughput_at
-    targets = {target.label: target for target in options.targets}
+    found, many, planned = Found(), options.throughput_at, planned or plan(options)
+    targets, inputs, cells, sizes = planned.targets, planned.inputs, planned.cells, planned.sizes
     for label in targets:
         if sum(target.label == label for target in options.targets) > 1:
             found.notes.append(f"{label} is named more than once: measured once.")
-    inputs = {label: OnnxInput.read(target.onnx) for label, target in targets.items() if target.onnx}
-    _check_shapes(options.shapes, inputs.values())
-    cells = [
-        (label, _own(targets[label], inputs.get(label), each, options))
-        for each in options.settings
-        for label in targets
-    ]
-    sizes = {label: _resolution(target, inputs.get(label), options.shapes) for label, target in targets.items()}
     batches = {cell: (cell[0], replace(cell[1], batch_size=many or cell[1].batch_size)) for cell in cells}
     every = list(dict.fromkeys([*cells, *batches.values()]))
 
@@ -118,7 +147,7 @@ def run_bench(
                 try:
                     paths[str(i)] = files.of(*cell)
                 except WorkerError as error:
-                    results[cell] = MeasureError(f"cannot be prepared: {error}")
+                    results[cell] = MeasureError(f"cannot be prepared: {plain(str(error))}")
         settings = {name: every[int(name)][1] for name in paths}
         try:
             told = compare(
@@ -135,7 +164,14 @@ def run_bench(
             told, found.interrupted = interrupt.results, True
             few = ": intervals cover less than 95%" * (interrupt.done < SURE_ROUNDS)
             found.notes.append(f"Interrupted: {interrupt.done} of {options.rounds} rounds were made{few}.")
-    results |= {every[int(name)]: result for name, result in told.items()}
+    for name, result in told.items():
+        label, own = every[int(name)]
+        if isinstance(result, MeasureError):
+            given, why = inputs.get(label), plain(str(result))
+            inside = own.batch_size > 1 and given is not None and given.batch_size is None and " node " in why
+            hint = f"; it may be made for batch 1 inside: leave out batch {own.batch_size}" * inside
+            result = MeasureError(why + hint)
+        results[label, own] = result
 
     differing = varying([asdict(settings) for _, settings in every])
     first: Measurement | None = None
@@ -154,6 +190,11 @@ def run_bench(
             first = first or result
             row = {"model": cell[0], "resolution": sizes[cell[0]], **_row(cell[1], result, first)}
             found.rows.append(row | _throughput(results[batch], batch[1].batch_size))
+    found.notes += [
+        f"{label} holds weights of float16: a CPU without arithmetic of float16 computes in fp32."
+        for label, given in inputs.items()
+        if given.half
+    ]
     found.notes += [trained_elsewhere(target) for target in targets.values() if target.trained_at]
     if line := unequal({row["model"]: row["resolution"] for row in found.rows}, options.targets):
         found.notes.append(line)
@@ -184,6 +225,8 @@ def _own(target: Target, given: OnnxInput | None, settings: Settings, options: O
             raise UserError(f"{label} is fixed at batch size {own}: --{option} {wanted} does not fit")
     if options.data is not None and (len(image) != 3 or image[0] != 3 or image[1] != image[2]):
         raise UserError(f"--data has square images in three colours, {label} takes {_written(image)}: leave --data out")
+    if options.data is not None and not given.kind.startswith("float"):
+        raise UserError(f"--data has normalised images, {label} takes {given.kind}: leave --data out")
     if given.quantised and settings.precision not in ("fp32", "int8"):
         raise UserError(f"{label} is quantised: it cannot be measured in {settings.precision}")
     if settings.precision == "int8" and not given.quantised and given.opset < INT8_OPSET:
@@ -273,9 +316,7 @@ def worded(name: str, value: Any) -> str:
     """One of SETTINGS as people read it."""
     if name == "threads":
         return counted(value, "thread")
-    return {"batch_size": f"batch {value}", "resolution": "no images" if value is None else f"{value} px"}.get(
-        name, str(value)
-    )
+    return {"batch_size": f"batch {value}", "resolution": f"{value} px"}.get(name, str(value))
 
 
 # ------------------------------------------------------------------------------------------------ ONNX files
@@ -285,8 +326,9 @@ def worded(name: str, value: Any) -> str:
 class OnnxInput:
     """The only input of an ONNX file.
 
-    sizes: of its dimensions, the batch first; None where they are dynamic, and for all of them where the file does not
-    even say how many there are. quantised: whether the file is int8 already. opset: of ONNX's own operators.
+    kind: NumPy's name of its type. sizes: of its dimensions, the batch first; None where they are dynamic, and for all
+    of them where the file does not even say how many there are. quantised: whether the file is int8 already. half:
+    whether it has weights of float16. opset: of ONNX's own operators.
     """
 
     path: Path
@@ -294,31 +336,39 @@ class OnnxInput:
     kind: str
     sizes: tuple[int | None, ...] | None
     quantised: bool = False
+    half: bool = False
     opset: int = 0
 
     @classmethod
     def read(cls, path: Path) -> OnnxInput:
-        """Raises UserError where the file cannot be read, or has other than one input of float32."""
+        """Raises UserError where the file cannot be read or is damaged, or has other than one input of numbers."""
         import onnx
 
         try:
             model = onnx.load(path, load_external_data=False)
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}") from None
-        except Exception as error:  # protobuf's own kinds
-            raise UserError(f"{path} is no ONNX file ({type(error).__name__})") from None
+        except Exception:  # protobuf's own kinds
+            raise UserError(f"{path} is {_no_onnx(path)}") from None
         graph = model.graph
         constants = {each.name for each in graph.initializer}
         found = [cls._of(path, value) for value in graph.input if value.name not in constants]
-        if not graph.node or not found:
-            raise UserError(f"{path} holds no network: {len(graph.node)} nodes, {len(found)} inputs")
-        if len(found) > 1 or found[0].kind != "float" or found[0].sizes == ():
+        if not graph.node or not found or not graph.output:
+            held = ", ".join(
+                counted(len(each), noun)
+                for each, noun in ((graph.node, "node"), (found, "input"), (graph.output, "output"))
+            )
+            raise UserError(f"{path} holds no network: {held}")
+        if len(found) > 1 or found[0].kind not in KINDS or found[0].sizes == ():
             listed = ", ".join(f"{each.name} ({each.kind} {each})" for each in found)
-            listed += "; give the float32 file and --precision fp16" * any(each.kind == "float16" for each in found)
-            raise UserError(f"{path}: only networks of one float32 input are measured; its inputs are {listed}")
+            raise UserError(f"{path}: only networks of one input ({', '.join(KINDS)}) are measured; its are {listed}")
+        for tensor in graph.initializer:
+            if tensor.data_location == onnx.TensorProto.EXTERNAL:
+                _check_external(path, {each.key: each.value for each in tensor.external_data})
         quantised = any(node.op_type == "DequantizeLinear" for node in graph.node)
+        half = any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in graph.initializer)
         opset = max((each.version for each in model.opset_import if not each.domain), default=0)
-        return replace(found[0], quantised=quantised, opset=opset)
+        return replace(found[0], quantised=quantised, half=half, opset=opset)
 
     @classmethod
     def _of(cls, path: Path, value: Any) -> OnnxInput:
@@ -326,6 +376,7 @@ class OnnxInput:
 
         tensor = value.type.tensor_type
         kind = onnx.TensorProto.DataType.Name(tensor.elem_type).lower()
+        kind = {"float": "float32", "double": "float64"}.get(kind, kind)
         if not tensor.HasField("shape"):
             return cls(path, value.name, kind, None)
         return cls(
@@ -394,6 +445,27 @@ class OnnxInput:
         if len(shape) != len(sizes) or any(a not in (None, b) for a, b in zip(sizes, shape, strict=True)):
             raise UserError(f"--shape {self.name}={_written(shape)}: this input of {self.path} is {self}")
         return shape if sizes[0] or batch_size is None else (batch_size, *shape[1:])
+
+
+def _no_onnx(path: Path) -> str:
+    """What a file is that cannot be read."""
+    with path.open("rb") as file:
+        begin = file.read(64).lstrip()
+    if begin.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS, not the file: `git lfs pull` fetches it"
+    if begin.startswith(b"<"):
+        return "a web page, not an ONNX file: fetch it again"
+    return "no ONNX file, or a damaged one: fetch or export it again"
+
+
+def _check_external(path: Path, entry: Mapping[str, str]) -> None:
+    """Raises UserError where the weights that an ONNX file keeps in another one are not all there."""
+    data = path.parent / entry["location"]
+    if not data.is_file():
+        raise UserError(f"{path}: its weights are in {data}, which is not there: put it beside the file")
+    needed, held = int(entry.get("offset", 0)) + int(entry.get("length", 0)), data.stat().st_size
+    if held < needed:
+        raise UserError(f"{path}: {data} is cut off, {held:,} of {needed:,} bytes: fetch it again")
 
 
 def parse_shape(text: str) -> tuple[str, Shape]:

@@ -30,19 +30,20 @@ def show_bench(rows: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> None:
         Column("95% of ratio"),
         Column("", label=True),
     )
-    same = [worded(name, first[name]) for name in ("resolution", *SETTINGS) if name not in differing]
+    same = [worded(name, first[name]) for name in ("resolution", *SETTINGS) if name not in differing and first[name]]
     prose(console, f"One interleaved run{': ' if same else ''}{', '.join(same)}.")
-    print_table(console, columns, [_cells(row, first, differing) for row in rows])
+    print_table(console, columns, [_cells(row, first, differing, len(rows) == 1) for row in rows])
+    ratios = "" if len(rows) == 1 else " and of the ratio to the first row"
     prose(
         console,
-        "Intervals: 95%, of the median and of the ratio to the first row. Weights do not matter and are random where "
-        "an Arch or timm/NAME was given.",
+        f"Intervals: 95%, of the median{ratios}. Weights do not matter and are random where an Arch or timm/NAME was "
+        "given.",
     )
     for line in notes:
         prose(console, line)
 
 
-def _cells(row: Mapping[str, Any], first: Mapping[str, Any], differing: Sequence[str]) -> tuple[str, ...]:
+def _cells(row: Mapping[str, Any], first: Mapping[str, Any], differing: Sequence[str], alone: bool) -> tuple[str, ...]:
     (low, high), ratio = row["ci"], row["ratio_ci"]
     return (
         row["model"],
@@ -52,7 +53,7 @@ def _cells(row: Mapping[str, Any], first: Mapping[str, Any], differing: Sequence
         f"{row['p95_ms']:.3f}",
         "" if row["throughput"] is None else f"{row['throughput']:.1f}",
         str(row["samples"]),
-        "" if row["ratio"] is None else f"{row['ratio']:.3f}",
+        "" if row["ratio"] is None or alone else f"{row['ratio']:.3f}",
         "" if row is first or ratio is None else f"{ratio[0]:.3f}..{ratio[1]:.3f}",
         WAITING if row["waiting"] else "tie" if is_tie(row, first) else "",
     )

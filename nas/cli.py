@@ -443,7 +443,7 @@ def bench(
     from nas.progress import load
 
     load("nas.bench", quiet)
-    from nas.bench import PLOTS, TIMEOUT_S, Options, check_output, parse_shape, run_bench, to_csv, to_plot
+    from nas.bench import PLOTS, TIMEOUT_S, Options, check_output, parse_shape, plan, run_bench, to_csv, to_plot
     from nas.bench_table import show_bench
     from nas.files import replace_file
     from nas.hardware import busy_line, describe
@@ -503,10 +503,11 @@ def bench(
         data=data,
         timeout_s=parse_duration(timeout) if timeout else TIMEOUT_S,
     )
+    planned = plan(options)
     with device_lock(device):  # what another vitnas does there is not this machine's load
         hardware = describe(max(settings, key=lambda each: each.threads))
     with watch_phases(quiet) as (progress, say):
-        found = run_bench(options, progress, say)
+        found = run_bench(options, progress, say, planned)
     line = quanta_line(hardware) if any(row["waiting"] for row in found.rows) else busy_line(hardware)
     if line:
         found.notes.insert(0, f"{line[:1].upper()}{line[1:]}.")

@@ -42,10 +42,11 @@ def quantize(path: Path, calibration: np.ndarray | None = None) -> None:
         constants = {each.name for each in original.graph.initializer}
         (image,) = [each for each in original.graph.input if each.name not in constants]
         shape = tuple(dim.dim_value for dim in image.type.tensor_type.shape.dim)
+        kind = onnx.helper.tensor_dtype_to_np_dtype(image.type.tensor_type.elem_type).name
         quantize_static(
             prepared,
             done,
-            _Batches(image.name, batches(shape, calibration)),
+            _Batches(image.name, batches(shape, calibration, kind)),
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=list(OPERATORS),
             per_channel=True,
@@ -69,7 +70,7 @@ def calibration_images(data: ImageData, resolution: int) -> tuple[np.ndarray, st
     return np.concatenate([images.numpy() for images, _ in found]), skipped_line([found])
 
 
-def batches(shape: tuple[int, ...], calibration: np.ndarray | None) -> list[np.ndarray]:
+def batches(shape: tuple[int, ...], calibration: np.ndarray | None, kind: str = "float32") -> list[np.ndarray]:
     """At least IMAGES images as whole batches of `shape` (B, 3, R, R): the first of `calibration`, or noise.
 
     Too few images are repeated.
@@ -80,9 +81,9 @@ def batches(shape: tuple[int, ...], calibration: np.ndarray | None) -> list[np.n
 
     count = math.ceil(IMAGES / shape[0])
     if calibration is None:
-        images = fixed_images((count * shape[0], *shape[1:]))
+        images = fixed_images((count * shape[0], *shape[1:]), kind)
     else:
-        images = _resized(calibration[: count * shape[0]], shape[2:])
+        images = _resized(calibration[: count * shape[0]], shape[2:]).astype(kind)
     return list(np.resize(images, (count, *shape)))
 
 

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from search_spaces import Arch
 
 
+KINDS = ("float32", "float16", "float64", "uint8", "int8")
+"""The types of inputs that are measured; whole numbers of more bytes are indices as a rule, and not drawn here."""
+
+
 def to_document(network: Arch | TimmNetwork) -> str:
     """The JSON of a network: an arch.json, or {"timm": NAME, "resolution": pixels}."""
     from search_spaces import Arch
@@ -100,11 +104,15 @@ def inference(module: nn.Module, inputs: Sequence[torch.Tensor], device: str) ->
     return infer
 
 
-def fixed_images(shape: tuple[int, ...]):
-    """Float32 noise, the same each time: what every runtime is fed."""
+def fixed_images(shape: tuple[int, ...], kind: str = "float32"):
+    """Noise, the same each time: what every runtime is fed. kind: one of KINDS; of whole numbers, all values."""
     import numpy as np
 
-    return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+    generator = np.random.default_rng(0)
+    if kind in ("uint8", "int8"):
+        limits = np.iinfo(kind)
+        return generator.integers(limits.min, limits.max, shape, kind, endpoint=True)
+    return generator.standard_normal(shape, dtype=np.float32).astype(kind, copy=False)
 
 
 def create_timm(network: TimmNetwork) -> nn.Module:

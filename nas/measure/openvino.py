@@ -31,13 +31,13 @@ def load(path: Path, settings: Settings) -> Infer:
 
     core = _core()
     model = core.read_model(path)
-    kinds = {"f32": "float32", "f16": "float16"}
+    kinds = {"f32": "float32", "f16": "float16", "f64": "float64", "u8": "uint8", "i8": "int8"}
     inputs = []
     for port in model.inputs:
         sizes = [size.get_length() if size.is_static else str(size) for size in port.partial_shape]
         kind = port.element_type.get_type_name()
         inputs.append((port.any_name, kinds.get(kind, kind), sizes))
-    _, shape = check_static(inputs, settings)
+    _, kind, shape = check_static(inputs, settings)
     options = {
         "INFERENCE_PRECISION_HINT": "bf16" if settings.precision == "bf16" else "f32",
         "INFERENCE_NUM_THREADS": settings.threads,
@@ -46,7 +46,7 @@ def load(path: Path, settings: Settings) -> Infer:
         "ENABLE_CPU_PINNING": False,
     }
     request = core.compile_model(model, "CPU", options).create_infer_request()
-    request.set_input_tensor(openvino.Tensor(fixed_images(shape)))
+    request.set_input_tensor(openvino.Tensor(fixed_images(shape, kind)))
 
     def infer() -> Any:
         request.infer()

@@ -10,24 +10,24 @@ import os
 from pathlib import Path
 from typing import Any
 
+from nas.measure.module import KINDS, fixed_images
 from nas.measure.runtime import Infer, Settings, register
 
 
-def check_static(inputs: list[tuple[str, str, list]], settings: Settings) -> tuple[str, tuple[int, ...]]:
-    """The name and shape of the only input, given as (name, type, sizes), an int where a size is static.
+def check_static(inputs: list[tuple[str, str, list]], settings: Settings) -> tuple[str, str, tuple[int, ...]]:
+    """The name, type and shape of the only input, given as (name, type, sizes), an int where a size is static.
 
-    Raises ValueError where there are several, or it is not a static tensor of settings.batch_size in the file's type.
+    Raises ValueError where there are several, or it is not a static tensor of settings.batch_size and one of KINDS.
     """
-    expected = "float16" if settings.precision == "fp16" else "float32"
-    if len(inputs) != 1 or inputs[0][1] != expected:
+    if len(inputs) != 1 or inputs[0][1] not in KINDS:
         found = ", ".join(f"{name} ({kind})" for name, kind, _ in inputs)
-        raise ValueError(f"needs one {expected} input, has {found or 'none'}")
-    name, _, shape = inputs[0]
+        raise ValueError(f"needs one input of {', '.join(KINDS)}, has {found or 'none'}")
+    name, kind, shape = inputs[0]
     if not all(isinstance(size, int) for size in shape):
         raise ValueError(f"needs a static input shape, has {shape}")
     if not shape or shape[0] != settings.batch_size:
         raise ValueError(f"input shape {shape} does not start with batch size {settings.batch_size}")
-    return name, tuple(shape)
+    return name, kind, tuple(shape)
 
 
 def check(settings: Settings) -> str | None:
@@ -84,8 +84,6 @@ def _no_provider(provider: str) -> str | None:
 def _load(path: Path, settings: Settings, providers: list[tuple[str, dict[str, str]]]) -> Infer:
     import onnxruntime as ort
 
-    from nas.measure.module import fixed_images
-
     if settings.device == "cuda":
         ort.preload_dlls()
     options = ort.SessionOptions()
@@ -97,10 +95,10 @@ def _load(path: Path, settings: Settings, providers: list[tuple[str, dict[str, s
     wanted, used = providers[0][0], session.get_providers()[0]
     if used != wanted:
         raise RuntimeError(f"ONNX Runtime could not start {wanted} and fell back to {used}")
-    kinds = {"tensor(float)": "float32", "tensor(float16)": "float16"}
+    kinds = {f"tensor({kind})": kind for kind in KINDS} | {"tensor(float)": "float32", "tensor(double)": "float64"}
     inputs = [(i.name, kinds.get(i.type, i.type), i.shape) for i in session.get_inputs()]
-    name, shape = check_static(inputs, settings)
-    images = fixed_images(shape).astype(inputs[0][1])
+    name, kind, shape = check_static(inputs, settings)
+    images = fixed_images(shape, kind)
     if settings.device == "cuda":
         return bound(session, name, images, "cuda")
     return lambda: session.run(None, {name: images})[0]

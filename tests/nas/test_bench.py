@@ -605,8 +605,8 @@ def test_the_file_that_is_measured_has_the_shape(onnx_file, monkeypatch: pytest.
         ({"x": ["N", 3, "H", None]}, (), ("x is ?x3x?x?", "--shape x=1x3x224x224")),
         ({"x": [2, "T"]}, (), ("--shape x=2x128",)),
         ({"x": None}, (), ("x is of any shape", "--shape x=1x3x224x224")),
-        ({"x": []}, (), ("one float32 input", "x (float without dimensions)")),
-        ({"x": ["N", 3, 8, 8], "mask": [1, 8]}, (), ("one float32 input", "x (float ?x3x8x8), mask (float 1x8)")),
+        ({"x": []}, (), ("one input", "x (float32 without dimensions)")),
+        ({"x": ["N", 3, 8, 8], "mask": [1, 8]}, (), ("one input", "x (float32 ?x3x8x8), mask (float32 1x8)")),
         ({"x": ["N", 3, 8, 8]}, ("--shape", "y=1x3x8x8"), ("--shape y", "x")),
         ({"x": ["N", 3, 8, 8]}, ("--shape", "x=1x3x16x16"), ("--shape x=1x3x16x16", "?x3x8x8")),
         ({"x": ["N", 3, 8, 8]}, ("--shape", "x=1x3x8"), ("--shape x=1x3x8", "?x3x8x8")),
@@ -627,6 +627,102 @@ def test_onnx_files_that_are_refused(vitnas, onnx_file, given, tmp_path, inputs,
 
 def test_an_onnx_file_of_integers_is_refused(vitnas, onnx_file) -> None:
     vitnas.refused(vitnas("bench", onnx_file(kind="INT64", ids=[1, 128])), "mine.onnx", "ids (int64 1x128)")
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize(("kind", "dtype"), [("UINT8", "uint8"), ("FLOAT16", "float16"), ("DOUBLE", "float64")])
+def test_inputs_of_other_types_are_measured(onnx_file, monkeypatch, runtime: str, kind: str, dtype: str) -> None:
+    from nas.measure import RUNTIMES
+    from nas.measure.ort import check_static
+
+    pytest.importorskip(runtime)
+    checked = []
+    monkeypatch.setattr(
+        f"nas.measure.{'ort' if runtime == 'onnxruntime' else runtime}.check_static",
+        lambda *args: checked.append(check_static(*args)) or checked[-1],
+    )
+
+    def compare(paths, settings, *_):
+        for name, path in paths.items():
+            logits = RUNTIMES[runtime].load(path, settings[name])()
+            assert np.isfinite(logits).all()
+            assert np.ptp(logits) > 0 or settings[name].precision == "int8"
+        return dict.fromkeys(paths, Measurement([[1.0]] * 6))
+
+    monkeypatch.setattr(bench, "compare", compare)
+    target = find_target(onnx_file(kind=kind, images=[1, 3, 8, 8]))
+    found = run_bench(Options([target], (Settings(runtime), Settings(runtime, precision="int8"))))
+    assert found.errors == []
+    assert checked == [("images", dtype, (1, 3, 8, 8))] * 2
+
+
+def test_images_of_data_are_not_for_inputs_of_bytes(vitnas, onnx_file, given, tmp_path: Path) -> None:
+    given({})
+    path = onnx_file(kind="UINT8", images=[1, 3, 8, 8])
+    result = vitnas("bench", path, "--precision", "int8", "--data", str(tmp_path))
+    vitnas.refused(result, "takes uint8", "leave --data out")
+
+
+def test_weights_of_float16_are_told(onnx_file, given) -> None:
+    path = onnx_file()
+    given({path: [1.0] * 6})
+    import onnx
+
+    model = onnx.load(path)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(3, np.float16), "more"))
+    onnx.save(model, path)
+    (note,) = run_bench(Options([find_target(path)], (Settings(),))).notes
+    assert note.startswith(f"{path} holds weights of float16")
+
+
+def test_what_is_made_for_batch_1_inside_is_told(onnx_file, given) -> None:
+    path = onnx_file()
+    given({path: "Fail: while running Reshape node. Name:'' Status Message: cannot be reshaped"})
+    errors = run_bench(Options([find_target(path)], (Settings(batch_size=2),))).errors
+    said = "its Reshape node does not run: cannot be reshaped; it may be made for batch 1 inside: leave out batch 2"
+    assert errors == [f"{path}: {said}"]
+    (error,) = run_bench(Options([find_target(path)], (Settings(),))).errors
+    assert "batch" not in error
+
+
+def test_a_damaged_file_is_refused_before_the_device_is_waited_for(vitnas, tmp_path: Path, monkeypatch) -> None:
+    def lock(_: str) -> None:
+        pytest.fail("waited for the device")
+
+    monkeypatch.setattr("nas.measure.device_lock", lock)
+    for content, said in (
+        (b"\x08\x08broken", "damaged"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        (b"<!DOCTYPE html>", "a web page"),
+    ):
+        (tmp_path / "broken.onnx").write_bytes(content)
+        vitnas.refused(vitnas("bench", "efficientvit_m0", str(tmp_path / "broken.onnx")), "broken.onnx", said)
+
+
+@pytest.mark.parametrize(("held", "said"), [(None, "not there"), (3, "cut off, 3 of 432 bytes")])
+def test_weights_beside_the_file_that_are_not_all_there(vitnas, onnx_file, given, held, said: str) -> None:
+    import onnx
+
+    given({})
+    path = Path(onnx_file())
+    onnx.save(onnx.load(path), path, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    data = path.parent / "weights.bin"
+    whole = data.read_bytes()
+    data.unlink()
+    if held is not None:
+        data.write_bytes(whole[:held])
+    vitnas.refused(vitnas("bench", str(path)), "weights.bin", said)
+
+
+def test_a_file_without_outputs(vitnas, onnx_file, given) -> None:
+    import onnx
+
+    given({})
+    path = onnx_file()
+    model = onnx.load(path)
+    del model.graph.output[:]
+    onnx.save(model, path)
+    vitnas.refused(vitnas("bench", path), "holds no network: 3 nodes, 1 input, 0 outputs")
 
 
 def test_an_old_onnx_file_in_int8_is_refused(vitnas, onnx_file, given) -> None:
