@@ -123,6 +123,11 @@ def options(*labels: str, settings: tuple[Settings, ...] = (Settings(),), **more
     return Options([Target(label) for label in labels], settings, **more)
 
 
+def failures(err: str) -> list[str]:
+    """Lines of standard error that tell no progress."""
+    return [line for line in err.splitlines() if line.startswith("vitnas: ")]
+
+
 # --- measured for real ---
 
 
@@ -135,7 +140,7 @@ def test_networks_of_all_kinds(vitnas, onnx_file, tmp_path: Path, monkeypatch: p
     table, plot = tmp_path / "bench.csv", tmp_path / "bench.png"
     words = [str(arch), "timm/test_vit", onnx_file(), "--csv", str(table), "--plot", str(plot)]
     code, out, err = vitnas("bench", *words, *FAST, "--json")
-    assert (code, err) == (0, "")
+    assert (code, failures(err)) == (0, [])
     found = json.loads(out)
     rows = found["results"]
     assert [row["model"] for row in rows] == words[:3]
@@ -164,7 +169,7 @@ def test_runtimes_and_precisions_in_one_run(vitnas, onnx_file, tmp_path: Path, m
     monkeypatch.chdir(tmp_path)
     words = ("--runtime", "onnxruntime", "--runtime", "openvino", "--precision", "fp32", "--precision", "int8")
     code, out, err = vitnas("bench", "mine.onnx", *words, "--throughput-at", "8", *FAST)
-    assert (code, err) == (0, "")
+    assert (code, failures(err)) == (0, [])
     lines = [line.split() for line in out.splitlines()]
     assert [line[1:3] for line in lines[2:6]] == [
         ["onnxruntime", "fp32"],
@@ -187,9 +192,9 @@ def test_the_others_are_told_where_one_fails(vitnas, onnx_file, tmp_path: Path, 
     assert code == 2
     assert "good.onnx" in out
     assert "bad.onnx" not in out
-    assert err.count("\n") == 1
-    assert "bad.onnx: " in err
-    assert "Unheard" in err
+    (line,) = failures(err)
+    assert "bad.onnx: " in line
+    assert "Unheard" in line
     first, second = csv.DictReader(Path("bench.csv").read_text().splitlines())
     assert (first["model"], first["ratio"], first["error"]) == ("good.onnx", "1.0", "")
     assert (second["model"], second["threads"], second["ratio"]) == ("bad.onnx", "1", "")
@@ -313,7 +318,7 @@ def test_what_is_waited_for_is_told(given, vitnas, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(bench, "compare", slow)
     code, out, err = vitnas("bench", "efficientvit_m0", "shvit_s1", "--timeout", "90s", "--json")
     assert code == 2
-    assert err.splitlines() == [
+    assert [line for line in err.splitlines() if line.startswith(("waiting", "vitnas"))] == [
         "waiting for shvit_s1: no answer for 10 s, given up after 90 s (--timeout)",
         "waiting for shvit_s1: no answer for 70 s, given up after 90 s (--timeout)",
         "vitnas: shvit_s1: no answer in 90 s",
@@ -336,7 +341,7 @@ def test_ctrl_c_tells_the_rounds_made(
     monkeypatch.setattr(bench, "compare", compare)
     table = tmp_path / "bench.csv"
     code, out, err = vitnas("bench", "efficientvit_m0", "shvit_s1", "levit_128s", "--csv", str(table))
-    assert (code, err) == (130, "interrupted\n")
+    assert (code, err.splitlines()[-1]) == (130, "interrupted")
     if coverage is None:
         assert out == ""
         assert not table.exists()
@@ -682,7 +687,7 @@ def test_what_is_made_for_batch_1_inside_is_told(onnx_file, given) -> None:
     said = "its Reshape node does not run: cannot be reshaped; it may be made for batch 1 inside: leave out batch 2"
     assert errors == [f"{path}: {said}"]
     (error,) = run_bench(Options([find_target(path)], (Settings(),))).errors
-    assert "batch" not in error
+    assert "made for batch" not in error
 
 
 def test_a_damaged_file_is_refused_before_the_device_is_waited_for(vitnas, tmp_path: Path, monkeypatch) -> None:
@@ -812,7 +817,7 @@ def test_a_full_disk_leaves_no_half_file(vitnas, given, tmp_path: Path, fill_dis
     table.write_text("old")
     fill_disk()
     code, _, err = vitnas("bench", "efficientvit_m0", "--csv", str(table))
-    assert (code, err.count("\n")) == (1, 1)
+    assert (code, len(failures(err))) == (1, 1)
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("bench.csv", "old")]
 
 
