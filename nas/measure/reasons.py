@@ -22,11 +22,16 @@ RULES = (
         r"running (\w+) node\. Name:'([^']*)' Status Message: (?:\S+ [=!<>]= \S+ was false\. )?(.*)",
         r"its \1 node \2 does not run: \3",
     ),
+    (r"Op registered for (\w+) is deprecated in domain_version of (\d+)", r"opset \2 has no operator \1 any more"),
+    (r"Node input '([^']*)' is not a graph input", r"a node reads \1, which is nowhere in the file"),
+    (r'Input tensor isn\'t found for node "([^"]*)"', r"a node reads \1, which is nowhere in the file"),
+    (r"Node \(([^)]*)\) Op \((\w+)\) \[ShapeInferenceError\] (.*)", r"its \2 node \1 does not fit what comes in: \3"),
     (
         r"While validating ONNX node '<Node\((\w+)\): ([^>]*)>'",
         r"its \1 node \2 does not fit what comes in: sizes inside the file may not be those of its input",
     ),
 )
+PLACES = re.compile(r"Exception from \S+:\d+:\s*|Check '[^']*' failed at \S+:\d+:\s*")
 KIND = re.compile(r"^(?:Fail|InvalidGraph|InvalidArgument|RuntimeException|NotImplemented|RuntimeError): ")
 
 
@@ -36,5 +41,5 @@ def plain(reason: str) -> str:
         if found := re.search(pattern, reason):
             reason = found.expand(words).replace("no operator .", "no operator ").replace("node  ", "node ")
             break
-    reason = " ".join(KIND.sub("", reason).split())
+    reason = " ".join(PLACES.sub("", KIND.sub("", reason)).split())
     return reason if len(reason) <= LONGEST else f"{reason[:LONGEST].rsplit(' ', 1)[0]} ..."

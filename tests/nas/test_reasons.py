@@ -44,6 +44,30 @@ PAIRS = [
         "'<Node(Reshape): y>': Check 'backward_compatible_check' failed at src/reshape_shape_inference.hpp:360",
         "its Reshape node y does not fit what comes in: sizes inside the file may not be those of its input",
     ),
+    (
+        'InvalidGraph: This is an invalid model. In Node, ("", Upsample, "", -1) : ("x": tensor(float),) -> '
+        '("y": tensor(float),) , Error Op registered for Upsample is deprecated in domain_version of 13',
+        "opset 13 has no operator Upsample any more",
+    ),
+    (
+        "InvalidArgument: Invalid model. Node input 'lost' is not a graph input, initializer, or output of a previous "
+        "node.",
+        "a node reads lost, which is nowhere in the file",
+    ),
+    (
+        "RuntimeError: Exception from src/core.cpp:84: Check 'false' failed at src/frontend.cpp:47: Loading input "
+        'model Input tensor isn\'t found for node "lost"',
+        "a node reads lost, which is nowhere in the file",
+    ),
+    (
+        "Fail: Node () Op (MatMul) [ShapeInferenceError] Incompatible dimensions for matrix multiplication",
+        "its MatMul node does not fit what comes in: Incompatible dimensions for matrix multiplication",
+    ),
+    (
+        "RuntimeError: Exception from src/core.cpp:117: Exception from src/plugin.cpp:54: Check 'result' failed at "
+        "src/dnnl_extension_utils.cpp:114: CPU plugin does not support f64 for use with oneDNN.",
+        "CPU plugin does not support f64 for use with oneDNN.",
+    ),
     ("no answer in 90 s", "no answer in 90 s"),
 ]
 
