@@ -146,9 +146,12 @@ def onnx_file(path: Path, *shapes: tuple[int | str, ...], kind: int = TensorProt
     ("shapes", "kind", "message"),
     [
         ([("n", 3, 8, 8)], TensorProto.FLOAT, "needs a static input shape, has "),
-        ([(1, 3, 8, 8)] * 2, TensorProto.FLOAT, r"needs one float32 input, has in0 \(float32\), in1 \(float32\)$"),
-        ([(1, 3, 8, 8)], TensorProto.FLOAT16, r"needs one float32 input, has in0 \(float16\)$"),
-        ([(1, 3, 8, 8)], TensorProto.INT32, r"needs one float32 input, has in0 \(.*32.*\)$"),
+        (
+            [(1, 3, 8, 8)] * 2,
+            TensorProto.FLOAT,
+            r"needs one input of float32, .*, has in0 \(float32\), in1 \(float32\)$",
+        ),
+        ([(1, 3, 8, 8)], TensorProto.INT32, r"needs one input of float32, .*, has in0 \(.*32.*\)$"),
         ([(2, 3, 8, 8)], TensorProto.FLOAT, r"input shape \[2, 3, 8, 8\] does not start with batch size 1$"),
     ],
 )
