@@ -20,7 +20,7 @@ import nas.quality
 import nas.report
 import nas.search
 from nas.errors import TrainingError, UserError
-from nas.measure import LinkLost, MeasureError, Measurement
+from nas.measure import LinkLost, MeasureError, Measurement, Settings
 from nas.process import WorkerError
 from nas.quality.supernet import Shared
 from nas.quality.train import Train
@@ -294,6 +294,23 @@ def test_ctrl_c_before_any_trial_gives_no_advice(vitnas, device, tmp_path):
     assert "may help" not in out
     assert "--against was measured" not in out
     assert "What would help" not in (tmp_path / "s" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_waiting_times_are_not_ranked(vitnas, device, tmp_path, monkeypatch, threads):
+    """At 2 threads on a busy machine a search ends before its first trial; at 1 it goes on."""
+    monkeypatch.setattr(nas.search, "PROBE_PAUSE_S", 0.0)
+    monkeypatch.setattr(nas.search, "check_settings", lambda settings: None)
+    monkeypatch.setattr("nas.cli.settings_of", lambda *_: Settings(threads=threads))
+    device.timed = lambda path: Measurement([[1.0, 8.0, 9.0]] * 8, [[1.0] * 3] * 8)
+    code, _, err = vitnas(*command(tmp_path, budget="20ms"))
+    if threads == 1:
+        assert code == 0
+        return
+    assert code == 2
+    assert "at 2 threads a network waits for them, so these figures are waiting times" in err.splitlines()[-1]
+    assert len(device.measured) == nas.search.PROBES
+    assert states(tmp_path) == []
 
 
 # The verdict
