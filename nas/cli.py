@@ -555,6 +555,10 @@ def prune(
     rounds: Annotated[int, typer.Option(help="Rounds of scoring and cutting.")] = 3,
     finetune: Annotated[float, typer.Option(help="Epochs of fine-tuning afterwards; 0 for none.")] = 1.0,
     distill: Annotated[bool, typer.Option("--distill", help="Fine-tune with the unpruned network as teacher.")] = False,
+    control: Annotated[
+        bool,
+        typer.Option("--control/--no-control", help="Fine-tune the unpruned network alike, to compare with."),
+    ] = True,
     seed: Annotated[int, typer.Option(help="Seed of splits, samples and training.", **SEEDS)] = 0,
     device: Device = "cpu",
     runtime: RuntimeName = None,
@@ -571,17 +575,17 @@ def prune(
 
     The same command continues an interrupted run after its last finished round.
 
-    Exit codes: 0 done and within the budget, 1 done but over it as measured, or a step at its end failed, 2 bad input,
-    130 Ctrl-C.
+    Exit codes: 0 done and within the budget, 1 done but over it as measured or too close to it to tell,
+    or a step at its end failed, 2 bad input, 130 Ctrl-C.
     """
     from nas.progress import load
 
     load("nas.prune", quiet)
-    from nas.display import show_prune
     from nas.job import compute_device
     from nas.progress import watch_phases
     from nas.prune import Options, default_folder, kinds_of, parse_pruning_budget
     from nas.prune import prune as run_prune
+    from nas.prune_screen import show_prune
     from nas.threads import training_threads
 
     budget = parse_pruning_budget(macs, params, latency_budget)
@@ -597,6 +601,7 @@ def prune(
         rounds=rounds,
         finetune=finetune,
         distill=distill,
+        control=control,
         data=data,
         weights=weights,
         num_classes=num_classes,

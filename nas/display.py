@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from nas.budget import Verdict
 from nas.outcome import OVERHEAD, overhead_share
@@ -207,55 +206,6 @@ def show_against(console: Console, rows: Sequence[Mapping[str, Any]], first: Map
     prose(console, unequal(sizes, ()) or f"All of these run at {first['resolution']} px, as {first['label']} does.")
 
 
-def columns(*left: str, right: Sequence[str]) -> Table:
-    """A plain table with left- and right-aligned columns."""
-    table = Table(box=None, pad_edge=False)
-    for name in left:
-        table.add_column(name)
-    for name in right:
-        table.add_column(name, justify="right")
-    return table
-
-
-def show_prune(data: Mapping[str, Any], folder: Path, to_stderr: bool) -> None:
-    """What a pruning changed, what it cost and what it bought."""
-    console = console_of(to_stderr)
-    before, after, budget = data["before"], data["after"], data["budget"]
-    blocks = columns("block", right=("width", "heads", "q, k", "v", "FFN", "FFN ratio"))
-    for row in data["blocks"]:
-        old, new = row["before"], row["after"]
-        if new is None:
-            blocks.add_row(row["block"], "removed")
-        elif old != new:
-            blocks.add_row(row["block"], *(change(old[key], new[key]) for key in WIDTHS))
-    if blocks.row_count:
-        console.print(blocks)
-    table = columns("", right=("before", "after", "ratio"))
-    for label, key, unit in (("M parameters", "params", 1e6), ("MMACs", "macs", 1e6), ("ms", "latency_ms", 1)):
-        if before[key] is None:
-            continue
-        table.add_row(
-            label, f"{before[key] / unit:.3g}", f"{after[key] / unit:.3g}", f"{after[key] / before[key]:.2f}x"
-        )
-    console.print(table)
-    for which, found in data["accuracy"].items():
-        if found:
-            low, high = found["ci"]
-            console.print(
-                f"top-1 on {data['data']['name']}, {which}: {found['top1']:.1f}% [{low:.1f}..{high:.1f}]", markup=False
-            )
-    if before["ci"] and before["ci"][0] <= after["ci"][1] and after["ci"][0] <= before["ci"][1]:
-        console.print("The latencies are a tie: their 95% intervals overlap.")
-    for line in data.get("failures", ()):
-        console.print(line, markup=False)
-    console.print(
-        f"Budget {budget['metric']} {budget['text']}: {'met' if budget['met'] else 'NOT met'}"
-        + (" as measured in the closing run" if budget["metric"] == "latency" else "")
-        + f". Report: {folder / 'report.html'}",
-        markup=False,
-    )
-
-
 def show_train(data: Mapping[str, Any], folder: Path, to_stderr: bool) -> None:
     """What a training came to."""
     from nas.training import top1_words
@@ -281,11 +231,3 @@ def show_train(data: Mapping[str, Any], folder: Path, to_stderr: bool) -> None:
         console.print("Next, its speed beside a network of timm's, or a smaller one made of it:")
         console.print(f"  vitnas bench {shlex.quote(str(folder))} timm/lcnet_050@{data['resolution']}")
         console.print(f"  vitnas prune --model {shlex.quote(str(folder))}{images}")
-
-
-WIDTHS = ("embed", "heads", "qk", "v", "ffn", "ratio")
-
-
-def change(old: float, new: float) -> str:
-    """A width before and after; one figure where it stayed."""
-    return f"{old:.3g}" if old == new else f"{old:.3g} > {new:.3g}"

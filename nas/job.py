@@ -177,8 +177,8 @@ class Job:
         self._loaders.append(loader(images, BATCH, shuffle, self.seed))
         return self._loaders[-1]
 
-    def accuracy(self, model: nn.Module, which: str) -> None:
-        """Evaluate a network once; what is known is kept in `state.found[which]`."""
+    def accuracy(self, model: nn.Module, which: str, words: str) -> None:
+        """Evaluate a network once; what is known is kept in `state.found[which]`. words: what it is called aloud."""
         from nas.train import evaluate
 
         if which in self.state.found:
@@ -189,7 +189,8 @@ class Job:
         self.state.found[which] = {"top1": found.top1, "ci": [low, high], "loss": found.loss, "images": found.total}
         self.save()
         self.say(
-            f"top-1 {which}: {found.top1:.1f}% [{low:.1f}..{high:.1f}] on {found.total:,} images of {self.data.name}"
+            f"{words}: {found.top1:.1f}% top-1 (95%: {low:.1f} to {high:.1f}, {found.total:,} images of "
+            f"{self.data.name})"
         )
 
     def fit(self, phase: str, model: nn.Module, images: int, lr: float, teacher: nn.Module | None = None) -> None:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from nas.budget import LatencyBudget, Verdict
 from nas.card import Card
 from nas.ending import Ending
 from nas.errors import UserError, first_line
 from nas.export import save_model, save_onnx, save_weights, write_artifact
 from nas.files import job_folder, replace_file, scratch
 from nas.inputs import identity
+from nas.intervals import Interval, of_difference
 from nas.job import Job, Progress, Say, compute_device, now
 from nas.measure import MeasureError, Measurement, Settings, compare, device_lock, in_turn
 from nas.measure.protocol import paired_ratio
+from nas.report import significant
 from nas.savings import group_of, measure_savings, rates, stage_of
 from nas.units import parse_budget, parse_count, parse_share
 
@@ -36,11 +40,20 @@ CALIBRATED_ON_NOISE = (
     "the int8 files that are timed are calibrated on noise: latency is real, nothing is said of accuracy"
 )
 CLOSING_ROUNDS = 30
+MOST_ROUNDS = 120
+"""Of the closing run in all, while it leaves open whether a latency budget is met."""
 COST_ROUNDS = 10
 CORRECTIONS = 3
 """More rounds, or tries, when the measured latency misses the budget that its estimate met."""
 HEADROOM = 0.98
 """Share of a latency budget that is aimed at: the closing run is another run."""
+
+ACCURACIES = {
+    "before": "before pruning",
+    "pruned": "right after pruning",
+    "recovered": "pruned, fine-tuned",
+    "control": "unpruned, fine-tuned alike",
+}
 
 Metric = Literal["macs", "params", "latency"]
 
@@ -74,7 +87,8 @@ class Budget:
 
 @dataclass(frozen=True)
 class Options:
-    """A pruning as asked for. kinds, criterion: keys of `pruning.KINDS` and `pruning.CRITERIA`."""
+    """A pruning as asked for. kinds, criterion: keys of `pruning.KINDS` and `pruning.CRITERIA`. control: fine-tune the
+    unpruned network alike, to compare with."""
 
     model: str
     budget: Budget
@@ -87,6 +101,7 @@ class Options:
     rounds: int = 3
     finetune: float = 1.0
     distill: bool = False
+    control: bool = True
     data: str | None = None
     weights: str | None = None
     num_classes: int | None = None
@@ -95,7 +110,7 @@ class Options:
     def fingerprint(self) -> dict[str, Any]:
         """What must be equal for a run to go on."""
         found = asdict(self) | {"data": str(self.data) if self.data else None}
-        del found["folder"]
+        del found["folder"], found["control"]
         return json.loads(json.dumps(found))
 
     def check(self) -> None:
@@ -128,6 +143,11 @@ def parse_pruning_budget(macs: str | None, params: str | None, latency: str | No
         raise UserError("give one budget: --macs, --params or --latency-budget")
     metric, text = given[0] if given else ("macs", "0.5x")
     share = parse_share(text)
+    if share is None and re.fullmatch(r"\s*(0?\.\d+|1(\.0*)?)\s*", text):
+        raise UserError(
+            f"--{'latency-budget' if metric == 'latency' else metric} {text}: did you mean {text.strip()}x of the "
+            f"network's own{f', or {text.strip()}ms' if metric == 'latency' else ''}?"
+        )
     if share is not None:
         return Budget(metric, share, True, text)
     return Budget(metric, parse_budget(text) if metric == "latency" else parse_count(text), False, text)
@@ -172,6 +192,8 @@ def prune(options: Options, command: str, say: Say, progress: Progress) -> dict[
         raise UserError(
             f"--{budget.option} {budget.text} cannot be reached: the minimum widths of "
             f"--axes {','.join(options.kinds)} come to {show(budget.metric, error.reachable)}"
+            + "; what showed no saving as measured is left alone"
+            * (budget.metric == "latency")
         ) from None
     except (ImportanceError, ArchError) as error:
         raise UserError(str(error)) from None
@@ -229,6 +251,8 @@ class _Run:
         from nas.targets import find_target
 
         target = find_target(self.options.model)
+        if target.folder is not None and self.options.data is None and (known := trained_on(target.folder)):
+            self.job.note(f"{self.options.model} was trained on {known}: --data {known} prunes it on those images")
         if target.arch is None:
             raise UserError(f"{self.options.model} is an ONNX file: give a published name, an arch.json or a folder")
         if self.options.weights is not None:
@@ -256,6 +280,7 @@ class _Run:
             return
         model, untrained = self._with_weights(arch, weights)
         self.job.tell_of(self.job.data)
+        say_plan(self.job, self.options, untrained)
         if untrained:
             train_briefly(self.job, model)
         self.dense = model.eval().to(self.job.device)
@@ -294,7 +319,7 @@ class _Run:
     # Rounds
 
     def _rounds(self) -> None:
-        self.job.accuracy(self.dense, "before")
+        judge(self.job, self.dense, "before")
         budget = self.options.budget
         if budget.metric == "latency":
             if "costs" not in self.state.found:
@@ -330,9 +355,12 @@ class _Run:
         with self.job.phase("scoring") as progress:
 
             def watched() -> Iterator[tuple[Tensor, Tensor]]:
-                for i, batch in enumerate(in_turn(self._batches)):
-                    progress(i, len(self._batches))
-                    yield batch
+                done, total = 0, sum(len(labels) for _, labels in self._batches)
+                for images, labels in in_turn(self._batches):
+                    progress(done, total)
+                    yield images, labels
+                    done += len(labels)
+                progress(done, total)
 
             scores = score(model, parts, watched(), self.options.criterion, self.options.seed)
         if "importance" not in self.state.found:
@@ -441,9 +469,14 @@ class _Run:
         return paired_ratio(results["cut"], results["whole"])[0] * self.state.found["own"]
 
     def _compare(
-        self, archs: Mapping[str, Arch], rounds: int, progress: Callable[[int, int], None]
+        self,
+        archs: Mapping[str, Arch],
+        rounds: int,
+        progress: Callable[[int, int], None],
+        budget: Budget | None = None,
     ) -> dict[str, Measurement]:
-        """Measure untrained copies side by side: latency does not depend on weights."""
+        """Measure untrained copies side by side: latency does not depend on weights. budget: as `closing_run` has it,
+        which is then made."""
         settings = self.options.settings
         with scratch(self.options.folder) as folder, device_lock(settings.device):
             paths = {}
@@ -452,6 +485,8 @@ class _Run:
                     paths[name] = write_artifact(arch, settings, folder / str(i))
                 except (RuntimeError, ValueError) as error:
                     raise UserError(f"this network cannot be exported: {first_line(error)}") from None
+            if budget is not None:
+                return closing_run(paths, settings, budget, progress)
             return measured(paths, settings, rounds, progress)
 
     # Recovery, results
@@ -459,7 +494,7 @@ class _Run:
     def _recover(self) -> None:
         model = self._load(self.state.network)
         if self.state.network != "tuned":
-            self.job.accuracy(model, "pruned")
+            judge(self.job, model, "pruned")
             with self.end.step("fine-tuning"):
                 tune(self.job, self.options, model, self.dense)
                 self._keep("tuned", model)
@@ -468,7 +503,7 @@ class _Run:
                 model = self._load(self.state.network)
         self.stands = "pruned"
         if self.state.found.get("tuned_images"):
-            self.job.accuracy(model, "recovered")
+            judge(self.job, model, "recovered")
             self.stands = "recovered"
             if worse_after_tuning(self.state.found):
                 last = f"round-{len(self.state.rounds)}"
@@ -477,6 +512,10 @@ class _Run:
                 )
                 model, self.stands = self._load(last), "pruned"
         self.model = model
+        save_model(model.cpu(), self.options.folder)
+        with self.end.step("control"):
+            tune_control(self.job, self.options, lambda: self._load("dense"))
+        self._stop_if_interrupted()
 
     def _write(self) -> dict[str, Any]:
         from nas.data import some_of
@@ -485,14 +524,13 @@ class _Run:
         options = self.options
         archs = {"before": self.dense.arch, "after": self.model.arch}
         results: dict[str, Measurement] = {}
-        save_model(self.model.cpu(), options.folder)
         with self.end.step("model.onnx"), self.job.phase("exporting"):
             images = some_of(self.job.evaluated)
             judged = self.state.found[self.stands]
             card = Card.of(self.job.data, judged["top1"], judged["images"])
             save_onnx(self.model, options.folder, options.settings.batch_size, trained=True, card=card, images=images)
         with self.end.step("closing run"), self.job.phase("closing run") as progress:
-            results = self._compare(archs, CLOSING_ROUNDS, progress)
+            results = self._compare(archs, CLOSING_ROUNDS, progress, self.options.budget)
         self._stop_if_interrupted()
         blocks = block_rows(self.dense.arch, self.model.arch, self.state.origins)
         if any(row["before"]["heads"] for row in blocks) and not any(
@@ -511,7 +549,7 @@ class _Run:
             "importance": self.state.found["importance"],
             "costs": self.state.found.get("costs"),
         }
-        return write_results(self.job, options, self.command, networks, details, self.end)
+        return write_results(self.job, options, self.command, networks, results, details, self.end)
 
     def _stop_if_interrupted(self) -> None:
         if self.end.interrupted:
@@ -533,6 +571,38 @@ def measured(
     return results
 
 
+def closing_run(
+    paths: Mapping[str, Path], settings: Settings, budget: Budget, progress: Callable[[int, int], None] | None = None
+) -> dict[str, Measurement]:
+    """Both networks, "before" and "after", in one interleaved run; longer, up to `MOST_ROUNDS` rounds, while it leaves
+    open whether the latency budget is met."""
+    results, rounds = measured(paths, settings, CLOSING_ROUNDS, progress), CLOSING_ROUNDS
+    while rounds < MOST_ROUNDS and latency_verdict(budget, results)[0] == Verdict.UNSURE:
+        longer = measured(paths, settings, CLOSING_ROUNDS, progress)
+        results = {
+            name: replace(found, rounds_ms=found.rounds_ms + longer[name].rounds_ms) for name, found in results.items()
+        }
+        rounds += CLOSING_ROUNDS
+    return results
+
+
+def latency_verdict(
+    budget: Budget, results: Mapping[str, Measurement]
+) -> tuple[Verdict | None, tuple[float, float] | None]:
+    """What the closing run says of a latency budget, and the 95% interval in ms that says it; None of other budgets.
+
+    For a share of the network's own latency it is that of the paired ratio, in which the machine's drift is left out.
+    """
+    if budget.metric != "latency" or not results:
+        return None, None
+    before, after = results["before"], results["after"]
+    low, high = after.ci_ms
+    if budget.relative:
+        low, high = (end * before.p50_ms for end in paired_ratio(after, before)[1])
+    interval = min(low, after.p50_ms), max(high, after.p50_ms)
+    return LatencyBudget(budget.amount * (before.p50_ms if budget.relative else 1)).judge(interval), interval
+
+
 def worse_after_tuning(found: Mapping[str, Any]) -> bool:
     """Whether accuracy fell in fine-tuning by more than the two 95% intervals allow."""
     return found["recovered"]["ci"][1] < found["pruned"]["ci"][0]
@@ -552,10 +622,72 @@ def tune(job: Job, options: Options, model: nn.Module, dense: nn.Module) -> None
         job.state.found["tuned_images"] = images
 
 
+def tune_control(job: Job, options: Options, load: Callable[[], nn.Module]) -> None:
+    """Give the unpruned network the same fine-tuning as the pruned one, and judge it.
+
+    load: makes the unpruned network anew.
+    """
+    found = job.state.found
+    if not found.get("tuned_images") or "control" in found:
+        return
+    if not options.control:
+        job.note("no control (--no-control): what the unpruned network gains by the same fine-tuning is unknown")
+        return
+    from safetensors.torch import load_file
+
+    path, model = job.kept / "control.safetensors", load()
+    if path.is_file():
+        model.load_state_dict(load_file(path))
+    else:
+        teacher = load() if options.distill else None
+        job.fit("control: fine-tuning the unpruned", model, found["tuned_images"], FINETUNE_LR, teacher)
+        save_weights(model, path)
+    judge(job, model, "control")
+
+
+def judge(job: Job, model: nn.Module, which: str) -> None:
+    """The accuracy of a network, by its key in `ACCURACIES`."""
+    job.accuracy(model, which, ACCURACIES[which])
+
+
+def say_plan(job: Job, options: Options, untrained: bool) -> None:
+    """What is going to happen, before anything long begins. untrained: the network is first trained here."""
+    train = len(job.data.train)
+    tuned = round(options.finetune * train)
+    steps = [f"training on {passes(BRIEF_IMAGES, train)}"] if untrained else []
+    if options.budget.metric == "latency":
+        steps.append("measuring what each part costs")
+    steps.append(
+        f"{options.rounds} round{'s' * (options.rounds > 1)} of scoring {len(job.calibration):,} images and cutting"
+    )
+    if tuned:
+        steps.append(f"fine-tuning on {passes(tuned, train)}")
+        steps += ["the same for the unpruned network, as a control"] * options.control
+    job.say(f"to do: {'; '.join([*steps, f'a closing run of {CLOSING_ROUNDS} rounds'])}")
+
+
+def passes(images: int, train: int) -> str:
+    """How many images a training draws from a set of `train`, as words: 4,500 images (375 passes over 12)."""
+    over = f" ({images / train:.3g} passes over {train:,})" if images > train else ""
+    return f"{images:,} images{over}"
+
+
 def brief_line(job: Job) -> str:
     """What is said of a network that is trained here first."""
-    trained = f"the network is briefly trained on {BRIEF_IMAGES:,} images of {job.data.name}"
+    trained = f"the network is briefly trained on {passes(BRIEF_IMAGES, len(job.data.train))} of {job.data.name}"
     return f"{trained}: its figures say nothing of ImageNet"
+
+
+def trained_on(folder: Path) -> str | None:
+    """The --data of the run that made a network, as its folder says; None where it does not, or there was none."""
+    for name in ("metrics.json", "prune.json"):
+        try:
+            found = json.loads((folder / name).read_text())["options"]["data"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if isinstance(found, str):
+            return found
+    return None
 
 
 def network_row(params: int, macs: int, latency: Measurement | None, settings: Settings) -> dict[str, Any]:
@@ -577,10 +709,13 @@ def write_results(
     options: Options,
     command: str,
     networks: Mapping[str, dict[str, Any]],
+    results: Mapping[str, Measurement],
     details: Mapping[str, Any],
     end: Ending,
 ) -> dict[str, Any]:
     """Write prune.json and report.html; returns their data.
+
+    results: latencies of the closing run, "before" and "after".
 
     The run is finished where no step of its end has failed; else the same command goes on.
     """
@@ -593,7 +728,18 @@ def write_results(
     target = options.budget.amount
     if options.budget.relative:
         target = None if before[key] is None else target * before[key]
+    verdict, interval = latency_verdict(options.budget, results)
+    if verdict is None and after[key] is not None:
+        verdict = Verdict.FITS if after[key] <= target else Verdict.OVER
+    if verdict == Verdict.UNSURE:
+        job.note(
+            f"the latency may be within {show('latency', target)} or over it, also after {MOST_ROUNDS} rounds: 95% "
+            f"{interval[0]:.3g} to {interval[1]:.3g} ms"
+        )
     found = job.state.found
+    accuracy = {which: row and accuracy_row(row) for which in ACCURACIES for row in [found.get(which)]}
+    tuned = accuracy["recovered"] is not None and not worse_after_tuning(found)
+    kept = accuracy["recovered" if tuned else "pruned"]
     data = {
         "model": options.model,
         "command": command,
@@ -611,11 +757,15 @@ def write_results(
             "text": options.budget.text,
             "target": target,
             "reached": after[key],
-            "met": after[key] is not None and after[key] <= target,
+            "interval": interval and list(interval),
+            "verdict": verdict,
+            "met": verdict == Verdict.FITS,
         },
         "before": before,
         "after": after,
-        "accuracy": {which: found.get(which) for which in ("before", "pruned", "recovered")},
+        "accuracy": accuracy,
+        "kept": "recovered" if tuned else "pruned",
+        "control": accuracy["control"] and beside_control(kept, accuracy["control"]),
         "rounds": job.state.rounds,
         "notes": job.state.notes,
         "phases": job.state.phases,
@@ -629,6 +779,22 @@ def write_results(
     if not end.failures and not end.interrupted:
         job.finish()
     return data | {"failures": end.failures}
+
+
+def accuracy_row(found: Mapping[str, Any]) -> dict[str, Any]:
+    """An accuracy as prune.json has it: top1 and top1_ci (95%) in percent, loss, images."""
+    return {"top1": found["top1"], "top1_ci": list(found["ci"]), "loss": found["loss"], "images": found["images"]}
+
+
+def beside_control(pruned: Mapping[str, Any], control: Mapping[str, Any]) -> dict[str, Any]:
+    """Points of top-1 that the pruned network has more than the unpruned one that was fine-tuned alike.
+
+    ci: the 95% interval, by images, as if the two were judged on different ones: too wide rather than too narrow.
+    """
+    (one, first), (other, second) = ((row["top1"], Interval(*row["top1_ci"])) for row in (pruned, control))
+    interval = of_difference(one, first, other, second)
+    verdict = "tie" if interval.holds(0) else "more accurate" if one > other else "less accurate"
+    return {"difference": one - other, "ci": [interval.low, interval.high], "verdict": verdict}
 
 
 def importance_rows(parts: Anatomy, scores: Scores) -> list[dict[str, Any]]:
@@ -660,7 +826,8 @@ def block_rows(before: Arch, after: Arch, origins: Mapping[str, str]) -> list[di
 
 
 def block_widths(arch: Arch) -> dict[str, dict[str, float]]:
-    """embed, heads, qk, v (per head, means) and ffn (hidden units in all), ratio (ffn / embed), by block path."""
+    """embed, heads, qk and v (per head: means; in qk_range and v_range the least and the most), ffn (hidden units in
+    all) and ratio (ffn / embed), by block path."""
     from search_spaces import table
 
     found: dict[str, dict[str, list[int]]] = {}
@@ -680,13 +847,13 @@ def block_widths(arch: Arch) -> dict[str, dict[str, float]]:
         stage = stage_of(block)
         embed = sizes[f"{stage}.embed" if stage else "embed"]
         heads = widths.get("heads", [0])[0]
-        mean = {key: sum(widths[key]) / len(widths[key]) for key in ("qk", "v") if key in widths}
+        each = {key: widths.get(key, [0]) for key in ("qk", "v")}
         ffn = sum(widths.get("ffn", []))
         rows[block] = {
             "embed": embed,
             "heads": heads,
-            "qk": mean.get("qk", 0),
-            "v": mean.get("v", 0),
+            **{key: sum(of_heads) / len(of_heads) for key, of_heads in each.items()},
+            **{f"{key}_range": [min(of_heads), max(of_heads)] for key, of_heads in each.items()},
             "ffn": ffn,
             "ratio": ffn / embed,
         }
@@ -696,6 +863,6 @@ def block_widths(arch: Arch) -> dict[str, dict[str, float]]:
 def show(metric: str, amount: float) -> str:
     """An amount with its unit."""
     if metric == "latency":
-        return f"{amount:.3g} ms"
+        return f"{significant(amount)} ms"
     unit = {"macs": "MMACs", "params": "M parameters"}[metric]
-    return f"{amount / 1e6:.4g} {unit}"
+    return f"{significant(amount / 1e6)} {unit}"

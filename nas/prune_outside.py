@@ -7,6 +7,7 @@ network) and the widths of its layers in prune.json. What state/ keeps is as in 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -19,15 +20,17 @@ from nas.inputs import identity
 from nas.job import Job, Progress, Say, compute_device
 from nas.measure import RUNTIMES, Measurement, device_lock, in_turn
 from nas.prune import (
-    CLOSING_ROUNDS,
     OUTSIDE,
     Options,
     brief_line,
-    measured,
+    closing_run,
+    judge,
     network_row,
+    say_plan,
     show,
     train_briefly,
     tune,
+    tune_control,
     write_results,
 )
 
@@ -86,24 +89,28 @@ def _prune(options: Options, command: str, job: Job) -> dict[str, Any]:
     if not job.state.network:
         _keep(job, "dense", _dense(options, job, pretrained, published.num_classes))
     dense = _kept(options, job, "dense")
-    job.accuracy(dense, "before")
+    judge(job, dense, "before")
     if job.state.network == "dense":
         _cut(options, job, target, resolution)
     if job.state.network == "pruned":
         model = _kept(options, job, "pruned")
-        job.accuracy(model, "pruned")
+        judge(job, model, "pruned")
         tune(job, options, model, dense)
         _keep(job, "tuned", model)
     model = _kept(options, job, "tuned")
     if job.state.found.get("tuned_images"):
-        job.accuracy(model, "recovered")
+        judge(job, model, "recovered")
     save_weights(model, options.folder / "model.safetensors")
     end, results = Ending(job.say), {}
-    with end.step("closing run"), job.phase("closing run"):
+    with end.step("control"):
+        tune_control(job, options, lambda: _kept(options, job, "dense"))
+    if end.interrupted:
+        raise KeyboardInterrupt
+    with end.step("closing run"), job.phase("closing run") as progress:
         both = {"before": dense.cpu().eval(), "after": model.cpu().eval()}
         judged = job.state.found.get("recovered") or job.state.found["pruned"]
         card = Card.of(job.data, judged["top1"], judged["images"])
-        results = _closing_run(options, both, resolution, card)
+        results = _closing_run(options, both, resolution, card, progress)
     if end.interrupted:
         raise KeyboardInterrupt
     found = job.state.found["cut"]
@@ -118,7 +125,7 @@ def _prune(options: Options, command: str, job: Job) -> dict[str, Any]:
         "importance": [],
         "layers": found["layers"],
     }
-    return write_results(job, options, command, networks, details, end)
+    return write_results(job, options, command, networks, results, details, end)
 
 
 def _keep(job: Job, name: str, model: nn.Module) -> None:
@@ -168,6 +175,7 @@ def _dense(options: Options, job: Job, pretrained: bool, classes: int) -> nn.Mod
             job.state.found["weights"] = "timm"
             if untrained:
                 job.note(f"timm's weights have another classifier; {brief_line(job)}")
+    say_plan(job, options, untrained)
     if untrained:
         train_briefly(job, model)
     return model
@@ -214,7 +222,9 @@ def _cut(options: Options, job: Job, target: int, resolution: int) -> None:
     _keep(job, "pruned", model)
 
 
-def _closing_run(options: Options, models: dict[str, nn.Module], resolution: int, card: Card) -> dict[str, Measurement]:
+def _closing_run(
+    options: Options, models: dict[str, nn.Module], resolution: int, card: Card, progress: Callable[[int, int], None]
+) -> dict[str, Measurement]:
     """Export both networks, keep the pruned one's file, and measure them side by side."""
     paths = {}
     with scratch(options.folder) as folder, device_lock(options.settings.device):
@@ -225,7 +235,7 @@ def _closing_run(options: Options, models: dict[str, nn.Module], resolution: int
             except (RuntimeError, ValueError) as error:
                 raise UserError(f"{options.model} cannot be exported: {first_line(error)}") from None
         agreement(models["after"], paths["after"], resolution, options.settings.batch_size)
-        results = measured(paths, options.settings, CLOSING_ROUNDS)
+        results = closing_run(paths, options.settings, options.budget, progress)
         label_onnx(paths["after"], None, trained=True, card=card)
         card.write(options.folder)
         replace_file(options.folder / "model.onnx", paths["after"].read_bytes())

@@ -15,7 +15,8 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nas.prune import show
+from nas.prune import ACCURACIES, passes, show
+from nas.prune_screen import control_words
 from nas.report import (
     COLOURS,
     INK,
@@ -112,6 +113,9 @@ def _html(folder: Path, data: Doc) -> str:
         "amount": lambda value: show(metric, value),
         "factor": _factor,
         "overlap": _overlap,
+        "accuracies": ACCURACIES,
+        "control_words": control_words(data["control"]) if data["control"] else None,
+        "trained": passes(data["trained_images"], data["data"]["train"]),
         "cut": cut,
         "grown": grown,
         "gone": [row["block"] for row in data["blocks"] if row["after"] is None],
@@ -132,7 +136,7 @@ def _html(folder: Path, data: Doc) -> str:
         "spent": duration(spent),
         "wall": duration(wall_seconds(data)),
         "files": {name: what for name, what in FILES.items() if name == "report.html" or (folder / name).exists()},
-        "next_steps": _next_steps(folder, data),
+        "next_steps": next_steps(folder, data),
     }
     return render("prune.html", {**data, **shown})
 
@@ -141,15 +145,15 @@ def _speed(before: Doc, after: Doc) -> dict[str, Any]:
     """How many times faster, the range that the intervals' ends allow, and the verdict in words."""
     (old_low, old_high), (new_low, new_high) = before["ci"], after["ci"]
     factor = before["latency_ms"] / after["latency_ms"]
-    tie = _overlap(before, after)
+    tie = _overlap(before, after, "ci")
     words = f"{factor:.2f}x faster" if factor > 1 else f"{1 / factor:.2f}x slower"
     if tie:
         words = "Not measurably faster (a tie)"
     return {"factor": factor, "low": old_low / new_high, "high": old_high / new_low, "tie": tie, "words": words}
 
 
-def _overlap(one: Doc, other: Doc) -> bool:
-    return one["ci"][0] <= other["ci"][1] and other["ci"][0] <= one["ci"][1]
+def _overlap(one: Doc, other: Doc, key: str = "top1_ci") -> bool:
+    return one[key][0] <= other[key][1] and other[key][0] <= one[key][1]
 
 
 def _factor(change: Change) -> str:
@@ -362,22 +366,27 @@ def _costs(data: Doc) -> list[dict[str, Any]]:
 # ---------------------------------------------------------------------------------- what to do next
 
 
-def _next_steps(folder: Path, data: Doc) -> list[tuple[str, str]]:
+def next_steps(folder: Path, data: Doc) -> list[tuple[str, str]]:
+    """What is useful now, and the command for it, the most useful first."""
     here, model, settings = shlex.quote(str(folder)), shlex.quote(data["model"]), data["settings"]
     flags = {"device": "device", "runtime": "runtime", "threads": "threads", "batch-size": "batch_size"}
     on = " ".join(f"--{flag} {settings[key]}" for flag, key in flags.items())
-    steps = []
-    if data["data"]["demo"]:
-        steps.append(("Figures that count, on your own images", f"vitnas prune --model {model} --data ./images"))
+    demo = ("Figures that count, on your own images", f"vitnas prune --model {model} --data ./images")
     if not data["blocks"]:
-        return [*steps, ("Measure it again", f"vitnas bench {here}/model.onnx {on}")]
-    batch = 8 if settings["batch_size"] == 1 else 1
-    steps.append(("Measure both again, side by side", f"vitnas bench {model} {here} {on}"))
+        bench = f"vitnas bench {model}@{data['resolution']} {here}/model.onnx {on}"
+        return [("Measure both again, side by side", bench), *[demo] * data["data"]["demo"]]
+    steps = [("Measure both again, side by side", f"vitnas bench {model} {here} {on}")]
     weights = f"--weights {here}/model.safetensors"
+    if data["data"]["demo"]:
+        steps.append(demo)
+    else:
+        images = f"--data {shlex.quote(data['options']['data'])}"
+        steps.append(("Train it on", f"vitnas train {here} {weights} {images}"))
+    batch = 8 if settings["batch_size"] == 1 else 1
     steps.append(
         ("Export it for another batch size", f"vitnas export {here} {weights} --batch-size {batch} --out exported")
     )
-    own = f" --data {shlex.quote(data['options']['data'])}" if data["options"]["data"] else ""
+    own = "" if data["data"]["demo"] else f" {images}"
     steps.append(("Cut it further", f"vitnas prune --model {here}{own} --macs 0.8x"))
     return steps
 

@@ -95,7 +95,8 @@ def result(out: Path) -> dict[str, Any]:
 def test_end_to_end_without_data(vitnas, arch_file, tmp_path):
     """The default command: digits, brief training, half the MACs; every file is there and holds together."""
     out = tmp_path / "out"
-    code, printed, said = vitnas(*words(arch_file, out))
+    command = words(arch_file, out, "--finetune", "0.1", "--rounds", "2")
+    code, printed, said = vitnas(*command)
     assert code == 0, said
     assert "digits" in said
     assert "ImageNet" in said
@@ -109,7 +110,13 @@ def test_end_to_end_without_data(vitnas, arch_file, tmp_path):
     assert data["before"]["macs"] == table(whole).macs()
     assert arch.resolution == whole.resolution
     assert data["before"]["latency_ms"] > 0
-    assert {"before", "pruned", "recovered"} == {k for k, v in data["accuracy"].items() if v}
+    assert {"before", "pruned", "recovered", "control"} == {k for k, v in data["accuracy"].items() if v}
+    for found in data["accuracy"].values():
+        assert found["images"] == 64
+        assert 0 <= found["top1_ci"][0] <= found["top1"] <= found["top1_ci"][1] <= 100
+    assert data["control"]["ci"][0] <= data["control"]["difference"] <= data["control"]["ci"][1]
+    assert "pruned minus unpruned, fine-tuned alike" in printed
+    assert f"Network: {out} (arch.json, model.safetensors, model.onnx, prune.json)" in printed
     assert all(size % 8 == 0 for name, size in widths(arch).items() if name.split(".")[-1] in ("hidden", "qk", "embed"))
     model = create_model(arch, weights=out / "model.safetensors").eval()
     assert not model.untrained
@@ -126,7 +133,7 @@ def test_end_to_end_without_data(vitnas, arch_file, tmp_path):
     assert not list((out / "state").glob("*.safetensors"))
 
     before = (out / "prune.json").read_bytes()
-    code, _, said = vitnas(*words(arch_file, out))
+    code, _, said = vitnas(*command)
     assert code == 0
     assert "finished" in said
     assert (out / "prune.json").read_bytes() == before
@@ -200,7 +207,7 @@ def test_a_latency_budget_missed_as_measured_is_said(vitnas, images, tmp_path, m
     code, _, said = vitnas(*command)
     assert code == 2
     assert "cannot be reached" in said
-    assert "2 ms" in said
+    assert "2.00 ms" in said
 
 
 def test_the_closing_run_decides(vitnas, images, tmp_path, fake_clock, monkeypatch):
@@ -217,7 +224,8 @@ def test_the_closing_run_decides(vitnas, images, tmp_path, fake_clock, monkeypat
     trained(images, tmp_path / "net")
     out = tmp_path / "out"
     code, printed, _ = vitnas(
-        *words(tmp_path / "net", out, "--data", str(images), "--finetune", "0", "--latency-budget", "0.7x")
+        *words(tmp_path / "net", out, "--data", str(images), "--finetune", "0", "--latency-budget", "0.7x"),
+        *("--rounds", "1", "--no-reallocate"),
     )
     assert code == 1
     assert "NOT met" in printed
@@ -321,6 +329,7 @@ def test_a_step_of_the_end_that_fails_leaves_the_others(vitnas, images, tmp_path
 
     for name, error, step, missing in (
         ("nas.prune.tune", MemoryError(), "fine-tuning", ()),
+        ("nas.prune.tune_control", MemoryError(), "control", ()),
         ("nas.export.agreement", UserError("the exported network disagrees"), "model.onnx", ("model.onnx",)),
         ("nas.prune.measured", UserError("could not be measured: killed"), "closing run", ("report.html",)),
         ("", None, None, ()),
@@ -391,6 +400,7 @@ def test_every_criterion_meets_the_budget(vitnas, images, tmp_path, fake_clock, 
         (["--macs", "0x"], ["0x"]),
         (["--macs", "many"], ["150M"]),
         (["--macs", "90G"], ["above", "lower it"]),
+        (["--macs", "0.5"], ["--macs 0.5", "did you mean 0.5x"]),
         (["--macs", "10"], ["cannot be reached", "MMACs"]),
         (["--params", "0.2x", "--axes", "qk"], ["cannot be reached", "--axes qk", "parameters"]),
         (["--latency-budget", "2"], ["unit", "2ms"]),
@@ -446,7 +456,8 @@ def test_widths_of_blocks():
     raw = json.loads(get_arch("efficientvit_m4").to_json())
     raw["stages"][0]["blocks"][0]["attn"]["heads"][3]["value_dim"] = 64
     rows = nas.prune.block_widths(Arch.from_json(json.dumps(raw)))
-    assert rows["stages.0.blocks.0"] == {"embed": 128, "heads": 4, "qk": 16, "v": 40, "ffn": 512, "ratio": 4}
+    found = {"embed": 128, "heads": 4, "qk": 16, "v": 40, "ffn": 512, "ratio": 4}
+    assert rows["stages.0.blocks.0"] == found | {"qk_range": [16, 16], "v_range": [32, 64]}
     assert rows["stages.1.blocks.0"]["v"] == 64
     assert nas.prune.block_widths(get_arch("levit_128s"))["stages.1.blocks.2"] == {
         "embed": 256,
@@ -455,6 +466,8 @@ def test_widths_of_blocks():
         "v": 32,
         "ffn": 512,
         "ratio": 2,
+        "qk_range": [16, 16],
+        "v_range": [32, 32],
     }
     assert nas.prune.block_widths(get_arch("deit_tiny"))["blocks.11"]["ffn"] == 768
 

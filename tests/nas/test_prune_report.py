@@ -17,6 +17,7 @@ from markupsafe import escape
 from matplotlib.colors import to_hex
 
 import nas.prune_report
+from nas.budget import LatencyBudget
 from nas.card import CLASSIFY
 from nas.errors import DiskFull
 from nas.prune_report import BEFORE, CUT, GROWN, SAME, write_report
@@ -26,11 +27,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DIGITS = "digits (scikit-learn, 1,797 images of 8x8 pixels)"
+FITS = {"verdict": "fits", "interval": None, "met": True}
 PIXEL = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg==")
 
 
 def widths(embed: int, heads: int, qk: float, v: float, ffn: int) -> dict[str, float]:
-    return {"embed": embed, "heads": heads, "qk": qk, "v": v, "ffn": ffn, "ratio": ffn / embed}
+    ranges = {"qk_range": [qk, qk], "v_range": [v, v]}
+    return {"embed": embed, "heads": heads, "qk": qk, "v": v, **ranges, "ffn": ffn, "ratio": ffn / embed}
 
 
 def network(params: int, macs: int, ms: float, stem: int, squeezed: int, embeds: tuple[int, int]) -> dict[str, Any]:
@@ -99,14 +102,17 @@ def invent() -> dict[str, Any]:
         "weights": "timm",
         "trained_images": 0,
         "tuned_images": 15372,
-        "budget": {"metric": "macs", "text": "0.5x", "target": 15e7, "reached": 149e6, "met": True},
+        "budget": {"metric": "macs", "text": "0.5x", "target": 15e7, "reached": 149e6, **FITS},
         "before": network(8_800_000, 300_000_000, 2.4, 16, 64, (64, 128)),
         "after": network(5_500_000, 149_000_000, 1.5, 16, 32, (64, 144)),
         "accuracy": {
-            "before": {"top1": 91.3, "ci": [89.4, 92.9], "loss": 0.33, "images": 1020},
-            "pruned": {"top1": 61.2, "ci": [58.2, 64.1], "loss": 1.61, "images": 1020},
-            "recovered": {"top1": 86.7, "ci": [84.4, 88.7], "loss": 0.41, "images": 1020},
+            "before": {"top1": 91.3, "top1_ci": [89.4, 92.9], "loss": 0.33, "images": 1020},
+            "pruned": {"top1": 61.2, "top1_ci": [58.2, 64.1], "loss": 1.61, "images": 1020},
+            "recovered": {"top1": 86.7, "top1_ci": [84.4, 88.7], "loss": 0.41, "images": 1020},
+            "control": {"top1": 92.0, "top1_ci": [90.2, 93.5], "loss": 0.3, "images": 1020},
         },
+        "kept": "recovered",
+        "control": {"difference": -5.3, "ci": [-8.0, -2.6], "verdict": "less accurate"},
         "rounds": [
             {"round": 1, "target": 212e6, "reached": 211e6, "reallocated": False, "params": 7e6, "macs": 211_000_000},
             {"round": 2, "target": 15e7, "reached": 149e6, "reallocated": True, "params": 5.5e6, "macs": 149_000_000},
@@ -153,7 +159,8 @@ def timed(target: float, reached: float) -> dict[str, Any]:
         "text": "0.6x",
         "target": target,
         "reached": reached,
-        "met": reached <= target,
+        "interval": [0.98 * reached, 1.02 * reached],
+        "verdict": LatencyBudget(target).judge((0.98 * reached, 1.02 * reached)),
     }
     data["after"] |= {"latency_ms": reached, "ci": [0.98 * reached, 1.02 * reached]}
     data["costs"] = [
@@ -247,7 +254,10 @@ def test_a_met_budget_and_what_it_bought(report: Report, tmp_path: Path) -> None
     )
     assert "before / after 1.60x, by the intervals' ends 1.54 to 1.67x" in text
     assert "beside 2.01x fewer MACs and 1.60x fewer parameters" in text
-    assert "top-1 on images/flowers, 1,020 images, before pruning and after recovery; right after pruning 61.2%" in text
+    assert (
+        "1,020 images, before pruning and after fine-tuning; right after pruning 61.2%; 95% intervals 89.4 to 92.9 and "
+        in text
+    )
     assert "NOT" not in text
     assert "tie" not in text
     assert json.loads((tmp_path / "prune.json").read_text()) == invent()
@@ -255,7 +265,7 @@ def test_a_met_budget_and_what_it_bought(report: Report, tmp_path: Path) -> None
 
 def test_a_missed_budget(report: Report) -> None:
     data = invent()
-    data["budget"] |= {"target": 12e7, "met": False}
+    data["budget"] |= {"target": 12e7, "verdict": "over"}
     assert "Budget NOT met: 149 MMACs for a budget of 120 MMACs (0.5x)" in report(data).text
 
 
@@ -281,19 +291,17 @@ def test_slower_and_larger_are_said(report: Report) -> None:
 @pytest.mark.parametrize(
     ("target", "reached", "said"),
     [
-        (1.6, 1.5, None),
-        (1.51, 1.5, "The median is within the budget, but its 95% interval reaches above it (1.53 ms)"),
-        (1.49, 1.5, "The median is over the budget, but its 95% interval reaches below it (1.47 ms)"),
-        (1.4, 1.5, None),
+        (1.6, 1.5, "Budget met: 1.50 ms for a budget of 1.60 ms (0.6x)"),
+        (1.51, 1.5, "Too close to the budget to tell: 1.50 ms for a budget of 1.51 ms (0.6x)"),
+        (1.49, 1.5, "Too close to the budget to tell: 1.50 ms for a budget of 1.49 ms (0.6x)"),
+        (1.4, 1.5, "Budget NOT met: 1.50 ms for a budget of 1.40 ms (0.6x)"),
     ],
 )
-def test_a_latency_budget_is_judged_with_its_interval(
-    report: Report, target: float, reached: float, said: str | None
-) -> None:
+def test_a_latency_budget_is_judged_with_its_interval(report: Report, target: float, reached: float, said: str) -> None:
     text = report(timed(target, reached)).text
-    assert f"Budget {'met' if reached <= target else 'NOT met'}: 1.5 ms for a budget of {target:g} ms (0.6x)" in text
-    assert said is None or said in text
-    assert ("its 95% interval reaches" in text) == (said is not None)
+    assert said in text
+    unsure = f"The 95% interval of the latency, 1.47 to 1.53 ms, holds the budget of {target} ms" in text
+    assert unsure == ("Too close" in said)
 
 
 def test_a_demo_cannot_be_mistaken(report: Report) -> None:
@@ -414,22 +422,45 @@ def test_accuracy_with_intervals_and_their_verdict(report: Report) -> None:
     page = report(data)
     assert page.row("before pruning") == ["91.3%", "89.4 to 92.9%", "0.330", "1,020"]
     assert page.row("right after pruning") == ["61.2%", "58.2 to 64.1%", "1.61", "1,020"]
-    assert page.row("after recovery") == ["86.7%", "84.4 to 88.7%", "0.410", "1,020"]
+    assert page.row("pruned, fine-tuned") == ["86.7%", "84.4 to 88.7%", "0.410", "1,020"]
+    assert page.row("unpruned, fine-tuned alike") == ["92.0%", "90.2 to 93.5%", "0.300", "1,020"]
+    assert "-5.3 points (95%: -8.0 to -2.6): the pruned one is less accurate" in page.text
     assert "do not overlap: the pruned network is less accurate on this data" in page.text
-    data["accuracy"]["recovered"] |= {"top1": 90.1, "ci": [88.0, 91.8]}
+    data["accuracy"]["recovered"] |= {"top1": 90.1, "top1_ci": [88.0, 91.8]}
     assert "before and after overlap: 1,020 images do not tell the two apart" in report(data).text
-    data["accuracy"]["recovered"] |= {"top1": 95.1, "ci": [94.0, 96.1]}
+    data["accuracy"]["recovered"] |= {"top1": 95.1, "top1_ci": [94.0, 96.1]}
     assert "do not overlap: the pruned network is more accurate on this data" in report(data).text
 
 
 def test_without_fine_tuning(report: Report) -> None:
     data = invent() | {"tuned_images": 0}
-    data["accuracy"]["recovered"] = None
+    data["accuracy"] |= {"recovered": None, "control": None}
+    data |= {"kept": "pruned", "control": None}
     page = report(data)
-    assert page.row("after recovery") == ["not fine-tuned"]
+    assert page.row("pruned, fine-tuned") == ["not made"]
+    assert "control" not in page.text.lower()
     assert page.row("fine-tuned on") == ["nothing"]
     assert "before pruning and right after it; no fine-tuning" in page.text
     assert "91.3 → 61.2%" in page.text
+
+
+def test_fine_tuning_without_a_control_is_said(report: Report) -> None:
+    data = invent() | {"control": None}
+    data["accuracy"]["control"] = None
+    assert "No control was made: how much of the accuracy is due to fine-tuning alone is unknown" in report(data).text
+
+
+def test_the_accuracy_of_what_is_kept_is_the_one_shown(report: Report) -> None:
+    text = report(invent() | {"kept": "pruned"}).text
+    assert "91.3 → 61.2%" in text
+    assert "fine-tuning lowered it to 86.7% and is not kept" in text
+
+
+def test_heads_of_different_widths_show_both_ends(report: Report) -> None:
+    """A mean of 50 is no width that any head has."""
+    data = invent()
+    data["blocks"][3]["after"] |= {"v": 50, "v_range": [48, 56]}
+    assert report(data).row("blocks.0", "4 × 16")[0] == "4 × 32 → 4 × 48 to 56"
 
 
 def test_importance_per_mac(report: Report) -> None:
@@ -459,9 +490,9 @@ def test_importance_per_millisecond_and_measured_costs(report: Report) -> None:
 
 def test_a_budget_of_parameters_says_what_its_density_is(report: Report) -> None:
     data = invent()
-    data["budget"] = {"metric": "params", "text": "6M", "target": 6e6, "reached": 5.5e6, "met": True}
+    data["budget"] = {"metric": "params", "text": "6M", "target": 6e6, "reached": 5.5e6, **FITS}
     text = report(data).text
-    assert "Budget met: 5.5 M parameters for a budget of 6 M parameters (6M)" in text
+    assert "Budget met: 5.50 M parameters for a budget of 6.00 M parameters (6M)" in text
     assert "the allocation went by importance per parameter; shown here is importance per MMAC" in text
 
 
@@ -514,7 +545,7 @@ def test_the_commands_to_go_on_with_are_commands(report: Report, data: dict[str,
     page = report(data)
     group = typer.main.get_command(app)
     lines = [line for line in re.findall(r"<code>(vitnas .*?)</code>", page.source) if line != data["command"]]
-    assert len(lines) == (4 if data["data"]["demo"] else 3)
+    assert len(lines) == 4
     for line in lines:
         _, verb, *words = shlex.split(line)
         group.commands[verb].make_context(verb, words)
