@@ -357,7 +357,7 @@ def test_a_network_that_cannot_be_exported_is_there_with_its_weights(
         for _ in range(2):  # again at every rerun
             code, out, err = vitnas(*trained(tmp_path, pictures))
             assert code == 1, err
-            assert set(best(tmp_path)) == {"arch.json", "model.safetensors"}
+            assert set(best(tmp_path)) == {"arch.json", "model.safetensors", "model.seen.npy"}
             (line,) = json.loads(out)["failures"]
             assert "best/model.onnx failed" in line
             assert line in err
@@ -366,7 +366,7 @@ def test_a_network_that_cannot_be_exported_is_there_with_its_weights(
     code, out, _ = vitnas(*trained(tmp_path, pictures))
     assert code == 0
     assert json.loads(out)["failures"] == []
-    assert set(best(tmp_path)) == {"arch.json", "model.safetensors", "model.onnx"}
+    assert set(best(tmp_path)) == {"arch.json", "model.safetensors", "model.seen.npy", "model.onnx"}
     assert tier.begun == begun, "nothing is trained again"
 
 
@@ -482,7 +482,7 @@ def test_no_file_of_another_network_stays(vitnas, device, tier, pictures, tmp_pa
 
     monkeypatch.setattr(nas.outcome, "save_onnx", refused)
     vitnas(*trained(tmp_path, pictures))
-    assert set(best(tmp_path)) == {"arch.json", "model.safetensors"}
+    assert set(best(tmp_path)) == {"arch.json", "model.safetensors", "model.seen.npy"}
 
 
 def test_trainings_on_other_images_are_not_taken_for_these(vitnas, device, tier, pictures, tmp_path):
