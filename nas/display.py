@@ -99,9 +99,9 @@ def what_now(data: Mapping[str, Any], folder: Path, images: str | None) -> list[
     if (best / "model.onnx").is_file():
         lines.append(f"Network: {best / 'model.onnx'} ({'trained' if trained else 'random'} weights)")
     lines.append(f"Report: {folder / 'report.html'}")
-    if data["interrupted"] or data["failures"]:
+    if data["failures"]:
         lines.append(f"To go on: {data['command']}")
-    elif data["winner"] is not None:
+    elif data["winner"] is not None and not data["interrupted"]:
         name = shlex.quote(images) if images else "FOLDER_OF_IMAGES"
         verb = f"prune --model {shlex.quote(str(best))}" if trained else f"train {shlex.quote(str(best))}"
         lines.append(f"Next: vitnas {verb} --data {name}")
