@@ -9,8 +9,10 @@ from types import SimpleNamespace
 import pytest
 
 from nas.data import batches
+from nas.intervals import Interval
 from nas.measure import device_lock, locks
 from nas.measure.locks import DeviceLock, ProcessLock, in_turn
+from nas.quality import Estimate
 from nas.search import TrialRunner
 from search_spaces import get_arch
 
@@ -225,7 +227,7 @@ def test_a_pass_over_images_takes_turns(monkeypatch):
 @pytest.mark.parametrize("latency", [1.0, 3.0])
 def test_a_search_leaves_the_device_before_it_trains(latency, monkeypatch):
     left = []
-    estimate = SimpleNamespace(bound=1.0, value=1.0, error=1.0, how="", training={})
+    estimate = Estimate.within(1.0, 1.0, Interval(0.0, 2.0))
 
     def train(arch, counts):
         left.append("trained")
