@@ -501,16 +501,9 @@ class _Run:
             self._stop_if_interrupted()
             if self.state.network != "tuned":
                 model = self._load(self.state.network)
-        self.stands = "pruned"
-        if self.state.found.get("tuned_images"):
-            judge(self.job, model, "recovered")
-            self.stands = "recovered"
-            if worse_after_tuning(self.state.found):
-                last = f"round-{len(self.state.rounds)}"
-                self.job.note(
-                    "fine-tuning lowered the accuracy: the weights before it are kept; try more --finetune epochs"
-                )
-                model, self.stands = self._load(last), "pruned"
+        self.stands = judge_tuned(self.job, model)
+        if self.stands == "pruned" and "recovered" in self.state.found:
+            model = self._load(f"round-{len(self.state.rounds)}")
         self.model = model
         save_model(model.cpu(), self.options.folder)
         with self.end.step("control"):
@@ -549,7 +542,7 @@ class _Run:
             "importance": self.state.found["importance"],
             "costs": self.state.found.get("costs"),
         }
-        return write_results(self.job, options, self.command, networks, results, details, self.end)
+        return write_results(self.job, options, self.command, self.stands, networks, results, details, self.end)
 
     def _stop_if_interrupted(self) -> None:
         if self.end.interrupted:
@@ -650,6 +643,17 @@ def judge(job: Job, model: nn.Module, which: str) -> None:
     job.accuracy(model, which, ACCURACIES[which])
 
 
+def judge_tuned(job: Job, model: nn.Module) -> str:
+    """Judge the fine-tuned network, if it was; returns which weights are kept, by their key in `ACCURACIES`."""
+    if not job.state.found.get("tuned_images"):
+        return "pruned"
+    judge(job, model, "recovered")
+    if not worse_after_tuning(job.state.found):
+        return "recovered"
+    job.note("fine-tuning lowered the accuracy: the weights before it are kept; try more --finetune epochs")
+    return "pruned"
+
+
 def say_plan(job: Job, options: Options, untrained: bool) -> None:
     """What is going to happen, before anything long begins. untrained: the network is first trained here."""
     train = len(job.data.train)
@@ -708,6 +712,7 @@ def write_results(
     job: Job,
     options: Options,
     command: str,
+    kept: str,
     networks: Mapping[str, dict[str, Any]],
     results: Mapping[str, Measurement],
     details: Mapping[str, Any],
@@ -715,7 +720,7 @@ def write_results(
 ) -> dict[str, Any]:
     """Write prune.json and report.html; returns their data.
 
-    results: latencies of the closing run, "before" and "after".
+    kept: as `judge_tuned` has it. results: latencies of the closing run, "before" and "after".
 
     The run is finished where no step of its end has failed; else the same command goes on.
     """
@@ -738,8 +743,6 @@ def write_results(
         )
     found = job.state.found
     accuracy = {which: row and accuracy_row(row) for which in ACCURACIES for row in [found.get(which)]}
-    tuned = accuracy["recovered"] is not None and not worse_after_tuning(found)
-    kept = accuracy["recovered" if tuned else "pruned"]
     data = {
         "model": options.model,
         "command": command,
@@ -764,8 +767,8 @@ def write_results(
         "before": before,
         "after": after,
         "accuracy": accuracy,
-        "kept": "recovered" if tuned else "pruned",
-        "control": accuracy["control"] and beside_control(kept, accuracy["control"]),
+        "kept": kept,
+        "control": accuracy["control"] and beside_control(accuracy[kept], accuracy["control"]),
         "rounds": job.state.rounds,
         "notes": job.state.notes,
         "phases": job.state.phases,

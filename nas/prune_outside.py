@@ -25,6 +25,7 @@ from nas.prune import (
     brief_line,
     closing_run,
     judge,
+    judge_tuned,
     network_row,
     say_plan,
     show,
@@ -98,8 +99,9 @@ def _prune(options: Options, command: str, job: Job) -> dict[str, Any]:
         tune(job, options, model, dense)
         _keep(job, "tuned", model)
     model = _kept(options, job, "tuned")
-    if job.state.found.get("tuned_images"):
-        judge(job, model, "recovered")
+    kept = judge_tuned(job, model)
+    if kept == "pruned":
+        model = _kept(options, job, "pruned")
     save_weights(model, options.folder / "model.safetensors")
     end, results = Ending(job.say), {}
     with end.step("control"):
@@ -108,7 +110,7 @@ def _prune(options: Options, command: str, job: Job) -> dict[str, Any]:
         raise KeyboardInterrupt
     with end.step("closing run"), job.phase("closing run") as progress:
         both = {"before": dense.cpu().eval(), "after": model.cpu().eval()}
-        judged = job.state.found.get("recovered") or job.state.found["pruned"]
+        judged = job.state.found[kept]
         card = Card.of(job.data, judged["top1"], judged["images"])
         results = _closing_run(options, both, resolution, card, progress)
     if end.interrupted:
@@ -125,7 +127,7 @@ def _prune(options: Options, command: str, job: Job) -> dict[str, Any]:
         "importance": [],
         "layers": found["layers"],
     }
-    return write_results(job, options, command, networks, results, details, end)
+    return write_results(job, options, command, kept, networks, results, details, end)
 
 
 def _keep(job: Job, name: str, model: nn.Module) -> None:

@@ -78,7 +78,9 @@ def search_row(folder: Path) -> Row | None:
         winner = told["winner"]
         best = "nothing fits"
         if winner is not None:
-            figure = f"{winner['top1']:.1f}% top-1" if winner.get("top1") else f"score {winner['quality_estimate']:.1f}"
+            figure = (
+                f"{winner['top1']:.1f}% top-1" if winner.get("top1") is not None else f"score {winner['quality']:.1f}"
+            )
             best = f"{winner['label']} ({winner['family']}), {winner['latency_ms']:.2f} ms, {figure}"
         ended = "interrupted" if told["interrupted"] else "failed in part" if told["failures"] else "finished"
         return {"kind": "search", "budget": f"{told['budget_ms']:g} ms", "best": best, "state": state(folder, ended)}
@@ -116,8 +118,8 @@ def prune_row(folder: Path) -> Row | None:
     if not path.is_file():
         return unfinished(folder, "prune", "budget")
     told = read(path)
-    known = [told["accuracy"][which] for which in ("recovered", "pruned") if told["accuracy"].get(which)]
-    parts = [told["model"], *(f"{found['top1']:.1f}% top-1" for found in known[:1])]
+    found = told["accuracy"][told.get("kept") or ("recovered" if told["accuracy"].get("recovered") else "pruned")]
+    parts = [told["model"], *([f"{found['top1']:.1f}% top-1"] if found else [])]
     if told["after"].get("latency_ms") is not None:
         parts.insert(1, f"{told['after']['latency_ms']:.2f} ms")
     budget = f"{told['budget']['metric']} {told['budget']['text']}"

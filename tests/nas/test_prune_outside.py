@@ -102,6 +102,28 @@ def test_a_finished_run_is_left_as_it_is(vitnas, words, tmp_path: Path) -> None:
     vitnas.refused(vitnas(*words, "--out", str(out)), "another content of the images of --data", "another --out")
 
 
+def test_tuning_that_harms_is_not_kept(vitnas, words, tmp_path: Path, monkeypatch) -> None:
+    """Nor told of by the card of model.onnx."""
+    cards, told = [], {"before": 90.0, "pruned": 80.0, "recovered": 40.0}
+
+    def accuracy(job: Job, model, which: str, words: str) -> None:
+        ci = [told[which] - 5, told[which] + 5]
+        job.state.found[which] = {"top1": told[which], "ci": ci, "loss": 1.0, "images": 10}
+
+    closing_run = nas.prune_outside._closing_run
+    monkeypatch.setattr(Job, "accuracy", accuracy)
+    monkeypatch.setattr(nas.prune_outside, "_closing_run", lambda *a: (cards.append(a[3]), closing_run(*a))[1])
+    monkeypatch.setattr(Job, "finish", Job.save)
+    code, _, said = vitnas(*words, "--out", str(tmp_path / "out"), "--no-control")
+    assert code == 0
+    assert "the weights before it are kept" in said
+    data = json.loads((tmp_path / "out/prune.json").read_text())
+    assert data["kept"] == "pruned"
+    pruned = next((tmp_path / "out/state").rglob("pruned.safetensors"))
+    assert (tmp_path / "out/model.safetensors").read_bytes() == pruned.read_bytes()
+    assert cards[0].accuracy.top1 == 80.0
+
+
 def test_a_budget_that_leaves_nothing_to_cut_makes_nothing(vitnas, words, tmp_path: Path) -> None:
     vitnas.refused(vitnas(*words, "--out", str(tmp_path / "out"), "--macs", "90G"), "--macs 90G", "above")
     assert not (tmp_path / "out").exists()

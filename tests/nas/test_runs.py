@@ -17,7 +17,8 @@ WINNER = {
     "label": "trial 12",
     "family": "efficientvit",
     "latency_ms": 1.234,
-    "quality_estimate": 36.8,
+    "quality": 36.8,
+    "quality_estimate": 37.9,
     "top1": 59.5,
 }
 SEARCH = {"budget_ms": 1.5, "winner": WINNER, "interrupted": False, "failures": []}
@@ -55,6 +56,8 @@ def test_every_kind_of_run(made, tmp_path):
     made("d", "metrics.json", TRAIN)
     made("e", "metrics.json", TRAIN | {"epochs": [{}]})
     made("f", "prune.json", PRUNE)
+    made("i", "prune.json", PRUNE | {"kept": "pruned"})
+    made("j", "result.json", SEARCH | {"winner": WINNER | {"top1": 0.0}})
     made("g", "state/state.json", BEGUN)
     made("h", "arch.json", {"family": "levit"})
     best = "trial 12 (efficientvit), 1.23 ms"
@@ -67,6 +70,8 @@ def test_every_kind_of_run(made, tmp_path):
         "f": ("prune", "macs 0.5x", "levit_192, 2.00 ms, 65.0% top-1", "finished"),
         "g": ("prune", "", "levit_192", "interrupted"),
         "h": ("export", "", "levit", "finished"),
+        "i": ("prune", "macs 0.5x", "levit_192, 2.00 ms, 50.0% top-1", "finished"),
+        "j": ("search", "1.5 ms", f"{best}, 0.0% top-1", "finished"),
     }
 
 
