@@ -188,16 +188,17 @@ class _Finish:
         return some_of(self.tier.schooling.data.at(arch.resolution).val) if self.trained else None
 
     def _card(self, arch: Arch, trained: bool) -> Card:
-        """What best/model.onnx says of itself; its accuracy is that of its own weights, the first seed's."""
+        """What best/ says of its network; its accuracy is that of its own weights, the first seed's."""
         if not self.trained:
             card = Card.untrained(arch.resolution)
         else:
             data = self.tier.schooling.data.at(arch.resolution)
             card = Card(preprocess=Preprocess.of(data.val.transform))
             if trained:
-                found = json.loads(result_path(self.options, arch, seed=0).read_text())
-                card = Card.of(data, found["top1"], found["images"])
-        return card.model_copy(update={"latency": self._latency()})
+                result = result_path(self.options, arch, seed=0)  # Ctrl-C while it is judged leaves weights alone
+                found = json.loads(result.read_text()) if result.is_file() else {}
+                card = Card.of(data, found.get("top1"), found.get("images", 0))
+        return card
 
     def _latency(self) -> Latency | None:
         """The winner's: of the closing run, or of its trial where there was none; None where it was not measured."""
@@ -211,7 +212,8 @@ class _Finish:
 
     def _save(self, arch: Arch, folder: Path) -> bool:
         """Write arch.json and the weights, where they are trained; then model.onnx, whose metadata says whether they
-        are, and beside it the file that was measured, where that has another precision. Whether they are trained."""
+        are, and beside it the file that was measured, where that has another precision: its latency is known, and its
+        accuracy is not. Whether they are trained."""
         options = self.options
         if self.phase:
             self.phase("writing best/", 0, 0)
@@ -220,17 +222,23 @@ class _Finish:
             start_best(arch, folder, weights)
             if weights is not None:
                 record(folder, self.tier.schooling.data.train, parent_weights(options.lessons.parent))
+        converted = options.settings.precision in CONVERTED and RUNTIMES[options.settings.runtime].artifact == "onnx"
         with self._step("best/model.onnx"):
             card = self._card(arch, weights is not None)
+            if not converted:
+                card = card.model_copy(update={"latency": self._latency()})
             save_best(arch, folder, weights, options.settings.batch_size, card, self._images(arch))
         path = folder / "model.onnx"
-        if options.settings.precision in CONVERTED and RUNTIMES[options.settings.runtime].artifact == "onnx":
+        if converted:
             lower = folder / f"model.{options.settings.precision}.onnx"
             lower.unlink(missing_ok=True)
             if path.is_file():
                 with self._step(f"best/{lower.name}"), drafted(lower) as draft:
                     shutil.copyfile(path, draft)
                     lower_precision(draft, options.settings, self.outset.calibration)
+                    card = self._card(arch, weights is not None)
+                    card = card.model_copy(update={"accuracy": None, "latency": self._latency()})
+                    label_onnx(draft, arch, weights is not None, card)
         return weights is not None
 
     def _failures(self) -> list[str]:

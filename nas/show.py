@@ -89,6 +89,9 @@ def _of_folder(target: Target) -> Facts:
     card = Card.read(folder) if folder and (folder / "arch.json").is_file() else Card()
     if target.own is not None:  # what is known holds at the resolution of the weights
         card = Card(classes=card.classes)
+    elif card.latency is None and folder:  # that of the file of another precision, which was measured
+        lower = (Card.read(path).latency for path in sorted(folder.glob("model.*.onnx")))
+        card = card.model_copy(update={"latency": next(filter(None, lower), None)})
     found = _of_card(card, trained) | {"kind": kind_of(folder), "resolution": arch.resolution}
     metrics, pruned = (_read(folder, name) for name in ("metrics.json", "prune.json"))
     if metrics:

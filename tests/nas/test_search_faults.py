@@ -19,6 +19,7 @@ import nas.outcome
 import nas.quality
 import nas.report
 import nas.search
+from nas.card import Card
 from nas.errors import TrainingError, UserError
 from nas.measure import LinkLost, MeasureError, Measurement, Settings
 from nas.process import WorkerError
@@ -437,6 +438,55 @@ def test_ctrl_c_at_the_end_keeps_what_was_done(vitnas, device, tier, pictures, t
     assert best(tmp_path)["model.onnx"] == b"untrained"
     assert vitnas(*trained(tmp_path, pictures))[0] == 0
     assert best(tmp_path)["model.onnx"] == b"trained"
+
+
+def test_ctrl_c_while_the_final_training_is_judged(vitnas, device, tier, pictures, tmp_path, monkeypatch):
+    """Its weights are there, and their accuracy is not known."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    cards = cards_of(monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(nas.final, "replace_file", interrupt)
+        code, out, _ = vitnas(*trained(tmp_path, pictures))
+    assert (code, json.loads(out)["failures"]) == (130, [])
+    assert best(tmp_path)["model.onnx"] == b"trained"
+    assert (cards["model.onnx"].accuracy, cards["model.onnx"].classes) == (None, ["a", "b"])
+    assert vitnas(*trained(tmp_path, pictures))[0] == 0
+    assert cards["model.onnx"].accuracy.top1 == 50
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_a_file_says_only_what_was_found_out_with_it(vitnas, device, tier, pictures, tmp_path, monkeypatch, precision):
+    """Accuracy is of fp32 weights, latency of the file in the precision asked for."""
+    cards = cards_of(monkeypatch)
+    monkeypatch.setattr(nas.outcome, "lower_precision", lambda path, *_: path.write_bytes(b"lower"))
+    code, _, err = vitnas(*trained(tmp_path, pictures, "--precision", precision))
+    assert code == 0, err
+    card = cards["model.onnx"]
+    assert (card.accuracy.top1, card.latency is None) == (50, precision == "int8")
+    if precision == "int8":
+        assert best(tmp_path)["model.int8.onnx"] == b"lower"
+        card = cards["model.int8.onnx"]
+        assert (card.classes, card.accuracy) == (["a", "b"], None)
+    assert card.latency.precision == precision
+
+
+def cards_of(monkeypatch: pytest.MonkeyPatch) -> dict[str, Card]:
+    """What the files in best/ are labelled with, by their names, as they are written."""
+    found: dict[str, Card] = {}
+
+    def save_onnx(model: Any, folder: Path, *_: Any, card: Card, **__: Any) -> None:
+        (folder / "model.onnx").write_bytes(b"trained")
+        found["model.onnx"] = card
+
+    def label_onnx(path: Path, arch: Arch, trained: bool, card: Card) -> None:
+        found["model.int8.onnx"] = card
+
+    monkeypatch.setattr(nas.outcome, "save_onnx", save_onnx)
+    monkeypatch.setattr(nas.outcome, "label_onnx", label_onnx)
+    return found
 
 
 def test_what_is_known_is_on_disk_before_the_final_trainings(vitnas, device, tier, pictures, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from rich.console import Console
 
 import nas.show
 from nas.card import Accuracy, Card, Latency, Preprocess
-from nas.export import save_model, save_onnx
+from nas.export import label_onnx, save_model, save_onnx
 from nas.show import few, lines_of
 from search_spaces import create_model
 
@@ -60,6 +61,19 @@ def test_a_trained_search_tells_its_own_facts(vitnas, search):
     assert (facts["top1"], facts["top1_ci"], facts["classes"]) == (59.5, [52.2, 66.4], FLOWERS)
     assert facts["latency"]["ms"] == 1.234
     assert (facts["kind"], facts["weights"], facts["quality_estimate"]) == ("search", "trained", None)
+
+
+def test_the_latency_is_that_of_the_file_that_was_measured(vitnas, search):
+    best = search / "best"
+    measured = CARD.latency.model_copy(update={"precision": "int8", "ms": 0.75})
+    shutil.copyfile(best / "model.onnx", best / "model.int8.onnx")
+    for name, changes in (("model", {"latency": None}), ("model.int8", {"accuracy": None, "latency": measured})):
+        label_onnx(best / f"{name}.onnx", None, trained=True, card=CARD.model_copy(update=changes))
+    out = vitnas("show", str(search))[1]
+    assert "accuracy: 59.5% top-1" in out
+    assert "latency: 0.75 ms (95%: 1.20 to 1.30), onnxruntime int8" in out
+    assert "latency: not known" in vitnas("show", str(best / "model.onnx"))[1]
+    assert "accuracy: not known" in vitnas("show", str(best / "model.int8.onnx"))[1]
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])
