@@ -21,6 +21,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from nas.budget import LatencyBudget
 from nas.errors import UserError
+from nas.quality import told_score
 from nas.storage import open_storage
 from nas.study import META
 
@@ -188,7 +189,7 @@ def score_words(trial: FrozenTrial) -> str:
     if not trial.values:
         return ""
     ci = detail.get("quality_ci")
-    return f"Score {trial.values[0]:.1f}" + (
+    return f"Score {told_score(trial.values[0]):.1f}" + (
         f"; its estimate of top-1 ({detail['quality_how']}) is {detail['quality_estimate']:.1f}% "
         f"(95%: {ci[0]:.1f} to {ci[1]:.1f})."
         if ci
@@ -212,7 +213,13 @@ def front_note(front: Sequence[FrozenTrial], meta: Mapping[str, Any]) -> str:
     """A study in words: what it searches, and its front."""
     lines = [f"Budget {meta['budget_ms']:g} ms. The front, fastest first:", ""]
     rows = [
-        (trial.number, t.get("name") or "found", t["family"], f"{t['latency_ms']:.3f}", f"{trial.values[0]:.1f}")
+        (
+            trial.number,
+            t.get("name") or "found",
+            t["family"],
+            f"{t['latency_ms']:.3f}",
+            f"{told_score(trial.values[0]):.1f}",
+        )
         for trial in sorted(front, key=lambda trial: trial.user_attrs.get("latency_ms", 0))
         if "latency_ms" in (t := trial.user_attrs) and "family" in t
     ]

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from nas.budget import Verdict
 from nas.outcome import OVERHEAD, overhead_share
+from nas.quality import told_score
 from nas.search import INTERRUPTED
 from nas.tables import Column, console_of, print_table, prose
 from nas.units import counted
@@ -131,7 +132,7 @@ def show_final(console: Console, final: Sequence[Mapping[str, Any]], tier: str) 
             row["role"],
             row["verdict"],
             str(row["resolution"]),
-            f"{row['quality']:.1f}",
+            f"{told_score(row['quality']):.1f}",
             "{:.1f}..{:.1f}".format(*row["quality_ci"]),
             f"{row['published_top1']:.1f}" if row["published_top1"] else "",
             f"{row['latency_ms']:.2f}",

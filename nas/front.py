@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from nas.budget import LatencyBudget, Verdict
 from nas.intervals import of_error
+from nas.quality import told_score
 from nas.search import INTERRUPTED, LATENCY_KEYS
 
 if TYPE_CHECKING:
@@ -144,4 +145,4 @@ def arch_of(row: Row) -> Arch:
 def score_words(row: Row) -> str:
     """A row's score and the 95% interval of its estimate."""
     low, high = row["quality_ci"]
-    return f"{row['quality']:.1f} (95%: {low:.1f} to {high:.1f})"
+    return f"{told_score(row['quality']):.1f} (95%: {low:.1f} to {high:.1f})"

@@ -18,6 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from nas.forecast import Forecast, Pace, Plan, about
+from nas.quality import told_score
 from nas.tables import console_of, prose
 
 if TYPE_CHECKING:
@@ -224,7 +225,7 @@ def state_of(progress: Progress, options: Options) -> list[str]:
     best = progress.best
     found = [f"{progress.feasible} within {options.budget_ms:g} ms"]
     if best:
-        found.append(f"best score {best['quality']:.1f} ({best['family']}, {best['latency_ms']:.2f} ms)")
+        found.append(f"best score {told_score(best['quality']):.1f} ({best['family']}, {best['latency_ms']:.2f} ms)")
     return found
 
 

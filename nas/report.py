@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from nas.card import CLASSIFY
 from nas.files import replace_file
 from nas.front import score_words
+from nas.quality import told_score
 from nas.storage import mask_url
 from nas.units import counted
 
@@ -111,6 +112,7 @@ def _pages() -> Environment:
     )
     pages.globals["classify"] = CLASSIFY
     pages.filters |= {"significant": significant, "points": points, "millions": millions, "duration": duration}
+    pages.filters["told_score"] = told_score
     return pages
 
 
@@ -263,9 +265,9 @@ def _plot(data: dict[str, Any]) -> bytes:
     guessed has no height."""
     figure = new_figure(10, 6.4)
     axes = figure.add_subplot()
-    measured = [t for t in data["trials"] if t["state"] == "complete"]
+    measured = [_as_told(t) for t in data["trials"] if t["state"] == "complete"]
     scored = [t for t in measured if not unknown(t)]
-    front = sorted(data["pareto"], key=lambda p: p["latency_ms"])
+    front = sorted(map(_as_told, data["pareto"]), key=lambda p: p["latency_ms"])
     looks = dict(
         zip(sorted({t["family"] for t in data["trials"]}), cycle(zip(COLOURS, MARKERS, strict=True)), strict=False)
     )
@@ -419,6 +421,10 @@ def _label(
             taken.append(best)
         else:
             text.remove()
+
+
+def _as_told(row: dict[str, Any]) -> dict[str, Any]:
+    return row | {"quality": told_score(row["quality"])}
 
 
 def unknown(trial: dict[str, Any]) -> bool:

@@ -19,8 +19,8 @@ class Estimate:
     """What a tier says of a network's top-1, in percent.
 
     interval: 95%, with the noise of the images that judged. score: what a search ranks by, one standard error below the
-    value, so that what is less known does not win by luck; it is no end of the interval. how: where it is from.
-    training: what was learnt on the way, kept with the trial.
+    value, so that what is less known does not win by luck; it is no end of the interval, and may be below 0, so that
+    poor networks differ, too (`told_score`). how: where it is from. training: what was learnt on the way, kept with the trial.
     """
 
     value: float
@@ -31,14 +31,19 @@ class Estimate:
 
     @classmethod
     def within(cls, value: float, error: float, interval: Interval) -> Estimate:
-        """Nothing outside of 0 to 100. error: one standard error."""
+        """A value and an interval within 0 to 100. error: one standard error."""
         possible = min(max(value, 0.0), 100.0)
-        return cls(possible, interval.clipped(), max(possible - error, 0.0))
+        return cls(possible, interval.clipped(), possible - error)
 
     def to_dict(self) -> dict[str, Any]:
         """As a trial and its row keep it."""
         ci = [self.interval.low, self.interval.high]
         return {"quality_estimate": self.value, "quality_ci": ci, "quality_how": self.how}
+
+
+def told_score(score: float) -> float:
+    """A score as it is printed: none is below 0."""
+    return max(score, 0.0)
 
 
 class Tier(Protocol):

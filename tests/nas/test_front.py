@@ -3,7 +3,9 @@
 import json
 
 from nas.closing import ties_of
-from nas.front import best_of, choose, finalists_of, front_of
+from nas.front import best_of, choose, finalists_of, front_of, rank, score_words
+from nas.intervals import of_error
+from nas.quality import Estimate
 from nas.search import keep_samples
 
 
@@ -29,6 +31,16 @@ def test_equal_quality_goes_by_parameters_then_by_latency():
     assert best_of([row(0, 70, 1.0), row(1, 70, 1.5, params=2)])["trial"] == 1
     assert best_of([row(0, 70, 1.5), row(1, 70, 1.0)])["trial"] == 1
     assert best_of([]) is None
+
+
+def test_poor_estimates_still_rank_by_what_they_say():
+    """Until three networks are trained every estimate is 15 points unsure."""
+    rows = []
+    for trial, (value, error) in enumerate([(2, 3), (10, 15), (1, 3), (14, 15)]):
+        score = Estimate.within(value, error, of_error(value, error)).score
+        rows.append(row(trial, score, 1.0, params=4 - trial) | {"quality_ci": [0.0, 30.0]})
+    assert [each["trial"] for each in sorted(rows, key=rank)] == [0, 3, 2, 1]
+    assert {score_words(each)[:4] for each in rows} == {"0.0 "}, "none is told below 0"
 
 
 def test_one_that_surely_fits_goes_before_a_better_one_that_may():

@@ -142,9 +142,9 @@ def test_estimates_stay_within_0_and_100(school, monkeypatch, raw):
     monkeypatch.setattr(Surrogate, "predict", lambda self, features: Guess(raw, 2.0))
     found = Stub(school).predict(arch_at(0), table(arch_at(0)))
     assert 0 <= found.interval.low <= found.value <= found.interval.high <= 100
-    assert 0 <= found.score <= 100
+    assert found.score < found.value
     if raw > 100:
-        assert found.score < 100 - (raw - 100) + 1 or found.score == 0
+        assert found.score < 100 - (raw - 100) + 1
         assert found.interval.low < 50
     json.dumps(found.to_dict())
 
