@@ -10,15 +10,17 @@ import hashlib
 import json
 import os
 import sqlite3
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from datetime import datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nas.measure.protocol import SURE_ROUNDS, Measurement
+from nas.errors import DiskFull, UserError, is_full
+from nas.files import unwritable
+from nas.measure.protocol import SURE_ROUNDS, Measurement, quanta, quanta_line
 
 if TYPE_CHECKING:
     from nas.measure import Settings
@@ -124,21 +126,43 @@ def machine_of(settings: Settings) -> dict[str, Any]:
     return fingerprint(settings) | {"at": settings.device, "reference": REFERENCE, "code": code_digest()}
 
 
+@contextmanager
+def opened(settings: Settings) -> Iterator[Cache]:
+    """The cache of this machine with these settings.
+
+    Raises:
+        UserError: its file cannot be used.
+    """
+    path = default_path()
+    try:
+        try:
+            cache = Cache(machine_of(settings))
+        except OSError as error:
+            raise unwritable(path.parent, error) from None
+        with closing(cache):
+            yield cache
+    except sqlite3.Error as error:
+        if is_full(error):
+            raise DiskFull(path.parent, error=error) from None
+        damaged = not isinstance(error, sqlite3.OperationalError)
+        raise UserError(f"{path}: {error}{': remove it, and latencies are measured anew' * damaged}") from None
+
+
 def known(arch: Arch, settings: Settings) -> tuple[str, Measurement] | None:
     """When a network was last measured here with these settings, and the result (`p50_ms`, `ci_ms`); None if it never
-    was, or in too few rounds for an interval of 95%.
+    was, or in too few rounds for an interval of 95%, or while others used its CPUs (`quanta`).
 
     The machine's speed then is not compared with its speed now, as a search does: tell the date (ISO 8601) beside it.
     settings: as `cli.settings_of` makes them. Nothing is measured, and no file is made.
 
     Raises:
-        sqlite3.Error: a file that is no cache.
+        UserError: the cache cannot be used.
     """
     if not default_path().is_file():
         return None
-    with closing(Cache(machine_of(settings))) as cache:
+    with opened(settings) as cache:
         found = cache.last(arch, settings.batch_size)
-    return found if found and len(found[1].rounds_ms) >= SURE_ROUNDS else None
+    return found if found and len(found[1].rounds_ms) >= SURE_ROUNDS and not quanta(found[1]) else None
 
 
 def fill(
@@ -146,25 +170,26 @@ def fill(
 ) -> dict[str, str]:
     """Measure networks, by name, one after the other beside the reference network, and keep each in the cache at once.
 
-    Afterwards `known` has them. Ctrl-C, too, keeps what was measured until then. progress: called with (the name,
+    Afterwards `known` has them; what waited for CPUs that others used is not kept. Ctrl-C, too, keeps what was measured until then. progress: called with (the name,
     networks done, in all).
 
     Returns:
         Why, by its name, a network could not be measured.
 
     Raises:
-        UserError: the reference network cannot be measured here. OSError, sqlite3.Error: the cache cannot be used.
+        UserError: the reference network cannot be measured here, or the cache cannot be used.
     """
-    from nas.errors import UserError
     from nas.export import Exporter
     from nas.files import scratch
+    from nas.hardware import describe
     from nas.measure import MeasureError, device_lock, open_measurer
     from nas.process import WorkerError
     from search_spaces import get_arch
 
     failed: dict[str, str] = {}
+    waiting: str | None = None
     with ExitStack() as stack:
-        cache = stack.enter_context(closing(Cache(machine_of(settings))))
+        cache = stack.enter_context(opened(settings))
         room, exporter = stack.enter_context(scratch()), stack.enter_context(Exporter())
         try:
             with device_lock(settings.device):
@@ -177,7 +202,11 @@ def fill(
             try:
                 with device_lock(settings.device):
                     path = exporter.write(arch, settings, room / "candidate")
-                    cache.put(arch, settings.batch_size, measurer.measure(path, pause=exporter.running))
+                    result = measurer.measure(path, pause=exporter.running)
+                if quanta(result):
+                    failed[name] = waiting = waiting or quanta_line(describe(settings))
+                else:
+                    cache.put(arch, settings.batch_size, result)
             except (MeasureError, WorkerError) as error:
                 failed[name] = str(error)
     return failed

@@ -344,8 +344,9 @@ def models(
         print(json.dumps(rows, indent=1))
     else:
         show_rows(rows, settings)
-    for name, why in failed.items():
-        print(f"{name} could not be measured: {why}", file=sys.stderr)
+    for why in dict.fromkeys(failed.values()):
+        names = ", ".join(name for name, reason in failed.items() if reason == why)
+        print(f"{names} could not be measured: {why}", file=sys.stderr)
     raise typer.Exit(1 if failed else 0)
 
 

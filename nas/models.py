@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from nas.errors import UserError
 from nas.tables import Column, console_of, print_table, prose
 
 if TYPE_CHECKING:
@@ -41,7 +39,7 @@ def list_rows(networks: dict[str, Arch], settings: Settings) -> list[Row]:
     Raises:
         UserError: the cache of latencies cannot be read.
     """
-    from nas.cache import default_path, known
+    from nas.cache import known
     from search_spaces import table
     from search_spaces.api import find_variant
 
@@ -49,10 +47,7 @@ def list_rows(networks: dict[str, Arch], settings: Settings) -> list[Row]:
     for name, arch in networks.items():
         family, variant = find_variant(name)
         counts = table(arch)
-        try:
-            found = known(arch, settings)
-        except sqlite3.Error as error:
-            raise UserError(f"{default_path()}: {error}: remove it, and latencies are measured anew") from None
+        found = known(arch, settings)
         rows.append(
             {
                 "name": name,

@@ -265,8 +265,8 @@ def _plot(data: dict[str, Any]) -> bytes:
     guessed has no height."""
     figure = new_figure(10, 6.4)
     axes = figure.add_subplot()
-    measured = [_as_told(t) for t in data["trials"] if t["state"] == "complete"]
-    scored = [t for t in measured if not unknown(t)]
+    measured = [t for t in data["trials"] if t["state"] == "complete"]
+    scored = [_as_told(t) for t in measured if not unknown(t)]
     front = sorted(map(_as_told, data["pareto"]), key=lambda p: p["latency_ms"])
     looks = dict(
         zip(sorted({t["family"] for t in data["trials"]}), cycle(zip(COLOURS, MARKERS, strict=True)), strict=False)
@@ -274,7 +274,7 @@ def _plot(data: dict[str, Any]) -> bytes:
     winner = data["winner"] and next((t for t in scored if t["trial"] == data["winner"]["trial"]), None)
 
     _frame(axes, data, measured, scored, front)
-    _draw_trials(axes, looks, measured)
+    _draw_trials(axes, looks, [*scored, *filter(unknown, measured)])
     if front:
         _draw_front(axes, looks, front, data["budget_ms"])
     if winner:

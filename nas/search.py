@@ -571,7 +571,7 @@ class TrialRunner:
     ) -> tuple[Measurement, str | None]:
         """A network's result and, where it came from the cache, when it was measured."""
         found = self._cached(lambda cache: cache.get(arch, batch_size, self.reference_ms))
-        if found is not None and settled(found[1].rounds_ms, budget_ms):
+        if found is not None and not quanta(found[1]) and settled(found[1].rounds_ms, budget_ms):
             when, result = found
         else:
             when = None
@@ -586,7 +586,8 @@ class TrialRunner:
             clock.add("session", result.load_s)
             clock.lap("timed runs", less=result.load_s)
             self.reference_ms = result.reference_p50_ms
-            self._cached(lambda cache: cache.put(arch, batch_size, result))
+            if not quanta(result):
+                self._cached(lambda cache: cache.put(arch, batch_size, result))
         record = {"trial": trial.number, "batch_size": batch_size, "cached": when}
         keep_samples(self.options.folder, record | result.to_dict())
         return result, when

@@ -20,7 +20,8 @@ class Estimate:
 
     interval: 95%, with the noise of the images that judged. score: what a search ranks by, one standard error below the
     value, so that what is less known does not win by luck; it is no end of the interval, and may be below 0, so that
-    poor networks differ, too (`told_score`). how: where it is from. training: what was learnt on the way, kept with the trial.
+    poor networks differ, too (`told_score`). how: where it is from. training: what was learnt on the way, kept with the
+    trial.
     """
 
     value: float

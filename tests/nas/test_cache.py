@@ -6,13 +6,15 @@ from pathlib import Path
 import pytest
 
 import nas.cache
-from nas.cache import Cache, code_digest, default_path, digest_of, fill, known, machine_of
+from nas.cache import Cache, code_digest, default_path, digest_of, fill, known, machine_of, opened
 from nas.measure import MeasureError, Measurement, Settings
 from nas.search import Options, open_cache
 from search_spaces import get_arch
 
 MACHINE = {"cpu": "a", "threads": 1}
 RESULT = Measurement([[1.0, 1.1]] * 8, [[2.0, 2.0]] * 8, load_s=0.5, wall_s=1.0)
+WAITING = Measurement([[4.0, 1.0, 4.0]] * 8, [[2.0, 2.0]] * 8)
+"""Turns of the scheduler: most samples have waited for a CPU."""
 
 
 @pytest.fixture
@@ -103,6 +105,8 @@ def test_what_is_known_is_told_whatever_the_speed_now(tmp_path: Path, monkeypatc
     cache = Cache(machine_of(settings))
     cache.put(arch, 1, Measurement([[1.0]] * 5, [[2.0]] * 5))
     assert known(arch, settings) is None  # no interval of 95%
+    cache.put(arch, 1, WAITING)
+    assert known(arch, settings) is None  # kept by an earlier vitnas
     cache.put(arch, 1, RESULT)
     when, found = known(arch, settings)
     assert (when[:2], found) == ("20", RESULT)
@@ -125,17 +129,22 @@ def test_fill_measures_what_known_then_tells(monkeypatch: pytest.MonkeyPatch) ->
                 raise MeasureError("no answer")
             if path == "levit_128":
                 raise KeyboardInterrupt
+            if path == "shvit_s3":
+                return WAITING
             return RESULT
 
-    names = {get_arch(name): name for name in ("efficientvit_m0", "shvit_s1", "shvit_s2", "levit_128")}
+    names = {get_arch(name): name for name in ("efficientvit_m0", "shvit_s1", "shvit_s2", "shvit_s3", "levit_128")}
     monkeypatch.setattr("nas.export.Exporter.write", lambda self, arch, settings, stem: names[arch])
     monkeypatch.setattr("nas.measure.open_measurer", lambda settings, reference, room: Measurer())
+    monkeypatch.setattr("nas.hardware.describe", lambda settings: {})
+    monkeypatch.setattr("nas.cache.quanta_line", lambda described: "busy")
     archs = {name: arch for arch, name in names.items() if name.startswith("shvit")}
     failed = fill(archs, Settings(), lambda *done: events.append(done))
-    assert failed == {"shvit_s2": "no answer"}
-    assert events == [("shvit_s1", 0, 2), ("shvit_s2", 1, 2), "closed"]
+    assert failed == {"shvit_s2": "no answer", "shvit_s3": "busy"}
+    assert events == [("shvit_s1", 0, 3), ("shvit_s2", 1, 3), ("shvit_s3", 2, 3), "closed"]
     assert known(archs["shvit_s1"], Settings())[1] == RESULT
-    assert known(archs["shvit_s2"], Settings()) is None
+    with opened(Settings()) as cache:
+        assert all(cache.last(archs[name], 1) is None for name in failed)
     with pytest.raises(KeyboardInterrupt):
         fill({name: arch for arch, name in names.items()}, Settings())
     assert known(get_arch("efficientvit_m0"), Settings())[1] == RESULT

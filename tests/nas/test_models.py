@@ -70,7 +70,7 @@ def test_measure_fills_what_is_not_known(vitnas, latencies, monkeypatch):
         asked.extend(archs)
         progress("shvit_s1", 0, 51)
         latencies["shvit_s1"] = timed(2.0)
-        return {"levit_128s": "no answer"}
+        return {"levit_128s": "no answer", "levit_128": "no answer"}
 
     monkeypatch.setattr("nas.cache.fill", fill)
     code, out, err = vitnas("models", "--measure", "--json")
@@ -79,7 +79,7 @@ def test_measure_fills_what_is_not_known(vitnas, latencies, monkeypatch):
     assert len(asked) == 51
     assert {row["name"] for row in json.loads(out) if row["latency_ms"]} == {"efficientvit_m0", "shvit_s1"}
     assert "measuring shvit_s1 0/51" in err
-    assert "levit_128s could not be measured: no answer" in err
+    assert "levit_128s, levit_128 could not be measured: no answer" in err
 
 
 def test_ctrl_c_while_measuring(vitnas, latencies, monkeypatch):
@@ -93,4 +93,9 @@ def test_ctrl_c_while_measuring(vitnas, latencies, monkeypatch):
 def test_a_file_that_is_no_cache(vitnas, monkeypatch, tmp_path):
     monkeypatch.setenv("VITNAS_CACHE", str(tmp_path))
     (tmp_path / "latency.sqlite").write_text("nonsense " * 100)
-    vitnas.refused(vitnas("models"), "latency.sqlite")
+    for words in (["models"], ["models", "--measure"]):
+        vitnas.refused(vitnas(*words), "latency.sqlite", "remove it, and latencies are measured anew")
+    (tmp_path / "latency.sqlite").unlink()
+    (tmp_path / "latency.sqlite").mkdir()
+    said = vitnas.refused(vitnas("models", "--measure"), "latency.sqlite: unable to open")
+    assert "remove" not in str(said)

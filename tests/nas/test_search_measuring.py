@@ -11,8 +11,9 @@ from types import SimpleNamespace
 import pytest
 
 from nas.cache import Cache, default_path
-from nas.measure import Settings
+from nas.measure import Measurement, Settings
 from nas.search import TrialRunner, open_cache
+from search_spaces import get_arch
 
 SMALL = ("--latency-budget", "90ms", "--family", "shvit", "--resolution", "64", "--threads", "1", "--seed", "3")
 
@@ -30,7 +31,8 @@ def samples_of(folder: Path) -> list[dict]:
 
 def test_a_second_study_takes_latencies_from_the_cache(vitnas, tmp_path, monkeypatch, exports_here):
     monkeypatch.setattr("nas.cache.SAME_SPEED", 10.0)  # other tests may be running beside this one,
-    monkeypatch.setattr("nas.search.settled", lambda rounds_ms, budget_ms: True)  # and this machine be noisy
+    monkeypatch.setattr("nas.search.settled", lambda rounds_ms, budget_ms: True)  # and this machine be noisy,
+    monkeypatch.setattr("nas.search.quanta", lambda measurement: False)  # or busy
     for study in ("first", "second"):
         assert vitnas("search", *SMALL, "--trials", "1", "--out", str(tmp_path), "--study", study)[0] == 0
     (first,), (second,) = (rows_of(tmp_path / study) for study in ("first", "second"))
@@ -49,6 +51,21 @@ def test_a_cache_that_cannot_be_used_is_told(tmp_path, monkeypatch):
     assert open_cache(SimpleNamespace(settings=Settings()), said.append) is None
     (line,) = said
     assert "no earlier latencies are used and none are kept" in line
+
+
+@pytest.mark.parametrize(("slice_ms", "kept"), [([4.0, 1.0, 4.0], False), ([1.0, 1.0, 1.1], True)])
+def test_waiting_times_do_not_enter_the_cache(tmp_path, slice_ms, kept):
+    found = Measurement([slice_ms] * 8, [[2.0]] * 8)
+    settings = Settings()
+    cache = Cache({}, tmp_path / "latency.sqlite")
+    runner = TrialRunner(SimpleNamespace(settings=settings, folder=tmp_path), None, None, cache)
+    runner.reference_ms, runner._folder = 2.0, tmp_path
+    runner._exporter = SimpleNamespace(write=lambda *_: tmp_path, running=())
+    runner.measurer = SimpleNamespace(prepare=lambda: None, measure=lambda *_, **__: found)
+    clock = SimpleNamespace(lap=lambda *_, **__: None, add=lambda *_: None)
+    arch = get_arch("shvit_s1")
+    assert runner._timed(SimpleNamespace(number=0), arch, 1, 9.0, clock) == (found, None)
+    assert (cache.last(arch, 1) is not None) == kept
 
 
 def test_a_cache_that_fails_later_is_told_once(tmp_path):
