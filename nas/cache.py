@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nas.errors import DiskFull, UserError, is_full
-from nas.files import unwritable
 from nas.measure.protocol import SURE_ROUNDS, Measurement, quanta, quanta_line
 
 if TYPE_CHECKING:
@@ -138,7 +137,7 @@ def opened(settings: Settings) -> Iterator[Cache]:
         try:
             cache = Cache(machine_of(settings))
         except OSError as error:
-            raise unwritable(path.parent, error) from None
+            raise UserError(f"{path}: {error.strerror}") from None
         with closing(cache):
             yield cache
     except sqlite3.Error as error:
@@ -170,8 +169,8 @@ def fill(
 ) -> dict[str, str]:
     """Measure networks, by name, one after the other beside the reference network, and keep each in the cache at once.
 
-    Afterwards `known` has them; what waited for CPUs that others used is not kept. Ctrl-C, too, keeps what was measured until then. progress: called with (the name,
-    networks done, in all).
+    Afterwards `known` has them; what waited for CPUs that others used is not kept. Ctrl-C, too, keeps what was measured
+    until then. progress: called with (the name, networks done, in all).
 
     Returns:
         Why, by its name, a network could not be measured.
