@@ -314,7 +314,7 @@ def test_worker_sweeps_after_its_closing_run(
 
     def finish_run(*_: Any) -> dict[str, Any]:
         put_lease(study, ask(study), pid=dead_pid())
-        return {"winner": None, "failures": []}
+        return {"winner": None, "failures": [], "interrupted": False}
 
     monkeypatch.setattr("nas.search.search", lambda *_: (study, search.Run("now")))
     monkeypatch.setattr("nas.outcome.finish_run", finish_run)
