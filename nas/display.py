@@ -115,7 +115,8 @@ def show_accuracy(console: Console, data: Mapping[str, Any]) -> None:
     if found:
         for row in found["rows"]:
             prose(console, f"Trained fully, {row['label']}: {row['words']}.")
-        prose(console, f"{found['epochs']} epochs of the recipe {found['recipe']}, judged on validation images.")
+        epochs = counted(found["epochs"], "epoch")
+        prose(console, f"{epochs} of the recipe {found['recipe']}, judged on validation images.")
         prose(console, f"{found['verdict'][:1].upper()}{found['verdict'][1:]}.")
     tier = data["quality_tier"]
     if tier["trained"]:
@@ -201,10 +202,12 @@ def show_against(console: Console, rows: Sequence[Mapping[str, Any]], first: Map
         for row in rows
         if not row["error"]
     ]
-    print_table(console, columns, told)
+    if told:
+        print_table(console, columns, told)
     show_failed(console, rows)
-    sizes = {row["label"]: row["resolution"] for row in (first, *rows) if not row["error"]}
-    prose(console, unequal(sizes, ()) or f"All of these run at {first['resolution']} px, as {first['label']} does.")
+    if told:
+        sizes = {row["label"]: row["resolution"] for row in (first, *rows) if not row["error"]}
+        prose(console, unequal(sizes, ()) or f"All of these run at {first['resolution']} px, as {first['label']} does.")
 
 
 def show_train(data: Mapping[str, Any], folder: Path, to_stderr: bool) -> None:

@@ -21,7 +21,7 @@ from nas.job import Job, Progress, Say, compute_device, now
 from nas.measure import MeasureError, Measurement, Settings, compare, device_lock, in_turn
 from nas.measure.protocol import paired_ratio
 from nas.report import significant
-from nas.savings import group_of, measure_savings, rates, stage_of
+from nas.savings import group_of, left_alone, measure_savings, rates, stage_of
 from nas.units import parse_budget, parse_count, parse_share
 
 if TYPE_CHECKING:
@@ -452,13 +452,10 @@ class _Run:
                 self.options.multiple_of,
                 lambda archs, rounds: self._compare(archs, rounds, progress),
             )
-        none = [saving.group for saving in savings if not saving.shown]
-        if none:
-            self.job.note(
-                f"no saving shown for {len(none)} of {len(savings)} groups when halved, though measured twice (95% "
-                f"interval of the saving holds 0): {', '.join(none)}. They are left alone"
-            )
-        return [saving.row() for saving in savings], own
+        rows = [saving.row() for saving in savings]
+        if line := left_alone(rows):
+            self.job.note(line)
+        return rows, own
 
     def _side_by_side(self, arch: Arch) -> float:
         """The network's latency in ms beside the whole one; for a relative budget in the first run's milliseconds."""

@@ -31,7 +31,7 @@ from nas.report import (
     replace_file,
     wall_seconds,
 )
-from nas.savings import group_of, rates, stage_of
+from nas.savings import group_of, rates, stage_of, why_not
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -360,7 +360,7 @@ def _costs(data: Doc) -> list[dict[str, Any]]:
     mean = data["before"]["latency_ms"] / data["before"]["macs"]
     rows = sorted(data.get("costs") or (), key=lambda row: -row["rate"])
     top = max((row["rate"] for row in rows), default=0) or 1
-    return [{**row, "relative": row["rate"] / mean, "share": row["rate"] / top} for row in rows]
+    return [{**row, "relative": row["rate"] / mean, "share": row["rate"] / top, "why": why_not(row)} for row in rows]
 
 
 # ---------------------------------------------------------------------------------- what to do next
@@ -381,7 +381,7 @@ def next_steps(folder: Path, data: Doc) -> list[tuple[str, str]]:
         steps.append(demo)
     else:
         images = f"--data {shlex.quote(data['options']['data'])}"
-        steps.append(("Train it on", f"vitnas train {here} {weights} {images}"))
+        steps.append(("Train it further", f"vitnas train {here} {weights} {images}"))
     batch = 8 if settings["batch_size"] == 1 else 1
     steps.append(
         ("Export it for another batch size", f"vitnas export {here} {weights} --batch-size {batch} --out exported")

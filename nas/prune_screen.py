@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from nas.intervals import top1_words
 from nas.prune import ACCURACIES, show
 from nas.report import significant
+from nas.savings import why_not
 from nas.tables import Column, console_of, print_table, prose
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def show_prune(data: Doc, folder: Path, to_stderr: bool) -> None:
     if (folder / "report.html").is_file():
         prose(console, f"Report: {folder / 'report.html'}")
     for what, command in next_steps(folder, data)[:2]:
-        prose(console, f"{what}: {command}")
+        console.print(f"{what}: {command}")  # not wrapped, so that it can be copied
 
 
 def control_words(control: Doc) -> str:
@@ -113,7 +114,7 @@ def _blocks(console: Console, data: Doc) -> None:
 def _savings(console: Console, data: Doc) -> None:
     rows = []
     for row in data.get("costs") or ():
-        saves, rate = (f"{row['ms']:.3f}", significant(1e9 * row["rate"])) if row["shown"] else ("none shown", "")
+        saves, rate = (f"{row['ms']:.3f}", significant(1e9 * row["rate"])) if row["shown"] else (why_not(row), "")
         rows.append((row["group"], saves, f"{row['ci'][0]:.3f}..{row['ci'][1]:.3f}", rate))
     if rows:
         print_table(console, COSTS, rows, "prune.json has them")

@@ -2,7 +2,8 @@
 
 A group's saving comes from the paired ratio of one interleaved run. Where its 95% interval holds 0 the group is
 measured once more, longer; where it still does, no saving is shown: the group costs nothing, so that the allocation
-leaves it alone, and is reported as "none shown". What is unsure never decides what is cut.
+leaves it alone, as it does one that is slower when halved, or saves no MACs (`why_not`). What is unsure never decides
+what is cut.
 """
 
 from __future__ import annotations
@@ -85,6 +86,29 @@ def _saving(group: str, macs: int, cut: Measurement, whole: Measurement, rounds:
     ratio, (low, high) = paired_ratio(cut, whole)
     own = whole.p50_ms
     return Saving(group, macs, (1 - ratio) * own, ((1 - high) * own, (1 - low) * own), rounds)
+
+
+def why_not(row: Mapping[str, Any]) -> str:
+    """Why the row of a saving shows none; nothing where it shows one."""
+    if row["shown"]:
+        return ""
+    if row["macs"] <= 0:
+        return "no MACs saved"
+    return "slower" if row["ci"][1] < 0 else "none shown"
+
+
+WHY_NOT = {
+    "none shown": "no saving shown, though measured twice (95% interval of the saving holds 0)",
+    "slower": "slower when halved",
+    "no MACs saved": "no MACs saved",
+}
+
+
+def left_alone(rows: Collection[Mapping[str, Any]]) -> str:
+    """Which groups show no saving, by the reason; nothing where all do."""
+    groups = {why: [row["group"] for row in rows if why_not(row) == why] for why in WHY_NOT}
+    told = [f"{WHY_NOT[why]}: {', '.join(names)}" for why, names in groups.items() if names]
+    return f"left alone, {sum(map(len, groups.values()))} of {len(rows)} groups: {'; '.join(told)}" if told else ""
 
 
 def rates(costs: Collection[Mapping[str, Any]]) -> dict[str, float]:

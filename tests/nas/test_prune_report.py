@@ -168,6 +168,8 @@ def timed(target: float, reached: float) -> dict[str, Any]:
         saving("stages.0 ffn", 4_000_000, 0.04),
         saving("stages.0 qk", 4_000_000, 0.04),
         saving("stages.1 ffn", 10_000_000, -0.01),
+        saving("stages.1 qk", 4_000_000, -0.03),
+        saving("stages.1 v", 0, 0.01),
     ]
     for row in data["rounds"]:
         row |= {"target": 2.0, "reached": 1.9}
@@ -484,6 +486,8 @@ def test_importance_per_millisecond_and_measured_costs(report: Report) -> None:
     whole = page.row("stages.0 embed")  # the whole network: 2.4 ms for 300 MMACs
     assert whole[:5] == ["0.080", "0.060 to 0.100", "10", "20.0", "2.50x"]
     assert page.row("stages.1 ffn")[:5] == ["none shown", "-0.030 to 0.010", "10", "–", "–"]
+    assert page.row("stages.1 qk")[0] == "slower"
+    assert page.row("stages.1 v")[0] == "no MACs saved"
     assert "judged by the closing run alone" in page.text
     assert "What a MAC costs here" not in report(invent()).text
 

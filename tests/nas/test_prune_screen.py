@@ -61,7 +61,9 @@ def invent(**budget: Any) -> dict[str, Any]:
 def shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def show(data: dict[str, Any], columns: int, terminal: bool) -> str:
         out = io.StringIO()
-        console = Console(file=out, width=columns, force_terminal=terminal, color_system=None, highlight=False)
+        console = Console(
+            file=out, width=columns, force_terminal=terminal, color_system=None, highlight=False, soft_wrap=True
+        )
         monkeypatch.setattr(nas.prune_screen, "console_of", lambda to_stderr: console)
         for name in ("model.onnx", "report.html"):
             (tmp_path / name).touch()
@@ -81,13 +83,16 @@ def test_no_figure_is_cut_at_any_width(shown, tmp_path: Path, columns: int, term
     paths = [str(tmp_path), "--weights", "vitnas bench"]
     lines = [line for line in text.splitlines() if not any(part in line for part in paths)]
     assert max(map(len, lines)) <= columns
+    next_line = (
+        f"Train it further: vitnas train {tmp_path} --weights {tmp_path}/model.safetensors --data images/flowers"
+    )
+    assert next_line in text  # on one line, to be copied
     words = " ".join(text.split())
     assert "unpruned, fine-tuned alike: 56.0% top-1 (95%: 48.7 to 63.1, 1,180 images)" in words
     assert "pruned minus unpruned, fine-tuned alike: -2.1 points (95%: -9.8 to +5.5): a tie" in words
     assert f"Network: {tmp_path} (model.onnx)" in words
     assert f"Report: {tmp_path}/report.html" in words
     assert f"vitnas bench efficientvit_m4 {tmp_path}" in words
-    assert f"vitnas train {tmp_path} --weights {tmp_path}/model.safetensors --data images/flowers" in words
 
 
 def test_the_headline_follows_the_verdict() -> None:

@@ -525,6 +525,29 @@ def test_the_trained_accuracy_is_the_headline(tmp_path: Path, capsys: pytest.Cap
     assert words in winner_line(data)
 
 
+def test_a_refused_network_has_no_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from nas.display import show_result
+
+    entry = {"label": "timm/no@7", "resolution": None, "error": "no multiple of 32", "ratio": None, "verdict": None}
+    data = trained(invent(20)) | {"against": [entry]}
+    data["accuracy"]["epochs"] = 1
+    page = report(tmp_path, data)
+    assert "timm/no@7" in page.text
+    assert "None px" not in page.text
+    show_result(data, tmp_path, to_stderr=False)
+    out = capsys.readouterr().out
+    assert "timm/no@7 failed: no multiple of 32" in out
+    assert "run at" not in out
+    assert "1 epoch of the recipe" in out
+
+
+def test_a_size_stands_once(tmp_path: Path) -> None:
+    figures = {"latency_ms": 2.0, "latency_p95_ms": 2.1, "ci_low_ms": 1.9, "ci_high_ms": 2.1, "samples": 60}
+    other = {"ratio": None, "throughput": 500.0, "verdict": "over"}
+    entry = {"label": "timm/odd", "resolution": 1_056, "error": "", **figures, **other}
+    assert report(tmp_path, invent(20) | {"against": [entry]}).source.count("1056") == 1
+
+
 def test_what_was_not_trained_has_no_height_in_the_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Such trials stand hollow at the foot, whatever the surrogate guessed of them."""
     from matplotlib.figure import Figure

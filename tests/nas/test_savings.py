@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import pytest
 
 from nas.measure import Measurement
-from nas.savings import LONGER_ROUNDS, ROUNDS, Saving, group_of, half, measure_savings, rates
+from nas.savings import LONGER_ROUNDS, ROUNDS, Saving, group_of, half, left_alone, measure_savings, rates
 from pruning.units import Anatomy, anatomy
 from search_spaces import Arch, get_arch
 
@@ -69,6 +69,16 @@ def test_only_what_is_unsure_is_measured_longer(parts: Anatomy) -> None:
     clock = Clock({})
     measure_savings(parts, KINDS, 8, clock)
     assert len(clock.runs) == 1
+
+
+def test_groups_left_alone_are_named_by_the_reason() -> None:
+    kinds = {"a": (9, 0.1, 0.3), "b": (9, -0.1, 0.3), "c": (9, -0.3, -0.1), "d": (0, -0.1, 0.3), "e": (9, -0.2, 0.1)}
+    rows = [Saving(name, macs, 0.1, ends, 40).row() for name, (macs, *ends) in kinds.items()]
+    assert left_alone(rows) == (
+        "left alone, 4 of 5 groups: no saving shown, though measured twice (95% interval of the saving holds 0): b, e; "
+        "slower when halved: c; no MACs saved: d"
+    )
+    assert left_alone(rows[:1]) == ""
 
 
 def test_what_a_row_holds() -> None:
