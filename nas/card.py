@@ -123,14 +123,16 @@ class Card(BaseModel):
     latency: Latency | None = None
 
     @classmethod
-    def of(cls, data: ImageData, top1: float | None = None, images: int = 0) -> Card:
-        """Of a network trained on `data`, whose transforms are those at its resolution. top1: percent of `images`."""
+    def of(cls, data: ImageData, top1: float | None = None, images: int = 0, part: str = "") -> Card:
+        """Of a network trained on `data`, whose transforms are those at its resolution. top1: percent of `images`, the
+        `part` of the data (validation where it is not named)."""
         from nas.intervals import of_share
 
         accuracy = None
         if top1 is not None:
             interval = of_share(top1, images)
-            accuracy = Accuracy(top1=top1, ci=(interval.low, interval.high), images=images, data=data.name)
+            name = f"{data.name}, {part}" if part else data.name
+            accuracy = Accuracy(top1=top1, ci=(interval.low, interval.high), images=images, data=name)
         classes = [name.encode(errors="surrogateescape").decode(errors="replace") for name in data.classes]
         return cls(preprocess=Preprocess.of(data.val.transform), classes=classes, accuracy=accuracy)
 

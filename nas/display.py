@@ -98,7 +98,8 @@ def what_now(data: Mapping[str, Any], folder: Path, images: str | None) -> list[
     lines, best = [], folder / "best"
     trained = (best / "model.safetensors").is_file()
     if (best / "model.onnx").is_file():
-        lines.append(f"Network: {best / 'model.onnx'} ({'trained' if trained else 'random'} weights)")
+        kind = "random" if not trained else "briefly trained" if data["short_training"] else "trained"
+        lines.append(f"Network: {best / 'model.onnx'} ({kind} weights)")
     lines.append(f"Report: {folder / 'report.html'}")
     if data["failures"]:
         lines.append(f"To go on: {data['command']}")

@@ -171,11 +171,12 @@ def save_onnx(
         raise UserError(f"this network cannot be exported: {first_line(error)}") from None
 
 
-def save_weights(model: nn.Module, path: Path) -> None:
+def save_weights(model: nn.Module, path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a network's state dict as safetensors."""
     from safetensors.torch import save
 
-    replace_file(path, save({name: value.contiguous().cpu() for name, value in model.state_dict().items()}))
+    tensors = {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
+    replace_file(path, save(tensors, metadata))
 
 
 def export_folder(arch: Arch, folder: Path, weights: str | None, num_classes: int | None, batch_size: int) -> str:

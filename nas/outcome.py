@@ -22,6 +22,7 @@ from nas.export import CONVERTED, label_onnx, lower_precision, save_onnx, write_
 from nas.files import drafted, folder_lock, replace_file
 from nas.final import result_path, weights_of
 from nas.front import Row, arch_of, best_of, choose, front_of, label_of, rows_of
+from nas.kept import Kept, path_of, read
 from nas.lineage import record
 from nas.measure import (
     RUNTIMES,
@@ -36,12 +37,15 @@ if TYPE_CHECKING:
     import numpy as np
     import optuna
 
+    from nas.data import Images
     from nas.final import Accuracies
     from nas.quality import Tier
     from nas.search import Options, Run
     from search_spaces import Arch
 
 LOCK = ".end.lock"
+HELD_OUT = "training images that the search held out and chose by"
+"""What the accuracy of a candidate's own training was counted on."""
 
 
 def finish_run(
@@ -89,6 +93,7 @@ class _Finish:
         self.final: list[Row] = []
         self.beside: list[Row] = []
         self.accuracy: dict[str, Any] | None = None
+        self.kept: Kept | None = None
 
     def run(self) -> dict[str, Any]:
         if self.trained:
@@ -188,13 +193,16 @@ class _Finish:
         return some_of(self.tier.schooling.data.at(arch.resolution).val) if self.trained else None
 
     def _card(self, arch: Arch, trained: bool) -> Card:
-        """What best/ says of its network; its accuracy is that of its own weights, the first seed's."""
+        """What best/ says of its network; its accuracy is that of its own weights: the first seed's, or those that the
+        search kept."""
         if not self.trained:
             card = Card.untrained(arch.resolution)
         else:
             data = self.tier.schooling.data.at(arch.resolution)
             card = Card(preprocess=Preprocess.of(data.val.transform))
-            if trained:
+            if self.kept:
+                card = Card.of(data, self.kept.top1, self.kept.judged, HELD_OUT)
+            elif trained:
                 result = result_path(self.options, arch, seed=0)  # Ctrl-C while it is judged leaves weights alone
                 found = json.loads(result.read_text()) if result.is_file() else {}
                 card = Card.of(data, found.get("top1"), found.get("images", 0))
@@ -211,17 +219,17 @@ class _Finish:
         return Latency(ms=row["latency_ms"], ci=ci, cpu=cpu, **{name: settings[name] for name in names})
 
     def _save(self, arch: Arch, folder: Path) -> bool:
-        """Write arch.json and the weights, where they are trained; then model.onnx, whose metadata says whether they
-        are, and beside it the file that was measured, where that has another precision: its latency is known, and its
-        accuracy is not. Whether they are trained."""
+        """Write arch.json and the weights, of the final training or else of the search's own, where there are any; then
+        model.onnx, whose metadata says whether there are, and beside it the file that was measured, where that has
+        another precision: its latency is known, and its accuracy is not. Whether they are trained."""
         options = self.options
         if self.phase:
             self.phase("writing best/", 0, 0)
-        weights = weights_of(options, arch) if options.lessons else None
+        weights, images = self._weights(arch) if options.lessons else (None, None)
         with self._step("best/"):
             start_best(arch, folder, weights)
             if weights is not None:
-                record(folder, self.tier.schooling.data.train, parent_weights(options.lessons.parent))
+                record(folder, images, parent_weights(options.lessons.parent))
         converted = options.settings.precision in CONVERTED and RUNTIMES[options.settings.runtime].artifact == "onnx"
         with self._step("best/model.onnx"):
             card = self._card(arch, weights is not None)
@@ -240,6 +248,15 @@ class _Finish:
                     card = card.model_copy(update={"accuracy": None, "latency": self._latency()})
                     label_onnx(draft, arch, weights is not None, card)
         return weights is not None
+
+    def _weights(self, arch: Arch) -> tuple[Path | None, Images]:
+        """A network's weights, the fullest training's that there is, and what they were trained on; sets `kept`."""
+        school, full = self.tier.schooling, weights_of(self.options, arch)
+        short = path_of(school.kept, arch.digest())
+        self.kept = None if full else read(short)
+        if self.kept:
+            return short, school.taught(arch.resolution)
+        return full, school.data.train
 
     def _failures(self) -> list[str]:
         return [*self.outset.failures, *self.end.failures]
@@ -274,13 +291,14 @@ class _Finish:
             "fastest": fastest and {"label": label_of(fastest), **{k: fastest[k] for k in FASTEST_KEYS}},
             "ties": ties_of(self.final),
             "advice": advice(options, run, rows, self.command) if winner is None else [],
-            "notes": [*run.notes, *self.notes, *self._remarks(measured)],
+            "notes": [*run.notes, *self.notes, *self._remarks(measured, trained)],
             "skipped": skipped_lines(options, rows),
             "protocol": protocol(options),
             "breakdown": breakdown(run),
             "trials_per_minute": 60 * len(run.trial_s) / run.wall_s if run.trial_s else 0.0,
             "median_trial_s": statistics.median(run.trial_s) if run.trial_s else 0.0,
             "untrained": not trained,
+            "short_training": self.kept and {"epochs": self.kept.epochs, "images": self.kept.images},
         }
 
     def _about_data(self) -> dict[str, Any]:
@@ -288,8 +306,8 @@ class _Finish:
 
         return asdict(summary(self.tier.schooling.data))
 
-    def _remarks(self, measured: Sequence[Row]) -> Iterator[str]:
-        """What a reader of the figures should know."""
+    def _remarks(self, measured: Sequence[Row], trained: bool) -> Iterator[str]:
+        """What a reader of the figures should know. trained: the weights in best/."""
         if self.trained:
             from nas.data import skipped_line
 
@@ -297,6 +315,10 @@ class _Finish:
             if skipped:
                 yield skipped
         first, winner = best_of(self.feasible), self.winner
+        if self.kept:
+            yield self.kept.words
+        elif self.trained and winner and not trained:
+            yield "best/ is untrained: the search has kept no training of this network"
         if self.trained and self.final and winner and self.accuracy is None:
             yield "the final trainings are not finished: the same command goes on with them"
         if self.final and winner is None:

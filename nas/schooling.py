@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from nas.errors import UserError
 from nas.files import tell
+from nas.kept import FOLDER
 from nas.lineage import TIMM, remark, seen_among, seen_by
 
 if TYPE_CHECKING:
@@ -115,6 +116,11 @@ class Schooling:
         return tuple(sorted({max(1, round(self.lessons.epochs / ETA**step)) for step in range(RUNGS)}))
 
     @property
+    def kept(self) -> Path:
+        """Where the best candidates' weights are kept."""
+        return self.folder.with_name(FOLDER)
+
+    @property
     def judged(self) -> int:
         """How many training images are held out to judge."""
         return min(JUDGED_IMAGES, math.ceil(JUDGED_SHARE * len(self.data.train)))
@@ -126,13 +132,12 @@ class Schooling:
 
     def split(self, resolution: int) -> tuple[Images, Images]:
         """The images that candidates train on, and those that judge them. Both come from the training images."""
-        from nas.data import cached, sample
+        from nas.data import cached
 
         if resolution not in self._splits:
             while len(self._splits) >= KEPT_SPLITS:
                 del self._splits[next(iter(self._splits))]
-            rest, judge = self.halves(resolution)
-            used = sample(rest, self.lessons.images, self.seed)
+            used, judge = self.taught(resolution), self.halves(resolution)[1]
             self._splits[resolution] = cached(used, resolution, self.say), cached(judge, resolution, self.say)
         return self._splits[resolution]
 
@@ -144,6 +149,12 @@ class Schooling:
         rest, _ = hold_out(data.train, self.judged, self.seed, self.seen)
         _, judge = hold_out(data.calibration, self.judged, self.seed, self.seen)
         return rest, judge
+
+    def taught(self, resolution: int) -> Images:
+        """The images that candidates train on, not kept in memory."""
+        from nas.data import sample
+
+        return sample(self.halves(resolution)[0], self.lessons.images, self.seed)
 
     @cached_property
     def _splits(self) -> dict[int, tuple[Images, Images]]:

@@ -357,7 +357,7 @@ def lessons_of(folder: Path, agreed: Mapping[str, Any]) -> str:
     found = wanted
     if (folder / LESSONS).is_file():
         found = json.loads((folder / LESSONS).read_text())
-    elif any((folder / name).exists() for name in ("final", "training")):
+    elif any((folder / name).exists() for name in ("final", "training", "kept")):
         found = {}
     differences = "; ".join(f"{key} {old}, this command says {new}" for key, old, new in _differ(found, wanted))
     if differences:

@@ -89,7 +89,7 @@ def measure_one(tier: Train, arch: Arch) -> dict[str, Any]:
 
     counts = table(arch)
     untrained = tier.predict(arch, counts)
-    estimate = tier.complete(arch, counts)
+    estimate = tier.complete(arch, counts, keeps=False)
     rungs = estimate.training["rungs"]
     school = tier.schooling
     rest, judge = school.halves(arch.resolution)

@@ -62,7 +62,7 @@ class Shared(Train):
         found = supernet.evaluate(arch, calibration, loader(judges, BATCH, shuffle=False, seed=school.seed))
         return self._told(estimate_of(found.top1, found.total), describe(arch, counts), {self.epochs: found.top1})
 
-    def complete(self, arch: Arch, counts: Table) -> Estimate:
+    def complete(self, arch: Arch, counts: Table, keeps: bool = True) -> Estimate:
         """As `estimate`: there is no further rung."""
         return self.estimate(arch, counts)
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from nas.files import replace_file
 from nas.intervals import joined, of_error, of_share
+from nas.kept import Kept, keep
 from nas.quality import Estimate
 from nas.quality.surrogate import Guess, Rungs, Surrogate, Trained, describe
 from nas.schooling import ETA
@@ -85,10 +86,10 @@ class Train:
         others = [each for each in self.schooling.results() if each.key != key]
         return self._weighed(self._fitted([*others, Trained(key, features, {first: rungs[str(first)]})]), key, features)
 
-    def complete(self, arch: Arch, counts: Table) -> Estimate:
-        """Train a network to the last rung."""
+    def complete(self, arch: Arch, counts: Table, keeps: bool = True) -> Estimate:
+        """Train a network to the last rung. keeps: it is a candidate, whose weights may be wanted (see `nas.kept`)."""
         others = [each for each in self.schooling.results() if each.key != arch.digest()]
-        return self._train(arch, describe(arch, counts), others, lambda *_: True)
+        return self._train(arch, describe(arch, counts), others, lambda *_: True, keeps)
 
     def review(self, networks: Sequence[tuple[str, Sequence[float]]]) -> list[Estimate]:
         """Estimates by all trainings so far of networks by digest and features."""
@@ -111,27 +112,37 @@ class Train:
         return self._last[1]
 
     def _train(
-        self, arch: Arch, features: np.ndarray, others: Sequence[Trained], goes_on: Callable[..., bool]
+        self,
+        arch: Arch,
+        features: np.ndarray,
+        others: Sequence[Trained],
+        goes_on: Callable[..., bool],
+        keeps: bool = True,
     ) -> Estimate:
         begun, key = time.monotonic(), arch.digest()
         folder = self.schooling.folder / key[:16]
         path = folder / "rungs.json"
         judged = json.loads(path.read_text()) if path.is_file() else {}
         rungs: dict[int, float] = {}
-        for epochs, network, judges in self._rungs(arch, folder):
+        for epochs, shape, network, judges in self._rungs(arch, folder):
             if str(epochs) not in judged:
                 judged[str(epochs)] = self.schooling.judge(network, judges).top1
                 replace_file(path, json.dumps(judged).encode())
             rungs[epochs] = judged[str(epochs)]
+            last = network if shape == arch else None  # at a lower resolution it is another network
             surrogate = self._fitted([*others, Trained(key, features, dict(rungs))])
             guess = surrogate.predict(features)
             if not goes_on(surrogate, guess, epochs):
                 break
+        if keeps and last is not None:
+            scores = {each.key: self._bounded(surrogate.predict(each.features)).score for each in surrogate.trained}
+            facts = Kept(epochs, self.schooling.used, rungs[epochs], self.schooling.judged, scores[key])
+            keep(self.schooling.kept, key, last, facts, scores)
         shutil.rmtree(folder, ignore_errors=True)
         return self._told(self._bounded(guess), features, rungs, seconds=time.monotonic() - begun)
 
-    def _rungs(self, arch: Arch, folder: Path) -> Iterator[tuple[int, nn.Module, Images]]:
-        """Train from rung to rung: epochs, the network, and the images that judge it."""
+    def _rungs(self, arch: Arch, folder: Path) -> Iterator[tuple[int, Arch, nn.Module, Images]]:
+        """Train from rung to rung: epochs, the network and its Arch there, and the images that judge it."""
         school, low, done = self.schooling, low_resolution(arch), 0
         weights = None
         if low is not None and len(school.rungs) > 1:
@@ -140,13 +151,13 @@ class Train:
             small, done = arch.at(low), school.rungs[0]
             images, judges = school.split(low)
             training = self.begin(small, images, self.recipe(self.epochs), school.seed, folder / "low")
-            yield done, self._until(training, done), judges
+            yield done, small, self._until(training, done), judges
             weights = transfer(small, training.network.state_dict(), arch)
         images, judges = school.split(arch.resolution)
         training = self.begin(arch, images, self.recipe(self.epochs - done), school.seed, folder / "whole", weights)
         for epochs in school.rungs:
             if epochs > done:
-                yield epochs, self._until(training, epochs - done), judges
+                yield epochs, arch, self._until(training, epochs - done), judges
 
     def _until(self, training: Training, epochs: int) -> nn.Module:
         before = self.epochs - training.recipe.epochs  # at a lower resolution

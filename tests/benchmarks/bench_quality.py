@@ -77,7 +77,7 @@ def work(args: argparse.Namespace, rows: list[dict[str, Any]]) -> Iterator[dict[
     data = open_data(args.data, args.resolution, None, 0)
     with tempfile.TemporaryDirectory() as folder:
         lessons = Lessons(args.data, args.images, args.epochs, args.final_epochs, 1, 0)
-        school = Schooling(data, lessons, 0, "cpu", Path(folder), list, lambda *_: None)
+        school = Schooling(data, lessons, 0, "cpu", Path(folder) / "training", list, lambda *_: None)
         tier = Train(school)
         settings = {"images": school.used, "resolution": args.resolution, "epochs": args.final_epochs}
         mine = {row["digest"]: row for row in rows if row["family"] == args.family}

@@ -203,6 +203,7 @@ def invent(trials: int = 100, budget: float = 2.0, seed: int = 0) -> dict[str, A
         "trials_per_minute": 21.4,
         "median_trial_s": 2.61,
         "untrained": True,
+        "short_training": None,
     }
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +22,7 @@ import nas.quality
 import nas.report
 import nas.search
 from nas.card import Card
+from nas.display import what_now
 from nas.errors import TrainingError, UserError
 from nas.measure import LinkLost, MeasureError, Measurement, Settings
 from nas.process import WorkerError
@@ -345,6 +348,15 @@ def test_a_network_that_surely_fits_is_the_headline(vitnas, device, tmp_path):
 
 # The end
 
+SHORT = "best/ holds the search's own training of 1 epoch of 100 images, not a full one"
+
+
+def assert_short(data: dict[str, Any]) -> None:
+    """best/ holds a candidate's own training, and says so."""
+    assert not data["untrained"]
+    assert data["short_training"] == {"epochs": 1, "images": 100}
+    assert any(note.startswith(SHORT) for note in data["notes"])
+
 
 @pytest.mark.parametrize("fault", [UserError("disagrees with PyTorch by 2e-04"), MemoryError(), RuntimeError("ONNX")])
 def test_a_network_that_cannot_be_exported_is_there_with_its_weights(
@@ -388,7 +400,7 @@ def test_a_final_training_that_fails(vitnas, device, tier, pictures, tmp_path, m
     data = json.loads(out)
     assert data["failures"][0].startswith(f"final training of {failed[0]} failed")
     assert data["accuracy"] is None
-    assert best(tmp_path)["model.onnx"] == b"untrained"
+    assert_short(data)
     assert vitnas(*trained(tmp_path, pictures))[0] == 0
     assert best(tmp_path)["model.onnx"] == b"trained"
 
@@ -434,10 +446,52 @@ def test_ctrl_c_at_the_end_keeps_what_was_done(vitnas, device, tier, pictures, t
         _, out, err = vitnas(*trained(tmp_path, pictures))
     assert "interrupted in this step" in err
     assert json.loads(out)["interrupted"]
-    assert (tmp_path / "s" / "report.html").is_file()
-    assert best(tmp_path)["model.onnx"] == b"untrained"
-    assert vitnas(*trained(tmp_path, pictures))[0] == 0
+    assert_short(json.loads(out))
+    assert SHORT in html.unescape((tmp_path / "s" / "report.html").read_text())
     assert best(tmp_path)["model.onnx"] == b"trained"
+    code, out, _ = vitnas(*trained(tmp_path, pictures))
+    assert code == 0
+    assert best(tmp_path)["model.onnx"] == b"trained"
+    assert json.loads(out)["short_training"] is None
+    assert not any(SHORT in note for note in json.loads(out)["notes"])
+
+
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_ctrl_c_in_a_trial_leaves_the_best_of_the_search_s_own_trainings(
+    vitnas, device, tier, pictures, tmp_path, monkeypatch, is_kept
+):
+    """With what it was judged on, and which images it has seen; where its weights are gone, best/ says so."""
+    cards, seen, finish = cards_of(monkeypatch), [], nas.outcome.finish_run
+
+    def finishing(options: Any, study: Any, run: Any, *more: Any, **words: Any) -> Any:
+        school = run.tier.schooling
+        seen.append(school.halves(64)[1].sources)
+        if not is_kept:
+            shutil.rmtree(school.kept)
+        return finish(options, study, run, *more, **words)
+
+    monkeypatch.setattr(nas.outcome, "record", lambda folder, images, parent: seen.append(images.sources))
+    monkeypatch.setattr(nas.outcome, "finish_run", finishing)
+    tier.faults[2] = KeyboardInterrupt()
+    code, out, _ = vitnas(*trained(tmp_path, pictures))
+    data, found = json.loads(out), best(tmp_path)
+    assert code == 130
+    if not is_kept:
+        assert data["untrained"]
+        assert found["model.onnx"] == b"untrained"
+        assert "best/ is untrained: the search has kept no training of this network" in data["notes"]
+        return
+    assert_short(data)
+    lines = what_now(data, tmp_path / "s", None)
+    assert lines[0] == f"Network: {tmp_path / 's' / 'best' / 'model.onnx'} (briefly trained weights)"
+    digest = Arch.from_json(found["arch.json"].decode()).digest()[:16]
+    assert found["model.safetensors"] == (tmp_path / "s" / "kept" / f"{digest}.safetensors").read_bytes()
+    card = cards["model.onnx"]
+    judging, taught = seen
+    assert (card.accuracy.top1, card.accuracy.images) == (50.0, len(judging))
+    assert card.accuracy.data.endswith(nas.outcome.HELD_OUT)
+    assert len(taught) == 100
+    assert not set(taught) & set(judging)
 
 
 def test_ctrl_c_while_the_final_training_is_judged(vitnas, device, tier, pictures, tmp_path, monkeypatch):
