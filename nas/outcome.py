@@ -225,7 +225,7 @@ class _Finish:
         options = self.options
         if self.phase:
             self.phase("writing best/", 0, 0)
-        weights, images = self._weights(arch) if options.lessons else (None, None)
+        weights, images = self._weights(arch) if self.trained else (None, None)
         with self._step("best/"):
             start_best(arch, folder, weights)
             if weights is not None:
