@@ -15,26 +15,43 @@ if TYPE_CHECKING:
     from nas.search import Options, Run
 
 
-def advice(options: Options, run: Run, rows: Sequence[Row], command: str) -> list[str]:
+def latencies(rows: Sequence[Row], final: Sequence[Row]) -> list[Row]:
+    """What was measured, fastest first: in the closing run where there was one, else by the trials.
+
+    rows: the trials. final: the closing run's.
+    """
+    found = [
+        row | {"latency_ci_low_ms": row["ci_low_ms"], "latency_ci_high_ms": row["ci_high_ms"]}
+        for row in final
+        if not row["error"]
+    ]
+    found = found or [row for row in rows if row["state"] == "complete"]
+    return sorted(found, key=lambda row: row["latency_ms"])
+
+
+def advice(options: Options, run: Run, rows: Sequence[Row], final: Sequence[Row], command: str) -> list[str]:
     """What may bring the budget within reach, what is known to help first; nothing where nothing was measured.
 
-    rows: the trials. command: the search's own, as typed.
+    rows: the trials; one far over the budget is ended too early for an interval of 95%. final: the closing run's.
+    command: the search's own, as typed.
     """
-    measured = [row for row in rows if row["state"] == "complete"]
+    measured = latencies(rows, final)
     if not measured:
         return []
-    fastest = min(measured, key=lambda row: row["latency_ms"])
+    fastest, lines = measured[0], []
+    sure = any(not row["error"] for row in final)
     budget = rounded_up(fastest["latency_ci_high_ms"])
-    lines = [f"a budget of {budget:g} ms, which {label_of(fastest)} meets: {with_budget(command, budget)}"]
+    if budget > options.budget_ms:
+        told = (
+            f"{budget:g} ms, which {label_of(fastest)} meets" if sure else f"about {budget:g} ms ({label_of(fastest)})"
+        )
+        lines.append(f"a budget of {told}: {with_budget(command, budget)}")
     smaller = lower_resolution(fastest, options.budget_ms)
     if smaller:
         lines.append(smaller)
-    known = [row["name"] for row in sorted(measured, key=lambda row: row["latency_ms"]) if row["name"]]
+    known = next((row for row in measured if row["name"] and row["latency_ms"] > options.budget_ms), None)
     if known:
-        lines.append(
-            f"a smaller network out of a trained one: vitnas prune --model {known[0]} "
-            f"--latency-budget {options.budget_ms:g}ms"
-        )
+        lines.append(f"a smaller network out of a trained one: {pruning(options, known)}")
     device, most = device_kind(options.settings.device), run.hardware.get("physical_cores", 1)
     if device == "cpu" and options.settings.threads < most and idle(run.hardware, most):
         lines.append(f"--threads {most}: this search used {options.settings.threads}, and the other CPUs are idle")
@@ -43,6 +60,18 @@ def advice(options: Options, run: Run, rows: Sequence[Row], command: str) -> lis
     if others:
         lines.append(f"--runtime: {', '.join(others)} may be faster")
     return lines + unsearched(options)
+
+
+def pruning(options: Options, row: Row) -> str:
+    """The command that prunes a published network to the search's budget, measured as the search does."""
+    settings = options.settings
+    words = ["vitnas", "prune", "--model", f"{row['name']}@{row['resolution']}"]
+    words += ["--latency-budget", f"{options.budget_ms:g}ms", "--device", settings.device]
+    words += ["--runtime", settings.runtime, "--threads", f"{settings.threads}"]
+    words += ["--batch-size", f"{settings.batch_size}", "--precision", settings.precision]
+    if options.lessons and options.lessons.data:
+        words += ["--data", options.lessons.data]
+    return shlex.join(words)
 
 
 def unsearched(options: Options) -> list[str]:

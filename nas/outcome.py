@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nas.advice import advice
+from nas.advice import advice, latencies
 from nas.budget import Verdict
 from nas.card import LABELS, PREPROCESS, Card, Latency, Preprocess
 from nas.closing import CLOSING_ROUNDS, MOST_ROUNDS, closing_run, ties_of
@@ -264,7 +264,7 @@ class _Finish:
     def _data(self, trained: bool) -> dict[str, Any]:
         options, run, rows, winner = self.options, self.outset, self.rows, self.winner
         measured = [row for row in rows if row["state"] == "complete"]
-        fastest = min(measured, key=lambda row: row["latency_ms"], default=None)
+        fastest = next(iter(latencies(rows, self.final)), None)
         return {
             "study": options.study,
             "command": self.command,
@@ -290,7 +290,7 @@ class _Finish:
             "winner": winner_data(winner),
             "fastest": fastest and {"label": label_of(fastest), **{k: fastest[k] for k in FASTEST_KEYS}},
             "ties": ties_of(self.final),
-            "advice": advice(options, run, rows, self.command) if winner is None else [],
+            "advice": advice(options, run, rows, self.final, self.command) if winner is None else [],
             "notes": [*run.notes, *self.notes, *self._remarks(measured, trained)],
             "skipped": skipped_lines(options, rows),
             "protocol": protocol(options),

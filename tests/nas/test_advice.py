@@ -12,28 +12,58 @@ COMMAND = "vitnas search --latency-budget 1ms --family shvit --study mine --out 
 QUIET, BUSY = ({"physical_cores": 2, "usable_cpus": 2, "busy_share": share} for share in (0.01, 0.5))
 
 
-def lines(hardware: dict, latency: float = 3.21, state: str = "complete", threads: int = 1) -> list[str]:
+def lines(
+    hardware: dict,
+    latency: float = 3.21,
+    state: str = "complete",
+    threads: int = 1,
+    lessons: SimpleNamespace | None = None,
+    closing: dict | None = None,
+) -> list[str]:
     fixed = {
         "trial": 3,
         "name": "shvit_s1",
         "state": state,
         "latency_ms": latency,
         "latency_ci_high_ms": 1.05 * latency,
+        "resolution": 160,
     }
     row = fixed | {"arch": json.loads(get_arch("shvit_s1").to_json())}
-    settings = SimpleNamespace(device="cpu", threads=threads, runtime="onnxruntime")
-    options = SimpleNamespace(settings=settings, budget_ms=1.0, families=("shvit",), lessons=None, resolution=None)
-    return advice(options, SimpleNamespace(hardware=hardware), [row], COMMAND)
+    settings = SimpleNamespace(device="cpu", threads=threads, runtime="onnxruntime", batch_size=2, precision="fp32")
+    options = SimpleNamespace(settings=settings, budget_ms=1.0, families=("shvit",), lessons=lessons, resolution=None)
+    final = [] if closing is None else [row | closing]
+    return advice(options, SimpleNamespace(hardware=hardware), [row], final, COMMAND)
 
 
 def test_it_names_the_budget_that_would_work_and_what_makes_networks_faster():
     budget, smaller, pruned, *_ = lines(QUIET)
     assert budget == (
-        "a budget of 3.4 ms, which shvit_s1 meets: vitnas search --latency-budget 3.4ms --family shvit --out 'my runs'"
+        "a budget of about 3.4 ms (shvit_s1): vitnas search --latency-budget 3.4ms --family shvit --out 'my runs'"
     )
     assert smaller.startswith("--resolution ")
     assert "an estimate of " in smaller
-    assert pruned.endswith("vitnas prune --model shvit_s1 --latency-budget 1ms")
+    assert pruned.endswith(
+        ": vitnas prune --model shvit_s1@160 --latency-budget 1ms --device cpu --runtime onnxruntime --threads 1 "
+        "--batch-size 2 --precision fp32"
+    )
+
+
+def test_a_pruning_gets_the_images_of_the_search():
+    told = lines(QUIET, lessons=SimpleNamespace(data="my images", parent=None))
+    assert any(line.endswith("--precision fp32 --data 'my images'") for line in told)
+
+
+def test_the_closing_run_counts_where_there_was_one():
+    """The trial's own interval is below the budget that the closing run showed to be missed."""
+    over = {"error": "", "latency_ms": 1.03, "ci_low_ms": 1.01, "ci_high_ms": 1.07}
+    budget, *_ = lines(QUIET, latency=0.94, closing=over)
+    assert budget.startswith("a budget of 1.1 ms, which shvit_s1 meets: ")
+
+
+def test_no_budget_below_the_one_given_is_advised():
+    told = lines(QUIET, latency=0.94, closing={"error": "killed"})
+    assert told
+    assert not any(line.startswith("a budget") or "vitnas prune" in line for line in told)
 
 
 def test_a_lower_resolution_is_named_only_where_it_would_fit():
@@ -43,7 +73,7 @@ def test_a_lower_resolution_is_named_only_where_it_would_fit():
 def test_more_threads_are_advised_where_their_cpus_are_idle():
     assert any(line.startswith("--threads 2") for line in lines(QUIET))
     for hardware in (BUSY, {"physical_cores": 2, "usable_cpus": 2, "busy_share": None}):
-        assert not any("--threads" in line for line in lines(hardware))
+        assert not any(line.startswith("--threads") for line in lines(hardware))
 
 
 def test_no_advice_where_nothing_was_measured():

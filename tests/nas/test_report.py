@@ -326,7 +326,7 @@ def test_trials_fit_but_nothing_does_when_measured_again(tmp_path: Path) -> None
     for row in data["final"]:
         row |= {"role": "published", "verdict": "over"}
     text = report(tmp_path, data).text
-    assert "Nothing found stays within 2 ms when measured again; the fastest trial was" in text
+    assert "Nothing found stays within 2 ms when measured again; the fastest was" in text
     assert "model.onnx" not in text
 
 
