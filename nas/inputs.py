@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nas.errors import UserError
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from search_spaces import Arch
 
 LENGTH = 16
+IMAGES = "the images of --data"
 
 
 def identity(
@@ -34,7 +35,7 @@ def identity(
         found[f"the network of --{option}"] = arch if arch is None or isinstance(arch, str) else arch.digest()[:LENGTH]
         found[f"the weights of --{option}"] = str(weights) if weights in (None, "timm") else file_digest(Path(weights))
     if data is not None:
-        found["the images of --data"] = data_digest(data)
+        found[IMAGES] = data_digest(data)
     return found
 
 
@@ -55,13 +56,20 @@ def file_digest(path: Path) -> str:
 
 
 def data_digest(data: ImageData) -> str:
-    """Of the images' content and labels, in order, however the folder that holds them is called."""
+    """Of the images' content and labels, in order, however the folder that holds them is called; the version of the
+    digests in front (see `older`)."""
     import numpy as np
 
-    from nas.data.digests import digests
+    from nas.data.digests import VERSION, digests
 
     digest = hashlib.sha256()
     for images in (data.train, data.val):
         digest.update(np.asarray(images.labels, dtype=np.int64).tobytes())
         digest.update(digests(images).tobytes())
-    return digest.hexdigest()[:LENGTH]
+    return f"{VERSION}:{digest.hexdigest()[:LENGTH]}"
+
+
+def older(known: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
+    """Whether an earlier vitnas digested the images of a run: its digest compares with none of today's."""
+    begun, now = known.get(IMAGES), found.get(IMAGES)
+    return begun is not None and now is not None and begun.rpartition(":")[0] != now.rpartition(":")[0]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from nas.errors import UserError
 from nas.files import replace_file, sweep_drafts, unwritable
-from nas.inputs import changed
+from nas.inputs import changed, older
 
 if TYPE_CHECKING:
     from torch import nn
@@ -97,6 +97,10 @@ class Job:
             raise UserError(
                 f"{self.folder} was begun by an older vitnas, which kept no record of what it read: give another --out"
             )
+        elif older(self.state.inputs, inputs):
+            if not self.finished:
+                raise UserError(f"{self.folder} was begun by an older vitnas: give another --out")
+            self.say(f"{self.folder} was finished by an older vitnas: whether its images were today's is unknown")
         elif what := changed(self.state.inputs, inputs):
             raise UserError(f"{self.folder} was begun with another content of {what}: give another --out")
         if self.state.network and not self.finished:

@@ -33,7 +33,7 @@ def record(folder: Path, images: Images, parent: str | Path | None = None) -> di
         return None
     found = np.union1d(digests(images), known)
     with drafted(folder / SEEN) as draft, draft.open("wb") as file:
-        np.save(file, found)
+        np.save(file, found.view([(_column(), np.uint64)]))
     return {"file": SEEN, "images": len(found)}
 
 
@@ -44,7 +44,15 @@ def seen_by(weights: str | Path | None) -> np.ndarray | None:
     if weights is None or str(weights) == TIMM:
         return np.empty(0, np.uint64)
     path = Path(weights) / SEEN if Path(weights).is_dir() else Path(weights).with_name(SEEN)
-    return np.load(path) if path.is_file() else None
+    kept = np.load(path) if path.is_file() else None
+    return kept.view(np.uint64) if kept is not None and kept.dtype.names == (_column(),) else None
+
+
+def _column() -> str:
+    """What the file calls its digests: those of another version compare with none of today's, and count as unknown."""
+    from nas.data.digests import VERSION
+
+    return f"digest{VERSION}"
 
 
 def seen_among(images: Images, seen: np.ndarray) -> np.ndarray:

@@ -26,7 +26,7 @@ from nas.cache import REFERENCE
 from nas.errors import FAULTS, DiskFull, UserError, is_full, reason
 from nas.export import Exporter
 from nas.files import replace_file, scratch, sweep_drafts, unwritable
-from nas.inputs import identity
+from nas.inputs import identity, older
 from nas.measure import (
     LinkLost,
     MeasureError,
@@ -359,6 +359,8 @@ def lessons_of(folder: Path, agreed: Mapping[str, Any]) -> str:
         found = json.loads((folder / LESSONS).read_text())
     elif any((folder / name).exists() for name in ("final", "training", "kept")):
         found = {}
+    if older(found, wanted):
+        raise UserError(f"{folder} holds trainings of an older vitnas; use --study for a new one")
     differences = "; ".join(f"{key} {old}, this command says {new}" for key, old, new in _differ(found, wanted))
     if differences:
         raise UserError(f"{folder} holds trainings with {differences}; use --study for a new one")

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nas.errors import UserError
+from nas.inputs import older
 from nas.storage import PATIENCE_S, alone, exclusive, mask_url, open_storage, storage_errors
 
 if TYPE_CHECKING:
@@ -77,6 +78,8 @@ def open_study(name: str, storage: str | Path, meta: dict[str, Any], sampler: An
                 )
             study.set_metric_names(METRICS)
             study.set_user_attr(META, meta)
+        elif older(stored, meta):
+            raise UserError("this study was begun by an older vitnas; use --study for a new one")
         elif stored != meta:
             differences = "; ".join(f"{key} {old}, this command says {new}" for key, old, new in _differ(stored, meta))
             raise UserError(f"this study has {differences}; use --study for a new one")

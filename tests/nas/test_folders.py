@@ -7,6 +7,7 @@ import pytest
 from nas import files, search
 from nas.errors import UserError
 from nas.files import folder_lock, job_folder, machine_tag
+from nas.inputs import IMAGES
 from nas.job import Job
 from nas.measure import Settings, default_threads
 from search_spaces.registry import FAMILIES
@@ -63,6 +64,26 @@ def test_a_job_sweeps_what_a_killed_one_left(tmp_path, ended):
     left.touch()
     job.make_folder()
     assert not left.exists()
+
+
+def test_what_an_older_vitnas_began_goes_on_only_where_it_is_finished(tmp_path):
+    """Its digests of images compare with none of today's: no user has changed them."""
+    begun, said = Job(tmp_path, {}, print, print, "cpu"), []
+    begun.agree({IMAGES: "0123456789abcdef", "the network of --model": "a"})
+    begun.make_folder()
+    begun.save()
+    today = {IMAGES: "2:0123456789abcdef", "the network of --model": "a"}
+    with pytest.raises(UserError, match="was begun by an older vitnas: give another --out"):
+        Job(tmp_path, {}, said.append, print, "cpu").agree(today)
+    begun.result.touch()
+    begun.finish()
+    Job(tmp_path, {}, said.append, print, "cpu").agree(today)
+    assert len(said) == 1
+    assert "by an older vitnas" in said[0]
+    lessons = search.lessons_of(tmp_path, begun.state.inputs)
+    (tmp_path / search.LESSONS).write_text(lessons)
+    with pytest.raises(UserError, match="trainings of an older vitnas; use --study"):
+        search.lessons_of(tmp_path, today)
 
 
 def test_two_prunings_of_one_folder(tmp_path, monkeypatch):

@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from nas.data import ImageData, open_data
+from nas.data.digests import _digest
 from nas.errors import UserError
-from nas.inputs import changed, data_digest, identity
+from nas.inputs import IMAGES, changed, data_digest, identity, older
 from search_spaces import get_arch
 
 
@@ -54,6 +55,44 @@ def test_images_exchanged_for_others_of_equal_size_and_time_are_other_data(tmp_p
     assert file.stat().st_size == state.st_size
     os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns + 1))
     assert data_digest(opened(root)) != first
+
+
+@pytest.mark.parametrize(("name", "side"), [("x.bmp", 256), ("x.bmp", 700), ("x.tif", 700), ("x.ppm", 700)])
+def test_images_that_differ_in_a_patch_differ(tmp_path: Path, name: str, side: int) -> None:
+    """Of an uncompressed image, all bytes outside of the patch are the same."""
+    pixels = np.full((side, side, 3), 200, np.uint8)
+    (tmp_path / "one").mkdir()
+    (tmp_path / "other").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "one" / name)
+    row = side // 5
+    pixels[row : row + 50, 20:170] = 90
+    Image.fromarray(pixels).save(tmp_path / "other" / name)
+    one, other = (_digest(tmp_path / part / name) for part in ("one", "other"))
+    assert one != other
+    (tmp_path / "copy").write_bytes((tmp_path / "one" / name).read_bytes())
+    assert _digest(tmp_path / "copy") == one, "whatever its name"
+
+
+def test_of_a_large_compressed_file_three_pieces_are_read(tmp_path: Path) -> None:
+    content = bytearray(b"\x89PNG" + bytes(2**20))
+    (tmp_path / "a").write_bytes(content)
+    content[2**19] = 1
+    (tmp_path / "b").write_bytes(content)
+    content[2**19] = 0
+    content[2**18] = 1
+    (tmp_path / "c").write_bytes(content)
+    a, b, c = (_digest(tmp_path / name) for name in "abc")
+    assert a == c != b
+
+
+def test_what_an_older_vitnas_digested_is_called_so(tmp_path: Path) -> None:
+    now = {IMAGES: data_digest(open_data(None, 32, None, 0))}
+    before = {IMAGES: "0123456789abcdef"}
+    assert older(before, now)
+    assert not older(now, now)
+    assert not older(now, {IMAGES: now[IMAGES][:-1] + "-"}), "other images"
+    assert not older({}, now)
+    assert not older(now, {})
 
 
 def test_digits_and_names_that_are_no_text(tmp_path: Path) -> None:

@@ -67,6 +67,16 @@ def test_a_parent_hands_on_what_it_has_seen(folder: Path, weights: Path, tmp_pat
     assert seen_among(data.val, seen_by(child)).all()
 
 
+def test_digests_of_another_version_are_unknown(folder: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = opened(folder, 0)
+    record(weights.parent, data.train)
+    assert seen_by(weights) is not None
+    monkeypatch.setattr("nas.data.digests.VERSION", 9)
+    assert seen_by(weights) is None
+    np.save(weights.parent / SEEN, digests(data.train))  # as the first version kept them
+    assert seen_by(weights) is None
+
+
 def test_what_unknown_weights_have_seen_is_unknown(folder: Path, weights: Path) -> None:
     assert seen_by(weights) is None
     assert opened(folder, 0, weights).notes[0].startswith(f"which images {weights} was trained on is unknown")

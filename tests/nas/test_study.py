@@ -21,6 +21,7 @@ import nas
 from nas import search
 from nas import study as layer
 from nas.errors import UserError
+from nas.inputs import IMAGES
 from nas.measure import Settings
 from nas.storage import open_storage
 from nas.study import ask as next_trial
@@ -61,6 +62,12 @@ def ask(study: optuna.Study, leased: bool = True) -> optuna.Trial:
     for name, permitted in CHOICES.items():
         trial.suggest_int(name, permitted[0], permitted[-1])
     return trial
+
+
+def test_a_study_of_an_older_vitnas_is_called_so(tmp_path: Path) -> None:
+    start(tmp_path / "study.journal", **{IMAGES: "0123456789abcdef"})
+    with pytest.raises(UserError, match="begun by an older vitnas; use --study"):
+        start(tmp_path / "study.journal", **{IMAGES: "2:0123456789abcdef"})
 
 
 def process(body: str, *args: object) -> subprocess.Popen[str]:
