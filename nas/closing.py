@@ -13,7 +13,7 @@ from nas.export import Exporter
 from nas.files import scratch
 from nas.front import Row, arch_of, best_of, choose, finalists_of, label_of, rank
 from nas.measure import MeasureError, Measurement, Settings, compare, device_lock
-from nas.measure.protocol import paired_ratio
+from nas.measure.protocol import Interrupted, paired_ratio
 from nas.process import WorkerError
 from nas.search import keep_samples
 
@@ -44,6 +44,14 @@ FINAL_KEYS = (
 )
 
 
+class ClosingInterrupted(KeyboardInterrupt):
+    """Ctrl-C while some networks were measured longer. final, beside: as `closing_run` returns them, by then."""
+
+    def __init__(self, final: list[Row], beside: list[Row]) -> None:
+        super().__init__()
+        self.final, self.beside = final, beside
+
+
 def closing_run(
     options: Options,
     rows: Sequence[Row],
@@ -55,11 +63,14 @@ def closing_run(
 
     Finalists whose interval holds the budget, and that would win if they fitted, are measured longer.
 
-    calibration: images for int8. note: told of those that stay unsure.
+    calibration: images for int8. note: told of those that stay unsure, or cannot be measured longer.
 
     Returns:
         Rows of the final table, best first: those that surely fit, those that may, the others; rows of the outside
         networks, whose ratios are to the first of those.
+
+    Raises:
+        ClosingInterrupted: Ctrl-C, once all networks had been measured side by side.
     """
     budget = LatencyBudget(options.budget_ms)
     finalists = {label_of(row): row for row in finalists_of(rows, options.budget_ms)}
@@ -80,6 +91,7 @@ def closing_run(
             "ci_high_ms": high,
             "samples": result.n,
             "verdict": budget.judge(result.ci_ms),
+            "rounds_alone": max(0, len(result.rounds_ms) - CLOSING_ROUNDS),
         }
 
     def unsure(results: Mapping[str, Measurement | MeasureError]) -> list[str]:
@@ -89,11 +101,17 @@ def closing_run(
         open_ones = [label for label, row in found.items() if row["verdict"] == Verdict.UNSURE]
         return [label for label in open_ones if sure is None or rank(found[label]) < rank(sure)]
 
+    interrupted = False
     with Exporter(calibration) as exporter:
-        results = side_by_side(
-            exporter, networks | outside, options.settings, CLOSING_ROUNDS, progress, options.folder, unsure
-        )
-        if many:
+        try:
+            results = side_by_side(
+                exporter, networks | outside, options.settings, CLOSING_ROUNDS, progress, options.folder, unsure, note
+            )
+        except Interrupted as interrupt:
+            if interrupt.done < CLOSING_ROUNDS:
+                raise
+            results, interrupted = interrupt.results, True
+        if many and not interrupted:
             batches = side_by_side(exporter, networks | outside, many, THROUGHPUT_ROUNDS, progress, options.folder)
     for label in unsure(results):
         low, high = results[label].ci_ms
@@ -140,6 +158,8 @@ def closing_run(
                 together(results[label]), together(first)
             )
         beside.append(entry)
+    if interrupted:
+        raise ClosingInterrupted(final, beside)
     return final, beside
 
 
@@ -195,11 +215,15 @@ def side_by_side(
     progress: Callable[[int, int], None] | None,
     folder: Path,
     unsure: Callable[[Mapping[str, Measurement | MeasureError]], Sequence[str]] = lambda results: (),
+    note: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Measurement | MeasureError]:
     """One interleaved run of networks by their labels; what cannot be exported is an error of its own.
 
     folder: the run's, for the files that are measured. unsure: of the results, those to be measured longer, up to
-    MOST_ROUNDS.
+    MOST_ROUNDS; one that fails then keeps what it has, which `note` is told.
+
+    Raises:
+        Interrupted: Ctrl-C; while some are measured longer, with the results until then.
     """
     results: dict[str, Measurement | MeasureError] = {}
     with scratch(folder) as room, device_lock(settings.device):
@@ -210,14 +234,18 @@ def side_by_side(
             except WorkerError as error:
                 results[label] = MeasureError(f"cannot be exported: {error}")
         results |= compare(paths, settings, rounds=rounds, progress=progress)
-        done = rounds
-        while done < MOST_ROUNDS and (labels := unsure(results)):
-            longer = compare({label: paths[label] for label in labels}, settings, rounds=rounds, progress=progress)
+        done, failed = rounds, set()
+        while done < MOST_ROUNDS and (labels := [label for label in unsure(results) if label not in failed]):
+            try:
+                longer = compare({label: paths[label] for label in labels}, settings, rounds=rounds, progress=progress)
+            except KeyboardInterrupt:
+                raise Interrupted(results, done) from None
             for label, more in longer.items():
-                before = results[label]
-                if isinstance(more, Measurement):
-                    more = replace(more, rounds_ms=before.rounds_ms + more.rounds_ms)
-                results[label] = more
+                if isinstance(more, MeasureError):
+                    failed.add(label)
+                    note(f"{label} could not be measured longer: {more}")
+                else:
+                    results[label] = replace(more, rounds_ms=results[label].rounds_ms + more.rounds_ms)
             done += rounds
     return results
 

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from nas.budget import Verdict
+from nas.front import later_rounds
 from nas.outcome import OVERHEAD, overhead_share
 from nas.quality import told_score
 from nas.search import INTERRUPTED
@@ -67,7 +68,8 @@ def show_result(
             show_against(console, data["against"], data["final"][0])
         prose(
             console,
-            "One interleaved run. Intervals of latency: 95%, of its median."
+            " ".join(filter(None, ("One interleaved run.", later_rounds(data["final"]))))
+            + " Intervals of latency: 95%, of its median."
             + (" Weights are untrained." if data["untrained"] else "")
             + (f" Images a second are at batch {data['throughput_at']}." if data["throughput_at"] else ""),
         )

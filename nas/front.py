@@ -136,6 +136,12 @@ def label_of(row: Row) -> str:
     return row["name"] or f"trial {row['trial']}"
 
 
+def later_rounds(final: Sequence[Row]) -> str:
+    """Which networks of a closing run were measured longer after it, as a sentence; "" where none was."""
+    longer = [row["label"] for row in final if row.get("rounds_alone")]
+    return f"Measured longer afterwards, in rounds of their own: {', '.join(longer)}." if longer else ""
+
+
 def arch_of(row: Row) -> Arch:
     from search_spaces import Arch
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from nas.advice import advice, latencies
 from nas.budget import Verdict
 from nas.card import LABELS, PREPROCESS, Card, Latency, Preprocess
-from nas.closing import CLOSING_ROUNDS, MOST_ROUNDS, closing_run, ties_of
+from nas.closing import CLOSING_ROUNDS, MOST_ROUNDS, ClosingInterrupted, closing_run, ties_of
 from nas.ending import Ending
 from nas.export import CONVERTED, label_onnx, lower_precision, save_onnx, write_onnx
 from nas.files import drafted, folder_lock, replace_file
@@ -147,9 +147,13 @@ class _Finish:
             with self._step("closing side-by-side run"):
                 if self.phase:
                     self.phase("exporting the best for the closing side-by-side run", 0, 0)
-                self.final, self.beside = closing_run(
-                    self.options, self.rows, self.outset.calibration, watched, self.notes.append
-                )
+                try:
+                    self.final, self.beside = closing_run(
+                        self.options, self.rows, self.outset.calibration, watched, self.notes.append
+                    )
+                except ClosingInterrupted as cut:
+                    self.final, self.beside = cut.final, cut.beside
+                    raise
         if self.feasible and not self.final:
             left_out = "closing side-by-side run" + (" and no final training" if self.options.lessons else "")
             self.notes.append(f"no {left_out} was made; latencies are those of the single trials")

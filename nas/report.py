@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from nas.card import CLASSIFY
 from nas.files import replace_file
-from nas.front import score_words
+from nas.front import later_rounds, score_words
 from nas.quality import told_score
 from nas.storage import mask_url
 from nas.units import counted
@@ -130,6 +130,7 @@ def _html(data: dict[str, Any], plot: bytes) -> str:
         "feasible": [t for t in trials if t["feasible"]],
         "reasons": reasons[:REASONS_SHOWN],
         "other_reasons": reasons[REASONS_SHOWN:],
+        "later": later_rounds(data["final"]),
         "wall_s": wall_seconds(data),
     }
     return render("report.html", data | shown)

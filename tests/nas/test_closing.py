@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from nas import closing
+from nas.front import later_rounds
 from nas.measure import MeasureError, Measurement
 from nas.targets import find_target
 from search_spaces import get_arch
@@ -108,11 +109,29 @@ def test_what_is_over_wins_nothing(tmp_path, clock):
     assert len(clock.runs) == 1
 
 
-def test_one_that_fails_when_measured_longer_is_out(tmp_path, clock):
-    final, _ = close(tmp_path, clock, t0=[WIDE, MeasureError("killed by signal 9")], t1=SURE)
+def test_one_that_fails_when_measured_longer_keeps_what_it_has(tmp_path, clock):
+    final, notes = close(tmp_path, clock, t0=[WIDE, MeasureError("killed by signal 9")], t1=SURE)
     assert len(clock.runs) == 2
-    assert final[0]["trial"] == 1
-    assert (final[1]["error"], final[1]["verdict"]) == ("killed by signal 9", None)
+    assert [(row["trial"], row["error"], row["verdict"]) for row in final] == [(1, "", "fits"), (0, "", "unsure")]
+    assert final[1]["samples"] == 30
+    assert notes[0] == "trial 0 could not be measured longer: killed by signal 9"
+
+
+def test_ctrl_c_while_some_are_measured_longer_keeps_the_closing_run(tmp_path, clock, monkeypatch):
+    def compare(paths, *_, **options):
+        if len(clock.runs) == 2:
+            raise KeyboardInterrupt
+        return Clock.compare(clock, paths, *_, **options)
+
+    monkeypatch.setattr(closing, "compare", compare)
+    with pytest.raises(closing.ClosingInterrupted) as cut:
+        close(tmp_path, clock, t0=WIDE, t1=SURE)
+    assert [(row["trial"], row["role"], row["samples"]) for row in cut.value.final] == [
+        (1, "winner", 30),
+        (0, "found", 60),
+    ]
+    assert later_rounds(cut.value.final) == "Measured longer afterwards, in rounds of their own: trial 0."
+    assert later_rounds(cut.value.final[:1]) == ""
 
 
 def test_networks_beside_run_at_the_resolution_of_the_best_finalist():
