@@ -157,19 +157,23 @@ class Card(BaseModel):
 
     @classmethod
     def read(cls, path: Path) -> Card:
-        """Of an ONNX file, or of a folder: its model.onnx's, or what lies beside where that cannot be read.
+        """Of an ONNX file, or of a folder: its model.onnx's, or what lies beside where that cannot be read or says
+        nothing, as an earlier version's; its accuracy is then that in metrics.json.
 
         Raises:
             UserError: a file that cannot be read.
         """
         if path.is_dir():
             with suppress(UserError):
-                return cls.read(path / "model.onnx")
+                card = cls.read(path / "model.onnx")
+                if card.preprocess is not None:
+                    return card
             preprocess, labels = path / PREPROCESS, path / LABELS
             found = {
                 "preprocess": preprocess.read_text() if preprocess.is_file() else "null",
                 "classes": json.dumps(labels.read_text().splitlines() if labels.is_file() else None),
             }
+            found = {**_measured(path / "metrics.json"), **{key: text for key, text in found.items() if text != "null"}}
         else:
             found = {key.removeprefix(PREFIX): value for key, value in metadata_of(load_onnx(path)).items()}
         try:
@@ -192,6 +196,22 @@ class Card(BaseModel):
                 replace_file(folder / name, text)
             else:
                 (folder / name).unlink(missing_ok=True)
+
+
+def _measured(path: Path) -> dict[str, str]:
+    """What a training's metrics.json says of its network, each as JSON."""
+    from nas.intervals import of_share
+
+    found = {}
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        metrics = json.loads(path.read_text())
+        if "class_names" in metrics["data"]:
+            found["classes"] = json.dumps(metrics["data"]["class_names"])
+        top1, images = (metrics["final"][key] for key in ("top1", "val_images"))
+        interval = of_share(top1, images)
+        accuracy = Accuracy(top1=top1, ci=(interval.low, interval.high), images=images, data=metrics["data"]["name"])
+        found["accuracy"] = accuracy.model_dump_json()
+    return found
 
 
 def metadata_of(model: ModelProto) -> dict[str, str]:

@@ -215,7 +215,7 @@ def show_against(console: Console, rows: Sequence[Mapping[str, Any]], first: Map
 
 def show_train(data: Mapping[str, Any], folder: Path, to_stderr: bool) -> None:
     """What a training came to."""
-    from nas.training import top1_words
+    from nas.training import accuracy_of
 
     console, final = console_of(to_stderr), data["final"]
     if final is None:
@@ -225,7 +225,7 @@ def show_train(data: Mapping[str, Any], folder: Path, to_stderr: bool) -> None:
     if "top1" not in final:
         console.print(f"Epoch {final['epoch']} was not judged ({which}).")
     else:
-        console.print(f"{top1_words(final)} of {data['data']['name']}: {which}.")
+        console.print(f"{accuracy_of(final)} of {data['data']['name']}: {which}.")
     seconds = sum(row["seconds"] for row in data["epochs"])
     console.print(
         f"{data['params'] / 1e6:.2f} M parameters, {data['macs'] / 1e6:.0f} MMACs at {data['resolution']} px; "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import version
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from nas.card import LABELS, PREFIX, PREPROCESS, Card, Preprocess
 from nas.errors import UserError, first_line
 from nas.files import drafted, replace_file, scratch, unwritable
+from nas.lineage import SEEN
 from nas.measure import RUNTIMES, Settings
 from nas.process import Worker
 
@@ -182,7 +183,8 @@ def save_weights(model: nn.Module, path: Path, metadata: dict[str, str] | None =
 def export_folder(arch: Arch, folder: Path, weights: str | None, num_classes: int | None, batch_size: int) -> str:
     """Write arch.json, model.onnx with its card and, where weights are given, model.safetensors; returns what was done.
 
-    Of weights that vitnas trained, the card and metrics.json are taken from the folder they lie in.
+    Of weights that vitnas trained, the card, metrics.json and the images they have seen are taken from the folder they
+    lie in.
 
     Raises:
         UserError: a folder that cannot be written, weights that cannot be had or do not fit, or an ONNX network that
@@ -199,8 +201,8 @@ def export_folder(arch: Arch, folder: Path, weights: str | None, num_classes: in
         raise UserError(str(error)) from None
     if weights is not None and model.untrained:
         raise UserError(_other_classifier(model, weights))
-    card, metrics = card_for(model.arch, weights)
-    agreed = replace_network(model, folder, batch_size, weights is not None, card, metrics)
+    card, facts = card_for(model.arch, weights)
+    agreed = replace_network(model, folder, batch_size, weights is not None, card, facts)
     what = "with random, untrained weights"
     if model.loaded:
         what = "with the given weights" + (f" ({model.loaded.told})" if model.loaded.told else "")
@@ -209,31 +211,35 @@ def export_folder(arch: Arch, folder: Path, weights: str | None, num_classes: in
     return f"{folder}/model.onnx: {arch.family} {what}; {agreed}"
 
 
-def card_for(arch: Arch, weights: str | None) -> tuple[Card, Path | None]:
-    """The card of an Arch with weights, and the metrics.json of their training.
+def card_for(arch: Arch, weights: str | None) -> tuple[Card, list[Path]]:
+    """The card of an Arch with weights, and the files beside these that are true of them.
 
     Of a run's model.safetensors they are the run's own, without accuracy and metrics where the Arch is another.
     """
     if weights is None:
-        return Card.untrained(arch.resolution), None
+        return Card.untrained(arch.resolution), []
     if weights == "timm":
-        return Card.timm(arch), None
+        return Card.timm(arch), []
     path = Path(weights)
+    seen = [path.with_name(SEEN)] if path.with_name(SEEN).is_file() else []
     if path.name != "model.safetensors" or not (path.parent / "arch.json").is_file():
-        return Card.untrained(arch.resolution), None
-    card, metrics = Card.read(path.parent), path.parent / "metrics.json"
-    if (path.parent / "arch.json").read_text() == arch.to_json() and card.preprocess is not None:
-        return card, metrics if metrics.is_file() else None
+        return Card.untrained(arch.resolution), seen
+    card = Card.read(path.parent)
+    if (path.parent / "arch.json").read_text() == arch.to_json():
+        facts = (path.with_name(name) for name in ("metrics.json", "prune.json"))
+        own = card.preprocess or Preprocess.own(arch.resolution)
+        return card.model_copy(update={"preprocess": own}), [*seen, *(each for each in facts if each.is_file())]
     classes = card.classes if card.classes and len(card.classes) == arch.num_classes else None
-    return Card(preprocess=Preprocess.own(arch.resolution), classes=classes), None
+    return Card(preprocess=Preprocess.own(arch.resolution), classes=classes), seen
 
 
 def replace_network(
-    model: nn.Module, folder: Path, batch_size: int, trained: bool, card: Card, metrics: Path | None = None
+    model: nn.Module, folder: Path, batch_size: int, trained: bool, card: Card, facts: Sequence[Path] = ()
 ) -> str:
-    """Write arch.json, model.onnx, its card and, of a trained network, model.safetensors; all of them or none.
+    """Write arch.json, model.onnx, its card and, of a trained network, model.safetensors; all of them or none. No file
+    that speaks of an earlier network stays.
 
-    metrics: a file of its training, to be copied.
+    facts: files that speak of this one, to be copied.
 
     Returns, Raises:
         As `save_onnx`.
@@ -242,10 +248,12 @@ def replace_network(
         with scratch(folder) as draft:
             save_model(model, draft, with_weights=trained)
             agreed = save_onnx(model, draft, batch_size, trained, card)
-            if metrics is not None:
-                replace_file(draft / "metrics.json", metrics.read_bytes())
-            for name in ("model.safetensors", "metrics.json", LABELS):
+            for fact in facts:
+                replace_file(draft / fact.name, fact.read_bytes())
+            for name in ("metrics.json", "prune.json", PREPROCESS, LABELS):
                 (folder / name).unlink(missing_ok=True)
+            for earlier in folder.glob("model.*"):
+                earlier.unlink()
             for path in draft.iterdir():
                 path.replace(folder / path.name)
     except OSError as error:

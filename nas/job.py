@@ -53,6 +53,12 @@ class State:
     inputs: dict[str, str | None] = field(default_factory=dict)
 
 
+def default_folder_of(verb: str, model: str, how: str) -> Path:
+    """runs/<verb>-<model>-<how>."""
+    label = "-".join(part for part in model.strip("/").split("/") if part not in ("", ".", "..", "runs"))
+    return Path("runs") / f"{verb}-{label.removesuffix('.json')}-{how}"
+
+
 class Job:
     """options: what must be equal for the folder's run to go on, as JSON has it. device: where networks train. result:
     the file that a finished run leaves."""

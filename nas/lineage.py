@@ -17,17 +17,17 @@ TIMM = "timm"
 """Weights that were trained on ImageNet, not on the user's images."""
 
 
-def record(folder: Path, images: Images, parent: str | Path | None = None) -> dict[str, Any] | None:
-    """Keep what the weights in `folder` were trained on: these images, and what their `parent` was trained on.
+def record(folder: Path, images: Images, *parents: str | Path | None) -> dict[str, Any] | None:
+    """Keep what the weights in `folder` were trained on: these images, and what their `parents` were trained on.
 
     Returns:
-        The file and its number of images; None, and no file, where it is unknown what the parent was trained on.
+        The file and its number of images; None, and no file, where it is unknown what a parent was trained on.
     """
     import numpy as np
 
     from nas.data.digests import digests
 
-    known = seen_by(parent)
+    known = seen_by(*parents)
     if known is None:
         (folder / SEEN).unlink(missing_ok=True)
         return None
@@ -37,15 +37,20 @@ def record(folder: Path, images: Images, parent: str | Path | None = None) -> di
     return {"file": SEEN, "images": len(found)}
 
 
-def seen_by(weights: str | Path | None) -> np.ndarray | None:
-    """Digests of the images that weights were trained on: none of random ones and timm's; None where it is unknown."""
+def seen_by(*weights: str | Path | None) -> np.ndarray | None:
+    """Digests of the images that weights were trained on: none of random ones and timm's; None where it is unknown of
+    any of them."""
     import numpy as np
 
-    if weights is None or str(weights) == TIMM:
-        return np.empty(0, np.uint64)
-    path = Path(weights) / SEEN if Path(weights).is_dir() else Path(weights).with_name(SEEN)
-    kept = np.load(path) if path.is_file() else None
-    return kept.view(np.uint64) if kept is not None and kept.dtype.names == (_column(),) else None
+    found = [np.empty(0, np.uint64)]
+    for each in weights:
+        if each is not None and str(each) != TIMM:
+            path = Path(each) / SEEN if Path(each).is_dir() else Path(each).with_name(SEEN)
+            kept = np.load(path) if path.is_file() else None
+            if kept is None or kept.dtype.names != (_column(),):
+                return None
+            found.append(kept.view(np.uint64))
+    return np.unique(np.concatenate(found))
 
 
 def _column() -> str:

@@ -17,7 +17,7 @@ from nas.export import save_model, save_onnx, save_weights, write_artifact
 from nas.files import job_folder, replace_file, scratch
 from nas.inputs import identity
 from nas.intervals import Interval, of_difference
-from nas.job import Job, Progress, Say, compute_device, now
+from nas.job import Job, Progress, Say, compute_device, default_folder_of, now
 from nas.measure import MeasureError, Measurement, Settings, compare, device_lock, in_turn
 from nas.measure.protocol import paired_ratio
 from nas.report import significant
@@ -166,8 +166,7 @@ def kinds_of(axes: str) -> tuple[str, ...]:
 
 def default_folder(model: str, budget: Budget) -> Path:
     """runs/prune-<model>-<budget>."""
-    label = "-".join(part for part in model.strip("/").split("/") if part not in ("", ".", "..", "runs"))
-    return Path("runs") / f"prune-{label.removesuffix('.json')}-{budget.option.split('-')[0]}-{budget.text.strip()}"
+    return default_folder_of("prune", model, f"{budget.option.split('-')[0]}-{budget.text.strip()}")
 
 
 def prune(options: Options, command: str, say: Say, progress: Progress) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from nas.report import (
     wall_seconds,
 )
 from nas.savings import group_of, rates, stage_of, why_not
+from nas.units import listed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -180,12 +181,12 @@ def _summary(data: Doc) -> tuple[list[str], list[str]]:
     gone = [row["block"] for row in rows if row["after"] is None]
     if gone:
         total = sum("blocks" in row["block"] for row in rows)
-        lines["cut"].append(f"{len(gone)} of {_count(total, 'block')} removed whole: {_names(gone)}")
+        lines["cut"].append(f"{len(gone)} of {_count(total, 'block')} removed whole: {listed(gone, NAMED)}")
     for what, key in (("attention", "attention heads"), ("the FFN", "FFN hidden units")):
         lost = [row["block"] for row in left if _change(row, TOTALS[key]).direction == "gone"]
         if lost:
             lines["cut"].append(
-                f"{what} removed from {_count(len(lost), 'other block' if gone else 'block')}: {_names(lost)}"
+                f"{what} removed from {_count(len(lost), 'other block' if gone else 'block')}: {listed(lost, NAMED)}"
             )
     for label, total in TOTALS.items():
         for direction, said in lines.items():
@@ -239,11 +240,6 @@ def _total(doc: Any, key: str) -> int:
         own = doc.get(key)
         return (int(own) if isinstance(own, int) else 0) + sum(_total(item, key) for item in doc.values())
     return sum(_total(item, key) for item in doc) if isinstance(doc, list) else 0
-
-
-def _names(paths: list[str]) -> str:
-    rest = len(paths) - NAMED
-    return ", ".join(paths[:NAMED]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _count(number: int, what: str) -> str:

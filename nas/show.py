@@ -11,6 +11,7 @@ from nas.card import PREFIX, Card, load_onnx, metadata_of
 from nas.errors import UserError
 from nas.intervals import top1_words
 from nas.tables import Column, console_of, print_table, prose
+from nas.units import listed
 
 if TYPE_CHECKING:
     from nas.targets import Target
@@ -198,8 +199,8 @@ def lines_of(facts: Mapping[str, Any]) -> list[str]:
 
 def few(names: Sequence[str]) -> str:
     """The first names, and how many more there are."""
-    kept = [name for i, name in enumerate(names) if len(", ".join(names[: i + 1])) <= NAMED] or [names[0][:NAMED]]
-    return ", ".join(kept) + (f" and {len(names) - len(kept)} more" if len(names) > len(kept) else "")
+    fitting = sum(len(", ".join(names[: i + 1])) <= NAMED for i in range(len(names)))
+    return listed([name[:NAMED] for name in names], max(fitting, 1))
 
 
 def _row(number: int, stage: Mapping[str, Any]) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -17,7 +17,8 @@ from nas.card import LABELS, PREPROCESS, Card
 from nas.errors import TrainingError, UserError
 from nas.export import save_model, save_onnx
 from nas.files import folder_lock, replace_file
-from nas.job import Job, Progress, Say, now
+from nas.intervals import top1_words
+from nas.job import Job, Progress, Say, default_folder_of, now
 from nas.process import usable_cpus
 
 if TYPE_CHECKING:
@@ -168,8 +169,7 @@ def default_workers(device: str) -> int:
 
 def default_folder(model: str, recipe: str) -> Path:
     """runs/train-<model>-<recipe>."""
-    label = "-".join(part for part in model.strip("/").split("/") if part not in ("", ".", "..", "runs"))
-    return Path("runs") / f"train-{label.removesuffix('.json')}-{recipe}"
+    return default_folder_of("train", model, recipe)
 
 
 def train(options: Options, command: str, say: Say, progress: Progress) -> dict[str, Any]:
@@ -217,7 +217,8 @@ class _Run:
             found = self._results() if not self.rank else {"error": None}
             self.job.say(f"{self.options.folder} is finished: these are its results")
             if not self.rank:
-                self._mend(Card.of(self.data, found.get("top1"), found.get("images") or 0))
+                last = found["final"] or {}
+                self._mend(Card.of(self.data, last.get("top1"), last.get("val_images", 0)))
             return found
         training, guided = self._training(self._network(), self._teacher())
         self._begin(training)
@@ -290,7 +291,10 @@ class _Run:
             raise UserError(f"{options.model} is {self.target.kind}: give a published name, an arch.json or a folder")
         size = options.resolution or self.target.arch.resolution
         arch = self.target.arch.at(size)
-        data = open_data(options.data, size, options.num_classes, options.seed, options.weights)
+        self.parents = [options.weights]
+        if options.oracle is not None:  # its weights are lent to the network
+            self.parents.append(str(find_target(options.oracle).weights or "timm"))
+        data = open_data(options.data, size, options.num_classes, options.seed, *self.parents)
         self.data: ImageData = data.at(size, options.recipe.augmentation)
         self.arch: Arch = arch.replace(num_classes=len(data.classes))
         if data.demo:
@@ -469,7 +473,7 @@ class _Run:
             return
         self.job.say(f"interrupted after {done}: writing the network (Ctrl-C again leaves that out)")
         data = self._write(training, None, done)
-        told = top1_words(data["final"]) if "top1" in (data["final"] or {}) else "which was not judged"
+        told = accuracy_of(data["final"]) if "top1" in (data["final"] or {}) else "which was not judged"
         which = f"epoch {training.epoch}" if training.epoch else done
         self.job.say(f"{self.options.folder} holds the network of {which}, {told}")
 
@@ -498,9 +502,7 @@ class _Run:
         if broken:
             self._note(broken)
         trained = bool(training.epoch or training.within.updates)
-        if trained:
-            save_model(training.network.cpu(), options.folder)
-        seen = record(options.folder, self.data.train, options.weights) if trained else None
+        seen = record(options.folder, self.data.train, *self.parents) if trained else None
         last = training.history[-1] if training.history else {}
         settings = Settings("torch", options.device, torch.get_num_threads(), training.images)
         data = {
@@ -531,6 +533,10 @@ class _Run:
             "interrupted": interrupted,
             "error": str(error) if error else None,
         }
+        if trained:  # what was said of earlier weights goes first: Ctrl-C may end this anywhere
+            for earlier in (options.folder / "model.onnx", self.job.result):
+                earlier.unlink(missing_ok=True)
+            save_model(training.network.cpu(), options.folder)
         replace_file(self.job.result, json.dumps(data, indent=1))
         if trained:
             from nas.data import some_of
@@ -563,15 +569,14 @@ class _Run:
 
 def epoch_line(row: dict[str, Any], epochs: int) -> str:
     return (
-        f"epoch {row['epoch']}/{epochs}: {top1_words(row)}, loss {row['loss']:.3f}, learning rate {row['lr']:.2g}, "
+        f"epoch {row['epoch']}/{epochs}: {accuracy_of(row)}, loss {row['loss']:.3f}, learning rate {row['lr']:.2g}, "
         f"{row['images_per_s']:.0f} images/s"
     )
 
 
-def top1_words(row: dict[str, Any]) -> str:
+def accuracy_of(row: Mapping[str, Any]) -> str:
     """An epoch's accuracy as it is told."""
-    low, high = row["top1_ci"]
-    return f"{row['top1']:.1f}% top-1 (95%: {low:.1f} to {high:.1f}, {row['val_images']:,} images)"
+    return top1_words(row["top1"], row["top1_ci"], row["val_images"])
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from nas.errors import UserError
 
@@ -67,6 +68,12 @@ def parse_duration(text: str) -> float:
     if not match or float(match[1]) == 0:
         raise UserError(f"timeout {text!r} is not a duration: write it like 90s, 10m or 1h")
     return float(match[1]) * SECONDS[match[2] or "s"]
+
+
+def listed(names: Iterable[str], most: int = 3) -> str:
+    """The first names, and how many more there are: "a, b, c and 2 more"."""
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def counted(number: int, noun: str) -> str:

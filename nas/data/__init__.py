@@ -104,7 +104,7 @@ class ImageData:
 
 
 def open_data(
-    name: str | Path | None, resolution: int, num_classes: int | None, seed: int, weights: str | Path | None = None
+    name: str | Path | None, resolution: int, num_classes: int | None, seed: int, *weights: str | Path | None
 ) -> ImageData:
     """Open a data set at R = `resolution` pixels a side, normalised with ImageNet's mean and deviation.
 
@@ -118,7 +118,7 @@ def open_data(
             Of images without a validation split `seed` picks a tenth of each class (of digits a fifth) for it. Shards
             for validation have val, validation or test in their names.
         num_classes: how many classes the caller expects; None takes what there is.
-        weights: what a network begins with, "timm" or a file: images that it was trained on do not validate, where
+        weights: what a network begins with, each "timm" or a file: images that it was trained on do not validate, where
             that can be, and a note says how many do.
 
     Raises:
@@ -134,15 +134,16 @@ def open_data(
         _require_two_of_each(found, classes)
         share = DIGITS_VAL_SHARE if demo else VAL_SHARE
         images = _images(train, resolution, demo)
-        known = seen_by(weights)
+        known = seen_by(*weights)
         seen = seen_among(images, known) if known is not None and len(known) else None
         train_images, val_images = (images.pick(part) for part in split(train.labels, share, seed, seen))
         validation = f"{share:.0%} of each class, picked by seed {seed}"
         if seen is not None and seen.any() and not seen_among(val_images, known).any():
-            validation = f"those that {weights} was not trained on"
+            named = list(dict.fromkeys(str(each) for each in weights if len(seen_by(each))))
+            validation = f"those that {' and '.join(named)} {'was' if len(named) == 1 else 'were'} not trained on"
     else:
         train_images, val_images = (_images(part, resolution, demo) for part in (train, val))
-    told = remark(weights, val_images, "validation")
+    told = [remark(each, val_images, "validation") for each in dict.fromkeys(weights)]
     data = ImageData(
         found.name,
         classes,
@@ -152,7 +153,7 @@ def open_data(
         demo=demo,
         validation=validation,
         left_out=found.left_out,
-        notes=(*found.notes, *filter(None, [told])),
+        notes=(*found.notes, *filter(None, told)),
     )
     return data.at(resolution)
 

@@ -6,7 +6,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -18,6 +18,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from nas.data.about import shown
 from nas.data.found import Found, Part
 from nas.errors import UserError
+from nas.units import listed
 
 SPLITS = {
     "train": ("train", "training", "trn"),
@@ -36,7 +37,6 @@ FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "AVIF", "JPEG2000", "PPM
 """What a file without a known suffix may be: formats with a signature."""
 UNREAD = frozenset(("MPEG", "HDF5", "GRIB", "BUFR", "WMF", "EPS", "PDF"))
 """Formats that Pillow names but does not decode by itself."""
-FEW = 3
 
 
 @dataclass
@@ -53,7 +53,7 @@ class LeftOut:
     def lines(self) -> tuple[str, ...]:
         found = [f"{name}/" for name in self.whole]
         if self.loose:
-            found.append(f"{_count(len(self.loose), 'image')} beside the class folders ({_few(self.loose)})")
+            found.append(f"{_count(len(self.loose), 'image')} beside the class folders ({listed(self.loose)})")
         found += [f"folder{'s' * (count > 1)} {_times(name, count)}" for name, count in self.folders.items()]
         found += [f"link {name} (to a folder that is read anyway)" for name in self.links]
         if self.suffixes:
@@ -64,7 +64,7 @@ class LeftOut:
 def files_of(suffixes: Counter[str]) -> str:
     """Files that are no images, by suffix."""
     kinds = [f"{count:,} {suffix or 'without a suffix'}" for suffix, count in suffixes.most_common()]
-    return f"files that Pillow cannot open ({_few(kinds)})"
+    return f"files that Pillow cannot open ({listed(kinds)})"
 
 
 @dataclass(frozen=True)
@@ -287,7 +287,7 @@ def _matched(found: Scan, classes: Sequence[str], train: str) -> tuple[Scan, lis
     if not any(images.values()):
         raise UserError(f"{root} holds no images: add some, or remove it")
     lacking = [shown(name) for name in classes if not images.get(name)]
-    note = [f"{found.root.name}/ has no images of {_few(lacking)}: accuracy says nothing of them"] if lacking else []
+    note = [f"{found.root.name}/ has no images of {listed(lacking)}: accuracy says nothing of them"] if lacking else []
     return Scan(found.root, images, found.deep, found.suffixes), note
 
 
@@ -302,7 +302,7 @@ def _notes(found: Scan) -> Iterator[str]:
         name, inside = next(iter(found.deep.items()))
         yield (
             f"{_count(len(found.deep), 'class')} of {len(found.images)} hold folders of their own "
-            f"({shown(name)}: {_few([shown(each) for each in inside])}): their images all count as {shown(name)}"
+            f"({shown(name)}: {listed([shown(each) for each in inside])}): their images all count as {shown(name)}"
         )
 
 
@@ -324,9 +324,3 @@ def _count(count: int, what: str) -> str:
 
 def _times(name: str, count: int) -> str:
     return f"{name}/" + (f" ({count:,} times)" if count > 1 else "")
-
-
-def _few(names: Iterable[str]) -> str:
-    names = list(names)
-    more = f" and {len(names) - FEW} more" if len(names) > FEW else ""
-    return ", ".join(names[:FEW]) + more

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -115,6 +116,40 @@ def test_export_keeps_what_is_known(vitnas, folder, tmp_path):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
     code, text, _ = vitnas("export", str(folder / "arch.json"), "--out", str(tmp_path / "more"), "--batch-size", "2")
     assert Card.read(tmp_path / "more") == Card.read(folder), "the weights lie beside the Arch"
+
+
+def test_a_folder_of_an_earlier_version_says_what_its_metrics_hold(vitnas, folder, tmp_path):
+    """Its model.onnx says nothing of itself, and no card lies beside it."""
+    old, told = tmp_path / "old", Card.read(folder)
+    old.mkdir()
+    for name in ("arch.json", "model.safetensors"):
+        shutil.copyfile(folder / name, old / name)
+    found = json.loads((folder / "metrics.json").read_text())
+    for key in ("top1", "top1_ci", "images", "classes"):
+        del found[key]
+    (old / "metrics.json").write_text(json.dumps(found))
+    wanted = Card(classes=CLASSES, accuracy=told.accuracy)
+    assert Card.read(old) == wanted, "of weights that could not be exported"
+    to_onnx(torch.nn.Flatten(), old / "model.onnx", 8, 1)
+    assert Card.read(old) == wanted
+    assert f"accuracy: {told.accuracy.top1:.1f}% top-1" in vitnas("show", str(old))[1]
+    assert vitnas("export", str(old), "--out", str(tmp_path / "new"))[0] == 0
+    assert Card.read(tmp_path / "new") == told
+    assert (tmp_path / "new" / "metrics.json").is_file()
+
+
+def test_the_images_that_weights_have_seen_go_with_them(vitnas, folder, tmp_path):
+    """Into a folder where what was said of another network goes."""
+    for name in ("model.seen.npy", "model.int8.onnx", "prune.json", "labels.txt"):
+        (tmp_path / name).write_text("of another network")
+    assert vitnas("export", str(folder), "--out", str(tmp_path))[0] == 0
+    assert (tmp_path / "model.seen.npy").read_bytes() == (folder / "model.seen.npy").read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("arch.json", "model.onnx", "model.safetensors", "model.seen.npy"),
+        *("metrics.json", "preprocess.json", "labels.txt"),
+    }
+    assert vitnas("export", "shvit_s1", "--out", str(tmp_path))[0] == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"arch.json", "model.onnx", "preprocess.json"}
 
 
 def test_the_classes_of_weights_in_another_network_stay_and_its_accuracy_goes(vitnas, folder, tmp_path):

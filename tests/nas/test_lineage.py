@@ -77,6 +77,18 @@ def test_digests_of_another_version_are_unknown(folder: Path, weights: Path, mon
     assert seen_by(weights) is None
 
 
+def test_both_parents_hand_on_what_they_have_seen(folder: Path, weights: Path, tmp_path: Path) -> None:
+    data, other, child = opened(folder, 0), tmp_path / "other", tmp_path / "child"
+    for each in (other, child):
+        each.mkdir()
+    record(weights.parent, data.train)
+    record(other, data.val)
+    assert record(child, data.val, "timm", weights, other) == {"file": SEEN, "images": 40}
+    (line,) = open_data(folder, 16, None, 0, weights, other).notes
+    assert line.startswith(f"4 of 4 validation images were in the training of {other}")
+    assert seen_by(weights, tmp_path / "elsewhere" / "x.pth") is None
+
+
 def test_what_unknown_weights_have_seen_is_unknown(folder: Path, weights: Path) -> None:
     assert seen_by(weights) is None
     assert opened(folder, 0, weights).notes[0].startswith(f"which images {weights} was trained on is unknown")

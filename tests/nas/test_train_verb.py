@@ -292,6 +292,32 @@ def test_a_second_signal_ends_it_at_once(vitnas, deit, tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("few")
+def test_ctrl_c_in_the_writing_leaves_nothing_of_earlier_weights(vitnas, deit, tmp_path, monkeypatch):
+    """Beside the weights of epoch 2 no file of epoch 1 stays."""
+    first = tmp_path / "first"
+    with monkeypatch.context() as patched:
+        signalled(patched, 5)
+        assert vitnas("train", deit, "--out", str(first), *ONCE)[0] == 130
+    weights = (first / "model.safetensors").read_bytes()
+    for where, left in (
+        ("nas.hardware.describe", {"model.onnx", "metrics.json"}),
+        ("nas.training.replace_file", set()),
+        ("nas.training.save_onnx", {"metrics.json"}),
+    ):
+        out = tmp_path / where
+        shutil.copytree(first, out)
+        with monkeypatch.context() as patched:
+            signalled(patched, 8)
+            patched.setattr(where, _interrupt)
+            assert vitnas("train", deit, "--out", str(out), *ONCE)[0] == 130
+        assert {path.name for path in out.iterdir()} & {"model.onnx", "metrics.json"} == left
+        same = (out / "model.safetensors").read_bytes() == weights
+        assert same == ("model.onnx" in left)
+        if left:
+            assert metrics(out)["interrupted"].startswith("epoch 1" if same else "epoch 2")
+
+
+@pytest.mark.usefixtures("few")
 def test_a_signal_before_the_first_update_is_done_leaves_nothing(vitnas, deit, tmp_path, monkeypatch):
     monkeypatch.setattr(nas.train.Updater, "step", _interrupt)
     code, _, err = vitnas("train", deit, "--out", str(tmp_path / "out"), *ONCE)
@@ -299,7 +325,7 @@ def test_a_signal_before_the_first_update_is_done_leaves_nothing(vitnas, deit, t
     assert "no update was finished: nothing is kept" in err
 
 
-def _interrupt(*args: object) -> None:
+def _interrupt(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
 
 
@@ -651,6 +677,12 @@ def test_an_oracle_lends_weights_and_chooses_tokens(vitnas, small, deit, tmp_pat
     code, _, err = vitnas("train", str(student), "--oracle", str(oracle), "--out", str(tmp_path / "out"), *args)
     assert code == 0, err
     assert "chooses the tokens" in err
+    assert metrics(tmp_path / "out")["seen"]["images"] == metrics(oracle)["seen"]["images"], "the same ones"
+    (oracle / "model.seen.npy").unlink()
+    data = ("--out", str(tmp_path / "again"), *args)
+    code, _, err = vitnas("train", str(student), "--oracle", str(oracle), *data)
+    assert f"which images {oracle / 'model.safetensors'} was trained on is unknown" in err
+    assert metrics(tmp_path / "again")["seen"] is None
     assert metrics(tmp_path / "out")["final"]["loss"] < metrics(oracle)["final"]["loss"]
     refused = vitnas("train", small("levit"), "--oracle", str(oracle), "--out", str(tmp_path / "x"), *args)
     vitnas.refused(refused, "EViT")
