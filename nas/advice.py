@@ -40,7 +40,7 @@ def advice(options: Options, run: Run, rows: Sequence[Row], final: Sequence[Row]
         return []
     fastest, lines = measured[0], []
     sure = any(not row["error"] for row in final)
-    budget = rounded_up(fastest["latency_ci_high_ms"])
+    budget = rounded_up(fastest["latency_ci_high_ms"] or fastest["latency_p95_ms"])
     if budget > options.budget_ms:
         told = (
             f"{budget:g} ms, which {label_of(fastest)} meets" if sure else f"about {budget:g} ms ({label_of(fastest)})"

@@ -19,8 +19,8 @@ from socketserver import ThreadingMixIn
 from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from nas.budget import LatencyBudget
 from nas.errors import UserError
+from nas.front import verdict_of
 from nas.quality import told_score
 from nas.storage import open_storage
 from nas.study import META
@@ -173,13 +173,11 @@ def note(trial: FrozenTrial, meta: Mapping[str, Any]) -> str:
 def latency_words(attrs: Mapping[str, Any]) -> str:
     detail = attrs.get("detail", {})
     low, high = detail.get("latency_ci_low_ms"), detail.get("latency_ci_high_ms")
-    if low is None or high is None:
+    if "latency_ci_low_ms" not in detail:
         return f"Latency {attrs['latency_ms']:.3f} ms, budget {attrs['budget_ms']:g} ms."
-    verdict = LatencyBudget(attrs["budget_ms"]).judge((low, high))
-    return (
-        f"Latency {attrs['latency_ms']:.3f} ms (95%: {low:.3f} to {high:.3f}), budget {attrs['budget_ms']:g} ms: "
-        f"{verdict}."
-    )
+    verdict = verdict_of(attrs["budget_ms"], detail | {"latency_ms": attrs["latency_ms"]})
+    ends = "measured briefly" if low is None or high is None else f"95%: {low:.3f} to {high:.3f}"
+    return f"Latency {attrs['latency_ms']:.3f} ms ({ends}), budget {attrs['budget_ms']:g} ms: {verdict}."
 
 
 def score_words(trial: FrozenTrial) -> str:

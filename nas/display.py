@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from nas.budget import Verdict
-from nas.front import later_rounds
+from nas.front import interval_words, later_rounds
 from nas.outcome import OVERHEAD, overhead_share
 from nas.quality import told_score
 from nas.search import INTERRUPTED
@@ -46,21 +46,21 @@ def show_result(
         prose(console, "No trial was measured.")
     elif winner is None:
         prose(console, f"Nothing fits {budget} ({where}).")
-        ends = f"{fastest['latency_ci_low_ms']:.2f} to {fastest['latency_ci_high_ms']:.2f}"
+        ends = interval_words(fastest["latency_ci_low_ms"], fastest["latency_ci_high_ms"])
         prose(
             console,
-            f"Fastest measured: {fastest['label']} ({fastest['family']}), {fastest['latency_ms']:.2f} ms (95% {ends}).",
+            f"Fastest measured: {fastest['label']} ({fastest['family']}), {fastest['latency_ms']:.2f} ms ({ends}).",
         )
         for line in data["advice"]:
             prose(console, f"  may help: {line}")
     else:
         sure = winner["verdict"] == Verdict.FITS
         found = f"Best within {budget}" if sure else f"No network surely fits {budget}; the best of those that may"
-        ends = f"{winner['ci_low_ms']:.2f} to {winner['ci_high_ms']:.2f} ms"
+        ends = interval_words(winner["ci_low_ms"], winner["ci_high_ms"])
         prose(
             console,
             f"{found} ({where}): {winner['label']} of the family {winner['family']}, {winner['latency_ms']:.2f} ms "
-            f"({'' if sure else 'unsure: '}95% {ends}), {quality_words(data)}.",
+            f"({'' if sure else 'unsure: '}{ends}), {quality_words(data)}.",
         )
     if data["final"]:
         show_final(console, data["final"], data["quality_tier"]["name"])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from nas.budget import LatencyBudget, Verdict
 from nas.intervals import of_error
+from nas.measure.protocol import HOPELESS
 from nas.quality import told_score
 from nas.search import INTERRUPTED, LATENCY_KEYS
 
@@ -63,8 +64,16 @@ def rows_of(study: optuna.Study) -> list[Row]:
 
 
 def verdict_of(budget_ms: float, detail: Mapping[str, Any]) -> Verdict:
-    """What a trial's own measurement says of its budget."""
-    return LatencyBudget(budget_ms).judge((detail["latency_ci_low_ms"], detail["latency_ci_high_ms"]))
+    """What a trial's own measurement says of its budget; measured briefly, that of one far over it is sure."""
+    ci = detail["latency_ci_low_ms"], detail["latency_ci_high_ms"]
+    if None in ci:
+        return Verdict.OVER if detail["latency_ms"] > HOPELESS * budget_ms else Verdict.UNSURE
+    return LatencyBudget(budget_ms).judge(ci)
+
+
+def interval_words(low: float | None, high: float | None) -> str:
+    """The 95% interval of a latency; a few rounds have none."""
+    return "measured briefly" if low is None or high is None else f"95% {low:.2f} to {high:.2f} ms"
 
 
 def earlier_ci(detail: Mapping[str, Any]) -> list[float] | None:

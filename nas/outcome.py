@@ -213,11 +213,11 @@ class _Finish:
         return card
 
     def _latency(self) -> Latency | None:
-        """The winner's: of the closing run, or of its trial where there was none; None where it was not measured."""
+        """The winner's: of the closing run, or of its trial where there was none; None where it has no interval."""
         row, settings = self.winner, asdict(self.options.settings)
-        if row["latency_ms"] is None:
-            return None
         ci = [row.get(f"ci_{end}_ms", row.get(f"latency_ci_{end}_ms")) for end in ("low", "high")]
+        if None in ci:
+            return None
         names = ("device", "runtime", "precision", "threads", "batch_size")
         cpu = self.outset.hardware.get("cpu")
         return Latency(ms=row["latency_ms"], ci=ci, cpu=cpu, **{name: settings[name] for name in names})

@@ -33,7 +33,16 @@ Looks = dict[str, tuple[str, str]]  # a family's colour and marker
 
 COLUMNS = (
     *("trial", "family", "name", "state", "quality", "quality_estimate", "quality_low", "quality_high", "quality_how"),
-    *("latency_ms", "latency_p95_ms", "latency_ci_low_ms", "latency_ci_high_ms", "n", "spread", "reference_ms"),
+    *(
+        "latency_ms",
+        "latency_p95_ms",
+        "latency_ci_low_ms",
+        "latency_ci_high_ms",
+        "n",
+        "rounds",
+        "spread",
+        "reference_ms",
+    ),
     *("throughput", "params_m", "macs_m", "resolution", "feasible", "verdict", "source"),
     "error",
 )

@@ -36,7 +36,7 @@ from nas.measure import (
     device_lock,
     open_measurer,
 )
-from nas.measure.protocol import quanta, quanta_line, settled
+from nas.measure.protocol import SURE_ROUNDS, quanta, quanta_line, settled
 from nas.process import WorkerError
 
 if TYPE_CHECKING:
@@ -526,14 +526,15 @@ class TrialRunner:
         for trial in self.study.get_trials(deepcopy=False):
             detail = trial.user_attrs.get("detail")
             if detail and detail["digest"] == digest and detail.get("code") == code_digest():
-                return {key: detail[key] for key in LATENCY_KEYS} | {"source": "reused"}
+                return {key: detail.get(key) for key in LATENCY_KEYS} | {"source": "reused"}
         return None
 
     def _latency(self, trial: optuna.Trial, arch: Arch, clock: Clock) -> dict[str, Any]:
-        """What measuring says (LATENCY_KEYS), and whether it was measured now."""
+        """What measuring says (LATENCY_KEYS), and whether it was measured now; of a few rounds without an interval."""
         batch_size, many = self.options.settings.batch_size, self.options.throughput_at
         result, when = self._timed(trial, arch, batch_size, self.options.budget_ms, clock)
-        low, high = result.ci_ms
+        rounds = len(result.rounds_ms)
+        low, high = result.ci_ms if rounds >= SURE_ROUNDS else (None, None)
         throughput = result.throughput(batch_size)
         if many is not None:
             goal = None if result.p50_ms <= self.options.budget_ms else 0.0  # over budget: a few rounds are enough
@@ -549,6 +550,7 @@ class TrialRunner:
             "latency_ci_low_ms": low,
             "latency_ci_high_ms": high,
             "samples": result.n,
+            "rounds": rounds,
             "reference_ms": result.reference_p50_ms,
             "reference_drift": result.reference_drift,
             "throughput": throughput,
@@ -601,6 +603,7 @@ LATENCY_KEYS = (
     "latency_ci_low_ms",
     "latency_ci_high_ms",
     "samples",
+    "rounds",
     "reference_ms",
     "reference_drift",
     "throughput",

@@ -48,6 +48,11 @@ def test_it_names_the_budget_that_would_work_and_what_makes_networks_faster():
     )
 
 
+def test_one_that_was_measured_briefly_has_no_interval_to_go_by():
+    brief = {"error": "", "ci_low_ms": None, "ci_high_ms": None, "latency_p95_ms": 3.31}
+    assert lines(QUIET, closing=brief)[0].startswith("a budget of 3.4 ms")
+
+
 def test_a_pruning_gets_the_images_of_the_search():
     told = lines(QUIET, lessons=SimpleNamespace(data="my images", parent=None))
     assert any(line.endswith("--precision fp32 --data 'my images'") for line in told)

@@ -3,7 +3,7 @@
 import json
 
 from nas.closing import ties_of
-from nas.front import best_of, choose, finalists_of, front_of, rank, score_words
+from nas.front import best_of, choose, finalists_of, front_of, interval_words, rank, score_words
 from nas.intervals import of_error
 from nas.quality import Estimate
 from nas.search import keep_samples
@@ -48,6 +48,11 @@ def test_one_that_surely_fits_goes_before_a_better_one_that_may():
     assert choose([over, unsure, sure]) is sure
     assert choose([over, unsure]) is unsure
     assert choose([over]) is None
+
+
+def test_what_was_measured_briefly_has_no_interval():
+    assert interval_words(1.234, 2.0) == "95% 1.23 to 2.00 ms"
+    assert interval_words(None, None) == "measured briefly"
 
 
 def test_front_has_no_dominated_and_no_infeasible_row():

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from nas.cache import Cache, default_path
+from nas.front import verdict_of
 from nas.measure import Measurement, Settings
 from nas.search import TrialRunner, open_cache
 from search_spaces import get_arch
@@ -66,6 +67,18 @@ def test_waiting_times_do_not_enter_the_cache(tmp_path, slice_ms, kept):
     arch = get_arch("shvit_s1")
     assert runner._timed(SimpleNamespace(number=0), arch, 1, 9.0, clock) == (found, None)
     assert (cache.last(arch, 1) is not None) == kept
+
+
+@pytest.mark.parametrize(("rounds", "ci"), [(3, (None, None)), (5, (None, None)), (6, (4.0, 4.0))])
+def test_a_few_rounds_have_no_interval_of_95_percent(rounds, ci):
+    runner = TrialRunner(SimpleNamespace(settings=Settings(), budget_ms=2.0, throughput_at=None), None, None)
+    found = Measurement([[4.0]] * rounds, [[2.0]] * rounds)
+    runner._timed = lambda *_: (found, None)
+    told = runner._latency(None, None, None)
+    assert (told["latency_ci_low_ms"], told["latency_ci_high_ms"]) == ci
+    assert told["rounds"] == rounds
+    assert verdict_of(2.0, told) == "over", "it was ended so early because it is far over the budget"
+    assert verdict_of(3.9, told) == ("unsure" if rounds < 6 else "over"), "its time was up"
 
 
 def test_a_cache_that_fails_later_is_told_once(tmp_path):
