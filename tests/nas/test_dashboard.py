@@ -198,10 +198,8 @@ def detail_of(app: Any) -> dict[str, Any]:
 
 
 def test_what_was_measured_briefly_is_told_without_an_interval() -> None:
-    from nas.dashboard import latency_words
-
     attrs = {"latency_ms": 4.0, "budget_ms": 1.5, "detail": {"latency_ci_low_ms": None, "latency_ci_high_ms": None}}
-    assert latency_words(attrs) == "Latency 4.000 ms (measured briefly), budget 1.5 ms: over."
+    assert dashboard.latency_words(attrs) == "Latency 4.000 ms (measured briefly), budget 1.5 ms: over."
 
 
 def test_a_note_tells_a_trial_by_its_values(any_storage: str) -> None:
