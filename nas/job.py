@@ -196,7 +196,13 @@ class Job:
         with self.phase("evaluating"):
             found = evaluate(model, self.batches(self.evaluated), self.device)
         low, high = found.interval
-        self.state.found[which] = {"top1": found.top1, "ci": [low, high], "loss": found.loss, "images": found.total}
+        self.state.found[which] = {
+            "top1": found.top1,
+            "ci": [low, high],
+            "loss": found.loss,
+            "images": found.total,
+            "hits": "".join("01"[hit] for hit in found.hits),
+        }
         self.save()
         self.say(
             f"{words}: {found.top1:.1f}% top-1 (95%: {low:.1f} to {high:.1f}, {found.total:,} images of "

@@ -764,7 +764,7 @@ def write_results(
         "after": after,
         "accuracy": accuracy,
         "kept": kept,
-        "control": accuracy["control"] and beside_control(accuracy[kept], accuracy["control"]),
+        "control": beside_control(found[kept], found["control"]) if "control" in found else None,
         "rounds": job.state.rounds,
         "notes": job.state.notes,
         "phases": job.state.phases,
@@ -788,10 +788,14 @@ def accuracy_row(found: Mapping[str, Any]) -> dict[str, Any]:
 def beside_control(pruned: Mapping[str, Any], control: Mapping[str, Any]) -> dict[str, Any]:
     """Points of top-1 that the pruned network has more than the unpruned one that was fine-tuned alike.
 
-    ci: the 95% interval, by images, as if the two were judged on different ones: too wide rather than too narrow.
+    pruned, control: as `Job.accuracy` keeps them. ci: the 95% interval, image by image; as if they were judged on
+    different ones, which is too wide rather than too narrow, where an earlier version did not keep each answer.
     """
-    (one, first), (other, second) = ((row["top1"], Interval(*row["top1_ci"])) for row in (pruned, control))
-    interval = of_difference(one, first, other, second)
+    from nas.final import agreement
+
+    (one, first), (other, second) = ((row["top1"], Interval(*row["ci"])) for row in (pruned, control))
+    hits = ([[digit == "1" for digit in row["hits"]]] if row.get("hits") else [] for row in (pruned, control))
+    interval = of_difference(one, first, other, second, agreement(*hits)).clipped(-100.0, 100.0)
     verdict = "tie" if interval.holds(0) else "more accurate" if one > other else "less accurate"
     return {"difference": one - other, "ci": [interval.low, interval.high], "verdict": verdict}
 

@@ -13,6 +13,7 @@ from torch import nn
 import nas.prune
 from nas.budget import Verdict
 from nas.errors import UserError
+from nas.intervals import of_share
 from nas.measure import Measurement, Settings
 from nas.prune import (
     Options,
@@ -125,13 +126,25 @@ def test_no_control_is_said() -> None:
 
 
 def test_a_tie_with_the_control_is_called_one() -> None:
-    pruned = {"top1": 56.0, "top1_ci": [48.7, 63.1]}
-    found = beside_control(pruned, {"top1": 58.1, "top1_ci": [50.8, 65.1]})
+    pruned = {"top1": 56.0, "ci": [48.7, 63.1]}
+    found = beside_control(pruned, {"top1": 58.1, "ci": [50.8, 65.1]})
     assert found["verdict"] == "tie"
     assert found["difference"] == pytest.approx(-2.1)
     assert found["ci"][0] < 0 < found["ci"][1]
-    assert beside_control(pruned, {"top1": 90.0, "top1_ci": [85.0, 93.0]})["verdict"] == "less accurate"
-    assert beside_control(pruned, {"top1": 20.0, "top1_ci": [15.0, 26.0]})["verdict"] == "more accurate"
+    assert beside_control(pruned, {"top1": 90.0, "ci": [85.0, 93.0]})["verdict"] == "less accurate"
+    assert beside_control(pruned, {"top1": 20.0, "ci": [15.0, 26.0]})["verdict"] == "more accurate"
+
+
+def test_the_control_is_compared_image_by_image() -> None:
+    """10 of 200 images are told right by the control alone: apart the two would be a tie."""
+    rows = {}
+    for name, correct in (("pruned", 100), ("control", 110)):
+        ci = of_share(correct / 2, 200)
+        hits = "1" * correct + "0" * (200 - correct)
+        rows[name] = {"top1": correct / 2, "ci": [ci.low, ci.high], "hits": hits}
+    assert beside_control(rows["pruned"], rows["control"])["verdict"] == "less accurate"
+    rows["pruned"].pop("hits")
+    assert beside_control(rows["pruned"], rows["control"])["verdict"] == "tie"
 
 
 def test_the_plan_is_told_first() -> None:
