@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 PROBES, PROBE_PAUSE_S = 4, 2.0
 """How often the reference network is measured, and the pause between, until a busy machine is refused."""
-LESSONS = "lessons.json"
+JOURNAL, HARDWARE, LESSONS = "study.journal", "hardware.json", "lessons.json"
 INTERRUPTED = "interrupted"
 """The error of a trial that Ctrl-C has ended; the next run of the command makes it again."""
 ELSEWHERE = ("budget_ms", "families", "space", "hardware", "throughput_at")
@@ -321,6 +321,8 @@ def search(
             say("interrupted: finishing with what was measured; the same command continues")
         except UserError as error:  # a remote device that does not come back, a full disk, no tier
             if run.tier is None or not run.trial_s or not complete(study):
+                if made and options.storage is None:
+                    withdraw(study, options.folder)
                 raise
             run.interrupted = True
             run.failures.append(str(error))
@@ -329,6 +331,21 @@ def search(
             sweep(study)
     run.wall_s = time.perf_counter() - begun
     return study, run
+
+
+def withdraw(study: optuna.Study, folder: Path) -> None:
+    """Remove a study that this process has made, where it has no trial and no other worker is seen: it would bind the
+    command that is tried next, with other threads, say."""
+    from nas.storage import alone
+
+    def decide() -> None:
+        if not study.get_trials(deepcopy=False) and not (folder / "tmp").exists():
+            for name in (JOURNAL, f"{JOURNAL}.guard", HARDWARE, LESSONS):
+                (folder / name).unlink(missing_ok=True)
+
+    alone(study._storage, decide)
+    with suppress(OSError):  # it holds something
+        folder.rmdir()
 
 
 def complete(study: optuna.Study) -> bool:
@@ -736,7 +753,7 @@ def durations(study: optuna.Study) -> list[float]:
 
 
 def storage_of(options: Options) -> str | Path:
-    return options.storage or options.folder / "study.journal"
+    return options.storage or options.folder / JOURNAL
 
 
 def make_folder(folder: Path) -> bool:
@@ -766,7 +783,7 @@ def write_hardware(options: Options) -> dict[str, Any]:
 
     described = describe(options.settings)
     options.folder.mkdir(parents=True, exist_ok=True)  # its maker may have been refused and removed it, empty
-    replace_file(options.folder / "hardware.json", json.dumps(described, indent=1) + "\n")
+    replace_file(options.folder / HARDWARE, json.dumps(described, indent=1) + "\n")
     return described
 
 
