@@ -32,14 +32,14 @@ def latencies(rows: Sequence[Row], final: Sequence[Row]) -> list[Row]:
 def advice(options: Options, run: Run, rows: Sequence[Row], final: Sequence[Row], command: str) -> list[str]:
     """What may bring the budget within reach, what is known to help first; nothing where nothing was measured.
 
-    rows: the trials; one far over the budget is ended too early for an interval of 95%. final: the closing run's.
+    rows: the trials; those measured briefly have no 95% interval. final: the closing run's.
     command: the search's own, as typed.
     """
     measured = latencies(rows, final)
     if not measured:
         return []
     fastest, lines = measured[0], []
-    sure = any(not row["error"] for row in final)
+    sure = fastest["latency_ci_high_ms"] is not None
     budget = rounded_up(fastest["latency_ci_high_ms"] or fastest["latency_p95_ms"])
     if budget > options.budget_ms:
         told = (

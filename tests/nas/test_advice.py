@@ -38,7 +38,7 @@ def lines(
 def test_it_names_the_budget_that_would_work_and_what_makes_networks_faster():
     budget, smaller, pruned, *_ = lines(QUIET)
     assert budget == (
-        "a budget of about 3.4 ms (shvit_s1): vitnas search --latency-budget 3.4ms --family shvit --out 'my runs'"
+        "a budget of 3.4 ms, which shvit_s1 meets: vitnas search --latency-budget 3.4ms --family shvit --out 'my runs'"
     )
     assert smaller.startswith("--resolution ")
     assert "an estimate of " in smaller
@@ -50,7 +50,7 @@ def test_it_names_the_budget_that_would_work_and_what_makes_networks_faster():
 
 def test_one_that_was_measured_briefly_has_no_interval_to_go_by():
     brief = {"error": "", "ci_low_ms": None, "ci_high_ms": None, "latency_p95_ms": 3.31}
-    assert lines(QUIET, closing=brief)[0].startswith("a budget of 3.4 ms")
+    assert lines(QUIET, closing=brief)[0].startswith("a budget of about 3.4 ms (shvit_s1)")
 
 
 def test_a_pruning_gets_the_images_of_the_search():
