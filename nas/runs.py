@@ -79,7 +79,9 @@ def search_row(folder: Path) -> Row | None:
         best = "nothing fits"
         if winner is not None:
             figure = (
-                f"{winner['top1']:.1f}% top-1" if winner.get("top1") is not None else f"score {winner['quality']:.1f}"
+                f"{winner['top1']:.1f}% top-1"
+                if winner.get("top1") is not None
+                else f"score {max(winner['quality'], 0):.1f}"
             )
             best = f"{winner['label']} ({winner['family']}), {winner['latency_ms']:.2f} ms, {figure}"
         ended = "interrupted" if told["interrupted"] else "failed in part" if told["failures"] else "finished"
