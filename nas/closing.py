@@ -262,16 +262,24 @@ def published_top1(row: Row) -> float | None:
 
 
 def ties_of(final: Sequence[Row]) -> list[str]:
-    """Which family winners the tier cannot tell from the winner."""
-    winners = [e for e in final if e["role"] in ("winner", "family winner")]
-    if not winners:
+    """Which networks within the budget the tier cannot tell from the winner, in one line, fastest first."""
+    first = next((entry for entry in final if entry["role"] == "winner"), None)
+    if first is None:
         return []
-    first, *others = winners
     low, high = first["quality_ci"]
-    return [
-        f"{other['label']} ({other['family']}) ties with {first['label']} ({first['family']}): the 95% intervals of "
-        f"their estimates overlap, {other['quality_ci'][0]:.1f} to {other['quality_ci'][1]:.1f} and {low:.1f} to "
-        f"{high:.1f}"
-        for other in others
-        if low <= other["quality_ci"][1] and other["quality_ci"][0] <= high
+    ties = [
+        entry
+        for entry in final
+        if entry is not first
+        and entry["verdict"] in (Verdict.FITS, Verdict.UNSURE)
+        and low <= entry["quality_ci"][1]
+        and entry["quality_ci"][0] <= high
     ]
+    if not ties:
+        return []
+    names = ", ".join(
+        f"{entry['label']} ({entry['family']}, {entry['latency_ms']:.2f} ms)"
+        for entry in sorted(ties, key=lambda entry: entry["latency_ms"])
+    )
+    rule = "the best score, then the most parameters, made the choice"
+    return [f"A tie with {first['label']}, by the 95% intervals of the estimates: {names}; {rule}"]

@@ -69,7 +69,7 @@ def show_result(
         prose(
             console,
             " ".join(filter(None, ("One interleaved run.", later_rounds(data["final"]))))
-            + " Intervals of latency: 95%, of its median."
+            + " Intervals of latency: 95%, of its median. A score is the estimate less one standard error, to rank by."
             + (" Weights are untrained." if data["untrained"] else "")
             + (f" Images a second are at batch {data['throughput_at']}." if data["throughput_at"] else ""),
         )
@@ -101,7 +101,7 @@ def what_now(data: Mapping[str, Any], folder: Path, images: str | None) -> list[
     trained = (best / "model.safetensors").is_file()
     if (best / "model.onnx").is_file():
         kind = "random" if not trained else "briefly trained" if data["short_training"] else "trained"
-        lines.append(f"Network: {best / 'model.onnx'} ({kind} weights)")
+        lines.append(f"Network: {best / 'model.onnx'} ({kind} weights{first_seed(data)})")
     lines.append(f"Report: {folder / 'report.html'}")
     if data["failures"]:
         lines.append(f"To go on: {data['command']}")
@@ -110,6 +110,12 @@ def what_now(data: Mapping[str, Any], folder: Path, images: str | None) -> list[
         verb = f"prune --model {shlex.quote(str(best))}" if trained else f"train {shlex.quote(str(best))}"
         lines.append(f"Next: vitnas {verb} --data {name}")
     return lines
+
+
+def first_seed(data: Mapping[str, Any]) -> str:
+    """Whose weights best/ holds, where the accuracy told is a mean over seeds."""
+    top1 = data["accuracy"]["rows"][0]["top1"] if data["accuracy"] else []
+    return f" of the first of {len(top1)} seeds: {top1[0]:.1f}%" if len(top1) > 1 else ""
 
 
 def show_accuracy(console: Console, data: Mapping[str, Any]) -> None:
@@ -152,15 +158,15 @@ def show_final(console: Console, final: Sequence[Mapping[str, Any]], tier: str) 
         Column("network", label=True),
         Column("role", label=True),
         Column("in budget", label=True),
-        Column("px", drop=4),
+        Column("px", drop=5),
         Column(f"score ({tier})", drop=1),
-        Column("95% of estimate", drop=7),
-        Column("published", drop=4),
+        Column("95% of estimate", drop=2),
+        Column("published", drop=5),
         Column("ms"),
-        Column("95% of ms", drop=2),
-        Column("img/s", drop=3),
-        Column("M params", drop=5),
-        Column("MMACs", drop=6),
+        Column("95% of ms", drop=3),
+        Column("img/s", drop=4),
+        Column("M params", drop=6),
+        Column("MMACs", drop=7),
     )
     print_table(console, columns, rows)
     show_failed(console, final)

@@ -96,3 +96,9 @@ def top1_words(top1: float, ci: Sequence[float], images: int, seeds: int | None 
     """A measured accuracy in the form that every verb prints: 59.5% top-1 (95%: 55.9 to 63.0, 180 images, 3 seeds)."""
     over = "" if seeds is None else f", {counted(seeds, 'seed')}"
     return f"{top1:.1f}% top-1 (95%: {ci[0]:.1f} to {ci[1]:.1f}, {counted(images, 'image')}{over})"
+
+
+def guessing(ci: Sequence[float], classes: int) -> str | None:
+    """What to say of an accuracy whose interval reaches down to that of guessing, one in `classes`."""
+    chance = 100 / classes
+    return f"no better than guessing is shown: {chance:.1f}% among {classes} classes" if ci[0] <= chance else None

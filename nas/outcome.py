@@ -22,6 +22,7 @@ from nas.export import CONVERTED, label_onnx, lower_precision, save_onnx, write_
 from nas.files import drafted, folder_lock, replace_file
 from nas.final import result_path, weights_of
 from nas.front import Row, arch_of, best_of, choose, front_of, label_of, rows_of
+from nas.intervals import guessing
 from nas.kept import Kept, path_of, read
 from nas.lineage import record
 from nas.measure import (
@@ -318,6 +319,10 @@ class _Finish:
             skipped = skipped_line(self.tier.schooling.loaders)
             if skipped:
                 yield skipped
+        if self.accuracy:
+            told = guessing(self.accuracy["rows"][0]["top1_ci"], self.options.num_classes)
+            if told:
+                yield f"{self.accuracy['rows'][0]['label']}: {told}"
         first, winner = best_of(self.feasible), self.winner
         if self.kept:
             yield self.kept.words

@@ -68,12 +68,14 @@ def test_finalists_keep_a_margin_below_the_budget():
     assert 4 not in chosen
 
 
-def test_overlapping_winners_are_called_a_tie():
+def test_overlapping_estimates_are_called_a_tie():
     first, near, far = row(0, 70, 1.0), row(1, 69, 1.0, family="shvit"), row(2, 60, 1.0, family="evit")
+    same_family, over = row(3, 69, 0.5), row(4, 70, 3.0)
     first["role"], near["role"], far["role"] = "winner", "family winner", "family winner"
-    lines = ties_of([first, near, far])
-    assert len(lines) == 1
-    assert "trial 1" in lines[0]
+    (line,) = ties_of([first, near, far, same_family, over])
+    assert "A tie with trial 0" in line
+    assert "trial 3 (levit, 0.50 ms), trial 1 (shvit, 1.00 ms);" in line
+    assert ties_of([first, far, over]) == []
 
 
 def test_a_torn_last_sample_spoils_no_other(tmp_path):

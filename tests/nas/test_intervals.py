@@ -1,7 +1,7 @@
 import pytest
 from scipy.stats import norm, ttest_1samp
 
-from nas.intervals import Interval, of_accuracies, of_difference, of_mean, of_share
+from nas.intervals import Interval, guessing, of_accuracies, of_difference, of_mean, of_share
 
 
 def test_a_share_has_wilsons_interval():
@@ -43,3 +43,9 @@ def test_seeds_widen_what_the_images_leave_open():
 def test_a_difference_of_equal_intervals_is_wider_by_the_root_of_two():
     found = of_difference(60, Interval(57, 63), 50, Interval(47, 53))
     assert (found.low, found.high) == pytest.approx((10 - 3 * 2**0.5, 10 + 3 * 2**0.5))
+
+
+def test_an_accuracy_that_may_be_guessed_is_told():
+    assert guessing((41.0, 59.0), 2) == "no better than guessing is shown: 50.0% among 2 classes"
+    assert guessing((51.0, 69.0), 2) is None
+    assert guessing((12.0, 20.0), 10) is None
