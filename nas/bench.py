@@ -272,7 +272,7 @@ def _teller(say: Callable[[str], None]) -> Waiting:
     def waiting(label: str, waited_s: float, most_s: float) -> None:
         if label not in told or waited_s > TOLD_S:
             told.add(label)
-            say(f"waiting for {label}: no answer for {waited_s:.0f} s, given up after {most_s:.0f} s (--timeout)")
+            say(f"waiting for {label}: no answer for {waited_s:.0f} s, will give up after {most_s:.0f} s (--timeout)")
 
     return waiting
 

@@ -28,22 +28,26 @@ def show_bench(rows: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> None:
         Column("samples", drop=4),
         Column("ratio"),
         Column("95% of ratio"),
-        Column("", label=True),
+        Column("note", label=True),
     )
     same = [worded(name, first[name]) for name in ("resolution", *SETTINGS) if name not in differing and first[name]]
     prose(console, f"One interleaved run{': ' if same else ''}{', '.join(same)}.")
-    print_table(console, columns, [_cells(row, first, differing, len(rows) == 1) for row in rows])
-    ratios = "" if len(rows) == 1 else " and of the ratio to the first row"
+    compared = any(row["ratio"] is not None for row in rows[1:])
+    print_table(console, columns, [_cells(row, first, differing, compared) for row in rows])
+    intervals = " and of the ratio to the first row" if compared else ""
+    meaning = " A ratio is the median over rounds of the ratio within a round." if compared else ""
     prose(
         console,
-        f"Intervals: 95%, of the median{ratios}. Weights do not matter and are random where an Arch or timm/NAME was "
-        "given.",
+        f"Intervals: 95%, of the median{intervals}.{meaning} Weights do not matter and are random where an Arch or "
+        "timm/NAME was given.",
     )
     for line in notes:
         prose(console, line)
 
 
-def _cells(row: Mapping[str, Any], first: Mapping[str, Any], differing: Sequence[str], alone: bool) -> tuple[str, ...]:
+def _cells(
+    row: Mapping[str, Any], first: Mapping[str, Any], differing: Sequence[str], compared: bool
+) -> tuple[str, ...]:
     (low, high), ratio = row["ci"], row["ratio_ci"]
     return (
         row["model"],
@@ -51,9 +55,9 @@ def _cells(row: Mapping[str, Any], first: Mapping[str, Any], differing: Sequence
         f"{row['latency_ms']:.3f}",
         f"{low:.3f}..{high:.3f}",
         f"{row['p95_ms']:.3f}",
-        "" if row["throughput"] is None else f"{row['throughput']:.1f}",
+        "" if row["throughput"] is None or row["waiting"] else f"{row['throughput']:.1f}",
         str(row["samples"]),
-        "" if row["ratio"] is None or alone else f"{row['ratio']:.3f}",
+        f"{row['ratio']:.3f}" if compared and row["ratio"] is not None else "",
         "" if row is first or ratio is None else f"{ratio[0]:.3f}..{ratio[1]:.3f}",
         WAITING if row["waiting"] else "tie" if is_tie(row, first) else "",
     )

@@ -509,7 +509,8 @@ def bench(
         hardware = describe(max(settings, key=lambda each: each.threads))
     with watch_phases(quiet) as (progress, say):
         found = run_bench(options, progress, say, planned)
-    line = quanta_line(hardware) if any(row["waiting"] for row in found.rows) else busy_line(hardware)
+    waiting = any(row["waiting"] for row in found.rows)
+    line = quanta_line(hardware, "the figures marked waiting") if waiting else busy_line(hardware)
     if line:
         found.notes.insert(0, f"{line[:1].upper()}{line[1:]}.")
     if as_json:

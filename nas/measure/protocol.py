@@ -87,14 +87,14 @@ def quanta(measurement: "Measurement") -> bool:
     return measurement.p50_ms > QUANTA * min(_samples(measurement.rounds_ms))
 
 
-def quanta_line(described: Mapping[str, Any]) -> str:
-    """What `quanta` means, of a machine as `nas.hardware.describe` tells it."""
+def quanta_line(described: Mapping[str, Any], figures: str = "these figures") -> str:
+    """What `quanta` means, of a machine as `nas.hardware.describe` tells it. figures: those that it is true of."""
     usable, threads, share = described["usable_cpus"], described["threads"], described.get("busy_share")
     some = f"{share * usable:.1f} of " if share else "some of "
     at = f"at {counted(threads, 'thread')} a network waits for them"
     fewer = "use --threads 1, or " if threads > 1 else ""
     return (
-        f"other processes keep {some}{counted(usable, 'CPU')} busy: {at}, so these figures are waiting times, not "
+        f"other processes keep {some}{counted(usable, 'CPU')} busy: {at}, so {figures} are waiting times, not "
         f"speed; {fewer}stop them (`top` shows which)"
     )
 

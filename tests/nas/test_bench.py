@@ -299,7 +299,7 @@ def test_what_cannot_be_prepared_is_told(onnx_file, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("nas.process.TOLD_S", 0.01)
     path, said = onnx_file(operator="Unheard"), []
     found = run_bench(Options([find_target(path)], (Settings(precision="int8"),)), say=said.append)
-    assert said[0] == f"waiting for {path}: no answer for 0 s, given up after 600 s (--timeout)"
+    assert said[0] == f"waiting for {path}: no answer for 0 s, will give up after 600 s (--timeout)"
     assert found.rows == []
     assert len(found.errors) == 1
     assert found.errors[0].startswith(f"{path}: cannot be prepared: ")
@@ -319,8 +319,8 @@ def test_what_is_waited_for_is_told(given, vitnas, monkeypatch: pytest.MonkeyPat
     code, out, err = vitnas("bench", "efficientvit_m0", "shvit_s1", "--timeout", "90s", "--json")
     assert code == 2
     assert [line for line in err.splitlines() if line.startswith(("waiting", "vitnas"))] == [
-        "waiting for shvit_s1: no answer for 10 s, given up after 90 s (--timeout)",
-        "waiting for shvit_s1: no answer for 70 s, given up after 90 s (--timeout)",
+        "waiting for shvit_s1: no answer for 10 s, will give up after 90 s (--timeout)",
+        "waiting for shvit_s1: no answer for 70 s, will give up after 90 s (--timeout)",
         "vitnas: shvit_s1: no answer in 90 s",
     ]
     found = json.loads(out)
@@ -522,9 +522,11 @@ def test_waiting_times_have_no_ratio(vitnas, given, monkeypatch: pytest.MonkeyPa
     _, out, _ = vitnas("bench", "efficientvit_m0", "shvit_s1", "levit_128s", "--json")
     found = json.loads(out)
     assert [(row["waiting"], row["ratio"]) for row in found["results"]] == [(False, 1), (True, None), (False, 1.5)]
-    assert "these figures are waiting times, not speed" in found["notes"][0]
+    assert "so the figures marked waiting are waiting times, not speed" in found["notes"][0]
     _, out, _ = vitnas("bench", "efficientvit_m0", "shvit_s1", "levit_128s")
+    assert out.splitlines()[1].split()[-1] == "note"
     assert out.splitlines()[3].split()[-1] == "waiting"
+    assert "A ratio is the median over rounds of the ratio within a round." in out
     assert "tie" not in out
     assert "busy: the rounds" not in out
     told["0"] = waiting
@@ -535,6 +537,19 @@ def test_waiting_times_have_no_ratio(vitnas, given, monkeypatch: pytest.MonkeyPa
 
 
 # --- the table ---
+
+
+def test_nothing_is_said_of_ratios_or_speed_that_are_not_printed(given, capsys) -> None:
+    from nas.bench_table import show_bench
+
+    given({"a": [1.0] * 6, "b": [2.0] * 6})
+    rows = run_bench(options("a", "b", throughput_at=8)).rows
+    show_bench(rows, [])
+    assert "ratio to the first row" in capsys.readouterr().out
+    show_bench([row | {"waiting": True, "ratio": None, "ratio_ci": None} for row in rows], [])
+    out = capsys.readouterr().out
+    assert "ratio" not in out
+    assert "img/s" not in out
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])
