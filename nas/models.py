@@ -13,16 +13,16 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 COLUMNS = (
-    Column("name", label=True),
+    Column("name", label=True, fold=0),
     Column("family", label=True, drop=2),
-    Column("M params"),
+    Column("params"),
     Column("MMACs"),
     Column("px"),
     Column("top-1"),
     Column("ms"),
     Column("95% of ms", drop=1),
     Column("measured", label=True, drop=3),
-    Column("source", label=True, drop=4),
+    Column("source", label=True, drop=4, fold=24),
 )
 
 
@@ -89,7 +89,7 @@ def show_rows(rows: Sequence[Row], settings: Settings) -> None:
         f"{settings.runtime} {settings.precision}, {settings.device}, "
         f"{settings.threads} thread{'s' * (settings.threads != 1)}, batch {settings.batch_size}"
     )
-    prose(console, "Top-1 in percent, as published: on ImageNet-1k.")
+    prose(console, "params: in millions. top-1: in percent, as published, on ImageNet-1k.")
     if measured:
         prose(console, f"ms: as last measured on this machine ({where}), {measured} of {len(rows)} networks.")
     if measured < len(rows):

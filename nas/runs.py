@@ -24,13 +24,13 @@ COMPLETE = 1
 SET_STATE, SET_STUDY = 6, 2
 COUNTED = re.compile(rb'"op_code": ?[26]\b')
 COLUMNS = (
-    Column("run", label=True),
-    Column("kind", label=True, drop=3),
-    Column("budget", label=True, drop=4),
-    Column("best", label=True),
+    Column("run", label=True, fold=0),
+    Column("kind", label=True, drop=4),
+    Column("budget", label=True, drop=5),
+    Column("best", label=True, drop=1),
     Column("state", label=True),
-    Column("size", drop=1),
-    Column("changed", drop=2),
+    Column("size", drop=2),
+    Column("changed", drop=3),
 )
 
 

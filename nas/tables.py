@@ -13,18 +13,20 @@ from rich.table import Table
 PIPE_WIDTH = 10_000
 """In columns: what is read by a program, or kept in a file, is not wrapped."""
 LABEL_WIDTH = 16
-"""Columns to which a table's labels are folded at most."""
+"""Columns to which a table's labels are folded at most, if nothing else is said."""
 GAP = 2
 
 
 @dataclass(frozen=True)
 class Column:
     """A table's column. label: text, which folds where room is short; others hold figures, which are never cut. drop:
-    where the table is still too wide, columns are left out, those with the highest number first; 0: never."""
+    where the table is still too wide, columns are left out, those with the highest number first; 0: never. fold:
+    columns to which a label folds at most; 0: it is to be copied, and never folds."""
 
     name: str
     label: bool = False
     drop: int = 0
+    fold: int = LABEL_WIDTH
 
 
 def print_table(
@@ -70,9 +72,9 @@ def print_table(
 
 
 def narrowest(column: Column, cells: Sequence[str]) -> int:
-    """The least width of a column: figures whole, labels down to `LABEL_WIDTH`, headings folded between words."""
+    """The least width of a column: labels down to their `fold`, figures whole, headings folded between words."""
     heading, widest = max(map(len, column.name.split()), default=0), max(map(len, cells), default=0)
-    return max(heading, min(widest, LABEL_WIDTH) if column.label else widest)
+    return max(heading, min(widest, column.fold) if column.label and column.fold else widest)
 
 
 def prose(console: Console, line: str) -> None:

@@ -55,6 +55,9 @@ def test_the_table_fits(vitnas, latencies, monkeypatch, width):
     lines = out.splitlines()
     assert all(len(line.rstrip()) <= int(width) for line in lines)
     row = next(line for line in lines if line.startswith("efficientvit_m0"))
+    assert lines[0].split()[0] == "name", "headings take one line"
+    assert sum(line.split()[:1] == ["evit_tiny_keep90_drop"] for line in lines) == 1
+    assert ("CVPR" in out) == (width == "120")
     assert all(figure in row.split() for figure in ("2.35", "224", "63.2", "1.25"))
     text = " ".join(out.split())
     assert ("Columns left out at" in text) == (width != "120")

@@ -167,3 +167,19 @@ def test_neither_runs_nor_the_version_import_torch(tmp_path):
         imported = set(re.findall(r"\| +(\w+)$", done.stderr, re.M))
         assert "typer" in imported
         assert not imported & {"torch", "optuna", "matplotlib", "numpy", "onnxruntime"}
+
+
+def test_a_run_s_name_is_never_folded(made, tmp_path, monkeypatch, capsys):
+    from nas import runs
+    from nas.tables import console_of
+
+    console = console_of()
+    console.width = 80
+    monkeypatch.setattr(runs, "console_of", lambda: console)
+    name = "cpu-onnxruntime-fp32-1thread-1.5ms-flowers-seed3"
+    made(name, "result.json", SEARCH)
+    runs.show_runs(list_runs(tmp_path), tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split()[0] == name
+    assert "finished" in lines[1]
+    assert max(map(len, lines)) <= 80
