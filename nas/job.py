@@ -187,8 +187,8 @@ class Job:
         self._loaders.append(loader(images, BATCH, shuffle, self.seed))
         return self._loaders[-1]
 
-    def accuracy(self, model: nn.Module, which: str, words: str) -> None:
-        """Evaluate a network once; what is known is kept in `state.found[which]`. words: what it is called aloud."""
+    def accuracy(self, model: nn.Module, which: str) -> None:
+        """Evaluate a network once; what is known is kept in `state.found[which]`."""
         from nas.train import evaluate
 
         if which in self.state.found:
@@ -204,10 +204,6 @@ class Job:
             "hits": "".join("01"[hit] for hit in found.hits),
         }
         self.save()
-        self.say(
-            f"{words}: {found.top1:.1f}% top-1 (95%: {low:.1f} to {high:.1f}, {found.total:,} images of "
-            f"{self.data.name})"
-        )
 
     def fit(self, phase: str, model: nn.Module, images: int, lr: float, teacher: nn.Module | None = None) -> None:
         """Train a network in place; the order of the images does not depend on what was trained before."""

@@ -19,7 +19,7 @@ from nas.inputs import identity
 from nas.intervals import Interval, of_difference
 from nas.job import Job, Progress, Say, compute_device, default_folder_of, now
 from nas.measure import MeasureError, Measurement, Settings, compare, device_lock, in_turn
-from nas.measure.protocol import paired_ratio
+from nas.measure.protocol import paired_ratio, quanta, quanta_line
 from nas.report import significant
 from nas.savings import group_of, left_alone, measure_savings, rates, stage_of
 from nas.units import parse_budget, parse_count, parse_share
@@ -318,7 +318,7 @@ class _Run:
     # Rounds
 
     def _rounds(self) -> None:
-        judge(self.job, self.dense, "before")
+        self.job.accuracy(self.dense, "before")
         budget = self.options.budget
         if budget.metric == "latency":
             if "costs" not in self.state.found:
@@ -483,14 +483,17 @@ class _Run:
                     raise UserError(f"this network cannot be exported: {first_line(error)}") from None
             if budget is not None:
                 return closing_run(paths, settings, budget, progress)
-            return measured(paths, settings, rounds, progress)
+            results = measured(paths, settings, rounds, progress)
+        if line := waiting_line(results, settings):
+            raise UserError(f"{line}; the same command then goes on")
+        return results
 
     # Recovery, results
 
     def _recover(self) -> None:
         model = self._load(self.state.network)
         if self.state.network != "tuned":
-            judge(self.job, model, "pruned")
+            self.job.accuracy(model, "pruned")
             with self.end.step("fine-tuning"):
                 tune(self.job, self.options, model, self.dense)
                 self._keep("tuned", model)
@@ -560,6 +563,13 @@ def measured(
     return results
 
 
+def waiting_line(results: Mapping[str, Measurement], settings: Settings) -> str | None:
+    """What is said of latencies that are waiting times (see `quanta`); None where none is one."""
+    from nas.hardware import describe
+
+    return quanta_line(describe(settings)) if any(map(quanta, results.values())) else None
+
+
 def closing_run(
     paths: Mapping[str, Path], settings: Settings, budget: Budget, progress: Callable[[int, int], None] | None = None
 ) -> dict[str, Measurement]:
@@ -578,11 +588,12 @@ def closing_run(
 def latency_verdict(
     budget: Budget, results: Mapping[str, Measurement]
 ) -> tuple[Verdict | None, tuple[float, float] | None]:
-    """What the closing run says of a latency budget, and the 95% interval in ms that says it; None of other budgets.
+    """What the closing run says of a latency budget, and the 95% interval in ms that says it; None of other budgets,
+    and where its latencies are waiting times.
 
     For a share of the network's own latency it is that of the paired ratio, in which the machine's drift is left out.
     """
-    if budget.metric != "latency" or not results:
+    if budget.metric != "latency" or not results or any(map(quanta, results.values())):
         return None, None
     before, after = results["before"], results["after"]
     low, high = after.ci_ms
@@ -593,8 +604,8 @@ def latency_verdict(
 
 
 def worse_after_tuning(found: Mapping[str, Any]) -> bool:
-    """Whether accuracy fell in fine-tuning by more than the two 95% intervals allow."""
-    return found["recovered"]["ci"][1] < found["pruned"]["ci"][0]
+    """Whether fine-tuning was a loss: the 95% interval of the difference, image by image, is below 0."""
+    return beside(found["recovered"], found["pruned"])["verdict"] == "less accurate"
 
 
 def train_briefly(job: Job, model: nn.Module) -> None:
@@ -631,19 +642,14 @@ def tune_control(job: Job, options: Options, load: Callable[[], nn.Module]) -> N
         teacher = load() if options.distill else None
         job.fit("control: fine-tuning the unpruned", model, found["tuned_images"], FINETUNE_LR, teacher)
         save_weights(model, path)
-    judge(job, model, "control")
-
-
-def judge(job: Job, model: nn.Module, which: str) -> None:
-    """The accuracy of a network, by its key in `ACCURACIES`."""
-    job.accuracy(model, which, ACCURACIES[which])
+    job.accuracy(model, "control")
 
 
 def judge_tuned(job: Job, model: nn.Module) -> str:
     """Judge the fine-tuned network, if it was; returns which weights are kept, by their key in `ACCURACIES`."""
     if not job.state.found.get("tuned_images"):
         return "pruned"
-    judge(job, model, "recovered")
+    job.accuracy(model, "recovered")
     if not worse_after_tuning(job.state.found):
         return "recovered"
     job.note("fine-tuning lowered the accuracy: the weights before it are kept; try more --finetune epochs")
@@ -691,16 +697,17 @@ def trained_on(folder: Path) -> str | None:
 
 
 def network_row(params: int, macs: int, latency: Measurement | None, settings: Settings) -> dict[str, Any]:
-    """Counts and closing latency of one network; without one its fields are None."""
+    """Counts and closing latency of one network; without one its fields are None. waiting: as `quanta` has it."""
     row = {"params": params, "macs": macs}
     if latency is None:
-        return row | dict.fromkeys(("latency_ms", "p95_ms", "ci", "samples", "throughput"))
+        return row | dict.fromkeys(("latency_ms", "p95_ms", "ci", "samples", "throughput", "waiting"))
     return row | {
         "latency_ms": latency.p50_ms,
         "p95_ms": latency.p95_ms,
         "ci": list(latency.ci_ms),
         "samples": latency.n,
         "throughput": latency.throughput(settings.batch_size),
+        "waiting": quanta(latency),
     }
 
 
@@ -718,7 +725,8 @@ def write_results(
 
     kept: as `judge_tuned` has it. results: latencies of the closing run, "before" and "after".
 
-    The run is finished where no step of its end has failed; else the same command goes on.
+    The run is finished where no step of its end has failed; else the same command goes on. A latency budget is not
+    judged by waiting times: that closing run has failed.
     """
     from nas.hardware import describe
     from nas.lineage import record
@@ -730,7 +738,10 @@ def write_results(
     if options.budget.relative:
         target = None if before[key] is None else target * before[key]
     verdict, interval = latency_verdict(options.budget, results)
-    if verdict is None and after[key] is not None:
+    waiting = waiting_line(results, options.settings)
+    if waiting and options.budget.metric == "latency":
+        end.fail("closing run", waiting)
+    elif verdict is None and after[key] is not None:
         verdict = Verdict.FITS if after[key] <= target else Verdict.OVER
     if verdict == Verdict.UNSURE:
         job.note(
@@ -760,11 +771,13 @@ def write_results(
             "verdict": verdict,
             "met": verdict == Verdict.FITS,
         },
+        "waiting": waiting,
         "before": before,
         "after": after,
         "accuracy": accuracy,
         "kept": kept,
-        "control": beside_control(found[kept], found["control"]) if "control" in found else None,
+        "tuning": beside(found["recovered"], found["pruned"]) if "recovered" in found else None,
+        "control": beside(found[kept], found["control"]) if "control" in found else None,
         "rounds": job.state.rounds,
         "notes": job.state.notes,
         "phases": job.state.phases,
@@ -785,16 +798,16 @@ def accuracy_row(found: Mapping[str, Any]) -> dict[str, Any]:
     return {"top1": found["top1"], "top1_ci": list(found["ci"]), "loss": found["loss"], "images": found["images"]}
 
 
-def beside_control(pruned: Mapping[str, Any], control: Mapping[str, Any]) -> dict[str, Any]:
-    """Points of top-1 that the pruned network has more than the unpruned one that was fine-tuned alike.
+def beside(first_row: Mapping[str, Any], other_row: Mapping[str, Any]) -> dict[str, Any]:
+    """Points of top-1 that the first network has more than the other one.
 
-    pruned, control: as `Job.accuracy` keeps them. ci: the 95% interval, image by image; as if they were judged on
+    first_row, other_row: as `Job.accuracy` keeps them. ci: the 95% interval, image by image; as if they were judged on
     different ones, which is too wide rather than too narrow, where an earlier version did not keep each answer.
     """
     from nas.final import agreement
 
-    (one, first), (other, second) = ((row["top1"], Interval(*row["ci"])) for row in (pruned, control))
-    hits = ([[digit == "1" for digit in row["hits"]]] if row.get("hits") else [] for row in (pruned, control))
+    (one, first), (other, second) = ((row["top1"], Interval(*row["ci"])) for row in (first_row, other_row))
+    hits = ([[digit == "1" for digit in row["hits"]]] if row.get("hits") else [] for row in (first_row, other_row))
     interval = of_difference(one, first, other, second, agreement(*hits)).clipped(-100.0, 100.0)
     verdict = "tie" if interval.holds(0) else "more accurate" if one > other else "less accurate"
     return {"difference": one - other, "ci": [interval.low, interval.high], "verdict": verdict}

@@ -24,7 +24,6 @@ from nas.prune import (
     Options,
     brief_line,
     closing_run,
-    judge,
     judge_tuned,
     network_row,
     say_plan,
@@ -90,12 +89,12 @@ def _prune(options: Options, command: str, job: Job) -> dict[str, Any]:
     if not job.state.network:
         _keep(job, "dense", _dense(options, job, pretrained, published.num_classes))
     dense = _kept(options, job, "dense")
-    judge(job, dense, "before")
+    job.accuracy(dense, "before")
     if job.state.network == "dense":
         _cut(options, job, target, resolution)
     if job.state.network == "pruned":
         model = _kept(options, job, "pruned")
-        judge(job, model, "pruned")
+        job.accuracy(model, "pruned")
         tune(job, options, model, dense)
         _keep(job, "tuned", model)
     model = _kept(options, job, "tuned")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nas.prune import ACCURACIES, passes, show
-from nas.prune_screen import control_words
+from nas.prune_screen import control_words, tuning_words
 from nas.report import (
     COLOURS,
     INK,
@@ -108,13 +108,15 @@ def _html(folder: Path, data: Doc) -> str:
     shown = {
         "layers": data.get("layers", []),
         "conditions": conditions(data["settings"]),
-        "speed": _speed(before, after),
+        "waiting": data.get("waiting"),
+        "speed": _speed(before, after, bool(data.get("waiting"))),
         "macs": Change(before["macs"], after["macs"]),
         "params": Change(before["params"], after["params"]),
         "amount": lambda value: show(metric, value),
         "factor": _factor,
         "overlap": _overlap,
         "accuracies": ACCURACIES,
+        "tuning_words": tuning_words(data) if data.get("tuning") else None,
         "control_words": control_words(data["control"]) if data["control"] else None,
         "trained": passes(data["trained_images"], data["data"]["train"]),
         "cut": cut,
@@ -142,14 +144,19 @@ def _html(folder: Path, data: Doc) -> str:
     return render("prune.html", {**data, **shown})
 
 
-def _speed(before: Doc, after: Doc) -> dict[str, Any]:
-    """How many times faster, the range that the intervals' ends allow, and the verdict in words."""
+def _speed(before: Doc, after: Doc, waiting: bool) -> dict[str, Any]:
+    """How many times faster, the range that the intervals' ends allow, and the verdict in words.
+
+    waiting: the latencies are waiting times, of which there is none.
+    """
     (old_low, old_high), (new_low, new_high) = before["ci"], after["ci"]
     factor = before["latency_ms"] / after["latency_ms"]
-    tie = _overlap(before, after, "ci")
+    tie = not waiting and _overlap(before, after, "ci")
     words = f"{factor:.2f}x faster" if factor > 1 else f"{1 / factor:.2f}x slower"
     if tie:
         words = "Not measurably faster (a tie)"
+    if waiting:
+        words = "Waiting times, not speed"
     return {"factor": factor, "low": old_low / new_high, "high": old_high / new_low, "tie": tie, "words": words}
 
 

@@ -11,6 +11,7 @@ from nas.prune import ACCURACIES, show
 from nas.report import significant
 from nas.savings import why_not
 from nas.tables import Column, console_of, print_table, prose
+from nas.units import listed
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,15 +43,22 @@ def show_prune(data: Doc, folder: Path, to_stderr: bool) -> None:
     from nas.prune_report import next_steps
 
     console = console_of(to_stderr)
+    waiting = data.get("waiting")
+    if waiting:
+        prose(console, f"{waiting[:1].upper()}{waiting[1:]}.")
     _blocks(console, data)
+    if line := grown_line(data):
+        prose(console, line)
     _savings(console, data)
     print_table(console, COUNTS, count_rows(data), "prune.json has them")
     before, after = data["before"]["ci"], data["after"]["ci"]
-    if before and before[0] <= after[1] and after[0] <= before[1]:
+    if before and not waiting and before[0] <= after[1] and after[0] <= before[1]:
         prose(console, "The latencies are a tie: their 95% intervals overlap.")
     for which, found in data["accuracy"].items():
         if found:
             prose(console, f"{ACCURACIES[which]}: {top1_words(found['top1'], found['top1_ci'], found['images'])}")
+    if data.get("tuning"):
+        prose(console, tuning_words(data))
     if data.get("control"):
         prose(console, control_words(data["control"]))
     for line in data.get("failures", ()):
@@ -62,6 +70,32 @@ def show_prune(data: Doc, folder: Path, to_stderr: bool) -> None:
         prose(console, f"Report: {folder / 'report.html'}")
     for what, command in next_steps(folder, data)[:2]:
         console.print(f"{what}: {command}")  # not wrapped, so that it can be copied
+
+
+def grown_line(data: Doc) -> str | None:
+    """Which widths of the blocks reallocation has grown; None where none."""
+    both = [(row["before"], row["after"]) for row in data["blocks"] if row["after"] is not None]
+    grown = [
+        column.name
+        for key, column in zip(WIDTHS, BLOCKS[1:], strict=True)
+        if key != "ratio" and any(_most(new, key) > _most(old, key) for old, new in both)
+    ]
+    if not grown:
+        return None
+    return f"Parameters were reallocated: {listed(grown, len(grown))} grew; --no-reallocate leaves that out."
+
+
+def _most(widths: Doc, key: str) -> float:
+    return widths.get(f"{key}_range", [widths[key]])[-1]
+
+
+def tuning_words(data: Doc) -> str:
+    """What fine-tuning has done to the pruned network's accuracy."""
+    old, new = (data["accuracy"][which]["top1"] for which in ("pruned", "recovered"))
+    verdict = {"tie": "a tie", "more accurate": "a gain", "less accurate": "a loss"}[data["tuning"]["verdict"]]
+    low, high = data["tuning"]["ci"]
+    change = f"{new - old:+.1f} points, 95%: {low:+.1f} to {high:+.1f}"
+    return f"fine-tuning changed it from {old:.1f} to {new:.1f}%: {verdict} ({change})"
 
 
 def control_words(control: Doc) -> str:
@@ -76,6 +110,8 @@ def headline(budget: Doc) -> str:
     """Whether the budget is met, by which figures."""
     if budget["reached"] is None:
         return f"Budget {budget['metric']} {budget['text']}: not measured"
+    if budget["verdict"] is None:
+        return f"Budget {budget['metric']} {budget['text']}: not judged, the latencies are waiting times"
     verdict = {"fits": "met", "over": "NOT met", "unsure": "may be met or not, too close to tell"}[budget["verdict"]]
     by = f"{show(budget['metric'], budget['reached'])} for {show(budget['metric'], budget['target'])}"
     if budget["interval"]:
@@ -91,9 +127,10 @@ def count_rows(data: Doc) -> list[Sequence[str]]:
     for label, key, unit in (("M parameters", "params", 1e6), ("MMACs", "macs", 1e6), ("ms", "latency_ms", 1)):
         if before[key] is None:
             continue
-        told = budget["verdict"] if key.startswith(budget["metric"]) else ""
+        told = budget["verdict"] or "not judged" if key.startswith(budget["metric"]) else ""
+        ratio = "waiting" if key == "latency_ms" and data.get("waiting") else f"{after[key] / before[key]:.2f}x"
         figures = (significant(before[key] / unit), significant(after[key] / unit))
-        rows.append((label, *figures, f"{after[key] / before[key]:.2f}x", told))
+        rows.append((label, *figures, ratio, told))
     if before["ci"]:
         rows.append(("ms, 95%", *("..".join(map(significant, row["ci"])) for row in (before, after)), "", ""))
     return rows

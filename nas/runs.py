@@ -122,7 +122,7 @@ def prune_row(folder: Path) -> Row | None:
     told = read(path)
     found = told["accuracy"][told.get("kept") or ("recovered" if told["accuracy"].get("recovered") else "pruned")]
     parts = [told["model"], *([f"{found['top1']:.1f}% top-1"] if found else [])]
-    if told["after"].get("latency_ms") is not None:
+    if told["after"].get("latency_ms") is not None and not told["after"].get("waiting"):
         parts.insert(1, f"{told['after']['latency_ms']:.2f} ms")
     budget = f"{told['budget']['metric']} {told['budget']['text']}"
     ended = "failed in part" if told.get("failures") else "finished"

@@ -105,7 +105,7 @@ def _of_folder(target: Target) -> Facts:
         found["data"] = pruned["data"]["name"]
         found["weights_from"] = f"{pruned['model']}, pruned to {pruned['budget']['text']} {pruned['budget']['metric']}"
         after, settings = pruned["after"], pruned["settings"]
-        if after["latency_ms"] is not None and target.own is None:
+        if after["latency_ms"] is not None and not after.get("waiting") and target.own is None:
             names = ("device", "runtime", "precision", "threads", "batch_size")
             found["latency"] = {"ms": after["latency_ms"], "ci": after["ci"], **{key: settings[key] for key in names}}
             found["latency"]["cpu"] = pruned["hardware"].get("cpu")

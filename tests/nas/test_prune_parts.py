@@ -17,15 +17,18 @@ from nas.intervals import of_share
 from nas.measure import Measurement, Settings
 from nas.prune import (
     Options,
-    beside_control,
+    beside,
     closing_run,
     latency_verdict,
+    network_row,
     parse_pruning_budget,
     passes,
     say_plan,
     show,
     trained_on,
     tune_control,
+    waiting_line,
+    worse_after_tuning,
 )
 
 SETTINGS = Settings("torch", "cpu", 1, 1)
@@ -43,6 +46,16 @@ def test_a_share_is_judged_by_the_paired_ratio() -> None:
     assert latency_verdict(parse_pruning_budget(None, None, "0.54x"), results)[0] == Verdict.OVER
     assert latency_verdict(parse_pruning_budget(None, None, "1.6ms"), results)[0] == Verdict.UNSURE
     assert latency_verdict(parse_pruning_budget("0.5x", None, None), results) == (None, None)
+
+
+def test_waiting_times_judge_no_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a network whose CPUs others use, most samples wait for a turn; no longer run is made of them."""
+    quiet, waits = timed(*[1.6] * 30), timed(*[1.6, *[14.9] * 29])
+    budget = parse_pruning_budget(None, None, "14.9ms")
+    assert waiting_line({"before": quiet, "after": quiet}, SETTINGS) is None
+    assert "waiting times, not speed" in waiting_line({"before": quiet, "after": waits}, SETTINGS)
+    assert latency_verdict(budget, {"before": quiet, "after": waits}) == (None, None)
+    assert [network_row(1, 1, found, SETTINGS)["waiting"] for found in (quiet, waits)] == [False, True]
 
 
 @pytest.mark.parametrize(("noisy", "made", "verdict"), [(0, 1, "fits"), (1, 2, "fits"), (9, 4, "unsure")])
@@ -82,7 +95,7 @@ class FakeJob:
     def fit(self, phase, model, images, lr, teacher=None) -> None:
         self.fits.append((model, images, lr, teacher))
 
-    def accuracy(self, model, which, words) -> None:
+    def accuracy(self, model, which) -> None:
         self.state.found[which] = {"top1": 58.0}
 
 
@@ -127,12 +140,12 @@ def test_no_control_is_said() -> None:
 
 def test_a_tie_with_the_control_is_called_one() -> None:
     pruned = {"top1": 56.0, "ci": [48.7, 63.1]}
-    found = beside_control(pruned, {"top1": 58.1, "ci": [50.8, 65.1]})
+    found = beside(pruned, {"top1": 58.1, "ci": [50.8, 65.1]})
     assert found["verdict"] == "tie"
     assert found["difference"] == pytest.approx(-2.1)
     assert found["ci"][0] < 0 < found["ci"][1]
-    assert beside_control(pruned, {"top1": 90.0, "ci": [85.0, 93.0]})["verdict"] == "less accurate"
-    assert beside_control(pruned, {"top1": 20.0, "ci": [15.0, 26.0]})["verdict"] == "more accurate"
+    assert beside(pruned, {"top1": 90.0, "ci": [85.0, 93.0]})["verdict"] == "less accurate"
+    assert beside(pruned, {"top1": 20.0, "ci": [15.0, 26.0]})["verdict"] == "more accurate"
 
 
 def test_the_control_is_compared_image_by_image() -> None:
@@ -142,9 +155,10 @@ def test_the_control_is_compared_image_by_image() -> None:
         ci = of_share(correct / 2, 200)
         hits = "1" * correct + "0" * (200 - correct)
         rows[name] = {"top1": correct / 2, "ci": [ci.low, ci.high], "hits": hits}
-    assert beside_control(rows["pruned"], rows["control"])["verdict"] == "less accurate"
+    assert beside(rows["pruned"], rows["control"])["verdict"] == "less accurate"
+    assert worse_after_tuning({"recovered": rows["pruned"], "pruned": rows["control"]})
     rows["pruned"].pop("hits")
-    assert beside_control(rows["pruned"], rows["control"])["verdict"] == "tie"
+    assert beside(rows["pruned"], rows["control"])["verdict"] == "tie"
 
 
 def test_the_plan_is_told_first() -> None:

@@ -282,6 +282,17 @@ def test_overlapping_intervals_are_a_tie(report: Report) -> None:
     assert "1.02x faster" in report(data).text
 
 
+def test_no_speed_up_is_drawn_from_waiting_times(report: Report) -> None:
+    data = invent() | {"waiting": "other processes keep 2.0 of 2 CPUs busy"}
+    page = report(data)
+    assert "Waiting times, not speed: other processes keep 2.0 of 2 CPUs busy" in page.text
+    assert "x faster" not in page.text
+    assert "by the intervals' ends" not in page.text
+    assert page.row("95th percentile, ms")[-1] == "waiting"
+    data["budget"] |= {"metric": "latency", "verdict": None}
+    assert "Budget not judged" in report(data).text
+
+
 def test_slower_and_larger_are_said(report: Report) -> None:
     data = invent()
     data["after"] |= {"latency_ms": 3.0, "ci": [2.9, 3.1], "params": 11_000_000, "macs": 300_000_000}
@@ -432,6 +443,11 @@ def test_accuracy_with_intervals_and_their_verdict(report: Report) -> None:
     assert "before and after overlap: 1,020 images do not tell the two apart" in report(data).text
     data["accuracy"]["recovered"] |= {"top1": 95.1, "top1_ci": [94.0, 96.1]}
     assert "do not overlap: the pruned network is more accurate on this data" in report(data).text
+
+
+def test_what_fine_tuning_did(report: Report) -> None:
+    data = invent() | {"tuning": {"difference": 25.5, "ci": [22.0, 29.0], "verdict": "more accurate"}}
+    assert "Fine-tuning changed it from 61.2 to 86.7%: a gain" in report(data).text
 
 
 def test_without_fine_tuning(report: Report) -> None:

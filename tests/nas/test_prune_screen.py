@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 import nas.prune_screen
-from nas.prune_screen import change, count_rows, headline, show_prune, width
+from nas.prune_screen import change, count_rows, grown_line, headline, show_prune, tuning_words, width
 from nas.savings import Saving
 
 
@@ -110,3 +110,37 @@ def test_widths() -> None:
     assert width({"v": 50}, "v") == "50"
     assert change("1,150", "904") == "1,150 -> 904"
     assert change("16", "16") == "16"
+
+
+def test_waiting_times_are_no_result(shown) -> None:
+    """The note stands first, and neither a ratio nor a tie is drawn from them."""
+    data = invent(verdict=None, interval=None)
+    assert "a tie: their 95% intervals" not in " ".join(shown(data, 120, False).split())  # 12.4 and 9.51 ms
+    data["after"] = data["before"] | {"waiting": True}
+    assert "The latencies are a tie" in shown(data, 120, False)
+    text = shown(data | {"waiting": "other processes keep 2.0 of 2 CPUs busy"}, 120, False)
+    assert text.startswith("Other processes keep 2.0 of 2 CPUs busy.")
+    assert "The latencies are a tie" not in text
+    assert count_rows(data | {"waiting": "busy"})[2] == ("ms", "12.4", "12.4", "waiting", "not judged")
+    assert headline(data["budget"]).endswith("not judged, the latencies are waiting times")
+
+
+@pytest.mark.parametrize(
+    ("verdict", "said"), [("tie", "a tie"), ("more accurate", "a gain"), ("less accurate", "a loss")]
+)
+def test_what_fine_tuning_did_is_said(shown, verdict: str, said: str) -> None:
+    data = invent() | {"tuning": {"difference": -4.2, "ci": [-9.0, 0.6], "verdict": verdict}}
+    accuracy = data["accuracy"]
+    data["accuracy"] = accuracy | {
+        which: accuracy[which] | {"top1": top1} for which, top1 in (("pruned", 54.2), ("recovered", 50.0))
+    }
+    line = f"fine-tuning changed it from 54.2 to 50.0%: {said} (-4.2 points, 95%: -9.0 to +0.6)"
+    assert tuning_words(data) == line
+    assert line in " ".join(shown(data, 60, True).split())
+
+
+def test_widths_that_grew_are_named(shown) -> None:
+    data = invent()
+    line = "Parameters were reallocated: v, FFN grew; --no-reallocate leaves that out."
+    assert line in " ".join(shown(data, 60, True).split())
+    assert grown_line(data | {"blocks": data["blocks"][:1]}) is None
