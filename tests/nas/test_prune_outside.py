@@ -106,7 +106,7 @@ def test_tuning_that_harms_is_not_kept(vitnas, words, tmp_path: Path, monkeypatc
     """Nor told of by the card of model.onnx."""
     cards, told = [], {"before": 90.0, "pruned": 80.0, "recovered": 40.0}
 
-    def accuracy(job: Job, model, which: str, words: str) -> None:
+    def accuracy(job: Job, model, which: str) -> None:
         ci = [told[which] - 5, told[which] + 5]
         job.state.found[which] = {"top1": told[which], "ci": ci, "loss": 1.0, "images": 10}
 
