@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,7 +83,7 @@ def _of_card(card: Card, trained: bool) -> Facts:
 
 
 def _of_folder(target: Target) -> Facts:
-    """Of the files beside the Arch; the prior is asked only of a network that nobody has trained."""
+    """Of the files beside the Arch; the prior is asked only of a network that nobody has trained, nor a search rated."""
     from nas.quality.prior import Prior
     from search_spaces import table
 
@@ -109,11 +110,31 @@ def _of_folder(target: Target) -> Facts:
             names = ("device", "runtime", "precision", "threads", "batch_size")
             found["latency"] = {"ms": after["latency_ms"], "ci": after["ci"], **{key: settings[key] for key in names}}
             found["latency"]["cpu"] = pruned["hardware"].get("cpu")
-    if not trained:
+    searched = _search(folder) if found["kind"] == "search" and not trained and target.own is None else None
+    if searched:
+        winner = searched["winner"]
+        found["data"] = searched["data"] and searched["data"]["name"]
+        found |= {key: winner[key] for key in ("quality_estimate", "quality_ci")}
+        found["quality_label"] = searched["quality_tier"]["label"]
+    elif not trained:
         tier = Prior()
         told = tier.estimate(arch, table(arch)).to_dict()
         found |= {key: told[key] for key in ("quality_estimate", "quality_ci")} | {"quality_label": tier.label}
     return found
+
+
+def _search(folder: Path) -> Facts | None:
+    """The result of the search whose best/ this is, where it is there and has a winner."""
+    path = folder.parent / "result.json"
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text())
+        winner = found["winner"]
+        found["data"], found["quality_tier"]["label"]
+        return found if winner and (winner["quality_estimate"], winner["quality_ci"]) else None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged: it is not what vitnas wrote") from None
 
 
 def kind_of(folder: Path | None) -> str:
@@ -192,6 +213,8 @@ def lines_of(facts: Mapping[str, Any]) -> list[str]:
             f"latency: {latency['ms']:.2f} ms (95%: {low:.2f} to {high:.2f}), {latency['runtime']} "
             f"{latency['precision']}, {where}, {threads}, batch {latency['batch_size']}"
         )
+    elif facts["kind"] == "training":
+        lines.append(f"latency: not kept with a training; `vitnas bench {shlex.quote(facts['model'])}` measures it")
     else:
         lines.append("latency: not known here; `vitnas bench` measures it")
     return lines

@@ -96,6 +96,9 @@ def test_a_training_and_a_pruning(vitnas, search, tmp_path):
     out = vitnas("show", str(folder))[1]
     assert "(training)" in out
     assert "weights: trained: shvit_s1, fine-tuned from timm" in out
+    label_onnx(folder / "model.onnx", None, trained=True, card=CARD.model_copy(update={"latency": None}))
+    out = vitnas("show", str(folder))[1]
+    assert f"latency: not kept with a training; `vitnas bench {folder}` measures it" in out
     (folder / "metrics.json").unlink()
     pruned = {
         "model": "shvit_s1",
@@ -132,6 +135,24 @@ def test_only_a_network_that_nobody_has_trained_is_predicted(vitnas, search):
     out = vitnas("show", "shvit_s1")[1]
     assert "(published network)" in out
     assert "latency: not known here; `vitnas bench` measures it" in out
+
+
+def test_an_untrained_search_tells_its_own_estimate(vitnas, search):
+    label_onnx(search / "best" / "model.onnx", None, trained=False, card=Card())
+    (search / "best" / "model.safetensors").unlink()
+    result = {
+        "data": {"name": "flowers"},
+        "winner": {"quality_estimate": 50.0, "quality_ci": [18.14, 81.86]},
+        "quality_tier": {"label": "score (train)"},
+    }
+    (search / "result.json").write_text(json.dumps(result))
+    out = vitnas("show", str(search))[1]
+    assert "data: flowers" in out
+    assert "score (train): 50.0% (95%: 18.1 to 81.9)" in out
+    assert "prior" not in out
+    assert "prior" in vitnas("show", f"{search}@64")[1]
+    (search / "result.json").write_text("{}")
+    vitnas.refused(vitnas("show", str(search)), "result.json is damaged")
 
 
 def test_facts_hold_at_the_resolution_of_the_weights(vitnas, search):
