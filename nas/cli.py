@@ -830,8 +830,12 @@ def storage_named(run: str | None) -> str | Path:
         if not journals:
             raise UserError("there is no run under runs/ here: name a run's folder, a journal or a database URL")
         return journals[-1]
+    from nas.show import kind_of
+
     path = Path(run) / "study.journal" if Path(run).is_dir() else Path(run)
     if not path.is_file():
+        if path.name == "study.journal" and (kind := kind_of(path.parent)) in ("training", "pruning"):
+            raise UserError(f"{run} is a {kind}, not a search: `vitnas show {shlex.quote(run)}` tells of it")
         raise UserError(f"{path}: no such journal; for a study in a database give its URL")
     return path
 

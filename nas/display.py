@@ -233,9 +233,10 @@ def show_train(data: Mapping[str, Any], folder: Path, to_stderr: bool) -> None:
     else:
         console.print(f"{accuracy_of(final)} of {data['data']['name']}: {which}.")
     seconds = sum(row["seconds"] for row in data["epochs"])
+    images = sum(row["images_per_s"] * row["seconds"] for row in data["epochs"])
     console.print(
         f"{data['params'] / 1e6:.2f} M parameters, {data['macs'] / 1e6:.0f} MMACs at {data['resolution']} px; "
-        f"trained in {clock(seconds)} at {final['images_per_s']:.0f} images/s."
+        f"trained in {clock(seconds)} at {images / seconds:.0f} images/s."
     )
     files = [name for name in ("model.safetensors", "model.onnx", "metrics.json") if (folder / name).is_file()]
     console.print(f"Network: {folder} ({', '.join(files)})")

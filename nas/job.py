@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
@@ -61,7 +61,7 @@ def default_folder_of(verb: str, model: str, how: str) -> Path:
 
 class Job:
     """options: what must be equal for the folder's run to go on, as JSON has it. device: where networks train. result:
-    the file that a finished run leaves."""
+    the file that a finished run leaves. hints: what a refusal says besides, by the option that differs."""
 
     def __init__(
         self,
@@ -71,6 +71,7 @@ class Job:
         progress: Progress,
         device: str,
         result: str = "prune.json",
+        hints: Mapping[str, str] | None = None,
     ) -> None:
         self.folder, self.kept, self.device, self.result = folder, folder / "state", device, folder / result
         self._say, self._progress = say, progress
@@ -89,7 +90,8 @@ class Job:
         for key, value in options.items():
             known = begun_with.get(key)
             if known != value and key not in NAMED:
-                raise UserError(f"{folder} holds another run ({key} {known}, not {value}): give another --out")
+                hint = (hints or {}).get(key, "")
+                raise UserError(f"{folder} holds another run ({key} {known}, not {value}): give another --out{hint}")
 
     def agree(self, inputs: dict[str, str | None]) -> None:
         """Go on only with the inputs that the run was begun with; see `identity`.

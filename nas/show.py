@@ -83,7 +83,7 @@ def _of_card(card: Card, trained: bool) -> Facts:
 
 
 def _of_folder(target: Target) -> Facts:
-    """Of the files beside the Arch; the prior is asked only of a network that nobody has trained, nor a search rated."""
+    """Of the files beside the Arch; the prior is asked only of a network that nobody has trained or rated."""
     from nas.quality.prior import Prior
     from search_spaces import table
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -205,8 +206,16 @@ class _Run:
             say, progress = (lambda line: None), (lambda *_: None)
         elif not self._new:
             locks.enter_context(folder_lock(options.folder, say=say))
-        self.job = Job(options.folder, options.fingerprint(), say, progress, device, RESULT)
+        hints = {"epochs": self._onward()} if (options.folder / WEIGHTS).is_file() else {}
+        self.job = Job(options.folder, options.fingerprint(), say, progress, device, RESULT, hints)
         self._queued: list[str] | None = []
+
+    def _onward(self) -> str:
+        """How to train the folder's network for longer."""
+        options = self.options
+        images = f" --data {shlex.quote(options.data)}" if options.data else ""
+        command = f"vitnas train {shlex.quote(str(options.folder))}{images} --epochs {options.recipe.epochs} --out NEW"
+        return f"; `{command}` begins with its weights"
 
     def run(self) -> dict[str, Any]:
         from nas.train import agreed
@@ -403,6 +412,12 @@ class _Run:
         lines, self._queued = self._queued or (), None
         for line in lines:
             self._note(line)
+        left_out = len(self.data.train) - training.updates * training.images
+        if left_out and training.recipe.repeats == 1:
+            self._note(
+                f"{left_out:,} of {len(self.data.train):,} images an epoch fill no batch of {training.images} and are "
+                "left out (drawn anew each epoch)"
+            )
         if training.epoch or training.within.updates:
             self.job.say(f"going on after {self._done(training)}")
         if not self.rank:

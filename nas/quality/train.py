@@ -24,6 +24,7 @@ from nas.kept import Kept, keep
 from nas.quality import Estimate
 from nas.quality.surrogate import Guess, Rungs, Surrogate, Trained, describe
 from nas.schooling import ETA
+from nas.units import counted
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -55,8 +56,9 @@ class Train:
         self._last: tuple[list[tuple[str, Rungs]], Surrogate] | None = None
         rungs = ", ".join(map(str, schooling.rungs))
         self.note = (
-            f"Candidates were trained up to {rungs} epochs of {schooling.used:,} of your training images and judged on "
-            f"others held out from training; estimates are for {self.epochs} epochs of that and serve to rank."
+            f"Candidates were trained up to {rungs} epoch{'s' * (rungs != '1')} of {schooling.used:,} of your training "
+            "images and judged on others held out from training; estimates are for "
+            f"{counted(self.epochs, 'epoch')} of that and serve to rank."
         )
 
     def predict(self, arch: Arch, counts: Table) -> Estimate:
@@ -186,7 +188,9 @@ class Train:
         )
 
     def _told(self, found: Estimate, features: np.ndarray, rungs: Mapping[int, float], **more: Any) -> Estimate:
-        how = f"trained {max(rungs)} of {self.epochs} epochs" if rungs else "predicted from others' trainings"
+        how = (
+            f"trained {max(rungs)} of {counted(self.epochs, 'epoch')}" if rungs else "predicted from others' trainings"
+        )
         kept = {"features": features.tolist(), "rungs": {str(epochs): top1 for epochs, top1 in rungs.items()}, **more}
         return dataclasses.replace(found, how=how, training=kept)
 

@@ -276,3 +276,8 @@ def test_a_network_of_another_version_is_told(tmp_path: Path) -> None:
     stranger = trial.user_attrs | {"arch": {"family": "shvit", "shape": "unknown"}}
     trial.user_attrs = stranger
     assert "another version of vitnas" in dashboard.note(trial, {"budget_ms": 1.5})
+
+
+def test_a_training_is_no_search(vitnas, tmp_path: Path) -> None:
+    (tmp_path / "metrics.json").write_text("{}")
+    vitnas.refused(vitnas("dashboard", str(tmp_path)), "is a training, not a search: `vitnas show ")

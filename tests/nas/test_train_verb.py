@@ -116,6 +116,8 @@ def test_a_folder_that_export_and_bench_take(vitnas, deit, tmp_path):
     assert text.startswith(f"{told} of ")
     assert text.splitlines()[-2:] == [f"  vitnas bench {out} timm/lcnet_050@32", f"  vitnas prune --model {out}"]
     vitnas.refused(vitnas("train", deit, "--out", str(out), *ARGS), "another run", "lr")
+    longer = f"`vitnas train {out} --epochs 3 --out NEW` begins with its weights"
+    vitnas.refused(vitnas("train", deit, "--out", str(out), *ARGS, "--epochs", "3"), "another run", longer)
 
     code, text, _ = vitnas("export", str(out), "--out", str(tmp_path / "exported"))
     assert (code, "with the given weights" in text) == (0, True)
@@ -760,3 +762,27 @@ def test_a_full_disk_is_told(vitnas, deit, tmp_path, fill_disk):
     assert code == 1
     assert f"no space left in {tmp_path / 'out' / 'state'}" in err.splitlines()[-1]
     assert "needed): make room, then the same command goes on" in err.splitlines()[-1]
+
+
+def test_what_fills_no_batch_is_told_once(vitnas, deit, few, tmp_path):
+    out = tmp_path / "out"
+    command = ("train", deit, "--out", str(out), "--epochs", "1", "--batch-size", "100", "--device", "cpu")
+    code, _, err = vitnas(*command)
+    assert code == 0, err
+    assert err.count("56 of 256 images an epoch fill no batch of 100 and are left out (drawn anew each epoch)") == 1
+
+
+def test_the_rate_is_that_of_the_whole_training(tmp_path, capsys):
+    from nas.display import show_train
+
+    epochs = [{"epoch": 1, "seconds": 1.0, "images_per_s": 200.0}, {"epoch": 2, "seconds": 3.0, "images_per_s": 40.0}]
+    data = {
+        "epochs": epochs,
+        "final": {"of": "last weights", **epochs[-1]},
+        "recipe": {"epochs": 2, "name": "quick"},
+        "params": 1e6,
+        "macs": 1e6,
+        "resolution": 32,
+    }
+    show_train(data, tmp_path, to_stderr=False)
+    assert "trained in 0:04 at 80 images/s" in capsys.readouterr().out
