@@ -45,8 +45,8 @@ class Shared(Train):
         self._known: dict[str, Supernet] = {}
         self.failed: dict[str, str] = {}
         self.note = (
-            f"Each family's shared weights were trained for {counted(self.epochs, 'epoch')} of {schooling.used:,} of your "
-            "images; candidates were judged on others held out from training, BatchNorm calibrated for each."
+            f"Each family's shared weights were trained for {counted(self.epochs, 'epoch')} of {schooling.used:,} of "
+            "your images; candidates were judged on others held out from training, BatchNorm calibrated for each."
         )
 
     def predict(self, arch: Arch, counts: Table) -> Estimate:

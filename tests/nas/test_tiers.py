@@ -572,7 +572,7 @@ def test_candidates_inherit_the_parent_s_weights_and_its_lesson(pictures, tmp_pa
     assert all(torch.equal(value, weights[name]) for name, value in same.network.state_dict().items())
     other = arch_at(4, 32).replace(num_classes=2)
     found = tier.estimate(other, table(other))
-    assert found.how == "trained 1 of 1 epochs"
+    assert found.how == "trained 1 of 1 epoch"
     assert tier.teacher(32) is tier.teacher(32)
     stranger = Inherit(real_school(pictures, tmp_path, parent=Parent("x", arch.replace(num_classes=7), {}, {})))
     assert stranger.teacher(32) is None, "seven classes cannot teach two"
