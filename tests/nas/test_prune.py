@@ -244,11 +244,11 @@ def test_waiting_times_at_the_end_are_marked(vitnas, images, tmp_path, fake_cloc
     command = words(tmp_path / "net", out, *more, "--latency-budget", "0.8x")
     measured = nas.prune.measured
     monkeypatch.setattr(nas.prune, "closing_run", lambda paths, *_: waits(paths, None, 3))
-    code, printed, _ = vitnas(*command)
+    code, printed, said = vitnas(*command)
     assert code == 1
     assert printed.startswith("Other processes keep")
     assert "not judged" in printed
-    assert printed.count("right after pruning") == 1
+    assert (printed + said).count("right after pruning: ") == 1
     assert "fine-tuning changed it from" in printed
     data = result(out)
     assert data["after"]["waiting"]
