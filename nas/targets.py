@@ -154,7 +154,7 @@ class Target:
         """
         found = replace(self, resolution=resolution)
         if not 1 <= resolution <= LARGEST:
-            raise UserError(f"{self.label}: a resolution of {resolution} px: give {LARGEST} px or less")
+            raise UserError(f"{self.label}: a resolution of {resolution} px: give 1 to {LARGEST} px")
         if self.timm is not None:
             return replace(found, timm=self.timm.at(resolution))
         if self.arch is None or self.arch.resolution == resolution:

@@ -42,11 +42,13 @@ UNREAD = frozenset(("MPEG", "HDF5", "GRIB", "BUFR", "WMF", "EPS", "PDF"))
 @dataclass
 class LeftOut:
     """What is found and not used. suffixes: of files that are no images; folders: hidden ones and the system's; links:
-    to folders that are read anyway; loose: images beside the class folders; whole: folders beside the splits."""
+    to folders that are read anyway; special: pipes, devices and links that lead nowhere; loose: images beside the
+    class folders; whole: folders beside the splits."""
 
     suffixes: Counter[str] = field(default_factory=Counter)
     folders: Counter[str] = field(default_factory=Counter)
     links: list[str] = field(default_factory=list)
+    special: list[str] = field(default_factory=list)
     loose: list[str] = field(default_factory=list)
     whole: list[str] = field(default_factory=list)
 
@@ -56,6 +58,7 @@ class LeftOut:
             found.append(f"{_count(len(self.loose), 'image')} beside the class folders ({listed(self.loose)})")
         found += [f"folder{'s' * (count > 1)} {_times(name, count)}" for name, count in self.folders.items()]
         found += [f"link {name} (to a folder that is read anyway)" for name in self.links]
+        found += [f"{name} (no regular file)" for name in self.special]
         if self.suffixes:
             found.append(files_of(self.suffixes))
         return tuple(map(shown, found))
@@ -160,7 +163,7 @@ def _inner(path: Path) -> Path | None:
     while True:
         entries = list(_visible(path, None))
         inside = [entry.name for entry in entries if entry.is_dir()]
-        if len(inside) > 1 and not any(_is_image(entry) for entry in entries if entry.is_file()):
+        if len(inside) > 1 and not any(_is_image(entry) for entry in entries if not entry.is_dir()):
             return path
         if len(inside) != 1:
             return None
@@ -177,7 +180,7 @@ def _scan(root: Path, left_out: LeftOut) -> Scan:
     above = os.path.realpath(root)
     for entry in sorted(_visible(root, left_out), key=lambda entry: natural_key(entry.name)):
         if not entry.is_dir():
-            if entry.is_file() and _is_image(entry):
+            if _is_image(entry):
                 left_out.loose.append(entry.name)
             continue
         if _read_anyway(entry, above):
@@ -192,6 +195,7 @@ def _scan(root: Path, left_out: LeftOut) -> Scan:
         left_out.suffixes += other.suffixes
         left_out.folders += other.folders
         left_out.links += [os.path.relpath(link, root) for link in other.links]
+        left_out.special += [os.path.relpath(path, root) for path in other.special]
     if not images:
         shards = f"; for its shards write wds/{root}" if any(root.glob("*.tar")) else ""
         raise UserError(f"{shown(str(root))} has no class folders: {shown(str(root))}/<class>/*.jpg is needed{shards}")
@@ -223,8 +227,14 @@ def _visible(folder: Path, left_out: LeftOut | None) -> Iterator[os.DirEntry[str
     except OSError as error:
         raise UserError(f"{shown(str(folder))} cannot be read: {error.strerror}") from None
     for entry in found:
-        folder_like = entry.is_dir()
-        if entry.name.startswith(".") or entry.name.lower() in (SYSTEM_FOLDERS if folder_like else SYSTEM_FILES):
+        try:
+            folder_like, special = entry.is_dir(), not (entry.is_dir() or entry.is_file())
+        except OSError:  # links in a circle
+            folder_like, special = False, True
+        if special:
+            if left_out is not None:
+                left_out.special.append(entry.path)
+        elif entry.name.startswith(".") or entry.name.lower() in (SYSTEM_FOLDERS if folder_like else SYSTEM_FILES):
             if folder_like and left_out is not None:
                 left_out.folders[entry.name] += 1
         else:

@@ -466,7 +466,7 @@ def test_a_run_trained_at_another_resolution_is_told(given, tmp_path: Path) -> N
         ("shvit_s9@64", ("unknown model 'shvit_s9'",)),
         ("shvit_s1@8", ("16 to 512 px, not 8",)),
         ("shvit_s1@600", ("16 to 512 px, not 600",)),
-        ("shvit_s1@99999", ("4096 px or less",)),
+        ("shvit_s1@99999", ("1 to 4096 px",)),
         ("deit_tiny@100", ("patch_size 16", "96 px and 128 px work")),
         ("sepvit_lite@50", ("cannot be cut", "32 px and 64 px work")),
         ("timm/test_vit@100", ("cannot take images of 100 px", "96 px and 128 px work")),

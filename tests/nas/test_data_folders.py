@@ -233,3 +233,15 @@ def test_an_animated_picture_is_its_first_frame(tmp_path: Path) -> None:
     frames = [Image.new("RGB", (9, 9), colour) for colour in ("red", "blue")]
     frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:])
     assert decode(tmp_path / "x.gif").getpixel((4, 4)) == (255, 0, 0)
+
+
+def test_pipes_devices_and_links_that_lead_nowhere_are_left_out(tmp_path: Path) -> None:
+    data = fill(tmp_path / "data", "cats", "dogs")
+    os.mkfifo(data / "cats" / "pipe.png")
+    (data / "cats" / "zero.png").symlink_to("/dev/zero")
+    (data / "dogs" / "gone.png").symlink_to("nowhere.png")
+    (data / "dogs" / "circle").symlink_to("circle")
+    told = describe(opened(data))
+    assert "8 images" in told
+    for name in ("cats/pipe.png", "cats/zero.png", "dogs/gone.png", "dogs/circle"):
+        assert f"{name} (no regular file)" in told
