@@ -45,12 +45,30 @@ def seen_by(*weights: str | Path | None) -> np.ndarray | None:
     found = [np.empty(0, np.uint64)]
     for each in weights:
         if each is not None and str(each) != TIMM:
-            path = Path(each) / SEEN if Path(each).is_dir() else Path(each).with_name(SEEN)
-            kept = np.load(path) if path.is_file() else None
-            if kept is None or kept.dtype.names != (_column(),):
+            kept = _read(_beside(each))
+            if kept is None:
                 return None
-            found.append(kept.view(np.uint64))
+            found.append(kept)
     return np.unique(np.concatenate(found))
+
+
+def _beside(weights: str | Path) -> Path:
+    path = Path(weights)
+    return path / SEEN if path.is_dir() else path.with_name(SEEN)
+
+
+def _read(path: Path) -> np.ndarray | None:
+    """A file's digests; None where there is none, or where it is damaged or of another version."""
+    import numpy as np
+
+    if not path.is_file():
+        return None
+    try:
+        with path.open("rb") as file:
+            kept = np.lib.format.read_array(file, allow_pickle=False)
+    except Exception:  # numpy's errors are of many kinds
+        return None
+    return kept.view(np.uint64) if kept.dtype == [(_column(), np.uint64)] and kept.ndim == 1 else None
 
 
 def _column() -> str:
@@ -73,8 +91,11 @@ def remark(weights: str | Path | None, images: Images, what: str) -> str | None:
     """What to say of weights that were trained on some of the images, or may have been; None where they were not."""
     seen = seen_by(weights)
     if seen is None:
+        path = _beside(weights)
+        why = f" ({path} is damaged or of another version)" if path.is_file() else ""
         return (
-            f"which images {weights} was trained on is unknown: if {what} images are among them, figures are too high"
+            f"which images {weights} was trained on is unknown{why}: if {what} images are among them, figures are "
+            "too high"
         )
     count = int(seen_among(images, seen).sum())
     if not count:

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from nas.data import ImageData, describe, hold_out, open_data
-from nas.data.digests import digests
+from nas.data.digests import VERSION, digests
 from nas.lineage import SEEN, record, remark, seen_among, seen_by
 
 
@@ -75,6 +75,48 @@ def test_digests_of_another_version_are_unknown(folder: Path, weights: Path, mon
     assert seen_by(weights) is None
     np.save(weights.parent / SEEN, digests(data.train))  # as the first version kept them
     assert seen_by(weights) is None
+
+
+def structured(kind: type, shape: tuple[int, ...] = (3,)) -> np.ndarray:
+    return np.zeros(shape, [(f"digest{VERSION}", kind)])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"no array",
+        b"PK\3\4",
+        b"\x93NUMPY\1\0v\0{'descr': ((((",
+        b"cut",
+        np.array([{}], object),
+        structured(object),
+        structured(np.float64),
+        structured(np.int64),
+        structured(np.uint64, ()),
+        structured(np.uint64, (3, 2)),
+        np.zeros(3, np.uint64),
+        np.array(["text"]),
+    ],
+    ids=str,
+)
+def test_a_damaged_file_is_unknown_and_said(
+    folder: Path, weights: Path, tmp_path: Path, content: bytes | np.ndarray
+) -> None:
+    path, data = weights.parent / SEEN, opened(folder, 0)
+    if isinstance(content, bytes) and content == b"cut":
+        record(weights.parent, data.train)
+        path.write_bytes(path.read_bytes()[:-4])
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        np.save(path, content, allow_pickle=True)
+    assert seen_by(weights) is None
+    assert record(tmp_path, data.train, weights) is None
+    assert opened(folder, 0, weights).notes == (
+        f"which images {weights} was trained on is unknown ({path} is damaged or of another version): if validation "
+        "images are among them, figures are too high",
+    )
 
 
 def test_both_parents_hand_on_what_they_have_seen(folder: Path, weights: Path, tmp_path: Path) -> None:
