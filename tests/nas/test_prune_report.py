@@ -290,7 +290,10 @@ def test_no_speed_up_is_drawn_from_waiting_times(report: Report) -> None:
     assert "by the intervals' ends" not in page.text
     assert page.row("95th percentile, ms")[-1] == "waiting"
     data["budget"] |= {"metric": "latency", "verdict": None}
-    assert "Budget not judged" in report(data).text
+    data["costs"] = [saving("stages.0 ffn", 1_000_000, 0.5)]
+    page = report(data)
+    assert "Budget not judged" in page.text
+    assert page.row("stages.0 ffn")[4] == "–", "the mean that it would stand beside is of waiting times"
 
 
 def test_slower_and_larger_are_said(report: Report) -> None:
