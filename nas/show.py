@@ -78,7 +78,7 @@ def _of_card(card: Card, trained: bool) -> Facts:
         "top1_ci": accuracy and list(accuracy.ci),
         "images": accuracy and accuracy.images,
         "latency": card.latency and card.latency.model_dump(),
-        **dict.fromkeys(("quality_estimate", "quality_ci", "quality_label")),
+        **dict.fromkeys(("quality", "quality_estimate", "quality_ci", "quality_label")),
     }
 
 
@@ -114,7 +114,7 @@ def _of_folder(target: Target) -> Facts:
     if searched:
         winner = searched["winner"]
         found["data"] = searched["data"] and searched["data"]["name"]
-        found |= {key: winner[key] for key in ("quality_estimate", "quality_ci")}
+        found |= {key: winner[key] for key in ("quality", "quality_estimate", "quality_ci")}
         found["quality_label"] = searched["quality_tier"]["label"]
     elif not trained:
         tier = Prior()
@@ -132,7 +132,7 @@ def _search(folder: Path) -> Facts | None:
         found = json.loads(path.read_text())
         winner = found["winner"]
         found["data"], found["quality_tier"]["label"]
-        return found if winner and (winner["quality_estimate"], winner["quality_ci"]) else None
+        return found if winner and (winner["quality"], winner["quality_estimate"], winner["quality_ci"]) else None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is damaged: it is not what vitnas wrote") from None
 
@@ -176,6 +176,8 @@ STAGES = (
 
 def show(facts: Mapping[str, Any]) -> None:
     """Print them."""
+    from nas.quality import told_score
+
     console = console_of()
     for line in lines_of(facts):
         prose(console, line)
@@ -184,6 +186,8 @@ def show(facts: Mapping[str, Any]) -> None:
     if facts["quality_label"]:
         low, high = facts["quality_ci"]
         words = f"{facts['quality_estimate']:.1f}% (95%: {low:.1f} to {high:.1f})"
+        if facts["quality"] is not None:
+            words = f"{told_score(facts['quality']):.1f}; its estimate is {words}"
         prose(console, f"{facts['quality_label']}: {words}")
 
 

@@ -142,13 +142,13 @@ def test_an_untrained_search_tells_its_own_estimate(vitnas, search):
     (search / "best" / "model.safetensors").unlink()
     result = {
         "data": {"name": "flowers"},
-        "winner": {"quality_estimate": 50.0, "quality_ci": [18.14, 81.86]},
+        "winner": {"quality": 35.0, "quality_estimate": 50.0, "quality_ci": [18.14, 81.86]},
         "quality_tier": {"label": "score (train)"},
     }
     (search / "result.json").write_text(json.dumps(result))
     out = vitnas("show", str(search))[1]
     assert "data: flowers" in out
-    assert "score (train): 50.0% (95%: 18.1 to 81.9)" in out
+    assert "score (train): 35.0; its estimate is 50.0% (95%: 18.1 to 81.9)" in out
     assert "prior" not in out
     assert "prior" in vitnas("show", f"{search}@64")[1]
     (search / "result.json").write_text("{}")
