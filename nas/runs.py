@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import re
-import socket
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
@@ -18,7 +18,6 @@ from nas.tables import Column, console_of, print_table, prose
 Row = dict[str, Any]
 """run: the folder's name. kind: search, train, prune or export. budget, best: in words. state: finished, interrupted,
 running, or what is damaged. bytes: of all files. changed: the last of them, ISO 8601."""
-HOLDER = re.compile(r"\(process (\d+) on (.+)\) since ")
 COMPLETE = 1
 """A trial's state in Optuna's journal, and below the operations that set it and a study's attributes."""
 SET_STATE, SET_STUDY = 6, 2
@@ -48,27 +47,31 @@ def list_runs(root: Path) -> list[Row]:
         folders = [path for path in root.iterdir() if path.is_dir()]
     except OSError as error:
         raise UserError(f"{root}: {error.strerror}; name the folder that holds the runs") from None
-    return sorted(map(row_of, folders), key=lambda row: row["changed"], reverse=True)
+    return sorted(filter(None, map(row_of, folders)), key=lambda row: row["changed"], reverse=True)
 
 
-def row_of(folder: Path) -> Row:
-    """What a run's folder holds; a damaged one says what is damaged."""
-    size, changed = weight(folder)
+def row_of(folder: Path) -> Row | None:
+    """What a run's folder holds; a damaged one says what is damaged. None where it has just been removed."""
+    try:
+        size, changed = weight(folder)
+    except OSError:
+        return None
     row = {"run": folder.name, "kind": "", "budget": "", "best": "", "state": "no run of vitnas's"}
     try:
         for told in (search_row, prune_row, train_row, export_row):
             found = told(folder)
             if found is not None:
+                if not all(isinstance(value, str) for value in found.values()):
+                    raise TypeError
                 row |= found
                 break
     except Damaged as error:
         row["state"] = f"damaged: {error}"
     except OSError as error:
         row["state"] = f"cannot be read: {error.strerror}"
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except Exception:  # whatever a file holds, the other runs are listed
         row["state"] = "damaged, or written by another vitnas"
-    when = datetime.fromtimestamp(changed).astimezone().isoformat(timespec="seconds")
-    return row | {"bytes": size, "changed": when}
+    return row | {"bytes": size, "changed": moment(changed)}
 
 
 def search_row(folder: Path) -> Row | None:
@@ -79,13 +82,18 @@ def search_row(folder: Path) -> Row | None:
         best = "nothing fits"
         if winner is not None:
             figure = (
-                f"{winner['top1']:.1f}% top-1"
+                f"{finite(winner['top1']):.1f}% top-1"
                 if winner.get("top1") is not None
-                else f"score {max(winner['quality'], 0):.1f}"
+                else f"score {max(finite(winner['quality']), 0):.1f}"
             )
-            best = f"{winner['label']} ({winner['family']}), {winner['latency_ms']:.2f} ms, {figure}"
+            best = f"{winner['label']} ({winner['family']}), {finite(winner['latency_ms']):.2f} ms, {figure}"
         ended = "interrupted" if told["interrupted"] else "failed in part" if told["failures"] else "finished"
-        return {"kind": "search", "budget": f"{told['budget_ms']:g} ms", "best": best, "state": state(folder, ended)}
+        return {
+            "kind": "search",
+            "budget": f"{finite(told['budget_ms']):g} ms",
+            "best": best,
+            "state": state(folder, ended),
+        }
     if journal.is_file():
         return {"kind": "search", **of_journal(journal), "state": state(folder, "interrupted")}
     if (folder / "hardware.json").is_file():
@@ -108,7 +116,7 @@ def of_journal(path: Path) -> Row:
         elif entry.get("op_code") == SET_STUDY:
             attributes = entry["user_attr"]
             if "budget_ms" in (attributes.get("vitnas") or {}):
-                budget = f"{attributes['vitnas']['budget_ms']:g} ms"
+                budget = f"{finite(attributes['vitnas']['budget_ms']):g} ms"
             result = attributes.get("result", result)
     if not budget:
         raise Damaged(f"{path.name} holds no study of vitnas's")
@@ -121,9 +129,9 @@ def prune_row(folder: Path) -> Row | None:
         return unfinished(folder, "prune", "budget")
     told = read(path)
     found = told["accuracy"][told.get("kept") or ("recovered" if told["accuracy"].get("recovered") else "pruned")]
-    parts = [told["model"], *([f"{found['top1']:.1f}% top-1"] if found else [])]
+    parts = [told["model"], *([f"{finite(found['top1']):.1f}% top-1"] if found else [])]
     if told["after"].get("latency_ms") is not None and not told["after"].get("waiting"):
-        parts.insert(1, f"{told['after']['latency_ms']:.2f} ms")
+        parts.insert(1, f"{finite(told['after']['latency_ms']):.2f} ms")
     budget = f"{told['budget']['metric']} {told['budget']['text']}"
     ended = "failed in part" if told.get("failures") else "finished"
     return {"kind": "prune", "budget": budget, "best": ", ".join(parts), "state": state(folder, ended)}
@@ -134,7 +142,7 @@ def train_row(folder: Path) -> Row | None:
     if not path.is_file() or "recipe" not in (told := read(path)):
         return unfinished(folder, "train", "recipe")
     final, epochs = told["final"], told["recipe"]["epochs"]
-    best = told["model"] + (f", {final['top1']:.1f}% top-1" if final and "top1" in final else "")
+    best = told["model"] + (f", {finite(final['top1']):.1f}% top-1" if final and "top1" in final else "")
     done = len(told["epochs"])
     ended = "failed" if told["error"] else "finished" if done >= epochs else f"interrupted, {done} of {epochs} epochs"
     return {"kind": "train", "best": best, "state": state(folder, ended)}
@@ -160,39 +168,35 @@ def unfinished(folder: Path, kind: str, option: str) -> Row | None:
 def read(path: Path) -> Any:
     try:
         found = json.loads(path.read_text())
-    except ValueError:
+    except (ValueError, RecursionError):
         raise Damaged(path.name) from None
     if not isinstance(found, Mapping):
         raise Damaged(path.name)
     return found
 
 
+def finite(value: float) -> float:
+    """A figure that can be told."""
+    if not math.isfinite(value):
+        raise ValueError
+    return value
+
+
 def state(folder: Path, ended: str) -> str:
-    """`running` where a process of this machine has the folder."""
+    """`running` where a process has the folder."""
     return "running" if running(folder) else ended
 
 
 def running(folder: Path) -> bool:
     for name in (".lock", ".end.lock"):
         path = folder / name
-        match = HOLDER.search(path.read_text(errors="replace")) if path.is_file() else None
-        if match and match[2] == socket.gethostname() and alive(int(match[1])):
+        if path.is_file() and path.stat().st_size and locked(path):  # one that nobody has is empty, or a killed one's
             return True
     return any(map(locked, (folder / "tmp").glob("vitnas-*")))
 
 
-def alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
 def locked(path: Path) -> bool:
-    """Whether a process holds its scratch folder."""
+    """Whether a process holds a file or folder."""
     try:
         file = os.open(path, os.O_RDONLY)
     except OSError:
@@ -220,6 +224,14 @@ def weight(folder: Path) -> tuple[int, float]:
             size += found.st_size
             changed = max(changed, found.st_mtime)
     return size, changed
+
+
+def moment(seconds: float) -> str:
+    """ISO 8601; nothing where a file's time is none."""
+    try:
+        return datetime.fromtimestamp(seconds).astimezone().isoformat(timespec="seconds")
+    except (ValueError, OverflowError, OSError):
+        return ""
 
 
 def show_runs(rows: list[Row], root: Path) -> None:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
+from nas.units import shown
+
 PIPE_WIDTH = 10_000
 """In columns: what is read by a program, or kept in a file, is not wrapped."""
 LABEL_WIDTH = 16
@@ -39,29 +41,29 @@ def print_table(
     Args:
         elsewhere: where those columns can be seen.
     """
-    cells = {column: [row[i] for row in rows] for i, column in enumerate(columns)}
-    shown = [column for column in columns if any(cells[column])]
-    widest = {column: max(map(len, (column.name, *cells[column]))) for column in shown}
-    least = {column: narrowest(column, cells[column]) for column in shown}
+    cells = {column: [shown(row[i]) for row in rows] for i, column in enumerate(columns)}
+    fitting = [column for column in columns if any(cells[column])]
+    widest = {column: max(map(len, (column.name, *cells[column]))) for column in fitting}
+    least = {column: narrowest(column, cells[column]) for column in fitting}
 
     def needed() -> int:
-        return sum(least[column] for column in shown) + GAP * (len(shown) - 1)
+        return sum(least[column] for column in fitting) + GAP * (len(fitting) - 1)
 
     left_out = []
-    while needed() > console.width and any(column.drop for column in shown):
-        left_out.append(max(shown, key=lambda column: column.drop))
-        shown.remove(left_out[-1])
+    while needed() > console.width and any(column.drop for column in fitting):
+        left_out.append(max(fitting, key=lambda column: column.drop))
+        fitting.remove(left_out[-1])
     spare = max(0, console.width - needed())
     table = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0))
-    for column in sorted(shown, key=lambda column: not column.label):  # labels are widened first
+    for column in sorted(fitting, key=lambda column: not column.label):  # labels are widened first
         more = min(spare, widest[column] - least[column])
         least[column] += more
         spare -= more
-    for column in shown:
+    for column in fitting:
         justify = "left" if column.label else "right"
         table.add_column(column.name, justify=justify, width=least[column], overflow="fold", vertical="top")
     for i in range(len(rows)):
-        table.add_row(*(cells[column][i] for column in shown))
+        table.add_row(*(cells[column][i] for column in fitting))
     room = console.width
     console.width = max(room, needed())  # a terminal that is narrower still wraps lines
     console.print(table, soft_wrap=False)
@@ -80,7 +82,8 @@ def narrowest(column: Column, cells: Sequence[str]) -> int:
 def prose(console: Console, line: str) -> None:
     """Print a line of text, wrapped between words in a terminal; a long path is left in one piece."""
     wide = console.width - (1 if console.is_terminal else 0)
-    console.print("\n".join(textwrap.wrap(line, wide, break_long_words=False, break_on_hyphens=False)), soft_wrap=True)
+    lines = textwrap.wrap(line, wide, break_long_words=False, break_on_hyphens=False)
+    console.print("\n".join(map(shown, lines)), soft_wrap=True)
 
 
 def console_of(stderr: bool = False) -> Console:

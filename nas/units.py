@@ -79,3 +79,10 @@ def listed(names: Iterable[str], most: int = 3) -> str:
 def counted(number: int, noun: str) -> str:
     """A number and its noun: "1 thread", "2 threads"."""
     return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+def shown(name: str) -> str:
+    """A name in one line of printable characters, as files may have others."""
+    if name.isprintable():
+        return name
+    return "".join(each if each.isprintable() else ascii(each)[1:-1].replace("udc", "x") for each in name)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nas.data.about import Summary, describe, shown, summary
+from nas.data.about import Summary, describe, summary
 from nas.data.batches import (
     ALL_BROKEN,
     BROKEN_BASE,
@@ -37,6 +37,7 @@ from nas.data.look import oddities
 from nas.data.sources import digits, find
 from nas.errors import UserError
 from nas.lineage import remark, seen_among, seen_by
+from nas.units import shown
 
 if TYPE_CHECKING:
     import numpy as np

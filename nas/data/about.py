@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from nas.units import shown
+
 if TYPE_CHECKING:
     from nas.data import ImageData
 
@@ -80,13 +82,6 @@ def summary(data: ImageData) -> Summary:
 def describe(data: ImageData) -> str:
     """A data set in one line: its images, classes, which images validate, and what was left out and why."""
     return summary(data).line()
-
-
-def shown(name: str) -> str:
-    """A name in one line of printable characters, as files may have others."""
-    if name.isprintable():
-        return name
-    return "".join(each if each.isprintable() else ascii(each)[1:-1].replace("udc", "x") for each in name)
 
 
 def _counts(labels: Sequence[int], classes: int) -> list[int]:

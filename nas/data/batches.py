@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from nas.data.about import shown
 from nas.data.images import MAX_ASPECT, Images, Key, Ribbon
 from nas.errors import UserError
 from nas.measure.locks import in_turn
 from nas.process import die_with_parent
 from nas.threads import adapt
+from nas.units import shown
 
 MAX_BROKEN = 0.05
 """Share of the images of one pass that may be broken; one broken image is always skipped, never refused alone."""

@@ -15,10 +15,9 @@ from PIL import Image
 from timm.utils.misc import natural_key
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from nas.data.about import shown
 from nas.data.found import Found, Part
 from nas.errors import UserError
-from nas.units import listed
+from nas.units import listed, shown
 
 SPLITS = {
     "train": ("train", "training", "trn"),

@@ -2,15 +2,16 @@
 
 import fcntl
 import json
+import math
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from nas.files import folder_lock
 from nas.runs import list_runs
 
 WINNER = {
@@ -111,6 +112,14 @@ def test_the_journal_is_read_as_optuna_writes_it(tmp_path):
         ("state/state.json", "[]"),
         ("study.journal", "nonsense"),
         ("arch.json", "nonsense"),
+        ("arch.json", {"family": 3}),
+        ("arch.json", '{"a":' * 100_000),
+        ("result.json", SEARCH | {"budget_ms": math.nan}),
+        ("result.json", SEARCH | {"budget_ms": 10**400}),
+        ("result.json", SEARCH | {"winner": WINNER | {"latency_ms": math.inf}}),
+        ("result.json", SEARCH | {"winner": WINNER | {"top1": -math.inf}}),
+        ("prune.json", PRUNE | {"after": {"latency_ms": math.nan}}),
+        ("study.journal", '{"op_code": 2, "user_attr": ' + "[" * 100_000),
     ],
 )
 def test_a_damaged_folder_is_one_line(vitnas, made, tmp_path, name, content):
@@ -126,20 +135,42 @@ def test_a_damaged_folder_is_one_line(vitnas, made, tmp_path, name, content):
     assert "no run" in next(line for line in lines if line.startswith("empty"))
 
 
-def test_a_run_that_a_process_has_is_running(made, tmp_path, ended):
+def test_a_run_that_a_process_has_is_running(made, tmp_path):
     made("train", "metrics.json", TRAIN)
-    lock = made("train", ".lock", f"vitnas train (process {os.getpid()} on {socket.gethostname()}) since today")
     made("search", "result.json", SEARCH)
+    lock = made("train", ".lock", f"vitnas train (process {os.getpid()} on here) since a kill")
     scratch = made("search", "tmp/vitnas-1234-abc/candidate.onnx", "").parent
-    assert {row["state"] for row in list_runs(tmp_path)} == {"running", "finished"}
-    file = os.open(scratch, os.O_RDONLY)
-    fcntl.flock(file, fcntl.LOCK_EX)
-    try:
-        assert {row["state"] for row in list_runs(tmp_path)} == {"running"}
-    finally:
-        os.close(file)
-    lock.write_text(f"vitnas train (process {ended} on {socket.gethostname()}) since today")
-    assert {row["state"] for row in list_runs(tmp_path)} == {"finished"}
+    for path, running in ((lock, "train"), (scratch, "search")):
+        assert {row["state"] for row in list_runs(tmp_path)} == {"finished"}
+        file = os.open(path, os.O_RDONLY)
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            assert {row["run"] for row in list_runs(tmp_path) if row["state"] == "running"} == {running}
+        finally:
+            os.close(file)
+    with folder_lock(tmp_path / "train"):
+        assert {row["run"] for row in list_runs(tmp_path) if row["state"] == "running"} == {"train"}
+
+
+def test_a_folder_that_disappears_is_left_out(made, tmp_path, monkeypatch):
+    for name in ("gone", "kept"):
+        made(name, "result.json", SEARCH)
+
+    def weight(folder: Path) -> tuple[int, float]:
+        if folder.name == "gone":
+            raise FileNotFoundError
+        return 0, 1e18
+
+    monkeypatch.setattr("nas.runs.weight", weight)
+    assert [(row["run"], row["changed"]) for row in list_runs(tmp_path)] == [("kept", "")]
+
+
+def test_names_do_not_write_on_the_terminal(vitnas, made, tmp_path):
+    made("a\x1b[2J\nb", "metrics.json", TRAIN | {"model": "\ud800\x07"})
+    code, out, _ = vitnas("runs", str(tmp_path))
+    assert code == 0
+    (line,) = (line for line in out.splitlines() if "finished" in line)
+    assert line.split() == ["a\\x1b[2J\\nb", "train", "\\ud800\\x07,", "61.2%", "top-1", "finished", *line.split()[-4:]]
 
 
 def test_size_and_order(made, tmp_path):
