@@ -11,6 +11,7 @@ from rich.console import Console
 
 from nas.budget import Verdict
 from nas.front import interval_words, later_rounds
+from nas.intervals import guessing
 from nas.outcome import OVERHEAD, overhead_share
 from nas.quality import told_score
 from nas.search import INTERRUPTED
@@ -232,6 +233,9 @@ def show_train(data: Mapping[str, Any], folder: Path, to_stderr: bool) -> None:
         console.print(f"Epoch {final['epoch']} was not judged ({which}).")
     else:
         console.print(f"{accuracy_of(final)} of {data['data']['name']}: {which}.")
+        chance = guessing(final["top1_ci"], data["data"]["classes"])
+        if chance:
+            prose(console, f"{chance[:1].upper()}{chance[1:]}.")
     seconds = sum(row["seconds"] for row in data["epochs"])
     images = sum(row["images_per_s"] * row["seconds"] for row in data["epochs"])
     console.print(
