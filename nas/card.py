@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat
 
 from nas.errors import UserError
 from nas.files import replace_file
@@ -51,7 +51,18 @@ print(classify("photo.jpg"))
 """
 """How a file of batch 1 is used without vitnas."""
 
-Colour = tuple[float, float, float]
+
+def _as_text(name: str) -> str:
+    """A name, as long as it has no lone surrogate, which no file takes."""
+    name.encode()
+    return name
+
+
+Name = Annotated[str, AfterValidator(_as_text)]
+Colour = tuple[FiniteFloat, FiniteFloat, FiniteFloat]
+Count = Annotated[int, Field(gt=0, lt=2**31)]
+Percent = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
+Milliseconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Preprocess(BaseModel):
@@ -60,8 +71,8 @@ class Preprocess(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    resize: int
-    size: int
+    resize: Count
+    size: Count
     interpolation: str
     mean: Colour
     std: Colour
@@ -91,9 +102,9 @@ class Accuracy(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    top1: float
-    ci: tuple[float, float]
-    images: int
+    top1: Percent
+    ci: tuple[Percent, Percent]
+    images: Count
     data: str
 
 
@@ -102,13 +113,13 @@ class Latency(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    ms: float
-    ci: tuple[float, float]
+    ms: Milliseconds
+    ci: tuple[FiniteFloat, FiniteFloat]
     device: str
     runtime: str
     precision: str
-    threads: int
-    batch_size: int
+    threads: Count
+    batch_size: Count
     cpu: str | None = None
 
 
@@ -118,7 +129,7 @@ class Card(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     preprocess: Preprocess | None = None
-    classes: list[str] | None = None
+    classes: list[Name] | None = None
     accuracy: Accuracy | None = None
     latency: Latency | None = None
 
@@ -168,18 +179,21 @@ class Card(BaseModel):
                 card = cls.read(path / "model.onnx")
                 if card.preprocess is not None:
                     return card
-            preprocess, labels = path / PREPROCESS, path / LABELS
+            preprocess, labels = _text(path / PREPROCESS), _text(path / LABELS)
             found = {
-                "preprocess": preprocess.read_text() if preprocess.is_file() else "null",
-                "classes": json.dumps(labels.read_text().splitlines() if labels.is_file() else None),
+                "preprocess": "null" if preprocess is None else preprocess,
+                "classes": json.dumps(None if labels is None else labels.splitlines()),
             }
             found = {**_measured(path / "metrics.json"), **{key: text for key, text in found.items() if text != "null"}}
         else:
             found = {key.removeprefix(PREFIX): value for key, value in metadata_of(load_onnx(path)).items()}
         try:
             return cls(**{key: json.loads(found[key]) for key in cls.model_fields if key in found})
-        except (ValueError, ValidationError):
-            raise UserError(f"{path}: what it says of itself is damaged: export it again") from None
+        except (ValueError, RecursionError):
+            place = f"{path / PREPROCESS} or metrics.json" if path.is_dir() else path
+            raise UserError(
+                f"{place} is damaged: what it says of the network cannot be read; export it again"
+            ) from None
 
     def metadata(self) -> dict[str, str]:
         """What an ONNX file holds of it."""
@@ -198,12 +212,19 @@ class Card(BaseModel):
                 (folder / name).unlink(missing_ok=True)
 
 
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text() if path.is_file() else None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is damaged: it is no text; export the network again") from None
+
+
 def _measured(path: Path) -> dict[str, str]:
     """What a training's metrics.json says of its network, each as JSON."""
     from nas.intervals import of_share
 
     found = {}
-    with suppress(OSError, ValueError, KeyError, TypeError):
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError):
         metrics = json.loads(path.read_text())
         if "class_names" in metrics["data"]:
             found["classes"] = json.dumps(metrics["data"]["class_names"])
@@ -228,8 +249,12 @@ def load_onnx(path: Path) -> ModelProto:
     from google.protobuf.message import DecodeError
 
     try:
-        return onnx.load(path, load_external_data=False)
+        model = onnx.load(path, load_external_data=False)
+        metadata_of(model)
+        return model
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except DecodeError:
         raise UserError(f"{path} is not an ONNX file") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is damaged: what it says of the network is no text; export it again") from None

@@ -6,9 +6,11 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from nas.card import PREFIX, Card, load_onnx, metadata_of
+from pydantic import BaseModel, FiniteFloat, model_validator
+
+from nas.card import PREFIX, Card, Latency, load_onnx, metadata_of
 from nas.errors import UserError
 from nas.intervals import top1_words
 from nas.tables import Column, console_of, print_table, prose
@@ -21,6 +23,70 @@ if TYPE_CHECKING:
 Facts = dict[str, Any]
 NAMED = 60
 """Characters of the names of classes that are printed."""
+
+
+Record = TypeVar("Record", bound=BaseModel)
+
+
+class Data(BaseModel):
+    name: str
+
+
+class Options(BaseModel):
+    model: str
+    weights: str | None = None
+
+
+class Trained(BaseModel):
+    """Of a metrics.json, what is told of it, as in the records below."""
+
+    data: Data
+    options: Options
+
+
+class Budget(BaseModel):
+    text: str
+    metric: str
+
+
+class Pruned(BaseModel):
+    """Of a prune.json. latency: None where none was measured, or only waiting times."""
+
+    model: str
+    data: Data
+    budget: Budget
+    latency: Latency | None
+
+    @model_validator(mode="before")
+    @classmethod
+    def join(cls, found: Any) -> Any:
+        """Put together the latency, which the file holds in three places."""
+        try:
+            after, latency = found["after"], None
+            if after["latency_ms"] is not None and not after.get("waiting"):
+                measured = {"ms": after["latency_ms"], "ci": after["ci"], "cpu": found["hardware"].get("cpu")}
+                latency = found["settings"] | measured
+            return found | {"latency": latency}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"no {error}") from None
+
+
+class Winner(BaseModel):
+    quality: FiniteFloat
+    quality_estimate: FiniteFloat
+    quality_ci: tuple[FiniteFloat, FiniteFloat]
+
+
+class Tier(BaseModel):
+    label: str
+
+
+class Searched(BaseModel):
+    """Of a result.json."""
+
+    data: Data | None
+    winner: Winner | None
+    quality_tier: Tier
 
 
 def facts_of(target: Target) -> Facts:
@@ -95,46 +161,29 @@ def _of_folder(target: Target) -> Facts:
         lower = (Card.read(path).latency for path in sorted(folder.glob("model.*.onnx")))
         card = card.model_copy(update={"latency": next(filter(None, lower), None)})
     found = _of_card(card, trained) | {"kind": kind_of(folder), "resolution": arch.resolution}
-    metrics, pruned = (_read(folder, name) for name in ("metrics.json", "prune.json"))
+    metrics = _read(folder and folder / "metrics.json", Trained)
     if metrics:
-        found["data"] = metrics["data"]["name"]
-        options = metrics["options"]
-        found["weights_from"] = f"{options['model']}, " + (
-            f"fine-tuned from {options['weights']}" if options.get("weights") else "trained from random weights"
-        )
+        found["data"] = metrics.data.name
+        parent = metrics.options.weights
+        how = f"fine-tuned from {parent}" if parent else "trained from random weights"
+        found["weights_from"] = f"{metrics.options.model}, {how}"
+    pruned = _read(folder and folder / "prune.json", Pruned)
     if pruned:
-        found["data"] = pruned["data"]["name"]
-        found["weights_from"] = f"{pruned['model']}, pruned to {pruned['budget']['text']} {pruned['budget']['metric']}"
-        after, settings = pruned["after"], pruned["settings"]
-        if after["latency_ms"] is not None and not after.get("waiting") and target.own is None:
-            names = ("device", "runtime", "precision", "threads", "batch_size")
-            found["latency"] = {"ms": after["latency_ms"], "ci": after["ci"], **{key: settings[key] for key in names}}
-            found["latency"]["cpu"] = pruned["hardware"].get("cpu")
-    searched = _search(folder) if found["kind"] == "search" and not trained and target.own is None else None
-    if searched:
-        winner = searched["winner"]
-        found["data"] = searched["data"] and searched["data"]["name"]
-        found |= {key: winner[key] for key in ("quality", "quality_estimate", "quality_ci")}
-        found["quality_label"] = searched["quality_tier"]["label"]
+        found["data"] = pruned.data.name
+        found["weights_from"] = f"{pruned.model}, pruned to {pruned.budget.text} {pruned.budget.metric}"
+        if target.own is None and pruned.latency:
+            found["latency"] = pruned.latency.model_dump()
+    searched = None
+    if found["kind"] == "search" and not trained and target.own is None:
+        searched = _read(folder.parent / "result.json", Searched)
+    if searched and searched.winner:
+        found["data"] = searched.data and searched.data.name
+        found |= searched.winner.model_dump() | {"quality_label": searched.quality_tier.label}
     elif not trained:
         tier = Prior()
         told = tier.estimate(arch, table(arch)).to_dict()
         found |= {key: told[key] for key in ("quality_estimate", "quality_ci")} | {"quality_label": tier.label}
     return found
-
-
-def _search(folder: Path) -> Facts | None:
-    """The result of the search whose best/ this is, where it is there and has a winner."""
-    path = folder.parent / "result.json"
-    if not path.is_file():
-        return None
-    try:
-        found = json.loads(path.read_text())
-        winner = found["winner"]
-        found["data"], found["quality_tier"]["label"]
-        return found if winner and (winner["quality"], winner["quality_estimate"], winner["quality_ci"]) else None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is damaged: it is not what vitnas wrote") from None
 
 
 def kind_of(folder: Path | None) -> str:
@@ -150,15 +199,17 @@ def kind_of(folder: Path | None) -> str:
     return "network"
 
 
-def _read(folder: Path | None, name: str) -> Facts | None:
-    path = folder / name if folder else None
+def _read(path: Path | None, record: type[Record]) -> Record | None:
+    """What a run's file holds; None where there is none.
+
+    Raises:
+        UserError: it is not what vitnas wrote.
+    """
     if path is None or not path.is_file():
         return None
     try:
-        found = json.loads(path.read_text())
-        found["data"]["name"], found["options"]["model"]
-        return found
-    except (ValueError, KeyError, TypeError):
+        return record.model_validate(json.loads(path.read_text()))
+    except (ValueError, RecursionError):
         raise UserError(f"{path} is damaged: it is not what vitnas wrote") from None
 
 

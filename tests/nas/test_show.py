@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
 
+import onnx
 import pytest
 from rich.console import Console
 
@@ -116,6 +118,79 @@ def test_a_training_and_a_pruning(vitnas, search, tmp_path):
     assert "latency: 2.50 ms (95%: 2.40 to 2.60), openvino int8, cpu (C), 2 threads, batch 4" in out
     (folder / "prune.json").write_text("{}")
     vitnas.refused(vitnas("show", str(folder)), "prune.json is damaged")
+
+
+PRUNED = {
+    "model": "shvit_s1",
+    "data": {"name": "flowers"},
+    "budget": {"text": "0.5x", "metric": "macs"},
+    "after": {"latency_ms": 2.5, "ci": [2.4, 2.6]},
+    "settings": {"device": "cpu", "runtime": "openvino", "precision": "int8", "threads": 2, "batch_size": 4},
+    "hardware": {"cpu": "C"},
+}
+TRAINED = {"data": {"name": "flowers"}, "options": {"model": "shvit_s1", "weights": "timm"}}
+DEEP = '{"a":' * 100_000
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *(("prune.json", {key: value for key, value in PRUNED.items() if key != missing}) for missing in PRUNED),
+        ("prune.json", PRUNED | {"after": {"latency_ms": math.inf, "ci": [1, 2]}}),
+        ("prune.json", PRUNED | {"settings": PRUNED["settings"] | {"threads": -1}}),
+        ("prune.json", PRUNED | {"after": {"latency_ms": 2.5, "ci": None}}),
+        ("prune.json", []),
+        ("prune.json", DEEP),
+        ("metrics.json", DEEP),
+        ("metrics.json", TRAINED | {"options": []}),
+        ("metrics.json", TRAINED | {"data": {"name": 3}}),
+        ("metrics.json", b"\xff"),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_one_line(vitnas, search, name, content):
+    path = search / "best" / name
+    path.write_bytes(content if isinstance(content, bytes) else as_text(content).encode())
+    vitnas.refused(vitnas("show", str(search / "best")), f"{name} is damaged")
+
+
+@pytest.mark.parametrize(
+    ("key", "content"),
+    [
+        ("classes", '["\\ud800"]'),
+        ("classes", DEEP),
+        ("preprocess", DEEP),
+        *(("preprocess", CARD.preprocess.model_dump() | {"size": size}) for size in (-1, 0, 10**400, math.inf)),
+        ("accuracy", CARD.accuracy.model_dump() | {"images": -180}),
+        ("accuracy", CARD.accuracy.model_dump() | {"top1": math.nan}),
+        ("latency", CARD.latency.model_dump() | {"threads": -1}),
+        ("latency", CARD.latency.model_dump() | {"ms": math.inf}),
+        ("latency", CARD.latency.model_dump() | {"ci": [math.nan, 1]}),
+    ],
+)
+def test_a_file_that_says_nonsense_is_one_line(vitnas, tmp_path, key, content):
+    model = onnx.ModelProto()
+    onnx.helper.set_model_props(model, {"vitnas.weights": "trained", f"vitnas.{key}": as_text(content)})
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    vitnas.refused(vitnas("show", str(tmp_path / "model.onnx")), "model.onnx is damaged")
+
+
+@pytest.mark.parametrize(("name", "content"), [("labels.txt", b"\xff"), ("preprocess.json", DEEP.encode())])
+def test_damaged_files_beside_a_network(vitnas, search, name, content):
+    (search / "best" / "model.onnx").unlink()
+    (search / "best" / name).write_bytes(content)
+    code, out, err = vitnas("show", str(search))
+    assert (code, out) == (2, "")
+    assert name in err
+    assert "is damaged" in err
+
+
+def test_names_write_nothing_on_the_terminal(capsys):
+    nas.show.prose(Console(), "rose\x1b[2J \ud800")
+    assert capsys.readouterr().out == "rose\\x1b[2J \\ud800\n"
+
+
+def as_text(content: object) -> str:
+    return content if isinstance(content, str) else json.dumps(content)
 
 
 def test_a_file_tells_what_it_holds(vitnas, search, tmp_path):
