@@ -29,12 +29,15 @@ import torch  # noqa: F401  imported before the forks
 from optuna.trial import FrozenTrial, TrialState
 
 from nas import search, study
+from nas import storage as storage_module
 from nas.measure import Settings
 from nas.measure.protocol import Measurement
 from nas.storage import open_storage
 
 STUDY = "chaos"
 LATENCY_S = 0.02
+GRACE_S = 10
+"""The journal's lock of a killed worker; long enough for a live one on a busy machine."""
 PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -83,6 +86,7 @@ class Workers:
         self.out, self.storage, self.log = out, storage, out / "log"
         self.pids: list[int] = []
         search.Exporter, search.open_measurer = Exporter, Measurer
+        storage_module.JOURNAL_LOCK_GRACE_S = GRACE_S
         described = {"busy_share": None}
         search.write_hardware = lambda options: described
         study.open_study = self._opened(study.open_study)

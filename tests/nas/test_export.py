@@ -222,7 +222,8 @@ def test_the_images_of_the_check(batch_size, count):
     assert (check_images(16, batch_size, given)[3] == 7).all()
 
 
-@pytest.mark.parametrize(("points", "resolution"), [(1, 96), pytest.param(12, None, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("points", "resolution"), [(1, 96), (12, None)])
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_random_points_of_every_space_export(family, points, resolution, tmp_path):
     """Odd grids, dropped tokens, every form: what the search may ask for can be measured."""
