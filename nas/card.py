@@ -107,6 +107,14 @@ class Accuracy(BaseModel):
     images: Count
     data: str
 
+    @classmethod
+    def counted(cls, top1: float, images: int, data: str) -> Accuracy:
+        """With the interval that so many images leave."""
+        from nas.intervals import of_share
+
+        interval = of_share(top1, images)
+        return cls(top1=top1, ci=(interval.low, interval.high), images=images, data=data)
+
 
 class Latency(BaseModel):
     """ms: the median; ci: its 95% interval."""
@@ -137,13 +145,9 @@ class Card(BaseModel):
     def of(cls, data: ImageData, top1: float | None = None, images: int = 0, part: str = "") -> Card:
         """Of a network trained on `data`, whose transforms are those at its resolution. top1: percent of `images`, the
         `part` of the data (validation where it is not named)."""
-        from nas.intervals import of_share
-
         accuracy = None
         if top1 is not None:
-            interval = of_share(top1, images)
-            name = f"{data.name}, {part}" if part else data.name
-            accuracy = Accuracy(top1=top1, ci=(interval.low, interval.high), images=images, data=name)
+            accuracy = Accuracy.counted(top1, images, f"{data.name}, {part}" if part else data.name)
         classes = [name.encode(errors="surrogateescape").decode(errors="replace") for name in data.classes]
         return cls(preprocess=Preprocess.of(data.val.transform), classes=classes, accuracy=accuracy)
 
@@ -221,17 +225,13 @@ def _text(path: Path) -> str | None:
 
 def _measured(path: Path) -> dict[str, str]:
     """What a training's metrics.json says of its network, each as JSON."""
-    from nas.intervals import of_share
-
     found = {}
     with suppress(OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError):
         metrics = json.loads(path.read_text())
         if "class_names" in metrics["data"]:
             found["classes"] = json.dumps(metrics["data"]["class_names"])
         top1, images = (metrics["final"][key] for key in ("top1", "val_images"))
-        interval = of_share(top1, images)
-        accuracy = Accuracy(top1=top1, ci=(interval.low, interval.high), images=images, data=metrics["data"]["name"])
-        found["accuracy"] = accuracy.model_dump_json()
+        found["accuracy"] = Accuracy.counted(top1, images, metrics["data"]["name"]).model_dump_json()
     return found
 
 

@@ -19,6 +19,7 @@ from nas.export import save_weights
 from nas.files import replace_file
 from nas.intervals import LEVEL, Interval, joined, of_accuracies, of_difference, of_share, top1_words
 from nas.schooling import COMPLETED, results_of
+from nas.units import counted
 
 if TYPE_CHECKING:
     import optuna
@@ -205,7 +206,7 @@ def verdict(found: Mapping[str, Any], first: Accuracies, second: Accuracies) -> 
     low, high = found["ci"]
     kind = "a tie" if found["tie"] else "a gain" if low > 0 else "a loss"
     seeds = min(len(first.top1), len(second.top1))
-    of = f"the same {first.images:,} images, {seeds} seed{'s' * (seeds > 1)}"
+    of = f"the same {first.images:,} images, {counted(seeds, 'seed')}"
     by = f"{found['difference']:+.1f} points (95%: {low:+.1f} to {high:+.1f}, {of})"
     line = f"{first.label} against {second.label}: {by}: {kind}"
     return f"{line} ({found['leaves_out']})" if found["leaves_out"] else line

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from nas.tables import Column, console_of, print_table, prose
+from nas.units import counted
 
 if TYPE_CHECKING:
     from nas.measure import Settings
@@ -87,7 +88,7 @@ def show_rows(rows: Sequence[Row], settings: Settings) -> None:
     measured = sum(row["latency_ms"] is not None for row in rows)
     where = (
         f"{settings.runtime} {settings.precision}, {settings.device}, "
-        f"{settings.threads} thread{'s' * (settings.threads != 1)}, batch {settings.batch_size}"
+        f"{counted(settings.threads, 'thread')}, batch {settings.batch_size}"
     )
     prose(console, "params: in millions. top-1: in percent, as published, on ImageNet-1k.")
     if measured:

@@ -22,7 +22,8 @@ from nas.measure import MeasureError, Measurement, Settings, compare, device_loc
 from nas.measure.protocol import paired_ratio, quanta, quanta_line
 from nas.report import significant
 from nas.savings import group_of, left_alone, measure_savings, rates, stage_of
-from nas.units import parse_budget, parse_count, parse_share
+from nas.targets import TIMM
+from nas.units import counted, parse_budget, parse_count, parse_share
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from pruning.units import Anatomy, Scores
     from search_spaces import Arch
 
-OUTSIDE = "timm/"
 """Begins the names of networks outside the five families."""
 BRIEF_IMAGES = 4_500
 """Images that train a network which comes without weights, or whose classifier does."""
@@ -181,7 +181,7 @@ def prune(options: Options, command: str, say: Say, progress: Progress) -> dict[
 
     try:
         with job_folder(options.folder):
-            if options.model.startswith(OUTSIDE):
+            if options.model.startswith(TIMM):
                 from nas.prune_outside import prune_outside
 
                 return prune_outside(options, command, say, progress)
@@ -663,9 +663,7 @@ def say_plan(job: Job, options: Options, untrained: bool) -> None:
     steps = [f"training on {passes(BRIEF_IMAGES, train)}"] if untrained else []
     if options.budget.metric == "latency":
         steps.append("measuring what each part costs")
-    steps.append(
-        f"{options.rounds} round{'s' * (options.rounds > 1)} of scoring {len(job.calibration):,} images and cutting"
-    )
+    steps.append(f"{counted(options.rounds, 'round')} of scoring {len(job.calibration):,} images and cutting")
     if tuned:
         steps.append(f"fine-tuning on {passes(tuned, train)}")
         steps += ["the same for the unpruned network, as a control"] * options.control

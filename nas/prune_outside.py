@@ -20,7 +20,6 @@ from nas.inputs import identity
 from nas.job import Job, Progress, Say, compute_device
 from nas.measure import RUNTIMES, Measurement, device_lock, in_turn
 from nas.prune import (
-    OUTSIDE,
     Options,
     brief_line,
     closing_run,
@@ -33,6 +32,7 @@ from nas.prune import (
     tune_control,
     write_results,
 )
+from nas.targets import TIMM
 
 if TYPE_CHECKING:
     from torch import nn
@@ -76,7 +76,7 @@ def prune_outside(options: Options, command: str, say: Say, progress: Progress) 
 def _prune(options: Options, command: str, job: Job) -> dict[str, Any]:
     from pruning.outside import load_outside
 
-    published, resolution = load_outside(options.model.removeprefix(OUTSIDE), None, pretrained=False)
+    published, resolution = load_outside(options.model.removeprefix(TIMM), None, pretrained=False)
     job.open_data(options.data, resolution, options.num_classes, options.seed)
     pretrained = options.data is not None or options.weights is not None
     job.agree(identity(job.data, model=(options.model, "timm" if pretrained else None)))
@@ -151,7 +151,7 @@ def _built(options: Options, job: Job, pretrained: bool = False) -> nn.Module:
     from pruning.outside import load_outside
 
     torch.manual_seed(options.seed)
-    return load_outside(options.model.removeprefix(OUTSIDE), len(job.data.classes), pretrained)[0]
+    return load_outside(options.model.removeprefix(TIMM), len(job.data.classes), pretrained)[0]
 
 
 def _dense(options: Options, job: Job, pretrained: bool, classes: int) -> nn.Module:

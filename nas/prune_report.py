@@ -32,7 +32,7 @@ from nas.report import (
     wall_seconds,
 )
 from nas.savings import group_of, rates, stage_of, why_not
-from nas.units import listed
+from nas.units import counted, listed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -188,12 +188,12 @@ def _summary(data: Doc) -> tuple[list[str], list[str]]:
     gone = [row["block"] for row in rows if row["after"] is None]
     if gone:
         total = sum("blocks" in row["block"] for row in rows)
-        lines["cut"].append(f"{len(gone)} of {_count(total, 'block')} removed whole: {listed(gone, NAMED)}")
+        lines["cut"].append(f"{len(gone)} of {counted(total, 'block')} removed whole: {listed(gone, NAMED)}")
     for what, key in (("attention", "attention heads"), ("the FFN", "FFN hidden units")):
         lost = [row["block"] for row in left if _change(row, TOTALS[key]).direction == "gone"]
         if lost:
             lines["cut"].append(
-                f"{what} removed from {_count(len(lost), 'other block' if gone else 'block')}: {listed(lost, NAMED)}"
+                f"{what} removed from {counted(len(lost), 'other block' if gone else 'block')}: {listed(lost, NAMED)}"
             )
     for label, total in TOTALS.items():
         for direction, said in lines.items():
@@ -201,7 +201,7 @@ def _summary(data: Doc) -> tuple[list[str], list[str]]:
             if changes:
                 old, new = (sum(getattr(c, side) for c in changes.values()) for side in ("before", "after"))
                 merges = ", merges included" if any("downsample" in path for path in changes) else ""
-                where = f"{_count(len(changes), 'block')}{merges}"
+                where = f"{counted(len(changes), 'block')}{merges}"
                 said.append(f"{label} in {where}: {old:,.0f} → {new:,.0f} ({new / old:.2f}x)")
     for label, change in _other_changes(data):
         if change.direction:
@@ -210,7 +210,7 @@ def _summary(data: Doc) -> tuple[list[str], list[str]]:
     layers = data.get("layers", [])
     narrowed = sum(layer["before"] != layer["after"] for layer in layers)
     if narrowed:
-        lines["cut"].append(f"{narrowed} of {_count(len(layers), 'layer')} narrowed: see the table")
+        lines["cut"].append(f"{narrowed} of {counted(len(layers), 'layer')} narrowed: see the table")
     return lines["cut"], lines["grown"]
 
 
@@ -247,10 +247,6 @@ def _total(doc: Any, key: str) -> int:
         own = doc.get(key)
         return (int(own) if isinstance(own, int) else 0) + sum(_total(item, key) for item in doc.values())
     return sum(_total(item, key) for item in doc) if isinstance(doc, list) else 0
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def _stages(data: Doc) -> list[dict[str, Any]]:

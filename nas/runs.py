@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nas.errors import UserError
+from nas.quality import told_score
 from nas.tables import Column, console_of, print_table, prose
 
 Row = dict[str, Any]
@@ -84,7 +85,7 @@ def search_row(folder: Path) -> Row | None:
             figure = (
                 f"{finite(winner['top1']):.1f}% top-1"
                 if winner.get("top1") is not None
-                else f"score {max(finite(winner['quality']), 0):.1f}"
+                else f"score {told_score(finite(winner['quality'])):.1f}"
             )
             best = f"{winner['label']} ({winner['family']}), {finite(winner['latency_ms']):.2f} ms, {figure}"
         ended = "interrupted" if told["interrupted"] else "failed in part" if told["failures"] else "finished"

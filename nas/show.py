@@ -14,7 +14,7 @@ from nas.card import PREFIX, Card, Latency, load_onnx, metadata_of
 from nas.errors import UserError
 from nas.intervals import top1_words
 from nas.tables import Column, console_of, print_table, prose
-from nas.units import listed
+from nas.units import counted, listed
 
 if TYPE_CHECKING:
     from nas.targets import Target
@@ -262,7 +262,7 @@ def lines_of(facts: Mapping[str, Any]) -> list[str]:
     latency = facts["latency"]
     if latency:
         low, high = latency["ci"]
-        threads = f"{latency['threads']} thread{'s' * (latency['threads'] > 1)}"
+        threads = counted(latency["threads"], "thread")
         where = f"{latency['device']} ({latency['cpu']})" if latency["cpu"] else latency["device"]
         lines.append(
             f"latency: {latency['ms']:.2f} ms (95%: {low:.2f} to {high:.2f}), {latency['runtime']} "

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 
 from nas.errors import UserError
 from nas.process import default_threads, usable_cpus
+from nas.units import counted
 
 SAMPLE_S = 0.3
 AGAIN_S = 20.0
@@ -48,7 +49,7 @@ class _Threads:
             torch.set_num_threads(chosen)
             self.now = chosen
             if why is not None:
-                self._say(f"trains on {chosen} thread{'s' * (chosen > 1)}: {why}; --train-threads N sets it")
+                self._say(f"trains on {counted(chosen, 'thread')}: {why}; --train-threads N sets it")
 
     def restore(self) -> None:
         import torch

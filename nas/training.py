@@ -21,6 +21,7 @@ from nas.files import folder_lock, replace_file
 from nas.intervals import top1_words
 from nas.job import Job, Progress, Say, default_folder_of, now
 from nas.process import usable_cpus
+from nas.targets import TIMM
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
 RANDOM = "none"
 """--weights that are no one's."""
-TIMM = "timm/"
 """Begins the names of timm's networks."""
 RESULT = "metrics.json"
 WEIGHTS = "model.safetensors"

@@ -20,6 +20,7 @@ from nas.papers.claims import CLAIMS, Claim
 from nas.process import Worker, WorkerError, usable_cpus
 from nas.quantize import NOISE
 from nas.targets import TIMM, TimmNetwork
+from nas.units import counted
 
 if TYPE_CHECKING:
     from search_spaces import Arch
@@ -197,8 +198,7 @@ def describe(settings: Settings) -> str:
     words = [settings.runtime]
     words += [settings.precision] if settings.precision != "fp32" else []
     words += [settings.device] if settings.device != "cpu" else []
-    threads = f"{settings.threads} thread{'s' if settings.threads > 1 else ''}"
-    return ", ".join([*words, f"batch {settings.batch_size}", threads])
+    return ", ".join([*words, f"batch {settings.batch_size}", counted(settings.threads, "thread")])
 
 
 def _has_parts(trial: Trial, wanted: Settings) -> bool:
