@@ -11,13 +11,13 @@ import glob
 import hashlib
 import json
 import math
-import re
 import tarfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 
 import numpy as np
+from braceexpand import UnbalancedBracesError, braceexpand
 from filelock import FileLock
 from timm.utils.misc import natural_key
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -34,8 +34,6 @@ KEYS = ("label", "cls", "class", "target")
 SUFFIXES = (*IMG_EXTENSIONS, ".jfif", ".gif", ".avif", ".jp2")
 LONGEST = 200
 HEADER = 512
-BRACES = re.compile(r"\{([^{}]*)\}")
-RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
 @dataclass(frozen=True)
@@ -91,8 +89,12 @@ def find_shards(pattern: str) -> list[Path]:
         if not found:
             raise UserError(f"{pattern} holds no shards (*.tar)")
         return found
+    try:
+        names = list(braceexpand(pattern, escape=False))
+    except UnbalancedBracesError:  # a shell takes these braces as they are
+        names = [pattern]
     found = []
-    for name in _expand(pattern):
+    for name in names:
         here = sorted(glob.glob(name)) if glob.has_magic(name) else [name] * Path(name).is_file()
         if not here:
             raise UserError(f"{name}: no such shard")
@@ -260,18 +262,3 @@ def _compressed(path: Path) -> bool:
 
 def _member(index: Index, row: int) -> Member:
     return Member(index.shards[index.file[row]], int(index.offset[row]), int(index.size[row]))
-
-
-def _expand(pattern: str) -> list[str]:
-    """{a,b} and {08..11}, in one another too, as a shell expands them."""
-    found = BRACES.search(pattern)
-    if found is None:
-        return [pattern]
-    between = RANGE.fullmatch(found[1])
-    if between:
-        first, last = between.groups()
-        options = [str(i).zfill(len(first)) for i in range(int(first), int(last) + 1)]
-    else:
-        options = found[1].split(",")
-    each = (_expand(pattern[: found.start()] + option + pattern[found.end() :]) for option in options)
-    return list(dict.fromkeys(name for names in each for name in names))

@@ -502,6 +502,7 @@ def test_shards_with_words_and_parts_of_samples(tmp_path):
 def test_shards_that_are_missing_or_no_tar_files(tmp_path):
     write_shards(tmp_path, "train", 2, 10)
     assert message(str(tmp_path / "train-{0000..0002}.tar")) == f"{tmp_path}/train-0002.tar: no such shard"
+    assert message(str(tmp_path / "train-{0..1.tar")) == f"{tmp_path}/train-{{0..1.tar: no such shard"
     assert message(f"wds/{tmp_path}/*.tgz") == f"{tmp_path}/*.tgz: no such shard"
     assert message(f"wds/{tmp_path}/none") == f"{tmp_path}/none: no such shard"
     assert message(tmp_path).endswith(f"for its shards write wds/{tmp_path}")
