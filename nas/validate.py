@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy.stats import kendalltau
+from scipy.stats import DegenerateDataWarning, bootstrap
 
 from nas.errors import TrainingError
 from nas.schooling import LEAST_VALIDATED, collected
@@ -23,7 +24,8 @@ RUN = "validation run "
 RESULT = "validation"
 GATE = "estimate, first rung"
 """What decides whether a tier may choose: what it says of most networks of a search, which end there."""
-RESAMPLES = 2_000
+RESAMPLES, BATCH = 2_000, 100
+"""Of the bootstrap: how many in all, and at once in memory."""
 TRIES = 50
 SEED = 10_007
 
@@ -133,14 +135,21 @@ def tau(values: Sequence[float], truth: Sequence[float]) -> dict[str, Any]:
     x, y = np.asarray(values, float), np.asarray(truth, float)
     if len(set(values)) < 2 or len(set(truth)) < 2:
         return {"tau": None, "ci": None}
-    picked = np.random.default_rng(0).integers(len(x), size=(RESAMPLES, len(x)))
-    signs = [np.sign(values[:, None] - values).astype(np.int8) for values in (x, y)]
-    pairs = picked[:, :, None], picked[:, None, :]
-    agree, *differ = (each[pairs].sum((1, 2)) for each in (signs[0] * signs[1], *map(np.abs, signs)))
-    defined = (differ[0] > 0) & (differ[1] > 0)
-    resampled = agree[defined] / np.sqrt(differ[0][defined] * differ[1][defined])  # tau-b, as SciPy's
-    low, high = np.percentile(resampled, [2.5, 97.5])
-    return {"tau": float(kendalltau(x, y).statistic), "ci": [float(low), float(high)]}
+    how = {"paired": True, "vectorized": True, "method": "percentile", "rng": np.random.default_rng(0)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DegenerateDataWarning)  # its interval is nan where one resample's tau is
+        found = bootstrap((x, y), _tau_b, n_resamples=RESAMPLES, batch=BATCH, **how)
+    low, high = np.nanpercentile(found.bootstrap_distribution, [2.5, 97.5])
+    return {"tau": float(_tau_b(x, y)), "ci": [float(low), float(high)]}
+
+
+def _tau_b(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Kendall's tau-b along the last axis, as `scipy.stats.kendalltau` has it for one sample; nan where all values of
+    a sample are equal."""
+    signs = [np.sign(each[..., :, None] - each[..., None, :]) for each in (x, y)]
+    agree, *differ = (each.sum((-2, -1)) for each in (signs[0] * signs[1], *map(np.abs, signs)))
+    with np.errstate(invalid="ignore"):
+        return agree / np.sqrt(differ[0] * differ[1])
 
 
 def selects(found: Mapping[str, Any]) -> bool:

@@ -357,6 +357,9 @@ def test_taus():
     picked = np.random.default_rng(0).integers(16, size=(RESAMPLES, 16))
     scipys = [kendalltau(ties[i], truth[i]).statistic for i in picked]
     assert tau(ties, truth)["ci"] == pytest.approx(list(np.percentile(scipys, [2.5, 97.5])))
+    assert tau(ties, truth)["tau"] == pytest.approx(kendalltau(ties, truth).statistic)
+    few = [1.0] * 5 + [2.0]
+    assert tau(few, few)["ci"] == pytest.approx([1, 1]), "resamples of one value count for nothing"
     rows = [
         {"top1": t, GATE: t + n, "surrogate alone": n, "params": i, "macs": -i, "rungs": {"1": n, "3": t}}
         | {"estimate, last rung": t}
