@@ -25,7 +25,7 @@ from nas.measure import Settings
 from search_spaces import get_arch
 
 CLASSES = ["blue", "green ü", "red"]
-README = (Path(__file__).parents[2] / "README.md").read_text()
+GUIDE = (Path(__file__).parents[2] / "docs/guides/deploy.md").read_text()
 
 CHECK = """
 import pathlib, sys
@@ -69,9 +69,9 @@ def turned(orientation: int) -> Image.Exif:
     return exif
 
 
-def test_the_readme_s_lines_give_the_accuracy_that_was_told(folder):
+def test_the_guide_s_lines_give_the_accuracy_that_was_told(folder):
     """In a process that imports neither torch nor vitnas."""
-    (block,) = [part for part in README.split("```") if "onnxruntime.InferenceSession" in part]
+    (block,) = [part for part in GUIDE.split("```") if "onnxruntime.InferenceSession" in part]
     code = block.removeprefix("python\n")
     assert code == CLASSIFY, "the report holds the same lines"
     (folder / "photo.jpg").write_bytes((folder.parent / "images" / "val" / "red" / "0.jpg").read_bytes())
