@@ -41,7 +41,6 @@ from nas.train import Accuracy, batches_for, evaluate, out_of_memory
 from pruning.slicing import significant
 from search_spaces import Arch, ArchError, table
 from search_spaces.registry import FAMILIES
-from search_spaces.sepvit import grids
 from search_spaces.space import LEVELS, PARAMETERS, PER_STAGE, random_params
 from search_spaces.widths import Axis, Cat, Each, Entry, Width, width_table
 
@@ -69,18 +68,12 @@ def maximum(archs: Sequence[Arch]) -> Arch:
     kinds = {(arch.family, arch.num_classes, len(getattr(arch, "stages", ()))) for arch in archs}
     if len(kinds) != 1:
         raise UserError("networks that share weights are of one family, number of classes and number of stages")
-    if len({getattr(arch, "patch_size", None) for arch in archs}) != 1:
-        raise UserError("networks that share weights have patches of one size")
     documents = [arch.model_dump(mode="json") for arch in archs]
     raw = reduce(_larger, documents)
-    for i, stage in enumerate(raw.get("stages", ())):
-        fit = FITS.get(archs[0].family)
-        if fit is not None:
-            fit(i, raw, documents)
-        for block in stage["blocks"]:
-            if block["attn"] and "residual" in block["attn"]:
-                block["attn"]["residual"] = None
+    hold_all = FAMILIES[archs[0].family].hold_all
     try:
+        if hold_all is not None:
+            hold_all(raw, documents)
         return Arch.from_json(json.dumps(raw))
     except ArchError as error:
         raise UserError(f"these networks cannot share weights: {error}") from None
@@ -95,49 +88,6 @@ def _larger(a: Any, b: Any) -> Any:
     if isinstance(a, list):
         return [_larger(x, y) for x, y in itertools.zip_longest(a, b)]
     return a if isinstance(a, str) else max(a, b)
-
-
-def _attentions(documents: Sequence[Any], stage: int) -> Iterator[tuple[int, Any, Any]]:
-    """(block, its attention, its document) of every document's blocks in a stage."""
-    for raw in documents:
-        for j, block in enumerate(raw["stages"][stage]["blocks"]):
-            if block["attn"]:
-                yield j, block["attn"], raw
-
-
-def _fit_efficientvit(i: int, raw: Any, documents: Sequence[Any]) -> None:
-    stage = raw["stages"][i]
-    for _, attn, _ in _attentions([raw], i):
-        for head, following in itertools.pairwise(attn["heads"]):
-            following["dim"] = head["value_dim"] = max(head["value_dim"], following["dim"])
-        stage["embed_dim"] = max(stage["embed_dim"], *(head["dim"] for head in attn["heads"]))
-        for head in attn["heads"]:
-            head["offset"] = min(head["offset"], stage["embed_dim"] - head["dim"])
-
-
-def _fit_shvit(i: int, raw: Any, documents: Sequence[Any]) -> None:
-    stage = raw["stages"][i]
-    rest = [document["stages"][i]["embed_dim"] - attn["dim"] for _, attn, document in _attentions(documents, i)]
-    parts = [attn["dim"] for _, attn, _ in _attentions([raw], i)]
-    stage["embed_dim"] = max(stage["embed_dim"], max(parts, default=0) + max(rest, default=0))
-
-
-def _fit_sepvit(i: int, raw: Any, documents: Sequence[Any]) -> None:
-    """As many windows a side as any has: a window token belongs to its place."""
-    for j, attn, _ in _attentions([raw], i):
-        sides = [
-            grids(document["resolution"], len(document["stages"]))[i] // other["window"]
-            for block, other, document in _attentions(documents, i)
-            if block == j
-        ]
-        attn["window"] = grids(raw["resolution"], len(raw["stages"]))[i] // max(sides)
-
-
-FITS: dict[str, Callable[[int, Any, Sequence[Any]], None]] = {
-    "efficientvit": _fit_efficientvit,
-    "shvit": _fit_shvit,
-    "sepvit": _fit_sepvit,
-}
 
 
 # A candidate on the owner's memory

@@ -31,8 +31,7 @@ from nas.errors import TrainingError, UserError, first_line
 from nas.files import replace_file
 from nas.intervals import of_share
 from nas.recipes import Recipe
-from search_spaces.evit import set_keep_progress
-from search_spaces.layers import heads_of, set_drop_path
+from search_spaces.layers import heads_of, set_drop_path, set_keep_progress
 
 logging.getLogger("timm.scheduler").setLevel(logging.ERROR)  # a schedule of one update needs no warning
 

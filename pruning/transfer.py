@@ -15,15 +15,11 @@ from torch import Tensor, nn
 from pruning.slicing import grow, resize, significant
 from pruning.units import Scores, gates_of
 from search_spaces import Arch
-from search_spaces.registry import FAMILIES
-from search_spaces.sepvit import SepVitArch, inner_sources
+from search_spaces.registry import FAMILIES, Family
 from search_spaces.widths import GROWN, NEW, Axis, Cat, Each, Entry, Width, width_table
 
 BLOCK = re.compile(r"(?:stages\.\d+\.)?blocks\.\d+")
-QUERY = re.compile(r"(.*\.attn)\.(?:query\.(\d+)\.norm|qkv\.norm|q\.norm|qkv|(point)_qk)\.(?:weight|bias)")
-"""What scales the queries last: the head of a cascade, and whether they are those across windows."""
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
-TOKENS = ("cls_token", "pos_embed", "window_token")
 OUTPUTS = ("proj", "fc2", "branch")
 """The last layer of a residual branch."""
 
@@ -91,20 +87,25 @@ Block = tuple[frozenset[str], Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class _Layout:
-    """An Arch's table, taken apart. blocks: of each stage, by their path."""
+    """An Arch's table, taken apart. blocks: of each stage, by their path. scales: of attention, by the names of the
+    tensors that write the queries. terms: how many terms a layer's input is a sum of, by the name of its weight."""
 
+    family: Family[Any]
     arch: Arch
     model: nn.Module
     entries: Mapping[str, Entry]
     widths: Mapping[str, Width]
     branches: tuple[str, ...]
     blocks: Mapping[str, list[Block]]
+    scales: Mapping[str, float]
+    terms: Mapping[str, int]
 
 
 @functools.lru_cache(maxsize=16)
 def _layout(arch: Arch) -> _Layout:
+    family = FAMILIES[arch.family]
     with torch.device("meta"):
-        model = FAMILIES[arch.family].build(arch)
+        model = family.build(arch)
     table = width_table(model)
     branches = tuple(gate.branch for gate in gates_of(model).values() if gate.branch is not None)
     raw = arch.model_dump(mode="json")
@@ -116,7 +117,15 @@ def _layout(arch: Arch) -> _Layout:
             for i in range(len(stage["blocks"]))
         ]
         blocks[path] = list(zip(inside, (dict(_leaves(b)) for b in stage["blocks"]), strict=True))
-    return _Layout(arch, model, {e.name: e for e in table.entries}, table.widths(), branches, blocks)
+    scales, terms = {}, {}
+    for path, module in model.named_modules():
+        if hasattr(module, "query_scale"):
+            last = f"{path}.norm" if hasattr(module, "norm") else path
+            scales |= dict.fromkeys((f"{last}.weight", f"{last}.bias"), module.query_scale)
+        if hasattr(module, "terms"):
+            terms[f"{path}.weight"] = module.terms
+    entries = {entry.name: entry for entry in table.entries}
+    return _Layout(family, arch, model, entries, table.widths(), branches, blocks, scales, terms)
 
 
 def _leaves(part: Any, path: str = "") -> list[tuple[str, Any]]:
@@ -183,6 +192,7 @@ class _Units:
 
     def __init__(self, ours: _Layout, theirs: _Layout, names: Mapping[str, str], scores: Scores) -> None:
         self._ours, self._theirs, self._names, self._scores = ours, theirs, names, scores
+        self.tokens = ours.family.tokens
         self._chosen: dict[tuple[str, str], np.ndarray] = {}
         self._gathers: dict[tuple[int, int], Gather | None] = {}
 
@@ -245,8 +255,7 @@ class _Units:
 
     def _first(self, name: str) -> bool:
         """Whether a width keeps its first units, whatever their importance."""
-        tied = self._ours.arch.family == "sepvit" and name.endswith((".heads", ".v"))
-        return tied or f"{name}.0.dim" in self._theirs.widths
+        return name.rpartition(".")[2] in self._ours.family.ordered or f"{name}.0.dim" in self._theirs.widths
 
     def _in_parts(self, child: Width, parent: Width, values: np.ndarray) -> np.ndarray:
         """A stage's width: units stay in the parts that they are in, as far as there is room; then anywhere."""
@@ -280,9 +289,10 @@ class _Units:
         return tuple(np.stack(columns, 1) for columns in zip(none, *inside, strict=True))
 
     def _pinned(self, child: Width, parent: Width) -> list[tuple[int, int]]:
-        """SepViT: (the child's channel, the parent's), so that the inner residual of the stage's first attention adds
-        to each inner channel what it did."""
-        if not isinstance(self._ours.arch, SepVitArch):
+        """(The child's channel, the parent's), so that an inner residual of the stage's first attention adds to each
+        inner channel what it did."""
+        sources = self._ours.family.inner_sources
+        if sources is None:
             return []
         stage = child.name.removesuffix(".embed")
         for i in range(len(self._ours.blocks.get(f"{stage}.blocks", ()))):
@@ -291,7 +301,7 @@ class _Units:
             if entry and source:
                 inner = self._along(entry.axes[1], source.axes[1])
                 ours, theirs = (
-                    inner_sources(_at(layout.arch, e.name.removesuffix(".proj.weight")), e.axes[0].size)
+                    sources(layout.arch, int(stage.removeprefix("stages.")), int(e.name.split(".")[3]))
                     for layout, e in ((self._ours, entry), (self._theirs, source))
                 )
                 kept = np.flatnonzero(inner >= 0)
@@ -330,7 +340,7 @@ def _taken(entry: Entry, source: Entry, whole: Tensor, units: _Units) -> Tensor 
         tensor = tensor.index_select(dim, index)
         if (chosen < 0).any():
             std = whole.std(correction=0).item() if std is None else std
-            if entry.name.endswith(TOKENS):
+            if entry.name.rpartition(".")[2] in units.tokens:
                 new = torch.from_numpy(np.flatnonzero(chosen < 0))
                 values = tensor.movedim(dim, 0)
                 values[new] = torch.randn(len(new), *values.shape[1:], dtype=values.dtype) * std
@@ -374,29 +384,15 @@ def _silence(state: dict[str, Tensor], ours: _Layout, theirs: _Layout, names: Ma
 
 
 def _rescale(state: dict[str, Tensor], ours: _Layout, theirs: _Layout, names: Mapping[str, str]) -> None:
-    """Make good a change of the attention scale, and of the number of a SepViT attention's terms."""
-    for name, entry in ours.entries.items():
-        if names[name] not in theirs.entries:
-            continue
-        query = QUERY.fullmatch(name)
-        if query is not None:
-            scale, parents = (_scale(layout.arch, own) for layout, own in ((ours, name), (theirs, names[name])))
-            if scale != parents:
-                state[name][torch.from_numpy(_queries(entry.axes[0]))] *= parents / scale
-        if name.endswith(".attn.proj.weight"):
-            windows, before = (
-                own.replace("proj.weight", "window_token") in layout.entries
-                for layout, own in ((ours, name), (theirs, names[name]))
-            )
-            if windows != before:
-                state[name] *= 2.0 if before else 0.5
-
-
-def _scale(arch: Arch, name: str) -> float:
-    path, head, point = QUERY.fullmatch(name).groups()
-    doc = _at(arch, path)
-    doc = doc.heads[int(head)] if head else doc
-    return doc.point_scale if point else doc.scale
+    """Make good a change of an attention's scale, and of the number of terms that a projection reads the sum of."""
+    for name, scale in ours.scales.items():
+        parents = theirs.scales.get(names.get(name, ""), scale)
+        if scale != parents:
+            state[name][torch.from_numpy(_queries(ours.entries[name].axes[0]))] *= parents / scale
+    for name, terms in ours.terms.items():
+        before = theirs.terms.get(names[name], terms)
+        if terms != before:
+            state[name] *= before / terms
 
 
 def _queries(axis: Axis) -> np.ndarray:
@@ -405,11 +401,3 @@ def _queries(axis: Axis) -> np.ndarray:
     if isinstance(axis, Cat):
         return np.concatenate([_queries(part) for part in axis.parts])
     return np.tile(_queries(axis.inner), axis.outer.size)
-
-
-def _at(arch: Arch, path: str) -> Any:
-    """The part of an Arch at a path of fields and positions."""
-    part: Any = arch
-    for key in path.split("."):
-        part = part[int(key)] if key.isdigit() else getattr(part, key)
-    return part

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -23,8 +23,6 @@ Rate = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Scale = Annotated[float, Field(gt=0, le=64, allow_inf_nan=False)]
 Kernel = Literal[1, 3, 5, 7, 9]
 MAX_BLOCKS = 64
-FIELDS = {"embed": "embed_dim", "qk": "key_dim", "v": "value_dim", "point_qk": "point_key_dim"}
-"""Where a width's last name differs from its field's."""
 MAX_STAGES = 6
 
 
@@ -58,6 +56,8 @@ class Arch(Doc):
     """Fields every family has; `from_json` picks the family's subclass."""
 
     families: ClassVar[dict[str, type[Arch]]] = {}
+    width_fields: ClassVar[Mapping[str, str]] = {"embed": "embed_dim", "qk": "key_dim", "v": "value_dim"}
+    """Last part of a width's name -> its field in the document, where they differ."""
 
     version: Literal[1]
     family: str
@@ -126,7 +126,7 @@ class Arch(Doc):
         for name, chosen in units.items():
             *path, last = name.split(".")
             part = at(raw, path)
-            key = int(last) if isinstance(part, list) else FIELDS.get(last, last)
+            key = int(last) if isinstance(part, list) else self.width_fields.get(last, last)
             if not isinstance(part[key], list):
                 part[key] = chosen.shape[-1]
         self._follow(raw, units)
@@ -181,6 +181,14 @@ def at(raw: Any, path: Sequence[str]) -> Any:
     for key in path:
         raw = raw[int(key) if isinstance(raw, list) else key]
     return raw
+
+
+def attentions(documents: Iterable[Any], stage: int) -> Iterator[tuple[int, Any, Any]]:
+    """(block, its attention, the document) for every block with attention in a stage of some documents."""
+    for raw in documents:
+        for j, block in enumerate(raw["stages"][stage]["blocks"]):
+            if block["attn"]:
+                yield j, block["attn"], raw
 
 
 def _empty(part: Any) -> bool:

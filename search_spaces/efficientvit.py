@@ -6,7 +6,7 @@ All tensors are (B, C, H, W). Not MIT's EfficientViT (timm's efficientvit_b*, ef
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
@@ -26,11 +26,12 @@ from search_spaces.arch import (
     Kernel,
     Scale,
     StageSummary,
+    attentions,
     check_downsamples,
     summarise,
 )
 from search_spaces.grid import OFFICIAL, ConvMixer, Merge, Mixer, Pyramid, published_merge
-from search_spaces.layers import AttentionBias, ConvNorm, Gate, key, scale_rows
+from search_spaces.layers import AttentionBias, ConvNorm, Gate, declare_scale, key, scale_rows
 from search_spaces.registry import Family, Variant, register
 from search_spaces.space import KEEPS, Space, Values, per_stage
 from search_spaces.widths import Axis, Cat, Width, boundary
@@ -169,6 +170,7 @@ class CascadedGroupAttention(nn.Module):
             self.qkv.append(ConvNorm(dim, Cat((qk, key(qk), values[-1])), positions))
             kernel = Width(f"{name}.heads.{j}.kernel", head.kernel, "crop")
             self.query.append(ConvNorm(qk, qk, positions, kernel=kernel, depthwise=True))
+            declare_scale(self.query[-1], head.scale)
             products.append((Cat((qk, values[-1])), positions * tokens))
             self.q_gates.append(Gate(qk, 1))
             self.v_gates.append(Gate(values[-1], 1, heads=(heads, j)))
@@ -317,6 +319,17 @@ def _arch(values: Values, num_classes: int) -> EfficientVitArch:
     )
 
 
+def _hold_all(raw: Any, documents: Sequence[Any]) -> None:
+    """Head j is the widest head j of any document; a stage is at least as wide as each of its heads."""
+    for i, stage in enumerate(raw["stages"]):
+        for _, attn, _ in attentions([raw], i):
+            for head, following in itertools.pairwise(attn["heads"]):
+                following["dim"] = head["value_dim"] = max(head["value_dim"], following["dim"])
+            stage["embed_dim"] = max(stage["embed_dim"], *(head["dim"] for head in attn["heads"]))
+            for head in attn["heads"]:
+                head["offset"] = min(head["offset"], stage["embed_dim"] - head["dim"])
+
+
 MIX = ((1, 1.0), (1, 1.5), (1, 2.0), (1, 3.0), (1, 4.0), (2, 2.0), (2, 3.0))
 
 SPACE = Space(
@@ -369,6 +382,7 @@ register(
         space=SPACE,
         rename=RENAME,
         official=lambda arch: (*OFFICIAL, *RENAME),
+        hold_all=_hold_all,
         variants={
             "efficientvit_m0": _variant(63.2, (64, 128, 192), (1, 2, 3), (4, 4, 4), EVEN, "efficientvit_m0"),
             "efficientvit_m1": _variant(68.4, (128, 144, 192), (1, 2, 3), (2, 3, 3), WIDE, "efficientvit_m1"),

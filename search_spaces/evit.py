@@ -6,16 +6,28 @@ With every keep rate at 1 it is DeiT (Touvron et al., ICML 2021). Tokens are (B,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Annotated, Literal, Self
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from search_spaces.arch import MAX_BLOCKS, Arch, Attn, Dim, Doc, Rate, StageSummary, kept, summarise
-from search_spaces.layers import RGB, Conv, Gate, Linear, attend, foremost, key, layer_norm, mlp, take_tokens
-from search_spaces.registry import Family, Variant, register
+from search_spaces.arch import MAX_BLOCKS, Arch, ArchError, Attn, Dim, Doc, Rate, StageSummary, kept, summarise
+from search_spaces.layers import (
+    RGB,
+    Conv,
+    Gate,
+    Linear,
+    attend,
+    declare_scale,
+    foremost,
+    key,
+    layer_norm,
+    mlp,
+    take_tokens,
+)
+from search_spaces.registry import Family, TokenReduction, Variant, register
 from search_spaces.space import KEEPS, Space, Values, per_stage, with_attention
 from search_spaces.widths import Cat, Each, Width, fixed
 
@@ -90,6 +102,7 @@ class Attention(nn.Module):
         self.heads, self.scale = doc.heads, doc.scale
         self.dims = (doc.heads * doc.key_dim, doc.heads * doc.key_dim, doc.heads * doc.value_dim)
         self.qkv = Linear(embed, Cat((Each(heads, qk), Each(heads, key(qk)), Each(heads, v))), tokens)
+        declare_scale(self.qkv, doc.scale)
         self.proj = Linear(Each(heads, v), embed, tokens)
         self.products = ((Each(heads, Cat((qk, v))), tokens * tokens),)
         self.q_gate = Gate(Each(heads, qk), 1, 3)
@@ -150,7 +163,11 @@ class Block(nn.Module):
 
 
 class Evit(nn.Module):
-    """(B, 3, R, R) -> (B, classes). In eval mode at the Arch's keep rates, in training at `set_keep_progress`'s."""
+    """(B, 3, R, R) -> (B, classes).
+
+    In eval mode tokens are kept at the Arch's rates, in training as far towards them as `keep_progress` says
+    (published: (epoch - 10) / 100, set anew each iteration).
+    """
 
     def __init__(self, arch: EvitArch) -> None:
         super().__init__()
@@ -191,25 +208,11 @@ class Evit(nn.Module):
         return self
 
     def keep_at(self, progress: float) -> None:
-        """Token counts of every block, its rate at `progress` between 1 and its own."""
+        """Token counts of every block, its rate at `progress` between 1 and its own, by half a cosine."""
         tokens, share = self.patches, (1 + math.cos(math.pi * progress)) / 2
         for block in self.blocks:
             block.patches, block.keep = tokens, kept(block.keep_rate + (1 - block.keep_rate) * share, tokens)
             tokens = block.keep + (block.fuse and block.keep < tokens)
-
-
-def set_keep_progress(model: nn.Module, progress: float) -> None:
-    """How far EViT's keep rates have come from 1 (at 0 and below: DeiT) to the Arch's own (at 1 and above), by half a
-    cosine; published: (epoch - 10) / 100, anew each iteration.
-
-    It holds in training mode; eval mode, folding and export are always at the Arch's rates. Other families' networks
-    have nothing to set. Each new token count makes torch.compile compile again: compile after the schedule.
-    """
-    for module in model.modules():
-        if isinstance(module, Evit):
-            module.keep_progress = min(max(progress, 0.0), 1.0)
-            if module.training:
-                module.keep_at(module.keep_progress)
 
 
 RENAME = ((r"^patch_embed\.proj\.", "patch_embed."), (r"\.mlp\.", ".ffn."))
@@ -265,6 +268,7 @@ def _variant(
     top1: float | None,
     source: str,
     timm: str | None,
+    reduced: bool,
 ) -> Variant:
     values = {
         "resolution": 224,
@@ -276,14 +280,16 @@ def _variant(
         **per_stage("mix", *[(4.0, 1.0)] * 4),
         **per_stage("keep", *[keep] * 3),
     }
-    return Variant(values, top1, source, timm)
+    return Variant(values, top1, source, timm, reduced)
 
 
 SIZES = {"tiny": (192, 3, 72.2), "small": (384, 6, 79.8), "base": (768, 12, 81.8)}
+KEPT = (90, 80, 70, 60, 50)
+"""Published keep rates, in percent."""
 REDUCED_TOP1 = {
-    ("small", "fused"): {0.9: 79.8, 0.8: 79.8, 0.7: 79.5, 0.6: 78.9, 0.5: 78.5},
-    ("small", "dropped"): {0.9: 79.9, 0.8: 79.7, 0.7: 79.4, 0.6: 79.1, 0.5: 78.4},
-    ("base", "fused"): {0.7: 81.3},
+    ("small", "fused"): {90: 79.8, 80: 79.8, 70: 79.5, 60: 78.9, 50: 78.5},
+    ("small", "dropped"): {90: 79.9, 80: 79.7, 70: 79.4, 60: 79.1, 50: 78.4},
+    ("base", "fused"): {70: 81.3},
 }
 
 
@@ -297,18 +303,46 @@ def _variants() -> dict[str, Variant]:
             top1,
             "DeiT, ICML 2021 (300 epochs)",
             f"deit_{size}_patch16_224",
+            reduced=False,
         )
         for size, (width, heads, top1) in SIZES.items()
     }
     for size, (width, heads, _) in SIZES.items():
         for form, suffix in (("fused", ""), ("dropped", "_drop")):
-            for keep in (0.9, 0.8, 0.7, 0.6, 0.5):
+            for keep in KEPT:
                 top1 = REDUCED_TOP1.get((size, form), {}).get(keep)
                 source = "EViT, ICLR 2022" + ("" if top1 else " (no top-1 found for this row)")
-                found[f"evit_{size}_keep{keep * 100:.0f}{suffix}"] = _variant(
-                    width, heads, keep, form, top1, source, None
+                found[f"evit_{size}_keep{keep}{suffix}"] = _variant(
+                    width, heads, keep / 100, form, top1, source, None, reduced=True
                 )
     return found
 
 
-register(Family(name="evit", build=Evit, space=SPACE, rename=RENAME, variants=_variants()))
+def _whole(arch: EvitArch) -> EvitArch:
+    blocks = tuple(block.model_copy(update={"keep_rate": 1.0, "fuse": False}) for block in arch.blocks)
+    return arch.model_copy(update={"blocks": blocks})
+
+
+def _published_reductions(arch: EvitArch) -> list[str]:
+    """DeiT-S and its reductions, the only size that is published both ways at several keep rates."""
+    suffix = "" if any(block.fuse for block in arch.blocks) else "_drop"
+    return ["deit_small", *(f"evit_small_keep{keep}{suffix}" for keep in KEPT)]
+
+
+def _hold_all(raw: Any, documents: Sequence[Any]) -> None:
+    if len({document["patch_size"] for document in documents}) != 1:
+        raise ArchError("they do not have patches of one size")
+
+
+register(
+    Family(
+        name="evit",
+        build=Evit,
+        space=SPACE,
+        rename=RENAME,
+        variants=_variants(),
+        reduction=TokenReduction(_whole, _published_reductions),
+        tokens=("cls_token", "pos_embed"),
+        hold_all=_hold_all,
+    )
+)

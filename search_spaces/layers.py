@@ -12,7 +12,7 @@ import itertools
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -53,6 +53,11 @@ def layer_norm(axis: Axis, positions: int, eps: float = 1e-6) -> nn.LayerNorm:
     declare_norm(norm, axis)
     norm.positions = NORM_MACS * positions
     return norm
+
+
+def declare_scale(layer: nn.Module, scale: float) -> None:
+    """Say that an attention multiplies the queries which `layer` writes by `scale`, by their products with the keys."""
+    layer.query_scale = scale
 
 
 class Gate(nn.Module):
@@ -111,6 +116,31 @@ def set_drop_path(model: nn.Module, rate: float) -> None:
     order = list(dict.fromkeys(blocks))
     for gate, block in zip(gates, blocks, strict=True):
         gate.drop_path = rate * order.index(block) / max(1, len(order) - 1)
+
+
+class KeepsFewer(Protocol):
+    """A network that keeps fewer tokens as training goes on."""
+
+    keep_progress: float
+    """From 0 (all tokens) to 1 (the Arch's keep rates); used in training mode only."""
+    training: bool
+
+    def keep_at(self, progress: float) -> None:
+        """Set the token counts of every block."""
+
+
+def set_keep_progress(model: nn.Module, progress: float) -> None:
+    """Set how far keep rates have come from 1 (at 0 and below) to the Arch's own (at 1 and above), in training mode.
+
+    Eval mode, folding and export are always at the Arch's rates. Networks without such a schedule (all but EViT's) have
+    nothing to set. Each new token count makes torch.compile compile again: compile after the schedule.
+    """
+    for module in model.modules():
+        if "keep_progress" in vars(module):  # hasattr would take a compiled wrapper for its network
+            network: KeepsFewer = module
+            network.keep_progress = min(max(progress, 0.0), 1.0)
+            if network.training:
+                network.keep_at(network.keep_progress)
 
 
 class Linear(nn.Linear):

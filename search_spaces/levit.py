@@ -34,6 +34,7 @@ from search_spaces.layers import (
     Form,
     Gate,
     LinearNorm,
+    declare_scale,
     halved,
     key,
     pointwise,
@@ -129,6 +130,7 @@ class Attention(nn.Module):
             strided = partial(ConvNorm, stride=stride) if form == "conv" else LinearNorm
             self.q = strided(embed, Each(heads, qk), queries)
             self.kv = pointwise(form, embed, Each(heads, Cat((key(qk), v))), tokens)
+        declare_scale(self.qkv if stride == 1 else self.q, doc.scale)
         self.bias = AttentionBias(name, heads, grid, stride)
         self.act = nn.Hardswish()
         self.proj = pointwise(form, Each(heads, v), out, queries, gamma=0.0 if stride == 1 else 1.0)
@@ -408,6 +410,7 @@ register(
         space=SPACE,
         rename=RENAME,
         official=_official,
+        as_published=lambda arch: arch.replace(form="linear"),
         variants={
             "levit_128s": _variant(76.6, (128, 256, 384), 16, (4, 6, 8), (2, 3, 4), "levit_128s"),
             "levit_128": _variant(78.6, (128, 256, 384), 16, (4, 8, 12), (4, 4, 4), "levit_128"),

@@ -6,8 +6,8 @@ the windows; grouped attention is the same on windows twice as wide. A stage wit
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from search_spaces.arch import (
     Rate,
     Scale,
     StageSummary,
+    attentions,
     kept,
     summarise,
 )
@@ -38,6 +39,7 @@ from search_spaces.layers import (
     Linear,
     Residual,
     attend,
+    declare_scale,
     flat_rows,
     halved,
     key,
@@ -85,6 +87,8 @@ class SepVitStage(Doc):
 
 
 class SepVitArch(Arch, family="sepvit"):
+    width_fields: ClassVar[Mapping[str, str]] = Arch.width_fields | {"point_qk": "point_key_dim"}
+
     family: Literal["sepvit"]
     stages: Annotated[tuple[SepVitStage, ...], Field(min_length=1, max_length=MAX_STAGES)]
 
@@ -154,6 +158,11 @@ def inner_sources(doc: SepAttn, embed: int) -> np.ndarray:
     return in_order(doc.heads * doc.value_dim, embed) if doc.residual is None else np.array(doc.residual)
 
 
+def _inner_sources(arch: SepVitArch, stage: int, block: int) -> np.ndarray:
+    attn = arch.stages[stage].blocks[block].attn
+    return inner_sources(attn, arch.stages[stage].embed_dim) if attn else np.zeros(0, dtype=np.int64)
+
+
 def _as_attn(doc: SepAttn | None) -> Attn | None:
     if doc is None:
         return None
@@ -192,6 +201,8 @@ class SeparableAttention(nn.Module):
         self.norm = layer_norm(embed, self.keep * tokens)
         self.qkv = Linear(embed, Cat((Each(heads, qk), Each(heads, key(qk)), inner)), self.keep * tokens)
         self.proj = Linear(inner, embed, self.keep * area)
+        self.proj.terms = 1 + self.separable
+        declare_scale(self.qkv, doc.scale)
         self.products = ((Each(heads, Cat((qk, v))), self.keep * tokens * tokens),)
         self.q_gate = Gate(Each(heads, qk), 2, 4)
         self.v_gate = Gate(inner, -1, heads=(heads, None))
@@ -204,6 +215,7 @@ class SeparableAttention(nn.Module):
             point = Each(heads, point_qk)
             self.point_norm = layer_norm(inner, self.keep, TORCH_EPS)
             self.point_qk = Linear(inner, Cat((point, Each(heads, key(point_qk)))), self.keep)
+            declare_scale(self.point_qk, doc.point_scale)
             self.point_gate = Gate(point, 1, 3)
             self.products += ((point, self.keep**2), (inner, self.keep**2 * area))
         if doc.residual is not None:
@@ -423,6 +435,20 @@ def _variant(top1: float, width: int, depth: tuple[int, int, int, int], source: 
     return Variant(values, top1, source)
 
 
+def _hold_all(raw: Any, documents: Sequence[Any]) -> None:
+    """As many windows a side as any has, for a window token belongs to its place; inner residuals in order."""
+    sides = grids(raw["resolution"], len(raw["stages"]))
+    for i, grid in enumerate(sides):
+        for j, attn, _ in attentions([raw], i):
+            windows = [
+                grids(document["resolution"], len(document["stages"]))[i] // other["window"]
+                for block, other, document in attentions(documents, i)
+                if block == j
+            ]
+            attn["window"] = grid // max(windows)
+            attn["residual"] = None
+
+
 PAPER = "SepViT, arXiv 2203.15380, repository table (300 epochs)"
 
 register(
@@ -431,6 +457,10 @@ register(
         build=SepVit,
         space=SPACE,
         official=lambda arch: OFFICIAL,
+        tokens=("window_token",),
+        ordered=("heads", "v"),
+        inner_sources=_inner_sources,
+        hold_all=_hold_all,
         variants={
             "sepvit_lite": _variant(72.3, 32, (1, 2, 6, 2), PAPER + "; this top-1 is unverified"),
             "sepvit_tiny": _variant(82.7, 96, (1, 2, 6, 2), PAPER),

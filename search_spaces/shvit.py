@@ -6,7 +6,7 @@ search uses; the published networks have one head and values as wide as the atte
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
@@ -25,6 +25,7 @@ from search_spaces.arch import (
     Heads,
     Scale,
     StageSummary,
+    attentions,
     check_downsamples,
     summarise,
 )
@@ -36,6 +37,7 @@ from search_spaces.layers import (
     Gate,
     Residual,
     declare_norm,
+    declare_scale,
     qkv_axis,
     scale_rows,
 )
@@ -129,6 +131,7 @@ class PartialAttention(nn.Module):
         declare_norm(self.norm, part)
         self.norm.positions = NORM_MACS * tokens
         self.qkv = ConvNorm(part, qkv_axis(heads, qk, v), tokens)
+        declare_scale(self.qkv, doc.scale)
         self.act = nn.ReLU()
         self.proj = ConvNorm(Cat((Each(heads, v), rest)), embed, tokens, gamma=0.0)
         self.products = ((Each(heads, Cat((qk, v))), tokens * tokens),)
@@ -230,6 +233,14 @@ def _arch(values: Values, num_classes: int) -> ShvitArch:
     )
 
 
+def _hold_all(raw: Any, documents: Sequence[Any]) -> None:
+    """A stage is as wide as the widest attended part beside the widest rest of any document."""
+    for i, stage in enumerate(raw["stages"]):
+        rest = [document["stages"][i]["embed_dim"] - attn["dim"] for _, attn, document in attentions(documents, i)]
+        parts = [attn["dim"] for _, attn, _ in attentions([raw], i)]
+        stage["embed_dim"] = max(stage["embed_dim"], max(parts, default=0) + max(rest, default=0))
+
+
 MIX = ((1.0, 1.0), (2.0, 1.0), (3.0, 1.0), (4.0, 1.0), (2.0, 0.5), (2.0, 0.0), (3.0, 0.0))
 
 SPACE = Space(
@@ -279,6 +290,7 @@ register(
         space=SPACE,
         rename=RENAME,
         official=lambda arch: (*OFFICIAL, *RENAME),
+        hold_all=_hold_all,
         variants={
             "shvit_s1": _variant(72.8, (128, 224, 320), (2, 4, 5), 224, "shvit_s1"),
             "shvit_s2": _variant(75.2, (128, 308, 448), (2, 4, 5), 224, "shvit_s2"),

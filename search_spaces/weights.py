@@ -209,7 +209,7 @@ def timm_name(arch: Arch) -> str:
         WeightsError: timm has no weights for it.
     """
     family = FAMILIES[arch.family]
-    shape = arch.replace(form="linear") if arch.family == "levit" else arch
+    shape = family.as_published(arch)
     for variant in family.variants.values():
         if variant.timm and family.space.arch(variant.values, arch.num_classes) == shape:
             return variant.timm

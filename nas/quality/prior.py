@@ -1,7 +1,8 @@
 """The size prior: a family's published top-1 against log2 MACs, with an error that grows away from what was published.
 
-It is no accuracy. A line is fitted per family, because families were trained by different recipes. EViT's line is
-DeiT's, and what its keep rates cost is read off EViT's own published rows.
+It is no accuracy. A line is fitted per family, because families were trained by different recipes. Where a family
+published networks with dropped tokens, the line is that of its networks that keep all tokens, and what dropping them
+costs is read off the others.
 """
 
 from __future__ import annotations
@@ -14,12 +15,11 @@ import numpy as np
 from nas.intervals import joined, of_error
 from nas.quality import Estimate
 from search_spaces import Arch, get_arch, table
+from search_spaces.api import find_variant
 from search_spaces.arch import StageSummary
-from search_spaces.evit import EvitArch
 from search_spaces.registry import FAMILIES
 from search_spaces.widths import Table
 
-EVIT_ANCHOR = "deit_small"
 SAMPLES = 12
 SHAPE_SD = 1.87
 """Points of top-1 that size leaves unexplained: residual spread of 129 published ViTs and hybrids in timm (up to 6
@@ -42,7 +42,7 @@ class Prior:
     def __init__(self) -> None:
         self._lines: dict[str, Line] = {}
         self._shapes: dict[str, Neighbourhood] = {}
-        self._token_cost: dict[bool, tuple[np.ndarray, np.ndarray]] = {}
+        self._token_cost: dict[tuple[str, ...], tuple[np.ndarray, np.ndarray]] = {}
 
     def predict(self, arch: Arch, counts: Table) -> Estimate:
         """As `estimate`."""
@@ -56,11 +56,11 @@ class Prior:
         the leave-one-out error and the same.
         """
         line, macs = self._line(arch.family), counts.macs()
-        if isinstance(arch, EvitArch) and any(block.keep_rate < 1 for block in arch.blocks):
-            whole = table(unreduced(arch)).macs()
-            macs, value = whole, line.at(whole) - self._reduction_cost(arch, macs / whole)
-        else:
-            value = line.at(macs)
+        reduction, cost = FAMILIES[arch.family].reduction, 0.0
+        if reduction is not None and (whole := reduction.whole(arch)) != arch:
+            left, macs = macs, table(whole).macs()
+            cost = self._reduction_cost(tuple(reduction.published(arch)), left / macs)
+        value = line.at(macs) - cost
         unlike = SHAPE_SD * self._neighbourhood(arch.family).distance(arch)
         by_size = of_error(value, line.doubt(macs), line.freedom)
         interval = joined(value, by_size, of_error(value, unlike, SHAPE_FREEDOM))
@@ -79,19 +79,14 @@ class Prior:
             self._shapes[family] = Neighbourhood(published.values(), [published[name] for name in sizes(family)])
         return self._shapes[family]
 
-    def _reduction_cost(self, arch: EvitArch, ratio: float) -> float:
-        """Points lost when reduction leaves `ratio` of the MACs, interpolated in EViT-DeiT-S's published rows."""
-        fused = any(block.fuse for block in arch.blocks)
-        if fused not in self._token_cost:
-            family = FAMILIES["evit"].variants
-            whole, best = table(get_arch(EVIT_ANCHOR)).macs(), family[EVIT_ANCHOR].top1
-            rows = [(1.0, 0.0)] + [
-                (table(get_arch(name)).macs() / whole, best - variant.top1)
-                for name, variant in family.items()
-                if name.startswith("evit_small") and name.endswith("_drop") != fused
-            ]
-            self._token_cost[fused] = tuple(np.array(column) for column in zip(*sorted(rows), strict=True))
-        ratios, costs = self._token_cost[fused]
+    def _reduction_cost(self, published: tuple[str, ...], ratio: float) -> float:
+        """Points lost when `ratio` of the MACs is left, interpolated in published networks, the whole one first."""
+        if published not in self._token_cost:
+            rows = [(table(get_arch(name)).macs(), find_variant(name)[1].top1) for name in published]
+            whole, best = rows[0]
+            points = sorted((macs / whole, best - top1) for macs, top1 in rows)
+            self._token_cost[published] = tuple(np.array(column) for column in zip(*points, strict=True))
+        ratios, costs = self._token_cost[published]
         if ratio < ratios[0]:
             slope = (costs[1] - costs[0]) / (ratios[1] - ratios[0])
             return float(costs[0] + slope * (ratio - ratios[0]))
@@ -141,14 +136,8 @@ class Neighbourhood:
 
 
 def sizes(family: str) -> list[str]:
-    """The published variants that differ in size: all but EViT's reductions of DeiT."""
-    return [name for name in FAMILIES[family].variants if not name.startswith("evit_")]
-
-
-def unreduced(arch: EvitArch) -> EvitArch:
-    """The same network keeping all its tokens."""
-    blocks = tuple(block.model_copy(update={"keep_rate": 1.0, "fuse": False}) for block in arch.blocks)
-    return arch.model_copy(update={"blocks": blocks})
+    """The published variants that differ in size, and not by dropped tokens alone."""
+    return [name for name, variant in FAMILIES[family].variants.items() if not variant.reduced]
 
 
 def features(arch: Arch) -> np.ndarray:
