@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import json
-import math
 import os
 import re
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel, FiniteFloat, InstanceOf, TypeAdapter
 
 from nas.errors import UserError
 from nas.quality import told_score
@@ -32,6 +33,73 @@ COLUMNS = (
     Column("size", drop=2),
     Column("changed", drop=3),
 )
+
+
+BUDGET_MS = TypeAdapter(FiniteFloat)
+Text = InstanceOf[str]
+"""With lone surrogates too, which names of files may hold."""
+
+
+class Winner(BaseModel):
+    """latency_ms: median. top1: percent, of a full training; quality: the score, percent, where there was none."""
+
+    label: Text
+    family: Text
+    latency_ms: FiniteFloat
+    top1: FiniteFloat | None = None
+    quality: FiniteFloat | None = None
+
+
+class SearchResult(BaseModel):
+    """Of a result.json, what is listed of it, as in the records below. winner: None where nothing fits."""
+
+    budget_ms: FiniteFloat
+    winner: Winner | None
+    interrupted: bool
+    failures: list[Any]
+
+
+class Budget(BaseModel):
+    metric: Text
+    text: Text
+
+
+class Accuracy(BaseModel):
+    """top1: percent."""
+
+    top1: FiniteFloat | None = None
+
+
+class Measured(BaseModel):
+    """latency_ms: median; None where none was measured. waiting: the samples are those of a wait for a CPU."""
+
+    latency_ms: FiniteFloat | None = None
+    waiting: Any = None
+
+
+class PruneResult(BaseModel):
+    """Of a prune.json. accuracy: by the network's name; kept: that of the one which was kept."""
+
+    model: Text
+    budget: Budget
+    accuracy: dict[str, Accuracy | None]
+    after: Measured
+    kept: str | None = None
+    failures: list[Any] | None = None
+
+
+class Recipe(BaseModel):
+    epochs: int
+
+
+class TrainResult(BaseModel):
+    """Of a metrics.json. epochs: a row each of those that are done. error: why the training failed."""
+
+    model: Text
+    recipe: Recipe
+    final: Accuracy | None
+    epochs: list[Any]
+    error: Text | None
 
 
 class Damaged(Exception):
@@ -78,23 +146,14 @@ def row_of(folder: Path) -> Row | None:
 def search_row(folder: Path) -> Row | None:
     result, journal = folder / "result.json", folder / "study.journal"
     if result.is_file():
-        told = read(result)
-        winner = told["winner"]
+        told = SearchResult.model_validate(read(result))
         best = "nothing fits"
-        if winner is not None:
-            figure = (
-                f"{finite(winner['top1']):.1f}% top-1"
-                if winner.get("top1") is not None
-                else f"score {told_score(finite(winner['quality'])):.1f}"
-            )
-            best = f"{winner['label']} ({winner['family']}), {finite(winner['latency_ms']):.2f} ms, {figure}"
-        ended = "interrupted" if told["interrupted"] else "failed in part" if told["failures"] else "finished"
-        return {
-            "kind": "search",
-            "budget": f"{finite(told['budget_ms']):g} ms",
-            "best": best,
-            "state": state(folder, ended),
-        }
+        if winner := told.winner:
+            known = winner.top1 is not None
+            figure = f"{winner.top1:.1f}% top-1" if known else f"score {told_score(winner.quality):.1f}"
+            best = f"{winner.label} ({winner.family}), {winner.latency_ms:.2f} ms, {figure}"
+        ended = "interrupted" if told.interrupted else "failed in part" if told.failures else "finished"
+        return {"kind": "search", "budget": f"{told.budget_ms:g} ms", "best": best, "state": state(folder, ended)}
     if journal.is_file():
         return {"kind": "search", **of_journal(journal), "state": state(folder, "interrupted")}
     if (folder / "hardware.json").is_file():
@@ -117,7 +176,7 @@ def of_journal(path: Path) -> Row:
         elif entry.get("op_code") == SET_STUDY:
             attributes = entry["user_attr"]
             if "budget_ms" in (attributes.get("vitnas") or {}):
-                budget = f"{finite(attributes['vitnas']['budget_ms']):g} ms"
+                budget = f"{BUDGET_MS.validate_python(attributes['vitnas']['budget_ms']):g} ms"
             result = attributes.get("result", result)
     if not budget:
         raise Damaged(f"{path.name} holds no study of vitnas's")
@@ -128,24 +187,24 @@ def prune_row(folder: Path) -> Row | None:
     path = folder / "prune.json"
     if not path.is_file():
         return unfinished(folder, "prune", "budget")
-    told = read(path)
-    found = told["accuracy"][told.get("kept") or ("recovered" if told["accuracy"].get("recovered") else "pruned")]
-    parts = [told["model"], *([f"{finite(found['top1']):.1f}% top-1"] if found else [])]
-    if told["after"].get("latency_ms") is not None and not told["after"].get("waiting"):
-        parts.insert(1, f"{finite(told['after']['latency_ms']):.2f} ms")
-    budget = f"{told['budget']['metric']} {told['budget']['text']}"
-    ended = "failed in part" if told.get("failures") else "finished"
+    told = PruneResult.model_validate(read(path))
+    found = told.accuracy[told.kept or ("recovered" if told.accuracy.get("recovered") else "pruned")]
+    parts = [told.model, *([f"{found.top1:.1f}% top-1"] if found else [])]
+    if told.after.latency_ms is not None and not told.after.waiting:
+        parts.insert(1, f"{told.after.latency_ms:.2f} ms")
+    budget = f"{told.budget.metric} {told.budget.text}"
+    ended = "failed in part" if told.failures else "finished"
     return {"kind": "prune", "budget": budget, "best": ", ".join(parts), "state": state(folder, ended)}
 
 
 def train_row(folder: Path) -> Row | None:
     path = folder / "metrics.json"
-    if not path.is_file() or "recipe" not in (told := read(path)):
+    if not path.is_file() or "recipe" not in (found := read(path)):
         return unfinished(folder, "train", "recipe")
-    final, epochs = told["final"], told["recipe"]["epochs"]
-    best = told["model"] + (f", {finite(final['top1']):.1f}% top-1" if final and "top1" in final else "")
-    done = len(told["epochs"])
-    ended = "failed" if told["error"] else "finished" if done >= epochs else f"interrupted, {done} of {epochs} epochs"
+    told = TrainResult.model_validate(found)
+    best = told.model + (f", {told.final.top1:.1f}% top-1" if told.final and told.final.top1 is not None else "")
+    done, epochs = len(told.epochs), told.recipe.epochs
+    ended = "failed" if told.error else "finished" if done >= epochs else f"interrupted, {done} of {epochs} epochs"
     return {"kind": "train", "best": best, "state": state(folder, ended)}
 
 
@@ -174,13 +233,6 @@ def read(path: Path) -> Any:
     if not isinstance(found, Mapping):
         raise Damaged(path.name)
     return found
-
-
-def finite(value: float) -> float:
-    """A figure that can be told."""
-    if not math.isfinite(value):
-        raise ValueError
-    return value
 
 
 def state(folder: Path, ended: str) -> str:
