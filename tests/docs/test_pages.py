@@ -16,6 +16,7 @@ from nas.cli import app
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
+ARCH_PAGE = ROOT / "docs/reference/arch.md"
 PAGES = (README, ROOT / "CONTRIBUTING.md", ROOT / "runs/README.md", *sorted((ROOT / "docs").rglob("*.md")))
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
 COMMANDS = typer.main.get_command(app).commands
@@ -24,7 +25,7 @@ COMMANDS = typer.main.get_command(app).commands
 def shell_lines(text: str) -> list[str]:
     """Commands of vitnas in blocks of shell code."""
     blocks = [code for language, code in FENCE.findall(text) if language == "sh"]
-    parts = [part.strip() for block in blocks for part in re.split(r"\n|&&", block)]
+    parts = [part.strip() for block in blocks for part in re.split(r"\n|&&", block.replace("\\\n", " "))]
     return [part for part in parts if re.match(r"(\.venv/bin/)?vitnas ", part)]
 
 
@@ -55,6 +56,14 @@ def test_a_command_in_a_sentence_has_options_that_exist(line):
         return
     known = {option for param in COMMANDS[name].params for option in (*param.opts, *param.secondary_opts)}
     assert {word for word in words if word.startswith("-")} <= known | {"--help", "-h"}
+
+
+@pytest.mark.parametrize("line", cases(lambda text: re.findall(r"^python (tests/benchmarks/.*)$", text, re.M)))
+def test_a_benchmark_has_the_options_it_was_run_with(line):
+    script, *words = shlex.split(line)
+    code = (ROOT / script).read_text()
+    shared = (ROOT / "tests/benchmarks/pruning_bench.py").read_text() if "pruning_bench" in code else ""
+    assert not [word for word in words if word.startswith("-") and f'"{word}"' not in code + shared]
 
 
 def test_readme_is_short():
@@ -93,3 +102,8 @@ def test_the_documentation_builds(tmp_path):
 
     build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path), strict=True))
     assert "--latency-budget" in (tmp_path / "reference/cli.html").read_text()
+
+
+@pytest.mark.parametrize("code", [code for kind, code in FENCE.findall(ARCH_PAGE.read_text()) if kind == "python"])
+def test_the_arch_page_s_code_runs(code):
+    exec(code, {})
