@@ -160,7 +160,8 @@ def keep_rates(part: object) -> Iterator[float]:
 
 def indifferent(parts: Anatomy) -> Scores:
     """Scores that hold all units equal."""
-    return {knob.width: np.ones((knob.rows, parts.sizes.get(knob.width, 1))) for knob in parts.knobs}
+    sizes = parts.sizes
+    return {knob.width: np.ones((knob.rows, sizes.get(knob.width, 1))) for knob in parts.knobs}
 
 
 Settings = Mapping[str, int]
