@@ -12,9 +12,11 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
-from nas.errors import TrainingError
+from pydantic import FiniteFloat, PositiveInt, TypeAdapter
+
+from nas.errors import TrainingError, UserError
 from nas.export import save_weights
 from nas.files import replace_file
 from nas.intervals import LEVEL, Interval, joined, of_accuracies, of_difference, of_share, top1_words
@@ -123,6 +125,29 @@ class Accuracies:
         return kept | more | {"words": self.words}
 
 
+@dataclasses.dataclass(frozen=True)
+class FullTraining:
+    """A network's training from one seed, as its file has it. top1: percent of `images`. seconds: it took. hits: a
+    digit an image, 1 where it was right; None in files of an older vitnas."""
+
+    top1: FiniteFloat
+    images: PositiveInt
+    seconds: FiniteFloat
+    hits: str | None = None
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """A file's.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        try:
+            return TypeAdapter(cls).validate_json(path.read_bytes())
+        except ValueError:
+            raise UserError(f"{path} is damaged: remove it, and the network is trained again") from None
+
+
 def train_fully(options: Options, tier: Train, label: str, arch: Arch) -> Accuracies:
     """Train a network from every seed on all training images; weights of the first seed are kept beside the result.
 
@@ -132,7 +157,7 @@ def train_fully(options: Options, tier: Train, label: str, arch: Arch) -> Accura
     school, lessons = tier.schooling, options.lessons
     data = school.data.at(arch.resolution)
     recipe = tier.recipe(lessons.final_epochs)
-    made = []
+    made: list[FullTraining] = []
     for seed in range(lessons.seeds):
         path = result_path(options, arch, seed)
         if not path.is_file():
@@ -144,14 +169,14 @@ def train_fully(options: Options, tier: Train, label: str, arch: Arch) -> Accura
             if seed == 0:
                 save_weights(training.network, path.with_suffix(".safetensors"))
             found = school.judge(training.network, data.val)
-            row = {"top1": found.top1, "images": found.total, "seconds": time.monotonic() - begun}
-            row["hits"] = "".join("01"[hit] for hit in found.hits)
-            replace_file(path, json.dumps(row).encode())
+            hits = "".join("01"[hit] for hit in found.hits)
+            row = FullTraining(found.top1, found.total, time.monotonic() - begun, hits)
+            replace_file(path, json.dumps(dataclasses.asdict(row)).encode())
             path.with_suffix(".state").unlink(missing_ok=True)
-        made.append(json.loads(path.read_text()))
-    hits = [[digit == "1" for digit in m["hits"]] for m in made if "hits" in m]
-    top1, seconds = [m["top1"] for m in made], sum(m["seconds"] for m in made)
-    return Accuracies(label, top1, made[0]["images"], seconds, hits if len(hits) == len(made) else [])
+        made.append(FullTraining.read(path))
+    hits = [[digit == "1" for digit in each.hits] for each in made if each.hits is not None]
+    top1, seconds = [each.top1 for each in made], sum(each.seconds for each in made)
+    return Accuracies(label, top1, made[0].images, seconds, hits if len(hits) == len(made) else [])
 
 
 def weights_of(options: Options, arch: Arch) -> Path | None:

@@ -11,6 +11,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ConfigDict, InstanceOf, TypeAdapter, with_config
+
 from nas.errors import UserError
 from nas.files import replace_file, sweep_drafts, unwritable
 from nas.inputs import changed, older
@@ -37,6 +39,7 @@ def compute_device(settings: Settings) -> str:
     return "cuda" if settings.device == "cuda" else "cpu"
 
 
+@with_config(ConfigDict(extra="forbid"))
 @dataclass
 class State:
     """What is done so far. network names the saved network that stands; rounds: a row each; origins: a block's path in
@@ -47,7 +50,7 @@ class State:
     network: str = ""
     rounds: list[dict[str, Any]] = field(default_factory=list)
     origins: dict[str, str] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    notes: list[InstanceOf[str]] = field(default_factory=list)
     phases: dict[str, float] = field(default_factory=dict)
     found: dict[str, Any] = field(default_factory=dict)
     inputs: dict[str, str | None] = field(default_factory=dict)
@@ -81,14 +84,13 @@ class Job:
             self.state = State(options, now())
             return
         try:
-            self.state = State(**json.loads(path.read_text()))
-            begun_with = dict(self.state.options)
-        except (ValueError, TypeError):
+            self.state = TypeAdapter(State).validate_python(json.loads(path.read_text()))
+        except (ValueError, RecursionError):
             raise UserError(
                 f"{path} is damaged or not vitnas's: give another --out, or remove it to begin anew"
             ) from None
         for key, value in options.items():
-            known = begun_with.get(key)
+            known = self.state.options.get(key)
             if known != value and key not in NAMED:
                 hint = (hints or {}).get(key, "")
                 raise UserError(f"{folder} holds another run ({key} {known}, not {value}): give another --out{hint}")
@@ -117,6 +119,18 @@ class Job:
     @property
     def finished(self) -> bool:
         return bool(self.state.found.get("finished")) and self.result.is_file()
+
+    def read_result(self, *names: str) -> dict[str, Any]:
+        """What a finished run has left, which holds these `names`.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        try:
+            found = json.loads(self.result.read_text())
+            return {name: found[name] for name in names} | found
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise UserError(f"{self.result} is damaged: give another --out to begin anew") from None
 
     def make_folder(self) -> None:
         try:

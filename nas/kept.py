@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import TypeAdapter
+
 from nas.export import save_weights
 from nas.units import counted
 
@@ -50,7 +52,7 @@ def read(path: Path) -> Kept | None:
 
     try:
         with safe_open(path, "numpy") as file:
-            return Kept(**json.loads(file.metadata()[KEY]))
+            return TypeAdapter(Kept).validate_json(file.metadata()[KEY])
     except (OSError, SafetensorError, TypeError, KeyError, ValueError):  # another worker has removed it
         return None
 

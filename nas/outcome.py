@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from nas.closing import CLOSING_ROUNDS, MOST_ROUNDS, ClosingInterrupted, closing
 from nas.ending import Ending
 from nas.export import CONVERTED, label_onnx, lower_precision, save_onnx, write_onnx
 from nas.files import drafted, folder_lock, replace_file
-from nas.final import result_path, weights_of
+from nas.final import FullTraining, result_path, weights_of
 from nas.front import Row, arch_of, best_of, choose, front_of, label_of, rows_of
 from nas.intervals import guessing
 from nas.kept import Kept, path_of, read
@@ -209,8 +208,8 @@ class _Finish:
                 card = Card.of(data, self.kept.top1, self.kept.judged, HELD_OUT)
             elif trained:
                 result = result_path(self.options, arch, seed=0)  # Ctrl-C while it is judged leaves weights alone
-                found = json.loads(result.read_text()) if result.is_file() else {}
-                card = Card.of(data, found.get("top1"), found.get("images", 0))
+                found = FullTraining.read(result) if result.is_file() else None
+                card = Card.of(data, found.top1, found.images) if found else Card.of(data)
         return card
 
     def _latency(self) -> Latency | None:

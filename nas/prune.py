@@ -42,6 +42,8 @@ CALIBRATED_ON_NOISE = (
 CLOSING_ROUNDS = 30
 MOST_ROUNDS = 120
 """Of the closing run in all, while it leaves open whether a latency budget is met."""
+PARTS = ("before", "after", "accuracy", "budget", "data")
+"""What a prune.json must hold to be told again."""
 COST_ROUNDS = 10
 CORRECTIONS = 3
 """More rounds, or tries, when the measured latency misses the budget that its estimate met."""
@@ -216,7 +218,7 @@ class _Run:
         self.job.agree(identity(self.job.data, model=(arch, weights)))
         if self.job.finished:
             self.job.say(f"{self.options.folder} is finished: these are its results")
-            return json.loads((self.options.folder / "prune.json").read_text())
+            return self.job.read_result(*PARTS)
         if self.options.settings.precision != "fp32":
             self.job.say(f"latency is measured in {self.options.settings.precision}; accuracy and model.onnx are fp32")
         if self.options.settings.precision == "int8":

@@ -6,7 +6,6 @@ network) and the widths of its layers in prune.json. What state/ keeps is as in 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from nas.inputs import identity
 from nas.job import Job, Progress, Say, compute_device
 from nas.measure import RUNTIMES, Measurement, device_lock, in_turn
 from nas.prune import (
+    PARTS,
     Options,
     brief_line,
     closing_run,
@@ -82,7 +82,7 @@ def _prune(options: Options, command: str, job: Job) -> dict[str, Any]:
     job.agree(identity(job.data, model=(options.model, "timm" if pretrained else None)))
     if job.finished:
         job.say(f"{options.folder} is finished: these are its results")
-        return json.loads((options.folder / "prune.json").read_text())
+        return job.read_result(*PARTS)
     target = _target(options, _built(options, job), resolution)
     job.make_folder()
     job.tell_of(job.data)

@@ -41,6 +41,8 @@ FILES = ("arch.json", WEIGHTS, "model.onnx", PREPROCESS, LABELS)
 MAX_WORKERS = 8
 MOST, MOST_WORKERS = 1_000_000, 256
 EVALUATED_AT_ONCE = 256
+PARTS = ("final", "error", "epochs", "data", "recipe")
+"""What a metrics.json must hold to be told again."""
 PATIENCE = timedelta(hours=1)
 """How long the other processes wait for the first one, which evaluates and writes."""
 
@@ -223,7 +225,7 @@ class _Run:
         self._open()
         self.job.agree(self._identity())
         if agreed(self.job.finished):
-            found = self._results() if not self.rank else {"error": None}
+            found = self.job.read_result(*PARTS) if not self.rank else {"error": None}
             self.job.say(f"{self.options.folder} is finished: these are its results")
             if not self.rank:
                 last = found["final"] or {}
@@ -245,13 +247,6 @@ class _Run:
         data = self._write(training, error) if not self.rank else {"error": error}
         agreed(True)  # torchrun ends all processes when one has failed: the others wait until the first has written
         return data
-
-    def _results(self) -> dict[str, Any]:
-        try:
-            found = json.loads(self.job.result.read_text())
-            return {key: found[key] for key in ("final", "error", "epochs", "data", "recipe")} | found
-        except (ValueError, TypeError, KeyError):
-            raise UserError(f"{self.job.result} is damaged: give another --out to train again") from None
 
     def _mend(self, card: Card) -> None:
         """Write again what is missing or damaged of a finished training, from what is there.

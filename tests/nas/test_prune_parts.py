@@ -14,8 +14,10 @@ import nas.prune
 from nas.budget import Verdict
 from nas.errors import UserError
 from nas.intervals import of_share
+from nas.job import Job
 from nas.measure import Measurement, Settings
 from nas.prune import (
+    PARTS,
     Options,
     beside,
     closing_run,
@@ -46,6 +48,13 @@ def test_a_share_is_judged_by_the_paired_ratio() -> None:
     assert latency_verdict(parse_pruning_budget(None, None, "0.54x"), results)[0] == Verdict.OVER
     assert latency_verdict(parse_pruning_budget(None, None, "1.6ms"), results)[0] == Verdict.UNSURE
     assert latency_verdict(parse_pruning_budget("0.5x", None, None), results) == (None, None)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"before": {}}'])
+def test_a_damaged_result_is_one_line(tmp_path: Path, content: str) -> None:
+    (tmp_path / "prune.json").write_text(content)
+    with pytest.raises(UserError, match=r"prune\.json is damaged: give another --out"):
+        Job(tmp_path, {}, print, print, "cpu").read_result(*PARTS)
 
 
 def test_waiting_times_judge_no_budget(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import pytest
 from scipy.stats import kendalltau
 
 from nas.errors import TrainingError, UserError
-from nas.final import Accuracies, compare_means, settle, verdict
+from nas.final import Accuracies, FullTraining, compare_means, settle, verdict
 from nas.front import rank
 from nas.quality.surrogate import Surrogate, Trained, describe
 from nas.quality.train import SCREEN_FROM, Train, low_resolution
@@ -370,6 +370,16 @@ def test_taus():
     assert "after 1 epochs" not in found, "the surrogate alone says the same"
     assert found["macs"]["tau"] == pytest.approx(-1)
     assert found[GATE]["ci"][0] <= found[GATE]["tau"] <= found[GATE]["ci"][1]
+
+
+def test_a_full_training_is_read_or_damaged(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text('{"top1": 50.0, "images": 4, "seconds": 1}')
+    assert FullTraining.read(path) == FullTraining(50.0, 4, 1.0), "of a vitnas that kept no hits"
+    for content in ("", "{", "[]", '{"top1": 50.0}', '{"top1": NaN, "images": 4, "seconds": 1}'):
+        path.write_text(content)
+        with pytest.raises(UserError, match=r"x\.json is damaged: remove it"):
+            FullTraining.read(path)
 
 
 def test_final_figures_are_compared_with_their_spread():

@@ -198,6 +198,7 @@ def test_a_second_command_on_a_folder_is_refused(vitnas, deit, tmp_path):
         ("state/state.json", "{"),
         ("state/state.json", "[1]"),
         ("state/state.json", '{"colour": "red"}'),
+        ("state/state.json", '{"options": {}, "started": "2026-01-02", "rounds": 5}'),
         ("metrics.json", "{}"),
         ("metrics.json", "no JSON"),
         ("state/checkpoint", ""),
