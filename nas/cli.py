@@ -70,7 +70,16 @@ Verbose = Annotated[
         "--verbose", "-v", help="Tell where the time goes, and tracebacks of what fails.", callback=be_verbose
     ),
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Tell results and errors only.")]
+
+
+def be_quiet(quiet: bool) -> bool:
+    """Let the loggers of this package tell errors only; --verbose prevails."""
+    if quiet and log.level == logging.NOTSET:
+        log.setLevel(logging.ERROR)
+    return quiet
+
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Tell results and errors only.", callback=be_quiet)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 Model = Annotated[str, typer.Argument(help="A published name, an arch.json, or a run's folder.")]
 

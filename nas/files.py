@@ -7,6 +7,7 @@ whether a process of another machine lives is unknown here.
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import re
 import secrets
@@ -26,6 +27,7 @@ LOCK = ".lock"
 FULL_BELOW = 1 << 16  # free bytes: libraries in C++ do not say why a write failed
 TRIES = 100
 _locks: set[int] = set()
+_log = logging.getLogger(__name__)
 
 
 def machine_tag() -> str:
@@ -118,7 +120,8 @@ def _alive(pid: int) -> bool:
 
 
 def tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    """Warn the user, on standard error unless --quiet is given."""
+    _log.warning("%s", line)
 
 
 @contextmanager

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import math
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import reduce
@@ -44,6 +44,7 @@ from search_spaces.registry import FAMILIES
 from search_spaces.space import LEVELS, PARAMETERS, PER_STAGE, random_params
 from search_spaces.widths import Axis, Cat, Each, Entry, Width, width_table
 
+_log = logging.getLogger(__name__)
 LABEL_SMOOTHING = 0.1
 WEIGHT_DECAY = 0.05
 MAX_GRADIENT_NORM = 1.0
@@ -388,7 +389,7 @@ class Supernet:
                 raise TrainingError("the supernet ran out of memory with two images: lower --resolution")
             self._kept.clear()  # their gradients may be half added
             at_once = -(-len(labels) // self._parts)
-            print(f"out of memory: the supernet goes on with {at_once} images at a time", file=sys.stderr)
+            _log.warning("out of memory: the supernet goes on with %d images at a time", at_once)
 
     def _learn(self, arch: Arch, images: Tensor, loss: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         candidate = self.candidate(arch)

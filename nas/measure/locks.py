@@ -10,10 +10,10 @@ VITNAS_LOCKS: another folder for the locks.
 
 import contextlib
 import fcntl
+import logging
 import math
 import os
 import stat
-import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -32,6 +32,7 @@ WAIT_S = 20
 TOGETHER_S = 1800  # processes that train together wait for each other for an hour at most
 POLL_S = 0.05
 _told: set[str] = set()
+_log = logging.getLogger(__name__)
 
 
 def folder() -> Path:
@@ -48,7 +49,7 @@ def folder() -> Path:
 def tell_once(line: str) -> None:
     if line not in _told:
         _told.add(line)
-        print(line, file=sys.stderr, flush=True)
+        _log.warning("%s", line)
 
 
 @contextlib.contextmanager

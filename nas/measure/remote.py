@@ -14,10 +14,10 @@ import contextlib
 import dataclasses
 import hashlib
 import io
+import logging
 import os
 import re
 import shlex
-import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -32,6 +32,7 @@ from nas.measure.runtime import RUNTIMES, Settings
 from nas.process import ENTER, Worker, WorkerError
 
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 
 SCHEME = "ssh://"
 DEVICE = re.compile(
@@ -279,13 +280,13 @@ class Machine:
     def _again(self) -> Connection:
         for tries, pause_s in enumerate(RECONNECT_S):
             if tries == 1:
-                print(f"the connection to {self._target} was lost; trying for a while", file=sys.stderr, flush=True)
+                _log.warning("the connection to %s was lost; trying for a while", self._target)
             time.sleep(pause_s)
             try:
                 connection = Connection(self._target)
                 for kind in self._locks:
                     if not connection.call("acquire", ASK_S, kind=kind, timeout_s=0):
-                        print(f"{self._target}: another vitnas process measures there now: waiting", file=sys.stderr)
+                        _log.warning("%s: another vitnas process measures there now: waiting", self._target)
                         while not connection.call("acquire", ASK_S, kind=kind, timeout_s=GRACE_S):
                             pass
             except (Unreachable, LinkLost) as error:

@@ -4,6 +4,7 @@ why."""
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import pwd
 import shutil
@@ -191,6 +192,16 @@ def vitnas(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
 def _no_power_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files are not waited for until the disk has them: no test cuts the power."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
+@pytest.fixture(autouse=True)
+def _warnings_on_stderr() -> Iterator[None]:
+    """As without pytest, whose own handlers stand in the way. What -q and -v have set ends with the test."""
+    log = logging.getLogger("nas")
+    log.handlers[:] = [logging.lastResort]
+    yield
+    log.handlers.clear()
+    log.setLevel(logging.NOTSET)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from nas.errors import UserError
+from nas.files import tell
 from search_spaces import get_arch
 
 
@@ -274,6 +275,16 @@ def test_version(vitnas):
 
 def test_an_unknown_option_names_the_near_one(vitnas):
     vitnas.refused(vitnas("search", "--latency-bugdet", "2ms"), "--latency-budget")
+
+
+def test_quiet_tells_errors_only(vitnas, monkeypatch):
+    def refuse(_):
+        tell("waiting for somebody")
+        raise UserError("no such network")
+
+    monkeypatch.setattr("nas.targets.find_target", refuse)
+    assert vitnas("export", "x", "--out", "y")[2] == "waiting for somebody\nvitnas: no such network\n"
+    assert vitnas("export", "x", "--out", "y", "-q")[2] == "vitnas: no such network\n"
 
 
 def test_verbose_tells_tracebacks(vitnas, monkeypatch, caplog):
