@@ -24,5 +24,6 @@ def test_kills() -> None:
     assert "stand-in: " in chaos("kills.py", "--kills", "2", "--real", "0")
 
 
+@pytest.mark.slow  # by default test_storage stops the server within every call of a search
 def test_outages() -> None:
     assert "2 outages" in chaos("outages.py", "--kills", "3", "--away", "2")
