@@ -10,22 +10,35 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from search_spaces import Arch
 
 SMALLEST = {"efficientvit": "efficientvit_m0", "levit": "levit_128s", "shvit": "shvit_s1"}
 
 
 def few_rounds(patch: pytest.MonkeyPatch) -> None:
-    """Time networks in few rounds, few of them in the closing run, and try the smallest published ones first."""
+    """Time networks in few rounds, few of them in the closing run, beside two stages of the reference network, and try
+    the smallest published ones first."""
     patch.setattr("nas.front.RESERVES", 1)
     patch.setattr("nas.front.MARGINS", ())
     patch.setattr("nas.measure.protocol.MAX_ROUNDS", 8)
     patch.setattr("nas.closing.CLOSING_ROUNDS", 6)
     patch.setattr("nas.closing.MOST_ROUNDS", 12)
     patch.setattr("nas.closing.THROUGHPUT_ROUNDS", 3)
+    patch.setattr("nas.search.reference_arch", small_reference)
     patch.setattr("nas.search.published_order", lambda options, _: [SMALLEST[f] for f in options.families])
+
+
+def small_reference() -> Arch:
+    """The first two stages of EfficientViT-M0 at 64 px."""
+    from search_spaces import Arch, get_arch
+
+    raw = json.loads(get_arch("efficientvit_m0", 10).at(64).to_json())
+    return Arch.from_json(json.dumps(raw | {"stages": raw["stages"][:2]}))
 
 
 def small_shvit(patch: pytest.MonkeyPatch) -> None:
