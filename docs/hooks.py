@@ -15,7 +15,7 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str | None:
     """Raises subprocess.CalledProcessError where the command line cannot be imported."""
     if page.file.src_uri != "reference/cli.md":
         return None
-    command = [sys.executable, "-m", "typer", "nas.cli", "utils", "docs", "--name", "vitnas"]
+    command = [sys.executable, "-m", "typer", "nas.cli.app", "utils", "docs", "--name", "vitnas"]
     docs = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     body = EXAMPLE.sub(r"\1 `\2`", docs.split("\n", 1)[1])
     parts = CODE.split(body)

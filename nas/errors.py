@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from nas.text import first_line
+
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FULL_WORDS = ("No space left on device", "disk is full", "Disk quota exceeded", "File too large", "FreeDiskSpace")
 
@@ -97,11 +99,6 @@ def disk_errors(place: Path, needed: int | None = None) -> Iterator[None]:
         if is_full(error):
             raise DiskFull(place, needed, error) from error
         raise
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, at most 200 characters of it; the error's class where it has none."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
 
 
 def reason(error: BaseException) -> str:

@@ -13,15 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ConfigDict, InstanceOf, TypeAdapter, with_config
 
+from nas.data.inputs import changed, older
 from nas.errors import UserError
 from nas.files import replace_file, sweep_drafts, unwritable
-from nas.inputs import changed, older
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from nas.data import ImageData, Images, Loader
-    from nas.measure import Settings
+    from nas.data.batches import Loader
+    from nas.data.dataset import ImageData
+    from nas.data.images import Images
+    from nas.measure.runtime import Settings
 
 CALIBRATION_IMAGES = 512
 EVALUATED_IMAGES = 5_000
@@ -178,7 +180,8 @@ class Job:
         weights: str | Path | None = None,
     ) -> None:
         """Open the images; `data`, `evaluated` and `calibration` hold them from here on. weights: of the network."""
-        from nas.data import open_data, sample
+        from nas.data.dataset import open_data
+        from nas.data.images import sample
 
         self.seed = seed
         self.data = open_data(name, resolution, num_classes, seed, weights)
@@ -187,7 +190,8 @@ class Job:
 
     def tell_of(self, data: ImageData) -> None:
         """What a data set holds, and what looks odd in it."""
-        from nas.data import describe, oddities
+        from nas.data.about import describe
+        from nas.data.look import oddities
 
         self.say(describe(data))
         for line in oddities(data):
@@ -198,14 +202,14 @@ class Job:
         return self._loader(images, shuffle=False)
 
     def _loader(self, images: Images, shuffle: bool) -> Loader:
-        from nas.data import loader
+        from nas.data.batches import loader
 
         self._loaders.append(loader(images, BATCH, shuffle, self.seed))
         return self._loaders[-1]
 
     def accuracy(self, model: nn.Module, which: str) -> None:
         """Evaluate a network once; what is known is kept in `state.found[which]`."""
-        from nas.train import evaluate
+        from nas.training.engine import evaluate
 
         if which in self.state.found:
             return
@@ -223,7 +227,7 @@ class Job:
 
     def fit(self, phase: str, model: nn.Module, images: int, lr: float, teacher: nn.Module | None = None) -> None:
         """Train a network in place; the order of the images does not depend on what was trained before."""
-        from nas.train import fit
+        from nas.training.engine import fit
 
         train = self._loader(self.data.train, shuffle=True)
         with self.phase(phase) as progress:
@@ -231,7 +235,8 @@ class Job:
 
     def describe_data(self) -> dict[str, Any]:
         """What a report says of the images; broken ones become a note."""
-        from nas.data import skipped_line, summary
+        from nas.data.about import summary
+        from nas.data.batches import skipped_line
 
         broken = skipped_line(self._loaders)
         if broken:

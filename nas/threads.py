@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from nas.errors import UserError
-from nas.process import default_threads, usable_cpus
+from nas.machine import default_threads, usable_cpus
 from nas.units import counted
 
 SAMPLE_S = 0.3

@@ -4,7 +4,8 @@ from search_spaces import Arch, create_model, get_arch, list_models
 model = create_model("levit_128s")
 """
 
-from search_spaces.api import create_model, fold, get_arch, list_models, table
+from search_spaces.api import create_model, get_arch, list_models, table
 from search_spaces.arch import Arch, ArchError
+from search_spaces.layers import fold
 
 __all__ = ["Arch", "ArchError", "create_model", "fold", "get_arch", "list_models", "table"]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from nas.units import shown
 
 if TYPE_CHECKING:
-    from nas.data import ImageData
+    from nas.data.dataset import ImageData
 
 WIDTH = 100
 """Characters for the names of the classes."""

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from nas.data.images import MAX_ASPECT, Images, Key, Ribbon
 from nas.errors import UserError
-from nas.measure.locks import in_turn
+from nas.lock import in_turn
 from nas.process import die_with_parent
 from nas.threads import adapt
 from nas.units import shown

@@ -13,7 +13,7 @@ from nas.data.images import Images, decode
 from nas.units import shown
 
 if TYPE_CHECKING:
-    from nas.data import ImageData
+    from nas.data.dataset import ImageData
 
 PROBED = 8
 SIDE = 64

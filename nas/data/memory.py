@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-from nas.process import CGROUPS, OWN_CGROUPS, cgroup_folders
+from nas.machine import CGROUPS, OWN_CGROUPS, cgroup_folders
 
 LIMITS = (
     ("memory.max", "memory.current", "inactive_file"),  # cgroup 2

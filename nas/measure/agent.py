@@ -10,13 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nas import hardware
 from nas.errors import DiskFull, UserError
-from nas.measure import protocol, runtime
-from nas.measure.locks import DeviceLock
+from nas.lock import DeviceLock
+from nas.machine import default_threads
+from nas.measure import hardware, protocol, runtime
 from nas.measure.protocol import MeasureError, Measurer
 from nas.measure.runtime import Settings
-from nas.process import default_threads, serve, tell
+from nas.process import serve, tell
 
 FILES = Path("files")
 

@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from nas.machine import usable_cpus
 from nas.measure.runtime import RUNTIMES, Settings
-from nas.process import Worker, WorkerError, usable_cpus
+from nas.process import Worker, WorkerError
 from nas.units import counted
 
 WORKER = "nas.measure.worker"
@@ -88,7 +89,7 @@ def quanta(measurement: "Measurement") -> bool:
 
 
 def quanta_line(described: Mapping[str, Any], figures: str = "these figures") -> str:
-    """What `quanta` means, of a machine as `nas.hardware.describe` tells it. figures: those that it is true of."""
+    """What `quanta` means on a machine, described by `nas.measure.hardware`. figures: those that it is true of."""
     usable, threads, share = described["usable_cpus"], described["threads"], described.get("busy_share")
     some = f"{share * usable:.1f} of " if share else "some of "
     at = f"at {counted(threads, 'thread')} a network waits for them"

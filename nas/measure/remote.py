@@ -320,7 +320,7 @@ def there(settings: Settings) -> dict[str, Any]:
 
 
 class DistantLock:
-    """As `nas.measure.locks.DeviceLock`, on the machine of a device; it is let go when the connection ends."""
+    """As `nas.lock.DeviceLock`, on the machine of a device; it is let go when the connection ends."""
 
     def __init__(self, device: str):
         self._machine, self._kind = machine_of(device), parse(device)[1]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nas.errors import UserError
-from nas.process import memory_bytes, usable_cpus
+from nas.machine import memory_bytes, usable_cpus
 
 DEVICES = ("cpu", "cuda", "ssh://user@host")
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "int8")
@@ -144,6 +144,3 @@ def _known(what: str, name: str, choices: list[str]) -> None:
         near = difflib.get_close_matches(name, choices, cutoff=0.4)
         meant = f"did you mean {' or '.join(near)}" if near else f"choose from {', '.join(choices)}"
         raise UserError(f"unknown {what} {name!r}: {meant}")
-
-
-from nas.measure import compiled, cudagraphs, eager, openvino, ort  # noqa: E402, F401 (each registers itself above)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from nas.measure import RUNTIMES, Settings
+from nas.measure.runtime import RUNTIMES, Settings
 from nas.process import serve
 
 WARM_UP_MS = 50

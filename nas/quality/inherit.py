@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING
 
-from nas.quality.train import Train
+from nas.quality.trained import Train
 from pruning.transfer import transfer
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from nas.recipes import Recipe
-    from nas.schooling import Schooling
+    from nas.quality.schooling import Schooling
+    from nas.training.recipes import Recipe
     from search_spaces import Arch
 
 
@@ -36,7 +36,7 @@ class Inherit(Train):
 
     def recipe(self, epochs: int) -> Recipe:
         """What inherited weights are fine-tuned with."""
-        from nas.recipes import RECIPES
+        from nas.training.recipes import RECIPES
 
         return dataclasses.replace(RECIPES["finetune"], epochs=epochs)
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from nas.intervals import joined, of_error
-from nas.quality import Estimate
+from nas.quality.tier import Estimate
 from search_spaces import Arch, get_arch, table
 from search_spaces.api import find_variant
 from search_spaces.arch import StageSummary

@@ -10,8 +10,10 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from nas.export import write_artifact
-from nas.measure import MeasureError, Settings, compare, default_threads, device_lock
+from nas.export.artifact import write_artifact
+from nas.measure.device import compare, default_threads, device_lock
+from nas.measure.protocol import MeasureError
+from nas.measure.runtime import Settings
 from search_spaces import table
 from search_spaces.registry import FAMILIES
 

@@ -18,16 +18,18 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from nas.export import write_artifact
-from nas.measure import RUNTIMES, MeasureError, Measurer, Settings, check_settings, compare, device_lock
-from nas.process import usable_cpus
+from nas.export.artifact import write_artifact
+from nas.machine import usable_cpus
+from nas.measure.device import check_settings, compare, device_lock
+from nas.measure.protocol import MeasureError, Measurer
+from nas.measure.runtime import RUNTIMES, Settings
 from search_spaces import get_arch
 
 GOAL = 0.03
 BARE_LOOP = """
 import os, statistics, sys, time
 from pathlib import Path
-from nas.measure import RUNTIMES, Settings
+from nas.measure.runtime import RUNTIMES, Settings
 
 path, runtime, threads, *cpus = sys.argv[1:]
 if hasattr(os, "sched_setaffinity"):

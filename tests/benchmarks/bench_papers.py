@@ -12,10 +12,11 @@ import json
 import sys
 from pathlib import Path
 
-from nas import hardware
-from nas.measure import Settings, check_settings, default_threads
+from nas.bench.papers import papers_markdown, run_papers
+from nas.measure import hardware
+from nas.measure.device import check_settings, default_threads
 from nas.measure.protocol import SURE_ROUNDS
-from nas.papers import papers_markdown, run_papers
+from nas.measure.runtime import Settings
 
 
 def main() -> int:

@@ -22,10 +22,11 @@ import optuna
 from sklearn.ensemble import HistGradientBoostingRegressor
 from sklearn.model_selection import KFold, cross_val_predict
 
-import nas.search
-from nas.cache import default_path
-from nas.measure import Measurement, Settings
-from nas.search import Options, search
+import nas.search.loop
+from nas.measure.cache import default_path
+from nas.measure.protocol import Measurement
+from nas.measure.runtime import Settings
+from nas.search.loop import Options, search
 from nas.units import parse_budget
 from search_spaces import Arch, table
 from search_spaces.registry import FAMILIES
@@ -79,7 +80,7 @@ def cached() -> list[tuple[Arch, float]]:
 def run(args: argparse.Namespace, seed: int, sampler: str, predictor: Predictor | None, name: str) -> dict[str, Any]:
     """One search; suggestions are filtered by the predictor."""
     budget = parse_budget(args.budget)
-    plain = nas.search.suggest
+    plain = nas.search.loop.suggest
 
     def filtered(trial: optuna.Trial, options: Options) -> Arch:
         arch = plain(trial, options)
@@ -87,7 +88,7 @@ def run(args: argparse.Namespace, seed: int, sampler: str, predictor: Predictor 
             raise SkippedError("predicted to miss the budget")
         return arch
 
-    nas.search.suggest = filtered
+    nas.search.loop.suggest = filtered
     try:
         with tempfile.TemporaryDirectory() as out:
             options = Options(
@@ -107,7 +108,7 @@ def run(args: argparse.Namespace, seed: int, sampler: str, predictor: Predictor 
             study, _ = search(options, lambda _: None, lambda _: None)
             trials = study.get_trials(deepcopy=False)
     finally:
-        nas.search.suggest = plain
+        nas.search.loop.suggest = plain
     skipped = sum("SkippedError" in t.user_attrs.get("error", "") for t in trials)
     measured = [t for t in trials if "latency_ms" in t.user_attrs]
     feasible = [t for t in measured if t.user_attrs["feasible"]]

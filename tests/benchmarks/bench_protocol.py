@@ -26,10 +26,13 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import kendalltau
 
-from nas.export import write_artifact
-from nas.measure import Measurer, Settings, device_lock
-from nas.process import usable_cpus
-from nas.search import REFERENCE, reference_arch
+from nas.export.artifact import write_artifact
+from nas.machine import usable_cpus
+from nas.measure.cache import REFERENCE
+from nas.measure.device import device_lock
+from nas.measure.protocol import Measurer
+from nas.measure.runtime import Settings
+from nas.search.loop import reference_arch
 from search_spaces import Arch, get_arch, table
 from search_spaces.registry import FAMILIES
 from search_spaces.space import random_params

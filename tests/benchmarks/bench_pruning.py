@@ -40,10 +40,10 @@ from pruning_bench import (
 from timm.utils import random_seed
 from torch import nn
 
-from nas.train import evaluate, fit
+from nas.training.engine import evaluate, fit
 from pruning.allocation import Costs, allocate
-from pruning.importance import Scores, score
-from pruning.units import KINDS, Anatomy, Settings, anatomy
+from pruning.importance import score
+from pruning.units import KINDS, Anatomy, Scores, Settings, anatomy
 from search_spaces import Arch, create_model, table
 
 NETWORK = "efficientvit_m0"
@@ -185,9 +185,9 @@ def latency_file(out: Path, budget: float) -> Path:
 
 def measure(rows: Rows, budget: float, out: Path, threads: int) -> None:
     """Latency of every finished cell's network next to its dense one, in one interleaved run."""
-    from nas.bench import Options, run_bench
-    from nas.measure import Settings as MeasureSettings
-    from nas.targets import find_target
+    from nas.bench.run import Options, run_bench
+    from nas.measure.runtime import Settings as MeasureSettings
+    from nas.networks.targets import find_target
 
     targets = [find_target(str(out / f"{NETWORK}-dense-0"))]
     cells = [row for row in rows.rows if row["method"] != DENSE]

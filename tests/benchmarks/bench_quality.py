@@ -21,12 +21,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from nas.data import loader, open_data, sample
+from nas.data.batches import loader
+from nas.data.dataset import open_data
+from nas.data.images import sample
 from nas.quality.inherit import Inherit
+from nas.quality.schooling import SCORED_IMAGES, Lessons, Parent, Schooling
 from nas.quality.surrogate import Surrogate, Trained, describe
-from nas.quality.train import Train
-from nas.schooling import SCORED_IMAGES, Lessons, Parent, Schooling
-from nas.validate import SEED, tau
+from nas.quality.trained import Train
+from nas.search.validate import SEED, tau
 from pruning.importance import score
 from pruning.units import anatomy
 from search_spaces import Arch, get_arch, table

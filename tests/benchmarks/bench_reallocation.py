@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from pruning_bench import Data, InOrder, Rows, child, common_arguments, dense, dense_top1, markdown, prepare, say
 
-from nas.train import evaluate
+from nas.training.engine import evaluate
 from pruning.allocation import Costs, allocate
 from pruning.importance import score
 from pruning.units import KINDS, Kind, anatomy

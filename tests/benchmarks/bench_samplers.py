@@ -21,11 +21,11 @@ import numpy as np
 import optuna
 from scipy.optimize import nnls
 
-from nas.measure import Settings
+from nas.measure.runtime import Settings
 from nas.quality.prior import Prior
-from nas.samplers import make_sampler
-from nas.search import Options, choices, published_order, suggest
-from nas.storage import open_storage
+from nas.search.loop import Options, choices, published_order, suggest
+from nas.study.samplers import make_sampler
+from nas.study.storage import open_storage
 from search_spaces import Arch, table
 from search_spaces.api import find_variant
 from search_spaces.registry import FAMILIES

@@ -26,15 +26,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from nas.data import loader, open_data, sample
-from nas.export import to_onnx, write_artifact
-from nas.final import Accuracies, compare_means, verdict
-from nas.measure import Measurer, Settings, compare, device_lock
-from nas.quality.train import Train
-from nas.recipes import RECIPES
-from nas.schooling import Lessons, Schooling
-from nas.search import reference_arch
-from nas.train import Training, evaluate
+from nas.data.batches import loader
+from nas.data.dataset import open_data
+from nas.data.images import sample
+from nas.export.artifact import to_onnx, write_artifact
+from nas.measure.device import compare, device_lock
+from nas.measure.protocol import Measurer
+from nas.measure.runtime import Settings
+from nas.quality.schooling import Lessons, Schooling
+from nas.quality.trained import Train
+from nas.search.final import Accuracies, compare_means, verdict
+from nas.search.loop import reference_arch
+from nas.training.engine import Training, evaluate
+from nas.training.recipes import RECIPES
 from search_spaces import Arch, create_model, fold, get_arch, table
 from search_spaces.registry import FAMILIES
 from search_spaces.space import random_params
@@ -156,8 +160,8 @@ def trained_epochs(args: argparse.Namespace) -> int:
     """Epochs that all of a search's candidates together were trained for."""
     import optuna
 
-    from nas.schooling import results_of
-    from nas.storage import open_storage
+    from nas.quality.schooling import results_of
+    from nas.study.storage import open_storage
 
     storage = open_storage(args.out / "train" / "study.journal", read_only=True)
     study = optuna.load_study(study_name="train", storage=storage)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from nas.measure.protocol import median_interval
-from nas.supernet import Candidate, Supernet
+from nas.training.supernet import Candidate, Supernet
 from search_spaces import Arch, table
 from search_spaces.registry import FAMILIES
 

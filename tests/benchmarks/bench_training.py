@@ -21,10 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nas.data import loader, open_data
+from nas.data.batches import loader
+from nas.data.dataset import open_data
 from nas.measure.protocol import median_interval
-from nas.recipes import RECIPES
-from nas.train import Updater
+from nas.training.engine import Updater
+from nas.training.recipes import RECIPES
 from search_spaces import create_model, get_arch
 from search_spaces.api import find_variant
 from search_spaces.weights import fit, translate

@@ -9,8 +9,9 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from nas.export import write_onnx
-from nas.measure import Settings, compare, device_lock
+from nas.export.artifact import write_onnx
+from nas.measure.device import compare, device_lock
+from nas.measure.runtime import Settings
 from pruning.units import anatomy, cut, indifferent
 from search_spaces import get_arch, table
 

@@ -23,8 +23,9 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.utils import random_seed
 from torch import Tensor, nn
 
-from nas.data import Images, decode, open_data
-from nas.train import Accuracy, evaluate, fit
+from nas.data.dataset import open_data
+from nas.data.images import Images, decode
+from nas.training.engine import Accuracy, evaluate, fit
 from pruning import slice_weights
 from pruning.units import Anatomy, Scores, Settings, cut
 from search_spaces import Arch, create_model

@@ -1,8 +1,8 @@
 """Search workers that are killed, and what must hold of a study afterwards.
 
 Workers are forks of one process that has imported torch and Optuna, so that they start in milliseconds. They run
-`nas.search.search` with a stand-in for exporting and measuring; locks, temporary folders, leases and the storage are
-the real ones.
+`nas.search.loop.search` with a stand-in for exporting and measuring; locks, temporary folders, leases and the storage
+are real.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ import psutil
 import torch  # noqa: F401  imported before the forks
 from optuna.trial import FrozenTrial, TrialState
 
-from nas import search, study
-from nas import storage as storage_module
-from nas.measure import Settings
 from nas.measure.protocol import Measurement
-from nas.storage import open_storage
+from nas.measure.runtime import Settings
+from nas.search import loop
+from nas.study import storage as storage_module
+from nas.study import trials as study_trials
+from nas.study.storage import open_storage
 
 STUDY = "chaos"
 LATENCY_S = 0.02
@@ -42,7 +43,7 @@ PR_SET_CHILD_SUBREAPER = 36
 
 
 class Exporter:
-    """Stands in for `nas.export.Exporter`: a file that holds no network."""
+    """Stands in for `nas.export.artifact.Exporter`: a file that holds no network."""
 
     running = ()
 
@@ -61,7 +62,7 @@ class Exporter:
 
 
 class Measurer(Exporter):
-    """Stands in for `nas.measure.Measurer`: takes LATENCY_S, says 1 ms."""
+    """Stands in for `nas.measure.protocol.Measurer`: takes LATENCY_S, says 1 ms."""
 
     def prepare(self) -> None:
         pass
@@ -72,9 +73,9 @@ class Measurer(Exporter):
         return Measurement([[1.0, 1.0]] * 6, [[1.0, 1.0]] * 6)
 
 
-def options(out: Path, storage: str | None, trials: int) -> search.Options:
+def options(out: Path, storage: str | None, trials: int) -> loop.Options:
     settings = Settings(threads=1)
-    return search.Options(
+    return loop.Options(
         2.0, settings, ("shvit",), trials, None, STUDY, out, storage, "random", None, 10, resolution=64, cache=False
     )
 
@@ -85,14 +86,14 @@ class Workers:
     def __init__(self, out: Path, storage: str | None = None) -> None:
         self.out, self.storage, self.log = out, storage, out / "log"
         self.pids: list[int] = []
-        search.Exporter, search.open_measurer = Exporter, Measurer
+        loop.Exporter, loop.open_measurer = Exporter, Measurer
         storage_module.JOURNAL_LOCK_GRACE_S = GRACE_S
         described = {"busy_share": None}
-        search.write_hardware = lambda options: described
-        study.open_study = self._opened(study.open_study)
+        loop.write_hardware = lambda options: described
+        study_trials.open_study = self._opened(study_trials.open_study)
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:  # fills the caches that forks share
-            search.search(options(Path(folder), None, 2), lambda _: None, lambda _: None)
+            loop.search(options(Path(folder), None, 2), lambda _: None, lambda _: None)
 
     def start(self, trials: int) -> int:
         pid = os.fork()
@@ -104,7 +105,7 @@ class Workers:
             log = os.open(self.log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
             os.dup2(log, 1)
             os.dup2(log, 2)
-            search.search(options(self.out, self.storage, trials), lambda _: None, print)
+            loop.search(options(self.out, self.storage, trials), lambda _: None, print)
             code = 0
         except BaseException:
             traceback.print_exc()

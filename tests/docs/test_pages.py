@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from nas.cli import app
+from nas.cli.app import app
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"

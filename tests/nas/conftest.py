@@ -162,11 +162,11 @@ class Cli:
         self._capsys, self._monkeypatch = capsys, monkeypatch
 
     def __call__(self, *words: str) -> tuple[int, str, str]:
-        from nas import cli
+        from nas.cli import app
 
         self._monkeypatch.setattr(sys, "argv", ["vitnas", *words])
         with pytest.raises(SystemExit) as stop:
-            cli.main()
+            app.main()
         captured = self._capsys.readouterr()
         return stop.value.code, captured.out, captured.err
 

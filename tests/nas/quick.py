@@ -23,14 +23,14 @@ SMALLEST = {"efficientvit": "efficientvit_m0", "levit": "levit_128s", "shvit": "
 def few_rounds(patch: pytest.MonkeyPatch) -> None:
     """Time networks in few rounds, few of them in the closing run, beside two stages of the reference network, and try
     the smallest published ones first."""
-    patch.setattr("nas.front.RESERVES", 1)
-    patch.setattr("nas.front.MARGINS", ())
+    patch.setattr("nas.search.rows.RESERVES", 1)
+    patch.setattr("nas.search.rows.MARGINS", ())
     patch.setattr("nas.measure.protocol.MAX_ROUNDS", 8)
-    patch.setattr("nas.closing.CLOSING_ROUNDS", 6)
-    patch.setattr("nas.closing.MOST_ROUNDS", 12)
-    patch.setattr("nas.closing.THROUGHPUT_ROUNDS", 3)
-    patch.setattr("nas.search.reference_arch", small_reference)
-    patch.setattr("nas.search.published_order", lambda options, _: [SMALLEST[f] for f in options.families])
+    patch.setattr("nas.search.closing.CLOSING_ROUNDS", 6)
+    patch.setattr("nas.search.closing.MOST_ROUNDS", 12)
+    patch.setattr("nas.search.closing.THROUGHPUT_ROUNDS", 3)
+    patch.setattr("nas.search.loop.reference_arch", small_reference)
+    patch.setattr("nas.search.loop.published_order", lambda options, _: [SMALLEST[f] for f in options.families])
 
 
 def small_reference() -> Arch:
@@ -61,7 +61,7 @@ def exports_here(patch: pytest.MonkeyPatch, folder: Path) -> None:
 
     folder: for the files that are kept; processes may share it.
     """
-    from nas.export import Exporter, export_here
+    from nas.export.artifact import Exporter, export_here
 
     in_a_child = Exporter.call
 
@@ -91,4 +91,4 @@ def program(exporting: Path | None = None) -> Sequence[str]:
     ]
     if exporting is not None:
         lines.append(f"quick.exports_here(patch, pathlib.Path({str(exporting)!r}))")
-    return [sys.executable, "-c", "; ".join([*lines, "from nas.cli import main", "main()"])]
+    return [sys.executable, "-c", "; ".join([*lines, "from nas.cli.app import main", "main()"])]

@@ -14,7 +14,7 @@ from nas import errors, files, process
 from nas.errors import DiskFull, UserError
 from nas.measure import agent, remote
 from nas.process import Worker, WorkerError
-from nas.search import make_folder
+from nas.search.loop import make_folder
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
@@ -97,7 +97,7 @@ def test_no_folder_for_temporary_files(free, kind, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "gettempdir", lambda: fail(FileNotFoundError(errno.ENOENT, "No usable")))
     monkeypatch.setattr(files, "free_space", lambda folder: free)
     with pytest.raises(UserError, match=str(tmp_path)) as raised:
-        Worker("nas.export")
+        Worker("nas.export.artifact")
     assert type(raised.value) is kind
 
 

@@ -11,8 +11,9 @@ import threading
 import pytest
 
 from nas import files
-from nas.errors import DiskFull, UserError, disk_errors, first_line, is_full
+from nas.errors import DiskFull, UserError, disk_errors, is_full
 from nas.files import drafted, folder_lock, replace_file, scratch, sweep_drafts
+from nas.text import first_line
 
 
 def test_a_file_is_replaced_whole_with_the_mode_of_the_umask(tmp_path):

@@ -15,9 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import search_spaces
+from search_spaces.checkpoints import WeightsError
 from search_spaces.layers import heads_of
 from search_spaces.registry import FAMILIES
-from search_spaces.weights import WeightsError, fit, translate
+from search_spaces.weights import fit, translate
 
 SMALLEST = ("levit_128s", "efficientvit_m0", "shvit_s1", "deit_tiny")
 ORACLES = {

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 import search_spaces
-from nas.export import to_onnx
+from nas.export.artifact import to_onnx
 from search_spaces.layers import Gate, fold, heads_of, set_drop_path
 from search_spaces.registry import FAMILIES
 from search_spaces.weights import fit, translate

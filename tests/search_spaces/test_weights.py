@@ -22,8 +22,8 @@ from safetensors.torch import save, save_file
 from torch import Tensor, nn
 
 from search_spaces import Arch, create_model
-from search_spaces.checkpoints import read_checkpoint
-from search_spaces.weights import WeightsError, fit, load_groups
+from search_spaces.checkpoints import WeightsError, read_checkpoint
+from search_spaces.weights import fit, load_groups
 
 State = dict[str, Tensor]
 
@@ -355,7 +355,8 @@ def test_weights_that_cannot_be_fetched_say_where_they_are(monkeypatch):
     import timm
 
     from search_spaces import get_arch
-    from search_spaces.weights import WeightsError, load_weights
+    from search_spaces.checkpoints import WeightsError
+    from search_spaces.weights import load_weights
 
     why = "An error happened while trying to locate the file on the Hub, and it is not in the cache " + "x" * 200
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 import search_spaces
 from search_spaces import Arch
-from search_spaces.weights import WeightsError, namings, rename, translate
+from search_spaces.checkpoints import WeightsError
+from search_spaces.weights import namings, rename, translate
 
 NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 

@@ -1,0 +1,1 @@
+"""`vitnas bench`: networks timed side by side, and the papers' claims checked."""

@@ -1,0 +1,63 @@
+"""A bench's rows as a table on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nas.bench.run import SETTINGS, is_tie, varying, worded
+from nas.report.tables import Column, console_of, print_table, prose
+
+WAITING = "waiting"
+HEADINGS = {"resolution": "px", "batch_size": "batch"}
+
+
+def show_bench(rows: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> None:
+    """Print rows as a table: settings that differ between them are columns, those of all of them stand above it."""
+    console, first = console_of(), rows[0]
+    differing = varying(rows, ("resolution", *SETTINGS))
+    batches = {row["throughput_batch"] for row in rows}
+    speed = f"img/s at batch {batches.pop()}" if len(batches) == 1 else "img/s at that batch"
+    columns = (
+        Column("network", label=True),
+        *(Column(HEADINGS.get(name, name), label=isinstance(first[name], str)) for name in differing),
+        Column("ms"),
+        Column("95% of ms", drop=1),
+        Column("p95 ms", drop=3),
+        Column(speed, drop=2),
+        Column("samples", drop=4),
+        Column("ratio"),
+        Column("95% of ratio"),
+        Column("note", label=True),
+    )
+    same = [worded(name, first[name]) for name in ("resolution", *SETTINGS) if name not in differing and first[name]]
+    prose(console, f"One interleaved run{': ' if same else ''}{', '.join(same)}.")
+    compared = any(row["ratio"] is not None for row in rows[1:])
+    print_table(console, columns, [_cells(row, first, differing, compared) for row in rows])
+    intervals = " and of the ratio to the first row" if compared else ""
+    meaning = " A ratio is the median over rounds of the ratio within a round." if compared else ""
+    prose(
+        console,
+        f"Intervals: 95%, of the median{intervals}.{meaning} Weights do not matter and are random where an Arch or "
+        "timm/NAME was given.",
+    )
+    for line in notes:
+        prose(console, line)
+
+
+def _cells(
+    row: Mapping[str, Any], first: Mapping[str, Any], differing: Sequence[str], compared: bool
+) -> tuple[str, ...]:
+    (low, high), ratio = row["ci"], row["ratio_ci"]
+    return (
+        row["model"],
+        *("" if row[name] is None else str(row[name]) for name in differing),
+        f"{row['latency_ms']:.3f}",
+        f"{low:.3f}..{high:.3f}",
+        f"{row['p95_ms']:.3f}",
+        "" if row["throughput"] is None or row["waiting"] else f"{row['throughput']:.1f}",
+        str(row["samples"]),
+        f"{row['ratio']:.3f}" if compared and row["ratio"] is not None else "",
+        "" if row is first or ratio is None else f"{ratio[0]:.3f}..{ratio[1]:.3f}",
+        WAITING if row["waiting"] else "tie" if is_tie(row, first) else "",
+    )

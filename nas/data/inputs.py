@@ -1,0 +1,75 @@
+"""What a command's inputs hold, as short digests: a run goes on only with what it was begun with, whatever its name."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nas.errors import UserError
+
+if TYPE_CHECKING:
+    from nas.data.dataset import ImageData
+    from search_spaces import Arch
+
+LENGTH = 16
+IMAGES = "the images of --data"
+
+
+def identity(
+    data: ImageData | None = None, **networks: tuple[Arch | str, str | Path | None] | None
+) -> dict[str, str | None]:
+    """Digests of images and networks, by what messages call them.
+
+    Args:
+        networks: by option, an Arch or the name of one of timm's, and its weights: "timm", a file, or None. Options
+            that were not given may be None.
+
+    Raises:
+        UserError: weights that cannot be read.
+    """
+    found: dict[str, str | None] = {}
+    for option, network in networks.items():
+        arch, weights = network or (None, None)
+        found[f"the network of --{option}"] = arch if arch is None or isinstance(arch, str) else arch.digest()[:LENGTH]
+        found[f"the weights of --{option}"] = str(weights) if weights in (None, "timm") else file_digest(Path(weights))
+    if data is not None:
+        found[IMAGES] = data_digest(data)
+    return found
+
+
+def changed(known: Mapping[str, str | None], found: Mapping[str, str | None]) -> str:
+    """What differs between two identities, in words; "" where nothing does."""
+    return " and ".join(name for name in {**known, **found} if known.get(name) != found.get(name))
+
+
+def file_digest(path: Path) -> str:
+    """Of a file's content."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:LENGTH]
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+
+
+def data_digest(data: ImageData) -> str:
+    """Of the images' content and labels, in order, however the folder that holds them is called; the version of the
+    digests in front (see `older`)."""
+    import numpy as np
+
+    from nas.data.digests import VERSION, digests
+
+    digest = hashlib.sha256()
+    for images in (data.train, data.val):
+        digest.update(np.asarray(images.labels, dtype=np.int64).tobytes())
+        digest.update(digests(images).tobytes())
+    return f"{VERSION}:{digest.hexdigest()[:LENGTH]}"
+
+
+def older(known: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
+    """Whether an earlier vitnas digested the images of a run: its digest compares with none of today's."""
+    begun, now = known.get(IMAGES), found.get(IMAGES)
+    return begun is not None and now is not None and begun.rpartition(":")[0] != now.rpartition(":")[0]

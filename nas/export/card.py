@@ -1,0 +1,260 @@
+"""What a network's file says of itself, so that it can be used without vitnas: its pixels, its classes, its accuracy.
+
+It lies in the metadata of model.onnx, and beside it as preprocess.json and labels.txt.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat
+
+from nas.errors import UserError
+from nas.files import replace_file
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+    from torchvision.transforms import Compose
+
+    from nas.data.dataset import ImageData
+    from search_spaces import Arch
+
+PREFIX = "vitnas."
+PREPROCESS, LABELS = "preprocess.json", "labels.txt"
+CLASSIFY = """\
+import json
+
+import numpy as np
+import onnxruntime
+from PIL import Image, ImageOps
+
+network = onnxruntime.InferenceSession("model.onnx")
+facts = network.get_modelmeta().custom_metadata_map
+classes, how = (json.loads(facts[f"vitnas.{key}"]) for key in ("classes", "preprocess"))
+
+
+def classify(path):
+    image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    size = [how["resize"] * side // min(image.size) for side in image.size]
+    image = image.resize(size, Image.Resampling[how["interpolation"].upper()])
+    left, top = (round((side - how["size"]) / 2) for side in size)
+    image = image.crop((left, top, left + how["size"], top + how["size"]))
+    pixels = (np.array(image) / 255 - how["mean"]) / how["std"]
+    (logits,) = network.run(None, {"images": pixels.transpose(2, 0, 1)[None].astype("float32")})
+    return classes[logits.argmax()]
+
+
+print(classify("photo.jpg"))
+"""
+"""How a file of batch 1 is used without vitnas."""
+
+
+def _as_text(name: str) -> str:
+    """A name, as long as it has no lone surrogate, which no file takes."""
+    name.encode()
+    return name
+
+
+Name = Annotated[str, AfterValidator(_as_text)]
+Colour = tuple[FiniteFloat, FiniteFloat, FiniteFloat]
+Count = Annotated[int, Field(gt=0, lt=2**31)]
+Percent = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
+Milliseconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Preprocess(BaseModel):
+    """How an image becomes the network's input: its shorter side is brought to `resize` px, the middle `size` px square
+    of it is divided by 255, `mean` is taken off and the rest divided by `std`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    resize: Count
+    size: Count
+    interpolation: str
+    mean: Colour
+    std: Colour
+    layout: Literal["NCHW"] = "NCHW"
+
+    @classmethod
+    def of(cls, transform: Compose) -> Preprocess:
+        """What one of timm's transforms for evaluation does."""
+        from torchvision.transforms import CenterCrop, Normalize, Resize
+
+        resize, crop, _, normalize = transform.transforms
+        if not (isinstance(resize, Resize) and isinstance(crop, CenterCrop) and isinstance(normalize, Normalize)):
+            raise TypeError(f"no resize, centre crop and normalisation: {transform}")
+        mean, std = ([round(float(value), 6) for value in values] for values in (normalize.mean, normalize.std))
+        return cls(resize=resize.size, size=crop.size[0], interpolation=resize.interpolation.value, mean=mean, std=std)
+
+    @classmethod
+    def own(cls, resolution: int) -> Preprocess:
+        """What vitnas validates with at R = `resolution` pixels a side."""
+        from nas.data.images import plain_transform
+
+        return cls.of(plain_transform(resolution, demo=False))
+
+
+class Accuracy(BaseModel):
+    """top1: percent; ci: its 95% interval; data: the name of what it was counted on."""
+
+    model_config = ConfigDict(frozen=True)
+
+    top1: Percent
+    ci: tuple[Percent, Percent]
+    images: Count
+    data: str
+
+    @classmethod
+    def counted(cls, top1: float, images: int, data: str) -> Accuracy:
+        """With the interval that so many images leave."""
+        from nas.intervals import of_share
+
+        interval = of_share(top1, images)
+        return cls(top1=top1, ci=(interval.low, interval.high), images=images, data=data)
+
+
+class Latency(BaseModel):
+    """ms: the median; ci: its 95% interval."""
+
+    model_config = ConfigDict(frozen=True)
+
+    ms: Milliseconds
+    ci: tuple[FiniteFloat, FiniteFloat]
+    device: str
+    runtime: str
+    precision: str
+    threads: Count
+    batch_size: Count
+    cpu: str | None = None
+
+
+class Card(BaseModel):
+    """classes: names in the order of the logits. None: not known, as of random weights."""
+
+    model_config = ConfigDict(frozen=True)
+
+    preprocess: Preprocess | None = None
+    classes: list[Name] | None = None
+    accuracy: Accuracy | None = None
+    latency: Latency | None = None
+
+    @classmethod
+    def of(cls, data: ImageData, top1: float | None = None, images: int = 0, part: str = "") -> Card:
+        """Of a network trained on `data`, whose transforms are those at its resolution. top1: percent of `images`, the
+        `part` of the data (validation where it is not named)."""
+        accuracy = None
+        if top1 is not None:
+            accuracy = Accuracy.counted(top1, images, f"{data.name}, {part}" if part else data.name)
+        classes = [name.encode(errors="surrogateescape").decode(errors="replace") for name in data.classes]
+        return cls(preprocess=Preprocess.of(data.val.transform), classes=classes, accuracy=accuracy)
+
+    @classmethod
+    def untrained(cls, resolution: int) -> Card:
+        """Of random weights."""
+        return cls(preprocess=Preprocess.own(resolution))
+
+    @classmethod
+    def timm(cls, arch: Arch) -> Card:
+        """Of timm's pretrained weights for an Arch."""
+        from timm import get_pretrained_cfg
+        from timm.data import ImageNetInfo, create_transform, resolve_data_config
+
+        from search_spaces.weights import timm_name
+
+        config = get_pretrained_cfg(timm_name(arch)).to_dict()
+        transform = create_transform(**resolve_data_config(pretrained_cfg=config))
+        info = ImageNetInfo()
+        classes = [info.index_to_description(i) for i in range(info.num_classes())]
+        return cls(preprocess=Preprocess.of(transform), classes=classes if arch.num_classes == len(classes) else None)
+
+    @classmethod
+    def read(cls, path: Path) -> Card:
+        """Of an ONNX file, or of a folder: its model.onnx's, or what lies beside where that cannot be read or says
+        nothing, as an earlier version's; its accuracy is then that in metrics.json.
+
+        Raises:
+            UserError: a file that cannot be read.
+        """
+        if path.is_dir():
+            with suppress(UserError):
+                card = cls.read(path / "model.onnx")
+                if card.preprocess is not None:
+                    return card
+            preprocess, labels = _text(path / PREPROCESS), _text(path / LABELS)
+            found = {
+                "preprocess": "null" if preprocess is None else preprocess,
+                "classes": json.dumps(None if labels is None else labels.splitlines()),
+            }
+            found = {**_measured(path / "metrics.json"), **{key: text for key, text in found.items() if text != "null"}}
+        else:
+            found = {key.removeprefix(PREFIX): value for key, value in metadata_of(load_onnx(path)).items()}
+        try:
+            return cls(**{key: json.loads(found[key]) for key in cls.model_fields if key in found})
+        except (ValueError, RecursionError):
+            place = f"{path / PREPROCESS} or metrics.json" if path.is_dir() else path
+            raise UserError(
+                f"{place} is damaged: what it says of the network cannot be read; export it again"
+            ) from None
+
+    def metadata(self) -> dict[str, str]:
+        """What an ONNX file holds of it."""
+        return {f"{PREFIX}{key}": json.dumps(value) for key, value in self.model_dump(exclude_none=True).items()}
+
+    def write(self, folder: Path) -> None:
+        """Write preprocess.json and labels.txt; what is not known has no file afterwards."""
+        texts = {
+            PREPROCESS: self.preprocess and self.preprocess.model_dump_json(indent=1),
+            LABELS: self.classes and "".join(f"{' '.join(name.splitlines())}\n" for name in self.classes),
+        }
+        for name, text in texts.items():
+            if text:
+                replace_file(folder / name, text)
+            else:
+                (folder / name).unlink(missing_ok=True)
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text() if path.is_file() else None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is damaged: it is no text; export the network again") from None
+
+
+def _measured(path: Path) -> dict[str, str]:
+    """What a training's metrics.json says of its network, each as JSON."""
+    found = {}
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError):
+        metrics = json.loads(path.read_text())
+        if "class_names" in metrics["data"]:
+            found["classes"] = json.dumps(metrics["data"]["class_names"])
+        top1, images = (metrics["final"][key] for key in ("top1", "val_images"))
+        found["accuracy"] = Accuracy.counted(top1, images, metrics["data"]["name"]).model_dump_json()
+    return found
+
+
+def metadata_of(model: ModelProto) -> dict[str, str]:
+    return {prop.key: prop.value for prop in model.metadata_props}
+
+
+def load_onnx(path: Path) -> ModelProto:
+    """An ONNX file without weights that lie beside it.
+
+    Raises:
+        UserError: it is none.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.load(path, load_external_data=False)
+        metadata_of(model)
+        return model
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except DecodeError:
+        raise UserError(f"{path} is not an ONNX file") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is damaged: what it says of the network is no text; export it again") from None

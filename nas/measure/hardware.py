@@ -1,0 +1,144 @@
+"""The machine a latency belongs to: what is compared before workers join, and what is written down.
+
+Of a remote device, its own machine answers, which may have nothing but the standard library and a runtime.
+"""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from nas.machine import memory_bytes, physical_cores, usable_cpus
+from nas.measure import remote
+from nas.measure.remote import is_remote
+from nas.measure.runtime import RUNTIMES, Settings
+
+PACKAGES = ("torch", "onnx", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "numpy", "timm", "optuna")
+GOVERNOR = "/sys/devices/system/cpu/cpu{}/cpufreq/scaling_governor"
+SAMPLE_S = 0.3
+BUSY_SHARE = 0.1  # of the usable CPUs: from here on the machine counts as busy,
+CROWDED_CPUS = 0.1  # or where others use so much more than the CPUs that are left to them
+
+
+def fingerprint(settings: Settings) -> dict[str, Any]:
+    """What must be equal for two latencies to be comparable; a worker must match it to join."""
+    if is_remote(settings.device):
+        return remote.machine_of(settings.device).ask("fingerprint", settings=remote.there(settings))
+    found = {
+        "cpu": cpu_model(),
+        "architecture": platform.machine(),
+        "physical_cores": physical_cores(),
+        "usable_cpus": len(usable_cpus()),
+        "threads": settings.threads,
+        "device": settings.device,
+        "batch_size": settings.batch_size,
+        "runtime": settings.runtime,
+        "runtime_version": RUNTIMES[settings.runtime].version(),
+    }
+    if settings.precision != "fp32":  # studies from before there were others have no entry
+        found["precision"] = settings.precision
+    if settings.device == "cuda":
+        found["gpu"] = gpu_model()
+    return found
+
+
+def describe(settings: Settings) -> dict[str, Any]:
+    """The fingerprint and what else may explain a latency later, the load first of all; what cannot be read is None.
+
+    Takes SAMPLE_S. `pinned_to`: the CPUs that timed processes are pinned to; `host`: the remote device, if it is one.
+    """
+    if is_remote(settings.device):
+        found = remote.machine_of(settings.device).ask("describe", settings=remote.there(settings))
+        return found | {"host": settings.device}
+    versions: dict[str, str | None] = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    cpus = usable_cpus()[: settings.threads]
+    return fingerprint(settings) | {
+        "pinned_to": cpus if hasattr(os, "sched_setaffinity") else None,
+        "memory_gb": round(memory_bytes() / 1e9, 1),
+        "governor": governor(cpus),
+        "os": platform.platform(),
+        "python": platform.python_version(),
+        "load_average": [round(load, 2) for load in os.getloadavg()],
+        "busy_share": busy_share(),
+        "packages": versions,
+    }
+
+
+def busy_line(described: Mapping[str, Any]) -> str | None:
+    """One line where other processes were using the CPUs of a `describe`d machine; None where it was quiet."""
+    share = described.get("busy_share")
+    if share is None:
+        return None
+    usable, threads = described["usable_cpus"], described["threads"]
+    crowded = share * usable + threads > usable + CROWDED_CPUS
+    if share < BUSY_SHARE and not crowded:
+        return None
+    return f"the machine is busy: other processes use {share:.0%} of its {usable} CPUs; expect wider intervals"
+
+
+def busy_share(stat: Path = Path("/proc/stat")) -> float | None:
+    """Share of the usable CPUs' time that others took, hypervisor included, in SAMPLE_S; None where it is not told."""
+    if not stat.exists():
+        return None
+    cpus = usable_cpus()
+    before, own = _ticks(stat, cpus), time.process_time()
+    time.sleep(SAMPLE_S)
+    after, own = _ticks(stat, cpus), time.process_time() - own
+    total = after[1] - before[1]
+    if not total:
+        return None
+    others = after[0] - before[0] - own * os.sysconf("SC_CLK_TCK")
+    return round(min(1.0, max(0.0, others / total)), 3)
+
+
+def _ticks(stat: Path, cpus: Iterable[int]) -> tuple[int, int]:
+    """Busy and all clock ticks of these CPUs since the start: proc(5); guests are in `user` already."""
+    names = {f"cpu{cpu}" for cpu in cpus}
+    busy = total = 0
+    for line in stat.read_text().splitlines():
+        name, *fields = line.split()
+        if name in names:
+            user, nice, system, idle, iowait, irq, softirq, steal = map(int, fields[:8])
+            busy += user + nice + system + irq + softirq + steal
+            total += user + nice + system + irq + softirq + steal + idle + iowait
+    return busy, total
+
+
+def governor(cpus: Iterable[int], path: str = GOVERNOR) -> str | None:
+    """The frequency governors of these CPUs, each named once; None where none is readable."""
+    files = [Path(path.format(cpu)) for cpu in cpus]
+    found = dict.fromkeys(file.read_text().strip() for file in files if file.exists())
+    return ", ".join(found) or None
+
+
+def gpu_model() -> str:
+    """The name of the first GPU, from PyTorch or, where that is not installed, from the driver's nvidia-smi."""
+    if importlib.util.find_spec("torch"):
+        import torch
+
+        return torch.cuda.get_device_name()
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader", "--id=0"]
+    return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The CPU's name; where the kernel gives none (many ARM boards), its implementer and part codes."""
+    fields: dict[str, str] = {}
+    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else []:
+        key, _, value = line.partition(":")
+        fields.setdefault(key.strip(), value.strip())
+    if "model name" in fields:
+        return fields["model name"]
+    if "CPU part" in fields:
+        return f"implementer {fields['CPU implementer']} part {fields['CPU part']}"
+    return platform.processor() or platform.machine()

@@ -1,0 +1,1 @@
+"""From the name of a network to the network with its weights."""

@@ -1,0 +1,278 @@
+"""What a user names on the command line: a published network, an arch.json, a run's folder, an ONNX file, timm's.
+
+Each may be followed by @ and an input resolution: `levit_128s@160`, `runs/mine@96`, `timm/lcnet_050@64`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nas.errors import UserError
+
+if TYPE_CHECKING:
+    from search_spaces import Arch
+
+
+TIMM = "timm/"
+BEGUN = ("study.journal", "hardware.json", "state")
+"""In the folder of a run from its beginning, one of them at least."""
+LARGEST = 4096
+"""The largest resolution, in px, that anything is asked for."""
+SMALLEST_ARCH, LARGEST_ARCH = 16, 512
+"""What an Arch takes at all."""
+
+
+@dataclass(frozen=True)
+class TimmNetwork:
+    """A network as timm builds it. name: as in timm.list_models(), with or without a weights tag.
+
+    resolution: of its square input, in px; None becomes the size timm builds it for (`input_size`).
+
+    Raises:
+        UserError: timm has no such network or tag, or it does not take square images.
+    """
+
+    name: str
+    resolution: int | None = None
+
+    def __post_init__(self) -> None:
+        import timm
+
+        if not timm.is_model(self.name):
+            near = difflib.get_close_matches(self.name, timm.list_models(), n=3, cutoff=0.5)
+            meant = f"did you mean {' or '.join(TIMM + name for name in near)}?" if near else "see timm.list_models()"
+            raise UserError(f"timm has no network {self.name!r}: {meant}")
+        try:
+            config = timm.get_pretrained_cfg(self.name)
+        except RuntimeError:
+            arch, tag = self.name.split(".", 1)
+            raise UserError(f"timm has no weights {tag!r} of {arch}: give {TIMM}{arch}") from None
+        if config is None:
+            raise UserError(f"timm does not say what images {TIMM}{self.name} takes: choose another network")
+        if self.resolution is None:
+            _, height, width = config.input_size
+            if height != width:
+                raise UserError(f"{TIMM}{self.name} takes images of {height}x{width} px: only square ones are measured")
+            object.__setattr__(self, "resolution", height)
+
+    def at(self, resolution: int) -> TimmNetwork:
+        """The same network for images of another size.
+
+        Raises:
+            UserError: it cannot take them; the message names sizes near it that it takes.
+        """
+        if resolution == self.resolution:
+            return self
+        if not self._takes(resolution):
+            told = nearest(resolution, self._takes) or f"it takes {self.resolution} px"
+            raise UserError(f"{TIMM}{self.name} cannot take images of {resolution} px: {told}")
+        return replace(self, resolution=resolution)
+
+    def _takes(self, resolution: int) -> bool:
+        """Whether it runs at a resolution; tried without memory or arithmetic."""
+        import torch
+
+        from nas.networks.build import create_timm
+
+        try:
+            with torch.device("meta"), torch.inference_mode():
+                create_timm(replace(self, resolution=resolution))(torch.empty(1, 3, resolution, resolution))
+        except Exception:  # timm's networks raise whatever their authors thought of
+            return False
+        return True
+
+
+def nearest(resolution: int, works: Callable[[int], bool], tries: int = 3) -> str:
+    """Which multiples of 32 next to a resolution work, in words ("96 px and 128 px work"); "" where none does."""
+    below = range((resolution - 1) // 32 * 32, 0, -32)[:tries]
+    above = range(resolution // 32 * 32 + 32, LARGEST, 32)[:tries]
+    found = [f"{px} px" for px in (next(filter(works, side), None) for side in (below, above)) if px]
+    return f"{' and '.join(found)} work{'s' * (len(found) == 1)}" if found else ""
+
+
+@dataclass(frozen=True)
+class Target:
+    """label: how tables call it. Exactly one of `arch`, `timm` and `onnx` is set. folder: where the Arch was read.
+
+    resolution: what was asked for by @ or `at`, in px; None: the network's own. own: the Arch as it was read, where
+    `arch` is it at another resolution.
+    """
+
+    label: str
+    arch: Arch | None = None
+    onnx: Path | None = None
+    folder: Path | None = None
+    timm: TimmNetwork | None = None
+    resolution: int | None = None
+    own: Arch | None = None
+
+    @property
+    def network(self) -> Arch | TimmNetwork | None:
+        return self.arch or self.timm
+
+    @property
+    def kind(self) -> str:
+        """What a message calls it."""
+        return "an ONNX file" if self.onnx else "one of timm's networks" if self.timm else "a network of ours"
+
+    @property
+    def weights(self) -> Path | None:
+        """The trained weights beside the Arch, if there are any.
+
+        Raises:
+            UserError: they are of another resolution than `arch`.
+        """
+        path = self._beside
+        if path is not None and self.own is not None:
+            raise UserError(
+                f"{self.label}: {path} is trained at {self.own.resolution} px: "
+                f"`vitnas train {self.folder} --weights {path} --resolution {self.arch.resolution}` resizes it"
+            )
+        return path
+
+    @property
+    def trained_at(self) -> int | None:
+        """The resolution of the weights in its folder, where that is not the one it is measured at."""
+        return self.own.resolution if self.own is not None and self._beside is not None else None
+
+    @property
+    def _beside(self) -> Path | None:
+        path = self.folder / "model.safetensors" if self.folder else None
+        return path if path is not None and path.is_file() else None
+
+    def at(self, resolution: int) -> Target:
+        """The same network for images of another size (`resolution` of an ONNX file is for who reads the file).
+
+        Raises:
+            UserError: it cannot take them.
+        """
+        found = replace(self, resolution=resolution)
+        if not 1 <= resolution <= LARGEST:
+            raise UserError(f"{self.label}: a resolution of {resolution} px: give 1 to {LARGEST} px")
+        if self.timm is not None:
+            return replace(found, timm=self.timm.at(resolution))
+        if self.arch is None or self.arch.resolution == resolution:
+            return found
+        arch = _resized(self.label, self.arch, resolution)
+        return replace(found, arch=arch, own=self.own or self.arch)
+
+    def as_trained(self) -> Target:
+        """The same network at the resolution that it was read at: that of its weights."""
+        return replace(self, arch=self.own or self.arch, own=None)
+
+
+def _resized(label: str, arch: Arch, resolution: int) -> Arch:
+    from search_spaces import ArchError
+
+    def works(px: int) -> bool:
+        try:
+            return bool(arch.at(px))
+        except ArchError:
+            return False
+
+    if not SMALLEST_ARCH <= resolution <= LARGEST_ARCH:
+        raise UserError(f"{label} takes {SMALLEST_ARCH} to {LARGEST_ARCH} px, not {resolution}")
+    try:
+        return arch.at(resolution)
+    except ArchError as error:
+        told = nearest(resolution, works) or f"it takes {arch.resolution} px"
+        raise UserError(f"{label}: {error}: {told}") from None
+
+
+def find_target(text: str, resolution: int | None = None) -> Target:
+    """Resolve a published name, an arch.json, a folder that holds one (a run, or its best/), timm/NAME, a .onnx file;
+    each may end in @PX. A file or folder that is called so wins.
+
+    Args:
+        resolution: in px, for a network that is named without @; None: its own.
+
+    Raises:
+        UserError: none of these, a document that cannot be read, or a resolution that the network cannot take.
+    """
+    name, asked = _split(text)
+    found = replace(_find(name), label=text)
+    size = asked or resolution
+    return found.at(size) if size else found
+
+
+def _split(text: str) -> tuple[str, int | None]:
+    """A name, and the resolution behind its @."""
+    name, at, size = text.rpartition("@")
+    if not at or os.path.lexists(text) or "/" in size or "." in size:
+        return text, None
+    if not name or not re.fullmatch(r"[1-9]\d{0,5}", size):
+        raise UserError(f"{text}: behind @ stands the resolution in px, as in {name or 'levit_128s'}@64")
+    return name, int(size)
+
+
+def _find(text: str) -> Target:
+    path = Path(text)
+    if text.startswith(TIMM):
+        return Target(text, timm=TimmNetwork(text.removeprefix(TIMM)))
+    if os.path.isdir(text):
+        for candidate in (path / "arch.json", path / "best" / "arch.json"):
+            if os.path.isfile(candidate):
+                return Target(text, arch=read_arch(candidate), folder=candidate.parent)
+        if any((path / name).exists() for name in BEGUN):
+            raise UserError(f"{text} is a run without a network so far: the command that began it goes on with it")
+        raise UserError(f"{text} holds no arch.json and no best/arch.json")
+    if path.suffix.lower() == ".onnx":
+        if not os.path.isfile(text):
+            raise UserError(f"{text}: no such file")
+        return Target(text, onnx=path)
+    if os.path.isfile(text):
+        if path.suffix.lower() != ".json" and not _begins_json(path):
+            raise UserError(
+                f"{text} holds no network: give a published name, an arch.json, a folder, timm/NAME or a .onnx file"
+            )
+        return Target(text, arch=read_arch(path), folder=path.parent)
+    if path.suffix == ".json" or "/" in text:
+        raise UserError(f"{text}: no such file or folder")
+    return Target(text, arch=published(text))
+
+
+def _begins_json(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(64).lstrip().startswith(b"{")
+
+
+def find_arch(text: str) -> Arch:
+    """As `find_target`, for verbs that need the Arch itself."""
+    target = find_target(text)
+    if target.arch is None:
+        raise UserError(f"{text} is {target.kind}: give a published name, an arch.json or a run's folder")
+    return target.arch
+
+
+def published(name: str) -> Arch:
+    """The Arch of a published variant."""
+    from search_spaces import get_arch
+
+    try:
+        return get_arch(name)
+    except KeyError as error:
+        raise UserError(error.args[0]) from None
+
+
+def read_arch(path: Path) -> Arch:
+    """Read an arch.json.
+
+    Raises:
+        UserError: unreadable, or not a valid Arch.
+    """
+    from search_spaces import Arch, ArchError, table
+
+    try:
+        arch = Arch.from_json(path.read_bytes())
+        table(arch)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except ArchError as error:
+        raise UserError(f"{path}: {error}") from None
+    return arch

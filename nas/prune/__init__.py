@@ -1,0 +1,1 @@
+"""`vitnas prune`: a smaller network out of a trained one."""

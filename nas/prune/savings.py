@@ -1,0 +1,131 @@
+"""What each part of a network costs in time, as measured: halved beside the whole network, group by group.
+
+A group's saving comes from the paired ratio of one interleaved run. Where its 95% interval holds 0 the group is
+measured once more, longer; where it still does, no saving is shown: the group costs nothing, so that the allocation
+leaves it alone, as it does one that is slower when halved, or saves no MACs (`why_not`). What is unsure never decides
+what is cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from nas.measure.protocol import Measurement, paired_ratio
+
+if TYPE_CHECKING:
+    from pruning.units import Anatomy
+    from search_spaces import Arch
+
+ROUNDS = 10
+LONGER_ROUNDS = 40
+"""Of the second measurement, of the groups whose saving the first one did not settle."""
+
+Compare = Callable[[Mapping[str, "Arch"], int], Mapping[str, Measurement]]
+"""Measures networks side by side by their names, in this many rounds."""
+
+
+@dataclass(frozen=True)
+class Saving:
+    """What a group saves at half its size (branches: without them).
+
+    macs: multiply-accumulates less. ms, ci: milliseconds less, and their 95% interval. rounds: it was measured in.
+    """
+
+    group: str
+    macs: int
+    ms: float
+    ci: tuple[float, float]
+    rounds: int
+
+    @property
+    def shown(self) -> bool:
+        return self.macs > 0 and self.ci[0] > 0
+
+    @property
+    def rate(self) -> float:
+        """Milliseconds of a multiply-accumulate; 0 where no saving is shown."""
+        return self.ms / self.macs if self.shown else 0.0
+
+    def row(self) -> dict[str, Any]:
+        return asdict(self) | {"ci": list(self.ci), "shown": self.shown, "rate": self.rate}
+
+
+def measure_savings(
+    parts: Anatomy, kinds: Collection[str], multiple_of: int, compare: Compare
+) -> tuple[list[Saving], float]:
+    """The saving of every group of knobs of these kinds, and the whole network's latency in ms."""
+    from pruning.allocation import movable
+    from pruning.units import cut, indifferent
+    from search_spaces import table
+
+    groups: dict[str, dict[str, int]] = {}
+    for knob in movable(parts, kinds, multiple_of):
+        size = 0 if knob.kind == "blocks" else half(knob.size, knob.kind, multiple_of)
+        if size != knob.size:
+            groups.setdefault(group_of(knob.width, knob.kind), {})[knob.name] = size
+    archs = {name: cut(parts, indifferent(parts), settings).arch for name, settings in groups.items()}
+    macs = {name: parts.table.macs() - table(arch).macs() for name, arch in archs.items()}
+
+    def measured(names: Collection[str], rounds: int) -> tuple[list[Saving], float]:
+        results = compare({"": parts.arch} | {name: archs[name] for name in names}, rounds)
+        whole = results[""]
+        return [_saving(name, macs[name], results[name], whole, rounds) for name in names], whole.p50_ms
+
+    found, own = measured(groups, ROUNDS)
+    unsure = [saving.group for saving in found if saving.ci[0] <= 0 <= saving.ci[1]]
+    if unsure:
+        longer = {saving.group: saving for saving in measured(unsure, LONGER_ROUNDS)[0]}
+        found = [longer.get(saving.group, saving) for saving in found]
+    return found, own
+
+
+def _saving(group: str, macs: int, cut: Measurement, whole: Measurement, rounds: int) -> Saving:
+    ratio, (low, high) = paired_ratio(cut, whole)
+    own = whole.p50_ms
+    return Saving(group, macs, (1 - ratio) * own, ((1 - high) * own, (1 - low) * own), rounds)
+
+
+def why_not(row: Mapping[str, Any]) -> str:
+    """Why the row of a saving shows none; nothing where it shows one."""
+    if row["shown"]:
+        return ""
+    if row["macs"] <= 0:
+        return "no MACs saved"
+    return "slower" if row["ci"][1] < 0 else "none shown"
+
+
+WHY_NOT = {
+    "none shown": "no saving shown, though measured twice (95% interval of the saving holds 0)",
+    "slower": "slower when halved",
+    "no MACs saved": "no MACs saved",
+}
+
+
+def left_alone(rows: Collection[Mapping[str, Any]]) -> str:
+    """Which groups show no saving, by the reason; nothing where all do."""
+    groups = {why: [row["group"] for row in rows if why_not(row) == why] for why in WHY_NOT}
+    told = [f"{WHY_NOT[why]}: {', '.join(names)}" for why, names in groups.items() if names]
+    return f"left alone, {sum(map(len, groups.values()))} of {len(rows)} groups: {'; '.join(told)}" if told else ""
+
+
+def rates(costs: Collection[Mapping[str, Any]]) -> dict[str, float]:
+    """Milliseconds of a multiply-accumulate by group, of the rows of savings."""
+    return {row["group"]: row["rate"] for row in costs}
+
+
+def stage_of(path: str) -> str:
+    """stages.1 of stages.1.blocks.0; nothing for a network without stages."""
+    return ".".join(path.split(".")[:2]) if path.startswith("stages.") else ""
+
+
+def group_of(width: str, kind: str) -> str:
+    """Knobs whose latency is measured together: a kind within a stage; branches by what they are."""
+    return " ".join(filter(None, (stage_of(width), kind, width.split(".")[-1] if kind == "blocks" else "")))
+
+
+def half(size: int, kind: str, multiple_of: int) -> int:
+    """Half of a width, on its multiples; the width itself where there is none."""
+    step = 1 if kind == "heads" else multiple_of
+    return min(size, max(step, size // 2 // step * step))

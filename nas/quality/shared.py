@@ -1,0 +1,141 @@
+"""The tier of shared weights: one supernet a family, trained once; a candidate's accuracy is that of its share.
+
+Nothing says that such accuracies rank networks (after short trainings they do not), so this tier chooses only where a
+validation on the same images has shown that it does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from nas.errors import FAULTS, TrainingError, is_full, reason
+from nas.intervals import of_share
+from nas.quality.surrogate import describe
+from nas.quality.tier import Estimate
+from nas.quality.trained import Train
+from nas.units import counted
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from nas.data.images import Images
+    from nas.quality.schooling import Schooling
+    from nas.training.supernet import Supernet
+    from search_spaces import Arch
+    from search_spaces.widths import Table
+
+LR = 1e-3
+BATCH = 64
+CALIBRATION_IMAGES = 512
+"""Images that BatchNorm's statistics are taken from anew for each candidate."""
+
+
+class Shared(Train):
+    """See the module. Its final trainings are those of `Train`, from scratch."""
+
+    name = "supernet"
+    label = "score (supernet: top-1 on your images, with weights its family shares)"
+    needs_validation = True
+
+    def __init__(self, schooling: Schooling) -> None:
+        super().__init__(schooling)
+        self._known: dict[str, Supernet] = {}
+        self.failed: dict[str, str] = {}
+        self.note = (
+            f"Each family's shared weights were trained for {counted(self.epochs, 'epoch')} of {schooling.used:,} of "
+            "your images; candidates were judged on others held out from training, BatchNorm calibrated for each."
+        )
+
+    def predict(self, arch: Arch, counts: Table) -> Estimate:
+        """As `estimate`: a share of the weights is there for every network."""
+        return self.estimate(arch, counts)
+
+    def estimate(self, arch: Arch, counts: Table) -> Estimate:
+        """Accuracy with the family's shared weights; its interval is what so few images leave open."""
+        from nas.data.batches import loader
+        from nas.data.images import sample
+
+        school, supernet = self.schooling, self._supernet(arch.family)
+        images, judges = school.split(self._resolution(supernet))
+        calibration = loader(sample(images, CALIBRATION_IMAGES, school.seed), BATCH, shuffle=False, seed=school.seed)
+        found = supernet.evaluate(arch, calibration, loader(judges, BATCH, shuffle=False, seed=school.seed))
+        return self._told(estimate_of(found.top1, found.total), describe(arch, counts), {self.epochs: found.top1})
+
+    def complete(self, arch: Arch, counts: Table, keeps: bool = True) -> Estimate:
+        """As `estimate`: there is no further rung."""
+        return self.estimate(arch, counts)
+
+    def early(self, arch: Arch, counts: Table, rungs: Mapping[str, float]) -> Estimate:
+        """As `estimate`."""
+        return self.estimate(arch, counts)
+
+    def review(self, networks: Sequence[tuple[str, Sequence[float]]]) -> list[Estimate]:
+        """What each was found to have: other networks' results say nothing more of it."""
+        own = {each.key: each.rungs for each in self.schooling.results()}
+        judged = self.schooling.judged
+        return [
+            self._told(estimate_of(own[key][self.epochs], judged), np.asarray(features), own[key])
+            for key, features in networks
+        ]
+
+    def held_out(self) -> None:
+        """It has no surrogate."""
+
+    def _told(self, found: Estimate, features: np.ndarray, rungs: dict[int, float], **more: object) -> Estimate:
+        return dataclasses.replace(super()._told(found, features, rungs, **more), how="with shared weights")
+
+    def _supernet(self, family: str) -> Supernet:
+        """The family's shared weights.
+
+        Raises:
+            TrainingError: they cannot be had, which is not tried again.
+        """
+        from optuna.exceptions import UpdateFinishedTrialError
+
+        if family not in self._known and family not in self.failed:
+            try:
+                self._known[family] = self._made(family)
+            except FAULTS as error:
+                if is_full(error) or isinstance(error, UpdateFinishedTrialError):  # not the family's fault
+                    raise
+                self.failed[family] = reason(error)
+        if family in self.failed:
+            raise TrainingError(f"the shared weights of {family}: {self.failed[family]}")
+        return self._known[family]
+
+    def _made(self, family: str) -> Supernet:
+        """Shared weights, trained now if no earlier run of the search has kept them."""
+        from nas.data.batches import loader
+        from nas.training.supernet import Supernet
+
+        school = self.schooling
+        made = Supernet.over(family, len(school.data.classes), school.resolution, school.seed)
+        path = school.folder / f"supernet-{family}.safetensors"
+        if path.is_file():
+            made.to(school.device)
+            made.load(path)
+            return made
+        images: Images = school.split(self._resolution(made))[0]
+        made.train(
+            loader(images, BATCH, shuffle=True, seed=school.seed),
+            self.epochs * len(images),
+            LR,
+            seed=school.seed,
+            device=school.device,
+            progress=lambda done, total, *_: school.progress(f"supernet of {family}", done, total),
+        )
+        school.folder.mkdir(parents=True, exist_ok=True)
+        made.save(path)
+        return made
+
+    def _resolution(self, supernet: Supernet) -> int:
+        return self.schooling.resolution or supernet.arch.resolution
+
+
+def estimate_of(top1: float, images: int) -> Estimate:
+    """Top-1 in percent on so many images, with Wilson's interval; the score is one binomial deviation below."""
+    share = top1 / 100
+    return Estimate.within(top1, 100 * float(np.sqrt(share * (1 - share) / images)), of_share(top1, images))

@@ -1,0 +1,241 @@
+"""The tier that trains: successive halving on a fixed part of the user's images, judged on images held out from it.
+
+A network is trained for a ninth of the epochs, the better third of all go on to a third of them, and the better third
+of those to the end. What a short training says is weighed by the surrogate, which also leaves out networks whose
+prediction plus its error is below the best. The first epochs of a large network are trained at half its resolution.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nas.files import replace_file
+from nas.intervals import joined, of_error, of_share
+from nas.quality.kept import Kept, keep
+from nas.quality.schooling import ETA
+from nas.quality.surrogate import Guess, Rungs, Surrogate, Trained, describe
+from nas.quality.tier import Estimate
+from nas.units import counted
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from nas.data.images import Images
+    from nas.quality.schooling import Schooling
+    from nas.training.engine import Training
+    from nas.training.recipes import Recipe
+    from search_spaces import Arch
+    from search_spaces.widths import Table
+
+SCREEN_FROM = 8
+"""Networks trained before any is left out untrained."""
+LOW_FROM = 128
+"""Resolution from which the first epochs are trained at half of it."""
+
+
+class Train:
+    """See the module. `estimate` trains; `predict` asks the surrogate alone."""
+
+    name = "train"
+    label = "score (train: top-1 estimated on your images, after the search's last rung of training)"
+    trained = True
+    needs_validation = False
+    failed: Mapping[str, str] = {}
+
+    def __init__(self, schooling: Schooling) -> None:
+        self.schooling, self.epochs = schooling, schooling.lessons.epochs
+        self._last: tuple[list[tuple[str, Rungs]], Surrogate] | None = None
+        rungs = ", ".join(map(str, schooling.rungs))
+        self.note = (
+            f"Candidates were trained up to {rungs} epoch{'s' * (rungs != '1')} of {schooling.used:,} of your training "
+            "images and judged on others held out from training; estimates are for "
+            f"{counted(self.epochs, 'epoch')} of that and serve to rank."
+        )
+
+    def predict(self, arch: Arch, counts: Table) -> Estimate:
+        """The surrogate's prediction."""
+        return self._weighed(self.surrogate(), arch.digest(), describe(arch, counts))
+
+    def estimate(self, arch: Arch, counts: Table) -> Estimate:
+        """Train a network as far as the halving lets it go.
+
+        Raises:
+            TrainingError: the loss is no longer finite.
+        """
+        key, features, surrogate = arch.digest(), describe(arch, counts), self.surrogate()
+        known = surrogate.trained
+        if any(each.key == key for each in known):
+            return self._weighed(surrogate, key, features)
+        if len(known) >= SCREEN_FROM:
+            best, guess = max(surrogate.predict(each.features).value for each in known), surrogate.predict(features)
+            if guess.value + guess.error < best:
+                return self._weighed(surrogate, key, features)
+        return self._train(arch, features, known, in_better_third)
+
+    def early(self, arch: Arch, counts: Table, rungs: Mapping[str, float]) -> Estimate:
+        """What the estimate would be after the first of these rungs."""
+        key, features = arch.digest(), describe(arch, counts)
+        first = min(map(int, rungs))
+        others = [each for each in self.schooling.results() if each.key != key]
+        return self._weighed(self._fitted([*others, Trained(key, features, {first: rungs[str(first)]})]), key, features)
+
+    def complete(self, arch: Arch, counts: Table, keeps: bool = True) -> Estimate:
+        """Train a network to the last rung. keeps: it is a candidate, whose weights may be wanted."""
+        others = [each for each in self.schooling.results() if each.key != arch.digest()]
+        return self._train(arch, describe(arch, counts), others, lambda *_: True, keeps)
+
+    def review(self, networks: Sequence[tuple[str, Sequence[float]]]) -> list[Estimate]:
+        """Estimates by all trainings so far of networks by digest and features."""
+        surrogate = self.surrogate()
+        return [self._weighed(surrogate, key, np.asarray(features)) for key, features in networks]
+
+    def held_out(self) -> tuple[float, float] | None:
+        """See `Surrogate.held_out`."""
+        return self.surrogate().held_out()
+
+    def surrogate(self) -> Surrogate:
+        """Fitted to all trainings so far."""
+        return self._fitted(self.schooling.results())
+
+    def _fitted(self, trained: Sequence[Trained]) -> Surrogate:
+        """The last fit is kept: until a trial ends, all ask for the same, and the next begins with what it left."""
+        shown = [(each.key, each.rungs) for each in trained]
+        if self._last is None or self._last[0] != shown:
+            self._last = shown, Surrogate(trained, self.epochs)
+        return self._last[1]
+
+    def _train(
+        self,
+        arch: Arch,
+        features: np.ndarray,
+        others: Sequence[Trained],
+        goes_on: Callable[..., bool],
+        keeps: bool = True,
+    ) -> Estimate:
+        begun, key = time.monotonic(), arch.digest()
+        folder = self.schooling.folder / key[:16]
+        path = folder / "rungs.json"
+        judged = json.loads(path.read_text()) if path.is_file() else {}
+        rungs: dict[int, float] = {}
+        for epochs, shape, network, judges in self._rungs(arch, folder):
+            if str(epochs) not in judged:
+                judged[str(epochs)] = self.schooling.judge(network, judges).top1
+                replace_file(path, json.dumps(judged).encode())
+            rungs[epochs] = judged[str(epochs)]
+            last = network if shape == arch else None  # at a lower resolution it is another network
+            surrogate = self._fitted([*others, Trained(key, features, dict(rungs))])
+            guess = surrogate.predict(features)
+            if not goes_on(surrogate, guess, epochs):
+                break
+        if keeps and last is not None:
+            scores = {each.key: self._bounded(surrogate.predict(each.features)).score for each in surrogate.trained}
+            facts = Kept(epochs, self.schooling.used, rungs[epochs], self.schooling.judged, scores[key])
+            keep(self.schooling.kept, key, last, facts, scores)
+        shutil.rmtree(folder, ignore_errors=True)
+        return self._told(self._bounded(guess), features, rungs, seconds=time.monotonic() - begun)
+
+    def _rungs(self, arch: Arch, folder: Path) -> Iterator[tuple[int, Arch, nn.Module, Images]]:
+        """Train from rung to rung: epochs, the network and its Arch there, and the images that judge it."""
+        school, low, done = self.schooling, low_resolution(arch), 0
+        weights = None
+        if low is not None and len(school.rungs) > 1:
+            from pruning.transfer import transfer
+
+            small, done = arch.at(low), school.rungs[0]
+            images, judges = school.split(low)
+            training = self.begin(small, images, self.recipe(self.epochs), school.seed, folder / "low")
+            yield done, small, self._until(training, done), judges
+            weights = transfer(small, training.network.state_dict(), arch)
+        images, judges = school.split(arch.resolution)
+        training = self.begin(arch, images, self.recipe(self.epochs - done), school.seed, folder / "whole", weights)
+        for epochs in school.rungs:
+            if epochs > done:
+                yield epochs, arch, self._until(training, epochs - done), judges
+
+    def _until(self, training: Training, epochs: int) -> nn.Module:
+        before = self.epochs - training.recipe.epochs  # at a lower resolution
+
+        def progress(done: int, total: int, _: float) -> None:
+            self.schooling.progress(f"training, epoch {before + training.epoch + 1}/{self.epochs}", done, total)
+
+        try:
+            training.run(epochs, progress)
+        finally:
+            training.loader.close()
+        return training.network
+
+    def _weighed(self, surrogate: Surrogate, key: str, features: np.ndarray) -> Estimate:
+        """A network's estimate, with its own training where it had one."""
+        own = next((each.rungs for each in surrogate.trained if each.key == key), {})
+        return self._told(self._bounded(surrogate.predict(features)), features, own)
+
+    def _bounded(self, guess: Guess) -> Estimate:
+        """A guess within 0 to 100: how far it lay outside is a miss, which its error holds. Its interval also holds the
+        noise of the images that judged."""
+        value = min(max(guess.value, 0.0), 100.0)
+        error = math.hypot(guess.error, guess.value - value)
+        return Estimate.within(
+            value, error, joined(value, of_error(value, error), of_share(value, self.schooling.judged))
+        )
+
+    def _told(self, found: Estimate, features: np.ndarray, rungs: Mapping[int, float], **more: Any) -> Estimate:
+        how = (
+            f"trained {max(rungs)} of {counted(self.epochs, 'epoch')}" if rungs else "predicted from others' trainings"
+        )
+        kept = {"features": features.tolist(), "rungs": {str(epochs): top1 for epochs, top1 in rungs.items()}, **more}
+        return dataclasses.replace(found, how=how, training=kept)
+
+    def recipe(self, epochs: int) -> Recipe:
+        """What a network is trained with, in the search and at its end."""
+        from nas.training.recipes import RECIPES
+
+        return dataclasses.replace(RECIPES["quick"], epochs=epochs)
+
+    def begin(
+        self,
+        arch: Arch,
+        images: Images,
+        recipe: Recipe,
+        seed: int,
+        checkpoint: Path,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> Training:
+        """A training from the given weights, or from those that a network begins with; `seed` draws what is random."""
+        import torch
+
+        from search_spaces import create_model
+
+        torch.manual_seed(seed)
+        model = create_model(arch)
+        first = self.inherited(arch, seed) if weights is None else weights
+        if first is not None:
+            model.load_state_dict(dict(first))
+        return self.schooling.train(
+            model, images, recipe, seed=seed, checkpoint=checkpoint, teacher=self.teacher(arch.resolution)
+        )
+
+    def inherited(self, arch: Arch, seed: int) -> Mapping[str, Tensor] | None:
+        """Weights that a network begins with; None for random ones."""
+
+    def teacher(self, resolution: int) -> nn.Module | None:
+        """The network that the others learn from, if there is one."""
+
+
+def in_better_third(surrogate: Surrogate, guess: Guess, epochs: int) -> bool:
+    """Whether a network is in the better third of those that came as far, by the surrogate fitted to all."""
+    peers = [surrogate.predict(each.features).value for each in surrogate.trained if epochs in each.rungs]
+    return sum(value > guess.value for value in peers) < math.ceil(len(peers) / ETA)
+
+
+def low_resolution(arch: Arch) -> int | None:
+    """Half an Arch's resolution, in steps of 32 px from 64 up; None where that is not worth it."""
+    return max(64, arch.resolution // 64 * 32) if arch.resolution >= LOW_FROM else None

@@ -1,0 +1,1 @@
+"""The kit that all reports use: pages, figures, tables."""

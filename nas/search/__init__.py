@@ -1,0 +1,1 @@
+"""`vitnas search`: trials, the closing run and their results."""

@@ -1,0 +1,1 @@
+"""Optuna's studies: trials with leases, storage, samplers."""

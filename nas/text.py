@@ -1,0 +1,23 @@
+"""Text that is printed: one line, and without passwords."""
+
+from __future__ import annotations
+
+import re
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, at most 200 characters of it; the error's class where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+
+
+_SECRETS = [  # what precedes a password in a URL, and the password
+    re.compile(r"(://[^:@/?]*:)(.*)(?=@)"),
+    re.compile(r"((?i:password|passwd|pwd)=)([^&]*)"),
+]
+
+
+def mask_url(url: str) -> str:
+    """`url` with its password, in the authority or in a query parameter, replaced by ***."""
+    for secret in _SECRETS:
+        url = secret.sub(r"\1***", url)
+    return url

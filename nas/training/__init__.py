@@ -1,0 +1,1 @@
+"""`vitnas train`, and the engine and recipes of every training."""

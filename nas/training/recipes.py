@@ -1,0 +1,135 @@
+"""How networks are trained: the families' published recipes, and others for small data and for fine-tuning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from nas.data.images import Augmentation
+
+LIGHT = Augmentation()
+LIGHT = Augmentation()
+DEIT_AUGMENTATION = Augmentation(scale=0.08, auto_augment="rand-m9-mstd0.5-inc1", erasing=0.25)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A training by AdamW, warm-up and cosine set at each update; norms, biases, bias tables and tokens do not decay.
+
+    batch_size: images an update, of all processes. lr: the highest rate with `lr_batch` images an update; it scales
+    with their number. warmup, keep_warmup: shares of all epochs, so that a shorter training keeps the recipe's form.
+    clip: "agc" (adaptive, by the weights' norm) or "norm" and its bound. repeats: times that an image comes in a row,
+    augmented anew; an epoch then has fewer images. mixup, cutmix: alphas, 0 for none. ema: decay of the weights'
+    moving average, which grows to it (timm's ModelEmaV3 with its warm-up); None for none. distillation: what a
+    teacher's logits are used for, where there is one. teacher: the published one, to be named. keep_warmup: between
+    these shares of the training a keep rate that drops tokens goes from 1 to its own along a cosine.
+    """
+
+    name: str
+    source: str
+    epochs: int
+    batch_size: int
+    lr: float
+    lr_batch: int
+    weight_decay: float
+    min_lr: float = 0.0
+    warmup: float = 0.05
+    warmup_lr: float = 1e-6
+    clip: tuple[Literal["agc", "norm"], float] | None = ("norm", 1.0)
+    augmentation: Augmentation = LIGHT
+    repeats: int = 1
+    label_smoothing: float = 0.1
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    drop_path: float = 0.0
+    ema: float | None = None
+    distillation: Literal["hard", "soft"] = "hard"
+    teacher: str | None = None
+    keep_warmup: tuple[float, float] | None = None
+
+    @property
+    def peak_lr(self) -> float:
+        return self.lr * self.batch_size / self.lr_batch
+
+
+QUICK = Recipe(
+    name="quick",
+    source="this project: small data (thousands to 100,000 images), from scratch, in minutes to hours",
+    epochs=30,
+    batch_size=64,
+    lr=2e-3,
+    lr_batch=64,
+    weight_decay=0.05,
+    warmup_lr=1e-4,
+)
+FINETUNE = Recipe(
+    name="finetune",
+    source="this project: from trained weights; hardly any weight decay, as EfficientViT and SHViT are fine-tuned",
+    epochs=10,
+    batch_size=64,
+    lr=2e-4,
+    lr_batch=64,
+    weight_decay=1e-8,
+    distillation="soft",
+)
+EVIT = Recipe(
+    name="evit",
+    source="DeiT (ICML 2021) and EViT (ICLR 2022): 300 epochs, keep rate down over epochs 10 to 110",
+    epochs=300,
+    batch_size=2048,
+    lr=5e-4,
+    lr_batch=512,
+    weight_decay=0.05,
+    min_lr=1e-5,
+    warmup=5 / 300,
+    clip=None,
+    augmentation=DEIT_AUGMENTATION,
+    repeats=3,
+    mixup=0.8,
+    cutmix=1.0,
+    drop_path=0.1,
+    ema=0.99996,
+    keep_warmup=(10 / 300, 110 / 300),
+)
+LEVIT = replace(
+    EVIT,
+    name="levit",
+    source="LeViT (ICCV 2021): 1000 epochs, hard distillation from RegNetY-16GF",
+    epochs=1000,
+    weight_decay=0.025,
+    warmup=5 / 1000,
+    clip=("agc", 0.01),
+    drop_path=0.0,
+    teacher="timm/regnety_160.deit_in1k",
+    keep_warmup=None,
+)
+EFFICIENTVIT = replace(
+    LEVIT,
+    name="efficientvit",
+    source="EfficientViT (CVPR 2023): 300 epochs, highest rate 4e-3 at 2,048 images as its code has it, not distilled",
+    epochs=300,
+    lr=1e-3,
+    warmup=5 / 300,
+    clip=("agc", 0.02),
+    teacher=None,
+)
+SHVIT = replace(
+    EFFICIENTVIT,
+    name="shvit",
+    source="SHViT (CVPR 2024): 300 epochs; weight decay is S4's, of S1 to S3 it is 0.025, 0.032, 0.035",
+    weight_decay=0.03,
+)
+SEPVIT = replace(
+    EVIT,
+    name="sepvit",
+    source="SepViT (arXiv 2203.15380): 300 epochs; drop path is Tiny's, of Small 0.3 and of Base 0.5 (with decay 0.1)",
+    batch_size=1024,
+    clip=("norm", 5.0),
+    repeats=1,
+    drop_path=0.2,
+    ema=None,
+    keep_warmup=None,
+)
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe for recipe in (QUICK, FINETUNE, LEVIT, EFFICIENTVIT, EVIT, SHVIT, SEPVIT)
+}

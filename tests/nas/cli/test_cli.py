@@ -1,0 +1,304 @@
+"""The command line as a user meets it: bad input, the small verbs, and what they print."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nas.errors import UserError
+from nas.files import tell
+from search_spaces import get_arch
+
+
+@pytest.fixture
+def arch_file(tmp_path: Path):
+    """Write a changed arch.json and return its path."""
+
+    def write(change=lambda doc: doc) -> str:
+        path = tmp_path / "arch.json"
+        document = change(json.loads(get_arch("efficientvit_m0").to_json()))
+        path.write_text(document if isinstance(document, str) else json.dumps(document))
+        return str(path)
+
+    return write
+
+
+@pytest.mark.parametrize("budget", ["2", "-1ms", "2mss", "0ms", "", "ms", "nan ms", "1e3ms", "two"])
+def test_bad_budget(vitnas, tmp_path, budget):
+    vitnas.refused(vitnas("search", "--out", str(tmp_path / "runs"), f"--latency-budget={budget}"), "budget", "ms")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--family", "levitt", ("levit",)),
+        ("--family", "resnet", ("unknown family",)),
+        ("--device", "tpu", ("unknown device",)),
+        ("--device", "cuda", ("cpu",)),
+        ("--runtime", "onnxruntimes", ("onnxruntime",)),
+        ("--sampler", "tpee", ("tpe",)),
+        ("--threads", "0", ("threads",)),
+        ("--threads", "4096", ("threads",)),
+        ("--batch-size", "0", ("batch",)),
+        ("--trials", "0", ("trials",)),
+        ("--trials", "many", ("trials",)),
+        ("--num-classes", "0", ("num-classes",)),
+        ("--timeout", "soon", ("10m",)),
+        ("--study", "../elsewhere", ("study",)),
+        ("--quality", "x", ("quality",)),
+        ("--storage", "postgresql://me:secret@127.0.0.1:1/none", ("127.0.0.1",)),
+        ("--storage", "nonsense://x", ("nonsense",)),
+    ],
+)
+def test_bad_search_option(vitnas, tmp_path, option, value, words):
+    if (option, value) == ("--device", "cuda"):
+        torch = pytest.importorskip("torch")
+        if torch.cuda.is_available():
+            pytest.skip("this machine has CUDA")
+    result = vitnas("search", "--out", str(tmp_path / "runs"), "--latency-budget", "2ms", option, value)
+    vitnas.refused(result, *words)
+    assert "secret" not in result[2]
+    assert not list((tmp_path / "runs").rglob("study.journal"))
+
+
+def test_unwritable_out(vitnas, tmp_path):
+    blocker = tmp_path / "file"
+    blocker.write_text("kept")
+    vitnas.refused(vitnas("search", "--latency-budget", "2ms", "--out", str(blocker)), "--out")
+    assert blocker.read_text() == "kept"
+
+
+@pytest.mark.parametrize("verb", [("show",), ("bench",), ("export", "--out", "x")])
+def test_unknown_model_names_near_ones(vitnas, verb):
+    vitnas.refused(vitnas(*verb, "efficientvit_m9"), "efficientvit_m")
+
+
+def test_unknown_verb_and_missing_option(vitnas):
+    vitnas.refused(vitnas("serch"), "search")
+    vitnas.refused(vitnas("search"), "--latency-budget")
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (lambda doc: json.dumps(doc)[:200], "JSON"),
+        (lambda doc: {**doc, "stages": 3}, "stages"),
+        (lambda doc: {**doc, "extra": 1}, "extra"),
+        (lambda doc: {**doc, "stem": [-8, 16, 32]}, "stem"),
+        (lambda doc: {**doc, "stem": [8, 16, 10**9]}, "stem"),
+        (lambda doc: {**doc, "resolution": 10**6}, "resolution"),
+        (lambda doc: {**doc, "family": "vgg"}, "vgg"),
+        (lambda doc: {**doc, "version": 2}, "version"),
+        (lambda doc: {**doc, "stages": [{**doc["stages"][0], "downsample": doc["stages"][1]["downsample"]}]}, "first"),
+        (lambda doc: [doc], "object"),
+        (lambda doc: "\x00\xff", "JSON"),
+    ],
+)
+@pytest.mark.parametrize("verb", [("show",), ("bench",), ("export", "--out", "{out}")])
+def test_bad_arch_file(vitnas, arch_file, tmp_path, verb, change, word):
+    verb = [part.format(out=tmp_path / "exported") for part in verb]
+    vitnas.refused(vitnas(*verb, arch_file(change)), "arch.json", word)
+    assert not (tmp_path / "exported").exists()
+
+
+def test_broken_onnx_file(vitnas, tmp_path):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"not a network")
+    vitnas.refused(vitnas("bench", str(path)), "model.onnx")
+
+
+def test_export_weights_that_do_not_fit(vitnas, tmp_path):
+    import torch
+
+    path, out = tmp_path / "weights.pth", tmp_path / "exported"
+    torch.save({"stem.0.linear.weight": torch.zeros(1)}, path)
+    vitnas.refused(
+        vitnas("export", "efficientvit_m0", "--weights", str(path), "--out", str(out)), "lack 692 of the 693 tensors"
+    )
+    vitnas.refused(
+        vitnas("export", "efficientvit_m0", "--weights", str(tmp_path / "none.pth"), "--out", str(out)), "no such file"
+    )
+
+
+class Exploding:
+    def __reduce__(self):
+        return (Path.touch, (Path("exploded"),))
+
+
+def test_export_refuses_a_pickle_with_code(vitnas, tmp_path, monkeypatch):
+    import pickle
+
+    monkeypatch.chdir(tmp_path)
+    Path("weights.pth").write_bytes(pickle.dumps({"a": Exploding()}))
+    vitnas.refused(vitnas("export", "efficientvit_m0", "--weights", "weights.pth", "--out", "out"), "state dict")
+    assert not Path("exploded").exists()
+
+
+def test_show(vitnas, arch_file):
+    code, out, _ = vitnas("show", arch_file())
+    assert code == 0
+    assert "2.35 M parameters" in out
+    assert "prior" in out
+    assert "accuracy" not in out
+    code, out, _ = vitnas("show", "shvit_s1", "--json")
+    assert json.loads(out)["params"] == 6_330_808
+
+
+def test_bench_json_is_to_the_first_row(vitnas):
+    code, out, _ = vitnas("bench", "efficientvit_m0", "shvit_s1", "--rounds", "6", "--threads", "1", "--json")
+    rows = json.loads(out)["results"]
+    assert code == 0
+    assert [row["model"] for row in rows] == ["efficientvit_m0", "shvit_s1"]
+    assert rows[0]["ratio"] == 1
+    assert rows[1]["ratio"] == pytest.approx(rows[1]["latency_ms"] / rows[0]["latency_ms"], rel=0.5)
+    assert rows[0]["ci"][0] <= rows[0]["latency_ms"] <= rows[0]["ci"][1]
+
+
+def test_export_folder(vitnas, tmp_path):
+    import onnx
+
+    out = tmp_path / "exported"
+    code, text, _ = vitnas("export", "efficientvit_m0", "--out", str(out), "--num-classes", "7")
+    assert code == 0
+    assert "untrained" in text
+    model = onnx.load(out / "model.onnx")
+    props = {p.key: p.value for p in model.metadata_props}
+    assert props["vitnas.weights"] == "untrained"
+    assert json.loads(props["vitnas.arch"])["num_classes"] == 7
+    assert not (out / "model.safetensors").exists()
+    assert {path.name for path in out.iterdir()} == {"arch.json", "model.onnx", "preprocess.json"}
+
+
+def test_help_is_fast_and_has_examples():
+    command = [sys.executable, "-m", "nas.cli", "--help"]
+    for _ in range(20):  # other programs can only add
+        started = time.perf_counter()
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        fast = time.perf_counter() - started < 0.5
+        assert "vitnas search --latency-budget 2ms --device cpu" in done.stdout
+        if fast:
+            return
+    pytest.fail("--help takes 0.5 s or more, every time")
+
+
+@pytest.mark.parametrize("verb", ["search", "models", "show", "bench", "export", "dashboard"])
+def test_every_verb_has_help_with_an_example(vitnas, verb):
+    code, out, _ = vitnas(verb, "--help")
+    assert code == 0
+    assert f"Example:  vitnas {verb}" in out
+
+
+def test_dashboard_bad_input(vitnas, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    vitnas.refused(vitnas("dashboard"), "runs/")
+    vitnas.refused(vitnas("dashboard", "nowhere"), "nowhere")
+
+
+def test_no_arguments_prints_the_help(vitnas):
+    code, out, _ = vitnas()
+    assert code == 2
+    assert "\n  search " in out
+
+
+def test_paths_that_cannot_be_looked_up(vitnas):
+    vitnas.refused(vitnas("show", "x" * 300), "unknown model")
+    vitnas.refused(vitnas("show", "y/" + "x" * 300 + "/arch.json"), "no such file")
+
+
+def test_batch_larger_than_memory(vitnas, tmp_path):
+    vitnas.refused(
+        vitnas("export", "shvit_s1", "--batch-size", "100000000", "--out", str(tmp_path / "out")), "cannot be exported"
+    )
+
+
+def test_a_classifier_left_random_is_not_exported(vitnas, tmp_path):
+    import onnx
+    from safetensors.torch import save_file
+
+    from search_spaces import create_model
+
+    save_file(create_model("shvit_s1").state_dict(), tmp_path / "weights.safetensors")
+    words = ("export", "shvit_s1", "--weights", str(tmp_path / "weights.safetensors"), "--out", str(tmp_path / "out"))
+    vitnas.refused(vitnas(*words, "--num-classes", "7"), "add --num-classes 1000")
+    assert not (tmp_path / "out").exists()
+    code, out, _ = vitnas(*words)
+    assert code == 0
+    assert "untrained" not in out
+    props = {p.key: p.value for p in onnx.load(tmp_path / "out" / "model.onnx").metadata_props}
+    assert props["vitnas.weights"] != "untrained"
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_sigterm_ends_a_command_as_ctrl_c_does(vitnas, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("nas.networks.targets.find_target", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        assert vitnas("show", "efficientvit_m0") == (130, "", "interrupted\n")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+VERBS = ("search", "runs", "models", "show", "bench", "prune", "train", "export", "dashboard")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_at_80_columns(vitnas, verb, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = vitnas(verb, "-h")
+    assert code == 0
+    assert all(len(line) <= 80 for line in out.splitlines())
+    for word in ("Exit codes:", "-v, --verbose", "-q, --quiet", "-h, --help", f"  vitnas {verb}"):
+        assert word in out
+    assert "130 Ctrl-C" in " ".join(out.split()) or verb in ("runs", "show", "export", "dashboard")
+
+
+def test_the_list_of_verbs_is_not_cut(vitnas, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = vitnas("--help")
+    assert "..." not in out.partition("\n")[2]
+    assert "--install-completion" in out
+
+
+def test_version(vitnas):
+    code, out, _ = vitnas("--version")
+    assert code == 0
+    assert len(out.splitlines()) == 1
+    assert all(f"{name} " in out for name in ("vitnas", "torch", "onnxruntime", "optuna", "Python"))
+
+
+def test_an_unknown_option_names_the_near_one(vitnas):
+    vitnas.refused(vitnas("search", "--latency-bugdet", "2ms"), "--latency-budget")
+
+
+def test_quiet_tells_errors_only(vitnas, monkeypatch):
+    def refuse(_):
+        tell("waiting for somebody")
+        raise UserError("no such network")
+
+    monkeypatch.setattr("nas.networks.targets.find_target", refuse)
+    assert vitnas("export", "x", "--out", "y")[2] == "waiting for somebody\nvitnas: no such network\n"
+    assert vitnas("export", "x", "--out", "y", "-q")[2] == "vitnas: no such network\n"
+
+
+def test_verbose_tells_tracebacks(vitnas, monkeypatch, caplog):
+    def refuse(_):
+        raise UserError("no such network") from ValueError("because of this")
+
+    monkeypatch.setattr("nas.networks.targets.find_target", refuse)
+    vitnas.refused(vitnas("show", "x"), "no such network")
+    log = logging.getLogger("nas")
+    try:
+        code, _, err = vitnas("show", "x", "-v")
+        assert code == 2
+        assert "because of this" in err
+        assert "Traceback" in err
+    finally:
+        log.handlers.clear()
+        log.setLevel(logging.NOTSET)

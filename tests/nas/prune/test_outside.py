@@ -1,0 +1,129 @@
+"""`vitnas prune --model timm/NAME` on a tiny network: how an interrupted run goes on, what a finished one says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import nas.job
+import nas.prune.outside
+import nas.prune.report
+import nas.prune.run
+from nas.job import Job
+from nas.measure.protocol import Measurement
+from pruning import outside
+from pruning.outside import OutsideError, Trial
+
+KEPT = ("accuracy", "rounds", "notes", "layers", "trained_images", "tuned_images", "before", "after")
+
+
+@pytest.fixture(autouse=True)
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small input, little training, no weights to fetch; neither the trial nor the closing run is made."""
+    whole = outside.load_outside
+
+    def load_outside(name: str, num_classes: int | None, pretrained: bool):
+        if pretrained:
+            raise OutsideError("no way to the hub")
+        return whole(name, num_classes, pretrained)[0], 32
+
+    def closing_run(options, models, *_):
+        (options.folder / "model.onnx").write_bytes(b"")
+        return {name: Measurement([[1.0] * 3] * 3) for name in models}
+
+    monkeypatch.setattr(outside, "load_outside", load_outside)
+    monkeypatch.setattr(outside, "run_trial", lambda *_: Trial(1, None))
+    monkeypatch.setattr(nas.prune.outside, "_closing_run", closing_run)
+    monkeypatch.setattr(nas.prune.run, "BRIEF_IMAGES", 48)
+    monkeypatch.setattr(nas.job, "CALIBRATION_IMAGES", 16)
+    monkeypatch.setattr(nas.prune.report, "png_of", lambda figure: b"")
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> list[str]:
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(15):
+            Image.fromarray(rng.integers(0, 255, (32, 32, 3), np.uint8)).save(tmp_path / f"images/{name}/{i}.png")
+    data = ["--data", str(tmp_path / "images"), "--threads", "1", "--multiple-of", "4", "--rounds", "2"]
+    return ["prune", "--model", "timm/test_resnet", *data]
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "random"])
+def test_an_interrupted_run_goes_on(vitnas, words, tmp_path: Path, monkeypatch, criterion: str) -> None:
+    words += ["--criterion", criterion, "--distill"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    code, _, said = vitnas(*words, "--out", str(whole))
+    assert code == 0, said
+    phase, begun = Job.phase, []
+
+    @contextmanager
+    def one_phase(job: Job, name: str) -> Iterator:
+        begun.append(name)
+        if len(begun) > 1:
+            raise KeyboardInterrupt
+        with phase(job, name) as progress:
+            yield progress
+
+    monkeypatch.setattr(Job, "phase", one_phase)
+    ends, stood = [], []
+    while ends[-1:] != [0]:
+        begun.clear()
+        code, _, said = vitnas(*words, "--out", str(cut))
+        assert code in (0, 130), said
+        ends.append(code)
+        stood.append(said.count("going on after"))
+    assert ends == [130] * 8 + [0]
+    assert stood == [0] + [1] * 8
+    assert (cut / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    first, second = (json.loads((folder / "prune.json").read_text()) for folder in (whole, cut))
+    assert {key: first[key] for key in KEPT} == {key: second[key] for key in KEPT}
+    assert first["after"]["macs"] <= first["before"]["macs"] / 2
+    assert len(first["rounds"]) == 1
+    assert not list(cut.glob("state/*.safetensors"))
+
+
+def test_a_finished_run_is_left_as_it_is(vitnas, words, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert vitnas(*words, "--out", str(out))[0] == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    code, _, said = vitnas(*words, "--out", str(out))
+    assert code == 0
+    assert "is finished: these are its results" in said
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    Image.new("RGB", (32, 32)).save(tmp_path / "images/cat/new.png")
+    vitnas.refused(vitnas(*words, "--out", str(out)), "another content of the images of --data", "another --out")
+
+
+def test_tuning_that_harms_is_not_kept(vitnas, words, tmp_path: Path, monkeypatch) -> None:
+    """Nor told of by the card of model.onnx."""
+    cards, told = [], {"before": 90.0, "pruned": 80.0, "recovered": 40.0}
+
+    def accuracy(job: Job, model, which: str) -> None:
+        ci = [told[which] - 5, told[which] + 5]
+        job.state.found[which] = {"top1": told[which], "ci": ci, "loss": 1.0, "images": 10}
+
+    closing_run = nas.prune.outside._closing_run
+    monkeypatch.setattr(Job, "accuracy", accuracy)
+    monkeypatch.setattr(nas.prune.outside, "_closing_run", lambda *a: (cards.append(a[3]), closing_run(*a))[1])
+    monkeypatch.setattr(Job, "finish", Job.save)
+    code, _, said = vitnas(*words, "--out", str(tmp_path / "out"), "--no-control")
+    assert code == 0
+    assert "the weights before it are kept" in said
+    data = json.loads((tmp_path / "out/prune.json").read_text())
+    assert data["kept"] == "pruned"
+    pruned = next((tmp_path / "out/state").rglob("pruned.safetensors"))
+    assert (tmp_path / "out/model.safetensors").read_bytes() == pruned.read_bytes()
+    assert cards[0].accuracy.top1 == 80.0
+
+
+def test_a_budget_that_leaves_nothing_to_cut_makes_nothing(vitnas, words, tmp_path: Path) -> None:
+    vitnas.refused(vitnas(*words, "--out", str(tmp_path / "out"), "--macs", "90G"), "--macs 90G", "above")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,543 @@
+"""`vitnas prune` as a user meets it, on small networks: what it writes, resumes, refuses and says."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import nas.job
+import nas.prune.report
+import nas.prune.run
+from nas.errors import UserError
+from nas.export.card import Card
+from nas.measure.protocol import Measurement
+from nas.prune.run import parse_pruning_budget
+from search_spaces import Arch, create_model, get_arch, table
+
+MS_PER_MAC = 5e-6
+KEPT = {"stages": 2, "blocks": 1, "heads": 2}
+COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (40, 60, 220)}
+
+
+@pytest.fixture(autouse=True)
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Little training and few images."""
+    monkeypatch.setattr(nas.prune.run, "BRIEF_IMAGES", 320)
+    monkeypatch.setattr(nas.job, "CALIBRATION_IMAGES", 32)
+    monkeypatch.setattr(nas.job, "EVALUATED_IMAGES", 64)
+    monkeypatch.setattr(nas.prune.run, "CLOSING_ROUNDS", 3)
+
+
+@pytest.fixture
+def fake_clock(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Latencies that follow MACs: a millisecond and MS_PER_MAC. Holds how many networks each run had. Plots
+    are left blank."""
+    runs: list[int] = []
+
+    def compare(paths, settings, rounds, progress=None, timeout_s=60):
+        runs.append(len(paths))
+        found = {}
+        for name, path in paths.items():
+            latency = 1 + table(Arch.from_json(Path(path).read_bytes())).macs() * MS_PER_MAC
+            found[name] = Measurement(rounds_ms=[[latency] * 3] * 3)
+        return found
+
+    monkeypatch.setattr(nas.prune.run, "compare", compare)
+    monkeypatch.setattr(nas.prune.report, "png_of", lambda figure: b"")
+    return runs
+
+
+def small(classes: int = 10) -> Arch:
+    """A network of the EfficientViT family at 48 px: two stages of a block with two heads, widths that are multiples
+    of 8."""
+
+    def smaller(part: Any, key: str = "") -> Any:
+        if isinstance(part, list):
+            return [smaller(value) for value in part[: KEPT.get(key)]]
+        if isinstance(part, dict):
+            return {name: smaller(value, name) for name, value in part.items()}
+        return part // 2 if key in ("embed_dim", "hidden", "squeezed") else part
+
+    raw = smaller(json.loads(get_arch("efficientvit_m0", classes).to_json()))
+    return Arch.from_json(json.dumps(raw | {"resolution": 48, "stem": [8, 8, 8]}))
+
+
+@pytest.fixture
+def arch_file(tmp_path: Path) -> Path:
+    path = tmp_path / "net" / "arch.json"
+    path.parent.mkdir()
+    path.write_text(small().to_json())
+    return path
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Three classes of noisy one-coloured images."""
+    rng = np.random.default_rng(0)
+    for name, colour in COLOURS.items():
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(20):
+            pixels = np.clip(np.array(colour) + rng.normal(0, 40, (24, 24, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / name / f"{i}.png")
+    return tmp_path / "images"
+
+
+def words(model: Path | str, out: Path, *more: str) -> list[str]:
+    return ["prune", "--model", str(model), "--out", str(out), "--runtime", "torch", "--threads", "1", *more]
+
+
+def result(out: Path) -> dict[str, Any]:
+    return json.loads((out / "prune.json").read_text())
+
+
+def test_end_to_end_without_data(vitnas, arch_file, tmp_path):
+    """The default command: digits, brief training, half the MACs; every file is there and holds together."""
+    out = tmp_path / "out"
+    command = words(arch_file, out, "--finetune", "0.1", "--rounds", "2")
+    code, printed, said = vitnas(*command)
+    assert code == 0, said
+    assert "digits" in said
+    assert "ImageNet" in said
+    data = result(out)
+    assert data["data"]["demo"]
+    assert data["trained_images"] == 320
+    whole, arch = small(), Arch.from_json((out / "arch.json").read_bytes())
+    assert table(arch).macs() <= table(whole).macs() / 2
+    assert data["budget"]["met"]
+    assert data["after"]["macs"] == table(arch).macs()
+    assert data["before"]["macs"] == table(whole).macs()
+    assert arch.resolution == whole.resolution
+    assert data["before"]["latency_ms"] > 0
+    assert {"before", "pruned", "recovered", "control"} == {k for k, v in data["accuracy"].items() if v}
+    for found in data["accuracy"].values():
+        assert found["images"] == 64
+        assert 0 <= found["top1_ci"][0] <= found["top1"] <= found["top1_ci"][1] <= 100
+    assert data["control"]["ci"][0] <= data["control"]["difference"] <= data["control"]["ci"][1]
+    assert "pruned minus unpruned, fine-tuned alike" in printed
+    assert f"Network: {out} (arch.json, model.safetensors, model.onnx, prune.json)" in printed
+    assert all(size % 8 == 0 for name, size in widths(arch).items() if name.split(".")[-1] in ("hidden", "qk", "embed"))
+    model = create_model(arch, weights=out / "model.safetensors").eval()
+    assert not model.untrained
+    x = torch.randn(1, 3, arch.resolution, arch.resolution)
+    card = Card.read(out)
+    assert card.classes == data["data"]["class_names"] == [str(digit) for digit in range(10)]
+    assert (card.preprocess.resize, card.preprocess.size) == (arch.resolution, arch.resolution), "all of a digit"
+    assert card.accuracy.top1 == data["accuracy"]["recovered"]["top1"]
+    session = onnxruntime.InferenceSession(out / "model.onnx")
+    (found,) = session.run(None, {"images": x.numpy()})
+    assert np.allclose(found, model(x).detach().numpy(), atol=1e-3)
+    assert (out / "report.html").is_file()
+    assert "0.5x" in printed
+    assert not list((out / "state").glob("*.safetensors"))
+
+    before = (out / "prune.json").read_bytes()
+    code, _, said = vitnas(*command)
+    assert code == 0
+    assert "finished" in said
+    assert (out / "prune.json").read_bytes() == before
+
+
+def widths(arch: Arch) -> dict[str, int]:
+    return {name: width.size for name, width in table(arch).widths().items()}
+
+
+def test_a_folder_brings_its_weights(vitnas, images, tmp_path, fake_clock):
+    """Nothing is trained before pruning; the same images are split and calibrated; the result can be pruned again."""
+    model = trained(images, tmp_path / "net")
+    out = tmp_path / "out"
+    code, _, said = vitnas(
+        *words(tmp_path / "net", out, "--data", str(images), "--finetune", "0", "--rounds", "1", "--macs", "0.7x")
+    )
+    assert code == 0, said
+    data = result(out)
+    assert data["trained_images"] == data["tuned_images"] == 0
+    assert not data["data"]["demo"]
+    assert data["data"]["classes"] == 3
+    assert data["accuracy"]["recovered"] is None
+    again = tmp_path / "again"
+    code, _, said = vitnas(
+        *words(out, again, "--data", str(images), "--finetune", "1", "--rounds", "1", "--distill", "--params", "0.9x")
+    )
+    assert code == 0, said
+    second = result(again)
+    assert second["trained_images"] == 0
+    assert second["before"]["params"] == data["after"]["params"] < sum(p.numel() for p in model.parameters())
+    assert second["after"]["params"] <= 0.9 * second["before"]["params"]
+
+
+def trained(images: Path, folder: Path) -> torch.nn.Module:
+    """A network whose branches do something, saved with its Arch."""
+    torch.manual_seed(0)
+    model = create_model(small(3))
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            torch.nn.init.constant_(parameter, 0.5)
+    folder.mkdir(exist_ok=True)
+    (folder / "arch.json").write_text(model.arch.to_json())
+    save_file(model.state_dict(), folder / "model.safetensors")
+    return model
+
+
+@pytest.mark.parametrize("budget", ["0.6x", "4ms"])
+def test_latency_budget_is_met_as_measured(vitnas, images, tmp_path, fake_clock, budget):
+    trained(images, tmp_path / "net")
+    out = tmp_path / "out"
+    code, _, said = vitnas(
+        *words(tmp_path / "net", out, "--data", str(images), "--finetune", "0", "--latency-budget", budget)
+    )
+    assert code == 0, said
+    data = result(out)
+    assert data["budget"]["metric"] == "latency"
+    assert data["after"]["latency_ms"] <= data["budget"]["target"]
+    assert data["after"]["latency_ms"] >= 0.8 * data["budget"]["target"]
+    assert fake_clock[0] > 8  # the whole network, and one for each group of knobs
+    assert all(row["shown"] for row in data["costs"])
+    assert all(row["rate"] == pytest.approx(MS_PER_MAC, rel=0.01) for row in data["costs"])
+
+
+def test_a_latency_budget_missed_as_measured_is_said(vitnas, images, tmp_path, monkeypatch):
+    """A device on which nothing gets faster: the budget cannot be reached, one line says so."""
+    monkeypatch.setattr(
+        nas.prune.run, "compare", lambda paths, *_: {name: Measurement(rounds_ms=[[2.0] * 3] * 3) for name in paths}
+    )
+    trained(images, tmp_path / "net")
+    command = words(tmp_path / "net", tmp_path / "out", "--data", str(images), "--latency-budget", "0.5x")
+    code, _, said = vitnas(*command)
+    assert code == 2
+    assert "cannot be reached" in said
+    assert "2.00 ms" in said
+
+
+def test_the_closing_run_decides(vitnas, images, tmp_path, fake_clock, monkeypatch):
+    """A budget met while pruning and missed in the closing run is reported as missed, with exit code 1."""
+    honest = nas.prune.run.compare
+
+    def slower_at_the_end(paths, settings, rounds, progress=None, timeout_s=60):
+        found = honest(paths, settings, rounds, progress)
+        if rounds == nas.prune.run.CLOSING_ROUNDS:
+            found["after"] = Measurement(rounds_ms=[[statistics.mean([found["before"].p50_ms])] * 3] * 3)
+        return found
+
+    monkeypatch.setattr(nas.prune.run, "compare", slower_at_the_end)
+    trained(images, tmp_path / "net")
+    out = tmp_path / "out"
+    code, printed, _ = vitnas(
+        *words(tmp_path / "net", out, "--data", str(images), "--finetune", "0", "--latency-budget", "0.7x"),
+        *("--rounds", "1", "--no-reallocate"),
+    )
+    assert code == 1
+    assert "NOT met" in printed
+    assert not result(out)["budget"]["met"]
+
+
+def waits(paths, settings, rounds, progress=None, timeout_s=60):
+    return {name: Measurement(rounds_ms=[[1.6, 14.9, 15.1]] * rounds) for name in paths}
+
+
+def test_waiting_times_at_the_end_are_marked(vitnas, images, tmp_path, fake_clock, monkeypatch):
+    """A latency budget stays unjudged until the same command meets a quiet machine."""
+    trained(images, tmp_path / "net")
+    more = ("--data", str(images), "--finetune", "1", "--rounds", "1", "--no-control")
+    out = tmp_path / "ms"
+    command = words(tmp_path / "net", out, *more, "--latency-budget", "0.8x")
+    measured = nas.prune.run.measured
+    monkeypatch.setattr(nas.prune.run, "closing_run", lambda paths, *_: waits(paths, None, 3))
+    code, printed, said = vitnas(*command)
+    assert code == 1
+    assert printed.startswith("Other processes keep")
+    assert "not judged" in printed
+    assert (printed + said).count("right after pruning: ") == 1
+    assert "fine-tuning changed it from" in printed
+    data = result(out)
+    assert data["after"]["waiting"]
+    assert data["budget"]["verdict"] is None
+    assert "waiting times, not speed" in (out / "report.html").read_text()
+    assert "not known here" in vitnas("show", str(out))[1]
+    monkeypatch.setattr(nas.prune.run, "closing_run", lambda paths, *_: measured(paths, None, 3))
+    assert vitnas(*command)[0] == 0
+    assert not result(out)["waiting"]
+    assert "not known here" not in vitnas("show", str(out))[1]
+
+
+@pytest.mark.slow
+def test_waiting_times_do_not_hinder_a_budget_of_macs(vitnas, images, tmp_path, fake_clock, monkeypatch):
+    trained(images, tmp_path / "net")
+    more = ("--data", str(images), "--finetune", "1", "--rounds", "1", "--no-control")
+    monkeypatch.setattr(nas.prune.run, "compare", waits)
+    code, printed, _ = vitnas(*words(tmp_path / "net", tmp_path / "macs", *more))
+    assert code == 0
+    assert "waiting" in printed
+    assert "14.90 ms" not in vitnas("runs", str(tmp_path))[1]
+
+
+def test_a_latency_budget_is_not_begun_with_waiting_times(vitnas, images, tmp_path, fake_clock, monkeypatch):
+    trained(images, tmp_path / "net")
+    monkeypatch.setattr(nas.prune.run, "compare", waits)
+    command = words(tmp_path / "net", tmp_path / "out", "--data", str(images), "--latency-budget", "0.8x")
+    code, printed, said = vitnas(*command)
+    assert (code, printed) == (2, "")
+    assert said.endswith("the same command then goes on\n")
+    assert "waiting times, not speed" in said.splitlines()[-1]
+
+
+def test_reallocation_alone(vitnas, images, tmp_path, fake_clock):
+    trained(images, tmp_path / "net")
+    out = tmp_path / "out"
+    code, _, said = vitnas(
+        *words(tmp_path / "net", out, "--data", str(images), "--finetune", "0", "--macs", "1x", "--axes", "ffn,qk,v")
+    )
+    assert code == 0, said
+    data = result(out)
+    assert 0.9 * data["before"]["macs"] < data["after"]["macs"] <= data["before"]["macs"]
+    before, after = widths(small(3)), widths(Arch.from_json((out / "arch.json").read_bytes()))
+    assert any(after[name] > size for name, size in before.items())
+    assert any(after[name] < size for name, size in before.items())
+    code, _, said = vitnas(*words(tmp_path / "net", tmp_path / "o2", "--macs", "1x", "--no-reallocate"))
+    assert code == 2
+    assert "nothing to do" in said
+
+
+def test_no_reallocation_only_cuts(vitnas, images, tmp_path, fake_clock):
+    trained(images, tmp_path / "net")
+    out = tmp_path / "out"
+    cut = ("--finetune", "0", "--rounds", "1", "--no-reallocate", "--axes", "ffn", "--macs", "0.8x")
+    assert vitnas(*words(tmp_path / "net", out, "--data", str(images), *cut))[0] == 0
+    before, after = widths(small(3)), widths(Arch.from_json((out / "arch.json").read_bytes()))
+    assert all(after[name] <= size for name, size in before.items())
+    assert {name.split(".")[-1] for name in before if after[name] < before[name]} <= {"hidden", "squeezed"}
+
+
+def test_interrupted_runs_go_on_after_the_last_round(vitnas, images, tmp_path, fake_clock, monkeypatch):
+    trained(images, tmp_path / "net")
+    command = words(tmp_path / "net", tmp_path / "out", "--data", str(images), "--finetune", "0")
+    assert vitnas(*words(tmp_path / "net", tmp_path / "whole", "--data", str(images), "--finetune", "0"))[0] == 0
+
+    scores = nas.prune.run._Run._scores
+    scored = []
+
+    def stop_in_round_3(self, model, what):
+        scored.append(what)
+        if what == "round 3" and len(scored) == 3:
+            raise KeyboardInterrupt
+        return scores(self, model, what)
+
+    monkeypatch.setattr(nas.prune.run._Run, "_scores", stop_in_round_3)
+    code, _, said = vitnas(*command)
+    assert code == 130
+    assert "interrupted" in said
+    (tmp_path / "net" / "arch.json").write_text(small(3).replace(resolution=64).to_json())
+    vitnas.refused(vitnas(*command), "another content of the network")  # not with its budget
+    (tmp_path / "net" / "arch.json").write_text(small(3).to_json())
+    code, _, said = vitnas(*command)
+    assert code == 0
+    assert "going on after round-2" in said
+    assert scored == ["round 1", "round 2", "round 3", "round 3"]
+    whole, found = tmp_path / "whole", tmp_path / "out"
+    assert (found / "arch.json").read_text() == (whole / "arch.json").read_text()
+    assert (found / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    code, _, said = vitnas(*command, "--criterion", "magnitude")
+    assert code == 2
+    assert "another run" in said
+    assert "criterion" in said
+
+
+def test_a_folder_goes_on_only_with_what_it_was_begun_with(vitnas, images, tmp_path, fake_clock):
+    """The same words, but what they name holds something else: finished results stay, and are not told for new ones."""
+    trained(images, tmp_path / "net")
+    command = words(tmp_path / "net", tmp_path / "out", "--data", str(images), "--finetune", "0", "--rounds", "1")
+    assert vitnas(*command)[0] == 0
+    kept = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    changes = {
+        "the network": (tmp_path / "net" / "arch.json", small(3).replace(resolution=64).to_json().encode()),
+        "the weights": (tmp_path / "net" / "model.safetensors", b"others"),
+        "the images": (images / "red" / "0.png", (images / "red" / "1.png").read_bytes() + b"more"),
+    }
+    for what, (path, content) in changes.items():
+        before = path.read_bytes()
+        path.write_bytes(content)
+        vitnas.refused(vitnas(*command), f"another content of {what}", "--out")
+        path.write_bytes(before)
+        assert {path: path.read_bytes() for path in kept} == kept
+    assert "finished" in vitnas(*command)[2]
+    (tmp_path / "net").rename(tmp_path / "moved")
+    assert "finished" in vitnas(*words(tmp_path / "moved", tmp_path / "out", *command[command.index("--data") :]))[2]
+
+
+def test_a_step_of_the_end_that_fails_leaves_the_others(vitnas, images, tmp_path, fake_clock, monkeypatch):
+    """The network and its weights are there, the failure is told and recorded, and the same command makes up for it."""
+    trained(images, tmp_path / "net")
+    out = tmp_path / "out"
+    command = words(tmp_path / "net", out, "--data", str(images), "--rounds", "1", "--macs", "0.8x", "--json")
+
+    def fails(error: BaseException):
+        def fail(*_, **__):
+            raise error
+
+        return fail
+
+    for name, error, step, missing in (
+        ("nas.prune.run.tune", MemoryError(), "fine-tuning", ()),
+        ("nas.prune.run.tune_control", MemoryError(), "control", ()),
+        ("nas.export.artifact.agreement", UserError("the exported network disagrees"), "model.onnx", ("model.onnx",)),
+        ("nas.prune.run.measured", UserError("could not be measured: killed"), "closing run", ("report.html",)),
+        ("", None, None, ()),
+    ):
+        with monkeypatch.context() as patch:
+            if step:
+                patch.setattr(name, fails(error))
+            code, printed, said = vitnas(*command)
+        assert code == (1 if step else 0), said
+        (line,) = json.loads(printed)["failures"] or [None]
+        assert (line is None) == (step is None)
+        if step:
+            assert line.startswith(f"{step} failed: ")
+            assert line in said
+            assert result(out)["failures"] == [line]
+            assert "finished" not in said
+        files = {path.name for path in out.iterdir()}
+        assert {"arch.json", "model.safetensors"} <= files
+        assert not files & set(missing)
+    assert {"arch.json", "model.safetensors", "model.onnx", "report.html"} <= files
+    assert "finished" in vitnas(*command)[2]
+
+
+def test_broken_images_are_named(vitnas, images, tmp_path, fake_clock):
+    trained(images, tmp_path / "net")
+    (images / "red" / "0.png").write_bytes(b"no image")
+    command = words(tmp_path / "net", tmp_path / "out", "--data", str(images), "--finetune", "1", "--rounds", "1")
+    code, _, said = vitnas(*command)
+    assert code == 0, said
+    assert "0.png" in said
+    assert any("0.png" in note for note in result(tmp_path / "out")["notes"])
+    for path in images.rglob("*.png"):
+        path.write_bytes(b"no image")
+    shutil.rmtree(tmp_path / "out")
+    code, _, said = vitnas(*command)
+    assert code == 2
+    assert "cannot be decoded" in said
+
+
+def test_json_for_machines(vitnas, images, tmp_path, fake_clock):
+    trained(images, tmp_path / "net")
+    command = words(
+        tmp_path / "net", tmp_path / "out", "--data", str(images), "--finetune", "0", "--rounds", "1", "--json"
+    )
+    code, printed, _ = vitnas(*command)
+    assert code == 0
+    assert json.loads(printed)["after"]["macs"] == result(tmp_path / "out")["after"]["macs"]
+
+
+@pytest.mark.parametrize("criterion", ["taylor2", "magnitude", "random", "torch-pruning"])
+def test_every_criterion_meets_the_budget(vitnas, images, tmp_path, fake_clock, criterion):
+    trained(images, tmp_path / "net")
+    out = tmp_path / "out"
+    code, _, said = vitnas(
+        *words(
+            tmp_path / "net", out, "--data", str(images), "--finetune", "0", "--criterion", criterion, "--rounds", "1"
+        )
+    )
+    assert code == 0, said
+    assert result(out)["after"]["macs"] <= result(out)["before"]["macs"] / 2
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--macs", "0.5x", "--params", "0.5x"], ["one budget"]),
+        (["--macs", "1.5x"], ["at most 1x"]),
+        (["--macs", "0x"], ["0x"]),
+        (["--macs", "many"], ["150M"]),
+        (["--macs", "90G"], ["above", "lower it"]),
+        (["--macs", "0.5"], ["--macs 0.5", "did you mean 0.5x"]),
+        (["--macs", "10"], ["cannot be reached", "MMACs"]),
+        (["--params", "0.2x", "--axes", "qk"], ["cannot be reached", "--axes qk", "parameters"]),
+        (["--latency-budget", "2"], ["unit", "2ms"]),
+        (["--criterion", "tailor"], ["tailor", "taylor"]),
+        (["--axes", "ffn,width"], ["--axes", "embed"]),
+        (["--rounds", "0"], ["rounds"]),
+        (["--multiple-of", "0"], ["multiple-of"]),
+        (["--finetune", "-1"], ["finetune"]),
+        (["--data", "nowhere"], ["nowhere", "no such folder"]),
+        (["--num-classes", "7"], ["--num-classes is 7", "3 classes"]),
+        (["--weights", "nowhere.safetensors"], ["no such file"]),
+        (["--weights", "pickle.pth"], ["Python objects", "state dict"]),
+        (["--weights", "narrow.safetensors"], ["stem.0.linear.weight", "(4, 3, 3, 3)"]),
+    ],
+)
+def test_bad_input(vitnas, images, tmp_path, fake_clock, monkeypatch, more, said):
+    trained(images, tmp_path / "net")
+    monkeypatch.chdir(tmp_path)
+    state = create_model(small(3)).state_dict()
+    state["stem.0.linear.weight"] = torch.zeros(4, 3, 3, 3)
+    save_file(state, "narrow.safetensors")
+    torch.save(torch.nn.Linear(2, 2), "pickle.pth")
+    given = [] if "--data" in more else ["--data", str(images)]
+    code, out, err = vitnas(*words(tmp_path / "net", tmp_path / "out", *given, "--finetune", "0", *more))
+    vitnas.refused((code, out, err.splitlines(keepends=True)[-1]), *said)  # after the line on the data, if any
+
+
+@pytest.mark.parametrize("model", ["efficientvit_m9", "nowhere/arch.json"])
+def test_models_that_do_not_exist(vitnas, tmp_path, model):
+    vitnas.refused(vitnas(*words(model, tmp_path / "out")), model)
+
+
+def test_an_untrained_network_is_refused(vitnas, images, tmp_path, fake_clock):
+    model = create_model(small(3))
+    (tmp_path / "net").mkdir()
+    (tmp_path / "net" / "arch.json").write_text(model.arch.to_json())
+    save_file(model.state_dict(), tmp_path / "net" / "model.safetensors")
+    command = words(tmp_path / "net", tmp_path / "out", "--data", str(images))
+    code, _, said = vitnas(*command)
+    assert code == 2
+    assert "no effect on the loss" in said
+
+
+def test_budgets():
+    assert parse_pruning_budget(None, None, None).text == "0.5x"
+    assert parse_pruning_budget("150M", None, None).target(3e8) == 1.5e8
+    assert parse_pruning_budget(None, "0.25x", None).target(4e6) == 1e6
+    assert parse_pruning_budget(None, None, "1.5ms").target(2.0) == 1.5
+
+
+def test_widths_of_blocks():
+    """In a cascade a head's values are as wide as what the next head reads; only the last head's are free."""
+    raw = json.loads(get_arch("efficientvit_m4").to_json())
+    raw["stages"][0]["blocks"][0]["attn"]["heads"][3]["value_dim"] = 64
+    rows = nas.prune.run.block_widths(Arch.from_json(json.dumps(raw)))
+    found = {"embed": 128, "heads": 4, "qk": 16, "v": 40, "ffn": 512, "ratio": 4}
+    assert rows["stages.0.blocks.0"] == found | {"qk_range": [16, 16], "v_range": [32, 64]}
+    assert rows["stages.1.blocks.0"]["v"] == 64
+    assert nas.prune.run.block_widths(get_arch("levit_128s"))["stages.1.blocks.2"] == {
+        "embed": 256,
+        "heads": 6,
+        "qk": 16,
+        "v": 32,
+        "ffn": 512,
+        "ratio": 2,
+        "qk_range": [16, 16],
+        "v_range": [32, 32],
+    }
+    assert nas.prune.run.block_widths(get_arch("deit_tiny"))["blocks.11"]["ffn"] == 768
+
+
+def test_tuning_that_harms_is_not_kept(vitnas, images, tmp_path, fake_clock, monkeypatch):
+    trained(images, tmp_path / "net")
+    command = words(tmp_path / "net", tmp_path / "plain", "--data", str(images), "--finetune", "0", "--rounds", "1")
+    assert vitnas(*command)[0] == 0
+    monkeypatch.setattr(nas.prune.run, "worse_after_tuning", lambda found: True)
+    command = words(tmp_path / "net", tmp_path / "tuned", "--data", str(images), "--finetune", "1", "--rounds", "1")
+    code, _, said = vitnas(*command)
+    assert code == 0
+    assert "fine-tuning lowered the accuracy" in said
+    plain, kept = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("plain", "tuned"))
+    assert plain == kept

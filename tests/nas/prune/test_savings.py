@@ -1,0 +1,101 @@
+"""Measured costs, on invented latencies: noise is no saving, and what is unsure is measured once more."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+import pytest
+
+from nas.measure.protocol import Measurement
+from nas.prune.savings import LONGER_ROUNDS, ROUNDS, Saving, group_of, half, left_alone, measure_savings, rates
+from pruning.units import Anatomy, anatomy
+from search_spaces import Arch, get_arch
+
+KINDS = ("ffn", "qk")
+
+
+@pytest.fixture(scope="module")
+def parts() -> Anatomy:
+    raw = json.loads(get_arch("efficientvit_m0", 10).to_json())
+    raw |= {"resolution": 48, "stem": [8, 8, 8]}
+    for stage in raw["stages"]:
+        stage["blocks"] = stage["blocks"][:1]
+    return anatomy(Arch.from_json(json.dumps(raw)))
+
+
+class Clock:
+    """The whole network takes 2 ms in each round; a halved group that times what `factors` say, round after round."""
+
+    def __init__(self, factors: Mapping[str, list[float]]) -> None:
+        self.factors, self.runs = factors, []
+
+    def __call__(self, archs: Mapping[str, Arch], rounds: int) -> dict[str, Measurement]:
+        self.runs.append((set(archs), rounds))
+        found = {}
+        for name in archs:
+            cycle = self.factors.get(name, [0.9]) if name else [1.0]
+            found[name] = Measurement(rounds_ms=[[2.0 * cycle[i % len(cycle)]] for i in range(rounds)])
+        return found
+
+
+def test_noise_is_no_saving(parts: Anatomy) -> None:
+    """In the median 1% less time, but rounds go both ways: nothing is shown, and nothing is cut for it."""
+    noisy, slower = "stages.1 ffn", "stages.0 ffn"
+    clock = Clock({noisy: [0.8, 1.15, 0.98, 1.2, 0.85], slower: [1.1]})
+    savings, own = measure_savings(parts, KINDS, 8, clock)
+    found = {saving.group: saving for saving in savings}
+    assert own == 2.0
+    assert found[noisy].ms > 0
+    assert found[noisy].ci[0] < 0 < found[noisy].ci[1]
+    assert not found[noisy].shown
+    assert not found[slower].shown
+    known = rates([saving.row() for saving in savings])
+    assert known[noisy] == known[slower] == 0
+    assert all(rate > 0 for group, rate in known.items() if group not in (noisy, slower))
+
+
+def test_only_what_is_unsure_is_measured_longer(parts: Anatomy) -> None:
+    """One more run, of it and the whole network; the longer one counts."""
+    late = [0.8, 1.2] * 5 + [0.8] * 30
+    clock = Clock({"stages.1 ffn": late, "stages.0 ffn": [1.1]})
+    savings, _ = measure_savings(parts, KINDS, 8, clock)
+    assert [rounds for _, rounds in clock.runs] == [ROUNDS, LONGER_ROUNDS]
+    assert clock.runs[1][0] == {"", "stages.1 ffn"}
+    (saving,) = [saving for saving in savings if saving.group == "stages.1 ffn"]
+    assert saving.shown
+    assert saving.rounds == LONGER_ROUNDS
+    assert saving.rate == pytest.approx(0.4 / saving.macs)
+    clock = Clock({})
+    measure_savings(parts, KINDS, 8, clock)
+    assert len(clock.runs) == 1
+
+
+def test_groups_left_alone_are_named_by_the_reason() -> None:
+    kinds = {"a": (9, 0.1, 0.3), "b": (9, -0.1, 0.3), "c": (9, -0.3, -0.1), "d": (0, -0.1, 0.3), "e": (9, -0.2, 0.1)}
+    rows = [Saving(name, macs, 0.1, ends, 40).row() for name, (macs, *ends) in kinds.items()]
+    assert left_alone(rows) == (
+        "left alone, 4 of 5 groups: no saving shown, though measured twice (95% interval of the saving holds 0): b, e; "
+        "slower when halved: c; no MACs saved: d"
+    )
+    assert left_alone(rows[:1]) == ""
+
+
+def test_what_a_row_holds() -> None:
+    row = Saving("stages.0 ffn", 1000, 0.1, (-0.1, 0.3), 40).row()
+    assert json.loads(json.dumps(row)) == row
+    assert row["ci"] == [-0.1, 0.3]
+    assert not row["shown"]
+
+
+def test_groups_of_costs_cover_every_knob(parts: Anatomy) -> None:
+    """Knobs of a stage that are of one kind are measured together."""
+    groups = {group_of(knob.width, knob.kind) for knob in parts.knobs}
+    assert "stages.1 ffn" in groups
+    assert "stages.2 blocks attn" in groups
+    assert 10 < len(groups) < 40
+
+
+def test_halves_are_multiples() -> None:
+    assert [half(size, "ffn", 8) for size in (100, 20, 8, 6)] == [48, 8, 8, 6]
+    assert half(3, "heads", 8) == 1

@@ -1,0 +1,161 @@
+"""The closing run with a made-up clock: who wins, and who is measured longer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from nas.measure.protocol import MeasureError, Measurement
+from nas.networks.targets import find_target
+from nas.search import closing
+from nas.search.rows import later_rounds
+from search_spaces import get_arch
+
+SURE, OVER = (1.0, 1.0), (2.5, 2.5)
+WIDE = (1.9, 2.3)
+"""The medians of every other round: the interval holds the budget of 2 ms."""
+
+
+class Clock:
+    """`medians`: of every other round, by trial, one pair a run that the trial is in, the last one for all others."""
+
+    def __init__(self) -> None:
+        self.medians: dict[int, list[Sequence[float] | MeasureError]] = {}
+        self.runs: list[dict[str, int]] = []
+
+    def compare(self, paths: dict[str, Any], *_: Any, rounds: int, **__: Any) -> dict[str, Any]:
+        self.runs.append(dict.fromkeys(paths, rounds))
+        return {label: self._timed(int(label.split()[-1]), rounds) for label in paths}
+
+    def _timed(self, trial: int, rounds: int) -> Measurement | MeasureError:
+        left = self.medians[trial]
+        found = left.pop(0) if len(left) > 1 else left[0]
+        return found if isinstance(found, MeasureError) else Measurement([[found[i % 2]] for i in range(rounds)])
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    found = Clock()
+    monkeypatch.setattr(closing, "arch_of", lambda row: row["arch"])
+    exporter = SimpleNamespace(write=lambda network, settings, stem: stem)
+    monkeypatch.setattr(closing, "Exporter", lambda images: nullcontext(exporter))
+    monkeypatch.setattr(closing, "device_lock", lambda device: nullcontext())
+    monkeypatch.setattr(closing, "compare", found.compare)
+    return found
+
+
+def close(tmp_path: Any, clock: Clock, **medians: Any) -> tuple[list[dict[str, Any]], list[str]]:
+    """The final table, and the notes, of trials of falling quality: t0, t1, ..."""
+    clock.medians = {int(name[1:]): value if isinstance(value, list) else [value] for name, value in medians.items()}
+    rows = [
+        {
+            **{"name": "", "family": "shvit", "feasible": True, "latency_ms": 1.0, "macs_m": 1.0, "resolution": 32},
+            **{
+                "quality": 70.0 - trial,
+                "quality_estimate": 71.0,
+                "quality_ci": [69.0, 73.0],
+                "quality_how": "",
+                "guessed": False,
+            },
+            **{"guessed": False, "trial": trial, "params_m": 1.0, "arch": {"number": trial}},
+        }
+        for trial in clock.medians
+    ]
+    settings = SimpleNamespace(device="cpu", batch_size=1)
+    options = SimpleNamespace(budget_ms=2.0, settings=settings, folder=tmp_path, against=(), throughput_at=None)
+    notes: list[str] = []
+    return closing.closing_run(options, rows, note=notes.append)[0], notes
+
+
+def test_an_unsure_network_is_measured_longer_until_it_is_sure(tmp_path, clock):
+    final, notes = close(tmp_path, clock, t0=[WIDE, (1.9, 1.9)], t1=SURE)
+    assert clock.runs == [{"trial 0": 30, "trial 1": 30}, {"trial 0": 30}]
+    assert (final[0]["trial"], final[0]["verdict"], final[0]["role"]) == (0, "fits", "winner")
+    assert final[0]["samples"] == 60
+    assert notes == []
+
+
+def test_one_that_stays_unsure_does_not_win_over_one_that_fits(tmp_path, clock):
+    final, notes = close(tmp_path, clock, t0=WIDE, t1=SURE, t2=WIDE)
+    assert sum(run["trial 0"] for run in clock.runs) == closing.MOST_ROUNDS
+    assert clock.runs[1:] == [{"trial 0": 30}] * 3, "what ranks behind a sure one is left as it is"
+    assert [(row["trial"], row["verdict"], row["role"]) for row in final] == [
+        (1, "fits", "winner"),
+        (0, "unsure", "found"),
+        (2, "unsure", "found"),
+    ]
+    (note,) = notes
+    assert note == "trial 0 may be within 2 ms or over it, also after 120 rounds: 95% 1.90 to 2.30 ms"
+
+
+def test_where_nothing_surely_fits_the_best_that_may_wins(tmp_path, clock):
+    final, notes = close(tmp_path, clock, t0=OVER, t1=WIDE, t2=WIDE)
+    assert [(row["trial"], row["verdict"], row["role"]) for row in final] == [
+        (1, "unsure", "winner"),
+        (2, "unsure", "found"),
+        (0, "over", "found"),
+    ]
+    assert len(notes) == 2
+
+
+def test_what_is_over_wins_nothing(tmp_path, clock):
+    final, _ = close(tmp_path, clock, t0=OVER, t1=OVER)
+    assert [row["role"] for row in final] == ["found", "found"]
+    assert len(clock.runs) == 1
+
+
+def test_one_that_fails_when_measured_longer_keeps_what_it_has(tmp_path, clock):
+    final, notes = close(tmp_path, clock, t0=[WIDE, MeasureError("killed by signal 9")], t1=SURE)
+    assert len(clock.runs) == 2
+    assert [(row["trial"], row["error"], row["verdict"]) for row in final] == [(1, "", "fits"), (0, "", "unsure")]
+    assert final[1]["samples"] == 30
+    assert notes[0] == "trial 0 could not be measured longer: killed by signal 9"
+
+
+def test_ctrl_c_while_some_are_measured_longer_keeps_the_closing_run(tmp_path, clock, monkeypatch):
+    def compare(paths, *_, **options):
+        if len(clock.runs) == 2:
+            raise KeyboardInterrupt
+        return Clock.compare(clock, paths, *_, **options)
+
+    monkeypatch.setattr(closing, "compare", compare)
+    with pytest.raises(closing.ClosingInterrupted) as cut:
+        close(tmp_path, clock, t0=WIDE, t1=SURE)
+    assert [(row["trial"], row["role"], row["samples"]) for row in cut.value.final] == [
+        (1, "winner", 30),
+        (0, "found", 60),
+    ]
+    assert later_rounds(cut.value.final) == "Measured longer afterwards, in rounds of their own: trial 0."
+    assert later_rounds(cut.value.final[:1]) == ""
+
+
+def test_networks_beside_run_at_the_resolution_of_the_best_finalist():
+    def row(name: str, resolution: int, quality: float, feasible: bool = True) -> dict[str, Any]:
+        arch = json.loads(get_arch(name).at(resolution).to_json())
+        shown = {"quality": quality, "params_m": 1.0, "latency_ms": 1.0, "resolution": resolution}
+        return {**shown, "feasible": feasible, "arch": arch}
+
+    finalists = {
+        "levit_128s": row("levit_128s", 224, 90.0, feasible=False),
+        "trial 1": row("shvit_s1", 96, 60.0),
+        "trial 2": row("shvit_s1", 64, 50.0),
+    }
+    names = ("timm/lcnet_050", "shvit_s2@128", "shvit_s1", "levit_128s", "timm/test_vit@64", "timm/inception_v3")
+    found, refused = closing.outside_of([find_target(name) for name in names], finalists)
+    assert {label: network.resolution for label, network in found.items()} == {
+        "timm/lcnet_050": 96,
+        "shvit_s2@128": 128,
+        "levit_128s (as named)": 96,
+        "timm/test_vit@64": 64,
+        "timm/inception_v3": 96,
+    }
+    assert refused == {}
+    small = {"trial 2": finalists["trial 2"]}
+    found, refused = closing.outside_of([find_target("timm/inception_v3"), find_target("timm/lcnet_050")], small)
+    assert list(found) == ["timm/lcnet_050"]
+    assert "cannot take images of 64 px: 96 px works" in refused["timm/inception_v3"]

@@ -1,0 +1,637 @@
+"""What goes wrong in a search, and what it leaves: a made-up device and made-up trainings, no child processes."""
+
+from __future__ import annotations
+
+import html
+import json
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import nas.measure
+import nas.measure.hardware
+import nas.quality
+import nas.quality.tiers
+import nas.search.closing
+import nas.search.final
+import nas.search.loop
+import nas.search.outcome
+import nas.search.report
+from nas.cli.display import what_now
+from nas.errors import TrainingError, UserError
+from nas.export.card import Card
+from nas.measure.protocol import MeasureError, Measurement
+from nas.measure.remote import LinkLost
+from nas.measure.runtime import Settings
+from nas.process import WorkerError
+from nas.quality.schooling import Schooling
+from nas.quality.shared import Shared
+from nas.quality.trained import Train
+from search_spaces import Arch, create_model, table
+
+TRIALS = 4
+
+
+class Device:
+    """Latencies that follow MACs; `faults` are raised in place of the first measurements, by their number."""
+
+    def __init__(self) -> None:
+        self.faults: dict[int, BaseException] = {}
+        self.measured: list[Arch] = []
+        self.compared = 0
+        self.running: list[Any] = []
+
+    def write(self, network: Arch, settings: Any, stem: Path) -> Path:
+        path = Path(f"{stem}.json")
+        path.write_text(network.to_json())
+        return path
+
+    def prepare(self) -> None:
+        pass
+
+    def measure(self, path: Path, *_: Any, **__: Any) -> Measurement:
+        fault = self.faults.pop(len(self.measured), None)
+        self.measured.append(Arch.from_json(path.read_text()))
+        if fault is not None:
+            raise fault
+        return self.timed(path)
+
+    def compare(self, paths: dict[str, Path], *_: Any, **__: Any) -> dict[str, Measurement]:
+        self.compared += 1
+        return {label: self.timed(path) for label, path in paths.items()}
+
+    def timed(self, path: Path) -> Measurement:
+        latency = table(Arch.from_json(path.read_text())).macs() / 1e8
+        return Measurement([[latency] * 3] * 8, [[1.0] * 3] * 8)
+
+
+class Taught(Train):
+    """Trains nothing. `faults`: raised by a training, by how many were begun before; `begun` lists their networks."""
+
+    faults: dict[int, BaseException]
+    begun: list[str]
+
+    def begin(self, arch: Arch, images: Any, recipe: Any, seed: int, checkpoint: Path, weights: Any = None) -> Any:
+        fault = self.faults.pop(len(self.begun), None)
+        self.begun.append(arch.digest())
+
+        class Training:
+            loader = SimpleNamespace(close=lambda: None)
+
+            def __init__(self) -> None:
+                self.recipe, self.epoch = recipe, 0
+
+            @property
+            def network(self) -> Any:
+                return create_model(arch)
+
+            def run(self, until: int | None = None, progress: Any = None) -> None:
+                checkpoint.parent.mkdir(parents=True, exist_ok=True)
+                if fault is not None:
+                    raise fault
+
+        return Training()
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch, small_shvit: None) -> Device:
+    found = Device()
+    for module in (nas.search.loop, nas.search.closing):
+        monkeypatch.setattr(module, "Exporter", lambda *_: nullcontext(found))
+        monkeypatch.setattr(module, "device_lock", lambda device: nullcontext())
+    monkeypatch.setattr(nas.search.loop, "open_measurer", lambda *_: nullcontext(found))
+    monkeypatch.setattr(nas.search.closing, "compare", found.compare)
+    monkeypatch.setattr(nas.search.outcome, "write_onnx", lambda arch, path, batch: path.write_bytes(b"untrained"))
+    monkeypatch.setattr(nas.search.outcome, "label_onnx", lambda *_, **__: None)
+    monkeypatch.setattr(nas.measure.hardware, "SAMPLE_S", 0.0)
+    monkeypatch.setattr(nas.search.report, "_plot", lambda data: b"")
+    return found
+
+
+@pytest.fixture
+def tier(monkeypatch: pytest.MonkeyPatch) -> type[Taught]:
+    monkeypatch.setattr(Taught, "faults", {}, raising=False)
+    monkeypatch.setattr(Taught, "begun", [], raising=False)
+    monkeypatch.setitem(nas.quality.tiers.TIERS, "train", Taught)
+    monkeypatch.setattr(
+        Schooling, "judge", lambda self, network, images: SimpleNamespace(top1=50.0, total=8, hits=(True, False) * 4)
+    )
+
+    def save_onnx(model: Any, folder: Path, *_: Any, **__: Any) -> None:
+        (folder / "model.onnx").write_bytes(b"trained")
+
+    monkeypatch.setattr(nas.search.outcome, "save_onnx", save_onnx)
+    return Taught
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """80 images of each of two classes: as few as may be searched on."""
+    for label in ("a", "b"):
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for i in range(80):
+            Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(tmp_path / "images" / label / f"{i}.png")
+    return tmp_path / "images"
+
+
+def command(out: Path, *words: str, trials: int = TRIALS, budget: str = "10ms") -> list[str]:
+    base = ("search", "--latency-budget", budget, "--trials", str(trials), "--study", "s", "--out", str(out))
+    return [
+        *base,
+        *("--family", "shvit", "--resolution", "64", "--sampler", "random", "--seed", "1", "--no-cache"),
+        *words,
+    ]
+
+
+def trained(out: Path, pictures: Path, *words: str) -> list[str]:
+    short = ("--train-images", "100", "--epochs", "1", "--final-epochs", "1", "--seeds", "1", "--threads", "1")
+    return command(out, "--data", str(pictures), *short, "--json", *words)
+
+
+def study_of(out: Path) -> Any:
+    import optuna
+
+    from nas.study.storage import open_storage
+
+    storage = open_storage(out / "s" / "study.journal", read_only=True)
+    return optuna.load_study(study_name="s", storage=storage)
+
+
+def states(out: Path) -> list[str]:
+    return [trial.state.name for trial in study_of(out).get_trials(deepcopy=False)]
+
+
+def errors(out: Path) -> list[str]:
+    return [t.user_attrs["error"] for t in study_of(out).get_trials(deepcopy=False) if "error" in t.user_attrs]
+
+
+def best(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (out / "s" / "best").iterdir()}
+
+
+@pytest.mark.parametrize(
+    "words", [("search", "--latency-budget", "1ms"), ("prune", "--model", "levit_128s"), ("train", "levit_128s")]
+)
+@pytest.mark.parametrize("seed", ["-1", str(2**32)])
+def test_seeds_out_of_range(vitnas, words, seed):
+    vitnas.refused(vitnas(*words, "--seed", seed), "--seed")
+
+
+# A trial
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        TrainingError("the loss is no longer finite in epoch 1", 1),
+        UserError("no batch holds two images that can be decoded"),
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied\nmore"),
+        MemoryError(),
+        OSError(5, "Input/output error"),
+        ValueError("cannot reshape"),
+    ],
+    ids=lambda fault: type(fault).__name__,
+)
+def test_a_training_that_fails_is_a_failed_trial(vitnas, device, tier, pictures, tmp_path, fault):
+    """The others go on; it is not made again, as a trial that lost its device is."""
+    tier.faults[1] = fault
+    code, out, err = vitnas(*trained(tmp_path, pictures))
+    assert code == 0, err
+    assert states(tmp_path).count("FAIL") == 1
+    assert len(states(tmp_path)) == TRIALS
+    (error,) = errors(tmp_path)
+    assert "\n" not in error
+    assert str(fault).split("\n")[0].split("]")[-1].strip() in error or type(fault).__name__ in error
+    assert json.loads(out)["winner"]
+
+
+@pytest.fixture
+def shared(monkeypatch: pytest.MonkeyPatch, tier: type[Taught]) -> dict[str, BaseException]:
+    """A tier whose families' weights are made up; what is raised in place of making them, by family."""
+    faults: dict[str, BaseException] = {}
+
+    class Weights(Shared):
+        faults, begun, begin = tier.faults, tier.begun, tier.begin
+
+        def _made(self, family: str) -> Any:
+            tier.begun.append(family)
+            if family in faults:
+                raise faults[family]
+            found = SimpleNamespace(top1=50.0, total=29)
+            return SimpleNamespace(arch=SimpleNamespace(resolution=64), evaluate=lambda *_: found)
+
+    monkeypatch.setitem(nas.quality.tiers.TIERS, "supernet", Weights)
+    return faults
+
+
+def test_a_family_without_shared_weights_fails_its_own_trials(vitnas, device, shared, tier, pictures, tmp_path):
+    shared["shvit"] = MemoryError()
+    more = ("--quality", "supernet", "--family", "levit")
+    code, _, err = vitnas(*trained(tmp_path, pictures, *more))
+    assert code == 0, err
+    trials = study_of(tmp_path).get_trials(deepcopy=False)
+    assert {(t.params["family"], t.state.name) for t in trials} == {("shvit", "FAIL"), ("levit", "COMPLETE")}
+    assert all(error == "the shared weights of shvit: MemoryError" for error in errors(tmp_path))
+    assert tier.begun.count("shvit") == 1, "not tried again"
+
+
+def test_no_family_has_shared_weights(vitnas, device, shared, pictures, tmp_path):
+    shared["shvit"] = UserError("no batch holds two images")
+    code, _, err = vitnas(*trained(tmp_path, pictures, "--quality", "supernet"))
+    assert code == 2
+    assert err.splitlines()[-1].startswith("vitnas: no family's weights could be trained")
+    assert "no batch holds two images" in err
+    assert states(tmp_path) == ["FAIL"]
+
+
+def test_a_lost_link_is_tried_again(vitnas, device, tmp_path):
+    device.faults[1] = LinkLost("the connection ended")
+    assert vitnas(*command(tmp_path))[0] == 0
+    trials = study_of(tmp_path).get_trials(deepcopy=False)
+    (lost,) = (t for t in trials if t.state.name == "FAIL")
+    assert [t.params for t in trials if t.user_attrs.get("retry_of") == lost.number] == [lost.params]
+    assert states(tmp_path).count("COMPLETE") == TRIALS
+
+
+@pytest.mark.parametrize("fault", [MeasureError("killed by signal 9"), WorkerError("exited with 1"), MemoryError()])
+def test_a_network_that_cannot_be_measured_is_a_failed_trial(vitnas, device, tmp_path, fault):
+    device.faults[1] = fault
+    assert vitnas(*command(tmp_path))[0] == 0
+    assert states(tmp_path).count("FAIL") == 1
+    assert len(states(tmp_path)) == TRIALS
+
+
+def test_a_full_disk_ends_the_search_and_its_trial_is_made_again(vitnas, device, tmp_path):
+    device.faults[2] = OSError(28, "No space left on device")
+    code, _, err = vitnas(*command(tmp_path))
+    assert code == 1
+    assert "no space left in" in err
+    assert states(tmp_path) == ["COMPLETE", "FAIL", "WAITING"]
+    assert (tmp_path / "s" / "report.html").is_file()
+    assert vitnas(*command(tmp_path))[0] == 0
+    assert states(tmp_path).count("COMPLETE") == TRIALS
+
+
+def test_ctrl_c_in_a_trial(vitnas, device, tmp_path):
+    device.faults[2] = KeyboardInterrupt()
+    code, out, err = vitnas(*command(tmp_path))
+    assert code == 130
+    assert err.splitlines()[-1].startswith("interrupted; to go on: vitnas search")
+    assert "o go on" not in out, "it is told once"
+    assert errors(tmp_path) == ["interrupted"]
+    assert states(tmp_path)[-1] == "WAITING"
+    assert "An interrupted trial is made again by the same command." in out
+    assert "failed" not in out
+    assert "Failed trials" not in (tmp_path / "s" / "report.html").read_text()
+    code, _, err = vitnas(*command(tmp_path))
+    assert code == 0
+    assert "is left to begin" not in err
+    assert "no trial is left to begin: only the end is made again" in vitnas(*command(tmp_path))[2]
+
+
+def test_ctrl_c_before_any_trial_gives_no_advice(vitnas, device, tmp_path):
+    device.faults[1] = KeyboardInterrupt()
+    _, out, _ = vitnas(*command(tmp_path, "--against", "levit_128s"))
+    assert "No trial was measured" in out
+    assert "may help" not in out
+    assert "--against was measured" not in out
+    assert "What would help" not in (tmp_path / "s" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_waiting_times_are_not_ranked(vitnas, device, tmp_path, monkeypatch, threads):
+    """At 2 threads on a busy machine a search ends before its first trial; at 1 it goes on."""
+    monkeypatch.setattr(nas.search.loop, "PROBE_PAUSE_S", 0.0)
+    monkeypatch.setattr(nas.search.loop, "check_settings", lambda settings: None)
+    monkeypatch.setattr("nas.cli.app.settings_of", lambda *_: Settings(threads=threads))
+    device.timed = lambda path: Measurement([[1.0, 8.0, 9.0]] * 8, [[1.0] * 3] * 8)
+    code, _, err = vitnas(*command(tmp_path, budget="20ms"))
+    if threads == 1:
+        assert code == 0
+        return
+    assert code == 2
+    assert "at 2 threads a network waits for them, so these figures are waiting times" in err.splitlines()[-1]
+    assert len(device.measured) == nas.search.loop.PROBES
+    assert not (tmp_path / "s").exists(), "it would bind what is tried next to 2 threads"
+    (tmp_path / "s").mkdir()
+    assert vitnas(*command(tmp_path, budget="20ms"))[0] == 2
+    assert (tmp_path / "s" / "study.journal").is_file(), "a folder that was there may be another worker's"
+
+
+# The verdict
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_where_nothing_surely_fits_the_headline_and_the_exit_code_say_so(vitnas, device, tmp_path, interrupted):
+    device.timed = lambda path: Measurement([[9.0] * 3, [11.0] * 3] * 4, [[1.0] * 3] * 8)
+    if interrupted:
+        device.faults[3] = KeyboardInterrupt()
+    code, out, _ = vitnas(*command(tmp_path))
+    assert code == (130 if interrupted else 1)
+    assert device.compared == (0 if interrupted else 4), "measured longer"
+    first = " ".join(out.split("Report")[0].split())
+    assert "No network surely fits 10 ms; the best of those that may (" in first
+    assert "ms (unsure: 95% " in first
+    page = (tmp_path / "s" / "report.html").read_text()
+    assert "No network surely fits 10 ms; the best of those that may" in page
+    lines = (tmp_path / "s" / "trials.csv").read_text().splitlines()
+    verdicts = {line.split(",")[lines[0].split(",").index("verdict")] for line in lines[1:]}
+    assert "unsure" in verdicts
+
+
+def test_a_network_that_surely_fits_is_the_headline(vitnas, device, tmp_path):
+    code, out, _ = vitnas(*command(tmp_path, "--json"))
+    data = json.loads(out)
+    assert code == 0
+    assert data["winner"]["verdict"] == "fits"
+    assert {row["verdict"] for row in data["final"]} == {"fits"}
+
+
+# The end
+
+SHORT = "best/ holds the search's own training of 1 epoch of 100 images, not a full one"
+
+
+def assert_short(data: dict[str, Any]) -> None:
+    """best/ holds a candidate's own training, and says so."""
+    assert not data["untrained"]
+    assert data["short_training"] == {"epochs": 1, "images": 100}
+    assert any(note.startswith(SHORT) for note in data["notes"])
+
+
+@pytest.mark.parametrize("fault", [UserError("disagrees with PyTorch by 2e-04"), MemoryError(), RuntimeError("ONNX")])
+def test_a_network_that_cannot_be_exported_is_there_with_its_weights(
+    vitnas, device, tier, pictures, tmp_path, monkeypatch, fault
+):
+    def refused(*_: Any, **__: Any) -> None:
+        raise fault
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nas.search.outcome, "save_onnx", refused)
+        for _ in range(2):  # again at every rerun
+            code, out, err = vitnas(*trained(tmp_path, pictures))
+            assert code == 1, err
+            assert set(best(tmp_path)) == {"arch.json", "model.safetensors", "model.seen.npy"}
+            (line,) = json.loads(out)["failures"]
+            assert "best/model.onnx failed" in line
+            assert line in err
+            assert "best/model.onnx failed" in (tmp_path / "s" / "report.html").read_text()
+    begun = list(tier.begun)
+    code, out, _ = vitnas(*trained(tmp_path, pictures))
+    assert code == 0
+    assert json.loads(out)["failures"] == []
+    assert set(best(tmp_path)) == {"arch.json", "model.safetensors", "model.seen.npy", "model.onnx"}
+    assert tier.begun == begun, "nothing is trained again"
+
+
+@pytest.mark.parametrize("fault", [MemoryError(), UserError("no batch"), OSError(28, "No space left on device")])
+def test_a_final_training_that_fails(vitnas, device, tier, pictures, tmp_path, monkeypatch, fault):
+    real = nas.search.final.train_fully
+
+    def refused(options: Any, tier: Any, label: str, arch: Arch) -> Any:
+        if not failed:
+            failed.append(label)
+            raise fault
+        return real(options, tier, label, arch)
+
+    failed: list[str] = []
+    monkeypatch.setattr(nas.search.final, "train_fully", refused)
+    code, out, err = vitnas(*trained(tmp_path, pictures))
+    assert code == 1, err
+    data = json.loads(out)
+    assert data["failures"][0].startswith(f"final training of {failed[0]} failed")
+    assert data["accuracy"] is None
+    assert_short(data)
+    assert vitnas(*trained(tmp_path, pictures))[0] == 0
+    assert best(tmp_path)["model.onnx"] == b"trained"
+
+
+@pytest.mark.parametrize("fault", [UserError("ssh does not get through"), OSError(28, "No space left"), MemoryError()])
+def test_a_closing_run_that_fails(vitnas, device, tmp_path, monkeypatch, fault):
+    def refused(*_: Any, **__: Any) -> None:
+        raise fault
+
+    monkeypatch.setattr(nas.search.closing, "compare", refused)
+    code, out, err = vitnas(*command(tmp_path, "--json"))
+    assert code == 1, err
+    data = json.loads(out)
+    assert data["winner"]
+    assert data["failures"][0].startswith("closing side-by-side run failed")
+    assert best(tmp_path)["model.onnx"] == b"untrained"
+    assert "no closing side-by-side run" in (tmp_path / "s" / "report.html").read_text()
+
+
+def test_a_report_that_fails(vitnas, device, tmp_path, monkeypatch):
+    def full(data: Any) -> bytes:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(nas.search.report, "_plot", full)
+    code, out, _ = vitnas(*command(tmp_path, "--json"))
+    assert code == 1
+    assert "report failed" in json.loads(out)["failures"][0]
+    assert "arch.json" in best(tmp_path)
+
+
+@pytest.mark.parametrize("step", ["closing", "training", "judging"])
+def test_ctrl_c_at_the_end_keeps_what_was_done(vitnas, device, tier, pictures, tmp_path, monkeypatch, step):
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    where = {
+        "closing": (nas.search.closing, "compare"),
+        "training": (nas.search.final, "train_fully"),
+        "judging": (nas.search.final, "settle"),
+    }
+    with monkeypatch.context() as patch:
+        patch.setattr(*where[step], interrupt)
+        _, out, err = vitnas(*trained(tmp_path, pictures))
+    assert "interrupted in this step" in err
+    assert json.loads(out)["interrupted"]
+    assert_short(json.loads(out))
+    assert SHORT in html.unescape((tmp_path / "s" / "report.html").read_text())
+    assert best(tmp_path)["model.onnx"] == b"trained"
+    code, out, _ = vitnas(*trained(tmp_path, pictures))
+    assert code == 0
+    assert best(tmp_path)["model.onnx"] == b"trained"
+    assert json.loads(out)["short_training"] is None
+    assert not any(SHORT in note for note in json.loads(out)["notes"])
+
+
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_ctrl_c_in_a_trial_leaves_the_best_of_the_search_s_own_trainings(
+    vitnas, device, tier, pictures, tmp_path, monkeypatch, is_kept
+):
+    """With what it was judged on, and which images it has seen; where its weights are gone, best/ says so."""
+    cards, seen, finish = cards_of(monkeypatch), [], nas.search.outcome.finish_run
+
+    def finishing(options: Any, study: Any, run: Any, *more: Any, **words: Any) -> Any:
+        school = run.tier.schooling
+        seen.append(school.halves(64)[1].sources)
+        if not is_kept:
+            shutil.rmtree(school.kept)
+        return finish(options, study, run, *more, **words)
+
+    monkeypatch.setattr(nas.search.outcome, "record", lambda folder, images, parent: seen.append(images.sources))
+    monkeypatch.setattr(nas.search.outcome, "finish_run", finishing)
+    tier.faults[2] = KeyboardInterrupt()
+    code, out, _ = vitnas(*trained(tmp_path, pictures))
+    data, found = json.loads(out), best(tmp_path)
+    assert code == 130
+    if not is_kept:
+        assert data["untrained"]
+        assert found["model.onnx"] == b"untrained"
+        assert "best/ is untrained: the search has kept no training of this network" in data["notes"]
+        return
+    assert_short(data)
+    lines = what_now(data, tmp_path / "s", None)
+    assert lines[0] == f"Network: {tmp_path / 's' / 'best' / 'model.onnx'} (briefly trained weights)"
+    digest = Arch.from_json(found["arch.json"].decode()).digest()[:16]
+    assert found["model.safetensors"] == (tmp_path / "s" / "kept" / f"{digest}.safetensors").read_bytes()
+    card = cards["model.onnx"]
+    judging, taught = seen
+    assert (card.accuracy.top1, card.accuracy.images) == (50.0, len(judging))
+    assert card.accuracy.data.endswith(nas.search.outcome.HELD_OUT)
+    assert len(taught) == 100
+    assert not set(taught) & set(judging)
+
+
+def test_ctrl_c_while_the_final_training_is_judged(vitnas, device, tier, pictures, tmp_path, monkeypatch):
+    """Its weights are there, and their accuracy is not known."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    cards = cards_of(monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(nas.search.final, "replace_file", interrupt)
+        code, out, _ = vitnas(*trained(tmp_path, pictures))
+    assert (code, json.loads(out)["failures"]) == (130, [])
+    assert best(tmp_path)["model.onnx"] == b"trained"
+    assert (cards["model.onnx"].accuracy, cards["model.onnx"].classes) == (None, ["a", "b"])
+    assert vitnas(*trained(tmp_path, pictures))[0] == 0
+    assert cards["model.onnx"].accuracy.top1 == 50
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_a_file_says_only_what_was_found_out_with_it(vitnas, device, tier, pictures, tmp_path, monkeypatch, precision):
+    """Accuracy is of fp32 weights, latency of the file in the precision asked for."""
+    cards = cards_of(monkeypatch)
+    monkeypatch.setattr(nas.search.outcome, "lower_precision", lambda path, *_: path.write_bytes(b"lower"))
+    code, _, err = vitnas(*trained(tmp_path, pictures, "--precision", precision))
+    assert code == 0, err
+    card = cards["model.onnx"]
+    assert (card.accuracy.top1, card.latency is None) == (50, precision == "int8")
+    if precision == "int8":
+        assert best(tmp_path)["model.int8.onnx"] == b"lower"
+        card = cards["model.int8.onnx"]
+        assert (card.classes, card.accuracy) == (["a", "b"], None)
+    assert card.latency.precision == precision
+
+
+def cards_of(monkeypatch: pytest.MonkeyPatch) -> dict[str, Card]:
+    """What the files in best/ are labelled with, by their names, as they are written."""
+    found: dict[str, Card] = {}
+
+    def save_onnx(model: Any, folder: Path, *_: Any, card: Card, **__: Any) -> None:
+        (folder / "model.onnx").write_bytes(b"trained")
+        found["model.onnx"] = card
+
+    def label_onnx(path: Path, arch: Arch, trained: bool, card: Card) -> None:
+        found["model.int8.onnx"] = card
+
+    monkeypatch.setattr(nas.search.outcome, "save_onnx", save_onnx)
+    monkeypatch.setattr(nas.search.outcome, "label_onnx", label_onnx)
+    return found
+
+
+def test_what_is_known_is_on_disk_before_the_final_trainings(vitnas, device, tier, pictures, tmp_path, monkeypatch):
+    """A kill -9 during hours of training finds a report and a network."""
+    seen = []
+
+    def killed(*_: Any, **__: Any) -> None:
+        seen.append({path.name for path in (tmp_path / "s").iterdir()} | set(best(tmp_path)))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(nas.search.final, "train_fully", killed)
+    vitnas(*trained(tmp_path, pictures))
+    assert {"report.html", "trials.csv", "pareto.json", "arch.json", "model.onnx"} <= seen[0]
+
+
+def test_workers_end_one_after_the_other(vitnas, device, tier, pictures, tmp_path, monkeypatch):
+    """Whoever ends second has what the first one trained."""
+    from nas.files import folder_lock
+
+    assert vitnas(*trained(tmp_path, pictures))[0] == 0
+    begun, locked = list(tier.begun), []
+    real = nas.search.outcome.closing_run
+
+    def inside(*words: Any) -> Any:
+        with pytest.raises(UserError), folder_lock(tmp_path / "s", name=nas.search.outcome.LOCK):
+            pass
+        locked.append(True)
+        return real(*words)
+
+    monkeypatch.setattr(nas.search.outcome, "closing_run", inside)
+    assert vitnas(*trained(tmp_path, pictures))[0] == 0
+    assert locked
+    assert tier.begun == begun
+
+
+def test_no_file_of_another_network_stays(vitnas, device, tier, pictures, tmp_path, monkeypatch):
+    assert vitnas(*trained(tmp_path, pictures))[0] == 0
+    other = json.loads(best(tmp_path)["arch.json"]) | {"num_classes": 3}
+    (tmp_path / "s" / "best" / "arch.json").write_text(json.dumps(other))
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise UserError("disagrees")
+
+    monkeypatch.setattr(nas.search.outcome, "save_onnx", refused)
+    vitnas(*trained(tmp_path, pictures))
+    assert set(best(tmp_path)) == {"arch.json", "model.safetensors", "model.seen.npy"}
+
+
+def test_trainings_on_other_images_are_not_taken_for_these(vitnas, device, tier, pictures, tmp_path):
+    """Without its journal the study is a new one, but its folder's trainings are not."""
+    assert vitnas(*trained(tmp_path, pictures))[0] == 0
+    for path in (tmp_path / "s").glob("study.journal*"):
+        path.unlink()
+    (pictures / "a" / "more.png").write_bytes((pictures / "a" / "0.png").read_bytes())
+    kept = best(tmp_path)
+    vitnas.refused(vitnas(*trained(tmp_path, pictures)), "the images of --data", "--study")
+    assert not (tmp_path / "s" / "study.journal").exists()
+    assert best(tmp_path) == kept
+    (pictures / "a" / "more.png").unlink()
+    begun = list(tier.begun)
+    assert vitnas(*trained(tmp_path, pictures))[0] == 0
+    assert len(tier.begun) == len(begun) + TRIALS, "the final trainings are kept"
+
+
+def test_after_ctrl_c_no_other_worker_s_end_is_waited_for(vitnas, device, tmp_path):
+    from nas.files import folder_lock
+
+    (tmp_path / "s").mkdir()
+    device.faults[2] = KeyboardInterrupt()
+    with folder_lock(tmp_path / "s", name=nas.search.outcome.LOCK):
+        code, _, err = vitnas(*command(tmp_path))
+    assert code == 2
+    assert "interrupted" in err
+    assert "in use by" in err.splitlines()[-1]
+
+
+def test_a_trained_network_stays_where_later_all_are_over_the_budget(
+    vitnas, device, tier, pictures, tmp_path, monkeypatch
+):
+    assert vitnas(*trained(tmp_path, pictures))[0] == 0
+    kept = best(tmp_path)
+    slow = Measurement([[1000.0] * 3] * 8)
+    monkeypatch.setattr(nas.search.closing, "compare", lambda paths, *_, **__: dict.fromkeys(paths, slow))
+    code, out, _ = vitnas(*trained(tmp_path, pictures))
+    assert code == 1
+    assert any("best/ is left as it was" in note for note in json.loads(out)["notes"])
+    assert best(tmp_path) == kept

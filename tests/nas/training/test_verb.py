@@ -1,0 +1,794 @@
+"""`vitnas train`: its folder, going on after a kill, several processes, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+import nas.data.dataset
+import nas.training.engine
+from nas.data.batches import loader
+from nas.data.dataset import open_data
+from nas.data.images import sample
+from nas.errors import TrainingError, UserError
+from nas.files import folder_lock
+from nas.training.engine import evaluate
+from search_spaces import Arch, create_model, get_arch
+
+ARGS = ("--epochs", "2", "--batch-size", "32", "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def small(helpers, tmp_path_factory) -> Callable[..., str]:
+    """Paths of tiny Archs as arch.json."""
+
+    def write(family: str, **changes) -> str:
+        arch = helpers.random_arch(family, 3, num_classes=10, **changes)
+        path = tmp_path_factory.mktemp(family) / "arch.json"
+        path.write_text(arch.to_json())
+        return str(path)
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def deit(small) -> str:
+    """DeiT of two narrow blocks at 32 px."""
+    block = {
+        "attn": {"heads": 2, "key_dim": 16, "value_dim": 16, "scale": 0.25},
+        "keep_rate": 1.0,
+        "fuse": False,
+        "ffn": {"hidden": 128},
+    }
+    return small("evit", resolution=32, patch_size=8, embed_dim=64, blocks=[block] * 2)
+
+
+@pytest.fixture
+def few(monkeypatch) -> None:
+    """A few digits are enough."""
+    import nas.data
+
+    def open_few(*args) -> nas.data.dataset.ImageData:
+        data = open_data(*args)
+        return dataclasses.replace(data, train=sample(data.train, 256, 0), val=sample(data.val, 64, 0))
+
+    monkeypatch.setattr(nas.data, "open_data", open_few)
+
+
+def metrics(folder: Path) -> dict:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def test_a_folder_that_export_and_bench_take(vitnas, deit, tmp_path):
+    out = tmp_path / "out"
+    code, _, err = vitnas("train", deit, "--out", str(out), *ARGS, "--lr", "0.004", "--json")
+    assert code == 0, err
+    assert "no --data" in err
+    first = err
+    found = metrics(out)
+    assert {path.name for path in out.iterdir()} == {
+        "arch.json",
+        "model.safetensors",
+        "model.onnx",
+        "metrics.json",
+        "preprocess.json",
+        "labels.txt",
+        "model.seen.npy",
+        "state",
+        ".lock",
+    }
+    assert [path.name for path in (out / "state").iterdir()] == ["state.json"]
+    assert [row["epoch"] for row in found["epochs"]] == [1, 2]
+    assert found["recipe"]["name"] == "quick"
+    assert found["recipe"]["peak_lr"] == 0.004
+    assert found["final"]["of"] == "last weights"
+    assert found["command"].startswith("vitnas train")
+    data = open_data(None, 32, 10, seed=0)
+    model = create_model(Arch.from_json((out / "arch.json").read_bytes()), weights=out / "model.safetensors")
+    accuracy = evaluate(model, loader(data.val, 64, shuffle=False, seed=0))
+    assert (found["final"]["val_images"], found["data"]["val"]) == (accuracy.total, accuracy.total)
+    assert found["final"]["top1"] == pytest.approx(accuracy.top1)
+    low, high = found["final"]["top1_ci"]
+    assert (low, high) == pytest.approx(accuracy.interval)
+    assert [found[key] for key in ("top1", "top1_ci", "images")] == [accuracy.top1, [low, high], accuracy.total]
+    assert found["classes"] == found["data"]["class_names"] == list("0123456789")
+    assert found["train_threads"] == 1
+    assert found["seconds"] == sum(row["seconds"] for row in found["epochs"])
+    assert accuracy.top1 > 20
+
+    code, text, err = vitnas("train", deit, "--out", str(out), *ARGS, "--lr", "0.004")
+    assert code == 0
+    assert "is finished" in err
+    assert "again" not in err
+    told = f"{accuracy.top1:.1f}% top-1 (95%: {low:.1f} to {high:.1f}, {accuracy.total} images)"
+    assert f"epoch 2/2: {told}" in first
+    assert text.startswith(f"{told} of ")
+    assert text.splitlines()[-2:] == [f"  vitnas bench {out} timm/lcnet_050@32", f"  vitnas prune --model {out}"]
+    vitnas.refused(vitnas("train", deit, "--out", str(out), *ARGS), "another run", "lr")
+    longer = f"`vitnas train {out} --epochs 3 --out NEW` begins with its weights"
+    vitnas.refused(vitnas("train", deit, "--out", str(out), *ARGS, "--epochs", "3"), "another run", longer)
+
+    code, text, _ = vitnas("export", str(out), "--out", str(tmp_path / "exported"))
+    assert (code, "with the given weights" in text) == (0, True)
+    again = load_file(tmp_path / "exported" / "model.safetensors")
+    assert all(torch.equal(value, again[name]) for name, value in load_file(out / "model.safetensors").items())
+    assert vitnas("bench", str(out), "--rounds", "6", "--threads", "1")[0] == 0
+
+
+@pytest.mark.usefixtures("few")
+def test_what_an_onnx_check_refuses_is_written(vitnas, deit, tmp_path, monkeypatch):
+    """Weights and metrics are there, an older model.onnx is not; the same command exports again, without training."""
+    import nas.export.artifact
+
+    out = tmp_path / "out"
+    args = ("train", deit, "--out", str(out), "--epochs", "1", "--batch-size", "128", "--device", "cpu")
+    out.mkdir()
+    (out / "model.onnx").write_text("of an older network")
+    agreement = nas.export.artifact.agreement
+
+    def refuse(*args):
+        raise UserError("the exported network disagrees with PyTorch by 2.0e-02 of its largest logit")
+
+    monkeypatch.setattr(nas.export.artifact, "agreement", refuse)
+    for times in (1, 2):
+        code, text, err = vitnas(*args, "--json")
+        assert code == 1, err
+        (line,) = (line for line in err.splitlines() if line.startswith("no model.onnx"))
+        assert "disagrees with PyTorch by 2.0e-02" in line
+        assert "(model.safetensors, metrics.json)" in err
+        assert metrics(out)["error"] == json.loads(text)["error"] == line
+        assert metrics(out)["final"]["top1"] == json.loads(text)["final"]["top1"]
+        assert ("going on after epoch 1 of 1" in err) == (times == 2)
+        assert not (out / "model.onnx").exists()
+        model = create_model(Arch.from_json((out / "arch.json").read_bytes()), weights=out / "model.safetensors")
+        assert model.arch.num_classes == 10
+    monkeypatch.setattr(nas.export.artifact, "agreement", agreement)
+    monkeypatch.setattr(nas.training.engine.Updater, "step", None)
+    assert vitnas(*args)[0] == 0
+    assert (metrics(out)["error"], (out / "model.onnx").is_file()) == (None, True)
+    assert [path.name for path in (out / "state").iterdir()] == ["state.json"]
+
+
+@pytest.mark.usefixtures("few")
+def test_it_goes_on_only_with_the_same_inputs(vitnas, deit, tmp_path):
+    """By what files hold, not by what they are called."""
+    data, out, student = tmp_path / "data", tmp_path / "out", tmp_path / "arch.json"
+    for label in ("cat", "dog"):
+        (data / label).mkdir(parents=True)
+        for i in range(4):
+            Image.new("RGB", (32, 32), (60 * i, 0, 0)).save(data / label / f"{i}.png")
+    student.write_text(Path(deit).read_text())
+    args = ("train", str(student), "--data", str(data), "--out", str(out), "--epochs", "1", "--batch-size", "4")
+    assert vitnas(*args)[0] == 0
+    code, _, err = vitnas(*args)
+    assert (code, f"{out} is finished" in err) == (0, True)
+    (data / "fox").mkdir()
+    for i in range(4):
+        Image.new("RGB", (32, 32), (0, 60 * i, 0)).save(data / "fox" / f"{i}.png")
+    vitnas.refused(vitnas(*args), f"{out} was begun with another content of the images of --data", "another --out")
+    shutil.rmtree(data / "fox")
+    student.write_text(
+        Path(deit).read_text().replace('"hidden":128', '"hidden":64').replace('"hidden": 128', '"hidden": 64')
+    )
+    vitnas.refused(vitnas(*args), "another content of the network of --model")
+
+
+def test_a_second_command_on_a_folder_is_refused(vitnas, deit, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    with folder_lock(out):
+        vitnas.refused(vitnas("train", deit, "--out", str(out), *ARGS), f"{out} is in use by vitnas", str(os.getpid()))
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("state/state.json", "{"),
+        ("state/state.json", "[1]"),
+        ("state/state.json", '{"colour": "red"}'),
+        ("state/state.json", '{"options": {}, "started": "2026-01-02", "rounds": 5}'),
+        ("metrics.json", "{}"),
+        ("metrics.json", "no JSON"),
+        ("state/checkpoint", ""),
+        ("state/checkpoint", "no checkpoint"),
+    ],
+)
+def test_a_damaged_file_is_one_line(vitnas, deit, tmp_path, file, content):
+    out = tmp_path / "out"
+    args = ("train", deit, "--out", str(out), "--epochs", "1", "--batch-size", "128", "--device", "cpu")
+    if file == "state/checkpoint":
+        (out / "state").mkdir(parents=True)
+    else:
+        assert vitnas(*args)[0] == 0
+    (out / file).write_text(content)
+    code, _, err = vitnas(*args)
+    assert (code, err.count("\n")) == (2, 1 + ("no --data" in err)), err
+    assert str(out / file) in err
+    assert (out / file).read_text() == content
+
+
+ONCE = ("--epochs", "3", "--batch-size", "64", "--device", "cpu")
+"""Of the `few` images: four updates an epoch."""
+
+
+def signalled(monkeypatch, at: int, number: int = signal.SIGINT) -> None:
+    """A signal comes within this update of a training's, from 0."""
+    step = nas.training.engine.Updater.step
+
+    def during(self, i, batches):
+        if i == at:
+            signal.raise_signal(number)
+        return step(self, i, batches)
+
+    monkeypatch.setattr(nas.training.engine.Updater, "step", during)
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize(
+    ("number", "at", "done", "which"),
+    [
+        (signal.SIGINT, 1, "128 images of epoch 1", "128 images of epoch 1, which was not judged"),
+        (signal.SIGTERM, 5, "epoch 1 of 3 and 128 images of epoch 2", "epoch 1, {top1}"),
+        (signal.SIGINT, 11, "epoch 3 of 3", "epoch 3, which was not judged"),
+    ],
+)
+def test_a_signal_leaves_a_network_and_goes_on_exactly(vitnas, deit, tmp_path, monkeypatch, number, at, done, which):
+    """The update in progress is finished; the network is the last epoch's, or what there is of the first one."""
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    args = ("train", deit, "--out", str(out), *ONCE)
+    with monkeypatch.context() as patched:
+        signalled(patched, at, number)
+        code, text, err = vitnas(*args)
+    assert (code, text) == (130, "")
+    found = metrics(out)
+    assert (found["interrupted"], found["error"]) == (done, None)
+    lines = err.splitlines()[-3:]
+    assert lines[0].startswith(f"interrupted after {done}: writing the network")
+    top1 = f"{found['top1']:.1f}% top-1 (95%: " if found["top1"] is not None else ""
+    assert lines[1].startswith(f"{out} holds the network of {which.format(top1=top1)}")
+    assert lines[2] == f"interrupted; to go on: vitnas {' '.join(args)}"
+    kept = load_file(out / "model.safetensors")
+    assert create_model(Arch.from_json((out / "arch.json").read_bytes()), weights=out / "model.safetensors")
+    assert (out / "model.onnx").is_file()
+    code, _, err = vitnas(*args)
+    assert (code, f"going on after {done}" in err) == (0, True)
+    assert metrics(out)["interrupted"] is None
+    assert [path.name for path in (out / "state").iterdir()] == ["state.json"]
+    assert vitnas("train", deit, "--out", str(whole), *ONCE)[0] == 0
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (out, whole))
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+    assert all(torch.equal(kept[name], value) for name, value in theirs.items()) == (at == 11)
+
+
+@pytest.mark.usefixtures("few")
+def test_a_second_signal_ends_it_at_once(vitnas, deit, tmp_path, monkeypatch):
+    """Within the update, whose half is not kept."""
+    out = tmp_path / "out"
+    backward = torch.Tensor.backward
+    calls = []
+
+    def twice(self, *args, **kwargs):
+        calls.append(self)
+        if len(calls) == 6:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return backward(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "backward", twice)
+    code, _, err = vitnas("train", deit, "--out", str(out), *ONCE)
+    assert (code, len(calls)) == (130, 6)
+    assert metrics(out)["interrupted"] == "epoch 1 of 3"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert "holds the network of epoch 1, " in err
+
+
+@pytest.mark.usefixtures("few")
+def test_ctrl_c_in_the_writing_leaves_nothing_of_earlier_weights(vitnas, deit, tmp_path, monkeypatch):
+    """Beside the weights of epoch 2 no file of epoch 1 stays."""
+    first = tmp_path / "first"
+    with monkeypatch.context() as patched:
+        signalled(patched, 5)
+        assert vitnas("train", deit, "--out", str(first), *ONCE)[0] == 130
+    weights = (first / "model.safetensors").read_bytes()
+    for where, left in (
+        ("nas.measure.hardware.describe", {"model.onnx", "metrics.json"}),
+        ("nas.training.run.replace_file", set()),
+        ("nas.training.run.save_onnx", {"metrics.json"}),
+    ):
+        out = tmp_path / where
+        shutil.copytree(first, out)
+        with monkeypatch.context() as patched:
+            signalled(patched, 8)
+            patched.setattr(where, _interrupt)
+            assert vitnas("train", deit, "--out", str(out), *ONCE)[0] == 130
+        assert {path.name for path in out.iterdir()} & {"model.onnx", "metrics.json"} == left
+        same = (out / "model.safetensors").read_bytes() == weights
+        assert same == ("model.onnx" in left)
+        if left:
+            assert metrics(out)["interrupted"].startswith("epoch 1" if same else "epoch 2")
+
+
+@pytest.mark.usefixtures("few")
+def test_a_signal_before_the_first_update_is_done_leaves_nothing(vitnas, deit, tmp_path, monkeypatch):
+    monkeypatch.setattr(nas.training.engine.Updater, "step", _interrupt)
+    code, _, err = vitnas("train", deit, "--out", str(tmp_path / "out"), *ONCE)
+    assert code == 130
+    assert "no update was finished: nothing is kept" in err
+
+
+def _interrupt(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.usefixtures("few")
+def test_a_finished_training_writes_again_what_was_lost(vitnas, deit, tmp_path, monkeypatch):
+    """From its weights; without those it says what is lost."""
+    out = tmp_path / "out"
+    args = ("train", deit, "--out", str(out), "--epochs", "1", "--batch-size", "128", "--device", "cpu")
+    assert vitnas(*args)[0] == 0
+    arch = (out / "arch.json").read_text()
+    monkeypatch.setattr(nas.training.engine.Updater, "step", None)
+    (out / "model.onnx").unlink()
+    (out / "arch.json").write_text("{")
+    code, _, err = vitnas(*args)
+    assert code == 0, err
+    assert "missing or changed since it was finished: arch.json, model.onnx: written again from model.saf" in err
+    assert ((out / "arch.json").read_text(), (out / "model.onnx").is_file()) == (arch, True)
+    assert "again" not in vitnas(*args)[2]
+    weights = (out / "model.safetensors").read_bytes()
+    (out / "model.safetensors").write_bytes(weights[:-4] + b"\0\1\2\3")
+    code, text, err = vitnas(*args)
+    assert (code, text) == (2, "")
+    assert "model.safetensors: the trained weights are lost" in err.splitlines()[-1]
+
+
+@pytest.mark.usefixtures("few")
+def test_a_failing_judge_loses_no_epoch(vitnas, deit, tmp_path, monkeypatch):
+    """The next run of the command judges the epoch that was not."""
+    import nas.data
+
+    out = tmp_path / "out"
+    args = ("train", deit, "--out", str(out), "--epochs", "1", "--batch-size", "128", "--device", "cpu")
+
+    def failing(*args):
+        raise TrainingError("out of memory with one image to judge")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(nas.training.engine, "evaluate", failing)
+        code, text, err = vitnas(*args)
+    assert code == 1, err
+    assert "out of memory with one image to judge; the weights of epoch 1 are kept" in err
+    assert text.startswith("Epoch 1 was not judged")
+    assert metrics(out)["final"]["epoch"] == 1
+    assert (out / "model.safetensors").is_file()
+    monkeypatch.setattr(nas.training.engine.Updater, "step", None)
+    code, text, err = vitnas(*args)
+    assert code == 0, err
+    assert "% top-1 (95%: " in text.splitlines()[0]
+
+
+KILLED = """
+import dataclasses, os, signal, sys
+from pathlib import Path
+import nas.data
+from nas.cli.app import main
+from nas.training.engine import Updater
+
+open_all, sample = nas.data.dataset.open_data, nas.data.images.sample
+
+def open_few(*args):
+    data = open_all(*args)
+    return dataclasses.replace(data, train=sample(data.train, 256, 0), val=sample(data.val, 64, 0))
+
+nas.data.dataset.open_data = open_few
+
+whole, left = Updater.step, 5
+
+def step(*args):
+    global left
+    left -= Path(checkpoint).is_file()
+    if not left:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return whole(*args)
+
+checkpoint = sys.argv.pop(1)
+Updater.step = step
+main()
+"""
+
+
+def killed(args: list[str], checkpoint: Path) -> None:
+    """Run the command in a process that is killed within the epoch after its first checkpoint."""
+    words = [sys.executable, "-c", KILLED, str(checkpoint), "train", *args]
+    child = subprocess.run(words, stderr=subprocess.PIPE, text=True)
+    assert child.returncode == -signal.SIGKILL, child.stderr
+
+
+@pytest.mark.usefixtures("few")
+def test_killed_it_goes_on_bit_for_bit(vitnas, small, tmp_path):
+    """`kill -9` within an epoch, then the same command: the weights of a training that was never stopped."""
+    model = small("levit", resolution=32)
+    first, second = tmp_path / "killed", tmp_path / "whole"
+    args = [model, "--epochs", "2", "--batch-size", "32", "--device", "cpu"]
+    killed([*args, "--out", str(first)], first / "state" / "checkpoint")
+    assert not (first / "metrics.json").exists()
+    code, _, err = vitnas("train", *args, "--out", str(first))
+    assert code == 0, err
+    assert "going on after epoch 1 of 2" in err
+    assert vitnas("train", *args, "--out", str(second))[0] == 0
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (first, second))
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+    losses = [[row["loss"] for row in metrics(folder)["epochs"]] for folder in (first, second)]
+    assert losses[0] == losses[1]
+
+
+PAIR = """
+from dataclasses import replace
+from pathlib import Path
+import torch
+from nas.data.dataset import open_data, sample
+from nas.training.recipes import RECIPES
+from nas.training.engine import Training, ranks
+from nas.training.run import processes
+from search_spaces import Arch, create_model
+
+with processes("cpu") as device:
+    rank, world = ranks()
+    for path, ema in ((deit, None), (levit, 0.99)):
+        arch = Arch.from_json(Path(path).read_bytes())
+        torch.manual_seed(rank)  # DistributedDataParallel hands out the first process's weights
+        data = sample(open_data(None, arch.resolution, 10, seed=0).calibration, 140, seed=0)
+        recipe = replace(RECIPES["quick"], epochs=2, batch_size=32, ema=ema, clip=("agc", 0.1))
+        name = f"{arch.family}-{world}"
+        for stop in (1, 2) if ema else (2,):
+            file = Path(folder, name)
+            training = Training(create_model(arch), data, recipe, device=device, checkpoint=file, accumulate=2)
+            training.run(stop)
+        torch.save(training.network.state_dict(), Path(folder, f"{name}-{rank}.pt"))
+"""
+
+
+def test_two_processes_are_one_with_twice_the_batch(small, deit, tmp_path):
+    """On a network without BatchNorm to rounding; one with BatchNorm ends equal in both, also after a stop."""
+    levit = small("levit", resolution=32)
+    script = f"deit, levit, folder = {deit!r}, {levit!r}, {str(tmp_path)!r}\n{PAIR}"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    started = []
+    for rank in range(2):
+        where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        env = os.environ | {key: str(value) for key, value in where.items()}
+        command = [sys.executable, "-c", script]
+        started.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
+    exec(script, {})
+    for child in started:
+        assert child.wait(120) == 0, child.stderr.read()
+
+    def weights(name: str) -> dict[str, Tensor]:
+        return torch.load(tmp_path / f"{name}.pt", weights_only=True)
+
+    alone, first, second = weights("evit-1-0"), weights("evit-2-0"), weights("evit-2-1")
+    fresh = create_model(Arch.from_json(Path(deit).read_bytes())).state_dict()
+    assert all(torch.equal(first[name], value) for name, value in second.items())
+    moved = max(float((alone[name] - fresh[name]).abs().max()) for name in fresh)
+    assert max(float((alone[name] - value).abs().max()) for name, value in first.items()) < 1e-3 * moved
+    first, second = weights("levit-2-0"), weights("levit-2-1")
+    assert any("running_mean" in name for name in first)
+    assert all(torch.equal(first[name], value) for name, value in second.items())
+
+
+@pytest.mark.slow
+def test_torchrun(deit, tmp_path):
+    """One folder, one voice."""
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "nas.cli", "train", deit]
+    for _ in range(2):
+        done = subprocess.run(
+            [*command, "--out", str(out), *ARGS],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count(" top-1 (95%: ") == 1
+    assert done.stderr.count("is finished") == 1
+    found = metrics(out)
+    assert found["processes"] == 2
+    assert found["final"]["top1"] > 20
+
+
+@pytest.mark.usefixtures("few")
+def test_a_loss_that_is_not_finite_leaves_the_last_good_weights(vitnas, deit, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    step = nas.training.engine.Updater.step
+    updates = []
+
+    def failing(self, at, batches):
+        updates.append(at)
+        return step(self, at, batches) * (float("nan") if at == 12 else 1.0)
+
+    monkeypatch.setattr(nas.training.engine.Updater, "step", failing)
+    code, _, err = vitnas("train", deit, "--out", str(out), *ARGS)
+    assert code == 1
+    assert updates[-1] == 12
+    (line,) = (line for line in err.splitlines() if "no longer finite" in line)
+    assert "in epoch 2: lower the learning rate" in line
+    assert "the weights of epoch 1 are kept" in line
+    found = metrics(out)
+    assert found["final"]["epoch"] == 1
+    assert "no longer finite" in found["error"]
+    data = nas.data.dataset.open_data(None, 32, 10, 0)
+    model = create_model(Arch.from_json((out / "arch.json").read_bytes()), weights=out / "model.safetensors")
+    assert evaluate(model, loader(data.val, 64, shuffle=False, seed=0)).top1 == pytest.approx(found["final"]["top1"])
+    monkeypatch.setattr(nas.training.engine.Updater, "step", step)
+    code, _, err = vitnas("train", deit, "--out", str(out), *ARGS)
+    assert (code, metrics(out)["error"]) == (0, None)
+    assert "going on after epoch 1" in err
+
+
+@pytest.mark.usefixtures("few")
+def test_a_loss_that_is_not_finite_at_once_leaves_no_weights(vitnas, deit, tmp_path):
+    code, _, err = vitnas("train", deit, "--out", str(tmp_path / "out"), *ARGS, "--lr", "999")
+    assert code == 1, err
+    assert "there are no earlier weights" in err or "the weights of epoch" in err
+
+
+# Fine-tuning, teachers
+
+
+@pytest.fixture(scope="module")
+def trained(helpers, small, tmp_path_factory) -> Path:
+    """A folder with a LeViT at 64 px and its weights."""
+    from nas.export.artifact import save_weights
+
+    arch = Arch.from_json(Path(small("levit", resolution=64, distilled=True)).read_bytes())
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "arch.json").write_text(arch.to_json())
+    save_weights(helpers.randomise(create_model(arch), 1), folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.usefixtures("few")
+def test_fine_tuning_begins_with_the_weights_given(vitnas, trained, tmp_path, monkeypatch):
+    """At another resolution the bias tables are resized; without --weights they are those beside the Arch."""
+    begun = {}
+
+    class Peek(nas.training.engine.Training):
+        def __init__(self, model, *args, **kwargs) -> None:
+            begun[model.arch.resolution] = {name: value.clone() for name, value in model.state_dict().items()}
+            super().__init__(model, *args, **kwargs)
+
+    monkeypatch.setattr(nas.training.engine, "Training", Peek)
+    weights, checkpoint = str(trained / "model.safetensors"), str(tmp_path / "checkpoint.pth")
+    given = load_file(weights)
+    torch.save({"model": {f"module.{name}": value for name, value in given.items()}, "epoch": 9}, checkpoint)
+    args = ("--weights", checkpoint, "--epochs", "1", "--batch-size", "128")
+    for size in (64, 96):
+        out = tmp_path / str(size)
+        code, _, err = vitnas("train", str(trained), "--resolution", str(size), *args, "--out", str(out))
+        assert code == 0, err
+        assert metrics(out)["recipe"]["name"] == "finetune"
+        assert ("64 px, resized to 96 px" in err) == (size == 96)
+        assert f"{checkpoint}: taken from model; prefix module. stripped" in err
+    assert all(torch.equal(given[name], value) for name, value in begun[64].items())
+    changed = {name for name, value in begun[96].items() if not torch.equal(given[name], value)}
+    assert changed
+    assert all(name.endswith("bias.table") for name in changed)
+    short = ("--epochs", "1", "--batch-size", "128")
+    for name, more, recipe in (("own", (), "finetune"), ("random", ("--weights", "none"), "quick")):
+        begun.clear()
+        args = ("train", str(trained), *short, *more, "--out", str(tmp_path / name))
+        code, _, err = vitnas(*args)
+        assert code == 0
+        assert (f"begins with the weights of {weights} (--weights none: with random" in err) == (name == "own")
+        assert metrics(tmp_path / name)["recipe"]["name"] == recipe
+        assert all(torch.equal(given[key], value) for key, value in begun[64].items()) == (name == "own")
+    begun.clear()
+    args = ("train", f"{trained}@96", *short, "--out", str(tmp_path / "at"))
+    code, _, err = vitnas(*args)
+    assert code == 0, err
+    assert "64 px, resized to 96 px" in err
+    unchanged = {name for name, value in given.items() if torch.equal(begun[96][name], value)}
+    assert unchanged == given.keys() - changed
+
+
+@pytest.mark.usefixtures("few")
+def test_where_a_network_of_other_classes_begins(vitnas, trained, tmp_path):
+    """Its own classifier is not used, and that is told."""
+    data, out = tmp_path / "data", tmp_path / "out"
+    for label in ("cat", "dog", "fox"):
+        (data / label).mkdir(parents=True)
+        for i in range(4):
+            Image.new("RGB", (32, 32), (60 * i, 0, 0)).save(data / label / f"{i}.png")
+    args = ("train", str(trained), "--data", str(data), "--epochs", "1", "--batch-size", "4")
+    code, _, err = vitnas(*args, "--out", str(out))
+    assert code == 0, err
+    assert (
+        "model.safetensors has a classifier of 10 classes: one for the 3 classes of these images begins untrained"
+        in err
+    )
+    assert metrics(out)["classes"] == ["cat", "dog", "fox"]
+    for folder in (data, data / "cat" / "out"):
+        vitnas.refused(vitnas(*args, "--out", str(folder)), f"--out {folder} is in the folder of the images")
+    vitnas.refused(vitnas(*args, "--out", str(trained)), f"--out {trained} holds the weights that the training begins")
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("distillation", ["hard", "soft"])
+def test_a_folder_teaches(vitnas, trained, deit, tmp_path, distillation):
+    """A teacher of another family and resolution."""
+    out = tmp_path / "out"
+    code, _, err = vitnas(
+        "train",
+        deit,
+        "--teacher",
+        str(trained),
+        "--distillation",
+        distillation,
+        "--out",
+        str(out),
+        "--epochs",
+        "1",
+        "--batch-size",
+        "128",
+    )
+    assert code == 0, err
+    assert f"{distillation} distillation from {trained}" in err
+    assert metrics(out)["recipe"]["distillation"] == distillation
+
+
+def test_timm_s_networks_teach_as_they_were_trained(tmp_path):
+    """Their weights from a file; their own normalisation and resolution."""
+    import timm
+
+    from nas.training.run import find_teacher
+
+    model = timm.create_model("vit_tiny_patch16_224.augreg_in21k_ft_in1k", num_classes=10, depth=1).eval()
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    with pytest.raises(UserError, match="--teacher-weights: the weights lack 132 of the 152 tensors"):
+        find_teacher("timm/vit_tiny_patch16_224", str(tmp_path / "weights.pth"), ["class"] * 10)
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=10).eval()
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    teacher = find_teacher("timm/vit_tiny_patch16_224", str(tmp_path / "weights.pth"), ["class"] * 10).eval()
+    pixels = torch.rand(2, 3, 224, 224)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    assert model.pretrained_cfg["mean"] == (0.5, 0.5, 0.5)
+    with torch.no_grad():
+        assert torch.allclose(teacher((pixels - mean) / std), model((pixels - 0.5) / 0.5), atol=1e-4)
+        assert teacher(torch.rand(2, 3, 64, 64)).shape == (2, 10)
+
+
+@pytest.mark.usefixtures("few")
+def test_an_oracle_lends_weights_and_chooses_tokens(vitnas, small, deit, tmp_path):
+    oracle = tmp_path / "oracle"
+    args = ("--epochs", "1", "--batch-size", "16")
+    assert vitnas("train", deit, "--out", str(oracle), *args)[0] == 0
+    raw = json.loads(Path(deit).read_text())
+    raw["blocks"][0] |= {"keep_rate": 0.5, "fuse": True}
+    student = tmp_path / "arch.json"
+    student.write_text(json.dumps(raw))
+    code, _, err = vitnas("train", str(student), "--oracle", str(oracle), "--out", str(tmp_path / "out"), *args)
+    assert code == 0, err
+    assert "chooses the tokens" in err
+    assert metrics(tmp_path / "out")["seen"]["images"] == metrics(oracle)["seen"]["images"], "the same ones"
+    (oracle / "model.seen.npy").unlink()
+    data = ("--out", str(tmp_path / "again"), *args)
+    code, _, err = vitnas("train", str(student), "--oracle", str(oracle), *data)
+    assert f"which images {oracle / 'model.safetensors'} was trained on is unknown" in err
+    assert metrics(tmp_path / "again")["seen"] is None
+    assert metrics(tmp_path / "out")["final"]["loss"] < metrics(oracle)["final"]["loss"]
+    refused = vitnas("train", small("levit"), "--oracle", str(oracle), "--out", str(tmp_path / "x"), *args)
+    vitnas.refused(refused, "EViT")
+
+
+# Refused
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("--recipe", "slow"), ("unknown --recipe 'slow'", "quick")),
+        (("--epochs", "0"), ("--epochs is 0",)),
+        (("--seed", "-1"), ("--seed", "0")),
+        (("--seed", "99999999999999999999"), ("--seed",)),
+        (("--workers", "100000"), ("--workers is 100000",)),
+        (("--workers", "-1"), ("--workers is -1",)),
+        (("--lr", "nan"), ("--lr is nan",)),
+        (("--num-classes", "-3"), ("--num-classes",)),
+        (("--resolution", "-32"), ("--resolution is -32",)),
+        (("--resolution", "0"), ("--resolution is 0",)),
+        (("--resolution", "320000"), ("resolution", "512")),
+        (("--batch-size", "1"), ("--batch-size is 1",)),
+        (("--accumulate", "0"), ("--accumulate is 0",)),
+        (("--lr", "0"), ("--lr is 0",)),
+        (("--precision", "int8"), ("--precision 'int8'", "bf16")),
+        (("--device", "tpu"), ("--device 'tpu'",)),
+        (("--distillation", "firm"), ("--distillation 'firm'",)),
+        (("--num-classes", "12"), ("--num-classes",)),
+        (("--data", "/no/such/folder"), ("/no/such/folder",)),
+        (("--resolution", "33"), ("33",)),
+        (("--weights", "no.safetensors"), ("no.safetensors: no such file",)),
+        (("--weights", "timm"), ("--weights", "no pretrained weights")),
+        (("--teacher-weights", "x.pth"), ("--teacher-weights needs --teacher",)),
+        (("--teacher", "timm/no_such_network"), ("--teacher timm/no_such_network", "no such network")),
+        (("--teacher", "no_such_network"), ("no_such_network",)),
+        (("--teacher", "no/folder"), ("no/folder",)),
+        (("--teacher", "sepvit_lite"), ("--teacher sepvit_lite", "no pretrained weights")),
+        (("--teacher", "timm/resnet10t", "--teacher-weights", "x.pth"), ("x.pth: no such file",)),
+    ],
+)
+def test_bad_input_is_one_line(vitnas, deit, tmp_path, args, words):
+    out = tmp_path / "out"
+    vitnas.refused(vitnas("train", deit, "--out", str(out), "--device", "cpu", *args), *words)
+    assert not out.exists()
+
+
+def test_a_teacher_without_trained_weights_is_refused(vitnas, deit, tmp_path, monkeypatch):
+    """A folder without any, one of other classes, and a host that cannot be reached."""
+    import timm
+
+    bare, other, seven = tmp_path / "bare", tmp_path / "other", str(tmp_path / "seven.pth")
+    for folder, classes in ((bare, 10), (other, 7)):
+        folder.mkdir()
+        (folder / "arch.json").write_text(get_arch("shvit_s1", classes).at(64).to_json())
+    torch.save(create_model(get_arch("shvit_s1", 7).at(64)).state_dict(), seven)
+
+    def unreachable(*args, **kwargs):
+        raise OSError("cannot reach the host")
+
+    monkeypatch.setattr(timm, "create_model", unreachable)
+    for words, expected in (
+        (("--teacher", str(bare)), "has no model.safetensors"),
+        (("--teacher", str(other), "--teacher-weights", seven), "7 classes and the data 10"),
+        (("--teacher", str(bare), "--teacher-weights", seven), "another classifier"),
+        (("--teacher", "timm/regnety_160.deit_in1k"), "cannot reach the host"),
+        (("--teacher", "levit_128s"), "could not fetch"),
+    ):
+        vitnas.refused(vitnas("train", deit, "--out", str(tmp_path / "out"), *words), expected)
+
+
+def test_a_full_disk_is_told(vitnas, deit, tmp_path, fill_disk):
+    fill_disk()
+    code, _, err = vitnas("train", deit, "--out", str(tmp_path / "out"), *ARGS)
+    assert code == 1
+    assert f"no space left in {tmp_path / 'out' / 'state'}" in err.splitlines()[-1]
+    assert "needed): make room, then the same command goes on" in err.splitlines()[-1]
+
+
+def test_what_fills_no_batch_is_told_once(vitnas, deit, few, tmp_path):
+    out = tmp_path / "out"
+    command = ("train", deit, "--out", str(out), "--epochs", "1", "--batch-size", "100", "--device", "cpu")
+    code, _, err = vitnas(*command)
+    assert code == 0, err
+    assert err.count("56 of 256 images an epoch fill no batch of 100 and are left out (drawn anew each epoch)") == 1
+
+
+def test_the_rate_is_that_of_the_whole_training(tmp_path, capsys):
+    from nas.cli.display import show_train
+
+    epochs = [{"epoch": 1, "seconds": 1.0, "images_per_s": 200.0}, {"epoch": 2, "seconds": 3.0, "images_per_s": 40.0}]
+    data = {
+        "epochs": epochs,
+        "final": {"of": "last weights", **epochs[-1]},
+        "recipe": {"epochs": 2, "name": "quick"},
+        "params": 1e6,
+        "macs": 1e6,
+        "resolution": 32,
+    }
+    show_train(data, tmp_path, to_stderr=False)
+    assert "trained in 0:04 at 80 images/s" in capsys.readouterr().out
