@@ -87,6 +87,13 @@ def test_links_of_pages_outside_docs_hold(page):
         assert link.startswith("https://") or (page.parent / link).exists(), link
 
 
+def test_paths_that_pages_name_exist():
+    pattern = re.compile(r"`((?:nas|search_spaces|pruning|tests|docs)/[\w/.*-]*)`")
+    named = {path for page in PAGES for path in pattern.findall(page.read_text())}
+    assert len(named) > 20
+    assert not [path for path in named if not any(ROOT.glob(path.rstrip("/")))]
+
+
 def test_written_pages_are_what_the_script_writes():
     pages = runpy.run_path(str(ROOT / "tests/benchmarks/write_pages.py"))["pages"]()
     for path, content in pages.items():
