@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from nas.data.dataset import ImageData
     from nas.data.images import Images
     from nas.quality.surrogate import Trained
-    from nas.search.loop import Options
     from nas.training.engine import Accuracy, Training
     from nas.training.recipes import Recipe
     from search_spaces import Arch
@@ -183,34 +182,39 @@ class Schooling:
 
 
 def open_schooling(
-    options: Options,
-    data: ImageData | None,
+    lessons: Lessons,
+    data: ImageData,
     study: optuna.Study,
+    folder: Path,
+    seed: int,
+    resolution: int | None,
     progress: Callable[[str, int, int], None],
     say: Callable[[str], None],
-) -> Schooling | None:
-    """What the search `options` trains on; None for a search without images.
+) -> Schooling:
+    """What a search trains on, and how.
+
+    Args:
+        study: its earlier trainings are looked up there.
+        folder: where unfinished trainings are kept.
+        resolution: of all networks; None where the search varies it.
+        progress: called with what is trained, and images done and in total.
 
     Raises:
         UserError: a parent without weights.
     """
-    lessons = options.lessons
-    if lessons is None or data is None:
-        return None
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    folder = options.folder / "training"
     known = seen_by(parent_weights(lessons.parent))
     schooling = Schooling(
         data,
         lessons,
-        options.seed or 0,
+        seed,
         device,
         folder,
         lambda: results_of(study),
         progress,
-        resolution=options.resolution,
+        resolution=resolution,
         seen=None if known is None else seen_among(data.train, known),
         say=say,
     )

@@ -285,7 +285,11 @@ def search(
 
             stage = Stage(phase)
             progress(state_of(study, options, run))
-            run.tier = TIERS[options.quality](open_schooling(options, data, study, stage, say))
+            schooling = None
+            if options.lessons is not None and data is not None:
+                folder, seed = options.folder / "training", options.seed or 0
+                schooling = open_schooling(options.lessons, data, study, folder, seed, options.resolution, stage, say)
+            run.tier = TIERS[options.quality](schooling)
             if run.tier.trained and options.sampler == "auto":
                 from nas.search.propose import Proposer
 
