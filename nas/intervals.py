@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -102,3 +103,14 @@ def guessing(ci: Sequence[float], classes: int) -> str | None:
     """What to say of an accuracy whose interval reaches down to that of guessing, one in `classes`."""
     chance = 100 / classes
     return f"no better than guessing is shown: {chance:.1f}% among {classes} classes" if ci[0] <= chance else None
+
+
+def agreement(first: Sequence[Sequence[bool]], second: Sequence[Sequence[bool]]) -> float:
+    """Correlation over images of two networks' answers, means over seeds, with Newcombe's correction for continuity:
+    networks that agree on some images need not agree on all. 0 where it is not known."""
+    if not first or not second or len({len(row) for row in (*first, *second)}) > 1:
+        return 0.0
+    a, b = ([statistics.mean(map(float, image)) for image in zip(*rows, strict=True)] for rows in (first, second))
+    both = statistics.pstdev(a) * statistics.pstdev(b)
+    shared = statistics.mean(x * y for x, y in zip(a, b, strict=True)) - statistics.mean(a) * statistics.mean(b)
+    return (max(shared - 0.5 / len(a), 0.0) if shared > 0 else shared) / both if both else 0.0

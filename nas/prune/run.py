@@ -15,7 +15,7 @@ from nas.errors import UserError
 from nas.export.artifact import save_model, save_onnx, save_weights, write_artifact
 from nas.export.card import Card
 from nas.files import job_folder, replace_file, scratch
-from nas.intervals import Interval, of_difference
+from nas.intervals import Interval, agreement, of_difference
 from nas.job import Job, Progress, Say, compute_device, default_folder_of, now
 from nas.lock import in_turn
 from nas.measure.budget import LatencyBudget, Verdict
@@ -807,8 +807,6 @@ def beside(first_row: Mapping[str, Any], other_row: Mapping[str, Any]) -> dict[s
     first_row, other_row: as `Job.accuracy` keeps them. ci: the 95% interval, image by image; as if they were judged on
     different ones, which is too wide rather than too narrow, where an earlier version did not keep each answer.
     """
-    from nas.search.final import agreement
-
     (one, first), (other, second) = ((row["top1"], Interval(*row["ci"])) for row in (first_row, other_row))
     hits = ([[digit == "1" for digit in row["hits"]]] if row.get("hits") else [] for row in (first_row, other_row))
     interval = of_difference(one, first, other, second, agreement(*hits)).clipped(-100.0, 100.0)

@@ -19,7 +19,7 @@ from pydantic import FiniteFloat, PositiveInt, TypeAdapter
 from nas.errors import TrainingError, UserError
 from nas.export.artifact import save_weights
 from nas.files import replace_file
-from nas.intervals import LEVEL, Interval, joined, of_accuracies, of_difference, of_share, top1_words
+from nas.intervals import LEVEL, Interval, agreement, joined, of_accuracies, of_difference, of_share, top1_words
 from nas.quality.schooling import COMPLETED, results_of
 from nas.units import counted
 
@@ -213,17 +213,6 @@ def seeds_spread(first: Accuracies, second: Accuracies) -> Interval | None:
         return None
     found = ttest_ind(first.top1, second.top1, equal_var=False).confidence_interval(LEVEL)
     return Interval(float(found.low), float(found.high))
-
-
-def agreement(first: Sequence[Sequence[bool]], second: Sequence[Sequence[bool]]) -> float:
-    """Correlation over images of two networks' answers, means over seeds, with Newcombe's correction for continuity:
-    networks that agree on some images need not agree on all. 0 where it is not known."""
-    if not first or not second or len({len(row) for row in (*first, *second)}) > 1:
-        return 0.0
-    a, b = ([statistics.mean(map(float, image)) for image in zip(*rows, strict=True)] for rows in (first, second))
-    both = statistics.pstdev(a) * statistics.pstdev(b)
-    shared = statistics.mean(x * y for x, y in zip(a, b, strict=True)) - statistics.mean(a) * statistics.mean(b)
-    return (max(shared - 0.5 / len(a), 0.0) if shared > 0 else shared) / both if both else 0.0
 
 
 def verdict(found: Mapping[str, Any], first: Accuracies, second: Accuracies) -> str:

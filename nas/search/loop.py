@@ -32,6 +32,7 @@ from nas.measure.protocol import SURE_ROUNDS, MeasureError, quanta, quanta_line,
 from nas.measure.remote import LinkLost
 from nas.measure.runtime import Settings
 from nas.process import WorkerError
+from nas.search.rows import INTERRUPTED, LATENCY_KEYS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,8 +50,6 @@ log = logging.getLogger(__name__)
 PROBES, PROBE_PAUSE_S = 4, 2.0
 """How often the reference network is measured, and the pause between, until a busy machine is refused."""
 JOURNAL, HARDWARE, LESSONS = "study.journal", "hardware.json", "lessons.json"
-INTERRUPTED = "interrupted"
-"""The error of a trial that Ctrl-C has ended; the next run of the command makes it again."""
 ELSEWHERE = ("budget_ms", "families", "space", "hardware", "throughput_at")
 """What a study must agree on and a training does not depend on."""
 RECENT = 20
@@ -611,19 +610,6 @@ class TrialRunner:
         record = {"trial": trial.number, "batch_size": batch_size, "cached": when}
         keep_samples(self.options.folder, record | result.to_dict())
         return result, when
-
-
-LATENCY_KEYS = (
-    "latency_ms",
-    "latency_p95_ms",
-    "latency_ci_low_ms",
-    "latency_ci_high_ms",
-    "samples",
-    "rounds",
-    "reference_ms",
-    "reference_drift",
-    "throughput",
-)
 
 
 class Clock:

@@ -10,7 +10,6 @@ from nas.intervals import of_error
 from nas.measure.budget import LatencyBudget, Verdict
 from nas.measure.protocol import HOPELESS
 from nas.quality.tier import told_score
-from nas.search.loop import INTERRUPTED, LATENCY_KEYS
 
 if TYPE_CHECKING:
     import optuna
@@ -18,6 +17,19 @@ if TYPE_CHECKING:
     from search_spaces import Arch
 
 Row = dict[str, Any]
+INTERRUPTED = "interrupted"
+"""The error of a trial that Ctrl-C has ended; the next run of the command makes it again."""
+LATENCY_KEYS = (
+    "latency_ms",
+    "latency_p95_ms",
+    "latency_ci_low_ms",
+    "latency_ci_high_ms",
+    "samples",
+    "rounds",
+    "reference_ms",
+    "reference_drift",
+    "throughput",
+)
 RESERVES = 3
 """How many of the best trials enter the closing run, should the first not meet the budget there."""
 MARGINS = (0.95, 0.85, 0.7)

@@ -110,7 +110,7 @@ def device(monkeypatch: pytest.MonkeyPatch, small_shvit: None) -> Device:
     monkeypatch.setattr(nas.search.outcome, "write_onnx", lambda arch, path, batch: path.write_bytes(b"untrained"))
     monkeypatch.setattr(nas.search.outcome, "label_onnx", lambda *_, **__: None)
     monkeypatch.setattr(nas.measure.hardware, "SAMPLE_S", 0.0)
-    monkeypatch.setattr(nas.search.report, "_plot", lambda data: b"")
+    monkeypatch.setattr(nas.search.report, "plot_front", lambda data: b"")
     return found
 
 
@@ -431,7 +431,7 @@ def test_a_report_that_fails(vitnas, device, tmp_path, monkeypatch):
     def full(data: Any) -> bytes:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(nas.search.report, "_plot", full)
+    monkeypatch.setattr(nas.search.report, "plot_front", full)
     code, out, _ = vitnas(*command(tmp_path, "--json"))
     assert code == 1
     assert "report failed" in json.loads(out)["failures"][0]
