@@ -256,7 +256,7 @@ def test_nothing_outlives_a_killed_search(server, tmp_path: Path) -> None:
     network(tmp_path / "slow.onnx", 1024)
     code = f"""
         from pathlib import Path
-        from nas.measure.runtime import Settings, compare, device_lock
+        from nas.measure.device import compare, device_lock; from nas.measure.runtime import Settings
         with device_lock({DEVICE!r}):
             compare(dict.fromkeys("ab", Path({str(tmp_path / "slow.onnx")!r})), Settings(device={DEVICE!r}), 1000)
     """

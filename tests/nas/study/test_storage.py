@@ -32,7 +32,7 @@ from nas.text import mask_url
 
 PROLOGUE = """
 import os, random, resource, signal, sys, time
-from nas import storage as layer
+from nas.study import storage as layer
 from nas.errors import UserError
 from nas.study.trials import finish, lease, open_study
 from optuna.samplers import RandomSampler

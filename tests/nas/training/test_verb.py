@@ -441,7 +441,7 @@ PAIR = """
 from dataclasses import replace
 from pathlib import Path
 import torch
-from nas.data.dataset import open_data, sample
+from nas.data.dataset import open_data; from nas.data.images import sample
 from nas.training.recipes import RECIPES
 from nas.training.engine import Training, ranks
 from nas.training.run import processes
