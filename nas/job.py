@@ -1,4 +1,4 @@
-"""A long command's folder and data: what is done so far, so that the same command goes on where it was interrupted."""
+"""A long command's folder: what is done so far, so that the same command goes on where it was interrupted."""
 
 from __future__ import annotations
 
@@ -9,36 +9,20 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import ConfigDict, InstanceOf, TypeAdapter, with_config
 
-from nas.data.inputs import changed, older
 from nas.errors import UserError
 from nas.files import replace_file, sweep_drafts, unwritable
+from nas.identity import changed, older
 
-if TYPE_CHECKING:
-    from torch import nn
-
-    from nas.data.batches import Loader
-    from nas.data.dataset import ImageData
-    from nas.data.images import Images
-    from nas.measure.runtime import Settings
-
-CALIBRATION_IMAGES = 512
-EVALUATED_IMAGES = 5_000
-BATCH = 32
 NAMED = ("model", "weights", "data", "teacher", "teacher_weights", "oracle")
 """Options that name what a run reads: its content must be equal (`Job.agree`), not its name."""
 
 Say = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
 """Called with a phase, what is done of it and its total."""
-
-
-def compute_device(settings: Settings) -> str:
-    """Where a command trains on this machine that measures with these settings: its GPU where that is measured."""
-    return "cuda" if settings.device == "cuda" else "cpu"
 
 
 @with_config(ConfigDict(extra="forbid"))
@@ -80,7 +64,6 @@ class Job:
     ) -> None:
         self.folder, self.kept, self.device, self.result = folder, folder / "state", device, folder / result
         self._say, self._progress = say, progress
-        self._loaders: list[Loader] = []
         path = self.kept / "state.json"
         if not path.is_file():
             self.state = State(options, now())
@@ -168,83 +151,6 @@ class Job:
             yield lambda done, total, *_: self._progress(name, done, total)
         finally:
             self.state.phases[name] = self.state.phases.get(name, 0.0) + time.monotonic() - started
-
-    # Data
-
-    def open_data(
-        self,
-        name: str | None,
-        resolution: int,
-        num_classes: int | None,
-        seed: int,
-        weights: str | Path | None = None,
-    ) -> None:
-        """Open the images; `data`, `evaluated` and `calibration` hold them from here on. weights: of the network."""
-        from nas.data.dataset import open_data
-        from nas.data.images import sample
-
-        self.seed = seed
-        self.data = open_data(name, resolution, num_classes, seed, weights)
-        self.evaluated = sample(self.data.val, EVALUATED_IMAGES, seed)
-        self.calibration = sample(self.data.calibration, CALIBRATION_IMAGES, seed)
-
-    def tell_of(self, data: ImageData) -> None:
-        """What a data set holds, and what looks odd in it."""
-        from nas.data.about import describe
-        from nas.data.look import oddities
-
-        self.say(describe(data))
-        for line in oddities(data):
-            self.note(line)
-
-    def batches(self, images: Images) -> Loader:
-        """The images in order."""
-        return self._loader(images, shuffle=False)
-
-    def _loader(self, images: Images, shuffle: bool) -> Loader:
-        from nas.data.batches import loader
-
-        self._loaders.append(loader(images, BATCH, shuffle, self.seed))
-        return self._loaders[-1]
-
-    def accuracy(self, model: nn.Module, which: str) -> None:
-        """Evaluate a network once; what is known is kept in `state.found[which]`."""
-        from nas.training.engine import evaluate
-
-        if which in self.state.found:
-            return
-        with self.phase("evaluating"):
-            found = evaluate(model, self.batches(self.evaluated), self.device)
-        low, high = found.interval
-        self.state.found[which] = {
-            "top1": found.top1,
-            "ci": [low, high],
-            "loss": found.loss,
-            "images": found.total,
-            "hits": "".join("01"[hit] for hit in found.hits),
-        }
-        self.save()
-
-    def fit(self, phase: str, model: nn.Module, images: int, lr: float, teacher: nn.Module | None = None) -> None:
-        """Train a network in place; the order of the images does not depend on what was trained before."""
-        from nas.training.engine import fit
-
-        train = self._loader(self.data.train, shuffle=True)
-        with self.phase(phase) as progress:
-            fit(model, train, images, lr, seed=self.seed, teacher=teacher, device=self.device, progress=progress)
-
-    def describe_data(self) -> dict[str, Any]:
-        """What a report says of the images; broken ones become a note."""
-        from nas.data.about import summary
-        from nas.data.batches import skipped_line
-
-        broken = skipped_line(self._loaders)
-        if broken:
-            self.note(broken)
-        return asdict(summary(self.data)) | {
-            "evaluated": len(self.evaluated),
-            "calibration": len(self.calibration),
-        }
 
 
 def now() -> str:

@@ -594,7 +594,7 @@ def prune(
 
     load("nas.prune.run", quiet)
     from nas.cli.progress import watch_phases
-    from nas.job import compute_device
+    from nas.prune.images import compute_device
     from nas.prune.run import Options, default_folder, kinds_of, parse_pruning_budget
     from nas.prune.run import prune as run_prune
     from nas.prune.screen import show_prune

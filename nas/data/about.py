@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -82,6 +82,15 @@ def summary(data: ImageData) -> Summary:
 def describe(data: ImageData) -> str:
     """A data set in one line: its images, classes, which images validate, and what was left out and why."""
     return summary(data).line()
+
+
+def announce(data: ImageData, say: Callable[[str], None], note: Callable[[str], None]) -> None:
+    """Say what a data set holds, and note what looks odd in it."""
+    from nas.data.look import oddities
+
+    say(describe(data))
+    for line in oddities(data):
+        note(line)
 
 
 def _counts(labels: Sequence[int], classes: int) -> list[int]:

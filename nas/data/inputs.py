@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nas.errors import UserError
+from nas.identity import IMAGES
 
 if TYPE_CHECKING:
     from nas.data.dataset import ImageData
     from search_spaces import Arch
 
 LENGTH = 16
-IMAGES = "the images of --data"
 
 
 def identity(
@@ -37,11 +36,6 @@ def identity(
     if data is not None:
         found[IMAGES] = data_digest(data)
     return found
-
-
-def changed(known: Mapping[str, str | None], found: Mapping[str, str | None]) -> str:
-    """What differs between two identities, in words; "" where nothing does."""
-    return " and ".join(name for name in {**known, **found} if known.get(name) != found.get(name))
 
 
 def file_digest(path: Path) -> str:
@@ -67,9 +61,3 @@ def data_digest(data: ImageData) -> str:
         digest.update(np.asarray(images.labels, dtype=np.int64).tobytes())
         digest.update(digests(images).tobytes())
     return f"{VERSION}:{digest.hexdigest()[:LENGTH]}"
-
-
-def older(known: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
-    """Whether an earlier vitnas digested the images of a run: its digest compares with none of today's."""
-    begun, now = known.get(IMAGES), found.get(IMAGES)
-    return begun is not None and now is not None and begun.rpartition(":")[0] != now.rpartition(":")[0]

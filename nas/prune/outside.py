@@ -10,18 +10,20 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from nas.data.about import announce
 from nas.data.inputs import identity
 from nas.ending import Ending
 from nas.errors import UserError
 from nas.export.artifact import CONVERTED, agreement, label_onnx, save_weights, to_onnx
 from nas.export.card import Card
 from nas.files import replace_file, scratch
-from nas.job import Job, Progress, Say, compute_device
+from nas.job import Progress, Say
 from nas.lock import in_turn
 from nas.measure.device import device_lock
 from nas.measure.protocol import Measurement
 from nas.measure.runtime import RUNTIMES
 from nas.networks.targets import TIMM
+from nas.prune.images import PruneJob, compute_device
 from nas.prune.run import (
     PARTS,
     Options,
@@ -70,14 +72,14 @@ def prune_outside(options: Options, command: str, say: Say, progress: Progress) 
         raise UserError(f"{name} is pruned at its own resolution, not at {size}: leave out @{size}")
     if options.weights not in (None, "timm"):
         raise UserError(f"--weights {options.weights}: networks outside the five families take timm's own, or none")
-    job = Job(options.folder, options.fingerprint(), say, progress, compute_device(options.settings))
+    job = PruneJob(options.folder, options.fingerprint(), say, progress, compute_device(options.settings))
     try:
         return _prune(options, command, job)
     except OutsideError as error:
         raise UserError(str(error)) from None
 
 
-def _prune(options: Options, command: str, job: Job) -> dict[str, Any]:
+def _prune(options: Options, command: str, job: PruneJob) -> dict[str, Any]:
     from pruning.outside import load_outside
 
     published, resolution = load_outside(options.model.removeprefix(TIMM), None, pretrained=False)
@@ -89,7 +91,7 @@ def _prune(options: Options, command: str, job: Job) -> dict[str, Any]:
         return job.read_result(*PARTS)
     target = _target(options, _built(options, job), resolution)
     job.make_folder()
-    job.tell_of(job.data)
+    announce(job.data, job.say, job.note)
     if not job.state.network:
         _keep(job, "dense", _dense(options, job, pretrained, published.num_classes))
     dense = _kept(options, job, "dense")
@@ -133,14 +135,14 @@ def _prune(options: Options, command: str, job: Job) -> dict[str, Any]:
     return write_results(job, options, command, kept, networks, results, details, end)
 
 
-def _keep(job: Job, name: str, model: nn.Module) -> None:
+def _keep(job: PruneJob, name: str, model: nn.Module) -> None:
     """Save a network under a name, then make it the one that stands."""
     save_weights(model, job.kept / f"{name}.safetensors")
     job.state.network = name
     job.save()
 
 
-def _kept(options: Options, job: Job, name: str) -> nn.Module:
+def _kept(options: Options, job: PruneJob, name: str) -> nn.Module:
     from safetensors.torch import load_file
 
     from pruning.outside import resize_outside
@@ -148,7 +150,7 @@ def _kept(options: Options, job: Job, name: str) -> nn.Module:
     return resize_outside(_built(options, job), load_file(job.kept / f"{name}.safetensors")).to(job.device)
 
 
-def _built(options: Options, job: Job, pretrained: bool = False) -> nn.Module:
+def _built(options: Options, job: PruneJob, pretrained: bool = False) -> nn.Module:
     """The network with a classifier for the data, in eval mode."""
     import torch
 
@@ -158,7 +160,7 @@ def _built(options: Options, job: Job, pretrained: bool = False) -> nn.Module:
     return load_outside(options.model.removeprefix(TIMM), len(job.data.classes), pretrained)[0]
 
 
-def _dense(options: Options, job: Job, pretrained: bool, classes: int) -> nn.Module:
+def _dense(options: Options, job: PruneJob, pretrained: bool, classes: int) -> nn.Module:
     """The network to prune: with timm's weights where it has them, trained briefly where its classifier is new.
 
     classes: of timm's own classifier.
@@ -199,7 +201,7 @@ def _target(options: Options, model: nn.Module, resolution: int) -> int:
     return target
 
 
-def _cut(options: Options, job: Job, target: int, resolution: int) -> None:
+def _cut(options: Options, job: PruneJob, target: int, resolution: int) -> None:
     """Cut the unpruned network to the target, and keep the result."""
     import torch
 

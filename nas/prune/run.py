@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from nas.data.about import announce
 from nas.data.inputs import identity
 from nas.ending import Ending
 from nas.errors import UserError
@@ -16,13 +17,14 @@ from nas.export.artifact import save_model, save_onnx, save_weights, write_artif
 from nas.export.card import Card
 from nas.files import job_folder, replace_file, scratch
 from nas.intervals import Interval, agreement, of_difference
-from nas.job import Job, Progress, Say, compute_device, default_folder_of, now
+from nas.job import Progress, Say, default_folder_of, now
 from nas.lock import in_turn
 from nas.measure.budget import LatencyBudget, Verdict
 from nas.measure.device import compare, device_lock
 from nas.measure.protocol import MeasureError, Measurement, paired_ratio, quanta, quanta_line
 from nas.measure.runtime import Settings
 from nas.networks.targets import TIMM
+from nas.prune.images import PruneJob, compute_device
 from nas.prune.savings import group_of, left_alone, measure_savings, rates, stage_of
 from nas.report.page import significant
 from nas.text import first_line
@@ -208,7 +210,7 @@ class _Run:
 
     def __init__(self, options: Options, command: str, say: Say, progress: Progress) -> None:
         self.options, self.command = options, command
-        self.job = Job(options.folder, options.fingerprint(), say, progress, compute_device(options.settings))
+        self.job = PruneJob(options.folder, options.fingerprint(), say, progress, compute_device(options.settings))
         self.state, self.end = self.job.state, Ending(say)
         self._batches: list[tuple[Tensor, Tensor]] = []
 
@@ -279,11 +281,11 @@ class _Run:
     def _dense(self, arch: Arch, weights: str | Path | None) -> None:
         """The network to prune, trained: with weights that fit, or briefly on the data."""
         if self.state.network:
-            self.job.tell_of(self.job.data)
+            announce(self.job.data, self.job.say, self.job.note)
             self.dense = self._load("dense")
             return
         model, untrained = self._with_weights(arch, weights)
-        self.job.tell_of(self.job.data)
+        announce(self.job.data, self.job.say, self.job.note)
         say_plan(self.job, self.options, untrained)
         if untrained:
             train_briefly(self.job, model)
@@ -613,13 +615,13 @@ def worse_after_tuning(found: Mapping[str, Any]) -> bool:
     return beside(found["recovered"], found["pruned"])["verdict"] == "less accurate"
 
 
-def train_briefly(job: Job, model: nn.Module) -> None:
+def train_briefly(job: PruneJob, model: nn.Module) -> None:
     """Train a network that comes without weights, or whose classifier does."""
     job.fit("training", model, BRIEF_IMAGES, BRIEF_LR)
     job.state.found["trained_images"] = BRIEF_IMAGES
 
 
-def tune(job: Job, options: Options, model: nn.Module, dense: nn.Module) -> None:
+def tune(job: PruneJob, options: Options, model: nn.Module, dense: nn.Module) -> None:
     """Fine-tune a pruned network for the epochs asked for, if asked from the unpruned one."""
     images = round(options.finetune * len(job.data.train))
     if images:
@@ -627,7 +629,7 @@ def tune(job: Job, options: Options, model: nn.Module, dense: nn.Module) -> None
         job.state.found["tuned_images"] = images
 
 
-def tune_control(job: Job, options: Options, load: Callable[[], nn.Module]) -> None:
+def tune_control(job: PruneJob, options: Options, load: Callable[[], nn.Module]) -> None:
     """Give the unpruned network the same fine-tuning as the pruned one, and judge it.
 
     load: makes the unpruned network anew.
@@ -650,7 +652,7 @@ def tune_control(job: Job, options: Options, load: Callable[[], nn.Module]) -> N
     job.accuracy(model, "control")
 
 
-def judge_tuned(job: Job, model: nn.Module) -> str:
+def judge_tuned(job: PruneJob, model: nn.Module) -> str:
     """Judge the fine-tuned network, if it was; returns which weights are kept, by their key in `ACCURACIES`."""
     if not job.state.found.get("tuned_images"):
         return "pruned"
@@ -661,7 +663,7 @@ def judge_tuned(job: Job, model: nn.Module) -> str:
     return "pruned"
 
 
-def say_plan(job: Job, options: Options, untrained: bool) -> None:
+def say_plan(job: PruneJob, options: Options, untrained: bool) -> None:
     """What is going to happen, before anything long begins. untrained: the network is first trained here."""
     train = len(job.data.train)
     tuned = round(options.finetune * train)
@@ -681,7 +683,7 @@ def passes(images: int, train: int) -> str:
     return f"{images:,} images{over}"
 
 
-def brief_line(job: Job) -> str:
+def brief_line(job: PruneJob) -> str:
     """What is said of a network that is trained here first."""
     trained = f"the network is briefly trained on {passes(BRIEF_IMAGES, len(job.data.train))} of {job.data.name}"
     return f"{trained}: its figures say nothing of ImageNet"
@@ -715,7 +717,7 @@ def network_row(params: int, macs: int, latency: Measurement | None, settings: S
 
 
 def write_results(
-    job: Job,
+    job: PruneJob,
     options: Options,
     command: str,
     kept: str,
@@ -804,8 +806,8 @@ def accuracy_row(found: Mapping[str, Any]) -> dict[str, Any]:
 def beside(first_row: Mapping[str, Any], other_row: Mapping[str, Any]) -> dict[str, Any]:
     """Points of top-1 that the first network has more than the other one.
 
-    first_row, other_row: as `Job.accuracy` keeps them. ci: the 95% interval, image by image; as if they were judged on
-    different ones, which is too wide rather than too narrow, where an earlier version did not keep each answer.
+    first_row, other_row: as `PruneJob.accuracy` keeps them. ci: the 95% interval, image by image; where an earlier
+    version did not keep each answer, as if they were judged on different images: too wide rather than too narrow.
     """
     (one, first), (other, second) = ((row["top1"], Interval(*row["ci"])) for row in (first_row, other_row))
     hits = ([[digit == "1" for digit in row["hits"]]] if row.get("hits") else [] for row in (first_row, other_row))

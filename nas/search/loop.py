@@ -22,10 +22,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nas.data.inputs import identity, older
+from nas.data.inputs import identity
 from nas.errors import FAULTS, DiskFull, UserError, is_full, reason
 from nas.export.artifact import Exporter
 from nas.files import replace_file, scratch, sweep_drafts, unwritable
+from nas.identity import older
 from nas.measure.cache import REFERENCE
 from nas.measure.device import check_settings, device_label, device_lock, open_measurer
 from nas.measure.protocol import SURE_ROUNDS, MeasureError, quanta, quanta_line, settled

@@ -20,8 +20,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nas.data.inputs import older
 from nas.errors import UserError
+from nas.identity import older
 from nas.study.storage import PATIENCE_S, alone, exclusive, open_storage, storage_errors
 from nas.text import mask_url
 

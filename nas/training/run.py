@@ -398,13 +398,15 @@ class _Run:
 
     def _begin(self, training: Training) -> None:
         """Everything asked for can be had: from here on the folder is written and notes are told."""
+        from nas.data.about import announce
+
         if not self.rank:
             self.job.make_folder()
             if self._new:
                 self._locks.enter_context(folder_lock(self.options.folder, say=self.job.say))
             if self._new and (self.job.kept / "state.json").is_file():
                 raise UserError(f"{self.options.folder} was begun by another command just now: give another --out")
-        self.job.tell_of(self.data)
+        announce(self.data, self.job.say, self.job.note)
         lines, self._queued = self._queued or (), None
         for line in lines:
             self._note(line)

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nas.data.about import describe, summary
+from nas.data.about import announce, describe, summary
 from nas.data.dataset import ImageData, open_data
 from nas.data.images import Images
-from nas.job import Job
+from nas.prune.images import PruneJob
 from nas.units import shown
 
 
@@ -63,15 +63,15 @@ def test_digits_say_how_they_are_split() -> None:
 
 
 @pytest.fixture
-def job(tmp_path: Path) -> tuple[Job, list[str]]:
+def job(tmp_path: Path) -> tuple[PruneJob, list[str]]:
     said: list[str] = []
-    return Job(tmp_path / "run", {}, said.append, lambda *_: None, "cpu"), said
+    return PruneJob(tmp_path / "run", {}, said.append, lambda *_: None, "cpu"), said
 
 
-def test_a_job_tells_and_records(job: tuple[Job, list[str]]) -> None:
+def test_a_job_tells_and_records(job: tuple[PruneJob, list[str]]) -> None:
     job, said = job
     data = replace(made({"a": (3, 1), "b": (2, 1)}), notes=("something odd",))
-    job.tell_of(data)
+    announce(data, job.say, job.note)
     assert said[:2] == [describe(data), "something odd"]
     assert job.state.notes[0] == "something odd"
     job.data = job.evaluated = job.calibration = data

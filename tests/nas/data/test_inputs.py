@@ -10,8 +10,9 @@ from PIL import Image
 
 from nas.data.dataset import ImageData, open_data
 from nas.data.digests import _digest
-from nas.data.inputs import IMAGES, changed, data_digest, identity, older
+from nas.data.inputs import data_digest, identity
 from nas.errors import UserError
+from nas.identity import IMAGES, changed, older
 from search_spaces import get_arch
 
 

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 
 from nas import files
-from nas.data.inputs import IMAGES
 from nas.errors import UserError
 from nas.files import folder_lock, job_folder, machine_tag
+from nas.identity import IMAGES
 from nas.job import Job
 from nas.measure.device import default_threads
 from nas.measure.runtime import Settings

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import nas.job
+import nas.prune.images
 import nas.prune.outside
 import nas.prune.report
 import nas.prune.run
-from nas.job import Job
 from nas.measure.protocol import Measurement
+from nas.prune.images import PruneJob
 from pruning import outside
 from pruning.outside import OutsideError, Trial
 
@@ -41,7 +41,7 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outside, "run_trial", lambda *_: Trial(1, None))
     monkeypatch.setattr(nas.prune.outside, "_closing_run", closing_run)
     monkeypatch.setattr(nas.prune.run, "BRIEF_IMAGES", 48)
-    monkeypatch.setattr(nas.job, "CALIBRATION_IMAGES", 16)
+    monkeypatch.setattr(nas.prune.images, "CALIBRATION_IMAGES", 16)
     monkeypatch.setattr(nas.prune.report, "png_of", lambda figure: b"")
 
 
@@ -62,17 +62,17 @@ def test_an_interrupted_run_goes_on(vitnas, words, tmp_path: Path, monkeypatch, 
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     code, _, said = vitnas(*words, "--out", str(whole))
     assert code == 0, said
-    phase, begun = Job.phase, []
+    phase, begun = PruneJob.phase, []
 
     @contextmanager
-    def one_phase(job: Job, name: str) -> Iterator:
+    def one_phase(job: PruneJob, name: str) -> Iterator:
         begun.append(name)
         if len(begun) > 1:
             raise KeyboardInterrupt
         with phase(job, name) as progress:
             yield progress
 
-    monkeypatch.setattr(Job, "phase", one_phase)
+    monkeypatch.setattr(PruneJob, "phase", one_phase)
     ends, stood = [], []
     while ends[-1:] != [0]:
         begun.clear()
@@ -106,14 +106,14 @@ def test_tuning_that_harms_is_not_kept(vitnas, words, tmp_path: Path, monkeypatc
     """Nor told of by the card of model.onnx."""
     cards, told = [], {"before": 90.0, "pruned": 80.0, "recovered": 40.0}
 
-    def accuracy(job: Job, model, which: str) -> None:
+    def accuracy(job: PruneJob, model, which: str) -> None:
         ci = [told[which] - 5, told[which] + 5]
         job.state.found[which] = {"top1": told[which], "ci": ci, "loss": 1.0, "images": 10}
 
     closing_run = nas.prune.outside._closing_run
-    monkeypatch.setattr(Job, "accuracy", accuracy)
+    monkeypatch.setattr(PruneJob, "accuracy", accuracy)
     monkeypatch.setattr(nas.prune.outside, "_closing_run", lambda *a: (cards.append(a[3]), closing_run(*a))[1])
-    monkeypatch.setattr(Job, "finish", Job.save)
+    monkeypatch.setattr(PruneJob, "finish", PruneJob.save)
     code, _, said = vitnas(*words, "--out", str(tmp_path / "out"), "--no-control")
     assert code == 0
     assert "the weights before it are kept" in said

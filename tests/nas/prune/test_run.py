@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-import nas.job
+import nas.prune.images
 import nas.prune.report
 import nas.prune.run
 from nas.errors import UserError
@@ -33,8 +33,8 @@ COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (40, 60, 220)}
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     """Little training and few images."""
     monkeypatch.setattr(nas.prune.run, "BRIEF_IMAGES", 320)
-    monkeypatch.setattr(nas.job, "CALIBRATION_IMAGES", 32)
-    monkeypatch.setattr(nas.job, "EVALUATED_IMAGES", 64)
+    monkeypatch.setattr(nas.prune.images, "CALIBRATION_IMAGES", 32)
+    monkeypatch.setattr(nas.prune.images, "EVALUATED_IMAGES", 64)
     monkeypatch.setattr(nas.prune.run, "CLOSING_ROUNDS", 3)
 
 

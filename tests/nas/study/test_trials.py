@@ -18,8 +18,8 @@ from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 
 import nas
-from nas.data.inputs import IMAGES
 from nas.errors import UserError
+from nas.identity import IMAGES
 from nas.measure.runtime import Settings
 from nas.search import loop
 from nas.study import trials as layer

@@ -60,13 +60,13 @@ def deit(small) -> str:
 @pytest.fixture
 def few(monkeypatch) -> None:
     """A few digits are enough."""
-    import nas.data
+    import nas.data.dataset
 
     def open_few(*args) -> nas.data.dataset.ImageData:
         data = open_data(*args)
         return dataclasses.replace(data, train=sample(data.train, 256, 0), val=sample(data.val, 64, 0))
 
-    monkeypatch.setattr(nas.data, "open_data", open_few)
+    monkeypatch.setattr(nas.data.dataset, "open_data", open_few)
 
 
 def metrics(folder: Path) -> dict:
@@ -360,7 +360,7 @@ def test_a_finished_training_writes_again_what_was_lost(vitnas, deit, tmp_path, 
 @pytest.mark.usefixtures("few")
 def test_a_failing_judge_loses_no_epoch(vitnas, deit, tmp_path, monkeypatch):
     """The next run of the command judges the epoch that was not."""
-    import nas.data
+    import nas.data.dataset
 
     out = tmp_path / "out"
     args = ("train", deit, "--out", str(out), "--epochs", "1", "--batch-size", "128", "--device", "cpu")

@@ -1,0 +1,106 @@
+"""The images of a pruning: what trains, judges and calibrates its networks."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nas.job import Job, Progress, Say
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from nas.data.batches import Loader
+    from nas.data.dataset import ImageData
+    from nas.data.images import Images
+    from nas.measure.runtime import Settings
+
+CALIBRATION_IMAGES = 512
+EVALUATED_IMAGES = 5_000
+BATCH = 32
+
+
+def compute_device(settings: Settings) -> str:
+    """Where a command trains on this machine that measures with these settings: its GPU where that is measured."""
+    return "cuda" if settings.device == "cuda" else "cpu"
+
+
+class PruneJob(Job):
+    """A `Job` that trains and judges networks on images; those of `open_data` are in `data`, `evaluated` and
+    `calibration`."""
+
+    data: ImageData
+    evaluated: Images
+    calibration: Images
+    seed: int
+
+    def __init__(self, folder: Path, options: dict[str, Any], say: Say, progress: Progress, device: str) -> None:
+        super().__init__(folder, options, say, progress, device)
+        self._loaders: list[Loader] = []
+
+    def open_data(
+        self,
+        name: str | None,
+        resolution: int,
+        num_classes: int | None,
+        seed: int,
+        weights: str | Path | None = None,
+    ) -> None:
+        """Open the images. weights: of the network."""
+        from nas.data.dataset import open_data
+        from nas.data.images import sample
+
+        self.seed = seed
+        self.data = open_data(name, resolution, num_classes, seed, weights)
+        self.evaluated = sample(self.data.val, EVALUATED_IMAGES, seed)
+        self.calibration = sample(self.data.calibration, CALIBRATION_IMAGES, seed)
+
+    def batches(self, images: Images) -> Loader:
+        """The images in order."""
+        return self._loader(images, shuffle=False)
+
+    def _loader(self, images: Images, shuffle: bool) -> Loader:
+        from nas.data.batches import loader
+
+        self._loaders.append(loader(images, BATCH, shuffle, self.seed))
+        return self._loaders[-1]
+
+    def accuracy(self, model: nn.Module, which: str) -> None:
+        """Evaluate a network once; what is known is kept in `state.found[which]`."""
+        from nas.training.engine import evaluate
+
+        if which in self.state.found:
+            return
+        with self.phase("evaluating"):
+            found = evaluate(model, self.batches(self.evaluated), self.device)
+        low, high = found.interval
+        self.state.found[which] = {
+            "top1": found.top1,
+            "ci": [low, high],
+            "loss": found.loss,
+            "images": found.total,
+            "hits": "".join("01"[hit] for hit in found.hits),
+        }
+        self.save()
+
+    def fit(self, phase: str, model: nn.Module, images: int, lr: float, teacher: nn.Module | None = None) -> None:
+        """Train a network in place; the order of the images does not depend on what was trained before."""
+        from nas.training.engine import fit
+
+        train = self._loader(self.data.train, shuffle=True)
+        with self.phase(phase) as progress:
+            fit(model, train, images, lr, seed=self.seed, teacher=teacher, device=self.device, progress=progress)
+
+    def describe_data(self) -> dict[str, Any]:
+        """What a report says of the images; broken ones become a note."""
+        from nas.data.about import summary
+        from nas.data.batches import skipped_line
+
+        broken = skipped_line(self._loaders)
+        if broken:
+            self.note(broken)
+        return asdict(summary(self.data)) | {
+            "evaluated": len(self.evaluated),
+            "calibration": len(self.calibration),
+        }
