@@ -1,97 +1,54 @@
-"""`vitnas models`: the published networks, with the latencies that are known on this machine."""
+"""`vitnas models`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+import json
+import sys
+from typing import Annotated
 
-from nas.report.tables import Column, console_of, print_table, prose
-from nas.units import counted
+import typer
 
-if TYPE_CHECKING:
-    from nas.measure.runtime import Settings
-    from search_spaces import Arch
+from nas.cli.options import BatchSize, Device, Json, Precision, Quiet, RuntimeName, Threads, Verbose, settings_of
 
-Row = dict[str, Any]
-COLUMNS = (
-    Column("name", label=True, fold=0),
-    Column("family", label=True, drop=2),
-    Column("params"),
-    Column("MMACs"),
-    Column("px"),
-    Column("top-1"),
-    Column("ms"),
-    Column("95% of ms", drop=1),
-    Column("measured", label=True, drop=3),
-    Column("source", label=True, drop=4, fold=24),
-)
+app = typer.Typer()
 
 
-def archs() -> dict[str, Arch]:
-    """Every published network by its name."""
-    from search_spaces import get_arch, list_models
+@app.command(short_help="List the published networks.", epilog="Example:  vitnas models --json")
+def models(
+    measure: Annotated[
+        bool,
+        typer.Option("--measure", help="Measure those not yet measured here; Ctrl-C keeps what is done."),
+    ] = False,
+    device: Device = "cpu",
+    runtime: RuntimeName = None,
+    threads: Threads = None,
+    batch_size: BatchSize = 1,
+    precision: Precision = "fp32",
+    as_json: Json = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """List the published networks: parameters, MACs, resolution, published top-1, and latency where measured here.
 
-    return {name: get_arch(name) for name in list_models()}
-
-
-def list_rows(networks: dict[str, Arch], settings: Settings) -> list[Row]:
-    """A row a network. latency_ms, ci_ms: as last measured here with these settings, on `measured`; None if never.
-
-    Raises:
-        UserError: the cache of latencies cannot be read.
+    Exit codes: 0 done, 1 some could not be measured, 2 bad input, 130 Ctrl-C: what was measured is kept.
     """
-    from nas.measure.cache import known
-    from search_spaces import table
-    from search_spaces.api import find_variant
+    from nas.cli.model_list import archs, list_rows, show_rows
 
-    rows = []
-    for name, arch in networks.items():
-        family, variant = find_variant(name)
-        counts = table(arch)
-        found = known(arch, settings)
-        rows.append(
-            {
-                "name": name,
-                "family": family,
-                "params": counts.params(),
-                "macs": counts.macs(),
-                "resolution": arch.resolution,
-                "top1": variant.top1,
-                "latency_ms": found and found[1].p50_ms,
-                "ci_ms": found and list(found[1].ci_ms),
-                "measured": found and found[0],
-                "source": variant.source,
-            }
-        )
-    return rows
+    settings, networks, failed = settings_of(runtime, device, threads, batch_size, precision), archs(), {}
+    if measure:
+        from nas.bench.known import fill
+        from nas.cli.progress import watch_phases
+        from nas.measure.cache import known
 
-
-def show_rows(rows: Sequence[Row], settings: Settings) -> None:
-    """The table, and below it what the latencies are of."""
-    console = console_of()
-    told = [
-        (
-            row["name"],
-            row["family"],
-            f"{row['params'] / 1e6:.2f}",
-            f"{row['macs'] / 1e6:.0f}",
-            str(row["resolution"]),
-            f"{row['top1']:.1f}" if row["top1"] else "",
-            "" if row["latency_ms"] is None else f"{row['latency_ms']:.2f}",
-            "" if row["ci_ms"] is None else "{:.2f}..{:.2f}".format(*row["ci_ms"]),
-            "" if row["measured"] is None else row["measured"][:10],
-            row["source"],
-        )
-        for row in rows
-    ]
-    print_table(console, COLUMNS, told)
-    measured = sum(row["latency_ms"] is not None for row in rows)
-    where = (
-        f"{settings.runtime} {settings.precision}, {settings.device}, "
-        f"{counted(settings.threads, 'thread')}, batch {settings.batch_size}"
-    )
-    prose(console, "params: in millions. top-1: in percent, as published, on ImageNet-1k.")
-    if measured:
-        prose(console, f"ms: as last measured on this machine ({where}), {measured} of {len(rows)} networks.")
-    if measured < len(rows):
-        prose(console, f"`vitnas models --measure` measures the others on this machine ({where}).")
+        unknown = {name: arch for name, arch in networks.items() if known(arch, settings) is None}
+        with watch_phases(quiet) as (progress, _):
+            failed = fill(unknown, settings, lambda name, *done: progress(f"measuring {name}", *done))
+    rows = list_rows(networks, settings)
+    if as_json:
+        print(json.dumps(rows, indent=1))
+    else:
+        show_rows(rows, settings)
+    for why in dict.fromkeys(failed.values()):
+        names = ", ".join(name for name, reason in failed.items() if reason == why)
+        print(f"{names} could not be measured: {why}", file=sys.stderr)
+    raise typer.Exit(1 if failed else 0)

@@ -1,294 +1,34 @@
-"""`vitnas show`: what is known of a network: its Arch along the five axes, and what its run has found out."""
+"""`vitnas show`."""
 
 from __future__ import annotations
 
 import json
-import shlex
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Annotated
 
-from pydantic import BaseModel, FiniteFloat, model_validator
+import typer
 
-from nas.errors import UserError
-from nas.export.card import PREFIX, Card, Latency, load_onnx, metadata_of
-from nas.intervals import top1_words
-from nas.report.tables import Column, console_of, print_table, prose
-from nas.units import counted, listed
+from nas.cli.options import Json, Quiet, Verbose
 
-if TYPE_CHECKING:
-    from nas.networks.targets import Target
-    from search_spaces import Arch
-
-Facts = dict[str, Any]
-NAMED = 60
-"""Characters of the names of classes that are printed."""
+app = typer.Typer()
 
 
-Record = TypeVar("Record", bound=BaseModel)
+@app.command(short_help="Show what a network or a run is.", epilog="Example:  vitnas show runs/cpu-onnxruntime-2ms-all")
+def show(
+    model: Annotated[str, typer.Argument(help="A published name, an arch.json, a run's folder, or a .onnx file.")],
+    as_json: Json = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show a network: its stages along the five axes, and the data, classes, accuracy and latency of its run.
 
-
-class Data(BaseModel):
-    name: str
-
-
-class Options(BaseModel):
-    model: str
-    weights: str | None = None
-
-
-class Trained(BaseModel):
-    """Of a metrics.json, what is told of it, as in the records below."""
-
-    data: Data
-    options: Options
-
-
-class Budget(BaseModel):
-    text: str
-    metric: str
-
-
-class Pruned(BaseModel):
-    """Of a prune.json. latency: None where none was measured, or only waiting times."""
-
-    model: str
-    data: Data
-    budget: Budget
-    latency: Latency | None
-
-    @model_validator(mode="before")
-    @classmethod
-    def join(cls, found: Any) -> Any:
-        """Put together the latency, which the file holds in three places."""
-        try:
-            after, latency = found["after"], None
-            if after["latency_ms"] is not None and not after.get("waiting"):
-                measured = {"ms": after["latency_ms"], "ci": after["ci"], "cpu": found["hardware"].get("cpu")}
-                latency = found["settings"] | measured
-            return found | {"latency": latency}
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"no {error}") from None
-
-
-class Winner(BaseModel):
-    quality: FiniteFloat
-    quality_estimate: FiniteFloat
-    quality_ci: tuple[FiniteFloat, FiniteFloat]
-
-
-class Tier(BaseModel):
-    label: str
-
-
-class Searched(BaseModel):
-    """Of a result.json."""
-
-    data: Data | None
-    winner: Winner | None
-    quality_tier: Tier
-
-
-def facts_of(target: Target) -> Facts:
-    """What is known of a network, as --json has it; None where something is not known.
-
-    Raises:
-        UserError: a network without an Arch, or files that cannot be read.
+    Exit codes: 0 done, 2 bad input.
     """
-    from search_spaces import Arch, ArchError
+    from nas.cli.facts import facts_of
+    from nas.cli.facts import show as show_facts
+    from nas.networks.targets import find_target
 
-    if target.onnx is None:
-        if target.arch is None:
-            raise UserError(
-                f"{target.label} is {target.kind}: give a published name, an arch.json, a run's folder or a .onnx file"
-            )
-        return {"model": target.label} | _of_arch(target.arch) | _of_folder(target)
-    facts = metadata_of(load_onnx(target.onnx))
-    if f"{PREFIX}weights" not in facts:
-        raise UserError(f"{target.label} says nothing of itself: `vitnas export` writes files that do")
-    try:
-        arch = Arch.from_json(facts[f"{PREFIX}arch"]) if f"{PREFIX}arch" in facts else None
-    except ArchError as error:
-        raise UserError(f"{target.label}: {error}") from None
-    found = _of_arch(arch) if arch else dict.fromkeys(("family", "params", "macs", "stages"))
-    trained = facts[f"{PREFIX}weights"] == "trained"
-    return {"model": target.label} | found | _of_card(Card.read(target.onnx), trained) | {"kind": "ONNX file"}
-
-
-def _of_arch(arch: Arch) -> Facts:
-    from search_spaces import table
-
-    counts = table(arch)
-    return {
-        "family": arch.family,
-        "resolution": arch.resolution,
-        "num_classes": arch.num_classes,
-        "params": counts.params(),
-        "macs": counts.macs(),
-        "stages": [stage.model_dump() for stage in arch.summary()],
-    }
-
-
-def _of_card(card: Card, trained: bool) -> Facts:
-    accuracy, found = card.accuracy, {}
-    if card.preprocess:
-        found["resolution"] = card.preprocess.size
-    if card.classes:
-        found["num_classes"] = len(card.classes)
-    return found | {
-        "weights": "trained" if trained else "random",
-        "weights_from": None,
-        "data": accuracy and accuracy.data,
-        "classes": card.classes,
-        "top1": accuracy and accuracy.top1,
-        "top1_ci": accuracy and list(accuracy.ci),
-        "images": accuracy and accuracy.images,
-        "latency": card.latency and card.latency.model_dump(),
-        **dict.fromkeys(("quality", "quality_estimate", "quality_ci", "quality_label")),
-    }
-
-
-def _of_folder(target: Target) -> Facts:
-    """Of the files beside the Arch; the prior is asked only of a network that nobody has trained or rated."""
-    from nas.quality.prior import Prior
-    from search_spaces import table
-
-    folder, arch, trained = target.folder, target.arch, target.as_trained().weights is not None
-    card = Card.read(folder) if folder and (folder / "arch.json").is_file() else Card()
-    if target.own is not None:  # what is known holds at the resolution of the weights
-        card = Card(classes=card.classes)
-    elif card.latency is None and folder:  # that of the file of another precision, which was measured
-        lower = (Card.read(path).latency for path in sorted(folder.glob("model.*.onnx")))
-        card = card.model_copy(update={"latency": next(filter(None, lower), None)})
-    found = _of_card(card, trained) | {"kind": kind_of(folder), "resolution": arch.resolution}
-    metrics = _read(folder and folder / "metrics.json", Trained)
-    if metrics:
-        found["data"] = metrics.data.name
-        parent = metrics.options.weights
-        how = f"fine-tuned from {parent}" if parent else "trained from random weights"
-        found["weights_from"] = f"{metrics.options.model}, {how}"
-    pruned = _read(folder and folder / "prune.json", Pruned)
-    if pruned:
-        found["data"] = pruned.data.name
-        found["weights_from"] = f"{pruned.model}, pruned to {pruned.budget.text} {pruned.budget.metric}"
-        if target.own is None and pruned.latency:
-            found["latency"] = pruned.latency.model_dump()
-    searched = None
-    if found["kind"] == "search" and not trained and target.own is None:
-        searched = _read(folder.parent / "result.json", Searched)
-    if searched and searched.winner:
-        found["data"] = searched.data and searched.data.name
-        found |= searched.winner.model_dump() | {"quality_label": searched.quality_tier.label}
-    elif not trained:
-        tier = Prior()
-        told = tier.estimate(arch, table(arch)).to_dict()
-        found |= {key: told[key] for key in ("quality_estimate", "quality_ci")} | {"quality_label": tier.label}
-    return found
-
-
-def kind_of(folder: Path | None) -> str:
-    """What a network's folder was written by."""
-    if folder is None:
-        return "published network"
-    if (folder / "metrics.json").is_file():
-        return "training"
-    if (folder / "prune.json").is_file():
-        return "pruning"
-    if folder.name == "best" and (folder.parent / "trials.csv").is_file():
-        return "search"
-    return "network"
-
-
-def _read(path: Path | None, record: type[Record]) -> Record | None:
-    """What a run's file holds; None where there is none.
-
-    Raises:
-        UserError: it is not what vitnas wrote.
-    """
-    if path is None or not path.is_file():
-        return None
-    try:
-        return record.model_validate(json.loads(path.read_text()))
-    except (ValueError, RecursionError):
-        raise UserError(f"{path} is damaged: it is not what vitnas wrote") from None
-
-
-STAGES = (
-    Column("stage"),
-    Column("embed_dim"),
-    Column("depth"),
-    Column("heads"),
-    Column("key_dim"),
-    Column("attention", drop=2),
-    Column("FFN ratio"),
-    Column("keep rate", drop=1),
-)
-
-
-def show(facts: Mapping[str, Any]) -> None:
-    """Print them."""
-    from nas.quality.tier import told_score
-
-    console = console_of()
-    for line in lines_of(facts):
-        prose(console, line)
-    if facts["stages"]:
-        print_table(console, STAGES, [_row(i, stage) for i, stage in enumerate(facts["stages"], 1)])
-    if facts["quality_label"]:
-        low, high = facts["quality_ci"]
-        words = f"{facts['quality_estimate']:.1f}% (95%: {low:.1f} to {high:.1f})"
-        if facts["quality"] is not None:
-            words = f"{told_score(facts['quality']):.1f}; its estimate is {words}"
-        prose(console, f"{facts['quality_label']}: {words}")
-
-
-def lines_of(facts: Mapping[str, Any]) -> list[str]:
-    """All but the stages, a line each."""
-    size = f", {facts['params'] / 1e6:.2f} M parameters, {facts['macs'] / 1e6:.1f} MMACs" if facts["params"] else ""
-    family = f"{facts['family']}, " if facts["family"] else ""
-    classes = f", {facts['num_classes']} classes" if facts.get("num_classes") else ""
-    pixels = f"{facts['resolution']} px" if facts.get("resolution") else "of unknown input"
-    lines = [f"{facts['model']} ({facts['kind']}): {family}{pixels}{classes}{size}"]
-    told = f": {facts['weights_from']}" if facts["weights_from"] else ""
-    lines.append(f"weights: {facts['weights']}{told}")
-    if facts["data"]:
-        lines.append(f"data: {facts['data']}")
-    if facts["classes"]:
-        lines.append(f"classes: {few(facts['classes'])}")
-    if facts["top1"] is not None:
-        lines.append(f"accuracy: {top1_words(facts['top1'], facts['top1_ci'], facts['images'])}")
-    elif facts["weights"] == "trained":
-        lines.append("accuracy: not known")
-    latency = facts["latency"]
-    if latency:
-        low, high = latency["ci"]
-        threads = counted(latency["threads"], "thread")
-        where = f"{latency['device']} ({latency['cpu']})" if latency["cpu"] else latency["device"]
-        lines.append(
-            f"latency: {latency['ms']:.2f} ms (95%: {low:.2f} to {high:.2f}), {latency['runtime']} "
-            f"{latency['precision']}, {where}, {threads}, batch {latency['batch_size']}"
-        )
-    elif facts["kind"] == "training":
-        lines.append(f"latency: not kept with a training; `vitnas bench {shlex.quote(facts['model'])}` measures it")
+    facts = facts_of(find_target(model))
+    if as_json:
+        print(json.dumps(facts, indent=1))
     else:
-        lines.append("latency: not known here; `vitnas bench` measures it")
-    return lines
-
-
-def few(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
-    fitting = sum(len(", ".join(names[: i + 1])) <= NAMED for i in range(len(names)))
-    return listed([name[:NAMED] for name in names], max(fitting, 1))
-
-
-def _row(number: int, stage: Mapping[str, Any]) -> tuple[str, ...]:
-    return (
-        str(number),
-        str(stage["embed_dim"]),
-        str(stage["depth"]),
-        f"{stage['heads']:g}",
-        f"{stage['key_dim']:g}",
-        f"{stage['attention_share']:.0%}",
-        f"{stage['ffn_ratio']:.2f}",
-        f"{stage['keep_rate']:.2f}",
-    )
+        show_facts(facts)

@@ -22,6 +22,7 @@ import optuna
 from sklearn.ensemble import HistGradientBoostingRegressor
 from sklearn.model_selection import KFold, cross_val_predict
 
+import nas.search
 import nas.search.loop
 from nas.measure.cache import default_path
 from nas.measure.protocol import Measurement

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import nas.prune
 import nas.prune.images
 import nas.prune.outside
 import nas.prune.report

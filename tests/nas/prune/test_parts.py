@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import nas.prune
 import nas.prune.run
 from nas.errors import UserError
 from nas.intervals import of_share

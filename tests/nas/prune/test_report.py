@@ -16,6 +16,7 @@ import pytest
 from markupsafe import escape
 from matplotlib.colors import to_hex
 
+import nas.prune
 import nas.prune.report
 from nas.errors import DiskFull
 from nas.export.card import CLASSIFY

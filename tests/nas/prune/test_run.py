@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+import nas.prune
 import nas.prune.images
 import nas.prune.report
 import nas.prune.run

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+import nas.prune
 import nas.prune.screen
 from nas.prune.savings import Saving
 from nas.prune.screen import change, count_rows, grown_line, headline, show_prune, tuning_words, width

@@ -18,6 +18,7 @@ import nas.measure
 import nas.measure.hardware
 import nas.quality
 import nas.quality.tiers
+import nas.search
 import nas.search.closing
 import nas.search.final
 import nas.search.loop
@@ -309,7 +310,7 @@ def test_waiting_times_are_not_ranked(vitnas, device, tmp_path, monkeypatch, thr
     """At 2 threads on a busy machine a search ends before its first trial; at 1 it goes on."""
     monkeypatch.setattr(nas.search.loop, "PROBE_PAUSE_S", 0.0)
     monkeypatch.setattr(nas.search.loop, "check_settings", lambda settings: None)
-    monkeypatch.setattr("nas.cli.app.settings_of", lambda *_: Settings(threads=threads))
+    monkeypatch.setattr("nas.cli.options.settings_of", lambda *_: Settings(threads=threads))
     device.timed = lambda path: Measurement([[1.0, 8.0, 9.0]] * 8, [[1.0] * 3] * 8)
     code, _, err = vitnas(*command(tmp_path, budget="20ms"))
     if threads == 1:

@@ -17,6 +17,7 @@ from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3, dispatch_clip_grad, random_seed
 from torch import Tensor, nn
 
+import nas.training
 import nas.training.engine
 from nas.data.batches import loader
 from nas.data.images import Images, plain_transform

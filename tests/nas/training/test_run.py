@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import save
 from torch import Tensor, nn
 
+import nas.training
 import nas.training.engine
 from nas.data.batches import loader
 from nas.data.dataset import open_data

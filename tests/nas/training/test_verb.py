@@ -20,6 +20,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import nas.data.dataset
+import nas.export
+import nas.training
 import nas.training.engine
 from nas.data.batches import loader
 from nas.data.dataset import open_data

@@ -4,14 +4,14 @@ import json
 
 import pytest
 
-from nas.cli import models
+from nas.cli import model_list
 from nas.measure.protocol import Measurement
 
 
 @pytest.fixture
 def latencies(monkeypatch):
     """What the cache knows, by the network's name; measuring adds to it."""
-    names = {arch: name for name, arch in models.archs().items()}
+    names = {arch: name for name, arch in model_list.archs().items()}
     found: dict[str, Measurement] = {}
 
     def known(arch, settings):
@@ -48,7 +48,7 @@ def test_the_table_fits(vitnas, latencies, monkeypatch, width):
         console.width = int(width)
         return console
 
-    monkeypatch.setattr("nas.cli.models.console_of", narrow)
+    monkeypatch.setattr("nas.cli.model_list.console_of", narrow)
     latencies["efficientvit_m0"] = timed(1.25)
     code, out, _ = vitnas("models")
     assert code == 0

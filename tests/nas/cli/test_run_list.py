@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from nas.cli.runs import list_runs
+from nas.cli.run_list import list_runs
 from nas.files import folder_lock
 
 WINNER = {
@@ -161,7 +161,7 @@ def test_a_folder_that_disappears_is_left_out(made, tmp_path, monkeypatch):
             raise FileNotFoundError
         return 0, 1e18
 
-    monkeypatch.setattr("nas.cli.runs.weight", weight)
+    monkeypatch.setattr("nas.cli.run_list.weight", weight)
     assert [(row["run"], row["changed"]) for row in list_runs(tmp_path)] == [("kept", "")]
 
 
@@ -201,15 +201,15 @@ def test_neither_runs_nor_the_version_import_torch(tmp_path):
 
 
 def test_a_run_s_name_is_never_folded(made, tmp_path, monkeypatch, capsys):
-    from nas.cli import runs
+    from nas.cli import run_list
     from nas.report.tables import console_of
 
     console = console_of()
     console.width = 80
-    monkeypatch.setattr(runs, "console_of", lambda: console)
+    monkeypatch.setattr(run_list, "console_of", lambda: console)
     name = "cpu-onnxruntime-fp32-1thread-1.5ms-flowers-seed3"
     made(name, "result.json", SEARCH)
-    runs.show_runs(list_runs(tmp_path), tmp_path)
+    run_list.show_runs(list_runs(tmp_path), tmp_path)
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split()[0] == name
     assert "finished" in lines[1]

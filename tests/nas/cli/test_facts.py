@@ -12,8 +12,9 @@ import onnx
 import pytest
 from rich.console import Console
 
-import nas.cli.show
-from nas.cli.show import few, lines_of
+import nas.cli
+import nas.cli.facts
+from nas.cli.facts import few, lines_of
 from nas.export.artifact import label_onnx, save_model, save_onnx
 from nas.export.card import Accuracy, Card, Latency, Preprocess
 from search_spaces import create_model
@@ -80,9 +81,9 @@ def test_the_latency_is_that_of_the_file_that_was_measured(vitnas, search):
 
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_no_figure_is_cut(width, vitnas, search, monkeypatch, capsys):
-    monkeypatch.setattr(nas.cli.show, "console_of", lambda: Console(width=width, markup=False, highlight=False))
+    monkeypatch.setattr(nas.cli.facts, "console_of", lambda: Console(width=width, markup=False, highlight=False))
     wide = json.loads(vitnas("show", str(search), "--json")[1])
-    nas.cli.show.show(wide | {"model": "runs/fl"})
+    nas.cli.facts.show(wide | {"model": "runs/fl"})
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= width
     assert "…" not in text
@@ -187,7 +188,7 @@ def test_damaged_files_beside_a_network(vitnas, search, name, content):
 
 
 def test_names_write_nothing_on_the_terminal(capsys):
-    nas.cli.show.prose(Console(), "rose\x1b[2J \ud800")
+    nas.cli.facts.prose(Console(), "rose\x1b[2J \ud800")
     assert capsys.readouterr().out == "rose\\x1b[2J \\ud800\n"
 
 

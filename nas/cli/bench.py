@@ -1,0 +1,202 @@
+"""`vitnas bench`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from nas.cli.options import DEFAULT_RUNTIME, PRECISIONS, RUNTIMES, Device, Json, Quiet, Verbose, settings_of
+from nas.errors import UserError
+
+app = typer.Typer()
+
+
+@app.command(
+    short_help="Measure networks side by side.",
+    epilog="Example:  vitnas bench levit_128s shvit_s1@160 timm/lcnet_075 runs/cpu-onnxruntime-2ms-all\n\n"
+    "Example:  vitnas bench efficientvit_m0 timm/lcnet_075 --runtime onnxruntime --runtime openvino --precision fp32 "
+    "--precision int8 --data ./images\n\n"
+    "Example:  vitnas bench mine.onnx --shape images=1x3x224x224 --throughput-at 64 --csv bench.csv --plot bench.png",
+)
+def bench(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Published names, arch.json files, runs' folders, timm/NAME or .onnx files; each with @PX for another "
+            "input resolution."
+        ),
+    ] = None,
+    resolution: Annotated[
+        int | None, typer.Option(help="Input resolution, in px, of all networks without @PX.  [default: their own]")
+    ] = None,
+    device: Device = "cpu",
+    runtime: Annotated[list[str] | None, typer.Option(help=f"{RUNTIMES}; repeatable.  {DEFAULT_RUNTIME}")] = None,
+    precision: Annotated[list[str] | None, typer.Option(help=f"{PRECISIONS}; repeatable.  [default: fp32]")] = None,
+    batch_size: Annotated[
+        list[int] | None,
+        typer.Option(help="Images per inference; repeatable.  [default: 1, or what an .onnx file is fixed at]"),
+    ] = None,
+    threads: Annotated[
+        list[int] | None,
+        typer.Option(help="CPU threads; repeatable.  [default: the physical cores this process may use]"),
+    ] = None,
+    throughput_at: Annotated[
+        int | None, typer.Option(help="Batch size to tell the throughput of.  [default: that of the latency]")
+    ] = None,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Shape of an .onnx file's dynamic input, as images=1x3x224x224, its first size the batch unless "
+            "--batch-size says another; repeatable."
+        ),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Images that int8 is calibrated on, as for `vitnas train`.  [default: noise]")
+    ] = None,
+    suite: Annotated[
+        str | None, typer.Option(help="papers: the speed claims of the five papers, measured here.")
+    ] = None,
+    rounds: Annotated[
+        int | None, typer.Option(help="Rounds; every network is timed in each.  [default: 30; 6 with --suite]")
+    ] = None,
+    timeout: Annotated[
+        str | None,
+        typer.Option(
+            help="Time for a network to load and warm up, and for each of its rounds: 90s, 10m.  [default: 10m]"
+        ),
+    ] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write the table here.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the latencies: a .png, .svg or .pdf.")] = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure networks side by side, in every combination of runtimes, precisions, batch sizes and threads.
+
+    All in one interleaved run; ratios are to the first row. --json prints results (with their resolution and
+    throughput_batch), failed (with their error), hardware and notes. Ctrl-C tells the rounds made until then.
+
+    Exit codes: 0 all were measured, 2 bad input, or some could not be measured (the others are told), 130 Ctrl-C.
+    """
+    import itertools
+
+    from nas.cli.progress import load
+
+    load("nas.bench.run", quiet)
+    from nas.bench.run import PLOTS, TIMEOUT_S, Options, check_output, parse_shape, plan, run_bench, to_csv, to_plot
+    from nas.bench.table import show_bench
+    from nas.cli.progress import watch_phases
+    from nas.files import replace_file
+    from nas.measure.device import device_lock
+    from nas.measure.hardware import busy_line, describe
+    from nas.measure.protocol import MAX_ROUNDS, SURE_ROUNDS, quanta_line
+    from nas.networks.targets import find_target
+    from nas.units import parse_duration
+
+    if rounds is None:
+        rounds = SURE_ROUNDS if suite else MAX_ROUNDS
+    if rounds < SURE_ROUNDS:
+        raise UserError(f"--rounds is {rounds}: give {SURE_ROUNDS} or more, for intervals of 95%")
+    if suite is not None:
+        asked = [
+            (runtime, "--runtime"),
+            (precision, "--precision"),
+            (batch_size, "--batch-size"),
+            (threads, "--threads"),
+        ]
+        for given, option in asked:
+            if given and len(given) > 1:
+                raise UserError(f"{option} can be given once with --suite")
+        for given, option in (
+            (models, "networks"),
+            (data, "--data"),
+            (resolution, "--resolution"),
+            (throughput_at, "--throughput-at"),
+            (shape, "--shape"),
+            (timeout, "--timeout"),
+            (plot, "--plot"),
+        ):
+            if given:
+                raise UserError(f"--suite brings its own networks: leave out {option}")
+        one = [given[0] if given else None for given, _ in asked]
+        settings = settings_of(one[0], device, one[3], one[2] or 1, one[1] or "fp32")
+        run_suite(suite, settings, rounds, csv, as_json, quiet)
+        return
+    if not models:
+        raise UserError("name the networks to measure: published names, timm/NAME, arch.json or .onnx files")
+    asked = list(itertools.product(runtime or [None], precision or ["fp32"], batch_size or [1], threads or [None]))
+    settings = [settings_of(run, device, thread, batch, kind) for run, kind, batch, thread in asked]
+    if throughput_at is not None:
+        for run, kind, _, thread in asked:
+            settings_of(run, device, thread, throughput_at, kind)
+    if csv:
+        check_output("--csv", csv)
+    if plot:
+        check_output("--plot", plot, PLOTS)
+    options = Options(
+        targets=[find_target(model, resolution) for model in models],
+        settings=list(dict.fromkeys(settings)),
+        rounds=rounds,
+        own_batch=not batch_size,
+        throughput_at=throughput_at,
+        shapes=dict(map(parse_shape, shape or ())),
+        data=data,
+        timeout_s=parse_duration(timeout) if timeout else TIMEOUT_S,
+    )
+    planned = plan(options)
+    with device_lock(device):  # what another vitnas does there is not this machine's load
+        hardware = describe(max(settings, key=lambda each: each.threads))
+    with watch_phases(quiet) as (progress, say):
+        found = run_bench(options, progress, say, planned)
+    waiting = any(row["waiting"] for row in found.rows)
+    line = quanta_line(hardware, "the figures marked waiting") if waiting else busy_line(hardware)
+    if line:
+        found.notes.insert(0, f"{line[:1].upper()}{line[1:]}.")
+    if as_json:
+        told = {"results": found.rows, "failed": found.failed, "hardware": hardware, "notes": found.notes}
+        print(json.dumps(told, indent=1))
+    elif found.rows:
+        show_bench(found.rows, found.notes)
+    if found.rows and csv:
+        replace_file(csv, to_csv(found.rows, found.failed))
+    if found.rows and plot:
+        replace_file(plot, to_plot(found.rows, plot.suffix))
+    if found.interrupted:
+        raise KeyboardInterrupt
+    if found.errors:
+        raise UserError("; ".join(found.errors))
+
+
+def run_suite(name: str, settings: Any, rounds: int, csv: Path | None, as_json: bool, quiet: bool) -> None:
+    """`vitnas bench --suite NAME`."""
+    from nas.bench.papers import papers_csv, papers_table, run_papers
+    from nas.bench.run import check_output
+    from nas.cli.progress import watch_phases
+    from nas.files import replace_file
+    from nas.measure.device import device_lock
+    from nas.measure.hardware import busy_line, describe
+    from nas.report.tables import console_of
+
+    if name != "papers":
+        raise UserError(f"unknown suite {name!r}: choose papers")
+    if csv:
+        check_output("--csv", csv)
+    with device_lock(settings.device):
+        hardware = describe(settings)
+    with watch_phases(quiet) as (progress, say):
+        if line := busy_line(hardware):
+            say(line)
+        found = run_papers(settings, rounds, lambda done, total: progress("claims", done, total), say)
+    if as_json:
+        print(json.dumps(found | {"hardware": hardware}, indent=1))
+    else:
+        console_of().print(papers_table(found["rows"]))
+    if csv:
+        replace_file(csv, papers_csv(found["rows"]))
+    if found["interrupted"] == "interrupted":
+        raise KeyboardInterrupt
+    if found["interrupted"]:
+        raise UserError(found["interrupted"])

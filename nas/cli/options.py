@@ -1,0 +1,111 @@
+"""What verbs share: their common options, settings and the command as typed."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+from typing import Annotated, Any
+
+import typer
+
+log = logging.getLogger("nas")
+
+
+Device = Annotated[str, typer.Option(help="Device to measure on: cpu, cuda, or ssh://[user@]host[:port][/cuda].")]
+
+
+RUNTIMES = "onnxruntime, openvino, torch, torch.compile, cudagraphs or tensorrt"
+
+
+DEFAULT_RUNTIME = "[default: onnxruntime on cpu, torch on cuda]"
+
+
+RuntimeName = Annotated[str | None, typer.Option(help=f"{RUNTIMES}.  {DEFAULT_RUNTIME}")]
+
+
+Threads = Annotated[int | None, typer.Option(help="CPU threads.  [default: the physical cores this process may use]")]
+
+
+TrainThreads = Annotated[
+    int | None, typer.Option(help="CPU threads of trainings.  [default: the CPUs that nobody else uses, as it goes]")
+]
+
+
+BatchSize = Annotated[int, typer.Option(help="Images per inference.")]
+
+
+PRECISIONS = "fp32, tf32, bf16, fp16 or int8, as the runtime can"
+
+
+Precision = Annotated[str, typer.Option(help=f"{PRECISIONS}.")]
+
+
+Data = Annotated[
+    str | None,
+    typer.Option(
+        help="Images: a folder (train/<class>/ beside val/<class>/, or <class>/), torch/NAME, hfds/NAME or "
+        "wds/SHARDS.  [default: digits, a demo]"
+    ),
+]
+
+
+SEEDS = {"min": 0, "max": 2**32 - 1}  # as all generators in use take them
+
+
+def be_verbose(verbose: bool) -> bool:
+    """Let the loggers of this package speak."""
+    if verbose:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+        log.setLevel(logging.DEBUG)
+    return verbose
+
+
+Verbose = Annotated[
+    bool,
+    typer.Option(
+        "--verbose", "-v", help="Tell where the time goes, and tracebacks of what fails.", callback=be_verbose
+    ),
+]
+
+
+def be_quiet(quiet: bool) -> bool:
+    """Let the loggers of this package tell errors only; --verbose prevails."""
+    if quiet and log.level == logging.NOTSET:
+        log.setLevel(logging.ERROR)
+    return quiet
+
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Tell results and errors only.", callback=be_quiet)]
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+
+
+Model = Annotated[str, typer.Argument(help="A published name, an arch.json, or a run's folder.")]
+
+
+def settings_of(runtime: str | None, device: str, threads: int | None, batch_size: int, precision: str = "fp32") -> Any:
+    """Checked measuring settings with their defaults filled in."""
+    from nas.measure.device import check_settings, default_threads, device_kind
+    from nas.measure.runtime import Settings
+
+    settings = Settings(
+        runtime=runtime or ("torch" if device_kind(device) == "cuda" else "onnxruntime"),
+        device=device,
+        threads=default_threads(device) if threads is None else threads,
+        batch_size=batch_size,
+        precision=precision,
+    )
+    check_settings(settings)
+    return settings
+
+
+def command_line() -> str:
+    """The command as typed, without passwords."""
+    from nas.text import mask_url
+
+    words = [word if "://" not in word else mask_url(word) for word in sys.argv[1:]]
+    return shlex.join(["vitnas", *words])

@@ -1,0 +1,117 @@
+"""`vitnas prune`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nas.cli.options import (
+    SEEDS,
+    BatchSize,
+    Data,
+    Device,
+    Json,
+    Precision,
+    Quiet,
+    RuntimeName,
+    Threads,
+    TrainThreads,
+    Verbose,
+    command_line,
+    settings_of,
+)
+
+app = typer.Typer()
+
+
+@app.command(
+    short_help="Shrink a trained network to a budget.",
+    epilog="Examples:\n\n  vitnas prune --model efficientvit_m4\n\n"
+    "  vitnas prune --model levit_192 --data ./images --latency-budget 0.6x --finetune 3 --distill",
+)
+def prune(
+    model: Annotated[str, typer.Option(help="A published name, an arch.json, a run's folder, or timm/NAME.")],
+    macs: Annotated[
+        str | None, typer.Option(help="Budget: 0.5x of its MACs, or 150M.  [default: 0.5x, without another budget]")
+    ] = None,
+    params: Annotated[str | None, typer.Option(help="Budget: 0.5x of its parameters, or 4M.")] = None,
+    latency_budget: Annotated[str | None, typer.Option(help="Budget as measured here: 1.5ms or 0.6x.")] = None,
+    data: Data = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="timm, or a PyTorch or safetensors file.  [default: the folder's own, or timm's]"),
+    ] = None,
+    num_classes: Annotated[int | None, typer.Option(help="Classes the data must have.")] = None,
+    reallocate: Annotated[
+        bool, typer.Option("--reallocate/--no-reallocate", help="Widen what matters with what is saved elsewhere.")
+    ] = True,
+    axes: Annotated[str, typer.Option(help="What may change.")] = "ffn,qk,v,heads,embed,blocks",
+    criterion: Annotated[
+        str, typer.Option(help="Importance: taylor, taylor2, magnitude, random or torch-pruning.")
+    ] = "taylor",
+    multiple_of: Annotated[int, typer.Option(help="Widths stay multiples of this.")] = 8,
+    rounds: Annotated[int, typer.Option(help="Rounds of scoring and cutting.")] = 3,
+    finetune: Annotated[float, typer.Option(help="Epochs of fine-tuning afterwards; 0 for none.")] = 1.0,
+    distill: Annotated[bool, typer.Option("--distill", help="Fine-tune with the unpruned network as teacher.")] = False,
+    control: Annotated[
+        bool,
+        typer.Option("--control/--no-control", help="Fine-tune the unpruned network alike, to compare with."),
+    ] = True,
+    seed: Annotated[int, typer.Option(help="Seed of splits, samples and training.", **SEEDS)] = 0,
+    device: Device = "cpu",
+    runtime: RuntimeName = None,
+    threads: Threads = None,
+    batch_size: BatchSize = 1,
+    precision: Precision = "fp32",
+    train_threads: TrainThreads = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write to.  [default: one in runs/]")] = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Shrink a network to a budget by Taylor importance, and move parameters to where they matter.
+
+    The same command continues an interrupted run after its last finished round.
+
+    Exit codes: 0 done and within the budget, 1 done but over it as measured or too close to it to tell,
+    or a step at its end failed, 2 bad input, 130 Ctrl-C.
+    """
+    from nas.cli.progress import load
+
+    load("nas.prune.run", quiet)
+    from nas.cli.progress import watch_phases
+    from nas.prune.images import compute_device
+    from nas.prune.run import Options, default_folder, kinds_of, parse_pruning_budget
+    from nas.prune.run import prune as run_prune
+    from nas.prune.screen import show_prune
+    from nas.threads import training_threads
+
+    budget = parse_pruning_budget(macs, params, latency_budget)
+    options = Options(
+        model=model,
+        budget=budget,
+        settings=settings_of(runtime, device, threads, batch_size, precision),
+        folder=out or default_folder(model, budget),
+        reallocate=reallocate,
+        kinds=kinds_of(axes),
+        criterion=criterion,
+        multiple_of=multiple_of,
+        rounds=rounds,
+        finetune=finetune,
+        distill=distill,
+        control=control,
+        data=data,
+        weights=weights,
+        num_classes=num_classes,
+        seed=seed,
+    )
+    options.check()
+    with watch_phases(quiet) as (progress, say), training_threads(train_threads, say, compute_device(options.settings)):
+        found = run_prune(options, command_line(), say, progress)
+    show_prune(found, options.folder, to_stderr=as_json)
+    if as_json:
+        print(json.dumps(found | {"folder": str(options.folder)}))
+    raise typer.Exit(0 if found["budget"]["met"] and not found.get("failures") else 1)

@@ -1,0 +1,262 @@
+"""`vitnas search`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nas.cli.options import (
+    SEEDS,
+    BatchSize,
+    Device,
+    Json,
+    Precision,
+    Quiet,
+    RuntimeName,
+    Threads,
+    TrainThreads,
+    Verbose,
+    command_line,
+    settings_of,
+)
+from nas.errors import UserError
+
+app = typer.Typer()
+
+
+TRAINING_OPTIONS = ("train_images", "epochs", "final_epochs", "seeds", "validate", "train_threads")
+
+
+@app.command(
+    short_help="Search networks that meet a latency budget.",
+    epilog="Example:  vitnas search --latency-budget 2ms --data ./images --resolution 128\n\n"
+    "Example:  vitnas search --latency-budget 2ms --family shvit --family levit --trials 200",
+)
+def search(
+    context: typer.Context,
+    latency_budget: Annotated[str, typer.Option(help="Latency with its unit: 2ms, 1.5ms, 800us.")],
+    device: Device = "cpu",
+    family: Annotated[list[str] | None, typer.Option(help="Family to search; repeatable.  [default: all five]")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Images to train candidates on: a folder (train/<class>/ beside val/<class>/, or <class>/), "
+            "torch/NAME, hfds/NAME or wds/SHARDS.  [default: none, and only size is judged]"
+        ),
+    ] = None,
+    quality: Annotated[
+        str,
+        typer.Option(
+            help="How networks are judged: prior (by size), train, inherit (from --parent), supernet, or auto."
+        ),
+    ] = "auto",
+    parent: Annotated[
+        str | None, typer.Option(help="Trained network to inherit from: a folder with weights, or a published name.")
+    ] = None,
+    trials: Annotated[
+        int | None,
+        typer.Option(
+            help="Trials the study shall hold in all, those of earlier runs included.  [default: 100; 40 with --data]"
+        ),
+    ] = None,
+    timeout: Annotated[str | None, typer.Option(help="Start no trial after this time: 90s, 10m, 1h.")] = None,
+    study: Annotated[
+        str | None, typer.Option(help="Study name.  [default: from device, runtime, budget and families]")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the run's folder.")] = Path("runs"),
+    batch_size: BatchSize = 1,
+    threads: Threads = None,
+    runtime: RuntimeName = None,
+    precision: Precision = "fp32",
+    throughput_at: Annotated[
+        int | None, typer.Option(help="Batch size whose throughput is searched for.  [default: that of the latency]")
+    ] = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Network to measure beside the result: a published name, an arch.json, timm/NAME; repeatable."
+        ),
+    ] = None,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Measure anew what was measured on this machine before.")
+    ] = False,
+    sampler: Annotated[
+        str, typer.Option(help="auto, gp, tpe, nsga2 or random. With --data, auto is the tier's own surrogate.")
+    ] = "auto",
+    storage: Annotated[
+        str | None, typer.Option(help="Database URL for workers on several machines.  [default: a journal in the run]")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the sampler, of splits and of trainings.", **SEEDS)] = None,
+    num_classes: Annotated[
+        int | None, typer.Option(help="Classes of the networks' head.  [default: the data's, or 1000]")
+    ] = None,
+    resolution: Annotated[
+        int | None, typer.Option(help="Input resolution of all networks, in px.  [default: it is searched]")
+    ] = None,
+    train_images: Annotated[
+        int, typer.Option(help="Images of --data that candidates are trained on at most.")
+    ] = 10_000,
+    epochs: Annotated[
+        int | None, typer.Option(help="Epochs a candidate is trained at most.  [default: 9; inherit 3, supernet 30]")
+    ] = None,
+    final_epochs: Annotated[int, typer.Option(help="Epochs of the trainings at the end.")] = 30,
+    seeds: Annotated[int, typer.Option(help="Seeds of the trainings at the end.")] = 3,
+    train_threads: TrainThreads = None,
+    validate: Annotated[
+        int, typer.Option(help="Train so many held-out networks fully, to measure how well the tier ranks; 0: none.")
+    ] = 0,
+    as_json: Json = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Search networks that meet a latency budget on this device, as measured on it.
+
+    With --data candidates are trained on your images, and at the end the winner and a published network are trained
+    fully, by one recipe. The same command continues its study. Ctrl-C ends it cleanly, with the report written.
+
+    Exit codes: 0 a network surely fits, 1 none does or a step at the end failed, 2 bad input, 130 Ctrl-C.
+    """
+    from nas.units import parse_budget, parse_duration
+
+    budget_ms = parse_budget(latency_budget)
+    timeout_s = parse_duration(timeout) if timeout else None
+    if trials is not None and trials < 1:
+        raise UserError(f"--trials is {trials}: give 1 or more")
+    if num_classes is not None and not 1 <= num_classes <= 100_000:
+        raise UserError(f"--num-classes is {num_classes}: give 1 to 100000")
+    if resolution is not None and (resolution % 32 or not 32 <= resolution <= 512):
+        raise UserError(f"--resolution is {resolution}: give a multiple of 32 from 32 to 512")
+    settings = settings_of(runtime, device, threads, batch_size, precision)
+    if throughput_at is not None:
+        settings_of(runtime, device, threads, throughput_at, precision)
+    families = families_of(family)
+    tier = tier_of(quality, data, parent)
+    lessons = None
+    if tier == "prior":
+        for name in TRAINING_OPTIONS:
+            if (source := context.get_parameter_source(name)) and source.name == "COMMANDLINE":
+                raise UserError(f"--{name.replace('_', '-')} needs --data: without images nothing is trained")
+    else:
+        from nas.quality.schooling import DEFAULT_EPOCHS, Lessons
+
+        last = DEFAULT_EPOCHS[tier] if epochs is None else epochs
+        lessons = Lessons(data or "", train_images, last, final_epochs, seeds, validate, parent)
+        lessons.check()
+        families = inheriting(parent, families, family) if tier == "inherit" else families
+
+    from nas.cli.progress import load, waiting
+
+    load("nas.search.loop" if lessons is None else "nas.training.engine", quiet)
+    from nas.cli.display import show_result
+    from nas.cli.progress import watch
+    from nas.networks.targets import find_target
+    from nas.search.loop import Options, default_study, interruptible, storage_of
+    from nas.search.loop import search as run_search
+    from nas.search.outcome import exit_code, finish_run
+    from nas.study.storage import storage_errors
+    from nas.study.trials import sweep
+    from nas.threads import training_threads
+
+    beside = tuple(find_target(network) for network in against or ())
+    for target in beside:
+        if target.onnx:
+            raise UserError(f"--against {target.label}: give a published name, an arch.json or timm/NAME")
+    name = study or default_study(
+        {
+            "settings": settings,
+            "budget_ms": budget_ms,
+            "families": families,
+            "quality": tier,
+            "throughput_at": throughput_at,
+            "resolution": resolution,
+            "num_classes": num_classes,
+        }
+    )
+    if not name.strip(".") or "/" in name or "\0" in name:
+        raise UserError(f"--study {name!r} cannot be a folder's name")
+    images = None
+    if lessons is not None:
+        from nas.data.dataset import open_data
+        from nas.quality.schooling import parent_weights
+
+        with waiting(f"reading {data}", quiet):
+            images = open_data(data, resolution or 224, num_classes, seed or 0, parent_weights(parent))
+        num_classes = len(images.classes)
+    options = Options(
+        budget_ms=budget_ms,
+        settings=settings,
+        families=families,
+        trials=trials or (40 if lessons else 100),
+        timeout_s=timeout_s,
+        study=name,
+        out=out,
+        storage=storage,
+        sampler=sampler,
+        seed=seed,
+        num_classes=num_classes or 1000,
+        quality=tier,
+        resolution=resolution,
+        lessons=lessons,
+        throughput_at=throughput_at,
+        against=beside,
+        cache=not no_cache,
+    )
+    with watch(options, images, quiet) as (progress, say, phase), training_threads(train_threads, say):
+        found, run = run_search(options, progress, say, phase, images)
+        with storage_errors(storage_of(options)), interruptible():
+            result = finish_run(options, found, run, command_line(), phase, say)
+            sweep(found)
+    show_result(result, options.folder, as_json, verbose, data)
+    if as_json:
+        print(json.dumps({key: result[key] for key in result if key != "trials"} | {"folder": str(options.folder)}))
+    if result["interrupted"] and not result["failures"]:
+        raise KeyboardInterrupt
+    raise typer.Exit(exit_code(result))
+
+
+def tier_of(quality: str, data: str | None, parent: str | None) -> str:
+    """The tier that `--quality` names, or that the data and the parent allow."""
+    from nas.quality.tiers import TIERS
+
+    if quality not in ("auto", *TIERS):
+        raise UserError(f"--quality {quality!r}: choose auto, {', '.join(TIERS)}")
+    if data is None and (parent is not None or quality not in ("auto", "prior")):
+        raise UserError(
+            f"{'--parent' if parent is not None else f'--quality {quality}'} needs --data: images to train on"
+        )
+    if quality == "auto":
+        return "prior" if data is None else "train" if parent is None else "inherit"
+    if quality == "inherit" and parent is None:
+        raise UserError("--quality inherit needs --parent: a folder with trained weights, or a published name")
+    if parent is not None and quality != "inherit":
+        raise UserError(f"--quality {quality} inherits nothing: leave out --parent, or give --quality inherit")
+    if quality == "prior" and data is not None:
+        raise UserError("--quality prior trains nothing: leave out --data, or give --num-classes alone")
+    return quality
+
+
+def inheriting(parent: str | None, families: tuple[str, ...], named: list[str] | None) -> tuple[str, ...]:
+    """The parent's family, which must be among those named."""
+    from nas.networks.targets import find_arch
+
+    family = find_arch(parent or "").family
+    if named and family not in families:
+        raise UserError(f"--parent {parent} is of the family {family}, which --family leaves out")
+    return (family,)
+
+
+def families_of(names: list[str] | None) -> tuple[str, ...]:
+    """Checked family names, in the registry's order."""
+    import difflib
+
+    from search_spaces.registry import FAMILIES
+
+    for name in names or ():
+        if name not in FAMILIES:
+            near = difflib.get_close_matches(name, FAMILIES, n=2, cutoff=0.4)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(FAMILIES)}"
+            raise UserError(f"unknown family {name!r}: {hint}")
+    return tuple(name for name in FAMILIES if not names or name in names)

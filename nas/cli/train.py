@@ -1,0 +1,121 @@
+"""`vitnas train`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nas.cli.options import SEEDS, Data, Json, Model, Quiet, TrainThreads, Verbose, command_line
+
+app = typer.Typer()
+
+
+@app.command(
+    short_help="Train a network on your images.",
+    epilog="Examples:\n\n  vitnas train efficientvit_m0 --data ./images --resolution 128\n\n"
+    "  vitnas train levit_192 --weights timm --data ./images\n\n"
+    "  torchrun --nproc-per-node 8 -m nas.cli train levit_192 --data ./imagenet --recipe levit "
+    "--teacher timm/regnety_160.deit_in1k --precision bf16",
+)
+def train(
+    model: Model,
+    data: Data = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="quick, finetune, or a published one: levit, efficientvit, evit, shvit, sepvit.  [default: quick; "
+            "finetune from weights]"
+        ),
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Epochs.  [default: the recipe's]")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Images an update, of all processes.  [default: the recipe's]")
+    ] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Highest learning rate.  [default: the recipe's, scaled with the batch size]")
+    ] = None,
+    resolution: Annotated[int | None, typer.Option(help="Input resolution in px.  [default: the network's]")] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="Start from timm's, from a PyTorch or safetensors file, or from none.  [default: the folder's own; "
+            "none]"
+        ),
+    ] = None,
+    num_classes: Annotated[int | None, typer.Option(help="Classes the data must have.")] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="Distil from timm/NAME, a published name, or a folder with weights.")
+    ] = None,
+    teacher_weights: Annotated[
+        str | None, typer.Option(help="The teacher's weights, a file.  [default: timm's, or the folder's own]")
+    ] = None,
+    distillation: Annotated[
+        str | None, typer.Option(help="hard (the teacher's choice) or soft (its logits).  [default: the recipe's]")
+    ] = None,
+    oracle: Annotated[
+        str | None, typer.Option(help="For EViT: a trained DeiT of its depth that lends weights and chooses tokens.")
+    ] = None,
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16 (autocast).")] = "fp32",
+    accumulate: Annotated[int, typer.Option(help="Parts in which an update's images come.")] = 1,
+    compiled: Annotated[bool, typer.Option("--compile", help="Use torch.compile.")] = False,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes that decode images.  [default: 0 on cpu, else up to 8]")
+    ] = None,
+    train_threads: TrainThreads = None,
+    seed: Annotated[int, typer.Option(help="Seed of splits, weights and training.", **SEEDS)] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.  [default: cuda where there is one]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write to.  [default: one in runs/]")] = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train a network on images; the accuracy told is that of the last epoch's weights, never of the best one.
+
+    A run's folder begins with its own weights. The same command continues an interrupted training where it was.
+
+    Exit codes: 0 done, 1 the training or its ONNX file failed (weights of the last good epoch are kept) or the disk is
+    full, 2 bad input, 130 Ctrl-C.
+    """
+    from nas.cli.progress import load
+
+    load("nas.training.engine", quiet)
+    from nas.cli.display import show_train
+    from nas.cli.progress import watch_images
+    from nas.threads import training_threads
+    from nas.training.run import Options, check_device, choose_recipe, default_folder, default_workers, starting_weights
+    from nas.training.run import train as run_train
+
+    begun_with = starting_weights(model, weights, out)
+    chosen = choose_recipe(
+        recipe or ("quick" if begun_with is None else "finetune"), epochs, batch_size, lr, distillation
+    )
+    device = check_device(device)
+    options = Options(
+        model=model,
+        recipe=chosen,
+        device=device,
+        folder=out or default_folder(model, chosen.name),
+        data=data,
+        resolution=resolution,
+        num_classes=num_classes,
+        weights=begun_with,
+        teacher=teacher,
+        teacher_weights=teacher_weights,
+        oracle=oracle,
+        precision=precision,
+        accumulate=accumulate,
+        compiled=compiled,
+        workers=default_workers(device) if workers is None else workers,
+        seed=seed,
+    )
+    options.check()
+    with watch_images(chosen.epochs, quiet) as (progress, say), training_threads(train_threads, say, device):
+        found = run_train(options, command_line(), say, progress)
+    if "final" in found:
+        show_train(found, options.folder, to_stderr=as_json)
+        if as_json:
+            print(json.dumps(found | {"folder": str(options.folder)}))
+    raise typer.Exit(1 if found["error"] else 0)
