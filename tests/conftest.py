@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import itertools
 import os
 import signal
 import sys
@@ -22,10 +23,24 @@ os.environ["VITNAS_CACHE"] = tempfile.mkdtemp(prefix="vitnas-tests-")  # of fixt
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+CACHES = itertools.count()
+SEEDS = 4
+"""Of a test of random networks that are run by default; its other ones are slow tests."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if isinstance(item, pytest.Function) and hasattr(item, "callspec"):
+            seed = item.callspec.params.get("seed")
+            if isinstance(seed, int) and seed >= SEEDS:
+                item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test finds latencies that another one, or the user, has measured."""
-    monkeypatch.setenv("VITNAS_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setenv("VITNAS_CACHE", str(tmp_path_factory.getbasetemp() / "caches" / str(next(CACHES))))
 
 
 @pytest.fixture(scope="session")

@@ -50,9 +50,15 @@ def check_pair(parent: Arch, child: Arch, weights: dict[str, Tensor], image: Cal
     assert all(torch.equal(again[name], value) for name, value in weights.items())
 
 
-def check_space(family: str, first: dict[str, int], second: dict[str, int], classes: int) -> None:
+def check_space(
+    family: str,
+    first: dict[str, int],
+    second: dict[str, int],
+    classes: int,
+    resolutions: tuple[int | None, int | None] = (None, None),
+) -> None:
     space = FAMILIES[family].space
-    parent, child = space.decode(first, 3), space.decode(second, classes)
+    parent, child = space.decode(first, 3, resolutions[0]), space.decode(second, classes, resolutions[1])
     weights = FAMILIES[family].build(parent).state_dict()
     check_pair(parent, child, weights, lambda arch: torch.randn(1, 3, arch.resolution, arch.resolution))
 
@@ -61,7 +67,7 @@ def check_space(family: str, first: dict[str, int], second: dict[str, int], clas
 @QUICK
 @given(first=PARAMS, second=PARAMS, classes=st.sampled_from([3, 5]))
 def test_any_two_networks_of_a_space(family: str, first: dict[str, int], second: dict[str, int], classes: int) -> None:
-    check_space(family, first, second, classes)
+    check_space(family, first, second, classes, (64, 96))
 
 
 @pytest.mark.slow
@@ -239,10 +245,12 @@ def test_what_only_grew_computes_the_same(more: Callable[[Doc], None], family: s
     """In the first two random networks that the growth changes."""
     shown = 0
     for seed in range(20):
+        if shown == 2:
+            break
         arch, raw = whole(family, seed, helpers, more)
         more(raw)
         larger = helpers.read(raw)
-        if larger == arch or shown == 2:
+        if larger == arch:
             continue
         model, x = helpers.build(arch, seed), helpers.image(arch, 4, seed)
         helpers.calibrate(model, x, seed)
@@ -485,7 +493,7 @@ def test_inherited_weights_learn_faster_than_random_ones(helpers: ModuleType) ->
     raw = {"version": 1, "family": "shvit", "num_classes": 10, "resolution": 32, "distilled": False}
     parent = helpers.read(raw | {"stem": [8, 16, 24], "stages": [stage]})
     torch.manual_seed(0)
-    model = train(FAMILIES["shvit"].build(parent), x[:1200], y[:1200], 80)
+    model = train(FAMILIES["shvit"].build(parent), x[:1200], y[:1200], 50)
     other = {"conv": True, "attn": attn | {"heads": 2, "value_dim": 6}, "ffn": {"hidden": 48, "keep_rate": 1.0}}
     child = helpers.read(raw | {"stem": [8, 16, 20], "stages": [stage | {"embed_dim": 28, "blocks": [other] * 3}]})
     correct = {}

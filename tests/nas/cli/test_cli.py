@@ -151,7 +151,7 @@ def test_show(vitnas, arch_file):
     assert json.loads(out)["params"] == 6_330_808
 
 
-def test_bench_json_is_to_the_first_row(vitnas):
+def test_bench_json_is_to_the_first_row(vitnas, exports_here):
     code, out, _ = vitnas("bench", "efficientvit_m0", "shvit_s1", "--rounds", "6", "--threads", "1", "--json")
     rows = json.loads(out)["results"]
     assert code == 0

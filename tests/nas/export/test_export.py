@@ -25,7 +25,6 @@ SMALLEST = (
     "levit_128s",
     "efficientvit_m0",
     "deit_tiny",
-    "evit_tiny_keep50",
     "evit_tiny_keep70_drop",
     "shvit_s1",
     "sepvit_lite",

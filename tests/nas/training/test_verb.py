@@ -23,6 +23,7 @@ import nas.data.dataset
 import nas.export
 import nas.training
 import nas.training.engine
+from nas.cli.app import main
 from nas.data.batches import loader
 from nas.data.dataset import open_data
 from nas.data.images import sample
@@ -59,16 +60,18 @@ def deit(small) -> str:
     return small("evit", resolution=32, patch_size=8, embed_dim=64, blocks=[block] * 2)
 
 
-@pytest.fixture
-def few(monkeypatch) -> None:
-    """A few digits are enough."""
-    import nas.data.dataset
-
+def few_digits(patch: pytest.MonkeyPatch) -> None:
     def open_few(*args) -> nas.data.dataset.ImageData:
         data = open_data(*args)
         return dataclasses.replace(data, train=sample(data.train, 256, 0), val=sample(data.val, 64, 0))
 
-    monkeypatch.setattr(nas.data.dataset, "open_data", open_few)
+    patch.setattr(nas.data.dataset, "open_data", open_few)
+
+
+@pytest.fixture
+def few(monkeypatch) -> None:
+    """A few digits are enough."""
+    few_digits(monkeypatch)
 
 
 def metrics(folder: Path) -> dict:
@@ -228,6 +231,19 @@ ONCE = ("--epochs", "3", "--batch-size", "64", "--device", "cpu")
 """Of the `few` images: four updates an epoch."""
 
 
+@pytest.fixture(scope="module")
+def whole(deit, tmp_path_factory) -> dict[str, Tensor]:
+    """Weights of the training ONCE that nothing has interrupted."""
+    out = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        few_digits(patch)
+        patch.setattr(sys, "argv", ["vitnas", "train", deit, "--out", str(out), *ONCE])
+        with pytest.raises(SystemExit) as stop:
+            main()
+    assert stop.value.code == 0
+    return load_file(out / "model.safetensors")
+
+
 def signalled(monkeypatch, at: int, number: int = signal.SIGINT) -> None:
     """A signal comes within this update of a training's, from 0."""
     step = nas.training.engine.Updater.step
@@ -249,9 +265,11 @@ def signalled(monkeypatch, at: int, number: int = signal.SIGINT) -> None:
         (signal.SIGINT, 11, "epoch 3 of 3", "epoch 3, which was not judged"),
     ],
 )
-def test_a_signal_leaves_a_network_and_goes_on_exactly(vitnas, deit, tmp_path, monkeypatch, number, at, done, which):
+def test_a_signal_leaves_a_network_and_goes_on_exactly(
+    vitnas, deit, whole, tmp_path, monkeypatch, number, at, done, which
+):
     """The update in progress is finished; the network is the last epoch's, or what there is of the first one."""
-    out, whole = tmp_path / "out", tmp_path / "whole"
+    out = tmp_path / "out"
     args = ("train", deit, "--out", str(out), *ONCE)
     with monkeypatch.context() as patched:
         signalled(patched, at, number)
@@ -271,10 +289,9 @@ def test_a_signal_leaves_a_network_and_goes_on_exactly(vitnas, deit, tmp_path, m
     assert (code, f"going on after {done}" in err) == (0, True)
     assert metrics(out)["interrupted"] is None
     assert [path.name for path in (out / "state").iterdir()] == ["state.json"]
-    assert vitnas("train", deit, "--out", str(whole), *ONCE)[0] == 0
-    ours, theirs = (load_file(folder / "model.safetensors") for folder in (out, whole))
-    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
-    assert all(torch.equal(kept[name], value) for name, value in theirs.items()) == (at == 11)
+    ours = load_file(out / "model.safetensors")
+    assert all(torch.equal(ours[name], value) for name, value in whole.items())
+    assert all(torch.equal(kept[name], value) for name, value in whole.items()) == (at == 11)
 
 
 @pytest.mark.usefixtures("few")
@@ -362,8 +379,6 @@ def test_a_finished_training_writes_again_what_was_lost(vitnas, deit, tmp_path, 
 @pytest.mark.usefixtures("few")
 def test_a_failing_judge_loses_no_epoch(vitnas, deit, tmp_path, monkeypatch):
     """The next run of the command judges the epoch that was not."""
-    import nas.data.dataset
-
     out = tmp_path / "out"
     args = ("train", deit, "--out", str(out), "--epochs", "1", "--batch-size", "128", "--device", "cpu")
 
@@ -387,7 +402,7 @@ def test_a_failing_judge_loses_no_epoch(vitnas, deit, tmp_path, monkeypatch):
 KILLED = """
 import dataclasses, os, signal, sys
 from pathlib import Path
-import nas.data
+import nas.data.dataset, nas.data.images
 from nas.cli.app import main
 from nas.training.engine import Updater
 
@@ -443,7 +458,8 @@ PAIR = """
 from dataclasses import replace
 from pathlib import Path
 import torch
-from nas.data.dataset import open_data; from nas.data.images import sample
+from nas.data.dataset import open_data
+from nas.data.images import sample
 from nas.training.recipes import RECIPES
 from nas.training.engine import Training, ranks
 from nas.training.run import processes
