@@ -69,7 +69,7 @@ class Costs:
         for gate in parts.gates.values():
             if gate.heads is not None and gate.heads[1] is not None:
                 heads, which = gate.heads[0].name, gate.heads[1]
-                for name in (gate.axis.name, f"{heads}.{which}.qk"):
+                for name in (gate.width.name, f"{heads}.{which}.qk"):
                     self._head_of[name] = heads, which
                     self._by_width[heads] |= self._by_width[name]
         self._branch_of = {i: branch for branch, terms in self._by_branch.items() for i in terms}
@@ -116,22 +116,33 @@ class _State:
     settings: dict[str, int] = field(default_factory=dict)
     gone: set[str] = field(default_factory=set)
 
-    def at(self, knob: Knob) -> int:
+    def size_of(self, knob: Knob) -> int:
         return self.settings.get(knob.name, knob.size)
 
     def price(self, knob: Knob, size: int) -> float:
         """Cost added by taking a knob to `size`."""
-        return self.costs.difference(knob, size - self.at(knob), self.sizes, self.gone)
+        return self.costs.difference(knob, size - self.size_of(knob), self.sizes, self.gone)
 
     def move(self, knob: Knob, size: int) -> None:
         self.cost += self.price(knob, size)
-        change = size - self.at(knob)
+        change = size - self.size_of(knob)
         if knob.kind == "blocks":
             (self.gone.discard if size else self.gone.add)(knob.width)
         else:
             for name in (knob.width, *knob.follows):
                 self.sizes[name] += change
         self.settings[knob.name] = size
+
+    def step_down(self, knob: Knob, multiple_of: int) -> None:
+        """Take a knob to its next size down.
+
+        Raises:
+            ValueError: it is at its minimum.
+        """
+        smaller = smaller_size(knob, self.size_of(knob), multiple_of)
+        if smaller is None:
+            raise ValueError(f"{knob.name} is at its minimum")
+        self.move(knob, smaller)
 
 
 @dataclass(frozen=True)
@@ -215,7 +226,7 @@ def allocate(
     chunks = _chunks(knobs)
     down.taken.extend(_even_out(chunks, state, multiple_of))
     _refill(down.taken, chunks, state, target, multiple_of)
-    return {knob.name: state.at(knob) for knob in knobs if state.at(knob) != knob.size}
+    return {knob.name: state.size_of(knob) for knob in knobs if state.size_of(knob) != knob.size}
 
 
 class _Descent:
@@ -255,8 +266,8 @@ class _Descent:
         if self.density() is None:
             return False
         _, i, knob = heapq.heappop(self._heap)
-        before = self._state.at(knob)
-        self._state.move(knob, smaller_size(knob, before, self._multiple_of))
+        before = self._state.size_of(knob)
+        self._state.step_down(knob, self._multiple_of)
         self.taken.append((knob, before))
         self._push(i, knob)
         return True
@@ -267,7 +278,7 @@ class _Descent:
             heapq.heappush(self._heap, (key, i, knob))
 
     def _key(self, knob: Knob) -> float | None:
-        size = self._state.at(knob)
+        size = self._state.size_of(knob)
         smaller = smaller_size(knob, size, self._multiple_of)
         if smaller is None:
             return None
@@ -287,7 +298,7 @@ def _exchange(
     while True:
         offers = []
         for knob in knobs:
-            size = state.at(knob)
+            size = state.size_of(knob)
             larger = larger_size(knob, size, multiple_of) if size >= knob.size else None
             if larger is not None and (price := state.price(knob, larger)) > 0:
                 offers.append((values[knob.name].promised(size, larger) / price, knob, larger))
@@ -298,7 +309,7 @@ def _exchange(
         if best <= MARGIN * cheapest:
             return
         down.bar(knob)
-        before = state.at(knob)
+        before = state.size_of(knob)
         state.move(knob, larger)
         while state.cost > target:
             if not down.take():
@@ -319,11 +330,11 @@ def _even_out(chunks: Mapping[str, list[Knob]], state: _State, multiple_of: int)
     each as its knob and the size before."""
     steps = []
     for knobs in chunks.values():
-        if len(knobs) > 1 and any(state.at(knob) != knob.size for knob in knobs):
+        if len(knobs) > 1 and any(state.size_of(knob) != knob.size for knob in knobs):
             for knob in knobs:
-                before = state.at(knob)
+                before = state.size_of(knob)
                 if before % multiple_of:
-                    state.move(knob, smaller_size(knob, before, multiple_of))
+                    state.step_down(knob, multiple_of)
                     steps.append((knob, before))
     return steps
 
@@ -333,9 +344,9 @@ def _refill(
 ) -> None:
     """Undo the last steps where the budget has room for them and multiples stay: a large step may have left some."""
     for knob, before in reversed(taken):
-        if state.at(knob) >= before or state.cost + state.price(knob, before) > target:
+        if state.size_of(knob) >= before or state.cost + state.price(knob, before) > target:
             continue
         others = (other for other in chunks[knob.width] if other is not knob)
         odd = knob.kind not in ("heads", "blocks") and before % multiple_of
-        if not odd or all(state.at(other) == other.size for other in others):
+        if not odd or all(state.size_of(other) == other.size for other in others):
             state.move(knob, before)

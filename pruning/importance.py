@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pruning.units import Anatomy, Scores, gates_of
-from search_spaces.layers import Gate
-from search_spaces.widths import Axis, Each, Width, places, widths_of
+from pruning.units import Anatomy, Scores
+from search_spaces.gates import Gate, gates_of
+from search_spaces.widths import Axis, Width, places, widths_of
 
 if TYPE_CHECKING:
     from torch_pruning.dependency import Group
@@ -104,7 +104,7 @@ def torch_pruning(model: nn.Module, parts: Anatomy, batches: Batches, seed: int)
 
     _accumulate_gradients(model, batches)
     scorer, scores = GroupTaylorImportance(normalizer=None), {}
-    effect = _over_weights(model, parts, lambda weight: (weight * weight.grad).abs())
+    effect = _over_weights(model, parts, _taylor_of_weight)
     apart = {knob.width for knob in parts.knobs if knob.kind == "blocks" or knob.from_last}
     for width, shape in _shapes(parts).items():
         if width in apart:
@@ -120,20 +120,27 @@ def torch_pruning(model: nn.Module, parts: Anatomy, batches: Batches, seed: int)
     }
 
 
+def _taylor_of_weight(weight: Tensor) -> Tensor:
+    return torch.zeros_like(weight) if weight.grad is None else (weight * weight.grad).abs()
+
+
 def gate_gradients(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """dL/dm of every unit for each sample: width name -> (B, units) or (B, heads, units), branch path -> (B).
 
     L is the sample's cross-entropy. The model is in eval mode, so that samples do not meet in BatchNorm.
     """
     gates = gates_of(model)
+    masks = []
     for gate in gates.values():
-        gate.mask = torch.ones(len(images), *gate.units, device=images.device, dtype=images.dtype, requires_grad=True)
+        mask = torch.ones(len(images), *gate.units, device=images.device, dtype=images.dtype, requires_grad=True)
+        gate.mask = mask
+        masks.append(mask)
     trainable = [p for p in model.parameters() if p.requires_grad]
     try:
         for parameter in trainable:
             parameter.requires_grad_(False)
         loss = F.cross_entropy(model(images), labels, reduction="sum")
-        gradients = torch.autograd.grad(loss, [gate.mask for gate in gates.values()])
+        gradients = torch.autograd.grad(loss, masks)
     finally:
         for gate in gates.values():
             gate.mask = None
@@ -149,7 +156,7 @@ def gate_gradients(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str
 
 def _shares(gate: Gate, gradient: Tensor, sizes: Mapping[str, int]) -> Iterable[tuple[str, Tensor]]:
     """What a gate's gradient (B, *units) says of widths of these `sizes`, of heads and of its branch."""
-    width = gate.axis.inner if isinstance(gate.axis, Each) else gate.axis
+    width = gate.width
     if width.part_of is None:
         yield width.name, gradient
     else:
@@ -176,7 +183,8 @@ def _over_samples(model: nn.Module, batches: Batches, magnitude: Callable[[Tenso
 
 def _shapes(parts: Anatomy) -> dict[str, tuple[int, ...]]:
     """Shape of each width's scores; () for a residual branch."""
-    sizes, shapes = parts.sizes, {}
+    sizes = parts.sizes
+    shapes: dict[str, tuple[int, ...]] = {}
     for knob in parts.knobs:
         if knob.kind == "blocks":
             shapes[knob.width] = ()
@@ -221,7 +229,7 @@ def _accumulate_gradients(model: nn.Module, batches: Batches) -> None:
     """Gradients of the mean loss of every batch, summed."""
     model.zero_grad(set_to_none=True)
     for images, labels in batches:
-        F.cross_entropy(model(images), labels).backward()
+        torch.autograd.backward(F.cross_entropy(model(images), labels))
 
 
 def _group(model: nn.Module, parts: Anatomy, width: str, shape: tuple[int, ...]) -> Group:
@@ -249,7 +257,7 @@ def _group(model: nn.Module, parts: Anatomy, width: str, shape: tuple[int, ...])
                 node = Node(module, None, entry.name)
                 items.append((Dependency(handler, handler, node, node), there.tolist(), roots.tolist()))
     group = Group()
-    for i, (dependency, there, roots) in enumerate(sorted(items, key=lambda item: -len(item[1]))):
-        group.add_dep(dependency, there)
+    for i, (dependency, taken, roots) in enumerate(sorted(items, key=lambda item: -len(item[1]))):
+        group.add_dep(dependency, taken)
         group[i].root_idxs = roots
     return group

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from pruning.slicing import grow, resize, significant
-from pruning.units import Scores, gates_of
+from pruning.units import Scores, cascades
 from search_spaces import Arch
+from search_spaces.gates import gates_of
+from search_spaces.layers import ConvNorm, Linear, LinearNorm
+from search_spaces.network import Network
 from search_spaces.registry import FAMILIES, Family
 from search_spaces.widths import GROWN, NEW, Axis, Cat, Each, Entry, Width, width_table
 
@@ -87,18 +90,26 @@ Block = tuple[frozenset[str], Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class _Layout:
-    """An Arch's table, taken apart. blocks: of each stage, by their path. scales: of attention, by the names of the
-    tensors that write the queries. terms: how many terms a layer's input is a sum of, by the name of its weight."""
+    """An Arch's table, taken apart."""
 
     family: Family[Any]
     arch: Arch
-    model: nn.Module
+    model: Network
+    """On the meta device."""
     entries: Mapping[str, Entry]
+    """By name."""
     widths: Mapping[str, Width]
+    """By name."""
     branches: tuple[str, ...]
+    """Paths of the residual branches."""
     blocks: Mapping[str, list[Block]]
+    """Path of each list of blocks -> its blocks."""
+    cascades: Collection[str]
+    """Names of the widths of heads that go from the last."""
     scales: Mapping[str, float]
+    """Name of each tensor that writes queries -> the attention's scale."""
     terms: Mapping[str, int]
+    """Name of a layer's weight -> of how many terms its input is the sum."""
 
 
 @functools.lru_cache(maxsize=16)
@@ -106,10 +117,10 @@ def _layout(arch: Arch) -> _Layout:
     family = FAMILIES[arch.family]
     with torch.device("meta"):
         model = family.build(arch)
-    table = width_table(model)
-    branches = tuple(gate.branch for gate in gates_of(model).values() if gate.branch is not None)
+    table, gates = width_table(model), gates_of(model)
+    branches = tuple(gate.branch for gate in gates.values() if gate.branch is not None)
     raw = arch.model_dump(mode="json")
-    blocks = {}
+    blocks: dict[str, list[Block]] = {}
     for prefix, stage in [(f"stages.{i}.", s) for i, s in enumerate(raw.get("stages", ()))] or [("", raw)]:
         path = f"{prefix}blocks"
         inside = [
@@ -117,15 +128,23 @@ def _layout(arch: Arch) -> _Layout:
             for i in range(len(stage["blocks"]))
         ]
         blocks[path] = list(zip(inside, (dict(_leaves(b)) for b in stage["blocks"]), strict=True))
-    scales, terms = {}, {}
+    scales: dict[str, float] = {}
     for path, module in model.named_modules():
-        if hasattr(module, "query_scale"):
-            last = f"{path}.norm" if hasattr(module, "norm") else path
-            scales |= dict.fromkeys((f"{last}.weight", f"{last}.bias"), module.query_scale)
-        if hasattr(module, "terms"):
-            terms[f"{path}.weight"] = module.terms
-    entries = {entry.name: entry for entry in table.entries}
-    return _Layout(family, arch, model, entries, table.widths(), branches, blocks, scales, terms)
+        if isinstance(module, Linear | LinearNorm | ConvNorm) and module.query_scale is not None:
+            last = path if isinstance(module, Linear) else f"{path}.norm"
+            scales |= {f"{last}.weight": module.query_scale, f"{last}.bias": module.query_scale}
+    return _Layout(
+        family=family,
+        arch=arch,
+        model=model,
+        entries={entry.name: entry for entry in table.entries},
+        widths=table.widths(),
+        branches=branches,
+        blocks=blocks,
+        cascades=cascades(gates),
+        scales=scales,
+        terms={f"{path}.weight": layer.terms for path, layer in model.named_modules() if isinstance(layer, Linear)},
+    )
 
 
 def _leaves(part: Any, path: str = "") -> list[tuple[str, Any]]:
@@ -137,7 +156,7 @@ def _leaves(part: Any, path: str = "") -> list[tuple[str, Any]]:
 
 def _sources(ours: _Layout, theirs: _Layout) -> dict[str, str]:
     """Name of each of the child's widths and tensors in the parent; no such name means that it is new."""
-    origins = {}
+    origins: dict[str, str] = {}
     for path, blocks in ours.blocks.items():
         matches = matched(blocks, theirs.blocks.get(path, []))
         origins |= {f"{path}.{i}": f"{path}.{matches[i]}" if i in matches else "new" for i in range(len(blocks))}
@@ -255,15 +274,15 @@ class _Units:
 
     def _first(self, name: str) -> bool:
         """Whether a width keeps its first units, whatever their importance."""
-        return name.rpartition(".")[2] in self._ours.family.ordered or f"{name}.0.dim" in self._theirs.widths
+        return name.rpartition(".")[2] in self._ours.family.ordered or name in self._theirs.cascades
 
     def _in_parts(self, child: Width, parent: Width, values: np.ndarray) -> np.ndarray:
         """A stage's width: units stay in the parts that they are in, as far as there is room; then anywhere."""
         chosen = np.full(child.size, NEW)
         free = np.ones(parent.size, dtype=bool)
-        for ours, theirs in self._pinned(child, parent):
-            if chosen[ours] == NEW and free[theirs]:
-                chosen[ours], free[theirs] = theirs, False
+        for own, taken in self._pinned(child, parent):
+            if chosen[own] == NEW and free[taken]:
+                chosen[own], free[taken] = taken, False
         ours, theirs = self._membership(child, parent)
         kinds, wanted = np.unique(ours, axis=0), np.unique(theirs, axis=0)
         pairs = [((a != b).sum(), i, j) for i, a in enumerate(kinds) for j, b in enumerate(wanted)]
@@ -276,17 +295,18 @@ class _Units:
 
     def _membership(self, child: Width, parent: Width) -> tuple[np.ndarray, np.ndarray]:
         """Which parts that both have each unit of the child and of the parent is in, (units, 1 + parts)."""
-        parts = {
-            (width.part_of[1], width.size, other.part_of[1], other.size)
-            for name, width in self._ours.widths.items()
-            if width.part_of is not None
-            and width.part_of[0] == child.name
-            and (other := self._theirs.widths.get(self._names[name])) is not None
-        }
+        parts = set()
+        for name, width in self._ours.widths.items():
+            other = self._theirs.widths.get(self._names[name])
+            if other is not None and other.part_of is not None and width.part_of is not None:
+                (whole, start), (_, begins) = width.part_of, other.part_of
+                if whole == child.name:
+                    parts.add((start, width.size, begins, other.size))
         ours, theirs = np.arange(child.size), np.arange(parent.size)
         inside = [((a <= ours) & (ours < a + n), (b <= theirs) & (theirs < b + m)) for a, n, b, m in sorted(parts)]
         none = np.zeros_like(ours, dtype=bool), np.zeros_like(theirs, dtype=bool)
-        return tuple(np.stack(columns, 1) for columns in zip(none, *inside, strict=True))
+        our_columns, their_columns = zip(none, *inside, strict=True)
+        return np.stack(our_columns, 1), np.stack(their_columns, 1)
 
     def _pinned(self, child: Width, parent: Width) -> list[tuple[int, int]]:
         """(The child's channel, the parent's), so that an inner residual of the stage's first attention adds to each

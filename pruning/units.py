@@ -9,14 +9,14 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import nn
 
 from search_spaces import Arch, ArchError
-from search_spaces.layers import Gate
+from search_spaces.gates import Gate, gates_of
 from search_spaces.registry import FAMILIES
-from search_spaces.widths import NEW, Each, Entry, Table, width_table, widths_of
+from search_spaces.widths import NEW, Each, Entry, Table, Width, width_table, widths_of
+from search_spaces.widths import Kind as WidthKind
 
-Kind = Literal["ffn", "qk", "v", "heads", "embed", "blocks"]
+Kind = WidthKind | Literal["blocks"]
 KINDS: dict[Kind, str] = {
     "ffn": "hidden units of FFNs, patch merging and squeeze-excite",
     "qk": "query and key dims",
@@ -25,37 +25,29 @@ KINDS: dict[Kind, str] = {
     "embed": "stage widths and the stem",
     "blocks": "whole residual branches, and blocks left without one",
 }
-BY_NAME: dict[str, Kind] = {
-    "hidden": "ffn",
-    "squeezed": "ffn",
-    "qk": "qk",
-    "point_qk": "qk",
-    "v": "v",
-    "heads": "heads",
-    "embed": "embed",
-}
 Scores = Mapping[str, np.ndarray]
 """Importance by width name, (units,) or (heads, units), and by the path of a residual branch, ()."""
 
 
 @dataclass(frozen=True)
 class Knob:
-    """One thing that can change its size, by itself.
-
-    width: the width's name, or the path of a residual branch (kind "blocks", size 1). start, size: its run of units
-    in that width (a stage's width is cut where attention heads divide it); within each of `rows` heads where those
-    rank their units apart. follows: widths that change with it. from_last: units go from the last one. grows: units
-    can be added without changing the outputs.
-    """
+    """One thing that can change its size by itself: a run of units of a width, or a residual branch."""
 
     width: str
+    """The width's name, or the path of the residual branch."""
     kind: Kind
     size: int
+    """Number of units; 1 for a branch."""
     start: int = 0
+    """First unit of the run: a stage's width is divided where attention heads read parts of it."""
     rows: int = 1
+    """Number of heads that rank their units apart."""
     follows: tuple[str, ...] = ()
+    """Widths that change with it."""
     from_last: bool = False
+    """Whether units go from the last one, whatever their importance."""
     grows: bool = False
+    """Whether units can be added without changing the outputs."""
 
     @property
     def name(self) -> str:
@@ -75,15 +67,17 @@ class Knob:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """A network's width table, its gates and its knobs."""
+    """A network taken apart."""
 
     arch: Arch
     table: Table
     gates: Mapping[str, Gate]
+    """By module name; on the meta device."""
     knobs: tuple[Knob, ...]
 
     @property
     def sizes(self) -> dict[str, int]:
+        """Size of every width by name."""
         return {name: width.size for name, width in self.table.widths().items()}
 
 
@@ -99,37 +93,47 @@ def anatomy(arch: Arch) -> Anatomy:
     return Anatomy(arch, table, gates, (*_widths(arch, table, gates), *_branches(arch, gates)))
 
 
-def gates_of(model: nn.Module) -> dict[str, Gate]:
-    """A network's gates by module name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, Gate)}
-
-
 def _widths(arch: Arch, table: Table, gates: Mapping[str, Gate]) -> Iterator[Knob]:
-    widths = table.widths()
     normed = {width.name for entry in table.entries if _is_norm(entry) for width in widths_of(entry.axes[0])}
-    rows = {gate.axis.inner.name: gate.axis.outer.size for gate in gates.values() if isinstance(gate.axis, Each)}
-    in_cascade = {g.heads[0].name for g in gates.values() if g.heads is not None and g.heads[1] is not None}
+    rows = {gate.width.name: gate.axis.outer.size for gate in gates.values() if isinstance(gate.axis, Each)}
+    in_cascade = cascades(gates)
     drops_tokens = any(rate < 1 for rate in keep_rates(arch.model_dump(mode="json")))
-    for width in widths.values():
-        kind = "embed" if width.name.startswith("stem.") else BY_NAME.get(width.name.split(".")[-1])
-        if kind is None:
+    parts = _parts(table)
+    for width in table.widths().values():
+        if width.kind is None:
             continue
-        parts = [part for part in widths.values() if part.part_of is not None and part.part_of[0] == width.name]
-        cuts = {0, width.size}.union(*({p.part_of[1], p.part_of[1] + p.size} for p in parts))
-        edges = sorted(cuts)
+        runs = parts.get(width.name, [])
+        edges = sorted({0, width.size}.union(*({run.start, run.stop} for run, _ in runs)))
         for start, end in itertools.pairwise(edges):
-            follows = [p for p in parts if p.part_of[1] <= start and end <= p.part_of[1] + p.size]
-            touches_norm = normed & {width.name, *(p.name for p in follows)}
+            follows = tuple(part.name for run, part in runs if run.start <= start and end <= run.stop)
+            touches_norm = normed & {width.name, *follows}
             yield Knob(
                 width=width.name,
-                kind=kind,
+                kind=width.kind,
                 size=end - start,
                 start=start,
                 rows=rows.get(width.name, 1),
-                follows=tuple(p.name for p in follows),
+                follows=follows,
                 from_last=width.name in in_cascade,
-                grows=kind != "heads" and not touches_norm and not (width.name.endswith("embed") and drops_tokens),
+                grows=width.kind != "heads"
+                and not touches_norm
+                and not (width.name.endswith("embed") and drops_tokens),
             )
+
+
+def _parts(table: Table) -> dict[str, list[tuple[range, Width]]]:
+    """Name of a width -> (run of its units, the width that these units are)."""
+    found: dict[str, list[tuple[range, Width]]] = {}
+    for part in table.widths().values():
+        if part.part_of is not None:
+            whole, start = part.part_of
+            found.setdefault(whole, []).append((range(start, start + part.size), part))
+    return found
+
+
+def cascades(gates: Mapping[str, Gate]) -> set[str]:
+    """Names of the widths of heads that each add the output of the one before, and so go from the last."""
+    return {gate.heads[0].name for gate in gates.values() if gate.heads is not None and gate.heads[1] is not None}
 
 
 def _branches(arch: Arch, gates: Mapping[str, Gate]) -> Iterator[Knob]:
@@ -144,12 +148,12 @@ def _branches(arch: Arch, gates: Mapping[str, Gate]) -> Iterator[Knob]:
 
 
 def _is_norm(entry: Entry) -> bool:
-    """LayerNorm or GroupNorm: a vector that multiplies at positions."""
+    """Whether it is a LayerNorm or GroupNorm: a vector that multiplies at positions."""
     return len(entry.axes) == 1 and entry.positions > 0
 
 
 def keep_rates(part: object) -> Iterator[float]:
-    """Every token keep rate of an Arch document."""
+    """Yield every token keep rate of an Arch document."""
     if isinstance(part, dict):
         for key, value in part.items():
             yield from [value] if key == "keep_rate" else keep_rates(value)
@@ -159,7 +163,7 @@ def keep_rates(part: object) -> Iterator[float]:
 
 
 def indifferent(parts: Anatomy) -> Scores:
-    """Scores that hold all units equal."""
+    """Scores that value all units alike."""
     sizes = parts.sizes
     return {knob.width: np.ones((knob.rows, sizes.get(knob.width, 1))) for knob in parts.knobs}
 
@@ -174,7 +178,9 @@ class Cut:
 
     arch: Arch
     select: Mapping[str, np.ndarray]
+    """Name of each width that changes -> its units in the whole network, (units,) or (heads, units)."""
     blocks: Mapping[str, str]
+    """Path of each block -> its path in the whole network."""
 
 
 def cut(parts: Anatomy, scores: Scores, settings: Settings) -> Cut:

@@ -6,6 +6,6 @@ model = create_model("levit_128s")
 
 from search_spaces.api import create_model, get_arch, list_models, table
 from search_spaces.arch import Arch, ArchError
-from search_spaces.layers import fold
+from search_spaces.network import fold
 
 __all__ = ["Arch", "ArchError", "create_model", "fold", "get_arch", "list_models", "table"]

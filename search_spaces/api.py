@@ -7,11 +7,11 @@ import functools
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from search_spaces import efficientvit, evit, levit, sepvit, shvit  # noqa: F401  (each registers its family)
 from search_spaces.arch import Arch, ArchError
-from search_spaces.layers import fold
+from search_spaces.network import Network, fold
 from search_spaces.registry import FAMILIES, Variant
 from search_spaces.weights import load_weights
 from search_spaces.widths import Table, width_table
@@ -66,10 +66,8 @@ def table(arch: Arch) -> Table:
 
 def create_model(
     name_or_arch: str | Arch, num_classes: int | None = None, weights: str | Path | None = None
-) -> nn.Module:
+) -> Network:
     """Build a network: (B, 3, R, R) -> (B, num_classes) logits; images of another size are a ValueError.
-
-    On it `loaded` is what became of weights, `untrained` names tensors left random.
 
     Args:
         name_or_arch: a published name or an Arch.
@@ -92,9 +90,9 @@ def create_model(
     return model
 
 
-def _check_size(model: nn.Module, inputs: tuple[Tensor]) -> None:
+def _check_size(model: Network, inputs: tuple[Tensor]) -> None:
     """Refuse images of another size than the network's; graphs that are being recorded stay as they are."""
-    if not inputs or torch.jit.is_tracing() or torch.compiler.is_compiling():
+    if not inputs or torch.jit.is_tracing() or torch.compiler.is_compiling():  # type: ignore[attr-defined, no-untyped-call]
         return
     size, (height, width) = model.arch.resolution, inputs[0].shape[-2:]
     if (height, width) != (size, size):

@@ -73,7 +73,7 @@ class Arch(Doc):
         """Accept the `family=` class keyword, already used by `__init_subclass__`."""
 
     @classmethod
-    def from_json(cls, text: str | bytes) -> Self:
+    def from_json(cls, text: str | bytes) -> Arch:
         """Read an Arch document.
 
         Raises:
@@ -93,7 +93,7 @@ class Arch(Doc):
         try:
             return Arch.families[family].model_validate_json(text)
         except ValidationError as error:
-            raise ArchError(describe(error)) from None
+            raise ArchError(first_fault(error)) from None
 
     def to_json(self) -> str:
         """The document as indented JSON, ending in a newline."""
@@ -113,7 +113,14 @@ class Arch(Doc):
         try:
             return type(self).model_validate({**dict(self), **changes})
         except ValidationError as error:
-            raise ArchError(describe(error)) from None
+            raise ArchError(first_fault(error)) from None
+
+    def _read(self, raw: Any) -> Self:
+        """The Arch of a changed document of this one's family."""
+        try:
+            return type(self).model_validate_json(json.dumps(raw))
+        except ValidationError as error:
+            raise ArchError(first_fault(error)) from None
 
     def resized(self, units: Mapping[str, np.ndarray]) -> Self:
         """The Arch whose widths hold `units` of this one's: width name -> unit numbers, ascending along the network's
@@ -125,12 +132,12 @@ class Arch(Doc):
         raw = self.model_dump(mode="json")
         for name, chosen in units.items():
             *path, last = name.split(".")
-            part = at(raw, path)
+            part = part_at(raw, path)
             key = int(last) if isinstance(part, list) else self.width_fields.get(last, last)
             if not isinstance(part[key], list):
                 part[key] = chosen.shape[-1]
         self._follow(raw, units)
-        return Arch.from_json(json.dumps(raw))
+        return self._read(raw)
 
     def _follow(self, raw: dict[str, Any], units: Mapping[str, np.ndarray]) -> None:
         """Adjust, in the resized document, what a family ties to its widths."""
@@ -144,7 +151,7 @@ class Arch(Doc):
         raw = self.model_dump(mode="json") | {"resolution": resolution}
         if resolution != self.resolution:
             self._rescale(raw)
-        return Arch.from_json(json.dumps(raw))
+        return self._read(raw)
 
     def _rescale(self, raw: dict[str, Any]) -> None:
         """Adjust, in the document at another resolution, what a family ties to its grids."""
@@ -162,21 +169,21 @@ class Arch(Doc):
         raw = self.model_dump(mode="json")
         for branch in branches:
             *path, last = branch.split(".")
-            part = at(raw, path)
+            part = part_at(raw, path)
             part[last] = False if last == "conv" else None
-        origins = {}
+        origins: dict[str, str] = {}
         for prefix, stage in [(f"stages.{i}.", s) for i, s in enumerate(raw.get("stages", ()))] or [("", raw)]:
             left = [i for i, block in enumerate(stage["blocks"]) if i == 0 or not _empty(block)]
             stage["blocks"] = [stage["blocks"][i] for i in left]
             origins |= {f"{prefix}blocks.{ours}": f"{prefix}blocks.{theirs}" for ours, theirs in enumerate(left)}
-        return Arch.from_json(json.dumps(raw)), origins
+        return self._read(raw), origins
 
     def summary(self) -> list[StageSummary]:
         """One row a stage in the vocabulary of the five axes."""
         raise NotImplementedError
 
 
-def at(raw: Any, path: Sequence[str]) -> Any:
+def part_at(raw: Any, path: Sequence[str]) -> Any:
     """The part of a document at a path of keys and list positions."""
     for key in path:
         raw = raw[int(key) if isinstance(raw, list) else key]
@@ -200,19 +207,25 @@ def _empty(part: Any) -> bool:
 
 
 class StageSummary(Doc):
-    """A stage along the five axes; means over its blocks. FFN ratio is hidden width / embed_dim per block."""
+    """A stage along the five axes."""
 
     embed_dim: int
     depth: int
+    """Number of blocks."""
     heads: float
+    """Mean over the blocks with attention; 0 without any."""
     key_dim: float
+    """Mean over the blocks with attention; 0 without any."""
     attention_share: float
+    """Share of the blocks that have attention, 0 to 1."""
     ffn_ratio: float
+    """Hidden units of all FFNs / embed_dim / depth."""
     keep_rate: float
+    """Mean share of tokens kept."""
 
 
-def describe(error: ValidationError) -> str:
-    """The first fault of a pydantic error in one line, with the number of others."""
+def first_fault(error: ValidationError) -> str:
+    """Say a pydantic error's first fault in one line, with the number of others."""
     faults = error.errors(include_url=False)
     first = faults[0]
     path = ".".join(str(part) for part in first["loc"])[:200]

@@ -10,6 +10,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,18 @@ LEVELS = 2
 
 class WeightsError(ValueError):
     """Weights that cannot be had or do not fit, in one line."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What became of weights that were loaded into a network."""
+
+    untrained: list[str]
+    """Names of tensors left at their initialisation, those of a classifier."""
+    classes: int | None
+    """Number of classes of the weights' own classifier, where it is another."""
+    told: str | None
+    """What was taken, renamed and left out, in one line; None if nothing was."""
 
 
 def read_checkpoint(path: Path) -> dict[str, State]:
@@ -143,7 +156,7 @@ def plain_types() -> tuple[Any, ...]:
         for name in names
         for module in ("pathlib", "pathlib._local")
     ]
-    scalar, (rebuild, *_) = np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()
+    scalar, rebuild = np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0]
     functions = [
         (function, f"numpy.{core}.multiarray.{name}")
         for function, name in ((scalar, "scalar"), (rebuild, "_reconstruct"))

@@ -30,8 +30,10 @@ from search_spaces.arch import (
     check_downsamples,
     summarise,
 )
+from search_spaces.attention import AttentionBias, key, scale_rows
+from search_spaces.gates import Gate
 from search_spaces.grid import OFFICIAL, ConvMixer, Merge, Mixer, Pyramid, published_merge
-from search_spaces.layers import AttentionBias, ConvNorm, Gate, declare_scale, key, scale_rows
+from search_spaces.layers import ConvNorm
 from search_spaces.registry import Family, Variant, register
 from search_spaces.space import KEEPS, Space, Values, per_stage
 from search_spaces.widths import Axis, Cat, Width, boundary
@@ -157,20 +159,22 @@ class CascadedGroupAttention(nn.Module):
         positions = tokens * self.per_side**2
         self.qkv, self.query = nn.ModuleList(), nn.ModuleList()
         self.q_gates, self.v_gates = nn.ModuleList(), nn.ModuleList()
-        heads = Width(f"{name}.heads", len(doc.heads))
+        heads = Width(f"{name}.heads", len(doc.heads), kind="heads")
         values: list[Width] = []
         products: list[tuple[Axis, int]] = []
         for j, head in enumerate(doc.heads):
             dim = Width(f"{name}.heads.{j}.dim", head.dim, part_of=(embed.name, head.offset))
-            qk = Width(f"{name}.heads.{j}.qk", head.key_dim)
-            follows = f"{name}.heads.{j + 1}.dim" if j + 1 < len(doc.heads) else f"{name}.heads.{j}.v"
-            start = doc.heads[j + 1].offset if j + 1 < len(doc.heads) else 0
-            tied = (embed.name, start) if j + 1 < len(doc.heads) else None
-            values.append(Width(follows, head.value_dim, part_of=tied))
+            qk = Width(f"{name}.heads.{j}.qk", head.key_dim, kind="qk")
+            if j + 1 < len(doc.heads):
+                read = (embed.name, doc.heads[j + 1].offset)
+                values.append(Width(f"{name}.heads.{j + 1}.dim", head.value_dim, part_of=read))
+            else:
+                values.append(Width(f"{name}.heads.{j}.v", head.value_dim, kind="v"))
             self.qkv.append(ConvNorm(dim, Cat((qk, key(qk), values[-1])), positions))
             kernel = Width(f"{name}.heads.{j}.kernel", head.kernel, "crop")
-            self.query.append(ConvNorm(qk, qk, positions, kernel=kernel, depthwise=True))
-            declare_scale(self.query[-1], head.scale)
+            query = ConvNorm(qk, qk, positions, kernel=kernel, depthwise=True)
+            query.query_scale = head.scale
+            self.query.append(query)
             products.append((Cat((qk, values[-1])), positions * tokens))
             self.q_gates.append(Gate(qk, 1))
             self.v_gates.append(Gate(values[-1], 1, heads=(heads, j)))
@@ -181,10 +185,12 @@ class CascadedGroupAttention(nn.Module):
         self.branch_gate = Gate(embed, 1, branch=name)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.branch_gate(self._join(self._cascade(self._split(x))))
+        y: Tensor = self.branch_gate(self._join(self._cascade(self._split(x))))
+        return x + y
 
     def _cascade(self, x: Tensor) -> Tensor:
-        bias, outputs = self.bias(), []
+        bias: Tensor = self.bias()
+        outputs: list[Tensor] = []
         for j, head in enumerate(self.heads):
             feature = x[:, head.offset : head.offset + head.dim]
             if outputs:
@@ -196,7 +202,8 @@ class CascadedGroupAttention(nn.Module):
             weights = (q.transpose(-2, -1) @ k + bias[j]).softmax(-1)
             mixed = (v @ weights.transpose(-2, -1)).view(-1, head.value_dim, self.window, self.window)
             outputs.append(self.v_gates[j](mixed))
-        return self.proj(self.act(torch.cat(outputs, 1)))
+        joined: Tensor = self.proj(self.act(torch.cat(outputs, 1)))
+        return joined
 
     def _split(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B * windows, C, w, w)."""
@@ -235,7 +242,8 @@ class Block(nn.Module):
         x = self.before(x)
         if self.attn is not None:
             x = self.attn(x)
-        return self.after(x)
+        y: Tensor = self.after(x)
+        return y
 
 
 RENAME = (
@@ -271,7 +279,7 @@ def chunks(channels: int, parts: int) -> list[int]:
     return [unit * (units + (i < extra)) for i in range(parts)]
 
 
-def cascade(channels: int, heads: int, key_dim: int, kernels: tuple[int, ...], window: int) -> Cascade:
+def cascade(channels: int, heads: int, key_dim: int, kernels: Sequence[Kernel], window: int) -> Cascade:
     """The paper's attention: channels cut into `heads` chunks, values as wide as the next head's chunk."""
     dims = chunks(channels, heads)
     offsets = [sum(dims[:j]) for j in range(heads)]
@@ -351,7 +359,8 @@ SPACE = Space(
     arch=_arch,
 )
 
-WIDE, EVEN = (7, 5, 3, 3), (5, 5, 5, 5)
+WIDE: Sequence[Kernel] = (7, 5, 3, 3)
+EVEN: Sequence[Kernel] = (5, 5, 5, 5)
 
 
 def _variant(
@@ -359,7 +368,7 @@ def _variant(
     width: tuple[int, int, int],
     depth: tuple[int, int, int],
     heads: tuple[int, int, int],
-    kernels: tuple[int, ...],
+    kernels: Sequence[Kernel],
     timm: str,
 ) -> Variant:
     values = {

@@ -14,21 +14,13 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from search_spaces.arch import MAX_BLOCKS, Arch, ArchError, Attn, Dim, Doc, Rate, StageSummary, kept, summarise
-from search_spaces.layers import (
-    RGB,
-    Conv,
-    Gate,
-    Linear,
-    attend,
-    declare_scale,
-    foremost,
-    key,
-    layer_norm,
-    mlp,
-    take_tokens,
-)
+from search_spaces.attention import attend, attention_widths, key
+from search_spaces.gates import Gate
+from search_spaces.layers import RGB, Axes, Conv, LayerNorm, Linear, mlp
+from search_spaces.network import Network
 from search_spaces.registry import Family, TokenReduction, Variant, register
 from search_spaces.space import KEEPS, Space, Values, per_stage, with_attention
+from search_spaces.tokens import foremost, take_tokens
 from search_spaces.widths import Cat, Each, Width, fixed
 
 
@@ -94,15 +86,11 @@ class Attention(nn.Module):
 
     def __init__(self, name: str, doc: Attn, embed: Width, tokens: int) -> None:
         super().__init__()
-        heads, qk, v = (
-            Width(f"{name}.heads", doc.heads),
-            Width(f"{name}.qk", doc.key_dim),
-            Width(f"{name}.v", doc.value_dim),
-        )
+        heads, qk, v = attention_widths(name, doc)
         self.heads, self.scale = doc.heads, doc.scale
         self.dims = (doc.heads * doc.key_dim, doc.heads * doc.key_dim, doc.heads * doc.value_dim)
         self.qkv = Linear(embed, Cat((Each(heads, qk), Each(heads, key(qk)), Each(heads, v))), tokens)
-        declare_scale(self.qkv, doc.scale)
+        self.qkv.query_scale = doc.scale
         self.proj = Linear(Each(heads, v), embed, tokens)
         self.products = ((Each(heads, Cat((qk, v))), tokens * tokens),)
         self.q_gate = Gate(Each(heads, qk), 1, 3)
@@ -111,7 +99,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, scored: bool) -> tuple[Tensor, Tensor | None]:
         """(B, N, C) -> (B, N, C) and, if asked for, the mean over heads of the class row, (B, N - 1)."""
-        q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in self.qkv(x).split(self.dims, dim=2))
+        parts = self.qkv(x).split(self.dims, dim=2)
+        q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in parts)
         q, scores = self.q_gate(q), None
         if scored:
             weights = ((q @ k.transpose(-2, -1)) * self.scale).softmax(-1)
@@ -122,32 +111,40 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """(B, 1 + patches, C) -> (B, 1 + fewer, C).
+    """(B, 1 + patches, C) -> (B, 1 + fewer, C)."""
 
-    rank: (tokens kept, whether the others are fused) -> the tokens (B, kept or all) by falling rank; what ranks them in
-    training in place of the block's own class token (`oracle.with_oracle` sets it).
-    """
+    rank: Callable[[int, bool], Tensor] | None
+    """(tokens kept, whether the others are fused) -> the tokens (B, kept or all) by falling rank: what ranks them in
+    training in place of the block's own class token. `oracle.with_oracle` sets it."""
 
     def __init__(self, name: str, doc: EvitBlock, embed: Width, patches: int) -> None:
         super().__init__()
         self.keep_rate, self.fuse = doc.keep_rate, doc.fuse
         self.patches, self.keep = patches, kept(doc.keep_rate, patches)
-        self.rank: Callable[[int, bool], Tensor] | None = None
-        self.norm1 = layer_norm(embed, patches + 1) if doc.attn else None
+        self.rank = None
+        self.norm1 = LayerNorm(embed, patches + 1) if doc.attn else None
         self.attn = Attention(f"{name}.attn", doc.attn, embed, patches + 1) if doc.attn else None
-        self.norm2 = self.ffn = None
-        if doc.ffn:
-            left = reduced(patches, doc) + 1
-            self.norm2 = layer_norm(embed, left)
-            self.ffn = mlp(f"{name}.ffn", doc.ffn.hidden, embed, left)
+        left = reduced(patches, doc) + 1
+        self.norm2 = LayerNorm(embed, left) if doc.ffn else None
+        self.ffn = mlp(f"{name}.ffn", doc.ffn.hidden, embed, left) if doc.ffn else None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.attn is not None:
-            y, scores = self.attn(self.norm1(x), self.keep < self.patches)
-            x = x + y
-            if scores is not None:
-                x = self._reduce(x, scores)
-        return x if self.ffn is None else x + self.ffn(self.norm2(x))
+        x, scores = self.attend(x, self.keep < self.patches)
+        return self.feed(x if scores is None else self._reduce(x, scores))
+
+    def attend(self, x: Tensor, scored: bool) -> tuple[Tensor, Tensor | None]:
+        """Residual attention, where the block has it: (B, N, C) -> same, and the class row as `Attention` has it."""
+        if self.attn is None or self.norm1 is None:
+            return x, None
+        y, scores = self.attn(self.norm1(x), scored)
+        return x + y, scores
+
+    def feed(self, x: Tensor) -> Tensor:
+        """The residual MLP, where the block has one: (B, N, C) -> same."""
+        if self.ffn is None or self.norm2 is None:
+            return x
+        y: Tensor = self.ffn(self.norm2(x))
+        return x + y
 
     def _reduce(self, x: Tensor, scores: Tensor) -> Tensor:
         """Paper section 3.2: keep the class token and the best tokens, by falling score; fuse the rest."""
@@ -162,16 +159,19 @@ class Block(nn.Module):
         return torch.cat(parts, 1)
 
 
-class Evit(nn.Module):
+class Evit(Network):
     """(B, 3, R, R) -> (B, classes).
 
     In eval mode tokens are kept at the Arch's rates, in training as far towards them as `keep_progress` says
     (published: (epoch - 10) / 100, set anew each iteration).
     """
 
+    keep_progress: float
+    """From 0 (all tokens) to 1 (the Arch's keep rates)."""
+
     def __init__(self, arch: EvitArch) -> None:
         super().__init__()
-        embed = Width("embed", arch.embed_dim)
+        embed = Width("embed", arch.embed_dim, kind="embed")
         side = arch.resolution // arch.patch_size
         self.patches = tokens = side * side
         self.keep_progress = 1.0
@@ -182,7 +182,7 @@ class Evit(nn.Module):
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         one = fixed(1)
-        self.axes = {
+        self.axes: Axes = {
             "cls_token": (one, one, embed),
             "pos_embed": (one, Width("positions", tokens + 1, "resize"), embed),
         }
@@ -191,16 +191,23 @@ class Evit(nn.Module):
         for i, doc in enumerate(arch.blocks):
             self.blocks.append(Block(f"blocks.{i}", doc, embed, tokens))
             tokens = reduced(tokens, doc)
-        self.norm = layer_norm(embed, positions=1)
+        self.norm = LayerNorm(embed, positions=1)
         self.head = Linear(embed, Width("classes", arch.num_classes, "fixed"), positions=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.norm(self.blocks(self.tokens(x))[:, 0]))
+        logits: Tensor = self.head(self.norm(self.blocks(self.tokens(x))[:, 0]))
+        return logits
+
+    def each_block(self) -> list[Block]:
+        """The blocks, in order."""
+        return [block for block in self.blocks if isinstance(block, Block)]
 
     def tokens(self, x: Tensor) -> Tensor:
         """(B, 3, R, R) -> (B, 1 + patches, C), what enters the first block."""
         x = self.patch_embed(x).flatten(2).transpose(1, 2)
-        return self.entry_gate(torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), 1) + self.pos_embed)
+        y = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), 1) + self.pos_embed
+        entered: Tensor = self.entry_gate(y)
+        return entered
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
@@ -210,7 +217,7 @@ class Evit(nn.Module):
     def keep_at(self, progress: float) -> None:
         """Token counts of every block, its rate at `progress` between 1 and its own, by half a cosine."""
         tokens, share = self.patches, (1 + math.cos(math.pi * progress)) / 2
-        for block in self.blocks:
+        for block in self.each_block():
             block.patches, block.keep = tokens, kept(block.keep_rate + (1 - block.keep_rate) * share, tokens)
             tokens = block.keep + (block.fuse and block.keep < tokens)
 

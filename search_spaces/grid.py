@@ -4,23 +4,15 @@ by an inverted residual with squeeze-excite."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from search_spaces.arch import Arch, Dim, Doc, Ffn
-from search_spaces.layers import (
-    ONE,
-    Classifier,
-    ConvNorm,
-    FeedForward,
-    Gate,
-    Residual,
-    SqueezeExcite,
-    halved,
-    stem,
-)
+from search_spaces.arch import Dim, Doc, Ffn
+from search_spaces.gates import Gate
+from search_spaces.layers import ONE, Classifier, ConvNorm, FeedForward, Residual, SqueezeExcite, halved, stem
+from search_spaces.network import Network
 from search_spaces.registry import Rules
 from search_spaces.widths import Width, fixed
 
@@ -62,14 +54,14 @@ class PatchMerging(nn.Module):
 
     def __init__(self, name: str, doc: Merge, inp: Width, out: Width, grid: int) -> None:
         super().__init__()
-        hidden, half = Width(f"{name}.hidden", doc.hidden), halved(grid)
+        hidden, half = Width(f"{name}.hidden", doc.hidden, kind="ffn"), halved(grid)
         self.before = ConvMixer(f"{name}.before", doc.before, inp, grid, gamma=1.0)
         self.expand = ConvNorm(inp, hidden, grid * grid)
         self.conv = ConvNorm(hidden, hidden, half * half, kernel=fixed(3), stride=2, depthwise=True)
         self.gate, self.entry_gate = Gate(hidden, 1), Gate(out, 1)
-        self.se = (
-            SqueezeExcite(hidden, Width(f"{name}.squeezed", doc.squeezed, grown="positive")) if doc.squeezed else None
-        )
+        self.se = None
+        if doc.squeezed:
+            self.se = SqueezeExcite(hidden, Width(f"{name}.squeezed", doc.squeezed, grown="positive", kind="ffn"))
         self.project = ConvNorm(hidden, out, half * half, kernel=ONE)
         self.after = ConvMixer(f"{name}.after", doc.after, out, half, gamma=1.0)
         self.act = nn.ReLU()
@@ -78,7 +70,8 @@ class PatchMerging(nn.Module):
         x = self.gate(self.act(self.conv(self.act(self.expand(self.before(x))))))
         if self.se is not None:
             x = self.se(x)
-        return self.after(self.entry_gate(self.project(x)))
+        y: Tensor = self.after(self.entry_gate(self.project(x)))
+        return y
 
 
 def published_merge(inp: int, out: int) -> Merge:
@@ -118,21 +111,45 @@ OFFICIAL: Rules = (
 """For what the official repositories of both families name alike; a family's own rules follow."""
 
 
+BlockType = Callable[[str, Any, Width, int], nn.Module]
+"""(path, document, the stage's width, side of the grid) -> a block, (B, C, H, W) -> same."""
+
+
+class PyramidStage(Protocol):
+    """A document of a stage."""
+
+    @property
+    def embed_dim(self) -> int: ...
+    @property
+    def downsample(self) -> Merge | None: ...
+    @property
+    def blocks(self) -> Sequence[Any]: ...
+
+
+class PyramidArch(Protocol):
+    """An Arch that `Pyramid` builds."""
+
+    @property
+    def resolution(self) -> int: ...
+    @property
+    def num_classes(self) -> int: ...
+    @property
+    def distilled(self) -> bool: ...
+    @property
+    def stem(self) -> tuple[int, ...]: ...
+    @property
+    def stages(self) -> Sequence[PyramidStage]: ...
+
+
 class Stage(nn.Module):
     """Patch merging (but for the first stage), then blocks."""
 
     def __init__(
-        self,
-        name: str,
-        doc: Any,
-        previous: Width | None,
-        embed: Width,
-        grid: int,
-        block: Callable[..., nn.Module],
+        self, name: str, doc: PyramidStage, previous: Width | None, embed: Width, grid: int, block: BlockType
     ) -> None:
         super().__init__()
         self.downsample = None
-        if previous is not None:
+        if doc.downsample is not None and previous is not None:
             self.downsample = PatchMerging(f"{name}.downsample", doc.downsample, previous, embed, grid)
             grid = halved(grid)
         self.grid = grid
@@ -141,24 +158,27 @@ class Stage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.downsample is not None:
             x = self.downsample(x)
-        return self.blocks(x)
+        y: Tensor = self.blocks(x)
+        return y
 
 
-class Pyramid(nn.Module):
+class Pyramid(Network):
     """Stem, stages of `block`s, mean over the grid, classifier: (B, 3, R, R) -> (B, classes)."""
 
-    def __init__(self, arch: Arch, block: Callable[..., nn.Module]) -> None:
+    def __init__(self, arch: PyramidArch, block: BlockType) -> None:
         super().__init__()
-        embeds = [Width(f"stages.{i}.embed", stage.embed_dim) for i, stage in enumerate(arch.stages)]
+        embeds = [Width(f"stages.{i}.embed", s.embed_dim, kind="embed") for i, s in enumerate(arch.stages)]
         self.stem = stem(arch.stem, embeds[0], arch.resolution, nn.ReLU)
         grid = arch.resolution
         for _ in range(len(arch.stem) + 1):
             grid = halved(grid)
         self.stages = nn.Sequential()
         for i, (doc, embed) in enumerate(zip(arch.stages, embeds, strict=True)):
-            self.stages.append(Stage(f"stages.{i}", doc, embeds[i - 1] if i else None, embed, grid, block))
-            grid = self.stages[-1].grid
+            stage = Stage(f"stages.{i}", doc, embeds[i - 1] if i else None, embed, grid, block)
+            self.stages.append(stage)
+            grid = stage.grid
         self.head = Classifier(embeds[-1], Width("classes", arch.num_classes, "fixed"), arch.distilled)
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        return self.head(self.stages(self.stem(x)).mean((2, 3)))
+        logits: Tensor | tuple[Tensor, Tensor] = self.head(self.stages(self.stem(x)).mean((2, 3)))
+        return logits

@@ -26,26 +26,13 @@ from search_spaces.arch import (
     kept,
     summarise,
 )
-from search_spaces.layers import (
-    AttentionBias,
-    Classifier,
-    ConvNorm,
-    FeedForward,
-    Form,
-    Gate,
-    LinearNorm,
-    declare_scale,
-    halved,
-    key,
-    pointwise,
-    qkv_axis,
-    scale_rows,
-    stem,
-    strongest,
-    take_tokens,
-)
+from search_spaces.attention import AttentionBias, attention_widths, key, qkv_axis, scale_rows
+from search_spaces.gates import Gate
+from search_spaces.layers import Classifier, ConvNorm, FeedForward, Form, LinearNorm, halved, pointwise, stem
+from search_spaces.network import Network
 from search_spaces.registry import Family, Rules, Variant, register
 from search_spaces.space import KEEPS, Space, Values, per_stage, with_attention
+from search_spaces.tokens import strongest, take_tokens
 from search_spaces.widths import Cat, Each, Width
 
 
@@ -116,21 +103,18 @@ class Attention(nn.Module):
         stride: int = 1,
     ) -> None:
         super().__init__()
-        heads, qk, v = (
-            Width(f"{name}.heads", doc.heads),
-            Width(f"{name}.qk", doc.key_dim),
-            Width(f"{name}.v", doc.value_dim),
-        )
+        heads, qk, v = attention_widths(name, doc)
         queries = tokens if stride == 1 else halved(grid) ** 2
         self.form, self.grid, self.stride, self.scale = form, grid, stride, doc.scale
         self.heads, self.key_dim, self.value_dim = doc.heads, doc.key_dim, doc.value_dim
         if stride == 1:
             self.qkv = pointwise(form, embed, qkv_axis(heads, qk, v), tokens)
+            self.qkv.query_scale = doc.scale
         else:
             strided = partial(ConvNorm, stride=stride) if form == "conv" else LinearNorm
             self.q = strided(embed, Each(heads, qk), queries)
+            self.q.query_scale = doc.scale
             self.kv = pointwise(form, embed, Each(heads, Cat((key(qk), v))), tokens)
-        declare_scale(self.qkv if stride == 1 else self.q, doc.scale)
         self.bias = AttentionBias(name, heads, grid, stride)
         self.act = nn.Hardswish()
         self.proj = pointwise(form, Each(heads, v), out, queries, gamma=0.0 if stride == 1 else 1.0)
@@ -152,20 +136,22 @@ class Attention(nn.Module):
         if self.form == "linear":
             logits = q.transpose(1, 2) @ k.permute(0, 2, 3, 1)
             mixed = self._softmax(logits, bias) @ v.transpose(1, 2)
-            y = mixed.transpose(1, 2).flatten(2)
+            joined = mixed.transpose(1, 2).flatten(2)
         else:
             logits = q.transpose(-2, -1) @ k
             mixed = v @ self._softmax(logits, bias).transpose(-2, -1)
             side = x.shape[2:] if self.stride == 1 else (halved(self.grid), halved(self.grid))
-            y = mixed.reshape(x.shape[0], -1, *side)
-        y = self.out_gate(self.proj(self.v_gate(self.act(y))))
+            joined = mixed.reshape(x.shape[0], -1, *side)
+        y: Tensor = self.out_gate(self.proj(self.v_gate(self.act(joined))))
         return x + y if self.stride == 1 else y
 
     def _per_head(self, y: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, ...]:
         """Split a projection into (B, N, heads, dim) (linear form) or (B, heads, dim, N) (conv form)."""
         if self.form == "linear":
-            return y.view(*y.shape[:2], self.heads, -1).split(dims, dim=3)
-        return y.flatten(2).view(y.shape[0], self.heads, -1, y.shape[2] * y.shape[3]).split(dims, dim=2)
+            parts: tuple[Tensor, ...] = y.view(*y.shape[:2], self.heads, -1).split(dims, dim=3)
+        else:
+            parts = y.flatten(2).view(y.shape[0], self.heads, -1, y.shape[2] * y.shape[3]).split(dims, dim=2)
+        return parts
 
     def _strided(self, x: Tensor) -> Tensor:
         """Tokens of every stride-th row and column; in conv form the projection itself is strided."""
@@ -255,12 +241,12 @@ class Stage(nn.Module):
         return x
 
 
-class Levit(nn.Module):
+class Levit(Network):
     """(B, 3, R, R) -> (B, classes)."""
 
     def __init__(self, arch: LevitArch) -> None:
         super().__init__()
-        embeds = [Width(f"stages.{i}.embed", stage.embed_dim) for i, stage in enumerate(arch.stages)]
+        embeds = [Width(f"stages.{i}.embed", s.embed_dim, kind="embed") for i, s in enumerate(arch.stages)]
         self.form = arch.form
         self.stem = stem(arch.stem, embeds[0], arch.resolution, nn.Hardswish)
         grid = arch.resolution
@@ -268,8 +254,9 @@ class Levit(nn.Module):
             grid = halved(grid)
         self.stages = nn.ModuleList()
         for i, (doc, embed) in enumerate(zip(arch.stages, embeds, strict=True)):
-            self.stages.append(Stage(f"stages.{i}", doc, embeds[i - 1] if i else None, embed, grid, arch.form))
-            grid = self.stages[-1].grid
+            stage = Stage(f"stages.{i}", doc, embeds[i - 1] if i else None, embed, grid, arch.form)
+            self.stages.append(stage)
+            grid = stage.grid
         self.head = Classifier(embeds[-1], Width("classes", arch.num_classes, "fixed"), arch.distilled)
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
@@ -278,7 +265,8 @@ class Levit(nn.Module):
             x = x.flatten(2).transpose(1, 2)
         for stage in self.stages:
             x = stage(x)
-        return self.head(x.mean(1) if self.form == "linear" else x.mean((2, 3)))
+        logits: Tensor | tuple[Tensor, Tensor] = self.head(x.mean(1) if self.form == "linear" else x.mean((2, 3)))
+        return logits
 
 
 RENAME = (

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from search_spaces.arch import ArchError
 from search_spaces.evit import Evit
-from search_spaces.layers import foremost
+from search_spaces.tokens import foremost
 
 
 @contextmanager
@@ -29,24 +29,25 @@ def with_oracle(model: nn.Module, oracle: nn.Module) -> Iterator[None]:
         ArchError: one of the two is no EViT, they differ in depth, patches or resolution, or a block of the oracle
             whose attention is needed has none.
     """
-    student, chooser = _evit(model, "the network"), _evit(oracle, "the oracle").eval()
+    student, chooser = _evit(model, "the network"), _evit(oracle, "the oracle")
+    chooser.eval()
     _check(student, chooser)
     rows: dict[int, Tensor] = {}
 
     def look(_student: nn.Module, inputs: tuple[Tensor]) -> None:
-        reducing = [i for i, block in enumerate(student.blocks) if block.keep < block.patches]
+        reducing = [i for i, block in enumerate(student.each_block()) if block.keep < block.patches]
         if student.training and reducing:
             rows.clear()
             rows.update(class_attention(chooser, inputs[0], reducing))
 
     handle = student.register_forward_pre_hook(look)
-    for i, block in enumerate(student.blocks):
+    for i, block in enumerate(student.each_block()):
         block.rank = partial(_rank, rows, i)
     try:
         yield
     finally:
         handle.remove()
-        for block in student.blocks:
+        for block in student.each_block():
             block.rank = None
 
 
@@ -64,14 +65,11 @@ def start_from(model: nn.Module, oracle: nn.Module) -> list[str]:
 def class_attention(network: Evit, images: Tensor, layers: Collection[int]) -> dict[int, Tensor]:
     """The class token's attention (B, patches) to every patch, mean over heads, in some blocks; no token is dropped."""
     x, rows = network.tokens(images), {}
-    for i, block in enumerate(network.blocks[: max(layers) + 1]):
-        if block.attn is not None:
-            y, scores = block.attn(block.norm1(x), i in layers)
-            x = x + y
-            if scores is not None:
-                rows[i] = scores
-        if block.ffn is not None:
-            x = x + block.ffn(block.norm2(x))
+    for i, block in enumerate(network.each_block()[: max(layers) + 1]):
+        x, scores = block.attend(x, i in layers)
+        if scores is not None:
+            rows[i] = scores
+        x = block.feed(x)
     return rows
 
 
@@ -100,6 +98,6 @@ def _check(student: Evit, oracle: Evit) -> None:
         raise ArchError(f"the oracle has {len(oracle.blocks)} blocks, the network {len(student.blocks)}")
     if (student.patches, student.patch_embed.kernel_size) != (oracle.patches, oracle.patch_embed.kernel_size):
         raise ArchError("the oracle's resolution or patches are not the network's")
-    for i, (block, theirs) in enumerate(zip(student.blocks, oracle.blocks, strict=True)):
+    for i, (block, theirs) in enumerate(zip(student.each_block(), oracle.each_block(), strict=True)):
         if block.keep_rate < 1 and theirs.attn is None:
             raise ArchError(f"blocks.{i} of the oracle has no attention to rank tokens by")

@@ -15,8 +15,8 @@ from search_spaces.arch import Arch
 
 if TYPE_CHECKING:
     import numpy as np
-    from torch import nn
 
+    from search_spaces.network import Network
     from search_spaces.space import Space
 
 
@@ -62,7 +62,7 @@ class Family(Generic[A]):
 
     name: str
     """As in `Arch.family`."""
-    build: Callable[[A], nn.Module]
+    build: Callable[[A], Network]
     """Arch -> network, (B, 3, R, R) -> (B, classes)."""
     variants: Mapping[str, Variant]
     """Published networks by name."""

@@ -32,48 +32,37 @@ from search_spaces.arch import (
     kept,
     summarise,
 )
-from search_spaces.layers import (
-    RGB,
-    Conv,
-    Gate,
-    Linear,
-    Residual,
-    attend,
-    declare_scale,
-    flat_rows,
-    halved,
-    key,
-    layer_norm,
-    mlp,
-    on_strongest,
-    strongest,
-    take_tokens,
-)
+from search_spaces.attention import attend, attention_widths, key
+from search_spaces.gates import Gate
+from search_spaces.layers import RGB, Axes, Conv, LayerNorm, Linear, Residual, halved, mlp
+from search_spaces.network import Network
 from search_spaces.registry import Family, Variant, register
 from search_spaces.space import KEEPS, Space, Values, per_stage
-from search_spaces.widths import Cat, Each, Width, fixed
+from search_spaces.tokens import flat_rows, on_strongest, strongest, take_tokens
+from search_spaces.widths import Axis, Cat, Each, Width, fixed
 
 TORCH_EPS = 1e-5
 """PyTorch's eps of a LayerNorm, which the official code keeps in patch embeddings and for window tokens."""
 
 
 class SepAttn(Doc):
-    """Separable attention in windows of `window` x `window`.
-
-    point_key_dim, point_scale: q and k of the attention across windows (unused where there is one window).
-    keep_rate: share of windows, by energy, that attend; the others pass. residual: which input channel the inner
-    residual adds to each of the heads * value_dim inner channels (-1: none); null takes them in order.
-    """
+    """Separable attention: within windows, then across them."""
 
     window: Annotated[int, Field(ge=1, le=64)]
+    """Side of a window, in positions of the grid."""
     heads: Heads
     key_dim: Dim
     value_dim: Dim
     scale: Scale
     point_key_dim: Dim
+    """Of q and k of the attention across windows; unused where there is one window."""
     point_scale: Scale
+    """Likewise."""
     keep_rate: Rate
+    """Share of windows, by energy, that attend; the others pass."""
     residual: tuple[Annotated[int, Field(ge=-1, le=8191)], ...] | None
+    """Which input channel the inner residual adds to each of the heads * value_dim inner channels (-1: none); None: in
+    order."""
 
 
 class SepVitBlock(Doc):
@@ -87,7 +76,7 @@ class SepVitStage(Doc):
 
 
 class SepVitArch(Arch, family="sepvit"):
-    width_fields: ClassVar[Mapping[str, str]] = Arch.width_fields | {"point_qk": "point_key_dim"}
+    width_fields: ClassVar[Mapping[str, str]] = {**Arch.width_fields, "point_qk": "point_key_dim"}
 
     family: Literal["sepvit"]
     stages: Annotated[tuple[SepVitStage, ...], Field(min_length=1, max_length=MAX_STAGES)]
@@ -184,13 +173,13 @@ class SeparableAttention(nn.Module):
     the second its own input.
     """
 
+    products: tuple[tuple[Axis, int], ...]
+    source: Tensor
+    """Which of the input's channels, and a zero behind them, the first inner residual adds; only if the Arch says."""
+
     def __init__(self, name: str, doc: SepAttn, embed: Width, grid: int) -> None:
         super().__init__()
-        heads, qk, v = (
-            Width(f"{name}.heads", doc.heads),
-            Width(f"{name}.qk", doc.key_dim),
-            Width(f"{name}.v", doc.value_dim),
-        )
+        heads, qk, v = attention_widths(name, doc)
         inner = Each(heads, v)
         count, area = (grid // doc.window) ** 2, doc.window**2
         self.doc, self.windows, self.keep = doc, count, kept(doc.keep_rate, count)
@@ -198,11 +187,11 @@ class SeparableAttention(nn.Module):
         tokens = area + self.separable
         self.scale, self.point_scale = doc.scale, doc.point_scale
         self.dims = (doc.heads * doc.key_dim, doc.heads * doc.key_dim, inner.size)
-        self.norm = layer_norm(embed, self.keep * tokens)
+        self.norm = LayerNorm(embed, self.keep * tokens)
         self.qkv = Linear(embed, Cat((Each(heads, qk), Each(heads, key(qk)), inner)), self.keep * tokens)
         self.proj = Linear(inner, embed, self.keep * area)
         self.proj.terms = 1 + self.separable
-        declare_scale(self.qkv, doc.scale)
+        self.qkv.query_scale = doc.scale
         self.products = ((Each(heads, Cat((qk, v))), self.keep * tokens * tokens),)
         self.q_gate = Gate(Each(heads, qk), 2, 4)
         self.v_gate = Gate(inner, -1, heads=(heads, None))
@@ -210,12 +199,12 @@ class SeparableAttention(nn.Module):
         if self.separable:
             one = fixed(1)
             self.window_token = nn.Parameter(torch.zeros(1, count, 1, embed.size))
-            self.axes = {"window_token": (one, Width(f"{name}.windows", count, "resize"), one, embed)}
-            point_qk = Width(f"{name}.point_qk", doc.point_key_dim)
+            self.axes: Axes = {"window_token": (one, Width(f"{name}.windows", count, "resize"), one, embed)}
+            point_qk = Width(f"{name}.point_qk", doc.point_key_dim, kind="qk")
             point = Each(heads, point_qk)
-            self.point_norm = layer_norm(inner, self.keep, TORCH_EPS)
+            self.point_norm = LayerNorm(inner, self.keep, TORCH_EPS)
             self.point_qk = Linear(inner, Cat((point, Each(heads, key(point_qk)))), self.keep)
-            declare_scale(self.point_qk, doc.point_scale)
+            self.point_qk.query_scale = doc.point_scale
             self.point_gate = Gate(point, 1, 3)
             self.products += ((point, self.keep**2), (inner, self.keep**2 * area))
         if doc.residual is not None:
@@ -224,7 +213,7 @@ class SeparableAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         token = self.window_token.expand(x.shape[0], -1, -1, -1) if self.separable else None
-        if self.keep == self.windows:
+        if token is None or self.keep == self.windows:
             return x + self._attend(x, token)
         flat = x.flatten(2)
         index = strongest(flat, self.keep)
@@ -235,13 +224,13 @@ class SeparableAttention(nn.Module):
 
     def _attend(self, x: Tensor, token: Tensor | None) -> Tensor:
         y = self.norm(x if token is None else torch.cat((token, x), 2))
-        q, k, v = (
-            part.unflatten(3, (self.doc.heads, -1)).transpose(2, 3) for part in self.qkv(y).split(self.dims, dim=3)
-        )
-        z = self.v_gate(attend(self.q_gate(q), k, v, self.scale).transpose(2, 3).flatten(3) + self._inner(y))
+        parts = self.qkv(y).split(self.dims, dim=3)
+        q, k, v = (part.unflatten(3, (self.doc.heads, -1)).transpose(2, 3) for part in parts)
+        z: Tensor = self.v_gate(attend(self.q_gate(q), k, v, self.scale).transpose(2, 3).flatten(3) + self._inner(y))
         if token is not None:
             z = self._across(z[:, :, 0], z[:, :, 1:])
-        return self.branch_gate(self.proj(z))
+        out: Tensor = self.branch_gate(self.proj(z))
+        return out
 
     def _across(self, token: Tensor, z: Tensor) -> Tensor:
         """Pointwise attention: window tokens (B, W, E) mix whole feature maps (B, W, M*M, E)."""
@@ -250,7 +239,7 @@ class SeparableAttention(nn.Module):
         q, k = (part.unflatten(2, (heads, -1)).transpose(1, 2) for part in (q, k))
         values = z.unflatten(3, (heads, -1)).permute(0, 3, 1, 2, 4).flatten(3)
         weights = ((self.point_gate(q) @ k.transpose(-2, -1)) * self.point_scale).softmax(-1)
-        mixed = (weights @ values).view(b, heads, w, area, -1).permute(0, 2, 3, 1, 4).flatten(3)
+        mixed: Tensor = (weights @ values).view(b, heads, w, area, -1).permute(0, 2, 3, 1, 4).flatten(3)
         return mixed + z
 
     def _inner(self, y: Tensor) -> Tensor:
@@ -270,28 +259,34 @@ class Block(nn.Module):
         super().__init__()
         tokens = grid * grid
         self.attn = SeparableAttention(f"{name}.attn", doc.attn, embed, grid) if doc.attn else None
-        self.norm = self.ffn = None
+        self.norm: LayerNorm | None = None
+        self.ffn: nn.Sequential | None = None
         if doc.ffn:
             self.keep, self.tokens = kept(doc.ffn.keep_rate, tokens), tokens
-            self.norm = layer_norm(embed, self.keep)
+            self.norm = LayerNorm(embed, self.keep)
             self.ffn = mlp(f"{name}.ffn", doc.ffn.hidden, embed, self.keep)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.attn is not None:
-            x = self._windowed(x, self.attn.doc.window)
-        if self.ffn is None:
+            x = _in_windows(self.attn, x)
+        if self.ffn is None or self.norm is None:
             return x
+        norm, ffn = self.norm, self.ffn
         if self.keep == self.tokens:
-            return x + self.ffn(self.norm(x))
-        return on_strongest(x.flatten(1, 2), self.keep, lambda rows: self.ffn(self.norm(rows))).view_as(x)
+            y: Tensor = ffn(norm(x))
+            return x + y
+        return on_strongest(x.flatten(1, 2), self.keep, lambda rows: ffn(norm(rows))).view_as(x)
 
-    def _windowed(self, x: Tensor, m: int) -> Tensor:
-        b, h, w, c = x.shape
-        if m == h:
-            return self.attn(x.view(b, 1, h * w, c)).view_as(x)
-        n = h // m
-        windows = x.view(b, n, m, n, m, c).transpose(2, 3).reshape(b, n * n, m * m, c)
-        return self.attn(windows).view(b, n, n, m, m, c).transpose(2, 3).reshape(b, h, w, c)
+
+def _in_windows(attn: SeparableAttention, x: Tensor) -> Tensor:
+    """Cut (B, H, W, C) into the attention's windows and join them again."""
+    (b, h, w, c), m = x.shape, attn.doc.window
+    if m == h:
+        whole: Tensor = attn(x.view(b, 1, h * w, c))
+        return whole.view_as(x)
+    n = h // m
+    windows: Tensor = attn(x.view(b, n, m, n, m, c).transpose(2, 3).reshape(b, n * n, m * m, c))
+    return windows.view(b, n, n, m, m, c).transpose(2, 3).reshape(b, h, w, c)
 
 
 class Stage(nn.Module):
@@ -302,7 +297,7 @@ class Stage(nn.Module):
         kernel, stride = (7, 4) if previous is None else (3, 2)
         positions = grid * grid
         self.patch_embed = Conv(previous or RGB, embed, fixed(kernel), positions, stride=stride, bias=True)
-        self.norm = layer_norm(embed, positions, TORCH_EPS)
+        self.norm = LayerNorm(embed, positions, TORCH_EPS)
         self.blocks = nn.ModuleList(Block(f"{name}.blocks.{i}", b, embed, grid) for i, b in enumerate(doc.blocks))
         if doc.blocks:
             conv = Conv(embed, embed, fixed(3), positions, depthwise=True, bias=True)
@@ -319,12 +314,12 @@ class Stage(nn.Module):
         return x.permute(0, 3, 1, 2)
 
 
-class SepVit(nn.Module):
+class SepVit(Network):
     """(B, 3, R, R) -> (B, classes)."""
 
     def __init__(self, arch: SepVitArch) -> None:
         super().__init__()
-        embeds = [Width(f"stages.{i}.embed", stage.embed_dim) for i, stage in enumerate(arch.stages)]
+        embeds = [Width(f"stages.{i}.embed", s.embed_dim, kind="embed") for i, s in enumerate(arch.stages)]
         sides = grids(arch.resolution, len(arch.stages))
         self.stages = nn.Sequential(
             *(
@@ -332,12 +327,13 @@ class SepVit(nn.Module):
                 for i, doc in enumerate(arch.stages)
             )
         )
-        self.norm = layer_norm(embeds[-1], sides[-1] ** 2)
+        self.norm = LayerNorm(embeds[-1], sides[-1] ** 2)
         self.head = Linear(embeds[-1], Width("classes", arch.num_classes, "fixed"), positions=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(self.stages(x).flatten(2).transpose(1, 2))
-        return self.head(x.mean(1))
+        logits: Tensor = self.head(x.mean(1))
+        return logits
 
 
 OFFICIAL = (

@@ -29,18 +29,10 @@ from search_spaces.arch import (
     check_downsamples,
     summarise,
 )
+from search_spaces.attention import attention_widths, qkv_axis, scale_rows
+from search_spaces.gates import Gate
 from search_spaces.grid import OFFICIAL, Merge, Pyramid, published_merge
-from search_spaces.layers import (
-    NORM_MACS,
-    ConvNorm,
-    FeedForward,
-    Gate,
-    Residual,
-    declare_norm,
-    declare_scale,
-    qkv_axis,
-    scale_rows,
-)
+from search_spaces.layers import ConvNorm, FeedForward, GroupNorm, Residual
 from search_spaces.registry import Family, Variant, register
 from search_spaces.space import KEEPS, Space, Values, per_stage, with_attention
 from search_spaces.widths import Cat, Each, Width, boundary, fixed
@@ -116,22 +108,16 @@ class PartialAttention(nn.Module):
 
     def __init__(self, name: str, doc: PartialAttn, embed: Width, grid: int) -> None:
         super().__init__()
-        heads, qk, v = (
-            Width(f"{name}.heads", doc.heads),
-            Width(f"{name}.qk", doc.key_dim),
-            Width(f"{name}.v", doc.value_dim),
-        )
+        heads, qk, v = attention_widths(name, doc)
         part = Width(f"{name}.dim", doc.dim, part_of=(embed.name, 0))
         rest = Width(f"{name}.rest", embed.size - doc.dim, part_of=(embed.name, doc.dim))
         tokens = grid * grid
         self.dims = (doc.dim, embed.size - doc.dim)
         self.heads, self.scale = doc.heads, doc.scale
         self.split = (doc.key_dim, doc.key_dim, doc.value_dim)
-        self.norm = nn.GroupNorm(1, doc.dim)
-        declare_norm(self.norm, part)
-        self.norm.positions = NORM_MACS * tokens
+        self.norm = GroupNorm(part, tokens)
         self.qkv = ConvNorm(part, qkv_axis(heads, qk, v), tokens)
-        declare_scale(self.qkv, doc.scale)
+        self.qkv.query_scale = doc.scale
         self.act = nn.ReLU()
         self.proj = ConvNorm(Cat((Each(heads, v), rest)), embed, tokens, gamma=0.0)
         self.products = ((Each(heads, Cat((qk, v))), tokens * tokens),)
@@ -141,17 +127,18 @@ class PartialAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         part, rest = x[:, : self.dims[0]], x[:, self.dims[0] :]
-        y = self.qkv(self.norm(part)).flatten(2)
+        qkv = self.qkv(self.norm(part)).flatten(2)
         if self.heads > 1:
-            y = y.view(y.shape[0], self.heads, -1, y.shape[2])
-        q, k, v = y.split(self.split, dim=-2)
+            qkv = qkv.view(qkv.shape[0], self.heads, -1, qkv.shape[2])
+        q, k, v = qkv.split(self.split, dim=-2)
         logits = self.q_gate(q).transpose(-2, -1) @ k
         if self.scale != 1:
             logits = logits * self.scale
         mixed = v @ logits.softmax(-1).transpose(-2, -1)
         mixed = self.v_gate(mixed.reshape(x.shape[0], -1, *x.shape[2:]))
         joined = torch.cat((mixed, rest), 1) if self.dims[1] else mixed
-        return x + self.branch_gate(self.proj(self.act(joined)))
+        y: Tensor = self.branch_gate(self.proj(self.act(joined)))
+        return x + y
 
     def folded(self) -> PartialAttention:
         key_dim, per_head = self.split[0], sum(self.split)

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from search_spaces.arch import Arch
-from search_spaces.checkpoints import State, WeightsError, is_averaged, read_checkpoint
+from search_spaces.checkpoints import Loaded, State, WeightsError, is_averaged, read_checkpoint
 from search_spaces.registry import FAMILIES, Rules
+from search_spaces.widths import resized_tensors
 
 __all__ = [
     "Loaded",
@@ -33,23 +34,7 @@ __all__ = [
 COUNTERS = re.compile(r"(^|\.)(attention_bias_idxs|total_ops|total_params|n_averaged)$")
 """Tensors beside the weights that hold none: indices of a bias table, a profiler's and an average's counts."""
 
-RESIZED = ("pos_embed", "bias.table", "window_token")
-"""Tensors whose size follows the resolution."""
-
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """What became of weights.
-
-    untrained: names of tensors left at their initialisation, those of a classifier. classes: of the weights' own
-    classifier, where it is another. told: what was taken, renamed and left out, in one line; None if nothing was.
-    """
-
-    untrained: list[str]
-    classes: int | None
-    told: str | None
 
 
 @dataclass(frozen=True)
@@ -108,13 +93,13 @@ def load_groups(model: nn.Module, groups: Mapping[str, State], rules: Mapping[st
 
 def best_match(groups: Mapping[str, State], own: Collection[str], rules: Mapping[str | None, Rules]) -> Match:
     """The group, prefix and naming with most of a network's names; of equals the first."""
-    best = None
+    best = Match("", "", None, {}, -1)
     for place, group in groups.items():
         for prefix, state in unwrapped(_without_counters(group), len(own) // 2):
             for naming, pairs in rules.items():
                 renamed = rename(state, pairs)
                 match = Match(place, prefix, naming, renamed, sum(name in renamed for name in own))
-                if best is None or match.found > best.found:
+                if match.found > best.found:
                     best = match
                 if match.found == len(own) == len(renamed):
                     return match
@@ -281,7 +266,7 @@ def fit(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
                 skipped.append(name)
             else:
                 hint = ""
-                if name.endswith(RESIZED):
+                if name in resized_tensors(model):
                     hint = "; `vitnas train` resizes them, given the Arch at their resolution and --resolution"
                 raise WeightsError(
                     f"{name} is {tuple(value.shape)} in the weights but {tuple(target.shape)} in the network{hint}"

@@ -17,25 +17,33 @@ if TYPE_CHECKING:
     from torch import nn
 
 Rule = Literal["slice", "crop", "resize", "fixed"]
+"""How a narrower width is taken from a wider one: "slice" takes units by index, "crop" the centre (kernels), "resize"
+interpolates a square grid (bias tables; a leading class-token entry is kept apart), "fixed" must agree (classes, input
+channels)."""
+Kind = Literal["ffn", "qk", "v", "heads", "embed"]
+"""What units are: hidden units of FFNs and the like, query and key dims, value dims, heads, channels of a stage."""
+Growth = Literal["random", "zero", "positive"]
+"""How new units begin where they write; where others read them they always begin at zero. "zero" is for keys, beside
+random queries; "positive" is for units behind a ReLU that reads positive means of a whole image: at random they would
+be silent for all images or none."""
 Select = Mapping[str, np.ndarray]
+"""Width name -> kept units, (units,) or (heads, units); `NEW` for units to be added."""
 
 
 @dataclass(frozen=True)
 class Width:
-    """A named run of units.
-
-    rule: "slice" takes units by index, "crop" the centre (kernels), "resize" interpolates a square grid
-    (bias tables; a leading class-token entry is kept apart), "fixed" must agree (classes, input channels).
-    part_of: (name, start) when these units are units start, start + 1, ... of another width. grown: how new units
-    begin where they write ("zero" for keys, beside random queries; "positive" behind a ReLU that reads positive means
-    of a whole image and would be silent for all images or none); where others read them they always begin at zero.
-    """
+    """A named run of units."""
 
     name: str
+    """Dotted path in the network. The last part is that of the field of the Arch that holds the size, but for
+    `Arch.width_fields`; a stage's width is `embed`."""
     size: int
     rule: Rule = "slice"
     part_of: tuple[str, int] | None = None
-    grown: Literal["random", "zero", "positive"] = "random"
+    """(name, start) when these units are units start, start + 1, ... of another width."""
+    grown: Growth = "random"
+    kind: Kind | None = None
+    """None: a width that does not change by itself."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +75,7 @@ Axis = Width | Cat | Each
 NEW, NEW_ZERO, NEW_POSITIVE = -1, -2, -3
 """Entries of a selection: a unit that the larger network has not; `indices` makes it one of the others where a width's
 new units begin so."""
-GROWN = {"random": NEW, "zero": NEW_ZERO, "positive": NEW_POSITIVE}
+GROWN: Mapping[Growth, int] = {"random": NEW, "zero": NEW_ZERO, "positive": NEW_POSITIVE}
 
 
 def fixed(size: int) -> Width:
@@ -233,7 +241,18 @@ def _shifted(start: int, chosen: np.ndarray) -> np.ndarray:
     return np.where(chosen < 0, chosen, chosen + start)
 
 
+def resized_tensors(model: nn.Module) -> set[str]:
+    """Names of the parameters whose size follows the resolution: bias tables, positions, tokens of windows."""
+    return {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        for name, axes in getattr(module, "axes", {}).items()
+        if any(width.rule == "resize" for axis in axes for width in widths_of(axis))
+    }
+
+
 def widths_of(axis: Axis) -> Iterator[Width]:
+    """All widths along an axis, in order."""
     if isinstance(axis, Width):
         yield axis
     elif isinstance(axis, Cat):

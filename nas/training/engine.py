@@ -33,7 +33,8 @@ from nas.files import replace_file
 from nas.intervals import of_share
 from nas.text import first_line
 from nas.training.recipes import Recipe
-from search_spaces.layers import heads_of, set_drop_path, set_keep_progress
+from search_spaces.gates import set_drop_path
+from search_spaces.network import heads_of, set_keep_progress
 
 logging.getLogger("timm.scheduler").setLevel(logging.ERROR)  # a schedule of one update needs no warning
 

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from pruning import importance
 from pruning.importance import criterion, score
-from pruning.units import Anatomy, Knob, anatomy, gates_of
-from search_spaces.layers import Gate
+from pruning.units import Anatomy, Knob, anatomy
+from search_spaces.gates import Gate, gates_of
 from search_spaces.widths import places
 
 GOAL = 0.8

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch_pruning.pruner.importance import GroupTaylorImportance
 
 from pruning.importance import CRITERIA, ImportanceError, gate_gradients, score
-from pruning.units import Anatomy, Knob, anatomy, gates_of
+from pruning.units import Anatomy, Knob, anatomy
 from search_spaces import Arch
-from search_spaces.layers import Gate, NormLinear
+from search_spaces.gates import Gate, gates_of
+from search_spaces.layers import NormLinear
 from search_spaces.registry import FAMILIES
 from search_spaces.widths import Width
 

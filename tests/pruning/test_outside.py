@@ -1,4 +1,4 @@
-"""timm models outside the families: the trial, its refusals, and what pruning leaves."""
+"""timm models outside the families: the probe, its refusals, and what pruning leaves."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ import torch_pruning as tp
 from huggingface_hub import constants
 from torch import Tensor, nn
 
-from pruning import outside
-from pruning.outside import OutsideError, Trial, count_macs, load_outside, prune_outside, resize_outside, run_trial
+from pruning import outside, outside_graph, outside_probe
+from pruning.outside import load_outside, prune_outside, resize_outside
+from pruning.outside_graph import CutNetwork, Group, OutsideError, count_macs, fresh
+from pruning.outside_probe import Probe, run_probe
 
 CLASSES = 10
 
@@ -31,7 +33,7 @@ def ordinary(name: str) -> nn.Module:
     """A model as if trained: no zero-initialised scales."""
     torch.manual_seed(0)
     model, _ = load_outside(name, CLASSES, pretrained=False)
-    outside._randomise(model)
+    outside_probe._randomise(model)
     return model
 
 
@@ -44,18 +46,18 @@ def batches(resolution: int) -> Callable[[], list[tuple[Tensor, Tensor]]]:
 def logits(model: nn.Module, resolution: int) -> Tensor:
     images = torch.randn(2, 3, resolution, resolution, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        return outside._fresh(model)(images)
+        return fresh(model)(images)
 
 
 def macs(model: nn.Module, resolution: int) -> int:
-    return count_macs(outside._fresh(model), torch.zeros(1, 3, resolution, resolution))[""]
+    return count_macs(fresh(model), torch.zeros(1, 3, resolution, resolution))[""]
 
 
-def network(model: nn.Module, resolution: int) -> outside._Network:
-    return outside._Network(model, torch.zeros(1, 3, resolution, resolution), multiple_of=8, inner=False)
+def network(model: nn.Module, resolution: int) -> CutNetwork:
+    return CutNetwork(model, torch.zeros(1, 3, resolution, resolution), multiple_of=8, inner=False)
 
 
-def group_of(pruned: outside._Network, layer: str) -> outside._Group:
+def group_of(pruned: CutNetwork, layer: str) -> Group:
     """The group that holds output channels of a layer."""
     module = pruned.model.get_submodule(layer)
     return next(
@@ -64,18 +66,18 @@ def group_of(pruned: outside._Network, layer: str) -> outside._Group:
 
 
 @pytest.fixture(scope="module")
-def resnet_trial() -> Trial:
-    return run_trial("resnet18", 64, CLASSES, 8, time_limit_s=120)
+def resnet_probe() -> Probe:
+    return run_probe("resnet18", 64, CLASSES, 8, time_limit_s=120)
 
 
 @pytest.fixture
-def no_trial(monkeypatch: pytest.MonkeyPatch, resnet_trial: Trial) -> None:
+def no_probe(monkeypatch: pytest.MonkeyPatch, resnet_probe: Probe) -> None:
     """The child process answers as it did for resnet18."""
-    monkeypatch.setattr(outside, "run_trial", lambda *_: resnet_trial)
+    monkeypatch.setattr(outside, "run_probe", lambda *_: resnet_probe)
 
 
 def child(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
-    monkeypatch.setattr(outside, "TRIAL", [sys.executable, "-c", code])
+    monkeypatch.setattr(outside_probe, "PROBE", [sys.executable, "-c", code])
 
 
 # --- loading
@@ -121,14 +123,14 @@ def test_weights_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> None
     assert constants.HF_HUB_OFFLINE is before
 
 
-# --- the trial
+# --- the probe
 
 
 def test_hang_is_killed_and_points_to_our_own(monkeypatch: pytest.MonkeyPatch) -> None:
     child(monkeypatch, "import time; print('build the graph of', flush=True); time.sleep(60)")
     start = time.monotonic()
     with pytest.raises(OutsideError) as caught:
-        run_trial("efficientvit_m0", 224, CLASSES, 8, time_limit_s=3)
+        run_probe("efficientvit_m0", 224, CLASSES, 8, time_limit_s=3)
     assert time.monotonic() - start < 30
     assert str(caught.value) == (
         "torch-pruning could not build the graph of timm/efficientvit_m0 within 3 s; "
@@ -141,27 +143,27 @@ def test_failing_child_gives_its_reason(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(
         OutsideError, match=r"^torch-pruning could not cut timm/resnet18 \(IndexError: out of bounds\)$"
     ):
-        run_trial("resnet18", 224, CLASSES, 8, time_limit_s=60)
+        run_probe("resnet18", 224, CLASSES, 8, time_limit_s=60)
 
 
 def test_killed_child_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     child(monkeypatch, "import os; os.kill(os.getpid(), 9)")
     with pytest.raises(OutsideError, match="killed by SIGKILL"):
-        run_trial("resnet18", 224, CLASSES, 8, time_limit_s=60)
+        run_probe("resnet18", 224, CLASSES, 8, time_limit_s=60)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux binds a child to its parent")
-def test_a_trial_dies_with_its_parent() -> None:
-    trial = """
+def test_a_probe_dies_with_its_parent() -> None:
+    probe = """
         import os, time
-        from pruning import outside
-        outside._trial = lambda stage, **_: (stage(str(os.getpid())), time.sleep(100))
-        outside.answer_trial()
+        from pruning import outside_probe
+        outside_probe._attempt = lambda stage, **_: (stage(str(os.getpid())), time.sleep(100))
+        outside_probe.answer_probe()
     """
     parent = f"""
         import json, os, subprocess, sys
         child = subprocess.Popen(
-            [sys.executable, "-c", {textwrap.dedent(trial)!r}], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", {textwrap.dedent(probe)!r}], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         json.dump({{"fallback": False, "time_limit_s": 90, "parent": os.getpid()}}, child.stdin)
         child.stdin.close()
@@ -183,15 +185,15 @@ def test_a_trial_dies_with_its_parent() -> None:
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
-def trial_here(name: str, resolution: int, inner: bool = False) -> int:
-    return outside._trial(name, resolution, CLASSES, 8, inner, stage=lambda _: None)
+def probe_here(name: str, resolution: int, inner: bool = False) -> int:
+    return outside_probe._attempt(name, resolution, CLASSES, 8, inner, stage=lambda _: None)
 
 
 def test_a_network_that_runs_but_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert trial_here("test_vit", 160) > 0
-    monkeypatch.setattr(outside, "_scale_queries", lambda *_: None)
+    assert probe_here("test_vit", 160) > 0
+    monkeypatch.setattr(outside_graph, "_scale_queries", lambda *_: None)
     with pytest.raises(OutsideError, match="differs from the masked one"):
-        trial_here("test_vit", 160)
+        probe_here("test_vit", 160)
 
 
 def test_channels_coupled_wrongly_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,21 +208,21 @@ def test_channels_coupled_wrongly_are_refused(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(tp.DependencyGraph, "get_pruning_group", shifted)
     with pytest.raises(OutsideError, match="differs from the masked one"):
-        trial_here("resnet18", 64)
+        probe_here("resnet18", 64)
 
 
 def test_residual_streams_stay_where_only_inner_widths_work() -> None:
     model, _ = load_outside("fasternet_t0", CLASSES, pretrained=False)
     with pytest.raises(IndexError):
-        trial_here("fasternet_t0", 64)
-    assert trial_here("fasternet_t0", 64, inner=True) < macs(model, 64) / 2
+        probe_here("fasternet_t0", 64)
+    assert probe_here("fasternet_t0", 64, inner=True) < macs(model, 64) / 2
 
 
 # --- pruning
 
 
-def test_prunes_end_to_end(resnet_trial: Trial, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outside, "run_trial", lambda *_: resnet_trial)
+def test_prunes_end_to_end(resnet_probe: Probe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outside, "run_probe", lambda *_: resnet_probe)
     model, told = ordinary("resnet18"), []
     before = macs(model, 64)
     result = prune_outside(model, 64, batches(64), before // 2, "taylor", 8, 3, progress=lambda *now: told.append(now))
@@ -248,8 +250,8 @@ def test_prunes_end_to_end(resnet_trial: Trial, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_vit_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    trial = Trial(trial_here("test_vit", 160), inner_only=None)
-    monkeypatch.setattr(outside, "run_trial", lambda *_: trial)
+    probe = Probe(probe_here("test_vit", 160), inner_only=None)
+    monkeypatch.setattr(outside, "run_probe", lambda *_: probe)
     model = ordinary("test_vit")
     before = macs(model, 160)
     result = prune_outside(model, 160, batches(160), int(0.4 * before), "magnitude", 8, 2)
@@ -261,7 +263,7 @@ def test_vit_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(logits(resize_outside(again, model.state_dict()), 160), logits(model, 160))
 
 
-@pytest.mark.usefixtures("no_trial")
+@pytest.mark.usefixtures("no_probe")
 @pytest.mark.parametrize("criterion", ["magnitude", "random", "torch-pruning"])
 def test_uniform_criteria_cut_the_same_share_of_every_group(criterion: str) -> None:
     model = ordinary("resnet18")
@@ -272,10 +274,10 @@ def test_uniform_criteria_cut_the_same_share_of_every_group(criterion: str) -> N
     assert all(layer.after[1] / layer.before[1] == pytest.approx(kept, abs=8 / layer.before[1]) for layer in layers)
 
 
-@pytest.mark.usefixtures("no_trial")
-def test_the_stated_minimum_is_reachable_and_nothing_below(resnet_trial: Trial) -> None:
+@pytest.mark.usefixtures("no_probe")
+def test_the_stated_minimum_is_reachable_and_nothing_below(resnet_probe: Probe) -> None:
     model = ordinary("resnet18")
-    minimum = resnet_trial.minimum_macs
+    minimum = resnet_probe.minimum_macs
     with pytest.raises(OutsideError, match=f"the reachable minimum is {minimum / 1e6:.1f} M with widths of 8"):
         prune_outside(model, 64, batches(64), minimum - 1, "magnitude", 8, 1)
     result = prune_outside(model, 64, batches(64), minimum, "magnitude", 8, 1)
@@ -289,7 +291,7 @@ def test_target_must_be_below_the_model() -> None:
         prune_outside(model, 64, batches(64), macs(model, 64), "taylor", 8, 1)
 
 
-@pytest.mark.usefixtures("no_trial")
+@pytest.mark.usefixtures("no_probe")
 @pytest.mark.parametrize("criterion", ["taylor", "torch-pruning"])
 def test_zero_initialised_scales_are_refused(criterion: str) -> None:
     model, _ = load_outside("resnet18", CLASSES, pretrained=False)  # the last BatchNorm of each branch is zero
@@ -299,7 +301,7 @@ def test_zero_initialised_scales_are_refused(criterion: str) -> None:
     assert macs(model, 64) == before
 
 
-@pytest.mark.usefixtures("no_trial")
+@pytest.mark.usefixtures("no_probe")
 def test_cutting_nothing_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tp.dependency.Group, "prune", lambda *_: None)
     model = ordinary("resnet18")
@@ -307,7 +309,7 @@ def test_cutting_nothing_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
         prune_outside(model, 64, batches(64), macs(model, 64) // 2, "magnitude", 8, 1)
 
 
-@pytest.mark.usefixtures("no_trial")
+@pytest.mark.usefixtures("no_probe")
 def test_no_images_are_refused() -> None:
     model = ordinary("resnet18")
     with pytest.raises(OutsideError, match="no images"):
@@ -383,7 +385,7 @@ def test_head_dims_keep_the_scale_fused_or_not() -> None:
         attention.fused_attn = fused
         torch.testing.assert_close(logits(model, 160), expected, rtol=0, atol=tolerance)
     with torch.no_grad():
-        outside._scale_queries(attention, (32 / 24) ** 0.5)  # the scale of the new head dim instead
+        outside_graph._scale_queries(attention, (32 / 24) ** 0.5)  # the scale of the new head dim instead
     assert (logits(model, 160) - expected).abs().max() > 100 * tolerance
 
 
@@ -402,7 +404,7 @@ def test_macs_agree_with_fvcore() -> None:
 @pytest.mark.parametrize("name", ["efficientvit_m0", "levit_128s", "shvit_s1"])
 def test_our_families_are_refused_with_a_pointer(name: str) -> None:
     with pytest.raises(OutsideError, match=rf"could not .* timm/{name} .*vitnas prune --model {name}$"):
-        run_trial(name, 224, CLASSES, 8, time_limit_s=30)
+        run_probe(name, 224, CLASSES, 8, time_limit_s=30)
 
 
 @pytest.mark.slow
@@ -432,7 +434,7 @@ def test_well_known_models(name: str, inner: bool) -> None:
 @pytest.mark.slow
 def test_child_ends_by_itself_where_nobody_waits() -> None:
     request = {"name": "efficientvit_m0", "resolution": 224, "num_classes": 10, "multiple_of": 8}
-    orphan = subprocess.Popen(outside.TRIAL, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    orphan = subprocess.Popen(outside_probe.PROBE, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     orphan.stdin.write(json.dumps(request | {"time_limit_s": 10, "fallback": False}))
     orphan.stdin.close()
     assert orphan.wait(60) == -signal.SIGALRM

@@ -12,10 +12,11 @@ from torch import nn
 
 import search_spaces
 from pruning import slice_weights
-from pruning.units import Knob, anatomy, cut, gates_of
+from pruning.units import Knob, anatomy, cut
 from search_spaces import Arch, ArchError
-from search_spaces.layers import foremost
+from search_spaces.gates import gates_of
 from search_spaces.registry import FAMILIES
+from search_spaces.tokens import foremost
 from search_spaces.widths import NEW
 
 SEEDS = range(8)
@@ -81,7 +82,7 @@ def test_masked_equals_sliced_on_any_cpu(helpers: ModuleType, monkeypatch: pytes
         noise = torch.randn(scores.shape, generator=generator, dtype=scores.dtype)
         return foremost(scores * (1 + 2**-50 * noise), keep)
 
-    monkeypatch.setattr("search_spaces.layers.foremost", other_bits)
+    monkeypatch.setattr("search_spaces.tokens.foremost", other_bits)
     for _ in range(3):
         check_all_at_once("efficientvit", 3, helpers)
 

@@ -18,7 +18,7 @@ from pruning import slice_weights
 from pruning.importance import score
 from pruning.units import Anatomy, Cut, Knob, Scores, anatomy
 from search_spaces import Arch, evit
-from search_spaces.layers import Gate
+from search_spaces.gates import Gate
 from search_spaces.registry import FAMILIES
 from search_spaces.widths import Each, widths_of
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import search_spaces
 from search_spaces import Arch
 from search_spaces.arch import kept
-from search_spaces.layers import set_keep_progress
+from search_spaces.network import set_keep_progress
 from search_spaces.registry import FAMILIES
 
 FUSED = {90: (178, 162, 147), 80: (158, 128, 104), 70: (139, 99, 71), 60: (119, 73, 45), 50: (99, 51, 27)}

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 import search_spaces
 from search_spaces import levit
 from search_spaces.arch import Ffn, kept
+from search_spaces.attention import AttentionBias, BakedBias
 from search_spaces.efficientvit import Cascade, CascadedGroupAttention, CascadeHead
-from search_spaces.layers import AttentionBias, BakedBias, FeedForward, foremost, on_strongest, strongest, take_tokens
+from search_spaces.layers import FeedForward
 from search_spaces.registry import FAMILIES
+from search_spaces.tokens import foremost, on_strongest, strongest, take_tokens
 from search_spaces.weights import fit
 from search_spaces.widths import Width
 

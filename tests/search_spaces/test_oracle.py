@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from search_spaces import Arch, ArchError
-from search_spaces.layers import set_keep_progress
+from search_spaces.network import set_keep_progress
 from search_spaces.oracle import start_from, with_oracle
 
 ATTN = {"heads": 2, "key_dim": 4, "value_dim": 6, "scale": 0.5}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import search_spaces
 from search_spaces.checkpoints import WeightsError
-from search_spaces.layers import heads_of
+from search_spaces.network import heads_of
 from search_spaces.registry import FAMILIES
 from search_spaces.weights import fit, translate
 

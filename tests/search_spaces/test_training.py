@@ -14,7 +14,8 @@ from torch import Tensor, distributed, nn
 
 import search_spaces
 from nas.export.artifact import to_onnx
-from search_spaces.layers import Gate, fold, heads_of, set_drop_path
+from search_spaces.gates import Gate, set_drop_path
+from search_spaces.network import fold, heads_of
 from search_spaces.registry import FAMILIES
 from search_spaces.weights import fit, translate
 from search_spaces.widths import Width

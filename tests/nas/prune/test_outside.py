@@ -19,7 +19,8 @@ import nas.prune.run
 from nas.measure.protocol import Measurement
 from nas.prune.images import PruneJob
 from pruning import outside
-from pruning.outside import OutsideError, Trial
+from pruning.outside_graph import OutsideError
+from pruning.outside_probe import Probe
 
 KEPT = ("accuracy", "rounds", "notes", "layers", "trained_images", "tuned_images", "before", "after")
 
@@ -39,7 +40,7 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
         return {name: Measurement([[1.0] * 3] * 3) for name in models}
 
     monkeypatch.setattr(outside, "load_outside", load_outside)
-    monkeypatch.setattr(outside, "run_trial", lambda *_: Trial(1, None))
+    monkeypatch.setattr(outside, "run_probe", lambda *_: Probe(1, None))
     monkeypatch.setattr(nas.prune.outside, "_closing_run", closing_run)
     monkeypatch.setattr(nas.prune.run, "BRIEF_IMAGES", 48)
     monkeypatch.setattr(nas.prune.images, "CALIBRATION_IMAGES", 16)
