@@ -20,6 +20,7 @@ def chaos(script: str, *words: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow  # by default test_loop kills a search, test_trials and test_storage a worker
 def test_kills() -> None:
     assert "stand-in: " in chaos("kills.py", "--kills", "2", "--real", "0")
 

@@ -118,13 +118,13 @@ values = st.recursive(
 )
 
 
-@settings(max_examples=300, **SETTINGS)
+@settings(max_examples=100, **SETTINGS)
 @given(st.binary(max_size=200) | st.text(max_size=200))
 def test_arbitrary_text(text: str | bytes) -> None:
     rejected(text)
 
 
-@settings(max_examples=300, **SETTINGS)
+@settings(max_examples=100, **SETTINGS)
 @given(values, st.sampled_from([*FAMILIES, "vit", ""]), st.dictionaries(st.text(max_size=12), values, max_size=4))
 def test_arbitrary_json(value: Any, family: str, extra: dict[str, Any]) -> None:
     rejected(json.dumps(value))
@@ -182,7 +182,7 @@ def check_mutants(family: str, data: st.DataObject, helpers: ModuleType) -> None
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=150, **SETTINGS)
+@settings(max_examples=40, **SETTINGS)
 @given(data=st.data())
 def test_mutated_documents(family: str, data: st.DataObject, helpers: ModuleType) -> None:
     check_mutants(family, data, helpers)
@@ -190,7 +190,7 @@ def test_mutated_documents(family: str, data: st.DataObject, helpers: ModuleType
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=3000, **{**SETTINGS, "derandomize": False})
+@settings(max_examples=1000, **{**SETTINGS, "derandomize": False})
 @given(data=st.data())
 def test_many_mutated_documents(family: str, data: st.DataObject, helpers: ModuleType) -> None:
     check_mutants(family, data, helpers)

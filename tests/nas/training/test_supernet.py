@@ -191,9 +191,14 @@ def test_training_lowers_the_loss_of_the_largest_and_the_smallest(helpers: Modul
     after = [net.evaluate(arch, batches[:2], batches) for arch in (net.smallest, net.largest)]
     assert all(new.loss < 0.9 * old.loss and new.correct > old.correct for old, new in zip(before, after, strict=True))
     assert [done for done, _, _ in seen] == list(range(16, 321, 16))
-    again = Supernet.among(archs, seed=0)
+
+
+def test_a_training_begins_anew_whatever_was_before(helpers: ModuleType) -> None:
+    archs, batches = small_shvits(helpers), digits(48)
+    net, again = Supernet.among(archs, seed=0), Supernet.among(archs, seed=0)
     again.step(*batches[0])
-    again.train(batches, 320, 4e-3, seed=0)
+    for each in (net, again):
+        each.train(batches, 48, 4e-3, seed=0)
     assert all(torch.equal(a, b) for a, b in zip(net.owner.parameters(), again.owner.parameters(), strict=True))
 
 
