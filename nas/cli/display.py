@@ -13,7 +13,7 @@ from nas.intervals import guessing
 from nas.measure.budget import Verdict
 from nas.quality.tier import told_score
 from nas.report.tables import Column, console_of, print_table, prose
-from nas.search.outcome import OVERHEAD, overhead_share
+from nas.search.log import OVERHEAD, overhead_share
 from nas.search.rows import INTERRUPTED, interval_words, later_rounds
 from nas.units import counted
 

@@ -23,7 +23,8 @@ from nas.report.tables import console_of, prose
 
 if TYPE_CHECKING:
     from nas.data.dataset import ImageData
-    from nas.search.loop import Options, Progress
+    from nas.search.loop import Progress
+    from nas.search.request import SearchRequest
 
 DRAW_EVERY_S = 0.2
 SPEAK_EVERY_S = 30.0
@@ -177,7 +178,7 @@ def load(module: str, quiet: bool = False) -> None:
 
 @contextmanager
 def watch(
-    options: Options, images: ImageData | None = None, quiet: bool = False
+    options: SearchRequest, images: ImageData | None = None, quiet: bool = False
 ) -> Iterator[tuple[Callable[[Progress], None], Say, Phase]]:
     """Progress of a search: yields callbacks for a trial's end, for a line to say, and for what goes on inside a trial
     or after them (what, done, in all)."""
@@ -204,7 +205,7 @@ def watch(
         yield update, screen.say, phase
 
 
-def plan_of(options: Options, images: ImageData | None) -> Plan:
+def plan_of(options: SearchRequest, images: ImageData | None) -> Plan:
     """What a search with these images has before it."""
     lessons = options.lessons
     if lessons is None or images is None:
@@ -220,7 +221,7 @@ def plan_of(options: Options, images: ImageData | None) -> Plan:
     )
 
 
-def state_of(progress: Progress, options: Options) -> list[str]:
+def state_of(progress: Progress, options: SearchRequest) -> list[str]:
     """What is told of a search beside its count, the most important first."""
     best = progress.best
     found = [f"{progress.feasible} within {options.budget_ms:g} ms"]

@@ -153,9 +153,10 @@ def search(
     from nas.cli.display import show_result
     from nas.cli.progress import watch
     from nas.networks.targets import find_target
-    from nas.search.loop import Options, default_study, interruptible, storage_of
+    from nas.search.loop import interruptible
     from nas.search.loop import search as run_search
     from nas.search.outcome import exit_code, finish_run
+    from nas.search.request import SearchRequest, default_study, storage_of
     from nas.study.storage import storage_errors
     from nas.study.trials import sweep
     from nas.threads import training_threads
@@ -185,7 +186,7 @@ def search(
         with waiting(f"reading {data}", quiet):
             images = open_data(data, resolution or 224, num_classes, seed or 0, parent_weights(parent))
         num_classes = len(images.classes)
-    options = Options(
+    options = SearchRequest(
         budget_ms=budget_ms,
         settings=settings,
         families=families,

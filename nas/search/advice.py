@@ -13,7 +13,8 @@ from nas.measure.runtime import RUNTIMES
 from nas.search.rows import Row, arch_of, label_of
 
 if TYPE_CHECKING:
-    from nas.search.loop import Options, Run
+    from nas.search.log import SearchLog
+    from nas.search.request import SearchRequest
 
 
 def latencies(rows: Sequence[Row], final: Sequence[Row]) -> list[Row]:
@@ -30,7 +31,9 @@ def latencies(rows: Sequence[Row], final: Sequence[Row]) -> list[Row]:
     return sorted(found, key=lambda row: row["latency_ms"])
 
 
-def advice(options: Options, run: Run, rows: Sequence[Row], final: Sequence[Row], command: str) -> list[str]:
+def advice(
+    options: SearchRequest, run: SearchLog, rows: Sequence[Row], final: Sequence[Row], command: str
+) -> list[str]:
     """What may bring the budget within reach, what is known to help first; nothing where nothing was measured.
 
     rows: the trials; those measured briefly have no 95% interval. final: the closing run's.
@@ -63,7 +66,7 @@ def advice(options: Options, run: Run, rows: Sequence[Row], final: Sequence[Row]
     return lines + unsearched(options)
 
 
-def pruning(options: Options, row: Row) -> str:
+def pruning(options: SearchRequest, row: Row) -> str:
     """The command that prunes a published network to the search's budget, measured as the search does."""
     settings = options.settings
     words = ["vitnas", "prune", "--model", f"{row['name']}@{row['resolution']}"]
@@ -75,7 +78,7 @@ def pruning(options: Options, row: Row) -> str:
     return shlex.join(words)
 
 
-def unsearched(options: Options) -> list[str]:
+def unsearched(options: SearchRequest) -> list[str]:
     """Families and shapes that the search left out."""
     from search_spaces.registry import FAMILIES
 

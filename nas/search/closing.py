@@ -15,14 +15,14 @@ from nas.measure.device import compare, device_lock
 from nas.measure.protocol import Interrupted, MeasureError, Measurement, paired_ratio
 from nas.measure.runtime import Settings
 from nas.process import WorkerError
-from nas.search.loop import keep_samples
+from nas.search.log import keep_samples
 from nas.search.rows import Row, arch_of, best_of, choose, finalists_of, label_of, rank
 
 if TYPE_CHECKING:
     import numpy as np
 
     from nas.networks.targets import Target, TimmNetwork
-    from nas.search.loop import Options
+    from nas.search.request import SearchRequest
     from search_spaces import Arch
 
 CLOSING_ROUNDS = 30
@@ -54,7 +54,7 @@ class ClosingInterrupted(KeyboardInterrupt):
 
 
 def closing_run(
-    options: Options,
+    options: SearchRequest,
     rows: Sequence[Row],
     calibration: np.ndarray | None = None,
     progress: Callable[[int, int], None] | None = None,

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import optuna
 
     from nas.quality.trained import Train
-    from nas.search.loop import Options
+    from nas.search.request import SearchRequest
     from search_spaces import Arch
 
 Row = dict[str, Any]
@@ -148,7 +148,7 @@ class FullTraining:
             raise UserError(f"{path} is damaged: remove it, and the network is trained again") from None
 
 
-def train_fully(options: Options, tier: Train, label: str, arch: Arch) -> Accuracies:
+def train_fully(options: SearchRequest, tier: Train, label: str, arch: Arch) -> Accuracies:
     """Train a network from every seed on all training images; weights of the first seed are kept beside the result.
 
     Raises:
@@ -179,13 +179,13 @@ def train_fully(options: Options, tier: Train, label: str, arch: Arch) -> Accura
     return Accuracies(label, top1, made[0].images, seconds, hits if len(hits) == len(made) else [])
 
 
-def weights_of(options: Options, arch: Arch) -> Path | None:
+def weights_of(options: SearchRequest, arch: Arch) -> Path | None:
     """The weights that `train_fully` kept of a network."""
     path = result_path(options, arch, seed=0).with_suffix(".safetensors")
     return path if path.is_file() else None
 
 
-def result_path(options: Options, arch: Arch, seed: int) -> Path:
+def result_path(options: SearchRequest, arch: Arch, seed: int) -> Path:
     """Where a final training's result is kept; its checkpoint and weights are beside it."""
     return options.folder / "final" / f"{arch.digest()[:16]}-{options.lessons.final_epochs}-seed{seed}.json"
 

@@ -26,7 +26,8 @@ from nas.quality.schooling import parent_weights
 from nas.search.advice import advice, latencies
 from nas.search.closing import CLOSING_ROUNDS, MOST_ROUNDS, ClosingInterrupted, closing_run, ties_of
 from nas.search.final import FullTraining, result_path, weights_of
-from nas.search.loop import storage_of
+from nas.search.log import breakdown
+from nas.search.request import storage_of
 from nas.search.rows import Row, arch_of, best_of, choose, front_of, label_of, rows_of
 from nas.study.storage import storage_errors
 from nas.units import counted
@@ -38,7 +39,8 @@ if TYPE_CHECKING:
     from nas.data.images import Images
     from nas.quality.tier import Tier
     from nas.search.final import Accuracies
-    from nas.search.loop import Options, Run
+    from nas.search.log import SearchLog
+    from nas.search.request import SearchRequest
     from search_spaces import Arch
 
 LOCK = ".end.lock"
@@ -47,9 +49,9 @@ HELD_OUT = "training images that the search held out and chose by"
 
 
 def finish_run(
-    options: Options,
+    options: SearchRequest,
     study: optuna.Study,
-    run: Run,
+    run: SearchLog,
     command: str,
     phase: Callable[[str, int, int], None] | None = None,
     say: Callable[[str], None] = lambda line: None,
@@ -74,9 +76,9 @@ class _Finish:
 
     def __init__(
         self,
-        options: Options,
+        options: SearchRequest,
         study: optuna.Study,
-        run: Run,
+        run: SearchLog,
         command: str,
         phase: Callable[[str, int, int], None] | None,
         say: Callable[[str], None],
@@ -349,7 +351,7 @@ class _Finish:
 
 
 def accuracy_of(
-    options: Options, tier: Tier, found: Sequence[Accuracies], winner: Row, baseline: Row | None
+    options: SearchRequest, tier: Tier, found: Sequence[Accuracies], winner: Row, baseline: Row | None
 ) -> dict[str, Any] | None:
     """The winner's full trainings, and how they compare with those of the published network; None without the first."""
     from nas.search.final import compare_means, verdict
@@ -433,7 +435,7 @@ def save_best(
         label_onnx(draft, arch, trained=False, card=card)
 
 
-def tier_data(run: Run) -> dict[str, Any]:
+def tier_data(run: SearchLog) -> dict[str, Any]:
     """What a report says of the tier; held_out: mean absolute error in points and tau of its surrogate."""
     tier = run.tier
     held_out = tier.held_out() if tier.trained else None
@@ -475,7 +477,7 @@ def exit_code(data: Mapping[str, Any]) -> int:
     return 0 if winner and winner["verdict"] == Verdict.FITS and not data["failures"] else 1
 
 
-def skipped_lines(options: Options, rows: Sequence[Row]) -> list[str]:
+def skipped_lines(options: SearchRequest, rows: Sequence[Row]) -> list[str]:
     """Published variants that were not tried, a line a family: farther from the budget, or the search ended first."""
     from search_spaces.registry import FAMILIES
 
@@ -484,23 +486,7 @@ def skipped_lines(options: Options, rows: Sequence[Row]) -> list[str]:
     return [f"published, not tried ({family}): {', '.join(names)}" for family, names in per_family.items() if names]
 
 
-def breakdown(run: Run) -> list[dict[str, Any]]:
-    """Where the wall time of the search (without the closing run) went."""
-    total = run.wall_s if run.trial_s else 0.0
-    phases = dict(run.phases)
-    phases["other"] += total - sum(phases.values())
-    return [{"phase": name, "seconds": s, "share": s / total if total else 0.0} for name, s in phases.items()]
-
-
-OVERHEAD = ("start", "estimate", "storage", "other")
-
-
-def overhead_share(data: Mapping[str, Any]) -> float:
-    """Share of the trials' wall time outside sampling, export, session creation and timed runs."""
-    return sum(row["share"] for row in data["breakdown"] if row["phase"] in OVERHEAD)
-
-
-def protocol(options: Options) -> list[str]:
+def protocol(options: SearchRequest) -> list[str]:
     from nas.measure.cache import REFERENCE
     from nas.measure.protocol import CONFIDENCE, MAX_ROUNDS, MIN_ROUNDS, PRECISION
 

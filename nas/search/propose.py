@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
     from nas.quality.trained import Train
-    from nas.search.loop import Options
+    from nas.search.request import SearchRequest
 
 POOL = 48
 """Networks weighed a trial; half of them vary the best."""
@@ -39,7 +39,7 @@ CHANGES = 4
 class Proposer(BaseSampler):
     """See the module. With a seed, a trial's draws follow from it and the trial's number."""
 
-    def __init__(self, tier: Train, options: Options) -> None:
+    def __init__(self, tier: Train, options: SearchRequest) -> None:
         self._tier, self._options = tier, options
         self._random = RandomSampler(seed=options.seed)
         self._space = {

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import optuna
 
     from nas.quality.trained import Train
-    from nas.search.loop import Options
+    from nas.search.request import SearchRequest
     from search_spaces import Arch
 
 RUN = "validation run "
@@ -31,7 +31,11 @@ SEED = 10_007
 
 
 def validate(
-    options: Options, study: optuna.Study, tier: Train, rows: Sequence[Mapping[str, Any]], note: Callable[[str], None]
+    options: SearchRequest,
+    study: optuna.Study,
+    tier: Train,
+    rows: Sequence[Mapping[str, Any]],
+    note: Callable[[str], None],
 ) -> dict[str, Any] | None:
     """Train `options.lessons.validate` Archs fully that the search has not trained, and rank them by every estimate.
 
@@ -71,7 +75,7 @@ def validate(
     return result
 
 
-def draw(options: Options, low: float, high: float) -> Iterator[Arch]:
+def draw(options: SearchRequest, low: float, high: float) -> Iterator[Arch]:
     """Networks of the searched spaces with `low` to `high` million MACs, in an order that the study's seed fixes."""
     from search_spaces import table
     from search_spaces.registry import FAMILIES

@@ -24,10 +24,12 @@ from sklearn.model_selection import KFold, cross_val_predict
 
 import nas.search
 import nas.search.loop
+import nas.search.trial
 from nas.measure.cache import default_path
 from nas.measure.protocol import Measurement
 from nas.measure.runtime import Settings
-from nas.search.loop import Options, search
+from nas.search.loop import search
+from nas.search.request import SearchRequest
 from nas.units import parse_budget
 from search_spaces import Arch, table
 from search_spaces.registry import FAMILIES
@@ -81,18 +83,18 @@ def cached() -> list[tuple[Arch, float]]:
 def run(args: argparse.Namespace, seed: int, sampler: str, predictor: Predictor | None, name: str) -> dict[str, Any]:
     """One search; suggestions are filtered by the predictor."""
     budget = parse_budget(args.budget)
-    plain = nas.search.loop.suggest
+    plain = nas.search.trial.suggest
 
-    def filtered(trial: optuna.Trial, options: Options) -> Arch:
+    def filtered(trial: optuna.Trial, options: SearchRequest) -> Arch:
         arch = plain(trial, options)
         if predictor is not None and predictor(arch) - 2 * predictor.error > np.log(budget):
             raise SkippedError("predicted to miss the budget")
         return arch
 
-    nas.search.loop.suggest = filtered
+    nas.search.trial.suggest = filtered
     try:
         with tempfile.TemporaryDirectory() as out:
-            options = Options(
+            options = SearchRequest(
                 budget_ms=budget,
                 settings=Settings(threads=args.threads),
                 families=tuple(FAMILIES),
@@ -109,7 +111,7 @@ def run(args: argparse.Namespace, seed: int, sampler: str, predictor: Predictor 
             study, _ = search(options, lambda _: None, lambda _: None)
             trials = study.get_trials(deepcopy=False)
     finally:
-        nas.search.loop.suggest = plain
+        nas.search.trial.suggest = plain
     skipped = sum("SkippedError" in t.user_attrs.get("error", "") for t in trials)
     measured = [t for t in trials if "latency_ms" in t.user_attrs]
     feasible = [t for t in measured if t.user_attrs["feasible"]]

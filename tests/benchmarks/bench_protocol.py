@@ -32,7 +32,7 @@ from nas.measure.cache import REFERENCE
 from nas.measure.device import device_lock
 from nas.measure.protocol import Measurer
 from nas.measure.runtime import Settings
-from nas.search.loop import reference_arch
+from nas.search.trial import reference_arch
 from search_spaces import Arch, get_arch, table
 from search_spaces.registry import FAMILIES
 from search_spaces.space import random_params

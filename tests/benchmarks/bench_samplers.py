@@ -23,7 +23,9 @@ from scipy.optimize import nnls
 
 from nas.measure.runtime import Settings
 from nas.quality.prior import Prior
-from nas.search.loop import Options, choices, published_order, suggest
+from nas.search.published import choices, published_order
+from nas.search.request import SearchRequest
+from nas.search.trial import suggest
 from nas.study.samplers import make_sampler
 from nas.study.storage import open_storage
 from search_spaces import Arch, table
@@ -119,7 +121,7 @@ class World:
     """The real space and prior, with fitted latencies."""
 
     def __init__(self, points: list[Point], trial_s: float, reference_ms: float, budget: float) -> None:
-        self.options = Options(budget, Settings(), tuple(FAMILIES), 100, None, "", Path(), None, "", None, 1000)
+        self.options = SearchRequest(budget, Settings(), tuple(FAMILIES), 100, None, "", Path(), None, "", None, 1000)
         self.trial_s, self._fit, self._prior = trial_s, LatencyFit(points), Prior()
         self._known: dict[str, tuple[float, float]] = {}
         self.published = []

@@ -36,7 +36,7 @@ from nas.measure.runtime import Settings
 from nas.quality.schooling import Lessons, Schooling
 from nas.quality.trained import Train
 from nas.search.final import Accuracies, compare_means, verdict
-from nas.search.loop import reference_arch
+from nas.search.trial import reference_arch
 from nas.training.engine import Training, evaluate
 from nas.training.recipes import RECIPES
 from search_spaces import Arch, create_model, fold, get_arch, table

@@ -31,6 +31,8 @@ from optuna.trial import FrozenTrial, TrialState
 from nas.measure.protocol import Measurement
 from nas.measure.runtime import Settings
 from nas.search import loop
+from nas.search import trial as search_trial
+from nas.search.request import SearchRequest
 from nas.study import storage as storage_module
 from nas.study import trials as study_trials
 from nas.study.storage import open_storage
@@ -73,9 +75,9 @@ class Measurer(Exporter):
         return Measurement([[1.0, 1.0]] * 6, [[1.0, 1.0]] * 6)
 
 
-def options(out: Path, storage: str | None, trials: int) -> loop.Options:
+def options(out: Path, storage: str | None, trials: int) -> SearchRequest:
     settings = Settings(threads=1)
-    return loop.Options(
+    return SearchRequest(
         2.0, settings, ("shvit",), trials, None, STUDY, out, storage, "random", None, 10, resolution=64, cache=False
     )
 
@@ -86,10 +88,10 @@ class Workers:
     def __init__(self, out: Path, storage: str | None = None) -> None:
         self.out, self.storage, self.log = out, storage, out / "log"
         self.pids: list[int] = []
-        loop.Exporter, loop.open_measurer = Exporter, Measurer
+        search_trial.Exporter, search_trial.open_measurer = Exporter, Measurer
         storage_module.JOURNAL_LOCK_GRACE_S = GRACE_S
         described = {"busy_share": None}
-        loop.write_hardware = lambda options: described
+        loop.write_hardware = lambda *_: described
         study_trials.open_study = self._opened(study_trials.open_study)
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:  # fills the caches that forks share

@@ -29,8 +29,8 @@ def few_rounds(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("nas.search.closing.CLOSING_ROUNDS", 6)
     patch.setattr("nas.search.closing.MOST_ROUNDS", 12)
     patch.setattr("nas.search.closing.THROUGHPUT_ROUNDS", 3)
-    patch.setattr("nas.search.loop.reference_arch", small_reference)
-    patch.setattr("nas.search.loop.published_order", lambda options, _: [SMALLEST[f] for f in options.families])
+    patch.setattr("nas.search.trial.reference_arch", small_reference)
+    patch.setattr("nas.search.published.published_order", lambda options, _: [SMALLEST[f] for f in options.families])
 
 
 def small_reference() -> Arch:

@@ -14,7 +14,7 @@ from nas import errors, files, process
 from nas.errors import DiskFull, UserError
 from nas.measure import agent, remote
 from nas.process import Worker, WorkerError
-from nas.search.loop import make_folder
+from nas.search.folder import make_folder
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 

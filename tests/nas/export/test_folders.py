@@ -11,7 +11,9 @@ from nas.identity import IMAGES
 from nas.job import Job
 from nas.measure.device import default_threads
 from nas.measure.runtime import Settings
+from nas.search import folder as search_folder
 from nas.search import loop
+from nas.search.request import SearchRequest, default_study
 from search_spaces.registry import FAMILIES
 
 OWN = {"budget_ms": 2.0, "families": tuple(FAMILIES), "quality": "prior"}
@@ -19,7 +21,7 @@ OWN = {"budget_ms": 2.0, "families": tuple(FAMILIES), "quality": "prior"}
 
 def name(threads: int | None = None, batch_size: int = 1, precision: str = "fp32", **options) -> str:
     settings = Settings("onnxruntime", "cpu", threads or default_threads(), batch_size, precision)
-    return loop.default_study(OWN | options | {"settings": settings})
+    return default_study(OWN | options | {"settings": settings})
 
 
 def test_what_differs_from_the_default_is_in_a_run_s_name():
@@ -46,7 +48,7 @@ def test_a_refused_worker_removes_no_folder_but_an_empty_one_of_its_own(found, t
     monkeypatch.setattr(loop, "check_settings", lambda settings: None)
     monkeypatch.setattr(loop, "meta", lambda *_: {})
     settings = Settings("onnxruntime", "cpu", 1)
-    options = loop.Options(2.0, settings, ("shvit",), 2, None, "short", tmp_path, None, "random", 0, 10)
+    options = SearchRequest(2.0, settings, ("shvit",), 2, None, "short", tmp_path, None, "random", 0, 10)
     with pytest.raises(UserError, match="threads 4"):
         loop.search(options, print, print)
     left = {"nothing": [], "a study": ["short", "study.journal"], "an empty folder": ["short"]}
@@ -55,7 +57,7 @@ def test_a_refused_worker_removes_no_folder_but_an_empty_one_of_its_own(found, t
 
 def test_hardware_json_is_written_where_a_refused_worker_removed_the_folder(tmp_path, monkeypatch):
     monkeypatch.setattr("nas.measure.hardware.describe", lambda settings: {"cpu": "one"})
-    loop.write_hardware(SimpleNamespace(folder=tmp_path / "short", settings=None))
+    search_folder.write_hardware(tmp_path / "short", Settings())
     assert (tmp_path / "short" / "hardware.json").is_file()
 
 
@@ -82,10 +84,10 @@ def test_what_an_older_vitnas_began_goes_on_only_where_it_is_finished(tmp_path):
     Job(tmp_path, {}, said.append, print, "cpu").agree(today)
     assert len(said) == 1
     assert "by an older vitnas" in said[0]
-    lessons = loop.lessons_of(tmp_path, begun.state.inputs)
-    (tmp_path / loop.LESSONS).write_text(lessons)
+    lessons = search_folder.lessons_of(tmp_path, begun.state.inputs)
+    (tmp_path / search_folder.LESSONS).write_text(lessons)
     with pytest.raises(UserError, match="trainings of an older vitnas; use --study"):
-        loop.lessons_of(tmp_path, today)
+        search_folder.lessons_of(tmp_path, today)
 
 
 def test_two_prunings_of_one_folder(tmp_path, monkeypatch):

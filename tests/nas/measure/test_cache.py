@@ -11,7 +11,8 @@ from nas.bench.known import fill
 from nas.measure.cache import Cache, code_digest, default_path, digest_of, known, machine_of, opened
 from nas.measure.protocol import MeasureError, Measurement
 from nas.measure.runtime import Settings
-from nas.search.loop import Options, open_cache
+from nas.search.request import SearchRequest
+from nas.search.trial import open_cache
 from search_spaces import get_arch
 
 MACHINE = {"cpu": "a", "threads": 1}
@@ -98,7 +99,7 @@ def test_what_shapes_a_network_or_its_file_is_among_the_code() -> None:
 
 def test_a_search_uses_no_latency_of_other_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VITNAS_CACHE", str(tmp_path))
-    options = Options(1.0, Settings(threads=1), ("shvit",), 1, None, "s", tmp_path, None, "random", 0, 1000)
+    options = SearchRequest(1.0, Settings(threads=1), ("shvit",), 1, None, "s", tmp_path, None, "random", 0, 1000)
     open_cache(options, print).put(get_arch("shvit_s1"), 1, RESULT)
     assert open_cache(options, print).get(get_arch("shvit_s1"), 1, 2.0)
     monkeypatch.setattr(nas.measure.cache, "code_digest", lambda: code_digest() + " changed")

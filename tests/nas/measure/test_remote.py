@@ -41,7 +41,7 @@ from nas.measure.protocol import MeasureError
 from nas.measure.remote import LinkLost, RemoteMeasurer
 from nas.measure.runtime import Settings
 from nas.process import Worker, WorkerError
-from nas.search.loop import TrialRunner
+from nas.search.trial import TrialRunner
 
 DEVICE = "ssh://board"
 SETTINGS = Settings(device=DEVICE)

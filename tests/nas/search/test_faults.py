@@ -24,6 +24,7 @@ import nas.search.final
 import nas.search.loop
 import nas.search.outcome
 import nas.search.report
+import nas.search.trial
 from nas.cli.display import what_now
 from nas.errors import TrainingError, UserError
 from nas.export.card import Card
@@ -103,10 +104,11 @@ class Taught(Train):
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch, small_shvit: None) -> Device:
     found = Device()
-    for module in (nas.search.loop, nas.search.closing):
+    for module in (nas.search.trial, nas.search.closing):
         monkeypatch.setattr(module, "Exporter", lambda *_: nullcontext(found))
+    for module in (nas.search.loop, nas.search.trial, nas.search.closing):
         monkeypatch.setattr(module, "device_lock", lambda device: nullcontext())
-    monkeypatch.setattr(nas.search.loop, "open_measurer", lambda *_: nullcontext(found))
+    monkeypatch.setattr(nas.search.trial, "open_measurer", lambda *_: nullcontext(found))
     monkeypatch.setattr(nas.search.closing, "compare", found.compare)
     monkeypatch.setattr(nas.search.outcome, "write_onnx", lambda arch, path, batch: path.write_bytes(b"untrained"))
     monkeypatch.setattr(nas.search.outcome, "label_onnx", lambda *_, **__: None)
@@ -308,7 +310,7 @@ def test_ctrl_c_before_any_trial_gives_no_advice(vitnas, device, tmp_path):
 @pytest.mark.parametrize("threads", [1, 2])
 def test_waiting_times_are_not_ranked(vitnas, device, tmp_path, monkeypatch, threads):
     """At 2 threads on a busy machine a search ends before its first trial; at 1 it goes on."""
-    monkeypatch.setattr(nas.search.loop, "PROBE_PAUSE_S", 0.0)
+    monkeypatch.setattr(nas.search.trial, "PROBE_PAUSE_S", 0.0)
     monkeypatch.setattr(nas.search.loop, "check_settings", lambda settings: None)
     monkeypatch.setattr("nas.cli.options.settings_of", lambda *_: Settings(threads=threads))
     device.timed = lambda path: Measurement([[1.0, 8.0, 9.0]] * 8, [[1.0] * 3] * 8)
@@ -318,7 +320,7 @@ def test_waiting_times_are_not_ranked(vitnas, device, tmp_path, monkeypatch, thr
         return
     assert code == 2
     assert "at 2 threads a network waits for them, so these figures are waiting times" in err.splitlines()[-1]
-    assert len(device.measured) == nas.search.loop.PROBES
+    assert len(device.measured) == nas.search.trial.PROBES
     assert not (tmp_path / "s").exists(), "it would bind what is tried next to 2 threads"
     (tmp_path / "s").mkdir()
     assert vitnas(*command(tmp_path, budget="20ms"))[0] == 2

@@ -201,7 +201,7 @@ def test_reported_latency_holds_in_an_independent_loop(course, tmp_path):
     """The winner against bare ONNX Runtime in new processes, in units of the reference network: machines drift."""
     from nas.export.artifact import write_artifact
     from nas.measure.runtime import Settings
-    from nas.search.loop import reference_arch
+    from nas.search.trial import reference_arch
 
     folder = course.out / STUDY
     arch = json.loads((folder / "best" / "arch.json").read_text())
@@ -262,8 +262,9 @@ def test_nothing_fits(tmp_path, vitnas, small_shvit, exports_here):
 def test_a_candidate_that_fails_is_a_failed_trial(tmp_path, monkeypatch, small_shvit, exports_here):
     from nas.measure.protocol import MeasureError, Measurer
     from nas.measure.runtime import Settings
-    from nas.search.loop import Options, search
+    from nas.search.loop import search
     from nas.search.outcome import finish_run
+    from nas.search.request import SearchRequest
     from nas.search.rows import rows_of
 
     real, calls = Measurer.measure, []
@@ -275,7 +276,7 @@ def test_a_candidate_that_fails_is_a_failed_trial(tmp_path, monkeypatch, small_s
         return real(self, *args, **kwargs)
 
     monkeypatch.setattr(Measurer, "measure", measure)
-    options = Options(
+    options = SearchRequest(
         50.0, Settings(threads=1), ("shvit",), 2, None, STUDY, tmp_path, None, "random", 0, 10, resolution=64
     )
     study, run = search(options, lambda progress: None, lambda line: None)
@@ -290,14 +291,16 @@ def test_a_candidate_that_fails_is_a_failed_trial(tmp_path, monkeypatch, small_s
 def test_the_same_arch_is_measured_once(tmp_path, exports_here):
     """Inactive parameters differ, the network does not: the measurement is reused and says so."""
     from nas.measure.runtime import Settings
-    from nas.search.loop import Options, choices, meta, search
+    from nas.search.loop import search
+    from nas.search.published import choices
+    from nas.search.request import SearchRequest, meta
     from nas.search.rows import rows_of
     from nas.study.samplers import make_sampler
     from nas.study.trials import enqueue, open_study
     from search_spaces import get_arch  # noqa: F401
     from search_spaces.registry import FAMILIES
 
-    options = Options(50.0, Settings(threads=1), ("shvit",), 2, None, STUDY, tmp_path, None, "random", 0, 1000)
+    options = SearchRequest(50.0, Settings(threads=1), ("shvit",), 2, None, STUDY, tmp_path, None, "random", 0, 1000)
     options.folder.mkdir()
     study = open_study(STUDY, options.folder / "study.journal", meta(options), make_sampler("random", 0))
     family = FAMILIES["shvit"]

@@ -13,8 +13,8 @@ import pytest
 from nas.measure.cache import Cache, default_path
 from nas.measure.protocol import Measurement
 from nas.measure.runtime import Settings
-from nas.search.loop import TrialRunner, open_cache
 from nas.search.rows import verdict_of
+from nas.search.trial import TrialRunner, open_cache
 from search_spaces import get_arch
 
 SMALL = ("--latency-budget", "90ms", "--family", "shvit", "--resolution", "64", "--threads", "1", "--seed", "3")
@@ -33,8 +33,8 @@ def samples_of(folder: Path) -> list[dict]:
 
 def test_a_second_study_takes_latencies_from_the_cache(vitnas, tmp_path, monkeypatch, exports_here):
     monkeypatch.setattr("nas.measure.cache.SAME_SPEED", 10.0)  # other tests may be running beside this one,
-    monkeypatch.setattr("nas.search.loop.settled", lambda rounds_ms, budget_ms: True)  # and this machine be noisy,
-    monkeypatch.setattr("nas.search.loop.quanta", lambda measurement: False)  # or busy
+    monkeypatch.setattr("nas.search.trial.settled", lambda rounds_ms, budget_ms: True)  # and this machine be noisy,
+    monkeypatch.setattr("nas.search.trial.quanta", lambda measurement: False)  # or busy
     for study in ("first", "second"):
         assert vitnas("search", *SMALL, "--trials", "1", "--out", str(tmp_path), "--study", study)[0] == 0
     (first,), (second,) = (rows_of(tmp_path / study) for study in ("first", "second"))

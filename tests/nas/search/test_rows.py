@@ -5,7 +5,7 @@ import json
 from nas.intervals import of_error
 from nas.quality.tier import Estimate
 from nas.search.closing import ties_of
-from nas.search.loop import keep_samples
+from nas.search.log import keep_samples
 from nas.search.rows import best_of, choose, finalists_of, front_of, interval_words, rank, score_words
 
 

@@ -21,7 +21,8 @@ import nas
 from nas.errors import UserError
 from nas.identity import IMAGES
 from nas.measure.runtime import Settings
-from nas.search import loop
+from nas.search import trial as search_trial
+from nas.search.log import SearchLog
 from nas.study import trials as layer
 from nas.study.storage import open_storage
 from nas.study.trials import ask as next_trial
@@ -282,8 +283,8 @@ def test_trial_is_leased_while_it_is_measured(tmp_path: Path, monkeypatch: pytes
         return all(beats.acquire(timeout=60) for _ in range(3))
 
     monkeypatch.setattr(layer, "lease", lambda *_: beats.release())
-    monkeypatch.setattr(loop, "suggest", lambda *_: None)
-    runner, run = loop.TrialRunner(SimpleNamespace(settings=Settings()), study, None), loop.Run("now")
+    monkeypatch.setattr(search_trial, "suggest", lambda *_: None)
+    runner, run = search_trial.TrialRunner(SimpleNamespace(settings=Settings()), study, None), SearchLog("now")
     monkeypatch.setattr(runner, "_measure_and_tell", measure_and_tell)
     runner.trial(run)
     assert not run.notes
@@ -323,7 +324,7 @@ def test_worker_sweeps_after_its_closing_run(
         put_lease(study, ask(study), pid=dead_pid())
         return {"winner": None, "failures": [], "interrupted": False}
 
-    monkeypatch.setattr("nas.search.loop.search", lambda *_: (study, loop.Run("now")))
+    monkeypatch.setattr("nas.search.loop.search", lambda *_: (study, SearchLog("now")))
     monkeypatch.setattr("nas.search.outcome.finish_run", finish_run)
     monkeypatch.setattr("nas.cli.display.show_result", lambda *_, **__: None)
     assert vitnas("search", "--latency-budget", "2ms", "--out", str(tmp_path))[0] == 1

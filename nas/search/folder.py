@@ -1,0 +1,94 @@
+"""The folder of a search: what it holds from the start, and what must agree to train in it."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nas.errors import UserError
+from nas.files import replace_file, unwritable
+from nas.identity import older
+
+if TYPE_CHECKING:
+    import optuna
+
+    from nas.measure.runtime import Settings
+
+
+JOURNAL, HARDWARE, LESSONS = "study.journal", "hardware.json", "lessons.json"
+
+
+ELSEWHERE = ("budget_ms", "families", "space", "hardware", "throughput_at")
+"""What a study must agree on and a training does not depend on."""
+
+
+def withdraw(study: optuna.Study, folder: Path) -> None:
+    """Remove a study that this process has made, where it has no trial and no other worker is seen: it would bind the
+    command that is tried next, with other threads, say."""
+    from nas.study.storage import alone
+
+    def decide() -> None:
+        if not study.get_trials(deepcopy=False) and not (folder / "tmp").exists():
+            for name in (JOURNAL, f"{JOURNAL}.guard", HARDWARE, LESSONS):
+                (folder / name).unlink(missing_ok=True)
+
+    alone(study._storage, decide)
+    with suppress(OSError):  # it holds something
+        folder.rmdir()
+
+
+def lessons_of(folder: Path, agreed: Mapping[str, Any]) -> str:
+    """What a folder's trainings depend on, for its `LESSONS`: they are found there by their networks alone.
+
+    Raises:
+        UserError: trainings of others are there, though the study may not be: its journal was removed, say.
+    """
+    from nas.study.trials import _differ
+
+    wanted = json.loads(json.dumps({key: value for key, value in agreed.items() if key not in ELSEWHERE}))
+    found = wanted
+    if (folder / LESSONS).is_file():
+        found = json.loads((folder / LESSONS).read_text())
+    elif any((folder / name).exists() for name in ("final", "training", "kept")):
+        found = {}
+    if older(found, wanted):
+        raise UserError(f"{folder} holds trainings of an older vitnas; use --study for a new one")
+    differences = "; ".join(f"{key} {old}, this command says {new}" for key, old, new in _differ(found, wanted))
+    if differences:
+        raise UserError(f"{folder} holds trainings with {differences}; use --study for a new one")
+    return json.dumps(wanted, indent=1)
+
+
+def make_folder(folder: Path) -> bool:
+    """Create a run's folder and see that it can be written; returns whether it was not there.
+
+    Raises:
+        UserError: it cannot.
+    """
+    made = False
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir()
+            made = True
+        except FileExistsError:
+            folder.mkdir(exist_ok=True)  # raises where it is a file
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        return made
+    except OSError as error:
+        raise unwritable(folder, error) from None
+
+
+def write_hardware(folder: Path, settings: Settings) -> dict[str, Any]:
+    """Describe the measured machine, as it is now, in a run folder's hardware.json; returns the description."""
+    from nas.measure.hardware import describe
+
+    described = describe(settings)
+    folder.mkdir(parents=True, exist_ok=True)  # its maker may have been refused and removed it, empty
+    replace_file(folder / HARDWARE, json.dumps(described, indent=1) + "\n")
+    return described
