@@ -84,13 +84,13 @@ def prune(
     load("nas.prune.run", quiet)
     from nas.cli.progress import watch_phases
     from nas.prune.images import compute_device
-    from nas.prune.run import Options, default_folder, kinds_of, parse_pruning_budget
+    from nas.prune.request import PruneRequest, default_folder, kinds_of, parse_pruning_budget
     from nas.prune.run import prune as run_prune
     from nas.prune.screen import show_prune
     from nas.threads import training_threads
 
     budget = parse_pruning_budget(macs, params, latency_budget)
-    options = Options(
+    request = PruneRequest(
         model=model,
         budget=budget,
         settings=settings_of(runtime, device, threads, batch_size, precision),
@@ -108,10 +108,10 @@ def prune(
         num_classes=num_classes,
         seed=seed,
     )
-    options.check()
-    with watch_phases(quiet) as (progress, say), training_threads(train_threads, say, compute_device(options.settings)):
-        found = run_prune(options, command_line(), say, progress)
-    show_prune(found, options.folder, to_stderr=as_json)
+    request.check()
+    with watch_phases(quiet) as (progress, say), training_threads(train_threads, say, compute_device(request.settings)):
+        found = run_prune(request, command_line(), say, progress)
+    show_prune(found, request.folder, to_stderr=as_json)
     if as_json:
-        print(json.dumps(found | {"folder": str(options.folder)}))
+        print(json.dumps(found | {"folder": str(request.folder)}))
     raise typer.Exit(0 if found["budget"]["met"] and not found.get("failures") else 1)

@@ -23,28 +23,17 @@ from nas.measure.device import device_lock
 from nas.measure.protocol import Measurement
 from nas.measure.runtime import RUNTIMES
 from nas.networks.targets import TIMM
+from nas.prune import steps
 from nas.prune.images import PruneJob, compute_device
-from nas.prune.run import (
-    PARTS,
-    Options,
-    brief_line,
-    closing_run,
-    judge_tuned,
-    network_row,
-    say_plan,
-    show,
-    train_briefly,
-    tune,
-    tune_control,
-    write_results,
-)
+from nas.prune.request import PruneRequest, show
+from nas.prune.results import PARTS, network_row, write_results
 from nas.text import first_line
 
 if TYPE_CHECKING:
     from torch import nn
 
 
-def prune_outside(options: Options, command: str, say: Say, progress: Progress) -> dict[str, Any]:
+def prune_outside(request: PruneRequest, command: str, say: Say, progress: Progress) -> dict[str, Any]:
     """Prune a timm network to a budget of MACs; writes the folder's files and returns the report's data.
 
     Raises:
@@ -52,87 +41,87 @@ def prune_outside(options: Options, command: str, say: Say, progress: Progress) 
     """
     from pruning.outside import CRITERIA, OutsideError
 
-    if options.budget.metric != "macs":
-        raise UserError(f"--{options.budget.option}: networks outside the five families take --macs")
-    if options.budget.relative and options.budget.amount == 1:
+    if request.budget.metric != "macs":
+        raise UserError(f"--{request.budget.option}: networks outside the five families take --macs")
+    if request.budget.relative and request.budget.amount == 1:
         raise UserError("--macs 1x: networks outside the five families cannot be reallocated, only cut")
-    if options.criterion not in CRITERIA:
-        raise UserError(f"--criterion {options.criterion}: outside the five families, {', '.join(CRITERIA)}")
+    if request.criterion not in CRITERIA:
+        raise UserError(f"--criterion {request.criterion}: outside the five families, {', '.join(CRITERIA)}")
     onnx = [name for name, runtime in RUNTIMES.items() if runtime.artifact == "onnx"]
-    if options.settings.runtime not in onnx:
+    if request.settings.runtime not in onnx:
         raise UserError(
-            f"--runtime {options.settings.runtime}: networks outside the five families need {' or '.join(onnx)}"
+            f"--runtime {request.settings.runtime}: networks outside the five families need {' or '.join(onnx)}"
         )
-    if options.settings.precision in CONVERTED:
+    if request.settings.precision in CONVERTED:
         raise UserError(
-            f"--precision {options.settings.precision}: networks outside the five families are measured in fp32"
+            f"--precision {request.settings.precision}: networks outside the five families are measured in fp32"
         )
-    if "@" in options.model:
-        name, _, size = options.model.rpartition("@")
+    if "@" in request.model:
+        name, _, size = request.model.rpartition("@")
         raise UserError(f"{name} is pruned at its own resolution, not at {size}: leave out @{size}")
-    if options.weights not in (None, "timm"):
-        raise UserError(f"--weights {options.weights}: networks outside the five families take timm's own, or none")
-    job = PruneJob(options.folder, options.fingerprint(), say, progress, compute_device(options.settings))
+    if request.weights not in (None, "timm"):
+        raise UserError(f"--weights {request.weights}: networks outside the five families take timm's own, or none")
+    job = PruneJob(request.folder, request.identity(), say, progress, compute_device(request.settings))
     try:
-        return _prune(options, command, job)
+        return _prune(request, command, job)
     except OutsideError as error:
         raise UserError(str(error)) from None
 
 
-def _prune(options: Options, command: str, job: PruneJob) -> dict[str, Any]:
+def _prune(request: PruneRequest, command: str, job: PruneJob) -> dict[str, Any]:
     from pruning.outside import load_outside
 
-    published, resolution = load_outside(options.model.removeprefix(TIMM), None, pretrained=False)
-    job.open_data(options.data, resolution, options.num_classes, options.seed)
-    pretrained = options.data is not None or options.weights is not None
-    job.agree(identity(job.data, model=(options.model, "timm" if pretrained else None)))
+    published, resolution = load_outside(request.model.removeprefix(TIMM), None, pretrained=False)
+    job.open_data(request.data, resolution, request.num_classes, request.seed)
+    pretrained = request.data is not None or request.weights is not None
+    job.agree(identity(job.data, model=(request.model, "timm" if pretrained else None)))
     if job.finished:
-        job.say(f"{options.folder} is finished: these are its results")
+        job.say(f"{request.folder} is finished: these are its results")
         return job.read_result(*PARTS)
-    target = _target(options, _built(options, job), resolution)
+    target = _target(request, _built(request, job), resolution)
     job.make_folder()
     announce(job.data, job.say, job.note)
     if not job.state.network:
-        _keep(job, "dense", _dense(options, job, pretrained, published.num_classes))
-    dense = _kept(options, job, "dense")
+        _keep(job, "dense", _dense(request, job, pretrained, published.num_classes))
+    dense = _kept(request, job, "dense")
     job.accuracy(dense, "before")
     if job.state.network == "dense":
-        _cut(options, job, target, resolution)
+        _cut(request, job, target, resolution)
     if job.state.network == "pruned":
-        model = _kept(options, job, "pruned")
+        model = _kept(request, job, "pruned")
         job.accuracy(model, "pruned")
-        tune(job, options, model, dense)
+        steps.tune(job, request, model, dense)
         _keep(job, "tuned", model)
-    model = _kept(options, job, "tuned")
-    kept = judge_tuned(job, model)
+    model = _kept(request, job, "tuned")
+    kept = steps.judge_tuned(job, model)
     if kept == "pruned":
-        model = _kept(options, job, "pruned")
-    save_weights(model, options.folder / "model.safetensors")
+        model = _kept(request, job, "pruned")
+    save_weights(model, request.folder / "model.safetensors")
     end, results = Ending(job.say), {}
     with end.step("control"):
-        tune_control(job, options, lambda: _kept(options, job, "dense"))
+        steps.tune_control(job, request, lambda: _kept(request, job, "dense"))
     if end.interrupted:
         raise KeyboardInterrupt
     with end.step("closing run"), job.phase("closing run") as progress:
         both = {"before": dense.cpu().eval(), "after": model.cpu().eval()}
         judged = job.state.found[kept]
         card = Card.of(job.data, judged["top1"], judged["images"])
-        results = _closing_run(options, both, resolution, card, progress)
+        results = _closing_run(request, both, resolution, card, progress)
     if end.interrupted:
         raise KeyboardInterrupt
     found = job.state.found["cut"]
     networks = {
-        name: network_row(found[f"params_{name}"], found[f"macs_{name}"], results.get(name), options.settings)
+        name: network_row(found[f"params_{name}"], found[f"macs_{name}"], results.get(name), request.settings)
         for name in ("before", "after")
     }
     details = {
-        "family": options.model,
+        "family": request.model,
         "resolution": resolution,
         "blocks": [],
         "importance": [],
         "layers": found["layers"],
     }
-    return write_results(job, options, command, kept, networks, results, details, end)
+    return write_results(job, request, command, kept, networks, results, details, end)
 
 
 def _keep(job: PruneJob, name: str, model: nn.Module) -> None:
@@ -142,25 +131,25 @@ def _keep(job: PruneJob, name: str, model: nn.Module) -> None:
     job.save()
 
 
-def _kept(options: Options, job: PruneJob, name: str) -> nn.Module:
+def _kept(request: PruneRequest, job: PruneJob, name: str) -> nn.Module:
     from safetensors.torch import load_file
 
     from pruning.outside import resize_outside
 
-    return resize_outside(_built(options, job), load_file(job.kept / f"{name}.safetensors")).to(job.device)
+    return resize_outside(_built(request, job), load_file(job.kept / f"{name}.safetensors")).to(job.device)
 
 
-def _built(options: Options, job: PruneJob, pretrained: bool = False) -> nn.Module:
+def _built(request: PruneRequest, job: PruneJob, pretrained: bool = False) -> nn.Module:
     """The network with a classifier for the data, in eval mode."""
     import torch
 
     from pruning.outside import load_outside
 
-    torch.manual_seed(options.seed)
-    return load_outside(options.model.removeprefix(TIMM), len(job.data.classes), pretrained)[0]
+    torch.manual_seed(request.seed)
+    return load_outside(request.model.removeprefix(TIMM), len(job.data.classes), pretrained)[0]
 
 
-def _dense(options: Options, job: PruneJob, pretrained: bool, classes: int) -> nn.Module:
+def _dense(request: PruneRequest, job: PruneJob, pretrained: bool, classes: int) -> nn.Module:
     """The network to prune: with timm's weights where it has them, trained briefly where its classifier is new.
 
     classes: of timm's own classifier.
@@ -168,82 +157,86 @@ def _dense(options: Options, job: PruneJob, pretrained: bool, classes: int) -> n
     from pruning.outside import OutsideError
 
     if not pretrained:
-        job.note(f"no weights given and no --data; {brief_line(job)}")
-        model, untrained = _built(options, job), True
+        job.note(f"no weights given and no --data; {steps.brief_line(job)}")
+        model, untrained = _built(request, job), True
     else:
         try:
-            model, untrained = _built(options, job, pretrained=True), classes != len(job.data.classes)
+            model, untrained = _built(request, job, pretrained=True), classes != len(job.data.classes)
         except OutsideError as error:
-            if options.weights is not None:
+            if request.weights is not None:
                 raise
-            job.note(f"no pretrained weights ({error}); {brief_line(job)}")
-            model, untrained = _built(options, job), True
+            job.note(f"no pretrained weights ({error}); {steps.brief_line(job)}")
+            model, untrained = _built(request, job), True
         else:
             job.state.found["weights"] = "timm"
             if untrained:
-                job.note(f"timm's weights have another classifier; {brief_line(job)}")
-    say_plan(job, options, untrained)
+                job.note(f"timm's weights have another classifier; {steps.brief_line(job)}")
+    steps.say_plan(job, request, untrained)
     if untrained:
-        train_briefly(job, model)
+        steps.train_briefly(job, model)
     return model
 
 
-def _target(options: Options, model: nn.Module, resolution: int) -> int:
+def _target(request: PruneRequest, model: nn.Module, resolution: int) -> int:
     """MACs, below the network's own."""
     import torch
 
     from pruning.outside import count_macs
 
     own = count_macs(model, torch.zeros(1, 3, resolution, resolution))[""]
-    target = int(options.budget.target(own))
+    target = int(request.budget.target(own))
     if target >= own:
-        raise UserError(f"--macs {options.budget.text} leaves nothing to cut from {show('macs', own)}")
+        raise UserError(f"--macs {request.budget.text} leaves nothing to cut from {show('macs', own)}")
     return target
 
 
-def _cut(options: Options, job: PruneJob, target: int, resolution: int) -> None:
+def _cut(request: PruneRequest, job: PruneJob, target: int, resolution: int) -> None:
     """Cut the unpruned network to the target, and keep the result."""
     import torch
 
     from pruning.outside import prune_outside as cut
 
-    model = _kept(options, job, "dense")
+    model = _kept(request, job, "dense")
     batches = [(x.to(job.device), y.to(job.device)) for x, y in job.batches(job.calibration)]
-    torch.manual_seed(options.seed)  # the criterion "random" draws from it
+    torch.manual_seed(request.seed)  # the criterion "random" draws from it
     with job.phase("cutting") as progress:
         found = cut(
             model,
             resolution,
             lambda: in_turn(batches),
             target,
-            options.criterion,
-            options.multiple_of,
-            options.rounds,
+            request.criterion,
+            request.multiple_of,
+            request.rounds,
             progress=progress,
         )
     if found.inner_only:
         job.note(f"only inner widths could be cut: {found.inner_only}")
     job.note("torch-pruning's graph decides what can be cut here: --axes and reallocation do not apply")
-    job.state.rounds.append({"round": options.rounds, "reached": found.macs_after, "macs": found.macs_after})
+    job.state.rounds.append({"round": request.rounds, "reached": found.macs_after, "macs": found.macs_after})
     job.state.found["cut"] = asdict(found)
     _keep(job, "pruned", model)
 
 
 def _closing_run(
-    options: Options, models: dict[str, nn.Module], resolution: int, card: Card, progress: Callable[[int, int], None]
+    request: PruneRequest,
+    models: dict[str, nn.Module],
+    resolution: int,
+    card: Card,
+    progress: Callable[[int, int], None],
 ) -> dict[str, Measurement]:
     """Export both networks, keep the pruned one's file, and measure them side by side."""
     paths = {}
-    with scratch(options.folder) as folder, device_lock(options.settings.device):
+    with scratch(request.folder) as folder, device_lock(request.settings.device):
         for name, model in models.items():
             paths[name] = folder / f"{name}.onnx"
             try:
-                to_onnx(model, paths[name], resolution, options.settings.batch_size)
+                to_onnx(model, paths[name], resolution, request.settings.batch_size)
             except (RuntimeError, ValueError) as error:
-                raise UserError(f"{options.model} cannot be exported: {first_line(error)}") from None
-        agreement(models["after"], paths["after"], resolution, options.settings.batch_size)
-        results = closing_run(paths, options.settings, options.budget, progress)
+                raise UserError(f"{request.model} cannot be exported: {first_line(error)}") from None
+        agreement(models["after"], paths["after"], resolution, request.settings.batch_size)
+        results = steps.closing_run(paths, request.settings, request.budget, progress)
         label_onnx(paths["after"], None, trained=True, card=card)
-        card.write(options.folder)
-        replace_file(options.folder / "model.onnx", paths["after"].read_bytes())
+        card.write(request.folder)
+        replace_file(request.folder / "model.onnx", paths["after"].read_bytes())
     return results

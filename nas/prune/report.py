@@ -8,8 +8,7 @@ from __future__ import annotations
 import base64
 import json
 import math
-import shlex
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -17,17 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 from nas.export.card import CLASSIFY
 from nas.files import replace_file
-from nas.prune.run import ACCURACIES, passes, show
-from nas.prune.savings import group_of, rates, stage_of, why_not
-from nas.prune.screen import control_words, tuning_words
+from nas.prune.request import show
+from nas.prune.savings import rates, why_not
+from nas.prune.widths import group_of, stage_of
+from nas.prune.words import ACCURACIES, Doc, control_words, next_steps, passes, tuning_words
 from nas.report.figures import COLOURS, INK, MARKERS, SOFT, new_figure, plain_axes, png_of
 from nas.report.page import conditions, duration, render, wall_seconds
 from nas.units import counted, listed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-Doc = Mapping[str, Any]
 
 KINDS = {
     "ffn": "FFN, merging",
@@ -353,31 +351,6 @@ def _costs(data: Doc) -> list[dict[str, Any]]:
 
 
 # ---------------------------------------------------------------------------------- what to do next
-
-
-def next_steps(folder: Path, data: Doc) -> list[tuple[str, str]]:
-    """What is useful now, and the command for it, the most useful first."""
-    here, model, settings = shlex.quote(str(folder)), shlex.quote(data["model"]), data["settings"]
-    flags = {"device": "device", "runtime": "runtime", "threads": "threads", "batch-size": "batch_size"}
-    on = " ".join(f"--{flag} {settings[key]}" for flag, key in flags.items())
-    demo = ("Figures that count, on your own images", f"vitnas prune --model {model} --data ./images")
-    if not data["blocks"]:
-        bench = f"vitnas bench {model}@{data['resolution']} {here}/model.onnx {on}"
-        return [("Measure both again, side by side", bench), *[demo] * data["data"]["demo"]]
-    steps = [("Measure both again, side by side", f"vitnas bench {model} {here} {on}")]
-    weights = f"--weights {here}/model.safetensors"
-    if data["data"]["demo"]:
-        steps.append(demo)
-    else:
-        images = f"--data {shlex.quote(data['options']['data'])}"
-        steps.append(("Train it further", f"vitnas train {here} {weights} {images}"))
-    batch = 8 if settings["batch_size"] == 1 else 1
-    steps.append(
-        ("Export it for another batch size", f"vitnas export {here} {weights} --batch-size {batch} --out exported")
-    )
-    own = "" if data["data"]["demo"] else f" {images}"
-    steps.append(("Cut it further", f"vitnas prune --model {here}{own} --macs 0.8x"))
-    return steps
 
 
 # ---------------------------------------------------------------------------------- figures

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from nas.measure.protocol import Measurement, paired_ratio
+from nas.prune.widths import group_of, half
 
 if TYPE_CHECKING:
     from pruning.units import Anatomy
@@ -113,19 +114,3 @@ def left_alone(rows: Collection[Mapping[str, Any]]) -> str:
 def rates(costs: Collection[Mapping[str, Any]]) -> dict[str, float]:
     """Milliseconds of a multiply-accumulate by group, of the rows of savings."""
     return {row["group"]: row["rate"] for row in costs}
-
-
-def stage_of(path: str) -> str:
-    """stages.1 of stages.1.blocks.0; nothing for a network without stages."""
-    return ".".join(path.split(".")[:2]) if path.startswith("stages.") else ""
-
-
-def group_of(width: str, kind: str) -> str:
-    """Knobs whose latency is measured together: a kind within a stage; branches by what they are."""
-    return " ".join(filter(None, (stage_of(width), kind, width.split(".")[-1] if kind == "blocks" else "")))
-
-
-def half(size: int, kind: str, multiple_of: int) -> int:
-    """Half of a width, on its multiples; the width itself where there is none."""
-    step = 1 if kind == "heads" else multiple_of
-    return min(size, max(step, size // 2 // step * step))

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nas.intervals import top1_words
-from nas.prune.run import ACCURACIES, show
+from nas.prune.request import show
 from nas.prune.savings import why_not
+from nas.prune.words import ACCURACIES, Doc, control_words, tuning_words
 from nas.report.page import significant
 from nas.report.tables import Column, console_of, print_table, prose
 from nas.units import listed
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-Doc = Mapping[str, Any]
 
 WIDTHS = ("embed", "heads", "qk", "v", "ffn", "ratio")
 BLOCKS = (
@@ -40,7 +39,7 @@ FILES = ("arch.json", "model.safetensors", "model.onnx", "prune.json")
 
 def show_prune(data: Doc, folder: Path, to_stderr: bool) -> None:
     """Print a pruning's result, as prune.json has it."""
-    from nas.prune.report import next_steps
+    from nas.prune.words import next_steps
 
     console = console_of(to_stderr)
     waiting = data.get("waiting")
@@ -87,23 +86,6 @@ def grown_line(data: Doc) -> str | None:
 
 def _most(widths: Doc, key: str) -> float:
     return widths.get(f"{key}_range", [widths[key]])[-1]
-
-
-def tuning_words(data: Doc) -> str:
-    """What fine-tuning has done to the pruned network's accuracy."""
-    old, new = (data["accuracy"][which]["top1"] for which in ("pruned", "recovered"))
-    verdict = {"tie": "a tie", "more accurate": "a gain", "less accurate": "a loss"}[data["tuning"]["verdict"]]
-    low, high = data["tuning"]["ci"]
-    change = f"{new - old:+.1f} points, 95%: {low:+.1f} to {high:+.1f}"
-    return f"fine-tuning changed it from {old:.1f} to {new:.1f}%: {verdict} ({change})"
-
-
-def control_words(control: Doc) -> str:
-    """How the pruned network compares with the unpruned one that was fine-tuned alike."""
-    low, high = control["ci"]
-    verdict = "a tie" if control["verdict"] == "tie" else f"the pruned one is {control['verdict']}"
-    points = f"{control['difference']:+.1f} points (95%: {low:+.1f} to {high:+.1f})"
-    return f"pruned minus unpruned, fine-tuned alike: {points}: {verdict}"
 
 
 def headline(budget: Doc) -> str:

@@ -17,6 +17,7 @@ import nas.prune.outside
 import nas.prune.report
 import nas.prune.run
 from nas.measure.protocol import Measurement
+from nas.prune import steps
 from nas.prune.images import PruneJob
 from pruning import outside
 from pruning.outside_graph import OutsideError
@@ -42,7 +43,7 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outside, "load_outside", load_outside)
     monkeypatch.setattr(outside, "run_probe", lambda *_: Probe(1, None))
     monkeypatch.setattr(nas.prune.outside, "_closing_run", closing_run)
-    monkeypatch.setattr(nas.prune.run, "BRIEF_IMAGES", 48)
+    monkeypatch.setattr(steps, "BRIEF_IMAGES", 48)
     monkeypatch.setattr(nas.prune.images, "CALIBRATION_IMAGES", 16)
     monkeypatch.setattr(nas.prune.report, "png_of", lambda figure: b"")
 

@@ -12,28 +12,27 @@ from torch import nn
 
 import nas.prune
 import nas.prune.run
+import nas.prune.steps
 from nas.errors import UserError
 from nas.intervals import of_share
 from nas.job import Job
 from nas.measure.budget import Verdict
 from nas.measure.protocol import Measurement
 from nas.measure.runtime import Settings
-from nas.prune.run import (
-    PARTS,
-    Options,
+from nas.prune import steps
+from nas.prune.request import PruneRequest, parse_pruning_budget, show
+from nas.prune.results import PARTS, network_row
+from nas.prune.run import trained_on
+from nas.prune.steps import (
     beside,
     closing_run,
     latency_verdict,
-    network_row,
-    parse_pruning_budget,
-    passes,
     say_plan,
-    show,
-    trained_on,
     tune_control,
     waiting_line,
     worse_after_tuning,
 )
+from nas.prune.words import passes
 
 SETTINGS = Settings("torch", "cpu", 1, 1)
 
@@ -81,7 +80,7 @@ def test_an_unsure_closing_run_is_made_longer(
         after = [0.9, 1.1] * (rounds // 2) if len(runs) <= noisy else [0.9] * rounds
         return {"before": timed(*[2.0] * rounds), "after": timed(*after)}
 
-    monkeypatch.setattr(nas.prune.run, "measured", measured)
+    monkeypatch.setattr(steps, "measured", measured)
     budget = parse_pruning_budget(None, None, "1ms")
     results = closing_run({}, SETTINGS, budget)
     assert len(runs) == made
@@ -110,9 +109,9 @@ class FakeJob:
         self.state.found[which] = {"top1": 58.0}
 
 
-def options(**changes: object) -> Options:
+def options(**changes: object) -> PruneRequest:
     budget = parse_pruning_budget(None, None, None)
-    return Options("net", budget, SETTINGS, Path("out"), **changes)
+    return PruneRequest("net", budget, SETTINGS, Path("out"), **changes)
 
 
 def test_the_control_gets_the_same_fine_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +124,7 @@ def test_the_control_gets_the_same_fine_tuning(tmp_path: Path, monkeypatch: pyte
         patch.setattr(FakeJob, "accuracy", interrupt)
         with pytest.raises(KeyboardInterrupt):
             tune_control(job, options(distill=True), lambda: next(left))
-    assert job.fits == [(networks[0], 36, nas.prune.run.FINETUNE_LR, networks[1])]
+    assert job.fits == [(networks[0], 36, nas.prune.steps.FINETUNE_LR, networks[1])]
     tune_control(job, options(distill=True), lambda: next(left))
     assert len(job.fits) == 1
     assert torch.equal(networks[2].weight, networks[0].weight)
@@ -146,7 +145,7 @@ def test_no_control_is_said() -> None:
     job = FakeJob()
     tune_control(job, options(control=False), lambda: pytest.fail("nothing was fine-tuned"))
     assert not job.notes
-    assert "control" not in options(control=False).fingerprint()  # what is pruned does not depend on it
+    assert "control" not in options(control=False).identity()  # what is pruned does not depend on it
 
 
 def test_a_tie_with_the_control_is_called_one() -> None:

@@ -19,10 +19,13 @@ import nas.prune
 import nas.prune.images
 import nas.prune.report
 import nas.prune.run
+import nas.prune.steps
+import nas.prune.widths
 from nas.errors import UserError
 from nas.export.card import Card
 from nas.measure.protocol import Measurement
-from nas.prune.run import parse_pruning_budget
+from nas.prune import steps
+from nas.prune.request import parse_pruning_budget
 from search_spaces import Arch, create_model, get_arch, table
 
 MS_PER_MAC = 5e-6
@@ -33,10 +36,10 @@ COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (40, 60, 220)}
 @pytest.fixture(autouse=True)
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     """Little training and few images."""
-    monkeypatch.setattr(nas.prune.run, "BRIEF_IMAGES", 320)
+    monkeypatch.setattr(steps, "BRIEF_IMAGES", 320)
     monkeypatch.setattr(nas.prune.images, "CALIBRATION_IMAGES", 32)
     monkeypatch.setattr(nas.prune.images, "EVALUATED_IMAGES", 64)
-    monkeypatch.setattr(nas.prune.run, "CLOSING_ROUNDS", 3)
+    monkeypatch.setattr(steps, "CLOSING_ROUNDS", 3)
 
 
 @pytest.fixture
@@ -53,7 +56,7 @@ def fake_clock(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             found[name] = Measurement(rounds_ms=[[latency] * 3] * 3)
         return found
 
-    monkeypatch.setattr(nas.prune.run, "compare", compare)
+    monkeypatch.setattr(steps, "compare", compare)
     monkeypatch.setattr(nas.prune.report, "png_of", lambda figure: b"")
     return runs
 
@@ -209,7 +212,7 @@ def test_latency_budget_is_met_as_measured(vitnas, images, tmp_path, fake_clock,
 def test_a_latency_budget_missed_as_measured_is_said(vitnas, images, tmp_path, monkeypatch):
     """A device on which nothing gets faster: the budget cannot be reached, one line says so."""
     monkeypatch.setattr(
-        nas.prune.run, "compare", lambda paths, *_: {name: Measurement(rounds_ms=[[2.0] * 3] * 3) for name in paths}
+        steps, "compare", lambda paths, *_: {name: Measurement(rounds_ms=[[2.0] * 3] * 3) for name in paths}
     )
     trained(images, tmp_path / "net")
     command = words(tmp_path / "net", tmp_path / "out", "--data", str(images), "--latency-budget", "0.5x")
@@ -221,15 +224,15 @@ def test_a_latency_budget_missed_as_measured_is_said(vitnas, images, tmp_path, m
 
 def test_the_closing_run_decides(vitnas, images, tmp_path, fake_clock, monkeypatch):
     """A budget met while pruning and missed in the closing run is reported as missed, with exit code 1."""
-    honest = nas.prune.run.compare
+    honest = nas.prune.steps.compare
 
     def slower_at_the_end(paths, settings, rounds, progress=None, timeout_s=60):
         found = honest(paths, settings, rounds, progress)
-        if rounds == nas.prune.run.CLOSING_ROUNDS:
+        if rounds == nas.prune.steps.CLOSING_ROUNDS:
             found["after"] = Measurement(rounds_ms=[[statistics.mean([found["before"].p50_ms])] * 3] * 3)
         return found
 
-    monkeypatch.setattr(nas.prune.run, "compare", slower_at_the_end)
+    monkeypatch.setattr(steps, "compare", slower_at_the_end)
     trained(images, tmp_path / "net")
     out = tmp_path / "out"
     code, printed, _ = vitnas(
@@ -251,8 +254,8 @@ def test_waiting_times_at_the_end_are_marked(vitnas, images, tmp_path, fake_cloc
     more = ("--data", str(images), "--finetune", "1", "--rounds", "1", "--no-control")
     out = tmp_path / "ms"
     command = words(tmp_path / "net", out, *more, "--latency-budget", "0.8x")
-    measured = nas.prune.run.measured
-    monkeypatch.setattr(nas.prune.run, "closing_run", lambda paths, *_: waits(paths, None, 3))
+    measured = nas.prune.steps.measured
+    monkeypatch.setattr(steps, "closing_run", lambda paths, *_: waits(paths, None, 3))
     code, printed, said = vitnas(*command)
     assert code == 1
     assert printed.startswith("Other processes keep")
@@ -264,7 +267,7 @@ def test_waiting_times_at_the_end_are_marked(vitnas, images, tmp_path, fake_cloc
     assert data["budget"]["verdict"] is None
     assert "waiting times, not speed" in (out / "report.html").read_text()
     assert "not known here" in vitnas("show", str(out))[1]
-    monkeypatch.setattr(nas.prune.run, "closing_run", lambda paths, *_: measured(paths, None, 3))
+    monkeypatch.setattr(steps, "closing_run", lambda paths, *_: measured(paths, None, 3))
     assert vitnas(*command)[0] == 0
     assert not result(out)["waiting"]
     assert "not known here" not in vitnas("show", str(out))[1]
@@ -274,7 +277,7 @@ def test_waiting_times_at_the_end_are_marked(vitnas, images, tmp_path, fake_cloc
 def test_waiting_times_do_not_hinder_a_budget_of_macs(vitnas, images, tmp_path, fake_clock, monkeypatch):
     trained(images, tmp_path / "net")
     more = ("--data", str(images), "--finetune", "1", "--rounds", "1", "--no-control")
-    monkeypatch.setattr(nas.prune.run, "compare", waits)
+    monkeypatch.setattr(steps, "compare", waits)
     code, printed, _ = vitnas(*words(tmp_path / "net", tmp_path / "macs", *more))
     assert code == 0
     assert "waiting" in printed
@@ -283,7 +286,7 @@ def test_waiting_times_do_not_hinder_a_budget_of_macs(vitnas, images, tmp_path, 
 
 def test_a_latency_budget_is_not_begun_with_waiting_times(vitnas, images, tmp_path, fake_clock, monkeypatch):
     trained(images, tmp_path / "net")
-    monkeypatch.setattr(nas.prune.run, "compare", waits)
+    monkeypatch.setattr(steps, "compare", waits)
     command = words(tmp_path / "net", tmp_path / "out", "--data", str(images), "--latency-budget", "0.8x")
     code, printed, said = vitnas(*command)
     assert (code, printed) == (2, "")
@@ -323,7 +326,7 @@ def test_interrupted_runs_go_on_after_the_last_round(vitnas, images, tmp_path, f
     command = words(tmp_path / "net", tmp_path / "out", "--data", str(images), "--finetune", "0")
     assert vitnas(*words(tmp_path / "net", tmp_path / "whole", "--data", str(images), "--finetune", "0"))[0] == 0
 
-    scores = nas.prune.run._Run._scores
+    scores = nas.prune.run.Pruning._scores
     scored = []
 
     def stop_in_round_3(self, model, what):
@@ -332,7 +335,7 @@ def test_interrupted_runs_go_on_after_the_last_round(vitnas, images, tmp_path, f
             raise KeyboardInterrupt
         return scores(self, model, what)
 
-    monkeypatch.setattr(nas.prune.run._Run, "_scores", stop_in_round_3)
+    monkeypatch.setattr(nas.prune.run.Pruning, "_scores", stop_in_round_3)
     code, _, said = vitnas(*command)
     assert code == 130
     assert "interrupted" in said
@@ -387,10 +390,10 @@ def test_a_step_of_the_end_that_fails_leaves_the_others(vitnas, images, tmp_path
         return fail
 
     for name, error, step, missing in (
-        ("nas.prune.run.tune", MemoryError(), "fine-tuning", ()),
-        ("nas.prune.run.tune_control", MemoryError(), "control", ()),
+        ("nas.prune.steps.tune", MemoryError(), "fine-tuning", ()),
+        ("nas.prune.steps.tune_control", MemoryError(), "control", ()),
         ("nas.export.artifact.agreement", UserError("the exported network disagrees"), "model.onnx", ("model.onnx",)),
-        ("nas.prune.run.measured", UserError("could not be measured: killed"), "closing run", ("report.html",)),
+        ("nas.prune.steps.measured", UserError("could not be measured: killed"), "closing run", ("report.html",)),
         ("", None, None, ()),
     ):
         with monkeypatch.context() as patch:
@@ -514,11 +517,11 @@ def test_widths_of_blocks():
     """In a cascade a head's values are as wide as what the next head reads; only the last head's are free."""
     raw = json.loads(get_arch("efficientvit_m4").to_json())
     raw["stages"][0]["blocks"][0]["attn"]["heads"][3]["value_dim"] = 64
-    rows = nas.prune.run.block_widths(Arch.from_json(json.dumps(raw)))
+    rows = nas.prune.widths.block_widths(Arch.from_json(json.dumps(raw)))
     found = {"embed": 128, "heads": 4, "qk": 16, "v": 40, "ffn": 512, "ratio": 4}
     assert rows["stages.0.blocks.0"] == found | {"qk_range": [16, 16], "v_range": [32, 64]}
     assert rows["stages.1.blocks.0"]["v"] == 64
-    assert nas.prune.run.block_widths(get_arch("levit_128s"))["stages.1.blocks.2"] == {
+    assert nas.prune.widths.block_widths(get_arch("levit_128s"))["stages.1.blocks.2"] == {
         "embed": 256,
         "heads": 6,
         "qk": 16,
@@ -528,14 +531,14 @@ def test_widths_of_blocks():
         "qk_range": [16, 16],
         "v_range": [32, 32],
     }
-    assert nas.prune.run.block_widths(get_arch("deit_tiny"))["blocks.11"]["ffn"] == 768
+    assert nas.prune.widths.block_widths(get_arch("deit_tiny"))["blocks.11"]["ffn"] == 768
 
 
 def test_tuning_that_harms_is_not_kept(vitnas, images, tmp_path, fake_clock, monkeypatch):
     trained(images, tmp_path / "net")
     command = words(tmp_path / "net", tmp_path / "plain", "--data", str(images), "--finetune", "0", "--rounds", "1")
     assert vitnas(*command)[0] == 0
-    monkeypatch.setattr(nas.prune.run, "worse_after_tuning", lambda found: True)
+    monkeypatch.setattr(steps, "worse_after_tuning", lambda found: True)
     command = words(tmp_path / "net", tmp_path / "tuned", "--data", str(images), "--finetune", "1", "--rounds", "1")
     code, _, said = vitnas(*command)
     assert code == 0

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 import pytest
 
 from nas.measure.protocol import Measurement
-from nas.prune.savings import LONGER_ROUNDS, ROUNDS, Saving, group_of, half, left_alone, measure_savings, rates
+from nas.prune.savings import LONGER_ROUNDS, ROUNDS, Saving, left_alone, measure_savings, rates
+from nas.prune.widths import group_of, half
 from pruning.units import Anatomy, anatomy
 from search_spaces import Arch, get_arch
 

@@ -12,7 +12,8 @@ from rich.console import Console
 import nas.prune
 import nas.prune.screen
 from nas.prune.savings import Saving
-from nas.prune.screen import change, count_rows, grown_line, headline, show_prune, tuning_words, width
+from nas.prune.screen import change, count_rows, grown_line, headline, show_prune, width
+from nas.prune.words import tuning_words
 
 
 def row(block: str, v_range: tuple[int, int], ffn: int) -> dict[str, Any]:

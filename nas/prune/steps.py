@@ -1,0 +1,173 @@
+"""Steps that every pruning takes: training, fine-tuning, the control, the closing run, and their verdicts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nas.errors import UserError
+from nas.export.artifact import save_weights
+from nas.intervals import Interval, agreement, of_difference
+from nas.measure.budget import LatencyBudget, Verdict
+from nas.measure.device import compare
+from nas.measure.protocol import MeasureError, Measurement, paired_ratio, quanta, quanta_line
+from nas.measure.runtime import Settings
+from nas.prune.images import PruneJob
+from nas.prune.words import passes
+from nas.units import counted
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from nas.prune.request import Budget, PruneRequest
+
+BRIEF_IMAGES = 4_500
+"""Images that train a network which comes without weights, or whose classifier does."""
+BRIEF_LR = 1e-3
+FINETUNE_LR = 1e-4
+CLOSING_ROUNDS = 30
+MOST_ROUNDS = 120
+"""Of the closing run in all, while it leaves open whether a latency budget is met."""
+
+
+def measured(
+    paths: Mapping[str, Path], settings: Settings, rounds: int, progress: Callable[[int, int], None] | None = None
+) -> dict[str, Measurement]:
+    """`compare`, where every network must be measured.
+
+    Raises:
+        UserError: one that could not be.
+    """
+    results = compare(paths, settings, rounds, progress)
+    for name, result in results.items():
+        if isinstance(result, MeasureError):
+            raise UserError(f"{name or 'the network'} could not be measured: {result}")
+    return results
+
+
+def waiting_line(results: Mapping[str, Measurement], settings: Settings) -> str | None:
+    """What is said of latencies that are waiting times (see `quanta`); None where none is one."""
+    from nas.measure.hardware import describe
+
+    return quanta_line(describe(settings)) if any(map(quanta, results.values())) else None
+
+
+def closing_run(
+    paths: Mapping[str, Path], settings: Settings, budget: Budget, progress: Callable[[int, int], None] | None = None
+) -> dict[str, Measurement]:
+    """Both networks, "before" and "after", in one interleaved run; longer, up to `MOST_ROUNDS` rounds, while it leaves
+    open whether the latency budget is met."""
+    results, rounds = measured(paths, settings, CLOSING_ROUNDS, progress), CLOSING_ROUNDS
+    while rounds < MOST_ROUNDS and latency_verdict(budget, results)[0] == Verdict.UNSURE:
+        longer = measured(paths, settings, CLOSING_ROUNDS, progress)
+        results = {
+            name: replace(found, rounds_ms=found.rounds_ms + longer[name].rounds_ms) for name, found in results.items()
+        }
+        rounds += CLOSING_ROUNDS
+    return results
+
+
+def latency_verdict(
+    budget: Budget, results: Mapping[str, Measurement]
+) -> tuple[Verdict | None, tuple[float, float] | None]:
+    """What the closing run says of a latency budget, and the 95% interval in ms that says it; None of other budgets,
+    and where its latencies are waiting times.
+
+    For a share of the network's own latency it is that of the paired ratio, in which the machine's drift is left out.
+    """
+    if budget.metric != "latency" or not results or any(map(quanta, results.values())):
+        return None, None
+    before, after = results["before"], results["after"]
+    low, high = after.ci_ms
+    if budget.relative:
+        low, high = (end * before.p50_ms for end in paired_ratio(after, before)[1])
+    interval = min(low, after.p50_ms), max(high, after.p50_ms)
+    return LatencyBudget(budget.amount * (before.p50_ms if budget.relative else 1)).judge(interval), interval
+
+
+def worse_after_tuning(found: Mapping[str, Any]) -> bool:
+    """Whether fine-tuning was a loss: the 95% interval of the difference, image by image, is below 0."""
+    return beside(found["recovered"], found["pruned"])["verdict"] == "less accurate"
+
+
+def train_briefly(job: PruneJob, model: nn.Module) -> None:
+    """Train a network that comes without weights, or whose classifier does."""
+    job.fit("training", model, BRIEF_IMAGES, BRIEF_LR)
+    job.state.found["trained_images"] = BRIEF_IMAGES
+
+
+def tune(job: PruneJob, request: PruneRequest, model: nn.Module, dense: nn.Module) -> None:
+    """Fine-tune a pruned network for the epochs asked for, if asked from the unpruned one."""
+    images = round(request.finetune * len(job.data.train))
+    if images:
+        job.fit("fine-tuning", model, images, FINETUNE_LR, dense if request.distill else None)
+        job.state.found["tuned_images"] = images
+
+
+def tune_control(job: PruneJob, request: PruneRequest, load: Callable[[], nn.Module]) -> None:
+    """Give the unpruned network the same fine-tuning as the pruned one, and judge it.
+
+    load: makes the unpruned network anew.
+    """
+    found = job.state.found
+    if not found.get("tuned_images") or "control" in found:
+        return
+    if not request.control:
+        job.note("no control (--no-control): what the unpruned network gains by the same fine-tuning is unknown")
+        return
+    from safetensors.torch import load_file
+
+    path, model = job.kept / "control.safetensors", load()
+    if path.is_file():
+        model.load_state_dict(load_file(path))
+    else:
+        teacher = load() if request.distill else None
+        job.fit("control: fine-tuning the unpruned", model, found["tuned_images"], FINETUNE_LR, teacher)
+        save_weights(model, path)
+    job.accuracy(model, "control")
+
+
+def judge_tuned(job: PruneJob, model: nn.Module) -> str:
+    """Judge the fine-tuned network, if it was; returns which weights are kept, by their key in `ACCURACIES`."""
+    if not job.state.found.get("tuned_images"):
+        return "pruned"
+    job.accuracy(model, "recovered")
+    if not worse_after_tuning(job.state.found):
+        return "recovered"
+    job.note("fine-tuning lowered the accuracy: the weights before it are kept; try more --finetune epochs")
+    return "pruned"
+
+
+def say_plan(job: PruneJob, request: PruneRequest, untrained: bool) -> None:
+    """What is going to happen, before anything long begins. untrained: the network is first trained here."""
+    train = len(job.data.train)
+    tuned = round(request.finetune * train)
+    steps = [f"training on {passes(BRIEF_IMAGES, train)}"] if untrained else []
+    if request.budget.metric == "latency":
+        steps.append("measuring what each part costs")
+    steps.append(f"{counted(request.rounds, 'round')} of scoring {len(job.calibration):,} images and cutting")
+    if tuned:
+        steps.append(f"fine-tuning on {passes(tuned, train)}")
+        steps += ["the same for the unpruned network, as a control"] * request.control
+    job.say(f"to do: {'; '.join([*steps, f'a closing run of {CLOSING_ROUNDS} rounds'])}")
+
+
+def brief_line(job: PruneJob) -> str:
+    """What is said of a network that is trained here first."""
+    trained = f"the network is briefly trained on {passes(BRIEF_IMAGES, len(job.data.train))} of {job.data.name}"
+    return f"{trained}: its figures say nothing of ImageNet"
+
+
+def beside(first_row: Mapping[str, Any], other_row: Mapping[str, Any]) -> dict[str, Any]:
+    """Points of top-1 that the first network has more than the other one.
+
+    first_row, other_row: as `PruneJob.accuracy` keeps them. ci: the 95% interval, image by image; where an earlier
+    version did not keep each answer, as if they were judged on different images: too wide rather than too narrow.
+    """
+    (one, first), (other, second) = ((row["top1"], Interval(*row["ci"])) for row in (first_row, other_row))
+    hits = ([[digit == "1" for digit in row["hits"]]] if row.get("hits") else [] for row in (first_row, other_row))
+    interval = of_difference(one, first, other, second, agreement(*hits)).clipped(-100.0, 100.0)
+    verdict = "tie" if interval.holds(0) else "more accurate" if one > other else "less accurate"
+    return {"difference": one - other, "ci": [interval.low, interval.high], "verdict": verdict}

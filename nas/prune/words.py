@@ -1,0 +1,66 @@
+"""What the terminal and the report both say of a pruning."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+Doc = Mapping[str, Any]
+
+
+def next_steps(folder: Path, data: Doc) -> list[tuple[str, str]]:
+    """What is useful now, and the command for it, the most useful first."""
+    here, model, settings = shlex.quote(str(folder)), shlex.quote(data["model"]), data["settings"]
+    flags = {"device": "device", "runtime": "runtime", "threads": "threads", "batch-size": "batch_size"}
+    on = " ".join(f"--{flag} {settings[key]}" for flag, key in flags.items())
+    demo = ("Figures that count, on your own images", f"vitnas prune --model {model} --data ./images")
+    if not data["blocks"]:
+        bench = f"vitnas bench {model}@{data['resolution']} {here}/model.onnx {on}"
+        return [("Measure both again, side by side", bench), *[demo] * data["data"]["demo"]]
+    steps = [("Measure both again, side by side", f"vitnas bench {model} {here} {on}")]
+    weights = f"--weights {here}/model.safetensors"
+    if data["data"]["demo"]:
+        steps.append(demo)
+    else:
+        images = f"--data {shlex.quote(data['options']['data'])}"
+        steps.append(("Train it further", f"vitnas train {here} {weights} {images}"))
+    batch = 8 if settings["batch_size"] == 1 else 1
+    steps.append(
+        ("Export it for another batch size", f"vitnas export {here} {weights} --batch-size {batch} --out exported")
+    )
+    own = "" if data["data"]["demo"] else f" {images}"
+    steps.append(("Cut it further", f"vitnas prune --model {here}{own} --macs 0.8x"))
+    return steps
+
+
+ACCURACIES = {
+    "before": "before pruning",
+    "pruned": "right after pruning",
+    "recovered": "pruned, fine-tuned",
+    "control": "unpruned, fine-tuned alike",
+}
+
+
+def passes(images: int, train: int) -> str:
+    """How many images a training draws from a set of `train`, as words: 4,500 images (375 passes over 12)."""
+    over = f" ({images / train:.3g} passes over {train:,})" if images > train else ""
+    return f"{images:,} images{over}"
+
+
+def tuning_words(data: Doc) -> str:
+    """What fine-tuning has done to the pruned network's accuracy."""
+    old, new = (data["accuracy"][which]["top1"] for which in ("pruned", "recovered"))
+    verdict = {"tie": "a tie", "more accurate": "a gain", "less accurate": "a loss"}[data["tuning"]["verdict"]]
+    low, high = data["tuning"]["ci"]
+    change = f"{new - old:+.1f} points, 95%: {low:+.1f} to {high:+.1f}"
+    return f"fine-tuning changed it from {old:.1f} to {new:.1f}%: {verdict} ({change})"
+
+
+def control_words(control: Doc) -> str:
+    """How the pruned network compares with the unpruned one that was fine-tuned alike."""
+    low, high = control["ci"]
+    verdict = "a tie" if control["verdict"] == "tie" else f"the pruned one is {control['verdict']}"
+    points = f"{control['difference']:+.1f} points (95%: {low:+.1f} to {high:+.1f})"
+    return f"pruned minus unpruned, fine-tuned alike: {points}: {verdict}"
