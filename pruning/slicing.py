@@ -46,17 +46,9 @@ def slice_weights(
     for width in (select or {}).keys() - larger.widths().keys():
         raise ValueError(f"the larger network has no width {width}")
     sources = {entry.name: entry for entry in larger.entries}
-    renames = sorted((blocks or {}).items(), key=lambda pair: -len(pair[0]))
-
-    def rename(name: str) -> str:
-        for ours, theirs in renames:
-            if name.startswith(f"{ours}."):
-                return theirs + name[len(ours) :]
-        return name
-
     cut = {}
     for entry in table(child).entries:
-        name = rename(entry.name)
+        name = _in_parent(entry.name, blocks or {})
         if name not in sources:
             raise ValueError(f"the larger network has no {name}")
         ours, theirs = significant(entry.axes), significant(sources[name].axes)
@@ -68,13 +60,21 @@ def slice_weights(
         for dim, (axis, source) in enumerate(zip(ours, theirs, strict=True)):
             if isinstance(axis, Width) and axis.rule == "resize":
                 tensor = resize(tensor, dim, axis.size)
-            else:
-                chosen = indices(axis, source, select or {})
-                tensor = tensor.index_select(dim, torch.from_numpy(np.maximum(chosen, 0)).long())
-                if (chosen < 0).any():
-                    grow(tensor, entry.name, dim, chosen, weights[name].std().item(), generator)
+                continue
+            chosen = indices(axis, source, select or {})
+            tensor = tensor.index_select(dim, torch.from_numpy(np.maximum(chosen, 0)).long())
+            if (chosen < 0).any():
+                grow(tensor, entry.name, dim, chosen, weights[name].std().item(), generator)
         cut[entry.name] = tensor.reshape(entry.shape).clone()
     return cut
+
+
+def _in_parent(name: str, blocks: Mapping[str, str]) -> str:
+    """A tensor's name in the parent: the longest block prefix that fits is replaced."""
+    for ours, theirs in sorted(blocks.items(), key=lambda pair: -len(pair[0])):
+        if name.startswith(f"{ours}."):
+            return theirs + name[len(ours) :]
+    return name
 
 
 def grow(

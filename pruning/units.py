@@ -17,7 +17,7 @@ from search_spaces.widths import NEW, Each, Entry, Table, Width, width_table, wi
 from search_spaces.widths import Kind as WidthKind
 
 Kind = WidthKind | Literal["blocks"]
-KINDS: dict[Kind, str] = {
+KNOB_KINDS: dict[Kind, str] = {
     "ffn": "hidden units of FFNs, patch merging and squeeze-excite",
     "qk": "query and key dims",
     "v": "value dims",
@@ -162,7 +162,7 @@ def keep_rates(part: object) -> Iterator[float]:
             yield from keep_rates(value)
 
 
-def indifferent(parts: Anatomy) -> Scores:
+def equal_scores(parts: Anatomy) -> Scores:
     """Scores that value all units alike."""
     sizes = parts.sizes
     return {knob.width: np.ones((knob.rows, sizes.get(knob.width, 1))) for knob in parts.knobs}

@@ -43,7 +43,7 @@ class Loaded:
     """Names of tensors left at their initialisation, those of a classifier."""
     classes: int | None
     """Number of classes of the weights' own classifier, where it is another."""
-    told: str | None
+    note: str | None
     """What was taken, renamed and left out, in one line; None if nothing was."""
 
 

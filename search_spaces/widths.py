@@ -214,7 +214,7 @@ def _chosen(child: Width, parent: Width, select: Select) -> np.ndarray:
         chosen = np.asarray(select[parent.name])
     elif parent.part_of is not None and parent.part_of[0] in select:
         start = parent.part_of[1]
-        chosen = _shifted(-start, run(np.asarray(select[parent.part_of[0]]), start, parent.size))
+        chosen = _shifted(-start, units_within(np.asarray(select[parent.part_of[0]]), start, parent.size))
     else:
         chosen = np.arange(child.size)
     ordered = np.sort(chosen)
@@ -225,7 +225,7 @@ def _chosen(child: Width, parent: Width, select: Select) -> np.ndarray:
     return chosen
 
 
-def run(chosen: np.ndarray, start: int, size: int) -> np.ndarray:
+def units_within(chosen: np.ndarray, start: int, size: int) -> np.ndarray:
     """The part of an ascending selection that falls on units start .. start + size; new units follow the unit before
     them."""
     return chosen[boundary(chosen, start) : boundary(chosen, start + size)]

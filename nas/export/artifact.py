@@ -206,7 +206,7 @@ def export_folder(arch: Arch, folder: Path, weights: str | None, num_classes: in
     agreed = replace_network(model, folder, batch_size, weights is not None, card, facts)
     what = "with random, untrained weights"
     if model.loaded:
-        what = "with the given weights" + (f" ({model.loaded.told})" if model.loaded.told else "")
+        what = "with the given weights" + (f" ({model.loaded.note})" if model.loaded.note else "")
         if card.classes is None:
             agreed += f"; the weights do not say what their classes are called, and {PREPROCESS} is what vitnas does"
     return f"{folder}/model.onnx: {arch.family} {what}; {agreed}"

@@ -46,7 +46,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class PruneRequest:
-    """A pruning as asked for. kinds, criterion: keys of `pruning.KINDS` and `pruning.CRITERIA`. control: fine-tune the
+    """A pruning as asked for. kinds, criterion: keys of `pruning.units.KNOB_KINDS` and `pruning.CRITERIA`. control: fine-tune the
     unpruned network alike, to compare with."""
 
     model: str
@@ -113,14 +113,14 @@ def parse_pruning_budget(macs: str | None, params: str | None, latency: str | No
 
 
 def kinds_of(axes: str) -> tuple[str, ...]:
-    """Checked `--axes`, in the order of `pruning.KINDS`."""
-    from pruning.units import KINDS
+    """Checked `--axes`, in the order of `pruning.units.KNOB_KINDS`."""
+    from pruning.units import KNOB_KINDS
 
     names = [name.strip() for name in axes.split(",") if name.strip()]
-    unknown = [name for name in names if name not in KINDS]
+    unknown = [name for name in names if name not in KNOB_KINDS]
     if unknown or not names:
-        raise UserError(f"--axes {axes!r}: choose from {','.join(KINDS)}")
-    return tuple(kind for kind in KINDS if kind in names)
+        raise UserError(f"--axes {axes!r}: choose from {','.join(KNOB_KINDS)}")
+    return tuple(kind for kind in KNOB_KINDS if kind in names)
 
 
 def default_folder(model: str, budget: Budget) -> Path:

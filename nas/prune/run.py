@@ -137,13 +137,13 @@ class Pruning:
     def _check_budget(self) -> None:
         """Refuse a budget that counting alone shows to be above the network's own, or out of reach."""
         from pruning.allocation import Costs, allocate
-        from pruning.units import indifferent
+        from pruning.units import equal_scores
 
         request, parts = self.request, self.whole
         metric = request.budget.metric
         if metric != "latency":
             target = request.budget.target(getattr(parts.table, metric)())
-            allocate(parts, indifferent(parts), Costs(parts, metric), target, request.kinds, request.multiple_of)
+            allocate(parts, equal_scores(parts), Costs(parts, metric), target, request.kinds, request.multiple_of)
 
     def _dense(self, arch: Arch, weights: str | Path | None) -> None:
         """The network to prune, trained: with weights that fit, or briefly on the data."""
@@ -184,8 +184,8 @@ class Pruning:
             self.job.note(f"weights {weights} have another classifier or none; {what}")
         elif self.job.data.demo:
             self.job.note(f"no --data: pruned, tuned and evaluated on {self.job.data.name}")
-        if model.loaded and model.loaded.told:
-            self.job.note(f"{weights}: {model.loaded.told}")
+        if model.loaded and model.loaded.note:
+            self.job.note(f"{weights}: {model.loaded.note}")
         self.state.found["weights"] = str(weights) if weights else None
         return model, bool(model.untrained)
 

@@ -58,7 +58,7 @@ def measure_savings(
 ) -> tuple[list[Saving], float]:
     """The saving of every group of knobs of these kinds, and the whole network's latency in ms."""
     from pruning.allocation import movable
-    from pruning.units import cut, indifferent
+    from pruning.units import cut, equal_scores
     from search_spaces import table
 
     groups: dict[str, dict[str, int]] = {}
@@ -66,7 +66,7 @@ def measure_savings(
         size = 0 if knob.kind == "blocks" else half(knob.size, knob.kind, multiple_of)
         if size != knob.size:
             groups.setdefault(group_of(knob.width, knob.kind), {})[knob.name] = size
-    archs = {name: cut(parts, indifferent(parts), settings).arch for name, settings in groups.items()}
+    archs = {name: cut(parts, equal_scores(parts), settings).arch for name, settings in groups.items()}
     macs = {name: parts.table.macs() - table(arch).macs() for name, arch in archs.items()}
 
     def measured(names: Collection[str], rounds: int) -> tuple[list[Saving], float]:

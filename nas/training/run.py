@@ -347,8 +347,8 @@ class _Run:
                 f"{options.weights} has {known}: one for the {self.arch.num_classes} classes of these images begins "
                 "untrained"
             )
-        if source.loaded.told:
-            self._note(f"{options.weights}: {source.loaded.told}")
+        if source.loaded.note:
+            self._note(f"{options.weights}: {source.loaded.note}")
         if given.resolution != self.arch.resolution:
             self._note(f"weights of {given.resolution} px, resized to {self.arch.resolution} px")
         model.load_state_dict(transfer(given, source.state_dict(), self.arch))

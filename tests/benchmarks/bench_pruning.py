@@ -43,7 +43,7 @@ from torch import nn
 from nas.training.engine import evaluate, fit
 from pruning.allocation import Costs, allocate
 from pruning.importance import score
-from pruning.units import KINDS, Anatomy, Scores, Settings, anatomy
+from pruning.units import KNOB_KINDS, Anatomy, Scores, Settings, anatomy
 from search_spaces import Arch, create_model, table
 
 NETWORK = "efficientvit_m0"
@@ -61,7 +61,7 @@ def across(*kinds: str, reallocate: bool = False) -> Choose:
 
     def choose(parts: Anatomy, scores: Scores, target: float, last: bool) -> Settings:
         costs = Costs(parts, "macs")
-        return allocate(parts, scores, costs, target, kinds or tuple(KINDS), MULTIPLE, reallocate and last)
+        return allocate(parts, scores, costs, target, kinds or tuple(KNOB_KINDS), MULTIPLE, reallocate and last)
 
     return choose
 
@@ -104,7 +104,7 @@ class Method:
     fresh: bool = False
 
 
-NO_BLOCKS = tuple(kind for kind in KINDS if kind != "blocks")
+NO_BLOCKS = tuple(kind for kind in KNOB_KINDS if kind != "blocks")
 OURS, PLAIN = "ours, with reallocation", "ours, without (taylor)"
 METHODS = {
     OURS: Method("taylor", across(reallocate=True)),

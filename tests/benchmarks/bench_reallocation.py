@@ -23,7 +23,7 @@ from pruning_bench import Data, InOrder, Rows, child, common_arguments, dense, d
 from nas.training.engine import evaluate
 from pruning.allocation import Costs, allocate
 from pruning.importance import score
-from pruning.units import KINDS, Kind, anatomy
+from pruning.units import KNOB_KINDS, Kind, anatomy
 from search_spaces import table
 
 INSIDE: tuple[Kind, ...] = ("ffn", "qk", "v")
@@ -194,7 +194,7 @@ def main() -> None:
     seeds = [int(seed) for seed in args.seeds.split(",")]
     wanted = [("deit", *setting) for setting in CUTS]
     wanted += [("deit", 1.0, INSIDE, "taylor", 8)]
-    wanted += [("efficientvit_m0", 1.0, kinds, "taylor", 8) for kinds in (WIDTHS, tuple(KINDS))]
+    wanted += [("efficientvit_m0", 1.0, kinds, "taylor", 8) for kinds in (WIDTHS, tuple(KNOB_KINDS))]
     for seed in seeds:
         for network, budget, kinds, criterion, multiple in wanted:
             key = {"network": network, "seed": seed, "budget": budget, "kinds": list(kinds)}
@@ -208,7 +208,7 @@ def main() -> None:
         print(f"{network}, dense: top-1 {', '.join(f'{value:.1f}' for value in accuracies)}\n")
     show_deit([row for row in chosen if row["network"] == "deit"])
     arch = dense("efficientvit_m0", data, seeds[0], args.out)[1]
-    for kinds in (WIDTHS, tuple(KINDS)):
+    for kinds in (WIDTHS, tuple(KNOB_KINDS)):
         cells = cells_of([row for row in chosen if row["network"] == "efficientvit_m0"], 1.0, kinds, "taylor", 8)
         show_efficientvit(cells, arch.model_dump(mode="json"), kinds)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from nas.export.artifact import write_onnx
 from nas.measure.device import compare, device_lock
 from nas.measure.runtime import Settings
-from pruning.units import anatomy, cut, indifferent
+from pruning.units import anatomy, cut, equal_scores
 from search_spaces import get_arch, table
 
 
@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=40)
     options = parser.parse_args()
     parts = anatomy(get_arch(options.model))
-    equal = indifferent(parts)
+    equal = equal_scores(parts)
     archs = {"whole": parts.arch}
     for more in (0, 1, 3, 4, 8):
         half = {k.name: k.size // 2 // 8 * 8 + more for k in parts.knobs if k.width.endswith("ffn.hidden")}

@@ -13,7 +13,7 @@ import pytest
 
 import search_spaces
 from pruning.allocation import LARGEST, BudgetError, Costs, allocate, larger_size, movable, smaller_size
-from pruning.units import KINDS, Anatomy, Cut, Knob, Settings, anatomy, cut
+from pruning.units import KNOB_KINDS, Anatomy, Cut, Knob, Settings, anatomy, cut
 from search_spaces import Arch
 from search_spaces.registry import FAMILIES
 
@@ -128,9 +128,9 @@ def test_the_target_is_met(family: str, reallocate: bool, helpers: ModuleType) -
         subject = helpers.subject(family, seed)
         parts, scores = subject.parts, subject.scores
         costs = Costs(parts, metric)
-        floor = minimum(parts, costs, KINDS, multiple)
+        floor = minimum(parts, costs, KNOB_KINDS, multiple)
         target = floor + share * (costs.base - floor)
-        settings = allocate(parts, scores, costs, target, list(KINDS), multiple, reallocate)
+        settings = allocate(parts, scores, costs, target, list(KNOB_KINDS), multiple, reallocate)
         assert true_cost(parts, scores, settings, metric) <= price(parts, costs, settings) <= target
         check_steps(parts, settings, multiple)
         if not reallocate:
@@ -198,8 +198,8 @@ def test_every_width_that_changes_becomes_a_multiple(family: str, helpers: Modul
         parts = anatomy(helpers.random_arch(family, seed))
         scores = lognormal(parts, seed)
         costs = Costs(parts, "macs")
-        target = share * costs.base + (1 - share) * minimum(parts, costs, KINDS, multiple)
-        done = cut(parts, scores, allocate(parts, scores, costs, target, list(KINDS), multiple, reallocate=True))
+        target = share * costs.base + (1 - share) * minimum(parts, costs, KNOB_KINDS, multiple)
+        done = cut(parts, scores, allocate(parts, scores, costs, target, list(KNOB_KINDS), multiple, reallocate=True))
         changed += check_multiples(parts, done, multiple)
     assert changed > 3
 
@@ -252,7 +252,7 @@ def test_a_budget_that_cannot_be_reached_says_what_can(family: str, metric: str,
     subject = helpers.subject(family, 6)
     parts, scores = subject.parts, subject.scores
     costs = Costs(parts, metric)
-    for kinds in (["ffn", "qk"], list(KINDS)):
+    for kinds in (["ffn", "qk"], list(KNOB_KINDS)):
         with pytest.raises(BudgetError, match="smallest reachable cost is") as caught:
             allocate(parts, scores, costs, 1.0, kinds, 2)
         settings = smallest(parts, kinds, 2)

@@ -92,7 +92,7 @@ def test_content_goes_before_the_suffix(content: Callable[[], bytes], name: str,
 def test_any_prefix_and_level_is_found(prefix: str, key: str | None, tmp_path: Path) -> None:
     model = load({key: under(prefix), "epoch": 3} if key else under(prefix), tmp_path / "a.pth")
     assert equal(model)
-    told = model.loaded.told
+    told = model.loaded.note
     assert ("taken from" in told) == (key is not None)
     assert key is None or f"taken from {key};" in told
     assert (f"prefix {prefix} stripped" in told) == bool(prefix)
@@ -104,10 +104,10 @@ def test_beside_the_weights_may_stand_what_is_none(tmp_path: Path) -> None:
     beside = {"n_averaged": torch.tensor(3), "epoch": 3, "criterion.weight": torch.ones(2)}
     model = load({"state_dict": {"model": under("module.") | beside}, "optimizer": step}, tmp_path / "a.pth")
     assert equal(model)
-    assert "taken from state_dict.model; prefix module. stripped" in model.loaded.told
-    assert "left out: n_averaged, criterion.weight" in model.loaded.told
+    assert "taken from state_dict.model; prefix module. stripped" in model.loaded.note
+    assert "left out: n_averaged, criterion.weight" in model.loaded.note
     thop = weights() | {"total_ops": torch.zeros(1), "blocks.0.total_params": torch.zeros(1)}
-    assert "left out: total_ops, blocks.0.total_params" in load(thop, tmp_path / "a.pth").loaded.told
+    assert "left out: total_ops, blocks.0.total_params" in load(thop, tmp_path / "a.pth").loaded.note
 
 
 @pytest.mark.parametrize("key", ["model_ema", "state_dict_ema", "ema", "averaged_model", "swa_model"])
@@ -117,7 +117,7 @@ def test_plain_weights_go_before_averaged_ones(key: str, first: str, tmp_path: P
     both = {"model": weights(), key: averaged("module.") | {"n_averaged": torch.tensor(9)}}
     model = load(both if first == "plain" else dict(reversed(both.items())), tmp_path / "a.pth")
     assert equal(model)
-    assert f"taken from model, not {key}" in model.loaded.told
+    assert f"taken from model, not {key}" in model.loaded.note
     flat = under("model.") | averaged("ema.")
     assert equal(load(flat if first == "plain" else dict(reversed(flat.items())), tmp_path / "a.pth"))
 

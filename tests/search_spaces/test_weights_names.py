@@ -137,7 +137,7 @@ def test_names_lead_to_us_and_back(name: str, naming: str, helpers: ModuleType, 
 
     model = search_spaces.create_model(name, weights=tmp_path / "checkpoint.pth").double().eval()
     assert model.untrained == []
-    assert naming in model.loaded.told
+    assert naming in model.loaded.note
     with torch.no_grad():
         assert helpers.error(model(x), wanted) < 1e-5
 
@@ -196,7 +196,7 @@ def test_a_distilled_deit_is_taken_without_its_distillation(helpers: ModuleType,
     distilled = helpers.randomise(timm.create_model("deit_tiny_distilled_patch16_224"), 1)
     torch.save({"model": distilled.state_dict()}, tmp_path / "deit.pth")
     model = search_spaces.create_model("deit_tiny", weights=tmp_path / "deit.pth").eval()
-    assert "less accurate than published" in model.loaded.told
+    assert "less accurate than published" in model.loaded.note
     plain = timm.create_model("deit_tiny_patch16_224").eval()
     kept = {key: v for key, v in distilled.state_dict().items() if not key.startswith(("dist_token", "head_dist"))}
     positions = kept["pos_embed"]
