@@ -46,8 +46,8 @@ class Budget:
 
 @dataclass(frozen=True)
 class PruneRequest:
-    """A pruning as asked for. kinds, criterion: keys of `pruning.units.KNOB_KINDS` and `pruning.CRITERIA`. control: fine-tune the
-    unpruned network alike, to compare with."""
+    """A pruning as asked for. kinds, criterion: keys of `pruning.units.KNOB_KINDS` and `pruning.importance.CRITERIA`.
+    control: fine-tune the unpruned network alike, to compare with."""
 
     model: str
     budget: Budget
