@@ -150,7 +150,7 @@ def _of_card(card: Card, trained: bool) -> Facts:
 
 def _of_folder(target: Target) -> Facts:
     """Of the files beside the Arch; the prior is asked only of a network that nobody has trained or rated."""
-    from nas.quality.prior import Prior
+    from nas.quality.prior import PriorTier
     from search_spaces import table
 
     folder, arch, trained = target.folder, target.arch, target.as_trained().weights is not None
@@ -180,7 +180,7 @@ def _of_folder(target: Target) -> Facts:
         found["data"] = searched.data and searched.data.name
         found |= searched.winner.model_dump() | {"quality_label": searched.quality_tier.label}
     elif not trained:
-        tier = Prior()
+        tier = PriorTier()
         told = tier.estimate(arch, table(arch)).to_dict()
         found |= {key: told[key] for key in ("quality_estimate", "quality_ci")} | {"quality_label": tier.label}
     return found

@@ -183,7 +183,7 @@ def watch(
     """Progress of a search: yields callbacks for a trial's end, for a line to say, and for what goes on inside a trial
     or after them (what, done, in all)."""
     forecast = Forecast(plan_of(options, images))
-    every = 1 if options.lessons else LINES_EVERY
+    every = 1 if options.plan else LINES_EVERY
     trials, told = Line("trials", 0, options.trials), ""
     with Screen(quiet) as screen:
         screen.show(Line("opening the study"), at_once=True)
@@ -207,16 +207,16 @@ def watch(
 
 def plan_of(options: SearchRequest, images: ImageData | None) -> Plan:
     """What a search with these images has before it."""
-    lessons = options.lessons
-    if lessons is None or images is None:
+    plan = options.plan
+    if plan is None or images is None:
         return Plan(options.trials, timeout_s=options.timeout_s)
     every = len(images.train)
     return Plan(
         options.trials,
-        final_images=lessons.final_epochs * every,
-        seeds=lessons.seeds,
-        validation_images=lessons.final_epochs * every,
-        validated=lessons.validate,
+        final_images=plan.final_epochs * every,
+        seeds=plan.seeds,
+        validation_images=plan.final_epochs * every,
+        validated=plan.validate,
         timeout_s=options.timeout_s,
     )
 

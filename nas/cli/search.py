@@ -134,22 +134,22 @@ def search(
         settings_of(runtime, device, threads, throughput_at, precision)
     families = families_of(family)
     tier = tier_of(quality, data, parent)
-    lessons = None
+    plan = None
     if tier == "prior":
         for name in TRAINING_OPTIONS:
             if (source := context.get_parameter_source(name)) and source.name == "COMMANDLINE":
                 raise UserError(f"--{name.replace('_', '-')} needs --data: without images nothing is trained")
     else:
-        from nas.quality.schooling import DEFAULT_EPOCHS, Lessons
+        from nas.quality.plan import DEFAULT_EPOCHS, TrainingPlan
 
         last = DEFAULT_EPOCHS[tier] if epochs is None else epochs
-        lessons = Lessons(data or "", train_images, last, final_epochs, seeds, validate, parent)
-        lessons.check()
+        plan = TrainingPlan(data or "", train_images, last, final_epochs, seeds, validate, parent)
+        plan.check()
         families = inheriting(parent, families, family) if tier == "inherit" else families
 
     from nas.cli.progress import load, waiting
 
-    load("nas.search.loop" if lessons is None else "nas.training.engine", quiet)
+    load("nas.search.loop" if plan is None else "nas.training.engine", quiet)
     from nas.cli.display import show_result
     from nas.cli.progress import watch
     from nas.networks.targets import find_target
@@ -179,9 +179,9 @@ def search(
     if not name.strip(".") or "/" in name or "\0" in name:
         raise UserError(f"--study {name!r} cannot be a folder's name")
     images = None
-    if lessons is not None:
+    if plan is not None:
         from nas.data.dataset import open_data
-        from nas.quality.schooling import parent_weights
+        from nas.quality.parent import parent_weights
 
         with waiting(f"reading {data}", quiet):
             images = open_data(data, resolution or 224, num_classes, seed or 0, parent_weights(parent))
@@ -190,7 +190,7 @@ def search(
         budget_ms=budget_ms,
         settings=settings,
         families=families,
-        trials=trials or (40 if lessons else 100),
+        trials=trials or (40 if plan else 100),
         timeout_s=timeout_s,
         study=name,
         out=out,
@@ -200,7 +200,7 @@ def search(
         num_classes=num_classes or 1000,
         quality=tier,
         resolution=resolution,
-        lessons=lessons,
+        plan=plan,
         throughput_at=throughput_at,
         against=beside,
         cache=not no_cache,

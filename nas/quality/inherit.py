@@ -7,27 +7,27 @@ from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING
 
-from nas.quality.trained import Train
+from nas.quality.trained import HalvingTier
 from pruning.transfer import transfer
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from nas.quality.schooling import Schooling
+    from nas.quality.trainer import CandidateTrainer
     from nas.training.recipes import Recipe
     from search_spaces import Arch
 
 
-class Inherit(Train):
-    """As `Train`, with other beginnings: the parent's most important units, and the parent as teacher."""
+class InheritTier(HalvingTier):
+    """As `HalvingTier`, with other beginnings: the parent's most important units, and the parent as teacher."""
 
     name = "inherit"
     label = "score (inherit: top-1 estimated on your images, after fine-tuning inherited weights)"
 
-    def __init__(self, schooling: Schooling) -> None:
-        super().__init__(schooling)
-        self.parent = schooling.parent
-        self._teaches = self.parent.arch.num_classes == len(schooling.data.classes)
+    def __init__(self, trainer: CandidateTrainer) -> None:
+        super().__init__(trainer)
+        self.parent = trainer.parent
+        self._teaches = self.parent.arch.num_classes == len(trainer.data.classes)
         self.note += (
             f" Weights are inherited from {self.parent.label}{', which also teaches' * self._teaches}; if it was "
             f"trained on the images that judge, estimates flatter. {self.parent.seen}"
@@ -57,4 +57,4 @@ class Inherit(Train):
         arch = self.parent.arch.at(resolution)
         model = create_model(arch)
         model.load_state_dict(transfer(self.parent.arch, self.parent.weights, arch))
-        return model.to(self.schooling.device).eval()
+        return model.to(self.trainer.device).eval()

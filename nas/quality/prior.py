@@ -27,7 +27,7 @@ GMACs, ImageNet-1k only) around a fit on log MACs and log parameters."""
 SHAPE_FREEDOM = 126
 
 
-class Prior:
+class PriorTier:
     """The default tier of a search without data. An estimate costs one build on the meta device at most."""
 
     name = "prior"
@@ -175,5 +175,5 @@ def _by_depth(rows: np.ndarray) -> np.ndarray:
 
 def references() -> Mapping[str, float]:
     """Each family's leave-one-out error in points, for README and reports."""
-    known = Prior()
+    known = PriorTier()
     return {family: known._line(family).error for family in FAMILIES}

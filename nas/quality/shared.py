@@ -15,14 +15,14 @@ from nas.errors import FAULTS, TrainingError, is_full, reason
 from nas.intervals import of_share
 from nas.quality.surrogate import describe
 from nas.quality.tier import Estimate
-from nas.quality.trained import Train
+from nas.quality.trained import HalvingTier
 from nas.units import counted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from nas.data.images import Images
-    from nas.quality.schooling import Schooling
+    from nas.quality.trainer import CandidateTrainer
     from nas.training.supernet import Supernet
     from search_spaces import Arch
     from search_spaces.widths import Table
@@ -33,19 +33,19 @@ CALIBRATION_IMAGES = 512
 """Images that BatchNorm's statistics are taken from anew for each candidate."""
 
 
-class Shared(Train):
-    """See the module. Its final trainings are those of `Train`, from scratch."""
+class SupernetTier(HalvingTier):
+    """See the module. Its final trainings are those of `HalvingTier`, from scratch."""
 
     name = "supernet"
     label = "score (supernet: top-1 on your images, with weights its family shares)"
     needs_validation = True
 
-    def __init__(self, schooling: Schooling) -> None:
-        super().__init__(schooling)
+    def __init__(self, trainer: CandidateTrainer) -> None:
+        super().__init__(trainer)
         self._known: dict[str, Supernet] = {}
         self.failed: dict[str, str] = {}
         self.note = (
-            f"Each family's shared weights were trained for {counted(self.epochs, 'epoch')} of {schooling.used:,} of "
+            f"Each family's shared weights were trained for {counted(self.epochs, 'epoch')} of {trainer.used:,} of "
             "your images; candidates were judged on others held out from training, BatchNorm calibrated for each."
         )
 
@@ -58,10 +58,10 @@ class Shared(Train):
         from nas.data.batches import loader
         from nas.data.images import sample
 
-        school, supernet = self.schooling, self._supernet(arch.family)
-        images, judges = school.split(self._resolution(supernet))
-        calibration = loader(sample(images, CALIBRATION_IMAGES, school.seed), BATCH, shuffle=False, seed=school.seed)
-        found = supernet.evaluate(arch, calibration, loader(judges, BATCH, shuffle=False, seed=school.seed))
+        trainer, supernet = self.trainer, self._supernet(arch.family)
+        images, judges = trainer.split(self._resolution(supernet))
+        calibration = loader(sample(images, CALIBRATION_IMAGES, trainer.seed), BATCH, shuffle=False, seed=trainer.seed)
+        found = supernet.evaluate(arch, calibration, loader(judges, BATCH, shuffle=False, seed=trainer.seed))
         return self._told(estimate_of(found.top1, found.total), describe(arch, counts), {self.epochs: found.top1})
 
     def complete(self, arch: Arch, counts: Table, keeps: bool = True) -> Estimate:
@@ -74,8 +74,8 @@ class Shared(Train):
 
     def review(self, networks: Sequence[tuple[str, Sequence[float]]]) -> list[Estimate]:
         """What each was found to have: other networks' results say nothing more of it."""
-        own = {each.key: each.rungs for each in self.schooling.results()}
-        judged = self.schooling.judged
+        own = {each.key: each.rungs for each in self.trainer.results()}
+        judged = self.trainer.judged
         return [
             self._told(estimate_of(own[key][self.epochs], judged), np.asarray(features), own[key])
             for key, features in networks
@@ -111,28 +111,28 @@ class Shared(Train):
         from nas.data.batches import loader
         from nas.training.supernet import Supernet
 
-        school = self.schooling
-        made = Supernet.over(family, len(school.data.classes), school.resolution, school.seed)
-        path = school.folder / f"supernet-{family}.safetensors"
+        trainer = self.trainer
+        made = Supernet.over(family, len(trainer.data.classes), trainer.resolution, trainer.seed)
+        path = trainer.folder / f"supernet-{family}.safetensors"
         if path.is_file():
-            made.to(school.device)
+            made.to(trainer.device)
             made.load(path)
             return made
-        images: Images = school.split(self._resolution(made))[0]
+        images: Images = trainer.split(self._resolution(made))[0]
         made.train(
-            loader(images, BATCH, shuffle=True, seed=school.seed),
+            loader(images, BATCH, shuffle=True, seed=trainer.seed),
             self.epochs * len(images),
             LR,
-            seed=school.seed,
-            device=school.device,
-            progress=lambda done, total, *_: school.progress(f"supernet of {family}", done, total),
+            seed=trainer.seed,
+            device=trainer.device,
+            progress=lambda done, total, *_: trainer.progress(f"supernet of {family}", done, total),
         )
-        school.folder.mkdir(parents=True, exist_ok=True)
+        trainer.folder.mkdir(parents=True, exist_ok=True)
         made.save(path)
         return made
 
     def _resolution(self, supernet: Supernet) -> int:
-        return self.schooling.resolution or supernet.arch.resolution
+        return self.trainer.resolution or supernet.arch.resolution
 
 
 def estimate_of(top1: float, images: int) -> Estimate:

@@ -33,7 +33,7 @@ Rungs = Mapping[int, float]
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedNetwork:
     """A network's features and what its training showed."""
 
     key: str
@@ -79,7 +79,7 @@ class Surrogate:
     """Fitted to networks trained to various epochs; predicts top-1 after `epochs`. noise: the least standard deviation
     of a result, what another seed would change."""
 
-    def __init__(self, trained: Sequence[Trained], epochs: int, noise: float = SEED_NOISE) -> None:
+    def __init__(self, trained: Sequence[TrainedNetwork], epochs: int, noise: float = SEED_NOISE) -> None:
         self.noise = noise
         self.trained = [each for each in trained if each.rungs]
         self.epochs = epochs

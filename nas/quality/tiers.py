@@ -6,35 +6,35 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from nas.quality.schooling import Schooling
     from nas.quality.tier import Tier
+    from nas.quality.trainer import CandidateTrainer
 
 
-def prior(schooling: Schooling | None) -> Tier:
-    from nas.quality.prior import Prior
+def prior(trainer: CandidateTrainer | None) -> Tier:
+    from nas.quality.prior import PriorTier
 
-    return Prior()
-
-
-def train(schooling: Schooling | None) -> Tier:
-    from nas.quality.trained import Train
-
-    return Train(schooling)
+    return PriorTier()
 
 
-def inherit(schooling: Schooling | None) -> Tier:
-    from nas.quality.inherit import Inherit
+def train(trainer: CandidateTrainer | None) -> Tier:
+    from nas.quality.trained import HalvingTier
 
-    return Inherit(schooling)
-
-
-def supernet(schooling: Schooling | None) -> Tier:
-    from nas.quality.shared import Shared
-
-    return Shared(schooling)
+    return HalvingTier(trainer)
 
 
-TIERS: dict[str, Callable[[Schooling | None], Tier]] = {
+def inherit(trainer: CandidateTrainer | None) -> Tier:
+    from nas.quality.inherit import InheritTier
+
+    return InheritTier(trainer)
+
+
+def supernet(trainer: CandidateTrainer | None) -> Tier:
+    from nas.quality.shared import SupernetTier
+
+    return SupernetTier(trainer)
+
+
+TIERS: dict[str, Callable[[CandidateTrainer | None], Tier]] = {
     "prior": prior,
     "train": train,
     "inherit": inherit,

@@ -21,16 +21,16 @@ import numpy as np
 from nas.files import replace_file
 from nas.intervals import joined, of_error, of_share
 from nas.quality.kept import Kept, keep
-from nas.quality.schooling import ETA
-from nas.quality.surrogate import Guess, Rungs, Surrogate, Trained, describe
+from nas.quality.surrogate import Guess, Rungs, Surrogate, TrainedNetwork, describe
 from nas.quality.tier import Estimate
+from nas.quality.trainer import ETA
 from nas.units import counted
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from nas.data.images import Images
-    from nas.quality.schooling import Schooling
+    from nas.quality.trainer import CandidateTrainer
     from nas.training.engine import Training
     from nas.training.recipes import Recipe
     from search_spaces import Arch
@@ -42,7 +42,7 @@ LOW_FROM = 128
 """Resolution from which the first epochs are trained at half of it."""
 
 
-class Train:
+class HalvingTier:
     """See the module. `estimate` trains; `predict` asks the surrogate alone."""
 
     name = "train"
@@ -51,12 +51,12 @@ class Train:
     needs_validation = False
     failed: Mapping[str, str] = {}
 
-    def __init__(self, schooling: Schooling) -> None:
-        self.schooling, self.epochs = schooling, schooling.lessons.epochs
+    def __init__(self, trainer: CandidateTrainer) -> None:
+        self.trainer, self.epochs = trainer, trainer.plan.epochs
         self._last: tuple[list[tuple[str, Rungs]], Surrogate] | None = None
-        rungs = ", ".join(map(str, schooling.rungs))
+        rungs = ", ".join(map(str, trainer.rungs))
         self.note = (
-            f"Candidates were trained up to {rungs} epoch{'s' * (rungs != '1')} of {schooling.used:,} of your training "
+            f"Candidates were trained up to {rungs} epoch{'s' * (rungs != '1')} of {trainer.used:,} of your training "
             "images and judged on others held out from training; estimates are for "
             f"{counted(self.epochs, 'epoch')} of that and serve to rank."
         )
@@ -85,12 +85,14 @@ class Train:
         """What the estimate would be after the first of these rungs."""
         key, features = arch.digest(), describe(arch, counts)
         first = min(map(int, rungs))
-        others = [each for each in self.schooling.results() if each.key != key]
-        return self._weighed(self._fitted([*others, Trained(key, features, {first: rungs[str(first)]})]), key, features)
+        others = [each for each in self.trainer.results() if each.key != key]
+        return self._weighed(
+            self._fitted([*others, TrainedNetwork(key, features, {first: rungs[str(first)]})]), key, features
+        )
 
     def complete(self, arch: Arch, counts: Table, keeps: bool = True) -> Estimate:
         """Train a network to the last rung. keeps: it is a candidate, whose weights may be wanted."""
-        others = [each for each in self.schooling.results() if each.key != arch.digest()]
+        others = [each for each in self.trainer.results() if each.key != arch.digest()]
         return self._train(arch, describe(arch, counts), others, lambda *_: True, keeps)
 
     def review(self, networks: Sequence[tuple[str, Sequence[float]]]) -> list[Estimate]:
@@ -104,9 +106,9 @@ class Train:
 
     def surrogate(self) -> Surrogate:
         """Fitted to all trainings so far."""
-        return self._fitted(self.schooling.results())
+        return self._fitted(self.trainer.results())
 
-    def _fitted(self, trained: Sequence[Trained]) -> Surrogate:
+    def _fitted(self, trained: Sequence[TrainedNetwork]) -> Surrogate:
         """The last fit is kept: until a trial ends, all ask for the same, and the next begins with what it left."""
         shown = [(each.key, each.rungs) for each in trained]
         if self._last is None or self._last[0] != shown:
@@ -117,47 +119,47 @@ class Train:
         self,
         arch: Arch,
         features: np.ndarray,
-        others: Sequence[Trained],
+        others: Sequence[TrainedNetwork],
         goes_on: Callable[..., bool],
         keeps: bool = True,
     ) -> Estimate:
         begun, key = time.monotonic(), arch.digest()
-        folder = self.schooling.folder / key[:16]
+        folder = self.trainer.folder / key[:16]
         path = folder / "rungs.json"
         judged = json.loads(path.read_text()) if path.is_file() else {}
         rungs: dict[int, float] = {}
         for epochs, shape, network, judges in self._rungs(arch, folder):
             if str(epochs) not in judged:
-                judged[str(epochs)] = self.schooling.judge(network, judges).top1
+                judged[str(epochs)] = self.trainer.judge(network, judges).top1
                 replace_file(path, json.dumps(judged).encode())
             rungs[epochs] = judged[str(epochs)]
             last = network if shape == arch else None  # at a lower resolution it is another network
-            surrogate = self._fitted([*others, Trained(key, features, dict(rungs))])
+            surrogate = self._fitted([*others, TrainedNetwork(key, features, dict(rungs))])
             guess = surrogate.predict(features)
             if not goes_on(surrogate, guess, epochs):
                 break
         if keeps and last is not None:
             scores = {each.key: self._bounded(surrogate.predict(each.features)).score for each in surrogate.trained}
-            facts = Kept(epochs, self.schooling.used, rungs[epochs], self.schooling.judged, scores[key])
-            keep(self.schooling.kept, key, last, facts, scores)
+            facts = Kept(epochs, self.trainer.used, rungs[epochs], self.trainer.judged, scores[key])
+            keep(self.trainer.kept, key, last, facts, scores)
         shutil.rmtree(folder, ignore_errors=True)
         return self._told(self._bounded(guess), features, rungs, seconds=time.monotonic() - begun)
 
     def _rungs(self, arch: Arch, folder: Path) -> Iterator[tuple[int, Arch, nn.Module, Images]]:
         """Train from rung to rung: epochs, the network and its Arch there, and the images that judge it."""
-        school, low, done = self.schooling, low_resolution(arch), 0
+        trainer, low, done = self.trainer, low_resolution(arch), 0
         weights = None
-        if low is not None and len(school.rungs) > 1:
+        if low is not None and len(trainer.rungs) > 1:
             from pruning.transfer import transfer
 
-            small, done = arch.at(low), school.rungs[0]
-            images, judges = school.split(low)
-            training = self.begin(small, images, self.recipe(self.epochs), school.seed, folder / "low")
+            small, done = arch.at(low), trainer.rungs[0]
+            images, judges = trainer.split(low)
+            training = self.begin(small, images, self.recipe(self.epochs), trainer.seed, folder / "low")
             yield done, small, self._until(training, done), judges
             weights = transfer(small, training.network.state_dict(), arch)
-        images, judges = school.split(arch.resolution)
-        training = self.begin(arch, images, self.recipe(self.epochs - done), school.seed, folder / "whole", weights)
-        for epochs in school.rungs:
+        images, judges = trainer.split(arch.resolution)
+        training = self.begin(arch, images, self.recipe(self.epochs - done), trainer.seed, folder / "whole", weights)
+        for epochs in trainer.rungs:
             if epochs > done:
                 yield epochs, arch, self._until(training, epochs - done), judges
 
@@ -165,7 +167,7 @@ class Train:
         before = self.epochs - training.recipe.epochs  # at a lower resolution
 
         def progress(done: int, total: int, _: float) -> None:
-            self.schooling.progress(f"training, epoch {before + training.epoch + 1}/{self.epochs}", done, total)
+            self.trainer.progress(f"training, epoch {before + training.epoch + 1}/{self.epochs}", done, total)
 
         try:
             training.run(epochs, progress)
@@ -184,7 +186,7 @@ class Train:
         value = min(max(guess.value, 0.0), 100.0)
         error = math.hypot(guess.error, guess.value - value)
         return Estimate.within(
-            value, error, joined(value, of_error(value, error), of_share(value, self.schooling.judged))
+            value, error, joined(value, of_error(value, error), of_share(value, self.trainer.judged))
         )
 
     def _told(self, found: Estimate, features: np.ndarray, rungs: Mapping[int, float], **more: Any) -> Estimate:
@@ -219,7 +221,7 @@ class Train:
         first = self.inherited(arch, seed) if weights is None else weights
         if first is not None:
             model.load_state_dict(dict(first))
-        return self.schooling.train(
+        return self.trainer.train(
             model, images, recipe, seed=seed, checkpoint=checkpoint, teacher=self.teacher(arch.resolution)
         )
 

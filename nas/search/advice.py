@@ -73,8 +73,8 @@ def pruning(options: SearchRequest, row: Row) -> str:
     words += ["--latency-budget", f"{options.budget_ms:g}ms", "--device", settings.device]
     words += ["--runtime", settings.runtime, "--threads", f"{settings.threads}"]
     words += ["--batch-size", f"{settings.batch_size}", "--precision", settings.precision]
-    if options.lessons and options.lessons.data:
-        words += ["--data", options.lessons.data]
+    if options.plan and options.plan.data:
+        words += ["--data", options.plan.data]
     return shlex.join(words)
 
 
@@ -84,7 +84,7 @@ def unsearched(options: SearchRequest) -> list[str]:
 
     lines = []
     left_out = sorted(set(FAMILIES) - set(options.families))
-    if left_out and not (options.lessons and options.lessons.parent):
+    if left_out and not (options.plan and options.plan.parent):
         lines.append(f"--family: {', '.join(left_out)} were not searched")
     lowest = min(FAMILIES[family].space.options["resolution"][0] for family in options.families)
     smaller = "" if options.resolution else f"lower resolutions (down to {lowest} px) and "

@@ -20,13 +20,13 @@ from nas.errors import TrainingError, UserError
 from nas.export.artifact import save_weights
 from nas.files import replace_file
 from nas.intervals import LEVEL, Interval, agreement, joined, of_accuracies, of_difference, of_share, top1_words
-from nas.quality.schooling import COMPLETED, results_of
+from nas.search.trainings import COMPLETED, results_of
 from nas.units import counted
 
 if TYPE_CHECKING:
     import optuna
 
-    from nas.quality.trained import Train
+    from nas.quality.trained import HalvingTier
     from nas.search.request import SearchRequest
     from search_spaces import Arch
 
@@ -36,7 +36,7 @@ BEST = 3
 ONE_SEED = "one seed: the spread of seeds is not in it"
 
 
-def review(tier: Train, rows: Sequence[Row], selects: bool) -> list[Row]:
+def review(tier: HalvingTier, rows: Sequence[Row], selects: bool) -> list[Row]:
     """Rows with the estimates that all trainings of the study support; `selects` says whether these rank them."""
     known = [row for row in rows if row["features"]]
     found = tier.review([(row["digest"], row["features"]) for row in known])
@@ -57,7 +57,7 @@ def review(tier: Train, rows: Sequence[Row], selects: bool) -> list[Row]:
 
 def settle(
     study: optuna.Study,
-    tier: Train,
+    tier: HalvingTier,
     rows: Sequence[Row],
     selects: bool,
     note: Callable[[str], None],
@@ -148,27 +148,27 @@ class FullTraining:
             raise UserError(f"{path} is damaged: remove it, and the network is trained again") from None
 
 
-def train_fully(options: SearchRequest, tier: Train, label: str, arch: Arch) -> Accuracies:
+def train_fully(options: SearchRequest, tier: HalvingTier, label: str, arch: Arch) -> Accuracies:
     """Train a network from every seed on all training images; weights of the first seed are kept beside the result.
 
     Raises:
         TrainingError: the loss is no longer finite.
     """
-    school, lessons = tier.schooling, options.lessons
-    data = school.data.at(arch.resolution)
-    recipe = tier.recipe(lessons.final_epochs)
+    trainer, plan = tier.trainer, options.plan
+    data = trainer.data.at(arch.resolution)
+    recipe = tier.recipe(plan.final_epochs)
     made: list[FullTraining] = []
-    for seed in range(lessons.seeds):
+    for seed in range(plan.seeds):
         path = result_path(options, arch, seed)
         if not path.is_file():
             path.parent.mkdir(exist_ok=True)
             begun = time.monotonic()
             training = tier.begin(arch, data.train, recipe, seed, path.with_suffix(".state"))
-            training.run(None, lambda d, t, *_, s=seed: school.progress(f"final training, {label}, seed {s}", d, t))
+            training.run(None, lambda d, t, *_, s=seed: trainer.progress(f"final training, {label}, seed {s}", d, t))
             training.loader.close()
             if seed == 0:
                 save_weights(training.network, path.with_suffix(".safetensors"))
-            found = school.judge(training.network, data.val)
+            found = trainer.judge(training.network, data.val)
             hits = "".join("01"[hit] for hit in found.hits)
             row = FullTraining(found.top1, found.total, time.monotonic() - begun, hits)
             replace_file(path, json.dumps(dataclasses.asdict(row)).encode())
@@ -187,7 +187,7 @@ def weights_of(options: SearchRequest, arch: Arch) -> Path | None:
 
 def result_path(options: SearchRequest, arch: Arch, seed: int) -> Path:
     """Where a final training's result is kept; its checkpoint and weights are beside it."""
-    return options.folder / "final" / f"{arch.digest()[:16]}-{options.lessons.final_epochs}-seed{seed}.json"
+    return options.folder / "final" / f"{arch.digest()[:16]}-{options.plan.final_epochs}-seed{seed}.json"
 
 
 def compare_means(first: Accuracies, second: Accuracies) -> dict[str, Any]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from nas.measure.runtime import Settings
 
 
-JOURNAL, HARDWARE, LESSONS = "study.journal", "hardware.json", "lessons.json"
+JOURNAL, HARDWARE, TRAINING_INPUTS = "study.journal", "hardware.json", "lessons.json"
 
 
 ELSEWHERE = ("budget_ms", "families", "space", "hardware", "throughput_at")
@@ -33,7 +33,7 @@ def withdraw(study: optuna.Study, folder: Path) -> None:
 
     def decide() -> None:
         if not study.get_trials(deepcopy=False) and not (folder / "tmp").exists():
-            for name in (JOURNAL, f"{JOURNAL}.guard", HARDWARE, LESSONS):
+            for name in (JOURNAL, f"{JOURNAL}.guard", HARDWARE, TRAINING_INPUTS):
                 (folder / name).unlink(missing_ok=True)
 
     alone(study._storage, decide)
@@ -41,8 +41,8 @@ def withdraw(study: optuna.Study, folder: Path) -> None:
         folder.rmdir()
 
 
-def lessons_of(folder: Path, agreed: Mapping[str, Any]) -> str:
-    """What a folder's trainings depend on, for its `LESSONS`: they are found there by their networks alone.
+def training_inputs(folder: Path, agreed: Mapping[str, Any]) -> str:
+    """What a folder's trainings depend on, for its `TRAINING_INPUTS`: they are found there by their networks alone.
 
     Raises:
         UserError: trainings of others are there, though the study may not be: its journal was removed, say.
@@ -51,8 +51,8 @@ def lessons_of(folder: Path, agreed: Mapping[str, Any]) -> str:
 
     wanted = json.loads(json.dumps({key: value for key, value in agreed.items() if key not in ELSEWHERE}))
     found = wanted
-    if (folder / LESSONS).is_file():
-        found = json.loads((folder / LESSONS).read_text())
+    if (folder / TRAINING_INPUTS).is_file():
+        found = json.loads((folder / TRAINING_INPUTS).read_text())
     elif any((folder / name).exists() for name in ("final", "training", "kept")):
         found = {}
     if older(found, wanted):

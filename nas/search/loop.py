@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from nas.errors import UserError
 from nas.files import replace_file, sweep_drafts
 from nas.measure.device import check_settings, device_lock
-from nas.search.folder import LESSONS, lessons_of, make_folder, withdraw, write_hardware
+from nas.search.folder import TRAINING_INPUTS, make_folder, training_inputs, withdraw, write_hardware
 from nas.search.log import Clock, SearchLog
 from nas.search.published import enqueue_published
 from nas.search.request import meta, storage_of
@@ -60,7 +60,7 @@ def search(
 
     Args:
         phase: called with what goes on inside a trial, what is done of it and its total, 0 where nothing is counted.
-        data: the images of `options.lessons`.
+        data: the images that candidates train on, with `options.plan`.
 
     Raises:
         UserError: settings this machine cannot measure, a folder or storage that cannot be used, a study that
@@ -68,8 +68,8 @@ def search(
     """
     from nas.export.quantize import NOISE, calibration_images
     from nas.measure.hardware import busy_line
-    from nas.quality.schooling import open_schooling
     from nas.quality.tiers import TIERS
+    from nas.search.trainings import open_trainer
     from nas.study.samplers import make_sampler
     from nas.study.storage import storage_errors
     from nas.study.trials import due, open_study, sweep
@@ -81,15 +81,15 @@ def search(
     storage = storage_of(options)
     try:
         agreed = meta(options, data)
-        lessons = lessons_of(options.folder, agreed) if options.lessons else None
+        inputs = training_inputs(options.folder, agreed) if options.plan else None
         study = open_study(options.study, storage, agreed, sampler)
     except UserError:
         with suppress(OSError):  # it holds something
             if made:
                 options.folder.rmdir()
         raise
-    if lessons is not None:
-        replace_file(options.folder / LESSONS, lessons)
+    if inputs is not None:
+        replace_file(options.folder / TRAINING_INPUTS, inputs)
     run = SearchLog(datetime.now().astimezone().isoformat(timespec="seconds"))
     with device_lock(options.settings.device):  # what another vitnas does there is not this machine's load
         run.hardware = write_hardware(options.folder, options.settings)
@@ -124,11 +124,11 @@ def search(
 
             stage = Stage(phase)
             progress(state_of(study, options, run))
-            schooling = None
-            if options.lessons is not None and data is not None:
+            trainer = None
+            if options.plan is not None and data is not None:
                 folder, seed = options.folder / "training", options.seed or 0
-                schooling = open_schooling(options.lessons, data, study, folder, seed, options.resolution, stage, say)
-            run.tier = TIERS[options.quality](schooling)
+                trainer = open_trainer(options.plan, data, study, folder, seed, options.resolution, stage, say)
+            run.tier = TIERS[options.quality](trainer)
             if run.tier.trained and options.sampler == "auto":
                 from nas.search.propose import Proposer
 

@@ -22,7 +22,7 @@ from nas.measure.budget import Verdict
 from nas.measure.protocol import BUSY_SPREAD
 from nas.measure.runtime import RUNTIMES
 from nas.quality.kept import Kept, path_of, read
-from nas.quality.schooling import parent_weights
+from nas.quality.parent import parent_weights
 from nas.search.advice import advice, latencies
 from nas.search.closing import CLOSING_ROUNDS, MOST_ROUNDS, ClosingInterrupted, closing_run, ties_of
 from nas.search.final import FullTraining, result_path, weights_of
@@ -155,7 +155,7 @@ class _Finish:
                     self.final, self.beside = cut.final, cut.beside
                     raise
         if self.feasible and not self.final:
-            left_out = "closing side-by-side run" + (" and no final training" if self.options.lessons else "")
+            left_out = "closing side-by-side run" + (" and no final training" if self.options.plan else "")
             self.notes.append(f"no {left_out} was made; latencies are those of the single trials")
         if self.options.against and self.feasible and not self.beside:
             self.notes.append(
@@ -194,7 +194,7 @@ class _Finish:
         """Some validation images of a search that trains."""
         from nas.data.dataset import some_of
 
-        return some_of(self.tier.schooling.data.at(arch.resolution).val) if self.trained else None
+        return some_of(self.tier.trainer.data.at(arch.resolution).val) if self.trained else None
 
     def _card(self, arch: Arch, trained: bool) -> Card:
         """What best/ says of its network; its accuracy is that of its own weights: the first seed's, or those that the
@@ -202,7 +202,7 @@ class _Finish:
         if not self.trained:
             card = Card.untrained(arch.resolution)
         else:
-            data = self.tier.schooling.data.at(arch.resolution)
+            data = self.tier.trainer.data.at(arch.resolution)
             card = Card(preprocess=Preprocess.of(data.val.transform))
             if self.kept:
                 card = Card.of(data, self.kept.top1, self.kept.judged, HELD_OUT)
@@ -233,7 +233,7 @@ class _Finish:
         with self._step("best/"):
             start_best(arch, folder, weights)
             if weights is not None:
-                record(folder, images, parent_weights(options.lessons.parent))
+                record(folder, images, parent_weights(options.plan.parent))
         converted = options.settings.precision in CONVERTED and RUNTIMES[options.settings.runtime].artifact == "onnx"
         with self._step("best/model.onnx"):
             card = self._card(arch, weights is not None)
@@ -255,12 +255,12 @@ class _Finish:
 
     def _weights(self, arch: Arch) -> tuple[Path | None, Images]:
         """A network's weights, the fullest training's that there is, and what they were trained on; sets `kept`."""
-        school, full = self.tier.schooling, weights_of(self.options, arch)
-        short = path_of(school.kept, arch.digest())
+        trainer, full = self.tier.trainer, weights_of(self.options, arch)
+        short = path_of(trainer.kept, arch.digest())
         self.kept = None if full else read(short)
         if self.kept:
-            return short, school.taught(arch.resolution)
-        return full, school.data.train
+            return short, trainer.taught(arch.resolution)
+        return full, trainer.data.train
 
     def _failures(self) -> list[str]:
         return [*self.outset.failures, *self.end.failures]
@@ -308,14 +308,14 @@ class _Finish:
     def _about_data(self) -> dict[str, Any]:
         from nas.data.about import summary
 
-        return asdict(summary(self.tier.schooling.data))
+        return asdict(summary(self.tier.trainer.data))
 
     def _remarks(self, measured: Sequence[Row], trained: bool) -> Iterator[str]:
         """What a reader of the figures should know. trained: the weights in best/."""
         if self.trained:
             from nas.data.batches import skipped_line
 
-            skipped = skipped_line(self.tier.schooling.loaders)
+            skipped = skipped_line(self.tier.trainer.loaders)
             if skipped:
                 yield skipped
         if self.accuracy:
@@ -360,8 +360,8 @@ def accuracy_of(
         return None
     table = {
         "rows": [each.to_dict() for each in found],
-        "epochs": options.lessons.final_epochs,
-        "recipe": tier.recipe(options.lessons.final_epochs).name,
+        "epochs": options.plan.final_epochs,
+        "recipe": tier.recipe(options.plan.final_epochs).name,
         "verdict": "",
     }
     if len(found) < 2:

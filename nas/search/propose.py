@@ -17,7 +17,7 @@ from optuna.distributions import CategoricalDistribution, IntDistribution
 from optuna.samplers import BaseSampler, RandomSampler
 from scipy.stats import norm
 
-from nas.quality.surrogate import LEAST, Surrogate, Trained, describe
+from nas.quality.surrogate import LEAST, Surrogate, TrainedNetwork, describe
 from search_spaces import Arch, table
 from search_spaces.registry import FAMILIES
 from search_spaces.space import LEVELS, PARAMETERS, random_params
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import optuna
     from optuna.trial import FrozenTrial
 
-    from nas.quality.trained import Train
+    from nas.quality.trained import HalvingTier
     from nas.search.request import SearchRequest
 
 POOL = 48
@@ -39,7 +39,7 @@ CHANGES = 4
 class Proposer(BaseSampler):
     """See the module. With a seed, a trial's draws follow from it and the trial's number."""
 
-    def __init__(self, tier: Train, options: SearchRequest) -> None:
+    def __init__(self, tier: HalvingTier, options: SearchRequest) -> None:
         self._tier, self._options = tier, options
         self._random = RandomSampler(seed=options.seed)
         self._space = {
@@ -75,7 +75,7 @@ class Proposer(BaseSampler):
         details = [t.user_attrs["detail"] for t in measured]
         latency = Surrogate(
             [
-                Trained(one["digest"], np.array(one["training"]["features"]), {1: math.log(one["latency_ms"])})
+                TrainedNetwork(one["digest"], np.array(one["training"]["features"]), {1: math.log(one["latency_ms"])})
                 for one in details
             ],
             1,

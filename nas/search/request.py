@@ -15,7 +15,7 @@ from nas.search.folder import JOURNAL
 if TYPE_CHECKING:
     from nas.data.dataset import ImageData
     from nas.networks.targets import Target
-    from nas.quality.schooling import Lessons
+    from nas.quality.plan import TrainingPlan
     from search_spaces import Arch
 
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class SearchRequest:
     """What a search is asked to do.
 
-    resolution: of all networks (None: it is searched). lessons: how it trains. throughput_at: batch size whose
+    resolution: of all networks (None: it is searched). plan: how it trains. throughput_at: batch size whose
     throughput is the second objective (None: that of the latency). against: networks of the closing run (`targets`).
     cache: whether latencies measured earlier on this machine count.
     """
@@ -41,7 +41,7 @@ class SearchRequest:
     num_classes: int
     quality: str = "prior"
     resolution: int | None = None
-    lessons: Lessons | None = None
+    plan: TrainingPlan | None = None
     throughput_at: int | None = None
     against: tuple[Target, ...] = ()
     cache: bool = True
@@ -77,7 +77,7 @@ def default_study(options: Mapping[str, Any]) -> str:
 
 
 def meta(options: SearchRequest, data: ImageData | None = None) -> dict[str, Any]:
-    """What must agree for a command to continue a study; `data` are the images of its lessons."""
+    """What must agree for a command to continue a study; `data` are the images of its plan."""
     from nas.measure.hardware import fingerprint
     from search_spaces.registry import FAMILIES
     from search_spaces.space import fingerprint as space_fingerprint
@@ -94,14 +94,14 @@ def meta(options: SearchRequest, data: ImageData | None = None) -> dict[str, Any
         agreed["resolution"] = options.resolution
     if options.throughput_at is not None:
         agreed["throughput_at"] = options.throughput_at
-    if options.lessons is not None:
-        lessons = options.lessons
+    if options.plan is not None:
+        plan = options.plan
         agreed["training"] = {
-            "train_images": lessons.images,
-            "epochs": lessons.epochs,
+            "train_images": plan.images,
+            "epochs": plan.epochs,
             "seed": options.seed or 0,
         }
-        agreed |= identity(data, parent=network_of(lessons.parent))
+        agreed |= identity(data, parent=network_of(plan.parent))
     return agreed
 
 

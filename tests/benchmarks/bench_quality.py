@@ -24,11 +24,14 @@ import torch
 from nas.data.batches import loader
 from nas.data.dataset import open_data
 from nas.data.images import sample
-from nas.quality.inherit import Inherit
-from nas.quality.schooling import SCORED_IMAGES, Lessons, Parent, Schooling
-from nas.quality.surrogate import Surrogate, Trained, describe
-from nas.quality.trained import Train
-from nas.search.validate import SEED, tau
+from nas.quality.inherit import InheritTier
+from nas.quality.parent import SCORED_IMAGES
+from nas.quality.plan import TrainingPlan
+from nas.quality.ranking import tau
+from nas.quality.surrogate import Surrogate, TrainedNetwork, describe
+from nas.quality.trained import HalvingTier
+from nas.quality.trainer import CandidateTrainer, Parent
+from nas.search.validate import SEED
 from pruning.importance import score
 from pruning.units import anatomy
 from search_spaces import Arch, get_arch, table
@@ -78,10 +81,10 @@ def work(args: argparse.Namespace, rows: list[dict[str, Any]]) -> Iterator[dict[
     """Lines that are new, or know more than before."""
     data = open_data(args.data, args.resolution, None, 0)
     with tempfile.TemporaryDirectory() as folder:
-        lessons = Lessons(args.data, args.images, args.epochs, args.final_epochs, 1, 0)
-        school = Schooling(data, lessons, 0, "cpu", Path(folder) / "training", list, lambda *_: None)
-        tier = Train(school)
-        settings = {"images": school.used, "resolution": args.resolution, "epochs": args.final_epochs}
+        plan = TrainingPlan(args.data, args.images, args.epochs, args.final_epochs, 1, 0)
+        trainer = CandidateTrainer(data, plan, 0, "cpu", Path(folder) / "training", list, lambda *_: None)
+        tier = HalvingTier(trainer)
+        settings = {"images": trainer.used, "resolution": args.resolution, "epochs": args.final_epochs}
         mine = {row["digest"]: row for row in rows if row["family"] == args.family}
         for arch in draw(args.family, args.resolution, len(data.classes)):
             if len(mine) >= args.networks:
@@ -108,9 +111,9 @@ def work(args: argparse.Namespace, rows: list[dict[str, Any]]) -> Iterator[dict[
                 row["top1"].append(full(tier, arch_of(row), SEED + len(row["top1"])))
                 yield row
         if args.parent:
-            brief = replace(lessons, epochs=3)
-            heirs = replace(school, lessons=brief)
-            heir = Inherit(replace(heirs, parent=parent_of(args, tier)))
+            brief = replace(plan, epochs=3)
+            heirs = replace(trainer, plan=brief)
+            heir = InheritTier(replace(heirs, parent=parent_of(args, tier)))
             for row in mine.values():
                 if "inherited" not in row:
                     begun = time.process_time()
@@ -119,14 +122,14 @@ def work(args: argparse.Namespace, rows: list[dict[str, Any]]) -> Iterator[dict[
                     yield row
 
 
-def parent_of(args: argparse.Namespace, tier: Train) -> Parent:
+def parent_of(args: argparse.Namespace, tier: HalvingTier) -> Parent:
     """A published network trained for twice the epochs of a full training, on the images a search uses."""
-    school = tier.schooling
-    arch = get_arch(args.parent, len(school.data.classes)).at(args.resolution)
-    images, judge = school.split(args.resolution)
-    training = tier.begin(arch, images, tier.recipe(2 * args.final_epochs), 0, school.folder / "parent")
+    trainer = tier.trainer
+    arch = get_arch(args.parent, len(trainer.data.classes)).at(args.resolution)
+    images, judge = trainer.split(args.resolution)
+    training = tier.begin(arch, images, tier.recipe(2 * args.final_epochs), 0, trainer.folder / "parent")
     training.run()
-    print(f"parent {args.parent}: {school.judge(training.network, judge).top1:.1f} %", flush=True)
+    print(f"parent {args.parent}: {trainer.judge(training.network, judge).top1:.1f} %", flush=True)
     scored = list(loader(sample(images, SCORED_IMAGES, 0), 32, shuffle=False, seed=0))
     scores = score(training.network, anatomy(arch), scored, "taylor")
     return Parent(args.parent, arch, training.network.state_dict(), scores)
@@ -145,13 +148,13 @@ def draw(family: str, resolution: int, classes: int) -> Iterator[Arch]:
             yield arch
 
 
-def full(tier: Train, arch: Arch, seed: int) -> float:
+def full(tier: HalvingTier, arch: Arch, seed: int) -> float:
     """Top-1 on the images that judge after a full training on all the others that a search uses."""
-    images, judge = tier.schooling.split(arch.resolution)
-    recipe = tier.recipe(tier.schooling.lessons.final_epochs)
-    training = tier.begin(arch, images, recipe, seed, tier.schooling.folder / f"{arch.digest()[:16]}-{seed}")
+    images, judge = tier.trainer.split(arch.resolution)
+    recipe = tier.recipe(tier.trainer.plan.final_epochs)
+    training = tier.begin(arch, images, recipe, seed, tier.trainer.folder / f"{arch.digest()[:16]}-{seed}")
     training.run()
-    return tier.schooling.judge(training.network, judge).top1
+    return tier.trainer.judge(training.network, judge).top1
 
 
 def arch_of(row: dict[str, Any]) -> Arch:
@@ -185,9 +188,11 @@ def print_table(family: str, rows: list[dict[str, Any]]) -> None:
             print(f"  {tier}: {np.median(costs):.0f} CPU-seconds a network")
 
 
-def known(row: dict[str, Any], last: int) -> Trained:
+def known(row: dict[str, Any], last: int) -> TrainedNetwork:
     arch = arch_of(row)
-    return Trained(row["digest"], describe(arch, table(arch)), {int(e): top1 for e, top1 in row["rungs"].items()})
+    return TrainedNetwork(
+        row["digest"], describe(arch, table(arch)), {int(e): top1 for e, top1 in row["rungs"].items()}
+    )
 
 
 def show(name: str, found: dict[str, Any], regret: float | None) -> None:

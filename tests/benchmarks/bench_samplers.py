@@ -22,7 +22,7 @@ import optuna
 from scipy.optimize import nnls
 
 from nas.measure.runtime import Settings
-from nas.quality.prior import Prior
+from nas.quality.prior import PriorTier
 from nas.search.published import choices, published_order
 from nas.search.request import SearchRequest
 from nas.search.trial import suggest
@@ -122,7 +122,7 @@ class World:
 
     def __init__(self, points: list[Point], trial_s: float, reference_ms: float, budget: float) -> None:
         self.options = SearchRequest(budget, Settings(), tuple(FAMILIES), 100, None, "", Path(), None, "", None, 1000)
-        self.trial_s, self._fit, self._prior = trial_s, LatencyFit(points), Prior()
+        self.trial_s, self._fit, self._prior = trial_s, LatencyFit(points), PriorTier()
         self._known: dict[str, tuple[float, float]] = {}
         self.published = []
         for name in published_order(self.options, reference_ms)[: self.options.trials // 4]:

@@ -33,8 +33,9 @@ from nas.export.artifact import to_onnx, write_artifact
 from nas.measure.device import compare, device_lock
 from nas.measure.protocol import Measurer
 from nas.measure.runtime import Settings
-from nas.quality.schooling import Lessons, Schooling
-from nas.quality.trained import Train
+from nas.quality.plan import TrainingPlan
+from nas.quality.trained import HalvingTier
+from nas.quality.trainer import CandidateTrainer
 from nas.search.final import Accuracies, compare_means, verdict
 from nas.search.trial import reference_arch
 from nas.training.engine import Training, evaluate
@@ -64,16 +65,16 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
-    school = schooling(args)
+    trainer = open_trainer(args)
     models: dict[str, dict[str, Any]] = {f"timm/{name}": {"timm": name} for name in CNNS}
     if args.stage != "cnns":
-        arches = once(args.out / "contestants.json", lambda: contestants(args, school))
+        arches = once(args.out / "contestants.json", lambda: contestants(args, trainer))
         models = {name: {"arch": arch} for name, arch in arches["arches"].items()} | models
     if args.stage == "search":
         return
     jobs = [(name, seed) for seed in range(args.seeds) for name in args.only or models]
     for name, seed in jobs:
-        once(result_path(args, name, seed), lambda n=name, s=seed: trained(args, school, models[n], s))
+        once(result_path(args, name, seed), lambda n=name, s=seed: trained(args, trainer, models[n], s))
     if args.stage in ("cnns", "train"):
         return
     print_table(args, models, arches, once(args.out / "latency.json", lambda: latencies(args, models)))
@@ -96,34 +97,34 @@ def settings_of(args: argparse.Namespace) -> Settings:
     return Settings(runtime="onnxruntime", device="cpu", threads=1, batch_size=1)
 
 
-def schooling(args: argparse.Namespace) -> Schooling:
+def open_trainer(args: argparse.Namespace) -> CandidateTrainer:
     data = open_data(args.data, args.resolution, None, 0)
-    lessons = Lessons(args.data, args.images, args.epochs, args.final_epochs, args.seeds, 0)
-    return Schooling(data, lessons, 0, "cpu", args.out / "training", list, lambda *_: None)
+    plan = TrainingPlan(args.data, args.images, args.epochs, args.final_epochs, args.seeds, 0)
+    return CandidateTrainer(data, plan, 0, "cpu", args.out / "training", list, lambda *_: None)
 
 
-def contestants(args: argparse.Namespace, school: Schooling) -> dict[str, Any]:
+def contestants(args: argparse.Namespace, trainer: CandidateTrainer) -> dict[str, Any]:
     """Archs by role, and what finding each cost in CPU-seconds."""
-    searched = search(args, "train", "--data", args.data, *lessons_words(args))
-    prior = search(args, "prior", "--num-classes", str(len(school.data.classes)))
+    searched = search(args, "train", "--data", args.data, *training_words(args))
+    prior = search(args, "prior", "--num-classes", str(len(trainer.data.classes)))
     budget_ms = searched["budget_ms"]
     found = {"search (train)": searched["winner"]["arch"], "search (prior)": prior["winner"]["arch"]}
     costs: dict[str, float] = {}
     epochs = trained_epochs(args)
-    best, costs["random"] = random_search(args, school, budget_ms, epochs)
+    best, costs["random"] = random_search(args, trainer, budget_ms, epochs)
     print(f"the search trained {epochs} epochs in all", flush=True)
     found["random"] = best
     published = sorted(
         (row for row in searched["final"] if row["name"] and row["verdict"] == "fits"), key=lambda r: -r["latency_ms"]
     )
     for row in published[: args.published]:
-        arch = get_arch(row["name"], len(school.data.classes)).at(args.resolution)
+        arch = get_arch(row["name"], len(trainer.data.classes)).at(args.resolution)
         found[row["name"]] = arch.model_dump(mode="json")
     costs["search (train)"] = costs["random"] * epochs / (epochs // args.epochs * args.epochs)
     return {"arches": found, "cpu_seconds": costs, "budget_ms": budget_ms}
 
 
-def lessons_words(args: argparse.Namespace) -> list[str]:
+def training_words(args: argparse.Namespace) -> list[str]:
     return [
         *("--train-images", str(args.images), "--epochs", str(args.epochs)),
         *("--final-epochs", "1", "--seeds", "1"),
@@ -160,7 +161,7 @@ def trained_epochs(args: argparse.Namespace) -> int:
     """Epochs that all of a search's candidates together were trained for."""
     import optuna
 
-    from nas.quality.schooling import results_of
+    from nas.search.trainings import results_of
     from nas.study.storage import open_storage
 
     storage = open_storage(args.out / "train" / "study.journal", read_only=True)
@@ -169,11 +170,11 @@ def trained_epochs(args: argparse.Namespace) -> int:
 
 
 def random_search(
-    args: argparse.Namespace, school: Schooling, budget_ms: float, epochs: int
+    args: argparse.Namespace, trainer: CandidateTrainer, budget_ms: float, epochs: int
 ) -> tuple[dict[str, Any], float]:
     """The best on the images that judge of random networks within the budget, each trained to the last rung, for as
     many epochs together as given; and the CPU-seconds of their trainings."""
-    rng, tier = np.random.default_rng(0), Train(school)
+    rng, tier = np.random.default_rng(0), HalvingTier(trainer)
     best, top1, seconds = None, -1.0, 0.0
     with tempfile.TemporaryDirectory() as folder:
         reference = write_artifact(reference_arch(), settings_of(args), Path(folder) / "reference")
@@ -183,7 +184,7 @@ def random_search(
                 while True:
                     family = list(FAMILIES)[rng.integers(len(FAMILIES))]
                     space = FAMILIES[family].space
-                    arch = space.decode(random_params(rng), len(school.data.classes), args.resolution)
+                    arch = space.decode(random_params(rng), len(trainer.data.classes), args.resolution)
                     measurer.prepare()
                     path = write_artifact(arch, settings_of(args), Path(folder) / "candidate")
                     if measurer.measure(path, budget_ms).p50_ms <= budget_ms:
@@ -205,15 +206,15 @@ def build(what: Mapping[str, Any], args: argparse.Namespace, classes: int) -> nn
     return timm.create_model(what["timm"], num_classes=classes)
 
 
-def trained(args: argparse.Namespace, school: Schooling, what: Mapping[str, Any], seed: int) -> dict[str, Any]:
+def trained(args: argparse.Namespace, trainer: CandidateTrainer, what: Mapping[str, Any], seed: int) -> dict[str, Any]:
     """One full training by the recipe that searches end with."""
     torch.manual_seed(seed)
-    images, _ = school.split(args.resolution)
+    images, _ = trainer.split(args.resolution)
     recipe = replace(RECIPES["quick"], epochs=args.final_epochs)
     begun = time.process_time()
-    training = Training(build(what, args, len(school.data.classes)), images, recipe, seed=seed)
+    training = Training(build(what, args, len(trainer.data.classes)), images, recipe, seed=seed)
     training.run()
-    tested = sample(school.data.at(args.resolution).val, TESTED_IMAGES, 0)
+    tested = sample(trainer.data.at(args.resolution).val, TESTED_IMAGES, 0)
     found = evaluate(training.network, loader(tested, 64, shuffle=False, seed=0))
     return {"top1": found.top1, "images": found.total, "cpu_seconds": time.process_time() - begun}
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import kendalltau
 
-from nas.quality.surrogate import Surrogate, Trained
+from nas.quality.surrogate import Surrogate, TrainedNetwork
 
 EPOCHS = 300
 DRAWS = 10
@@ -63,7 +63,7 @@ def drawn(features: np.ndarray, top1: np.ndarray, count: int, seed: int) -> tupl
     """tau and error on the rest after fitting to `count` networks, and the error that the surrogate states."""
     order = np.random.default_rng(seed).permutation(len(top1))
     seen, rest = order[:count], order[count:]
-    surrogate = Surrogate([Trained(str(i), features[i], {EPOCHS: top1[i]}) for i in seen], EPOCHS, NOISE)
+    surrogate = Surrogate([TrainedNetwork(str(i), features[i], {EPOCHS: top1[i]}) for i in seen], EPOCHS, NOISE)
     found = np.array([surrogate.predict(features[i]).value for i in rest])
     stated, _ = surrogate.held_out()
     return kendalltau(found, top1[rest]).statistic, float(np.abs(found - top1[rest]).mean()), stated

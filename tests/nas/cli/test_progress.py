@@ -18,7 +18,7 @@ from nas.search.loop import Progress
 
 BEST = {"family": "efficientvit", "latency_ms": 1.234, "quality": 36.84}
 TRIALS = Line("trials", 12, 100, 750, ("8 within 1.5 ms", "best score 36.8 (efficientvit, 1.23 ms)"))
-SEARCH = SimpleNamespace(trials=12, budget_ms=1.5, lessons=None, timeout_s=None)
+SEARCH = SimpleNamespace(trials=12, budget_ms=1.5, plan=None, timeout_s=None)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ from types import SimpleNamespace
 from nas.cli.progress import watch
 from nas.search.loop import Progress
 best = {"family": "efficientvit", "latency_ms": 1.234, "quality": 36.84}
-with watch(SimpleNamespace(trials=12, budget_ms=1.5, lessons=None, timeout_s=None)) as (update, say, phase):
+with watch(SimpleNamespace(trials=12, budget_ms=1.5, plan=None, timeout_s=None)) as (update, say, phase):
     update(Progress(10, 12, 8, best, 60.0, 1.0))
     phase("measuring the reference network efficientvit_m0", 0, 0)
     say("a line that stays, with more words than a narrow terminal can hold in one of its lines: " + "word " * 20)

@@ -84,10 +84,10 @@ def test_what_an_older_vitnas_began_goes_on_only_where_it_is_finished(tmp_path):
     Job(tmp_path, {}, said.append, print, "cpu").agree(today)
     assert len(said) == 1
     assert "by an older vitnas" in said[0]
-    lessons = search_folder.lessons_of(tmp_path, begun.state.inputs)
-    (tmp_path / search_folder.LESSONS).write_text(lessons)
+    inputs = search_folder.training_inputs(tmp_path, begun.state.inputs)
+    (tmp_path / search_folder.TRAINING_INPUTS).write_text(inputs)
     with pytest.raises(UserError, match="trainings of an older vitnas; use --study"):
-        search_folder.lessons_of(tmp_path, today)
+        search_folder.training_inputs(tmp_path, today)
 
 
 def test_two_prunings_of_one_folder(tmp_path, monkeypatch):

@@ -8,8 +8,9 @@ import pytest
 from torch import nn
 
 from nas.quality.kept import MOST, Kept, keep, path_of, read
-from nas.quality.schooling import Lessons, Schooling
-from nas.quality.trained import Train
+from nas.quality.plan import TrainingPlan
+from nas.quality.trained import HalvingTier
+from nas.quality.trainer import CandidateTrainer
 from search_spaces import Arch, get_arch, table
 
 
@@ -46,7 +47,7 @@ def test_a_file_that_is_gone_or_another_s_is_no_training(tmp_path):
     assert read(tmp_path / "foreign.safetensors") is None
 
 
-class Stub(Train):
+class Stub(HalvingTier):
     """Trains nothing; a network's top-1 is a tenth of its resolution."""
 
     def begin(self, arch: Arch, images: Any, recipe: Any, seed: int, checkpoint: Path, weights: Any = None) -> Any:
@@ -59,28 +60,28 @@ class Stub(Train):
 
 @pytest.fixture
 def tier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stub:
-    lessons = Lessons("images", images=100, epochs=9, final_epochs=2, seeds=2, validate=0)
+    plan = TrainingPlan("images", images=100, epochs=9, final_epochs=2, seeds=2, validate=0)
     data = SimpleNamespace(train=range(1000), classes=range(10))
-    school = Schooling(data, lessons, 0, "cpu", tmp_path / "training", list, lambda *_: None)
-    monkeypatch.setattr(Schooling, "split", lambda self, resolution: ("train", "judge"))
+    trainer = CandidateTrainer(data, plan, 0, "cpu", tmp_path / "training", list, lambda *_: None)
+    monkeypatch.setattr(CandidateTrainer, "split", lambda self, resolution: ("train", "judge"))
     monkeypatch.setattr(
-        Schooling, "judge", lambda self, network, images: SimpleNamespace(top1=network.arch.resolution / 10)
+        CandidateTrainer, "judge", lambda self, network, images: SimpleNamespace(top1=network.arch.resolution / 10)
     )
     monkeypatch.setattr("pruning.transfer.transfer", lambda *_: {})
-    return Stub(school)
+    return Stub(trainer)
 
 
 def test_a_candidate_is_kept_with_what_it_was_trained_and_judged_on(tier):
     arch = get_arch("shvit_s1").at(96)
     estimate = tier.estimate(arch, table(arch))
-    found = read(path_of(tier.schooling.kept, arch.digest()))
+    found = read(path_of(tier.trainer.kept, arch.digest()))
     assert found == Kept(epochs=9, images=100, top1=9.6, judged=200, score=estimate.score)
 
 
 def test_a_network_of_the_validation_takes_no_candidate_s_place(tier):
     arch = get_arch("shvit_s1").at(96)
     tier.complete(arch, table(arch), keeps=False)
-    assert not tier.schooling.kept.exists()
+    assert not tier.trainer.kept.exists()
 
 
 def test_a_training_that_ends_at_a_lower_resolution_is_not_kept(tier, monkeypatch):
@@ -89,4 +90,4 @@ def test_a_training_that_ends_at_a_lower_resolution_is_not_kept(tier, monkeypatc
     arch = get_arch("shvit_s1").at(128)
     estimate = tier.estimate(arch, table(arch))
     assert estimate.training["rungs"] == {"1": 6.4}
-    assert not tier.schooling.kept.exists()
+    assert not tier.trainer.kept.exists()

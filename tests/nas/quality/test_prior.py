@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from nas.quality.prior import Line, Prior, references, sizes
+from nas.quality.prior import Line, PriorTier, references, sizes
 from nas.quality.tier import Estimate
 from nas.quality.tiers import TIERS
 from search_spaces import get_arch, list_models, table
@@ -12,11 +12,11 @@ from search_spaces.evit import EvitArch
 
 
 @pytest.fixture(scope="module")
-def prior() -> Prior:
-    return Prior()
+def prior() -> PriorTier:
+    return PriorTier()
 
 
-def estimate(prior: Prior, arch) -> Estimate:
+def estimate(prior: PriorTier, arch) -> Estimate:
     return prior.estimate(arch, table(arch))
 
 

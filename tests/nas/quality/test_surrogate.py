@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import kendalltau
 
-from nas.quality.surrogate import LEAST, WIDE, Surrogate, Trained, describe
+from nas.quality.surrogate import LEAST, WIDE, Surrogate, TrainedNetwork, describe
 from search_spaces import get_arch, list_models, table
 
 LAST = 9
@@ -15,17 +15,17 @@ def law(x: np.ndarray, epochs: int) -> float:
     return 40 + 4 * x[0] - 6 * (x[1] - 0.5) ** 2 + 5 * np.log(epochs / LAST)
 
 
-def networks(count: int, seed: int, noise: float = 0.3, short: bool = False) -> list[Trained]:
+def networks(count: int, seed: int, noise: float = 0.3, short: bool = False) -> list[TrainedNetwork]:
     rng = np.random.default_rng(seed)
     found = []
     for i in range(count):
         x = rng.uniform(0, 1, 4)
         rungs = (1, 3) if short and i % 2 else (1, 3, LAST)
-        found.append(Trained(str(i), x, {e: law(x, e) + noise * rng.standard_normal() for e in rungs}))
+        found.append(TrainedNetwork(str(i), x, {e: law(x, e) + noise * rng.standard_normal() for e in rungs}))
     return found
 
 
-def tau_of(surrogate: Surrogate, others: list[Trained]) -> float:
+def tau_of(surrogate: Surrogate, others: list[TrainedNetwork]) -> float:
     found = [surrogate.predict(one.features).value for one in others]
     return kendalltau(found, [law(one.features, LAST) for one in others]).statistic
 
@@ -77,7 +77,7 @@ def test_little_to_learn_from():
     assert found.error == WIDE
     assert found.value == pytest.approx(np.mean([max(one.rungs.values()) for one in some]))
     assert Surrogate(some, LAST).held_out() is None
-    same = [Trained(str(i), np.zeros(4), {LAST: 50.0}) for i in range(4)]
+    same = [TrainedNetwork(str(i), np.zeros(4), {LAST: 50.0}) for i in range(4)]
     assert Surrogate(same, LAST).predict(np.zeros(4)).value == pytest.approx(50)
 
 

@@ -12,17 +12,19 @@ import pytest
 from scipy.stats import kendalltau
 
 from nas.errors import TrainingError, UserError
-from nas.quality.schooling import ETA, Lessons, Schooling, results_of
-from nas.quality.surrogate import Surrogate, Trained, describe
-from nas.quality.trained import SCREEN_FROM, Train, low_resolution
+from nas.quality.plan import TrainingPlan
+from nas.quality.ranking import GATE, RESAMPLES, selects, tau, taus
+from nas.quality.surrogate import Surrogate, TrainedNetwork, describe
+from nas.quality.trained import SCREEN_FROM, HalvingTier, low_resolution
+from nas.quality.trainer import ETA, CandidateTrainer
 from nas.search.final import Accuracies, FullTraining, compare_means, settle, verdict
 from nas.search.rows import rank
-from nas.search.validate import GATE, RESAMPLES, selects, tau, taus
+from nas.search.trainings import results_of
 from search_spaces import Arch, get_arch, table
 from search_spaces.registry import FAMILIES
 from search_spaces.space import random_params
 
-LESSONS = Lessons("images", images=100, epochs=9, final_epochs=2, seeds=2, validate=0)
+PLAN = TrainingPlan("images", images=100, epochs=9, final_epochs=2, seeds=2, validate=0)
 
 
 def arch_at(seed: int, resolution: int | None = 64):
@@ -34,11 +36,11 @@ def skill(arch) -> float:
     return 5 * math.log2(table(arch).params() / 1e6)
 
 
-class Stub(Train):
+class Stub(HalvingTier):
     """Trains nothing: top-1 follows from the network's size and its epochs. `made` lists (resolution, epochs)."""
 
-    def __init__(self, schooling: Schooling, nan_from: int | None = None) -> None:
-        super().__init__(schooling)
+    def __init__(self, trainer: CandidateTrainer, nan_from: int | None = None) -> None:
+        super().__init__(trainer)
         self.made: list[tuple[int, int]] = []
         self.nan_from = nan_from
 
@@ -65,29 +67,29 @@ class Stub(Train):
 
 
 @pytest.fixture
-def school(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Schooling:
-    known: list[Trained] = []
+def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CandidateTrainer:
+    known: list[TrainedNetwork] = []
     data = SimpleNamespace(train=range(1000), classes=range(10))
-    found = Schooling(data, LESSONS, 0, "cpu", tmp_path / "training", lambda: known, lambda *_: None)
-    monkeypatch.setattr(Schooling, "split", lambda self, resolution: ("train", "judge"))
-    monkeypatch.setattr(Schooling, "judge", lambda self, network, images: SimpleNamespace(top1=network.top1))
+    found = CandidateTrainer(data, PLAN, 0, "cpu", tmp_path / "training", lambda: known, lambda *_: None)
+    monkeypatch.setattr(CandidateTrainer, "split", lambda self, resolution: ("train", "judge"))
+    monkeypatch.setattr(CandidateTrainer, "judge", lambda self, network, images: SimpleNamespace(top1=network.top1))
     found.__dict__["known"] = known
     return found
 
 
-def learn(school: Schooling, tier: Train, arch) -> str:
+def learn(trainer: CandidateTrainer, tier: HalvingTier, arch) -> str:
     """What the search does with a trial: estimate it and keep what was learnt."""
     found = tier.estimate(arch, table(arch))
     rungs = {int(epochs): top1 for epochs, top1 in found.training["rungs"].items()}
     if rungs:
-        school.__dict__["known"].append(Trained(arch.digest(), np.array(found.training["features"]), rungs))
+        trainer.__dict__["known"].append(TrainedNetwork(arch.digest(), np.array(found.training["features"]), rungs))
     return found.how
 
 
 def test_rungs():
     def rungs(epochs: int) -> tuple[int, ...]:
-        lessons = Lessons("x", 100, epochs, 1, 1, 0)
-        return Schooling(None, lessons, 0, "cpu", Path(), list, print).rungs
+        plan = TrainingPlan("x", 100, epochs, 1, 1, 0)
+        return CandidateTrainer(None, plan, 0, "cpu", Path(), list, print).rungs
 
     assert rungs(9) == (1, 3, 9)
     assert rungs(3) == (1, 3)
@@ -95,10 +97,10 @@ def test_rungs():
     assert rungs(30) == (3, 10, 30)
 
 
-def test_halving_trains_few_to_the_end(school):
-    tier = Stub(school)
+def test_halving_trains_few_to_the_end(trainer):
+    tier = Stub(trainer)
     arches = [arch_at(seed) for seed in range(24)]
-    ways = [learn(school, tier, arch) for arch in arches]
+    ways = [learn(trainer, tier, arch) for arch in arches]
     ends = [how for how in ways if how == "trained 9 of 9 epochs"]
     first = [how for how in ways if how.startswith("trained")]
     untrained = [how for how in ways if how.startswith("predicted")]
@@ -107,14 +109,14 @@ def test_halving_trains_few_to_the_end(school):
     assert all(how.startswith("trained") for how in ways[:SCREEN_FROM])
     assert len(first) + len(untrained) == len(ways)
     by_skill = sorted(arches, key=skill)
-    known = {one.key: one.rungs for one in school.__dict__["known"]}
+    known = {one.key: one.rungs for one in trainer.__dict__["known"]}
     assert 9 in known[by_skill[-1].digest()], "the best goes to the end"
     worst = known.get(by_skill[0].digest(), {})
     assert 9 not in worst or ways[arches.index(by_skill[0])] in ways[:ETA]
-    assert not list(school.folder.glob("*")), "no checkpoint is left of a finished trial"
+    assert not list(trainer.folder.glob("*")), "no checkpoint is left of a finished trial"
 
 
-def test_one_fit_serves_until_a_training_adds_to_it(school, monkeypatch):
+def test_one_fit_serves_until_a_training_adds_to_it(trainer, monkeypatch):
     fits = []
 
     class Counted(Surrogate):
@@ -123,24 +125,24 @@ def test_one_fit_serves_until_a_training_adds_to_it(school, monkeypatch):
             super().__init__(*args)
 
     monkeypatch.setattr("nas.quality.trained.Surrogate", Counted)
-    tier, arches = Stub(school), [arch_at(seed) for seed in range(5)]
+    tier, arches = Stub(trainer), [arch_at(seed) for seed in range(5)]
     for arch in arches[:4]:
-        learn(school, tier, arch)
+        learn(trainer, tier, arch)
     assert len(fits) == 1 + len(tier.made), "one of nothing, one a rung"
     tier.predict(arches[4], table(arches[4]))
     tier.review([(arch.digest(), describe(arch, table(arch))) for arch in arches[:4]])
     tier.held_out()
     assert len(fits) == 1 + len(tier.made)
-    assert [each.key for each in tier.surrogate().trained] == [each.key for each in school.__dict__["known"]]
+    assert [each.key for each in tier.surrogate().trained] == [each.key for each in trainer.__dict__["known"]]
 
 
 @pytest.mark.parametrize("raw", [228.0, 139.0, -45.0, 62.0])
-def test_estimates_stay_within_0_and_100(school, monkeypatch, raw):
+def test_estimates_stay_within_0_and_100(trainer, monkeypatch, raw):
     """How far a guess lies outside is its error: a network that nothing like it was trained of cannot rank first."""
     from nas.quality.surrogate import Guess
 
     monkeypatch.setattr(Surrogate, "predict", lambda self, features: Guess(raw, 2.0))
-    found = Stub(school).predict(arch_at(0), table(arch_at(0)))
+    found = Stub(trainer).predict(arch_at(0), table(arch_at(0)))
     assert 0 <= found.interval.low <= found.value <= found.interval.high <= 100
     assert found.score < found.value
     if raw > 100:
@@ -149,29 +151,29 @@ def test_estimates_stay_within_0_and_100(school, monkeypatch, raw):
     json.dumps(found.to_dict())
 
 
-def test_an_interval_holds_the_noise_of_the_images_that_judge(school, monkeypatch):
+def test_an_interval_holds_the_noise_of_the_images_that_judge(trainer, monkeypatch):
     from nas.intervals import of_share
     from nas.quality.surrogate import Guess
 
     monkeypatch.setattr(Surrogate, "predict", lambda self, features: Guess(60.0, 0.01))
-    found = Stub(school).predict(arch_at(0), table(arch_at(0)))
-    assert school.judged == 200
+    found = Stub(trainer).predict(arch_at(0), table(arch_at(0)))
+    assert trainer.judged == 200
     alone = of_share(60.0, 200)
     assert found.interval.low == pytest.approx(alone.low, abs=0.01)
     assert found.interval.high == pytest.approx(alone.high, abs=0.01)
     assert found.score == pytest.approx(59.99), "the same images judge all, so they do not rank"
     monkeypatch.setattr(Surrogate, "predict", lambda self, features: Guess(60.0, 4.0))
-    wide = Stub(school).predict(arch_at(0), table(arch_at(0))).interval
+    wide = Stub(trainer).predict(arch_at(0), table(arch_at(0))).interval
     assert wide.low < 60 - 1.96 * 4 < 60 + 1.96 * 4 < wide.high
 
 
-def test_trials_tell_whether_they_were_trained(school, tmp_path):
+def test_trials_tell_whether_they_were_trained(trainer, tmp_path):
     from optuna.samplers import RandomSampler
 
     from nas.search.rows import best_of, front_of, rows_of
     from nas.study.trials import finish, open_study
 
-    study, tier = open_study("s", tmp_path / "journal", {}, RandomSampler()), Stub(school)
+    study, tier = open_study("s", tmp_path / "journal", {}, RandomSampler()), Stub(trainer)
     for seed, feasible in ((0, True), (1, False)):
         arch = arch_at(seed)
         found = (tier.estimate if feasible else tier.predict)(arch, table(arch))
@@ -186,17 +188,17 @@ def test_trials_tell_whether_they_were_trained(school, tmp_path):
     assert front_of([first, better]) == [first]
 
 
-def test_the_same_network_is_not_trained_twice(school):
-    tier = Stub(school)
-    learn(school, tier, arch_at(0))
+def test_the_same_network_is_not_trained_twice(trainer):
+    tier = Stub(trainer)
+    learn(trainer, tier, arch_at(0))
     made = list(tier.made)
-    assert learn(school, tier, arch_at(0)) == "trained 9 of 9 epochs"
+    assert learn(trainer, tier, arch_at(0)) == "trained 9 of 9 epochs"
     assert tier.made == made
 
 
-def test_a_resumed_trial_keeps_what_its_rungs_showed(school, monkeypatch):
+def test_a_resumed_trial_keeps_what_its_rungs_showed(trainer, monkeypatch):
     """Killed in epoch 6, whose checkpoint stands: rungs 1 and 3 are not judged anew on that network."""
-    tier, arch = Stub(school), arch_at(0)
+    tier, arch = Stub(trainer), arch_at(0)
     whole = tier.complete(arch, table(arch)).training["rungs"]
     until = Stub._until
 
@@ -212,29 +214,29 @@ def test_a_resumed_trial_keeps_what_its_rungs_showed(school, monkeypatch):
     assert tier.complete(arch, table(arch)).training["rungs"] == whole
 
 
-def test_large_networks_begin_at_half_their_resolution(school, monkeypatch):
+def test_large_networks_begin_at_half_their_resolution(trainer, monkeypatch):
     monkeypatch.setattr("pruning.transfer.transfer", lambda *args: {})
-    tier, arch = Stub(school), arch_at(0, 224)
-    learn(school, tier, arch)
+    tier, arch = Stub(trainer), arch_at(0, 224)
+    learn(trainer, tier, arch)
     assert tier.made == [(96, 1), (224, 2), (224, 8)]
     assert low_resolution(arch_at(0, 96)) is None
     assert low_resolution(arch_at(0, 128)) == 64
 
 
-def test_a_training_that_diverges_is_told_with_its_epoch_and_an_interrupted_one_is_kept(school):
-    tier = Stub(school, nan_from=3)
+def test_a_training_that_diverges_is_told_with_its_epoch_and_an_interrupted_one_is_kept(trainer):
+    tier = Stub(trainer, nan_from=3)
     with pytest.raises(TrainingError, match="epoch 3") as caught:
         tier.estimate(arch_at(0), table(arch_at(0)))
     assert caught.value.epoch == 3
-    assert list(school.folder.glob("*")), "its checkpoint stays for a retry"
+    assert list(trainer.folder.glob("*")), "its checkpoint stays for a retry"
 
 
-def test_the_best_are_settled_by_training_them_to_the_end(school):
-    tier = Stub(school)
-    rows, known = [], school.__dict__["known"]
+def test_the_best_are_settled_by_training_them_to_the_end(trainer):
+    tier = Stub(trainer)
+    rows, known = [], trainer.__dict__["known"]
     for i, arch in enumerate(arch_at(seed) for seed in range(12)):
         rungs = {e: 50 + skill(arch) + 8 * math.log(e / 9) for e in ((1, 3, 9) if i < 3 else (1,))}
-        known.append(Trained(arch.digest(), describe(arch, table(arch)), rungs))
+        known.append(TrainedNetwork(arch.digest(), describe(arch, table(arch)), rungs))
         rows.append(
             {
                 "trial": i,
@@ -251,7 +253,7 @@ def test_the_best_are_settled_by_training_them_to_the_end(school):
         attrs[name] = value
         for j, one in enumerate(known):
             if name.endswith(one.key):
-                known[j] = Trained(one.key, one.features, {int(e): t for e, t in value.items()})
+                known[j] = TrainedNetwork(one.key, one.features, {int(e): t for e, t in value.items()})
 
     trials = [
         SimpleNamespace(user_attrs={"detail": {"digest": one.key, "training": {"features": one.features, "rungs": {}}}})
@@ -270,16 +272,16 @@ def test_the_best_are_settled_by_training_them_to_the_end(school):
     assert len(done) < len(known)
 
 
-def test_machines_keep_each_others_trainings(school, tmp_path, monkeypatch):
+def test_machines_keep_each_others_trainings(trainer, tmp_path, monkeypatch):
     """Before one stores what it has trained, another one does: the best, and networks of the validation."""
     from optuna.samplers import RandomSampler
 
-    from nas.quality.schooling import collected
     from nas.search import validate as validation
+    from nas.search.trainings import collected
     from nas.study.trials import finish, open_study
 
     mine, theirs = (open_study("s", tmp_path / "journal", {}, RandomSampler()) for _ in range(2))
-    tier, rows = Stub(school), []
+    tier, rows = Stub(trainer), []
     for i, arch in enumerate(arch_at(seed) for seed in range(2)):
         features = describe(arch, table(arch)).tolist()
         found = {"digest": arch.digest(), "training": {"features": features, "rungs": {"1": 40.0}}}
@@ -305,7 +307,7 @@ def test_machines_keep_each_others_trainings(school, tmp_path, monkeypatch):
     drawn = [arch_at(seed) for seed in (5, 6)]
     monkeypatch.setattr(validation, "draw", lambda *_: drawn)
     monkeypatch.setattr(validation, "measure_one", measure_one)
-    options = SimpleNamespace(lessons=dataclasses.replace(LESSONS, validate=6))
+    options = SimpleNamespace(plan=dataclasses.replace(PLAN, validate=6))
     validation.validate(options, mine, tier, [row | {"macs_m": 1.0} for row in rows], print)
     assert set(collected(theirs, validation.RUN)) == {arch.digest() for arch in drawn}
 
@@ -465,11 +467,11 @@ def test_final_trainings_are_told_with_their_interval_images_and_seeds():
         ({"validate": 2}, "--validate"),
     ],
 )
-def test_lessons_out_of_range(change, word):
+def test_a_training_plan_out_of_range(change, word):
     from dataclasses import replace
 
     with pytest.raises(UserError, match=word):
-        replace(LESSONS, **change).check()
+        replace(PLAN, **change).check()
 
 
 @pytest.mark.parametrize(
@@ -519,25 +521,25 @@ def pictures(tmp_path_factory) -> Path:
     return root
 
 
-def real_school(pictures: Path, folder: Path, **more) -> Schooling:
+def real_trainer(pictures: Path, folder: Path, **more) -> CandidateTrainer:
     from nas.data.dataset import open_data
 
     data = open_data(str(pictures), 32, None, 0)
-    lessons = Lessons(str(pictures), 100, more.pop("epochs", 1), 1, 1, 0)
-    return Schooling(data, lessons, 0, "cpu", folder, list, lambda *_: None, resolution=32, **more)
+    plan = TrainingPlan(str(pictures), 100, more.pop("epochs", 1), 1, 1, 0)
+    return CandidateTrainer(data, plan, 0, "cpu", folder, list, lambda *_: None, resolution=32, **more)
 
 
 def test_judges_are_never_trained_on(pictures, tmp_path):
-    school = real_school(pictures, tmp_path)
-    rest, judge = school.halves(32)
-    assert len(judge) == school.judged == 16
+    trainer = real_trainer(pictures, tmp_path)
+    rest, judge = trainer.halves(32)
+    assert len(judge) == trainer.judged == 16
     assert not set(rest.sources) & set(judge.sources)
     assert {path.parts[-3] for path in (*rest.sources, *judge.sources)} == {"train"}, (
         "validation images are for the end"
     )
     assert len(rest) + len(judge) == 80
-    images, judges = school.split(32)
-    assert len(images) == school.used == 64
+    images, judges = trainer.split(32)
+    assert len(images) == trainer.used == 64
     assert list(judges.labels) == list(judge.labels)
 
 
@@ -554,50 +556,50 @@ def test_images_of_earlier_resolutions_are_let_go(pictures, tmp_path):
     shutil.copytree(pictures, broken)
     for label in ("dark", "light"):
         (broken / "train" / label / "0.png").write_bytes(b"broken")
-    school = real_school(broken, tmp_path)
-    tier, kept = Train(school), []
+    trainer = real_trainer(broken, tmp_path)
+    tier, kept = HalvingTier(trainer), []
     for size in (32, 64, 96):
         arch = arch_at(3, size).replace(num_classes=2)
-        images, judge = school.split(size)
+        images, judge = trainer.split(size)
         kept.append((weakref.ref(images), weakref.ref(judge)))
         tier.begin(arch, images, tier.recipe(1), 0, tmp_path / str(size)).run()
-        school.judge(create_model(arch), judge)
+        trainer.judge(create_model(arch), judge)
     del images, judge
     gc.collect()
     assert [each() for each in kept[0]] == [None, None]
-    assert "skipped 2 images" in skipped_line(school.loaders)
+    assert "skipped 2 images" in skipped_line(trainer.loaders)
 
 
-def test_candidates_inherit_the_parent_s_weights_and_its_lesson(pictures, tmp_path):
+def test_candidates_inherit_the_parent_s_weights_and_are_taught_by_it(pictures, tmp_path):
     import torch
 
-    from nas.quality.inherit import Inherit
-    from nas.quality.schooling import Parent
+    from nas.quality.inherit import InheritTier
+    from nas.quality.trainer import Parent
     from search_spaces import create_model
 
     arch = arch_at(3, 32).replace(num_classes=2)
     torch.manual_seed(1)
     weights = create_model(arch).state_dict()
-    tier = Inherit(real_school(pictures, tmp_path, parent=Parent("ours", arch, weights, {})))
-    school = tier.schooling
-    images, _ = school.split(32)
+    tier = InheritTier(real_trainer(pictures, tmp_path, parent=Parent("ours", arch, weights, {})))
+    trainer = tier.trainer
+    images, _ = trainer.split(32)
     same = tier.begin(arch, images, tier.recipe(1), 0, tmp_path / "a")
     assert all(torch.equal(value, weights[name]) for name, value in same.network.state_dict().items())
     other = arch_at(4, 32).replace(num_classes=2)
     found = tier.estimate(other, table(other))
     assert found.how == "trained 1 of 1 epoch"
     assert tier.teacher(32) is tier.teacher(32)
-    stranger = Inherit(real_school(pictures, tmp_path, parent=Parent("x", arch.replace(num_classes=7), {}, {})))
+    stranger = InheritTier(real_trainer(pictures, tmp_path, parent=Parent("x", arch.replace(num_classes=7), {}, {})))
     assert stranger.teacher(32) is None, "seven classes cannot teach two"
 
 
 def test_shared_weights_are_trained_once_and_may_not_choose_unproven(pictures, tmp_path, monkeypatch):
-    from nas.quality.shared import Shared
+    from nas.quality.shared import SupernetTier
     from nas.training.supernet import Supernet
 
     few = [arch_at(seed, 32).replace(num_classes=2) for seed in (3, 4)]
     monkeypatch.setattr(Supernet, "over", classmethod(lambda cls, *words: cls.among(few)))
-    tier = Shared(real_school(pictures, tmp_path))
+    tier = SupernetTier(real_trainer(pictures, tmp_path))
     found = [tier.estimate(arch, table(arch)) for arch in few]
     assert tier.needs_validation
     assert all(
@@ -605,7 +607,7 @@ def test_shared_weights_are_trained_once_and_may_not_choose_unproven(pictures, t
         for one in found
     )
     monkeypatch.setattr(Supernet, "train", None)
-    again = Shared(real_school(pictures, tmp_path)).estimate(few[0], table(few[0]))
+    again = SupernetTier(real_trainer(pictures, tmp_path)).estimate(few[0], table(few[0]))
     assert again.value == found[0].value, "the weights that the first one kept"
 
 
@@ -613,20 +615,20 @@ def test_a_parent_is_a_folder_with_weights(pictures, tmp_path, helpers):
     import torch
 
     from nas.export.artifact import save_weights
-    from nas.quality.schooling import find_parent
+    from nas.quality.parent import find_parent
     from search_spaces import create_model
 
-    school, said = real_school(pictures, tmp_path / "training"), []
+    trainer, said = real_trainer(pictures, tmp_path / "training"), []
     for classes, lines in ((2, 1), (7, 2)):
         folder = tmp_path / str(classes)
         folder.mkdir()
         model = helpers.randomise(create_model(arch_at(3, 32).replace(num_classes=classes)), 1)
         (folder / "arch.json").write_text(model.arch.to_json())
         with pytest.raises(UserError, match=r"has no model\.safetensors"):
-            find_parent(str(folder), school, said.append)
+            find_parent(str(folder), trainer, said.append)
         assert not said
         save_weights(model, folder / "model.safetensors")
-        found = find_parent(str(folder), school, said.append)
+        found = find_parent(str(folder), trainer, said.append)
         assert all(torch.equal(value, found.weights[name]) for name, value in model.state_dict().items())
         assert found.scores
         assert found.seen == said[0]

@@ -17,7 +17,7 @@ def lines(
     latency: float = 3.21,
     state: str = "complete",
     threads: int = 1,
-    lessons: SimpleNamespace | None = None,
+    plan: SimpleNamespace | None = None,
     closing: dict | None = None,
 ) -> list[str]:
     fixed = {
@@ -30,7 +30,7 @@ def lines(
     }
     row = fixed | {"arch": json.loads(get_arch("shvit_s1").to_json())}
     settings = SimpleNamespace(device="cpu", threads=threads, runtime="onnxruntime", batch_size=2, precision="fp32")
-    options = SimpleNamespace(settings=settings, budget_ms=1.0, families=("shvit",), lessons=lessons, resolution=None)
+    options = SimpleNamespace(settings=settings, budget_ms=1.0, families=("shvit",), plan=plan, resolution=None)
     final = [] if closing is None else [row | closing]
     return advice(options, SimpleNamespace(hardware=hardware), [row], final, COMMAND)
 
@@ -54,7 +54,7 @@ def test_one_that_was_measured_briefly_has_no_interval_to_go_by():
 
 
 def test_a_pruning_gets_the_images_of_the_search():
-    told = lines(QUIET, lessons=SimpleNamespace(data="my images", parent=None))
+    told = lines(QUIET, plan=SimpleNamespace(data="my images", parent=None))
     assert any(line.endswith("--precision fp32 --data 'my images'") for line in told)
 
 

@@ -32,9 +32,9 @@ from nas.measure.protocol import MeasureError, Measurement
 from nas.measure.remote import LinkLost
 from nas.measure.runtime import Settings
 from nas.process import WorkerError
-from nas.quality.schooling import Schooling
-from nas.quality.shared import Shared
-from nas.quality.trained import Train
+from nas.quality.shared import SupernetTier
+from nas.quality.trained import HalvingTier
+from nas.quality.trainer import CandidateTrainer
 from search_spaces import Arch, create_model, table
 
 TRIALS = 4
@@ -73,7 +73,7 @@ class Device:
         return Measurement([[latency] * 3] * 8, [[1.0] * 3] * 8)
 
 
-class Taught(Train):
+class Taught(HalvingTier):
     """Trains nothing. `faults`: raised by a training, by how many were begun before; `begun` lists their networks."""
 
     faults: dict[int, BaseException]
@@ -123,7 +123,9 @@ def tier(monkeypatch: pytest.MonkeyPatch) -> type[Taught]:
     monkeypatch.setattr(Taught, "begun", [], raising=False)
     monkeypatch.setitem(nas.quality.tiers.TIERS, "train", Taught)
     monkeypatch.setattr(
-        Schooling, "judge", lambda self, network, images: SimpleNamespace(top1=50.0, total=8, hits=(True, False) * 4)
+        CandidateTrainer,
+        "judge",
+        lambda self, network, images: SimpleNamespace(top1=50.0, total=8, hits=(True, False) * 4),
     )
 
     def save_onnx(model: Any, folder: Path, *_: Any, **__: Any) -> None:
@@ -219,7 +221,7 @@ def shared(monkeypatch: pytest.MonkeyPatch, tier: type[Taught]) -> dict[str, Bas
     """A tier whose families' weights are made up; what is raised in place of making them, by family."""
     faults: dict[str, BaseException] = {}
 
-    class Weights(Shared):
+    class Weights(SupernetTier):
         faults, begun, begin = tier.faults, tier.begun, tier.begin
 
         def _made(self, family: str) -> Any:
@@ -474,10 +476,10 @@ def test_ctrl_c_in_a_trial_leaves_the_best_of_the_search_s_own_trainings(
     cards, seen, finish = cards_of(monkeypatch), [], nas.search.outcome.finish_run
 
     def finishing(options: Any, study: Any, run: Any, *more: Any, **words: Any) -> Any:
-        school = run.tier.schooling
-        seen.append(school.halves(64)[1].sources)
+        trainer = run.tier.trainer
+        seen.append(trainer.halves(64)[1].sources)
         if not is_kept:
-            shutil.rmtree(school.kept)
+            shutil.rmtree(trainer.kept)
         return finish(options, study, run, *more, **words)
 
     monkeypatch.setattr(nas.search.outcome, "record", lambda folder, images, parent: seen.append(images.sources))

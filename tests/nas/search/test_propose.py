@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import search_spaces
-from nas.quality.surrogate import Surrogate, Trained, describe
+from nas.quality.surrogate import Surrogate, TrainedNetwork, describe
 from nas.search import propose
 from nas.search.propose import Proposer
 from search_spaces.registry import FAMILIES
@@ -64,9 +64,12 @@ def measured() -> list[SimpleNamespace]:
 
 
 def proposer(measured: list[SimpleNamespace], seed: int | None = 0) -> Proposer:
-    def results() -> list[Trained]:
+    def results() -> list[TrainedNetwork]:
         fitting = [t.user_attrs["detail"] for t in measured if t.user_attrs["feasible"]]
-        return [Trained(d["digest"], np.array(d["training"]["features"]), {9: d["quality_estimate"]}) for d in fitting]
+        return [
+            TrainedNetwork(d["digest"], np.array(d["training"]["features"]), {9: d["quality_estimate"]})
+            for d in fitting
+        ]
 
     def review(networks: list) -> list:
         details = [t.user_attrs["detail"] for t in measured]

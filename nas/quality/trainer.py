@@ -1,0 +1,143 @@
+"""What a search's candidates are trained and judged on: a part of the user's images, split once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nas.files import tell
+from nas.quality.kept import FOLDER
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor, nn
+
+    from nas.data.dataset import ImageData
+    from nas.data.images import Images
+    from nas.quality.plan import TrainingPlan
+    from nas.quality.surrogate import TrainedNetwork
+    from nas.training.engine import Accuracy, Training
+    from nas.training.recipes import Recipe
+    from search_spaces import Arch
+
+ETA = 3
+RUNGS = 3
+JUDGED_SHARE = 0.2
+JUDGED_IMAGES = 5_000
+JUDGED_BATCH = 64
+KEPT_SPLITS = 2
+"""Resolutions whose decoded images stay in memory."""
+
+
+@dataclass(frozen=True)
+class Parent:
+    """A trained network that candidates take their weights from. scores: importance of its units. seen: what is to be
+    said of the images it was trained on."""
+
+    label: str
+    arch: Arch
+    weights: Mapping[str, Tensor]
+    scores: Mapping[str, Any]
+    seen: str = ""
+
+
+@dataclass(frozen=True)
+class Skips:
+    """What is kept of a loader, whose images take memory: the names of those it could not decode, as it meets them."""
+
+    skipped: list[str]
+
+
+@dataclass(frozen=True)
+class CandidateTrainer:
+    """device: where networks train. folder: where unfinished trainings are kept. results: what the study knows of
+    earlier trainings. progress: called with what is trained, images done and in all. resolution: of all networks, where
+    the search fixes it. seen: which training images the parent's weights were trained on. loaders: of all that were in
+    use, what they skipped. say: told of want of memory."""
+
+    data: ImageData
+    plan: TrainingPlan
+    seed: int
+    device: str
+    folder: Path
+    results: Callable[[], Sequence[TrainedNetwork]]
+    progress: Callable[[str, int, int], None]
+    parent: Parent | None = None
+    resolution: int | None = None
+    seen: np.ndarray | None = None
+    loaders: list[Skips] = field(default_factory=list)
+    say: Callable[[str], None] = tell
+
+    @cached_property
+    def rungs(self) -> tuple[int, ...]:
+        """Epochs at which a network goes on or ends: 1, 3, 9 of 9."""
+        return tuple(sorted({max(1, round(self.plan.epochs / ETA**step)) for step in range(RUNGS)}))
+
+    @property
+    def kept(self) -> Path:
+        """Where the best candidates' weights are kept."""
+        return self.folder.with_name(FOLDER)
+
+    @property
+    def judged(self) -> int:
+        """How many training images are held out to judge."""
+        return min(JUDGED_IMAGES, math.ceil(JUDGED_SHARE * len(self.data.train)))
+
+    @property
+    def used(self) -> int:
+        """How many images candidates are trained on."""
+        return min(self.plan.images, len(self.data.train) - self.judged)
+
+    def split(self, resolution: int) -> tuple[Images, Images]:
+        """The images that candidates train on, and those that judge them. Both come from the training images."""
+        from nas.data.images import cached
+
+        if resolution not in self._splits:
+            while len(self._splits) >= KEPT_SPLITS:
+                del self._splits[next(iter(self._splits))]
+            used, judge = self.taught(resolution), self.halves(resolution)[1]
+            self._splits[resolution] = cached(used, resolution, self.say), cached(judge, resolution, self.say)
+        return self._splits[resolution]
+
+    def halves(self, resolution: int) -> tuple[Images, Images]:
+        """All training images but those that judge, augmented, and those that judge, as they are."""
+        from nas.data.images import hold_out
+
+        data = self.data.at(resolution)
+        rest, _ = hold_out(data.train, self.judged, self.seed, self.seen)
+        _, judge = hold_out(data.calibration, self.judged, self.seed, self.seen)
+        return rest, judge
+
+    def taught(self, resolution: int) -> Images:
+        """The images that candidates train on, not kept in memory."""
+        from nas.data.images import sample
+
+        return sample(self.halves(resolution)[0], self.plan.images, self.seed)
+
+    @cached_property
+    def _splits(self) -> dict[int, tuple[Images, Images]]:
+        return {}
+
+    def judge(self, network: nn.Module, images: Images) -> Accuracy:
+        """Accuracy on images, in order."""
+        from nas.data.batches import loader
+        from nas.training.engine import evaluate
+
+        judges = loader(images, JUDGED_BATCH, shuffle=False, seed=self.seed)
+        self.loaders.append(Skips(judges.skipped))
+        return evaluate(network, judges, self.device, self.say)
+
+    def train(self, model: nn.Module, images: Images, recipe: Recipe, **options: Any) -> Training:
+        """A training on this machine."""
+        from nas.training.engine import Training
+        from nas.training.run import default_workers
+
+        made = Training(
+            model, images, recipe, device=self.device, workers=default_workers(self.device), say=self.say, **options
+        )
+        self.loaders.append(Skips(made.loader.skipped))
+        return made

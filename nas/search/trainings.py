@@ -1,0 +1,96 @@
+"""The trainings that a study knows of, and the trainer that a search opens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nas.data.lineage import seen_among, seen_by
+from nas.quality.parent import find_parent, parent_weights
+from nas.quality.trainer import CandidateTrainer
+
+if TYPE_CHECKING:
+    import optuna
+
+    from nas.data.dataset import ImageData
+    from nas.quality.plan import TrainingPlan
+    from nas.quality.surrogate import TrainedNetwork
+
+COMPLETED = "completed "
+"""With a digest, the study attribute that holds the rungs of a training made after its trial had ended."""
+
+
+def open_trainer(
+    plan: TrainingPlan,
+    data: ImageData,
+    study: optuna.Study,
+    folder: Path,
+    seed: int,
+    resolution: int | None,
+    progress: Callable[[str, int, int], None],
+    say: Callable[[str], None],
+) -> CandidateTrainer:
+    """What trains a search's candidates.
+
+    Args:
+        study: its earlier trainings are looked up there.
+        folder: where unfinished trainings are kept.
+        resolution: of all networks; None where the search varies it.
+        progress: called with what is trained, and images done and in total.
+
+    Raises:
+        UserError: a parent without weights.
+    """
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    known = seen_by(parent_weights(plan.parent))
+    trainer = CandidateTrainer(
+        data,
+        plan,
+        seed,
+        device,
+        folder,
+        lambda: results_of(study),
+        progress,
+        resolution=resolution,
+        seen=None if known is None else seen_among(data.train, known),
+        say=say,
+    )
+    say(
+        f"training on {device}: {trainer.used:,} of {len(data.train):,} images of {data.name} "
+        f"({len(data.classes)} classes), judged on {trainer.judged:,} others of them"
+    )
+    if plan.parent is None:
+        return trainer
+    return replace(trainer, parent=find_parent(plan.parent, trainer, say))
+
+
+def results_of(study: optuna.Study) -> list[TrainedNetwork]:
+    """Every network the study has trained, however long."""
+    import numpy as np
+
+    from nas.quality.surrogate import TrainedNetwork
+
+    completed = collected(study, COMPLETED)
+    found = {}
+    for trial in study.get_trials(deepcopy=False):
+        detail = trial.user_attrs.get("detail", {})
+        training = detail.get("training")
+        if not training:
+            continue
+        rungs = completed.get(detail["digest"], training["rungs"])
+        if rungs:
+            known = {int(epochs): top1 for epochs, top1 in rungs.items()}
+            found[detail["digest"]] = TrainedNetwork(detail["digest"], np.array(training["features"]), known)
+    return list(found.values())
+
+
+def collected(study: optuna.Study, prefix: str) -> dict[str, Any]:
+    """A study's attributes whose keys have a prefix, by the rest of the key.
+
+    What several machines add to lies under a key each: in one attribute they would overwrite each other's.
+    """
+    return {key.removeprefix(prefix): value for key, value in study.user_attrs.items() if key.startswith(prefix)}
