@@ -84,9 +84,9 @@ def _measure_longer(
             raise Interrupted(results, done) from None
         for name, result in more.items():
             first = results[name]
-            if isinstance(result, MeasureError) or isinstance(first, MeasureError):
+            if isinstance(result, MeasureError):
                 failed.add(name)
-                longer.failed(name, result if isinstance(result, MeasureError) else MeasureError(str(first)))
-            else:
+                longer.failed(name, result)
+            elif isinstance(first, Measurement):
                 results[name] = replace(result, rounds_ms=first.rounds_ms + result.rounds_ms)
         done += rounds

@@ -6,8 +6,10 @@ network) and the widths of its layers in prune.json. What state/ keeps is as in 
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nas.data.about import announce
@@ -19,7 +21,6 @@ from nas.export.card import Card
 from nas.files import replace_file, scratch
 from nas.job import Progress, Say
 from nas.lock import in_turn
-from nas.measure.device import device_lock
 from nas.measure.protocol import Measurement
 from nas.measure.runtime import RUNTIMES
 from nas.networks.targets import TIMM
@@ -226,17 +227,23 @@ def _closing_run(
     progress: Callable[[int, int], None],
 ) -> dict[str, Measurement]:
     """Export both networks, keep the pruned one's file, and measure them side by side."""
-    paths = {}
-    with scratch(request.folder) as folder, device_lock(request.settings.device):
-        for name, model in models.items():
-            paths[name] = folder / f"{name}.onnx"
+    batch_size = request.settings.batch_size
+    with scratch(request.folder) as room:
+        kept = room / "model.onnx"
+
+        def export(model: nn.Module, stem: Path) -> Path:
+            path = stem.with_suffix(".onnx")
             try:
-                to_onnx(model, paths[name], resolution, request.settings.batch_size)
+                to_onnx(model, path, resolution, batch_size)
             except (RuntimeError, ValueError) as error:
                 raise UserError(f"{request.model} cannot be exported: {first_line(error)}") from None
-        agreement(models["after"], paths["after"], resolution, request.settings.batch_size)
-        results = steps.closing_run(paths, request.settings, request.budget, progress)
-        label_onnx(paths["after"], None, trained=True, card=card)
+            if model is models["after"]:
+                agreement(model, path, resolution, batch_size)
+                shutil.copyfile(path, kept)
+            return path
+
+        results = steps.closing_run(models, export, request, progress)
+        label_onnx(kept, None, trained=True, card=card)
         card.write(request.folder)
-        replace_file(request.folder / "model.onnx", paths["after"].read_bytes())
+        replace_file(request.folder / "model.onnx", kept.read_bytes())
     return results

@@ -13,15 +13,14 @@ from nas.ending import Ending
 from nas.errors import UserError
 from nas.export.artifact import save_model, save_onnx, save_weights, write_artifact
 from nas.export.card import Card
-from nas.files import job_folder, replace_file, scratch
+from nas.files import job_folder, replace_file
 from nas.job import Progress, Say
 from nas.lock import in_turn
-from nas.measure.device import device_lock
 from nas.measure.protocol import Measurement, paired_ratio
 from nas.networks.targets import TIMM
 from nas.prune import steps
 from nas.prune.images import PruneJob, compute_device
-from nas.prune.request import Budget, PruneRequest, show
+from nas.prune.request import PruneRequest, show
 from nas.prune.results import PARTS, network_row, write_results
 from nas.prune.savings import left_alone, measure_savings, rates
 from nas.prune.widths import block_rows, group_of, importance_rows
@@ -339,28 +338,19 @@ class Pruning:
         return paired_ratio(results["cut"], results["whole"])[0] * self.state.found["own"]
 
     def _compare(
-        self,
-        archs: Mapping[str, Arch],
-        rounds: int,
-        progress: Callable[[int, int], None],
-        budget: Budget | None = None,
+        self, archs: Mapping[str, Arch], rounds: int, progress: Callable[[int, int], None]
     ) -> dict[str, Measurement]:
-        """Measure untrained copies side by side: latency does not depend on weights. budget: as `closing_run` has it,
-        which is then made."""
-        settings = self.request.settings
-        with scratch(self.request.folder) as folder, device_lock(settings.device):
-            paths = {}
-            for i, (name, arch) in enumerate(archs.items()):
-                try:
-                    paths[name] = write_artifact(arch, settings, folder / str(i))
-                except (RuntimeError, ValueError) as error:
-                    raise UserError(f"this network cannot be exported: {first_line(error)}") from None
-            if budget is not None:
-                return steps.closing_run(paths, settings, budget, progress)
-            results = steps.measured(paths, settings, rounds, progress)
-        if line := steps.waiting_line(results, settings):
+        """Measure untrained copies side by side: latency does not depend on weights."""
+        results = steps.measured(archs, self._export, self.request, rounds, progress)
+        if line := steps.waiting_line(results, self.request.settings):
             raise UserError(f"{line}; the same command then goes on")
         return results
+
+    def _export(self, arch: Arch, stem: Path) -> Path:
+        try:
+            return write_artifact(arch, self.request.settings, stem)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"this network cannot be exported: {first_line(error)}") from None
 
     # Recovery, results
 
@@ -396,7 +386,7 @@ class Pruning:
             card = Card.of(self.job.data, judged["top1"], judged["images"])
             save_onnx(self.model, request.folder, request.settings.batch_size, trained=True, card=card, images=images)
         with self.end.step("closing run"), self.job.phase("closing run") as progress:
-            results = self._compare(archs, steps.CLOSING_ROUNDS, progress, self.request.budget)
+            results = steps.closing_run(archs, self._export, self.request, progress)
         self._stop_if_interrupted()
         blocks = block_rows(self.dense.arch, self.model.arch, self.state.origins)
         if any(row["before"]["heads"] for row in blocks) and not any(

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from nas.errors import UserError
 from nas.export.artifact import save_weights
+from nas.export.side_by_side import Longer, Network, Results, measure_side_by_side
 from nas.intervals import Interval, agreement, of_difference
 from nas.measure.budget import LatencyBudget, Verdict
-from nas.measure.device import compare
 from nas.measure.protocol import MeasureError, Measurement, paired_ratio, quanta, quanta_line
 from nas.measure.runtime import Settings
 from nas.prune.images import PruneJob
@@ -33,18 +32,27 @@ MOST_ROUNDS = 120
 
 
 def measured(
-    paths: Mapping[str, Path], settings: Settings, rounds: int, progress: Callable[[int, int], None] | None = None
+    networks: Mapping[str, Network],
+    export: Callable[[Network, Path], Path],
+    request: PruneRequest,
+    rounds: int,
+    progress: Callable[[int, int], None] | None = None,
+    longer: Longer | None = None,
 ) -> dict[str, Measurement]:
-    """`compare`, where every network must be measured.
+    """`measure_side_by_side`, where every network must be measured.
 
     Raises:
         UserError: one that could not be.
     """
-    results = compare(paths, settings, rounds, progress)
+    results = measure_side_by_side(networks, export, request.settings, rounds, request.folder, progress, longer)
     for name, result in results.items():
         if isinstance(result, MeasureError):
-            raise UserError(f"{name or 'the network'} could not be measured: {result}")
-    return results
+            _refuse(name, result)
+    return {name: result for name, result in results.items() if isinstance(result, Measurement)}
+
+
+def _refuse(name: str, error: MeasureError) -> NoReturn:
+    raise UserError(f"{name or 'the network'} could not be measured: {error}")
 
 
 def waiting_line(results: Mapping[str, Measurement], settings: Settings) -> str | None:
@@ -55,18 +63,21 @@ def waiting_line(results: Mapping[str, Measurement], settings: Settings) -> str 
 
 
 def closing_run(
-    paths: Mapping[str, Path], settings: Settings, budget: Budget, progress: Callable[[int, int], None] | None = None
+    networks: Mapping[str, Network],
+    export: Callable[[Network, Path], Path],
+    request: PruneRequest,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Measurement]:
     """Both networks, "before" and "after", in one interleaved run; longer, up to `MOST_ROUNDS` rounds, while it leaves
     open whether the latency budget is met."""
-    results, rounds = measured(paths, settings, CLOSING_ROUNDS, progress), CLOSING_ROUNDS
-    while rounds < MOST_ROUNDS and latency_verdict(budget, results)[0] == Verdict.UNSURE:
-        longer = measured(paths, settings, CLOSING_ROUNDS, progress)
-        results = {
-            name: replace(found, rounds_ms=found.rounds_ms + longer[name].rounds_ms) for name, found in results.items()
-        }
-        rounds += CLOSING_ROUNDS
-    return results
+
+    def which(results: Results) -> list[str]:
+        timed = {name: result for name, result in results.items() if isinstance(result, Measurement)}
+        unsure = len(timed) == len(results) and latency_verdict(request.budget, timed)[0] == Verdict.UNSURE
+        return list(results) if unsure else []
+
+    longer = Longer(which, MOST_ROUNDS, _refuse)
+    return measured(networks, export, request, CLOSING_ROUNDS, progress, longer)
 
 
 def latency_verdict(

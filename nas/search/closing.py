@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nas.errors import UserError
 from nas.export.artifact import Exporter
-from nas.files import scratch
+from nas.export.side_by_side import Longer, Results, measure_side_by_side
 from nas.measure.budget import LatencyBudget, Verdict
-from nas.measure.device import compare, device_lock
 from nas.measure.protocol import Interrupted, MeasureError, Measurement, paired_ratio
 from nas.measure.runtime import Settings
-from nas.process import WorkerError
 from nas.search.log import keep_samples
 from nas.search.rows import Row, arch_of, best_of, choose, finalists_of, label_of, rank
 
@@ -102,18 +99,28 @@ def closing_run(
         open_ones = [label for label, row in found.items() if row["verdict"] == Verdict.UNSURE]
         return [label for label in open_ones if sure is None or rank(found[label]) < rank(sure)]
 
+    def measured(exporter: Exporter, settings: Settings, rounds: int, longer: Longer | None = None) -> Results:
+        return measure_side_by_side(
+            networks | outside,
+            lambda network, stem: exporter.write(network, settings, stem),
+            settings,
+            rounds,
+            options.folder,
+            progress,
+            longer,
+        )
+
+    longer = Longer(unsure, MOST_ROUNDS, lambda label, error: note(f"{label} could not be measured longer: {error}"))
     interrupted = False
     with Exporter(calibration) as exporter:
         try:
-            results = side_by_side(
-                exporter, networks | outside, options.settings, CLOSING_ROUNDS, progress, options.folder, unsure, note
-            )
+            results = measured(exporter, options.settings, CLOSING_ROUNDS, longer)
         except Interrupted as interrupt:
             if interrupt.done < CLOSING_ROUNDS:
                 raise
             results, interrupted = interrupt.results, True
         if many and not interrupted:
-            batches = side_by_side(exporter, networks | outside, many, THROUGHPUT_ROUNDS, progress, options.folder)
+            batches = measured(exporter, many, THROUGHPUT_ROUNDS)
     for label in unsure(results):
         low, high = results[label].ci_ms
         note(
@@ -206,49 +213,6 @@ def ordered(final: Sequence[Row]) -> list[Row]:
 def together(result: Measurement) -> Measurement:
     """The rounds that all networks have made in turn."""
     return replace(result, rounds_ms=result.rounds_ms[:CLOSING_ROUNDS])
-
-
-def side_by_side(
-    exporter: Exporter,
-    networks: Mapping[str, Any],
-    settings: Settings,
-    rounds: int,
-    progress: Callable[[int, int], None] | None,
-    folder: Path,
-    unsure: Callable[[Mapping[str, Measurement | MeasureError]], Sequence[str]] = lambda results: (),
-    note: Callable[[str], None] = lambda line: None,
-) -> dict[str, Measurement | MeasureError]:
-    """One interleaved run of networks by their labels; what cannot be exported is an error of its own.
-
-    folder: the run's, for the files that are measured. unsure: of the results, those to be measured longer, up to
-    MOST_ROUNDS; one that fails then keeps what it has, which `note` is told.
-
-    Raises:
-        Interrupted: Ctrl-C; while some are measured longer, with the results until then.
-    """
-    results: dict[str, Measurement | MeasureError] = {}
-    with scratch(folder) as room, device_lock(settings.device):
-        paths = {}
-        for i, (label, network) in enumerate(networks.items()):
-            try:
-                paths[label] = exporter.write(network, settings, room / str(i))
-            except WorkerError as error:
-                results[label] = MeasureError(f"cannot be exported: {error}")
-        results |= compare(paths, settings, rounds=rounds, progress=progress)
-        done, failed = rounds, set()
-        while done < MOST_ROUNDS and (labels := [label for label in unsure(results) if label not in failed]):
-            try:
-                longer = compare({label: paths[label] for label in labels}, settings, rounds=rounds, progress=progress)
-            except KeyboardInterrupt:
-                raise Interrupted(results, done) from None
-            for label, more in longer.items():
-                if isinstance(more, MeasureError):
-                    failed.add(label)
-                    note(f"{label} could not be measured longer: {more}")
-                else:
-                    results[label] = replace(more, rounds_ms=results[label].rounds_ms + more.rounds_ms)
-            done += rounds
-    return results
 
 
 def published_top1(row: Row) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,12 +15,12 @@ import nas.prune
 import nas.prune.run
 import nas.prune.steps
 from nas.errors import UserError
+from nas.export import side_by_side
 from nas.intervals import of_share
 from nas.job import Job
 from nas.measure.budget import Verdict
 from nas.measure.protocol import Measurement
 from nas.measure.runtime import Settings
-from nas.prune import steps
 from nas.prune.request import PruneRequest, parse_pruning_budget, show
 from nas.prune.results import PARTS, network_row
 from nas.prune.run import trained_on
@@ -70,24 +71,26 @@ def test_waiting_times_judge_no_budget(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("noisy", "made", "verdict"), [(0, 1, "fits"), (1, 2, "fits"), (9, 4, "unsure")])
 def test_an_unsure_closing_run_is_made_longer(
-    monkeypatch: pytest.MonkeyPatch, noisy: int, made: int, verdict: str
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, noisy: int, made: int, verdict: str
 ) -> None:
     """Up to 120 rounds, and no further than needed; only for a latency budget."""
     runs: list[int] = []
 
-    def measured(paths, settings, rounds, progress):
+    def compare(paths, settings, rounds, progress):
         runs.append(rounds)
         after = [0.9, 1.1] * (rounds // 2) if len(runs) <= noisy else [0.9] * rounds
         return {"before": timed(*[2.0] * rounds), "after": timed(*after)}
 
-    monkeypatch.setattr(steps, "measured", measured)
+    monkeypatch.setattr(side_by_side, "compare", compare)
     budget = parse_pruning_budget(None, None, "1ms")
-    results = closing_run({}, SETTINGS, budget)
+    asked = replace(options(), folder=tmp_path, budget=budget)
+    results = closing_run({"before": 0, "after": 1}, lambda network, stem: stem, asked)
     assert len(runs) == made
     assert len(results["after"].rounds_ms) == 30 * made
     assert latency_verdict(budget, results)[0] == verdict
     runs.clear()
-    closing_run({}, SETTINGS, parse_pruning_budget("0.5x", None, None))
+    asked = replace(asked, budget=parse_pruning_budget("0.5x", None, None))
+    closing_run({"before": 0, "after": 1}, lambda network, stem: stem, asked)
     assert len(runs) == 1
 
 

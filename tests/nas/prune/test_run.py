@@ -22,6 +22,7 @@ import nas.prune.run
 import nas.prune.steps
 import nas.prune.widths
 from nas.errors import UserError
+from nas.export import side_by_side
 from nas.export.card import Card
 from nas.measure.protocol import Measurement
 from nas.prune import steps
@@ -56,7 +57,7 @@ def fake_clock(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             found[name] = Measurement(rounds_ms=[[latency] * 3] * 3)
         return found
 
-    monkeypatch.setattr(steps, "compare", compare)
+    monkeypatch.setattr(side_by_side, "compare", compare)
     monkeypatch.setattr(nas.prune.report, "png_of", lambda figure: b"")
     return runs
 
@@ -212,7 +213,9 @@ def test_latency_budget_is_met_as_measured(vitnas, images, tmp_path, fake_clock,
 def test_a_latency_budget_missed_as_measured_is_said(vitnas, images, tmp_path, monkeypatch):
     """A device on which nothing gets faster: the budget cannot be reached, one line says so."""
     monkeypatch.setattr(
-        steps, "compare", lambda paths, *_: {name: Measurement(rounds_ms=[[2.0] * 3] * 3) for name in paths}
+        side_by_side,
+        "compare",
+        lambda paths, *_, **__: {name: Measurement(rounds_ms=[[2.0] * 3] * 3) for name in paths},
     )
     trained(images, tmp_path / "net")
     command = words(tmp_path / "net", tmp_path / "out", "--data", str(images), "--latency-budget", "0.5x")
@@ -224,7 +227,7 @@ def test_a_latency_budget_missed_as_measured_is_said(vitnas, images, tmp_path, m
 
 def test_the_closing_run_decides(vitnas, images, tmp_path, fake_clock, monkeypatch):
     """A budget met while pruning and missed in the closing run is reported as missed, with exit code 1."""
-    honest = nas.prune.steps.compare
+    honest = side_by_side.compare
 
     def slower_at_the_end(paths, settings, rounds, progress=None, timeout_s=60):
         found = honest(paths, settings, rounds, progress)
@@ -232,7 +235,7 @@ def test_the_closing_run_decides(vitnas, images, tmp_path, fake_clock, monkeypat
             found["after"] = Measurement(rounds_ms=[[statistics.mean([found["before"].p50_ms])] * 3] * 3)
         return found
 
-    monkeypatch.setattr(steps, "compare", slower_at_the_end)
+    monkeypatch.setattr(side_by_side, "compare", slower_at_the_end)
     trained(images, tmp_path / "net")
     out = tmp_path / "out"
     code, printed, _ = vitnas(
@@ -254,8 +257,12 @@ def test_waiting_times_at_the_end_are_marked(vitnas, images, tmp_path, fake_cloc
     more = ("--data", str(images), "--finetune", "1", "--rounds", "1", "--no-control")
     out = tmp_path / "ms"
     command = words(tmp_path / "net", out, *more, "--latency-budget", "0.8x")
-    measured = nas.prune.steps.measured
-    monkeypatch.setattr(steps, "closing_run", lambda paths, *_: waits(paths, None, 3))
+    quiet = side_by_side.compare
+
+    def waits_at_the_end(paths, settings, rounds, progress=None):
+        return (waits if rounds == steps.CLOSING_ROUNDS else quiet)(paths, settings, rounds)
+
+    monkeypatch.setattr(side_by_side, "compare", waits_at_the_end)
     code, printed, said = vitnas(*command)
     assert code == 1
     assert printed.startswith("Other processes keep")
@@ -267,7 +274,7 @@ def test_waiting_times_at_the_end_are_marked(vitnas, images, tmp_path, fake_cloc
     assert data["budget"]["verdict"] is None
     assert "waiting times, not speed" in (out / "report.html").read_text()
     assert "not known here" in vitnas("show", str(out))[1]
-    monkeypatch.setattr(steps, "closing_run", lambda paths, *_: measured(paths, None, 3))
+    monkeypatch.setattr(side_by_side, "compare", quiet)
     assert vitnas(*command)[0] == 0
     assert not result(out)["waiting"]
     assert "not known here" not in vitnas("show", str(out))[1]
@@ -277,7 +284,7 @@ def test_waiting_times_at_the_end_are_marked(vitnas, images, tmp_path, fake_cloc
 def test_waiting_times_do_not_hinder_a_budget_of_macs(vitnas, images, tmp_path, fake_clock, monkeypatch):
     trained(images, tmp_path / "net")
     more = ("--data", str(images), "--finetune", "1", "--rounds", "1", "--no-control")
-    monkeypatch.setattr(steps, "compare", waits)
+    monkeypatch.setattr(side_by_side, "compare", waits)
     code, printed, _ = vitnas(*words(tmp_path / "net", tmp_path / "macs", *more))
     assert code == 0
     assert "waiting" in printed
@@ -286,7 +293,7 @@ def test_waiting_times_do_not_hinder_a_budget_of_macs(vitnas, images, tmp_path, 
 
 def test_a_latency_budget_is_not_begun_with_waiting_times(vitnas, images, tmp_path, fake_clock, monkeypatch):
     trained(images, tmp_path / "net")
-    monkeypatch.setattr(steps, "compare", waits)
+    monkeypatch.setattr(side_by_side, "compare", waits)
     command = words(tmp_path / "net", tmp_path / "out", "--data", str(images), "--latency-budget", "0.8x")
     code, printed, said = vitnas(*command)
     assert (code, printed) == (2, "")

@@ -322,6 +322,7 @@ def test_a_tier_that_may_not_choose_leaves_it_to_parameters():
 def test_the_closing_run_leaves_it_to_parameters_too(tmp_path, monkeypatch):
     from contextlib import nullcontext
 
+    from nas.export import side_by_side
     from nas.measure.protocol import Measurement
     from nas.search import closing
 
@@ -334,8 +335,8 @@ def test_the_closing_run_leaves_it_to_parameters_too(tmp_path, monkeypatch):
     monkeypatch.setattr(closing, "arch_of", lambda row: row["arch"])
     exporter = SimpleNamespace(write=lambda network, settings, stem: stem)
     monkeypatch.setattr(closing, "Exporter", lambda images: nullcontext(exporter))
-    monkeypatch.setattr(closing, "device_lock", lambda device: nullcontext())
-    monkeypatch.setattr(closing, "compare", lambda paths, *_, **__: dict.fromkeys(paths, Measurement([[1.0]] * 6)))
+    monkeypatch.setattr(side_by_side, "device_lock", lambda device: nullcontext())
+    monkeypatch.setattr(side_by_side, "compare", lambda paths, *_, **__: dict.fromkeys(paths, Measurement([[1.0]] * 6)))
     settings = SimpleNamespace(device="cpu", batch_size=1)
     options = SimpleNamespace(budget_ms=2.0, settings=settings, folder=tmp_path, against=(), throughput_at=None)
     for selects_, best in ((True, 1), (False, 2)):

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from nas.export import side_by_side
 from nas.measure.protocol import MeasureError, Measurement
 from nas.networks.targets import find_target
 from nas.search import closing
@@ -44,8 +45,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     monkeypatch.setattr(closing, "arch_of", lambda row: row["arch"])
     exporter = SimpleNamespace(write=lambda network, settings, stem: stem)
     monkeypatch.setattr(closing, "Exporter", lambda images: nullcontext(exporter))
-    monkeypatch.setattr(closing, "device_lock", lambda device: nullcontext())
-    monkeypatch.setattr(closing, "compare", found.compare)
+    monkeypatch.setattr(side_by_side, "device_lock", lambda device: nullcontext())
+    monkeypatch.setattr(side_by_side, "compare", found.compare)
     return found
 
 
@@ -123,7 +124,7 @@ def test_ctrl_c_while_some_are_measured_longer_keeps_the_closing_run(tmp_path, c
             raise KeyboardInterrupt
         return Clock.compare(clock, paths, *_, **options)
 
-    monkeypatch.setattr(closing, "compare", compare)
+    monkeypatch.setattr(side_by_side, "compare", compare)
     with pytest.raises(closing.ClosingInterrupted) as cut:
         close(tmp_path, clock, t0=WIDE, t1=SURE)
     assert [(row["trial"], row["role"], row["samples"]) for row in cut.value.final] == [

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import nas.export.side_by_side
 import nas.measure
 import nas.measure.hardware
 import nas.quality
@@ -106,10 +107,10 @@ def device(monkeypatch: pytest.MonkeyPatch, small_shvit: None) -> Device:
     found = Device()
     for module in (nas.search.trial, nas.search.closing):
         monkeypatch.setattr(module, "Exporter", lambda *_: nullcontext(found))
-    for module in (nas.search.loop, nas.search.trial, nas.search.closing):
+    for module in (nas.search.loop, nas.search.trial, nas.export.side_by_side):
         monkeypatch.setattr(module, "device_lock", lambda device: nullcontext())
     monkeypatch.setattr(nas.search.trial, "open_measurer", lambda *_: nullcontext(found))
-    monkeypatch.setattr(nas.search.closing, "compare", found.compare)
+    monkeypatch.setattr(nas.export.side_by_side, "compare", found.compare)
     monkeypatch.setattr(nas.search.outcome, "write_onnx", lambda arch, path, batch: path.write_bytes(b"untrained"))
     monkeypatch.setattr(nas.search.outcome, "label_onnx", lambda *_, **__: None)
     monkeypatch.setattr(nas.measure.hardware, "SAMPLE_S", 0.0)
@@ -422,7 +423,7 @@ def test_a_closing_run_that_fails(vitnas, device, tmp_path, monkeypatch, fault):
     def refused(*_: Any, **__: Any) -> None:
         raise fault
 
-    monkeypatch.setattr(nas.search.closing, "compare", refused)
+    monkeypatch.setattr(nas.export.side_by_side, "compare", refused)
     code, out, err = vitnas(*command(tmp_path, "--json"))
     assert code == 1, err
     data = json.loads(out)
@@ -449,7 +450,7 @@ def test_ctrl_c_at_the_end_keeps_what_was_done(vitnas, device, tier, pictures, t
         raise KeyboardInterrupt
 
     where = {
-        "closing": (nas.search.closing, "compare"),
+        "closing": (nas.export.side_by_side, "compare"),
         "training": (nas.search.final, "train_fully"),
         "judging": (nas.search.final, "settle"),
     }
@@ -635,7 +636,7 @@ def test_a_trained_network_stays_where_later_all_are_over_the_budget(
     assert vitnas(*trained(tmp_path, pictures))[0] == 0
     kept = best(tmp_path)
     slow = Measurement([[1000.0] * 3] * 8)
-    monkeypatch.setattr(nas.search.closing, "compare", lambda paths, *_, **__: dict.fromkeys(paths, slow))
+    monkeypatch.setattr(nas.export.side_by_side, "compare", lambda paths, *_, **__: dict.fromkeys(paths, slow))
     code, out, _ = vitnas(*trained(tmp_path, pictures))
     assert code == 1
     assert any("best/ is left as it was" in note for note in json.loads(out)["notes"])
