@@ -16,7 +16,7 @@ import socket
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -300,3 +300,16 @@ def _own_folder(parent: Path) -> tuple[Path, int]:
                 return path, file
             close_lock(file)
     raise UserError(f"no folder can be kept in {parent}: other processes remove it; give another --out")
+
+
+def check_output(option: str, path: Path, suffixes: Sequence[str] = ()) -> None:
+    """Raises UserError where the file could not be written at the end."""
+    if suffixes and path.suffix not in suffixes:
+        raise UserError(f"{option} {path}: give a name that ends in {', '.join(suffixes)}")
+    if path.is_dir():
+        raise UserError(f"{option} {path} is a folder: name a file")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"{option} {path} cannot be written: {error.strerror}") from None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from nas.errors import UserError
 from nas.measure.cache import REFERENCE, opened
-from nas.measure.protocol import quanta, quanta_line
+from nas.measure.samples import quanta, quanta_line
 
 if TYPE_CHECKING:
     from nas.measure.runtime import Settings
@@ -33,7 +33,7 @@ def fill(
     from nas.files import scratch
     from nas.measure.device import device_lock, open_measurer
     from nas.measure.hardware import describe
-    from nas.measure.protocol import MeasureError
+    from nas.measure.samples import MeasureError
     from nas.process import WorkerError
     from search_spaces import get_arch
 

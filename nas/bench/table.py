@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nas.bench.run import SETTINGS, is_tie, varying, worded
+from nas.bench.report import SETTINGS, is_tie, varying, worded
 from nas.report.tables import Column, console_of, print_table, prose
 
 WAITING = "waiting"

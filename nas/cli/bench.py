@@ -86,13 +86,16 @@ def bench(
     from nas.cli.progress import load
 
     load("nas.bench.run", quiet)
-    from nas.bench.run import PLOTS, TIMEOUT_S, Options, check_output, parse_shape, plan, run_bench, to_csv, to_plot
+    from nas.bench.onnx_input import parse_shape
+    from nas.bench.report import PLOTS, to_csv, to_plot
+    from nas.bench.request import TIMEOUT_S, BenchRequest, plan
+    from nas.bench.run import run_bench
     from nas.bench.table import show_bench
     from nas.cli.progress import watch_phases
-    from nas.files import replace_file
+    from nas.files import check_output, replace_file
     from nas.measure.device import device_lock
     from nas.measure.hardware import busy_line, describe
-    from nas.measure.protocol import MAX_ROUNDS, SURE_ROUNDS, quanta_line
+    from nas.measure.samples import MAX_ROUNDS, SURE_ROUNDS, quanta_line
     from nas.networks.targets import find_target
     from nas.units import parse_duration
 
@@ -136,7 +139,7 @@ def bench(
         check_output("--csv", csv)
     if plot:
         check_output("--plot", plot, PLOTS)
-    options = Options(
+    options = BenchRequest(
         targets=[find_target(model, resolution) for model in models],
         settings=list(dict.fromkeys(settings)),
         rounds=rounds,
@@ -173,9 +176,8 @@ def bench(
 def run_suite(name: str, settings: Any, rounds: int, csv: Path | None, as_json: bool, quiet: bool) -> None:
     """`vitnas bench --suite NAME`."""
     from nas.bench.papers import papers_csv, papers_table, run_papers
-    from nas.bench.run import check_output
     from nas.cli.progress import watch_phases
-    from nas.files import replace_file
+    from nas.files import check_output, replace_file
     from nas.measure.device import device_lock
     from nas.measure.hardware import busy_line, describe
     from nas.report.tables import console_of

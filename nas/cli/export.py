@@ -35,7 +35,7 @@ def export(
 
     Exit codes: 0 done, 2 bad input.
     """
-    from nas.export.artifact import export_folder
+    from nas.export.folder import export_folder
     from nas.networks.targets import find_arch, find_target
 
     if batch_size < 1:

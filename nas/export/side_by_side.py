@@ -9,8 +9,9 @@ from typing import TypeVar
 
 from nas.files import scratch
 from nas.measure.device import compare, device_lock
-from nas.measure.protocol import Interrupted, MeasureError, Measurement
+from nas.measure.protocol import Interrupted
 from nas.measure.runtime import Settings
+from nas.measure.samples import MeasureError, Measurement
 from nas.text import first_line
 
 Network = TypeVar("Network")

@@ -14,8 +14,9 @@ from nas.errors import DiskFull, UserError
 from nas.lock import DeviceLock
 from nas.machine import default_threads
 from nas.measure import hardware, protocol, runtime
-from nas.measure.protocol import MeasureError, Measurer
+from nas.measure.protocol import Measurer
 from nas.measure.runtime import Settings
+from nas.measure.samples import MeasureError
 from nas.process import serve, tell
 
 FILES = Path("files")

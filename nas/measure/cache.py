@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nas.errors import DiskFull, UserError, is_full
-from nas.measure.protocol import SURE_ROUNDS, Measurement, quanta
+from nas.measure.samples import SURE_ROUNDS, Measurement, quanta
 
 if TYPE_CHECKING:
     from nas.measure.runtime import Settings
@@ -32,9 +32,10 @@ SAME_SPEED = 0.05  # the reference network's latency then and now, relative
 BUSY_S = 20  # for another process's write
 SHAPING = (
     "search_spaces/*.py",
-    "nas/networks/build.py",
+    "nas/networks/*.py",
     "nas/measure/**/*.py",
     "nas/export/artifact.py",
+    "nas/export/onnx.py",
     "nas/export/quantize.py",
     "nas/machine.py",
     "nas/process.py",

@@ -11,9 +11,10 @@ from pathlib import Path
 from nas import machine
 from nas.lock import PATIENCE_S, WAIT_S, DeviceLock, tell_once, told, turn
 from nas.measure import protocol, remote, runtime
-from nas.measure.protocol import MAX_ROUNDS, MeasureError, Measurement, Measurer
+from nas.measure.protocol import Measurer
 from nas.measure.remote import RemoteMeasurer, is_remote
 from nas.measure.runtime import Settings
+from nas.measure.samples import MAX_ROUNDS, MeasureError, Measurement
 
 
 def check_settings(settings: Settings) -> None:

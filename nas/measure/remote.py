@@ -27,8 +27,8 @@ from typing import Any, BinaryIO, Self, TypeVar
 
 import nas
 from nas.errors import DiskFull, UserError
-from nas.measure.protocol import MAX_ROUNDS, MeasureError, Measurement
 from nas.measure.runtime import RUNTIMES, Settings
+from nas.measure.samples import MAX_ROUNDS, MeasureError, Measurement
 from nas.process import ENTER, Worker, WorkerError
 
 T = TypeVar("T")

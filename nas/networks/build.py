@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+from nas.networks.timm_network import create_timm
+
 if TYPE_CHECKING:
     from torch import nn
 
-    from nas.networks.targets import TimmNetwork
+    from nas.networks.timm_network import TimmNetwork
     from search_spaces import Arch
 
 
@@ -23,7 +25,7 @@ def to_document(network: Arch | TimmNetwork) -> str:
 
 def from_document(text: str) -> Arch | TimmNetwork:
     """The inverse of `to_document`; raises ArchError where it is neither."""
-    from nas.networks.targets import TimmNetwork
+    from nas.networks.timm_network import TimmNetwork
     from search_spaces import Arch
 
     document = json.loads(text)
@@ -60,18 +62,3 @@ def randomise(model: nn.Module) -> None:
             value.data.uniform_(-bound, bound)
         elif name.endswith("bias"):
             value.data.uniform_(-0.05, 0.05)
-
-
-def create_timm(network: TimmNetwork) -> nn.Module:
-    """timm's network for inference, at its resolution, with timm's random weights.
-
-    Raises:
-        Exception: any kind, where it cannot be built at that resolution; some raise only when they run.
-    """
-    import timm
-    from timm.utils.model import reparameterize_model
-
-    config = timm.get_pretrained_cfg(network.name)
-    resized = config.fixed_input_size and config.input_size[-1] != network.resolution
-    model = timm.create_model(network.name, **({"img_size": network.resolution} if resized else {}))
-    return reparameterize_model(model.eval().requires_grad_(False), inplace=True)

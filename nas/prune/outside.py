@@ -16,14 +16,16 @@ from nas.data.about import announce
 from nas.data.inputs import identity
 from nas.ending import Ending
 from nas.errors import UserError
-from nas.export.artifact import CONVERTED, agreement, label_onnx, save_weights, to_onnx
+from nas.export.artifact import CONVERTED
 from nas.export.card import Card
+from nas.export.folder import save_weights
+from nas.export.onnx import agreement, label_onnx, to_onnx
 from nas.files import replace_file, scratch
 from nas.job import Progress, Say
 from nas.lock import in_turn
-from nas.measure.protocol import Measurement
 from nas.measure.runtime import RUNTIMES
-from nas.networks.targets import TIMM
+from nas.measure.samples import Measurement
+from nas.networks.timm_network import TIMM
 from nas.prune import steps
 from nas.prune.images import PruneJob, compute_device
 from nas.prune.request import PruneRequest, show
@@ -40,7 +42,8 @@ def prune_outside(request: PruneRequest, command: str, say: Say, progress: Progr
     Raises:
         UserError: anything that the user can put right, and what torch-pruning cannot do.
     """
-    from pruning.outside import CRITERIA, OutsideError
+    from pruning.outside import CRITERIA
+    from pruning.outside_graph import OutsideError
 
     if request.budget.metric != "macs":
         raise UserError(f"--{request.budget.option}: networks outside the five families take --macs")
@@ -155,7 +158,7 @@ def _dense(request: PruneRequest, job: PruneJob, pretrained: bool, classes: int)
 
     classes: of timm's own classifier.
     """
-    from pruning.outside import OutsideError
+    from pruning.outside_graph import OutsideError
 
     if not pretrained:
         job.note(f"no weights given and no --data; {steps.brief_line(job)}")
@@ -182,7 +185,7 @@ def _target(request: PruneRequest, model: nn.Module, resolution: int) -> int:
     """MACs, below the network's own."""
     import torch
 
-    from pruning.outside import count_macs
+    from pruning.outside_graph import count_macs
 
     own = count_macs(model, torch.zeros(1, 3, resolution, resolution))[""]
     target = int(request.budget.target(own))

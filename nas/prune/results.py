@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from nas.ending import Ending
 from nas.job import now
 from nas.measure.budget import Verdict
-from nas.measure.protocol import Measurement, quanta
 from nas.measure.runtime import Settings
+from nas.measure.samples import Measurement, quanta
 from nas.prune.images import PruneJob
 from nas.prune.request import show
 from nas.prune.steps import MOST_ROUNDS, beside, latency_verdict, waiting_line

@@ -11,13 +11,14 @@ from nas.data.about import announce
 from nas.data.inputs import identity
 from nas.ending import Ending
 from nas.errors import UserError
-from nas.export.artifact import save_model, save_onnx, save_weights, write_artifact
+from nas.export.artifact import write_artifact
 from nas.export.card import Card
+from nas.export.folder import save_model, save_onnx, save_weights
 from nas.files import job_folder, replace_file
 from nas.job import Progress, Say
 from nas.lock import in_turn
-from nas.measure.protocol import Measurement, paired_ratio
-from nas.networks.targets import TIMM
+from nas.measure.samples import Measurement, paired_ratio
+from nas.networks.timm_network import TIMM
 from nas.prune import steps
 from nas.prune.images import PruneJob, compute_device
 from nas.prune.request import PruneRequest, show

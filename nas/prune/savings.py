@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from nas.measure.protocol import Measurement, paired_ratio
+from nas.measure.samples import Measurement, paired_ratio
 from nas.prune.widths import group_of, half
 
 if TYPE_CHECKING:

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from nas.errors import UserError
-from nas.export.artifact import save_weights
+from nas.export.folder import save_weights
 from nas.export.side_by_side import Longer, Network, Results, measure_side_by_side
 from nas.intervals import Interval, agreement, of_difference
 from nas.measure.budget import LatencyBudget, Verdict
-from nas.measure.protocol import MeasureError, Measurement, paired_ratio, quanta, quanta_line
 from nas.measure.runtime import Settings
+from nas.measure.samples import MeasureError, Measurement, paired_ratio, quanta, quanta_line
 from nas.prune.images import PruneJob
 from nas.prune.words import passes
 from nas.units import counted

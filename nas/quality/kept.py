@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import TypeAdapter
 
-from nas.export.artifact import save_weights
+from nas.export.folder import save_weights
 from nas.units import counted
 
 if TYPE_CHECKING:

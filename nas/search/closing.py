@@ -10,15 +10,17 @@ from nas.errors import UserError
 from nas.export.artifact import Exporter
 from nas.export.side_by_side import Longer, Results, measure_side_by_side
 from nas.measure.budget import LatencyBudget, Verdict
-from nas.measure.protocol import Interrupted, MeasureError, Measurement, paired_ratio
+from nas.measure.protocol import Interrupted
 from nas.measure.runtime import Settings
+from nas.measure.samples import MeasureError, Measurement, paired_ratio
 from nas.search.log import keep_samples
 from nas.search.rows import Row, arch_of, best_of, choose, finalists_of, label_of, rank
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from nas.networks.targets import Target, TimmNetwork
+    from nas.networks.targets import Target
+    from nas.networks.timm_network import TimmNetwork
     from nas.search.request import SearchRequest
     from search_spaces import Arch
 

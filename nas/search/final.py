@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 from pydantic import FiniteFloat, PositiveInt, TypeAdapter
 
 from nas.errors import TrainingError, UserError
-from nas.export.artifact import save_weights
+from nas.export.folder import save_weights
 from nas.files import replace_file
 from nas.intervals import LEVEL, Interval, agreement, joined, of_accuracies, of_difference, of_share, top1_words
 from nas.search.trainings import COMPLETED, results_of

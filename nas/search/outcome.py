@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 from nas.data.lineage import record
 from nas.ending import Ending
-from nas.export.artifact import CONVERTED, label_onnx, lower_precision, save_onnx, write_onnx
+from nas.export.artifact import CONVERTED, lower_precision
 from nas.export.card import LABELS, PREPROCESS, Card, Latency, Preprocess
+from nas.export.folder import save_onnx
+from nas.export.onnx import label_onnx, write_onnx
 from nas.files import drafted, folder_lock, replace_file
 from nas.intervals import guessing
 from nas.measure.budget import Verdict
-from nas.measure.protocol import BUSY_SPREAD
 from nas.measure.runtime import RUNTIMES
+from nas.measure.samples import BUSY_SPREAD
 from nas.quality.kept import Kept, path_of, read
 from nas.quality.parent import parent_weights
 from nas.search.advice import advice, latencies
@@ -488,7 +490,7 @@ def skipped_lines(options: SearchRequest, rows: Sequence[Row]) -> list[str]:
 
 def protocol(options: SearchRequest) -> list[str]:
     from nas.measure.cache import REFERENCE
-    from nas.measure.protocol import CONFIDENCE, MAX_ROUNDS, MIN_ROUNDS, PRECISION
+    from nas.measure.samples import CONFIDENCE, MAX_ROUNDS, MIN_ROUNDS, PRECISION
 
     return [
         f"Each network runs in a fresh process pinned to {counted(options.settings.threads, 'CPU')}; every other "

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from nas.intervals import of_error
 from nas.measure.budget import LatencyBudget, Verdict
-from nas.measure.protocol import HOPELESS
+from nas.measure.samples import HOPELESS
 from nas.quality.tier import told_score
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from nas.export.artifact import Exporter
 from nas.files import scratch
 from nas.measure.cache import REFERENCE
 from nas.measure.device import device_lock, open_measurer
-from nas.measure.protocol import SURE_ROUNDS, MeasureError, quanta, quanta_line, settled
 from nas.measure.remote import LinkLost
+from nas.measure.samples import SURE_ROUNDS, MeasureError, quanta, quanta_line, settled
 from nas.process import WorkerError
 from nas.search.log import Clock, keep_samples
 from nas.search.rows import INTERRUPTED, LATENCY_KEYS
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import optuna
 
     from nas.measure.cache import Cache
-    from nas.measure.protocol import Measurement
+    from nas.measure.samples import Measurement
     from nas.quality.tier import Tier
     from nas.search.log import SearchLog
     from nas.search.request import SearchRequest

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nas.errors import TrainingError, UserError
-from nas.export.artifact import save_model, save_onnx
 from nas.export.card import LABELS, PREPROCESS, Card
+from nas.export.folder import save_model, save_onnx
 from nas.files import folder_lock, replace_file
 from nas.intervals import top1_words
 from nas.job import Job, Progress, Say, default_folder_of, now
 from nas.machine import usable_cpus
-from nas.networks.targets import TIMM
+from nas.networks.timm_network import TIMM
 
 if TYPE_CHECKING:
     from torch import nn

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from nas.export.artifact import write_artifact
 from nas.measure.device import compare, default_threads, device_lock
-from nas.measure.protocol import MeasureError
 from nas.measure.runtime import Settings
+from nas.measure.samples import MeasureError
 from search_spaces import table
 from search_spaces.registry import FAMILIES
 

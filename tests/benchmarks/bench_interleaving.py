@@ -21,8 +21,9 @@ from rich.table import Table
 from nas.export.artifact import write_artifact
 from nas.machine import usable_cpus
 from nas.measure.device import check_settings, compare, device_lock
-from nas.measure.protocol import MeasureError, Measurer
+from nas.measure.protocol import Measurer
 from nas.measure.runtime import RUNTIMES, Settings
+from nas.measure.samples import MeasureError
 from search_spaces import get_arch
 
 GOAL = 0.03

@@ -15,8 +15,8 @@ from pathlib import Path
 from nas.bench.papers import papers_markdown, run_papers
 from nas.measure import hardware
 from nas.measure.device import check_settings, default_threads
-from nas.measure.protocol import SURE_ROUNDS
 from nas.measure.runtime import Settings
+from nas.measure.samples import SURE_ROUNDS
 
 
 def main() -> int:

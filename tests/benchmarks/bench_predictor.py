@@ -26,8 +26,8 @@ import nas.search
 import nas.search.loop
 import nas.search.trial
 from nas.measure.cache import default_path
-from nas.measure.protocol import Measurement
 from nas.measure.runtime import Settings
+from nas.measure.samples import Measurement
 from nas.search.loop import search
 from nas.search.request import SearchRequest
 from nas.units import parse_budget

@@ -29,7 +29,8 @@ from torch import nn
 from nas.data.batches import loader
 from nas.data.dataset import open_data
 from nas.data.images import sample
-from nas.export.artifact import to_onnx, write_artifact
+from nas.export.artifact import write_artifact
+from nas.export.onnx import to_onnx
 from nas.measure.device import compare, device_lock
 from nas.measure.protocol import Measurer
 from nas.measure.runtime import Settings

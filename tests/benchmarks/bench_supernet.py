@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from nas.measure.protocol import median_interval
+from nas.measure.samples import median_interval
 from nas.training.supernet import Candidate, Supernet
 from search_spaces import Arch, table
 from search_spaces.registry import FAMILIES

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from nas.export.artifact import to_onnx
-from nas.measure.protocol import median_interval
+from nas.export.onnx import to_onnx
+from nas.measure.samples import median_interval
 from search_spaces import create_model, fold, get_arch, list_models
 from search_spaces.api import find_variant
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from nas.data.batches import loader
 from nas.data.dataset import open_data
-from nas.measure.protocol import median_interval
+from nas.measure.samples import median_interval
 from nas.training.engine import Updater
 from nas.training.recipes import RECIPES
 from search_spaces import create_model, get_arch

@@ -9,7 +9,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from nas.export.artifact import write_onnx
+from nas.export.onnx import write_onnx
 from nas.measure.device import compare, device_lock
 from nas.measure.runtime import Settings
 from pruning.units import anatomy, cut, equal_scores

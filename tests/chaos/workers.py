@@ -28,8 +28,8 @@ import psutil
 import torch  # noqa: F401  imported before the forks
 from optuna.trial import FrozenTrial, TrialState
 
-from nas.measure.protocol import Measurement
 from nas.measure.runtime import Settings
+from nas.measure.samples import Measurement
 from nas.search import loop
 from nas.search import trial as search_trial
 from nas.search.request import SearchRequest

@@ -25,7 +25,7 @@ def few_rounds(patch: pytest.MonkeyPatch) -> None:
     the smallest published ones first."""
     patch.setattr("nas.search.rows.RESERVES", 1)
     patch.setattr("nas.search.rows.MARGINS", ())
-    patch.setattr("nas.measure.protocol.MAX_ROUNDS", 8)
+    patch.setattr("nas.measure.samples.MAX_ROUNDS", 8)
     patch.setattr("nas.search.closing.CLOSING_ROUNDS", 6)
     patch.setattr("nas.search.closing.MOST_ROUNDS", 12)
     patch.setattr("nas.search.closing.THROUGHPUT_ROUNDS", 3)

@@ -14,9 +14,10 @@ import quick
 import torch
 from PIL import Image
 
+import nas.prune
 import nas.prune.report
 import nas.prune.run
-from nas.measure.protocol import Measurement
+from nas.measure.samples import Measurement
 from search_spaces import Arch, create_model, table
 from search_spaces.registry import FAMILIES
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 import search_spaces
-from nas.export.artifact import to_onnx
+from nas.export.onnx import to_onnx
 from search_spaces.gates import Gate, set_drop_path
 from search_spaces.network import fold, heads_of
 from search_spaces.registry import FAMILIES

@@ -17,7 +17,7 @@ from timm.models.vision_transformer import Block as DeitBlock
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from nas.export.artifact import OPSET
+from nas.export.onnx import OPSET
 from nas.networks.build import build
 from search_spaces import get_arch
 

@@ -18,10 +18,10 @@ from nas.export.quantize import NOISE
 from nas.files import scratch
 from nas.machine import usable_cpus
 from nas.measure.device import compare, device_kind, device_lock
-from nas.measure.protocol import SURE_ROUNDS, MeasureError, Measurement, median_interval, paired_ratio
 from nas.measure.remote import is_remote
 from nas.measure.runtime import RUNTIMES, Settings
-from nas.networks.targets import TIMM, TimmNetwork
+from nas.measure.samples import SURE_ROUNDS, MeasureError, Measurement, median_interval, paired_ratio
+from nas.networks.timm_network import TIMM, TimmNetwork
 from nas.process import Worker, WorkerError
 from nas.text import first_line
 from nas.units import counted

@@ -12,14 +12,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nas.bench import run
-from nas.bench.run import OnnxInput, Options, check_output, is_tie, parse_shape, run_bench, to_csv, to_plot
+from nas.bench import files as bench_files
+from nas.bench import report, run
+from nas.bench.onnx_input import OnnxInput, parse_shape
+from nas.bench.report import is_tie, to_csv, to_plot
+from nas.bench.request import BenchRequest
+from nas.bench.run import run_bench
 from nas.errors import UserError
 from nas.export.artifact import Exporter
+from nas.files import check_output
 from nas.measure.device import compare
-from nas.measure.protocol import Interrupted, MeasureError, Measurement, paired_ratio
+from nas.measure.protocol import Interrupted
 from nas.measure.runtime import Settings
-from nas.networks.targets import Target, TimmNetwork, find_arch, find_target
+from nas.measure.samples import MeasureError, Measurement, paired_ratio
+from nas.networks.targets import Target, find_arch, find_target
+from nas.networks.timm_network import TimmNetwork
 
 KEYS = [
     *(
@@ -63,7 +70,7 @@ def fixed_here(monkeypatch: pytest.MonkeyPatch, exports_here: None) -> None:
     def call(self: Exporter, method: str, settings: Settings, stem: Path, images: str | None, **source: Any) -> Path:
         if method != "fix":
             return in_a_child(self, method, settings, stem, images, **source)
-        return Path(run._fix(settings=asdict(settings), stem=str(stem), images=images, **source)["path"])
+        return Path(bench_files._fix(settings=asdict(settings), stem=str(stem), images=images, **source)["path"])
 
     monkeypatch.setattr(Exporter, "call", call)
 
@@ -129,14 +136,14 @@ def given(monkeypatch: pytest.MonkeyPatch) -> Callable[[Mapping[str, list[float]
             return found
 
         monkeypatch.setattr(run, "compare", compare)
-        monkeypatch.setattr(run._Files, "of", lambda self, label, settings: Path(label))
+        monkeypatch.setattr(bench_files.Files, "of", lambda self, label, settings: Path(label))
         return asked
 
     return install
 
 
-def options(*labels: str, settings: tuple[Settings, ...] = (Settings(),), **more: object) -> Options:
-    return Options([Target(label) for label in labels], settings, **more)
+def options(*labels: str, settings: tuple[Settings, ...] = (Settings(),), **more: object) -> BenchRequest:
+    return BenchRequest([Target(label) for label in labels], settings, **more)
 
 
 def failures(err: str) -> list[str]:
@@ -238,7 +245,7 @@ def test_int8_calibrated_on_images(onnx_file, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(run, "compare", compare)
     target = find_target(onnx_file(images=[1, 3, 32, 32]))
     for data in (None, str(tmp_path / "images")):
-        found = run_bench(Options([target], (Settings(precision="int8"),), data=data))
+        found = run_bench(BenchRequest([target], (Settings(precision="int8"),), data=data))
         assert not found.errors
     assert [(array.shape, array.dtype) for array in arrays] == [((15, 3, 32, 32), np.float32)]
     (note,) = found.notes
@@ -315,7 +322,7 @@ def test_what_cannot_be_prepared_is_told(onnx_file, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(run, "compare", lambda paths, *_: dict.fromkeys(paths, Measurement([[1.0]] * 6)))
     monkeypatch.setattr("nas.process.TOLD_S", 0.01)
     path, said = onnx_file(operator="Unheard"), []
-    found = run_bench(Options([find_target(path)], (Settings(precision="int8"),)), say=said.append)
+    found = run_bench(BenchRequest([find_target(path)], (Settings(precision="int8"),)), say=said.append)
     assert said[0] == f"waiting for {path}: no answer for 0 s, will give up after 600 s (--timeout)"
     assert found.rows == []
     assert len(found.errors) == 1
@@ -405,7 +412,7 @@ def test_csv_and_plots(given) -> None:
     found = run_bench(options(*labels, settings=(Settings(), Settings(batch_size=8))))
     lines = list(csv.DictReader(to_csv(found.rows).decode().splitlines()))
     assert len(lines) == 16
-    assert list(lines[1]) == list(run.COLUMNS)
+    assert list(lines[1]) == list(report.COLUMNS)
     assert (lines[1]["model"], float(lines[1]["ratio_high"]), lines[1]["ci_low_ms"]) == (labels[1], 1.1, "1.1")
     assert to_plot(found.rows, ".png").startswith(b"\x89PNG")
     assert b"<svg" in to_plot(found.rows, ".svg")
@@ -455,7 +462,7 @@ def test_networks_of_one_resolution_have_it_above_the_table(vitnas, given) -> No
 def test_a_timm_network_beside_small_ones_is_told(given) -> None:
     given({name: [1.0] * 6 for name in ("levit_128s@64", "shvit_s1@64", "timm/test_vit", "timm/lcnet_050")})
     targets = [find_target(name) for name in ("levit_128s@64", "shvit_s1@64", "timm/test_vit", "timm/lcnet_050")]
-    notes = run_bench(Options(targets, (Settings(),))).notes
+    notes = run_bench(BenchRequest(targets, (Settings(),))).notes
     assert notes == ["timm/test_vit runs at 160 px, timm/lcnet_050 runs at 224 px, the others at 64 px: add @64."]
 
 
@@ -465,7 +472,7 @@ def test_a_run_trained_at_another_resolution_is_told(given, tmp_path: Path) -> N
     label = f"{tmp_path}@96"
     given({label: [1.0] * 6})
     target = find_target(label)
-    assert run_bench(Options([target], (Settings(),))).notes == [f"{label}: trained at 64 px, measured at 96 px."]
+    assert run_bench(BenchRequest([target], (Settings(),))).notes == [f"{label}: trained at 64 px, measured at 96 px."]
     with pytest.raises(UserError, match=f"trained at 64 px: `vitnas train {tmp_path} --weights .* --resolution 96`"):
         _ = target.weights
     assert target.as_trained().arch.resolution == 64
@@ -515,7 +522,7 @@ def test_resolutions_of_onnx_files_that_are_refused(vitnas, given, onnx_file, si
 def test_images_that_are_not_square(onnx_file, given) -> None:
     path, words = onnx_file(images=[1, 3, 8, 16]), onnx_file("words.onnx", images=[1, 7])
     given({path: [1.0] * 6, words: [1.0] * 6})
-    found = run_bench(Options([find_target(path), find_target(words)], (Settings(),), own_batch=True))
+    found = run_bench(BenchRequest([find_target(path), find_target(words)], (Settings(),), own_batch=True))
     assert [row["resolution"] for row in found.rows] == ["8x16", None]
     assert found.notes == []
 
@@ -609,7 +616,7 @@ def test_no_figure_is_cut_in_a_narrow_terminal(given, monkeypatch, capsys, width
 def test_batch_of_an_onnx_file(onnx_file, given, sizes: list, more: dict, batches: list[int]) -> None:
     path = onnx_file(images=sizes)
     asked = given({path: [1.0] * 6})
-    found = run_bench(replace(Options([find_target(path)], (Settings(),)), **more))
+    found = run_bench(replace(BenchRequest([find_target(path)], (Settings(),)), **more))
     assert [each.batch_size for _, each in asked] == batches
     assert [row["batch_size"] for row in found.rows] == (batches if "throughput_at" not in more else [1])
 
@@ -629,11 +636,11 @@ def test_the_file_that_is_measured_has_the_shape(onnx_file, monkeypatch: pytest.
     monkeypatch.setattr(run, "compare", compare)
     path = onnx_file(**{"in/put": ["N", 3, "H", "W"]})
     settings = (Settings(batch_size=2), Settings(batch_size=2, threads=2), Settings(batch_size=4))
-    run_bench(Options([find_target(path)], settings, shapes={"in/put": (1, 3, 16, 8)}))
+    run_bench(BenchRequest([find_target(path)], settings, shapes={"in/put": (1, 3, 16, 8)}))
     assert shapes == [(2, "in/put", [2, 3, 16, 8])] * 2 + [(4, "in/put", [4, 3, 16, 8])]
     assert OnnxInput.read(Path(path)).sizes == (None, 3, None, None)  # the user's own file is as it was
     path = onnx_file(images=None)
-    run_bench(Options([find_target(path)], (Settings(batch_size=2),), shapes={"images": (1, 3, 16, 8)}))
+    run_bench(BenchRequest([find_target(path)], (Settings(batch_size=2),), shapes={"images": (1, 3, 16, 8)}))
     assert shapes[-1] == (2, "images", [2, 3, 16, 8])
 
 
@@ -690,7 +697,7 @@ def test_inputs_of_other_types_are_measured(onnx_file, monkeypatch, runtime: str
 
     monkeypatch.setattr(run, "compare", compare)
     target = find_target(onnx_file(kind=kind, images=[1, 3, 8, 8]))
-    found = run_bench(Options([target], (Settings(runtime), Settings(runtime, precision="int8"))))
+    found = run_bench(BenchRequest([target], (Settings(runtime), Settings(runtime, precision="int8"))))
     assert found.errors == []
     assert checked == [("images", dtype, (1, 3, 8, 8))] * 2
 
@@ -710,17 +717,17 @@ def test_weights_of_float16_are_told(onnx_file, given) -> None:
     model = onnx.load(path)
     model.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(3, np.float16), "more"))
     onnx.save(model, path)
-    (note,) = run_bench(Options([find_target(path)], (Settings(),))).notes
+    (note,) = run_bench(BenchRequest([find_target(path)], (Settings(),))).notes
     assert note.startswith(f"{path} holds weights of float16")
 
 
 def test_what_is_made_for_batch_1_inside_is_told(onnx_file, given) -> None:
     path = onnx_file()
     given({path: "Fail: while running Reshape node. Name:'' Status Message: cannot be reshaped"})
-    errors = run_bench(Options([find_target(path)], (Settings(batch_size=2),))).errors
+    errors = run_bench(BenchRequest([find_target(path)], (Settings(batch_size=2),))).errors
     said = "its Reshape node does not run: cannot be reshaped; it may be made for batch 1 inside: leave out batch 2"
     assert errors == [f"{path}: {said}"]
-    (error,) = run_bench(Options([find_target(path)], (Settings(),))).errors
+    (error,) = run_bench(BenchRequest([find_target(path)], (Settings(),))).errors
     assert "made for batch" not in error
 
 
@@ -774,7 +781,7 @@ def test_an_old_onnx_file_in_int8_is_refused(vitnas, onnx_file, given) -> None:
 def test_int8_of_a_file_whose_weights_are_inputs_too(onnx_file, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "compare", lambda paths, *_: dict.fromkeys(paths, Measurement([[1.0]] * 6)))
     path = onnx_file(images=[1, 3, 8, 8], weight=[4, 3, 3, 3])
-    assert run_bench(Options([find_target(path)], (Settings(precision="int8"),))).errors == []
+    assert run_bench(BenchRequest([find_target(path)], (Settings(precision="int8"),))).errors == []
 
 
 def test_the_suffix_may_be_in_capitals(onnx_file) -> None:
@@ -858,7 +865,7 @@ def test_a_full_disk_leaves_no_half_file(vitnas, given, tmp_path: Path, fill_dis
 
 def test_check_output_leaves_nothing(tmp_path: Path) -> None:
     check_output("--csv", tmp_path / "table.csv")
-    check_output("--plot", tmp_path / "plot.svg", run.PLOTS)
+    check_output("--plot", tmp_path / "plot.svg", report.PLOTS)
     assert list(tmp_path.iterdir()) == []
 
 

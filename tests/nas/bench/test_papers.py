@@ -30,8 +30,8 @@ from nas.bench.papers.suite import BLOCK, FINDINGS, Attempt, first_settings, fur
 from nas.bench.papers.worker import Bench
 from nas.errors import UserError
 from nas.machine import default_threads
-from nas.measure.protocol import MeasureError, Measurement
 from nas.measure.runtime import Settings
+from nas.measure.samples import MeasureError, Measurement
 from search_spaces import weights
 
 ORT = Settings(threads=2)

@@ -15,8 +15,9 @@ from rich.console import Console
 import nas.cli
 import nas.cli.facts
 from nas.cli.facts import few, lines_of
-from nas.export.artifact import label_onnx, save_model, save_onnx
 from nas.export.card import Accuracy, Card, Latency, Preprocess
+from nas.export.folder import save_model, save_onnx
+from nas.export.onnx import label_onnx
 from search_spaces import create_model
 
 FLOWERS = ["daisy", "dandelion", "rose", "sunflower", "tulip"]

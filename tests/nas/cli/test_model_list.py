@@ -5,7 +5,7 @@ import json
 import pytest
 
 from nas.cli import model_list
-from nas.measure.protocol import Measurement
+from nas.measure.samples import Measurement
 
 
 @pytest.fixture

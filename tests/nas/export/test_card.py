@@ -19,8 +19,9 @@ from PIL import Image
 from nas.data.dataset import open_data
 from nas.data.images import plain_transform
 from nas.errors import UserError
-from nas.export.artifact import label_onnx, lower_precision, to_onnx
+from nas.export.artifact import lower_precision
 from nas.export.card import CLASSIFY, Card, Preprocess, load_onnx, metadata_of
+from nas.export.onnx import label_onnx, to_onnx
 from nas.measure.runtime import Settings
 from search_spaces import get_arch
 

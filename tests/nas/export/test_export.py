@@ -15,9 +15,10 @@ from onnx.reference import ReferenceEvaluator
 from torch import Tensor, nn
 
 from nas.errors import UserError
-from nas.export.artifact import agreement, check_images, export_folder, logits_of, onnx_logits, replace_network, to_onnx
 from nas.export.card import Card
-from search_spaces import Arch, create_model, fold, get_arch, layers, list_models
+from nas.export.folder import export_folder, replace_network
+from nas.export.onnx import agreement, check_images, logits_of, onnx_logits, to_onnx
+from search_spaces import Arch, create_model, fold, get_arch, list_models, tokens
 from search_spaces.registry import FAMILIES
 from search_spaces.space import LEVELS, PARAMETERS
 
@@ -138,7 +139,7 @@ def test_the_check_sees_another_choice_among_tied_tokens(tmp_path, monkeypatch):
     """Of noise the file chooses as PyTorch does."""
     path = tmp_path / "model.onnx"
     with monkeypatch.context() as patch:
-        patch.setattr(layers, "TIE", -layers.TIE)
+        patch.setattr(tokens, "TIE", -tokens.TIE)
         to_onnx(Toy(), path, 8, 2)
     assert difference(Toy(), path, torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))) == 0
     with pytest.raises(UserError, match="disagrees with PyTorch"):

@@ -9,8 +9,8 @@ import nas.measure
 import nas.measure.cache
 from nas.bench.known import fill
 from nas.measure.cache import Cache, code_digest, default_path, digest_of, known, machine_of, opened
-from nas.measure.protocol import MeasureError, Measurement
 from nas.measure.runtime import Settings
+from nas.measure.samples import MeasureError, Measurement
 from nas.search.request import SearchRequest
 from nas.search.trial import open_cache
 from search_spaces import get_arch

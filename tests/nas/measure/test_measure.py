@@ -26,19 +26,12 @@ from nas import process
 from nas.errors import DiskFull, UserError
 from nas.machine import usable_cpus
 from nas.measure import protocol
+from nas.measure import protocol as measure_protocol
+from nas.measure import samples as measure_samples
 from nas.measure.device import check_settings, compare, device_lock
-from nas.measure.protocol import (
-    Interrupted,
-    MeasureError,
-    Measurement,
-    Measurer,
-    enough,
-    median_interval,
-    paired_ratio,
-    quantile,
-    settled,
-)
+from nas.measure.protocol import Interrupted, Measurer
 from nas.measure.runtime import Settings
+from nas.measure.samples import MeasureError, Measurement, enough, median_interval, paired_ratio, quantile, settled
 from nas.process import Worker, WorkerError, _one_line
 
 ALONE = Path(__file__).parents[2] / "benchmarks" / "bench_interleaving.py"
@@ -895,7 +888,8 @@ def test_alone_and_interleaved_agree(tmp_path: Path, child: str) -> None:
 def test_eager_times_an_arch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from search_spaces import get_arch
 
-    monkeypatch.setattr(protocol, "MAX_ROUNDS", protocol.MIN_ROUNDS)
+    monkeypatch.setattr(measure_protocol, "MAX_ROUNDS", measure_samples.MIN_ROUNDS)
+    monkeypatch.setattr(measure_samples, "MAX_ROUNDS", measure_samples.MIN_ROUNDS)
 
     arch = get_arch("efficientvit_m0")
     path = tmp_path / "arch.json"

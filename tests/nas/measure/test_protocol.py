@@ -2,7 +2,7 @@
 
 import pytest
 
-from nas.measure.protocol import Measurement, quanta, quanta_line
+from nas.measure.samples import Measurement, quanta, quanta_line
 from nas.units import counted
 
 

@@ -37,9 +37,9 @@ from nas.measure.device import (
     open_measurer,
 )
 from nas.measure.hardware import describe, fingerprint
-from nas.measure.protocol import MeasureError
 from nas.measure.remote import LinkLost, RemoteMeasurer
 from nas.measure.runtime import Settings
+from nas.measure.samples import MeasureError
 from nas.process import Worker, WorkerError
 from nas.search.trial import TrialRunner
 

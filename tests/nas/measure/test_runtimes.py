@@ -14,7 +14,8 @@ import torch
 from onnx import TensorProto, helper
 
 from nas.errors import UserError
-from nas.export.artifact import lower_precision, write_artifact, write_onnx
+from nas.export.artifact import lower_precision, write_artifact
+from nas.export.onnx import write_onnx
 from nas.export.quantize import IMAGES, batches
 from nas.machine import usable_cpus
 from nas.measure import runtime
@@ -23,7 +24,7 @@ from nas.measure.runtime import RUNTIMES, Settings
 from nas.measure.runtimes.ort import bound
 from nas.measure.runtimes.pytorch import fixed_images
 from nas.networks.build import build, from_document, to_document
-from nas.networks.targets import TimmNetwork
+from nas.networks.timm_network import TimmNetwork
 from search_spaces import Arch, get_arch
 from search_spaces.registry import FAMILIES
 from search_spaces.space import LEVELS, PARAMETERS

@@ -16,7 +16,7 @@ import nas.prune.images
 import nas.prune.outside
 import nas.prune.report
 import nas.prune.run
-from nas.measure.protocol import Measurement
+from nas.measure.samples import Measurement
 from nas.prune import steps
 from nas.prune.images import PruneJob
 from pruning import outside

@@ -19,8 +19,8 @@ from nas.export import side_by_side
 from nas.intervals import of_share
 from nas.job import Job
 from nas.measure.budget import Verdict
-from nas.measure.protocol import Measurement
 from nas.measure.runtime import Settings
+from nas.measure.samples import Measurement
 from nas.prune.request import PruneRequest, parse_pruning_budget, show
 from nas.prune.results import PARTS, network_row
 from nas.prune.run import trained_on

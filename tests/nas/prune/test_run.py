@@ -24,7 +24,7 @@ import nas.prune.widths
 from nas.errors import UserError
 from nas.export import side_by_side
 from nas.export.card import Card
-from nas.measure.protocol import Measurement
+from nas.measure.samples import Measurement
 from nas.prune import steps
 from nas.prune.request import parse_pruning_budget
 from search_spaces import Arch, create_model, get_arch, table
@@ -399,7 +399,7 @@ def test_a_step_of_the_end_that_fails_leaves_the_others(vitnas, images, tmp_path
     for name, error, step, missing in (
         ("nas.prune.steps.tune", MemoryError(), "fine-tuning", ()),
         ("nas.prune.steps.tune_control", MemoryError(), "control", ()),
-        ("nas.export.artifact.agreement", UserError("the exported network disagrees"), "model.onnx", ("model.onnx",)),
+        ("nas.export.onnx.agreement", UserError("the exported network disagrees"), "model.onnx", ("model.onnx",)),
         ("nas.prune.steps.measured", UserError("could not be measured: killed"), "closing run", ("report.html",)),
         ("", None, None, ()),
     ):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import pytest
 
-from nas.measure.protocol import Measurement
+from nas.measure.samples import Measurement
 from nas.prune.savings import LONGER_ROUNDS, ROUNDS, Saving, left_alone, measure_savings, rates
 from nas.prune.widths import group_of, half
 from pruning.units import Anatomy, anatomy

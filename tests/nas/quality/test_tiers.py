@@ -323,7 +323,7 @@ def test_the_closing_run_leaves_it_to_parameters_too(tmp_path, monkeypatch):
     from contextlib import nullcontext
 
     from nas.export import side_by_side
-    from nas.measure.protocol import Measurement
+    from nas.measure.samples import Measurement
     from nas.search import closing
 
     def row(number: int, quality: float, params: float, selects: bool) -> dict:
@@ -615,7 +615,7 @@ def test_shared_weights_are_trained_once_and_may_not_choose_unproven(pictures, t
 def test_a_parent_is_a_folder_with_weights(pictures, tmp_path, helpers):
     import torch
 
-    from nas.export.artifact import save_weights
+    from nas.export.folder import save_weights
     from nas.quality.parent import find_parent
     from search_spaces import create_model
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from nas.export import side_by_side
-from nas.measure.protocol import MeasureError, Measurement
+from nas.measure.samples import MeasureError, Measurement
 from nas.networks.targets import find_target
 from nas.search import closing
 from nas.search.rows import later_rounds

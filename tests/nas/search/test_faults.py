@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import nas.export
 import nas.export.side_by_side
 import nas.measure
 import nas.measure.hardware
@@ -29,9 +30,9 @@ import nas.search.trial
 from nas.cli.display import what_now
 from nas.errors import TrainingError, UserError
 from nas.export.card import Card
-from nas.measure.protocol import MeasureError, Measurement
 from nas.measure.remote import LinkLost
 from nas.measure.runtime import Settings
+from nas.measure.samples import MeasureError, Measurement
 from nas.process import WorkerError
 from nas.quality.shared import SupernetTier
 from nas.quality.trained import HalvingTier

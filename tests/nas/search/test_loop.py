@@ -260,8 +260,9 @@ def test_nothing_fits(tmp_path, vitnas, small_shvit, exports_here):
 
 
 def test_a_candidate_that_fails_is_a_failed_trial(tmp_path, monkeypatch, small_shvit, exports_here):
-    from nas.measure.protocol import MeasureError, Measurer
+    from nas.measure.protocol import Measurer
     from nas.measure.runtime import Settings
+    from nas.measure.samples import MeasureError
     from nas.search.loop import search
     from nas.search.outcome import finish_run
     from nas.search.request import SearchRequest

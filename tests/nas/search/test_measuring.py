@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 from nas.measure.cache import Cache, default_path
-from nas.measure.protocol import Measurement
 from nas.measure.runtime import Settings
+from nas.measure.samples import Measurement
 from nas.search.rows import verdict_of
 from nas.search.trial import TrialRunner, open_cache
 from search_spaces import get_arch

@@ -19,8 +19,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+import nas.data
 import nas.data.dataset
 import nas.export
+import nas.export.onnx
 import nas.training
 import nas.training.engine
 from nas.cli.app import main
@@ -28,6 +30,7 @@ from nas.data.batches import loader
 from nas.data.dataset import open_data
 from nas.data.images import sample
 from nas.errors import TrainingError, UserError
+from nas.export import folder as export_folder
 from nas.files import folder_lock
 from nas.training.engine import evaluate
 from search_spaces import Arch, create_model, get_arch
@@ -143,12 +146,12 @@ def test_what_an_onnx_check_refuses_is_written(vitnas, deit, tmp_path, monkeypat
     args = ("train", deit, "--out", str(out), "--epochs", "1", "--batch-size", "128", "--device", "cpu")
     out.mkdir()
     (out / "model.onnx").write_text("of an older network")
-    agreement = nas.export.artifact.agreement
+    agreement = nas.export.onnx.agreement
 
     def refuse(*args):
         raise UserError("the exported network disagrees with PyTorch by 2.0e-02 of its largest logit")
 
-    monkeypatch.setattr(nas.export.artifact, "agreement", refuse)
+    monkeypatch.setattr(export_folder, "agreement", refuse)
     for times in (1, 2):
         code, text, err = vitnas(*args, "--json")
         assert code == 1, err
@@ -161,7 +164,7 @@ def test_what_an_onnx_check_refuses_is_written(vitnas, deit, tmp_path, monkeypat
         assert not (out / "model.onnx").exists()
         model = create_model(Arch.from_json((out / "arch.json").read_bytes()), weights=out / "model.safetensors")
         assert model.arch.num_classes == 10
-    monkeypatch.setattr(nas.export.artifact, "agreement", agreement)
+    monkeypatch.setattr(export_folder, "agreement", agreement)
     monkeypatch.setattr(nas.training.engine.Updater, "step", None)
     assert vitnas(*args)[0] == 0
     assert (metrics(out)["error"], (out / "model.onnx").is_file()) == (None, True)
@@ -572,7 +575,7 @@ def test_a_loss_that_is_not_finite_at_once_leaves_no_weights(vitnas, deit, tmp_p
 @pytest.fixture(scope="module")
 def trained(helpers, small, tmp_path_factory) -> Path:
     """A folder with a LeViT at 64 px and its weights."""
-    from nas.export.artifact import save_weights
+    from nas.export.folder import save_weights
 
     arch = Arch.from_json(Path(small("levit", resolution=64, distilled=True)).read_bytes())
     folder = tmp_path_factory.mktemp("trained")

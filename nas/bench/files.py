@@ -1,0 +1,127 @@
+"""The files that runtimes load, made in a process of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nas.errors import UserError
+from nas.export.artifact import Exporter, export_here, lower_precision
+from nas.measure.runtime import Settings
+
+if TYPE_CHECKING:
+    from nas.bench.onnx_input import OnnxInput
+    from nas.bench.request import BenchRequest, Cell, Waiting
+    from nas.networks.targets import Target
+
+
+class Calibration:
+    """Images that int8 is calibrated on. Raises UserError where they cannot be had, or nothing needs them."""
+
+    def __init__(self, options: BenchRequest, folder: Path, notes: list[str]) -> None:
+        self._folder, self._notes, self._data = folder, notes, None
+        int8 = any(settings.precision == "int8" for settings in options.settings)
+        if options.data is None:
+            from nas.export.quantize import NOISE
+
+            notes += [NOISE] * int8
+        elif not int8:
+            raise UserError("--data is for calibrating int8: add --precision int8")
+        else:
+            from nas.data.dataset import open_data
+
+            self._data = open_data(options.data, 224, None, 0)
+
+    def at(self, resolution: int) -> str | None:
+        """The file (.npy) of float32 images (N, 3, R, R); None without --data."""
+        import numpy as np
+
+        from nas.export.quantize import calibration_images
+
+        if self._data is None:
+            return None
+        path = self._folder / f"images-{resolution}.npy"
+        if not path.exists():
+            images, skipped = calibration_images(self._data, resolution)
+            np.save(path, images)
+            if skipped and skipped not in self._notes:
+                self._notes.append(skipped)
+        return str(path)
+
+
+class Files:
+    """Makes the files that runtimes load, in a process of its own: a network may crash it, or fill its memory."""
+
+    def __init__(
+        self,
+        folder: Path,
+        targets: Mapping[str, Target],
+        inputs: Mapping[str, OnnxInput],
+        options: BenchRequest,
+        calibration: Calibration,
+        waiting: Waiting,
+    ) -> None:
+        self._folder, self._targets, self._inputs, self._shapes = folder, targets, inputs, options.shapes
+        self._calibration = calibration
+        self._made: dict[Cell, Path] = {}
+        self._label = ""  # what is being made
+        self._child = Exporter(
+            module="nas.bench.files",
+            timeout_s=options.timeout_s,
+            waiting=lambda *waited: waiting(self._label, *waited),
+        )
+
+    def __enter__(self) -> Files:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._child.__exit__()
+
+    def of(self, label: str, settings: Settings) -> Path:
+        """The network's file for these settings, whatever the threads. Raises WorkerError where it cannot be made."""
+        key, self._label = (label, replace(settings, threads=1)), label
+        if key not in self._made:
+            self._made[key] = self._make(label, settings, self._folder / str(len(self._made)))
+        return self._made[key]
+
+    def _make(self, label: str, settings: Settings, stem: Path) -> Path:
+        from nas.networks.build import to_document
+
+        network, given = self._targets[label].network, self._inputs.get(label)
+        if given is None:
+            resolution = network.resolution
+            method, source = "export", {"document": to_document(network)}
+        else:
+            shape = given.shape(self._shapes, settings.batch_size, self._targets[label].resolution)
+            resolution = shape[-1]
+            method, source = "fix", {"source": str(given.path), "name": given.name, "shape": shape}
+            if given.quantised:
+                settings = replace(settings, precision="fp32")  # there is nothing left to convert
+        images = self._calibration.at(resolution) if settings.precision == "int8" else None
+        return self._child.call(method, settings, stem, images, **source)
+
+
+def _fix(
+    source: str, name: str, shape: list[int], settings: dict[str, Any], stem: str, images: str | None
+) -> dict[str, str]:
+    """In the child: a user's ONNX file with this shape of its input, in this precision."""
+    import numpy as np
+    import onnx
+    from onnxruntime.tools.onnx_model_utils import make_input_shape_fixed
+
+    model, path = onnx.load(source), Path(f"{stem}.onnx")
+    tensor = next(each for each in model.graph.input if each.name == name).type.tensor_type
+    if not tensor.HasField("shape"):
+        tensor.shape.CopyFrom(onnx.TensorShapeProto(dim=[onnx.TensorShapeProto.Dimension() for _ in shape]))
+    make_input_shape_fixed(model.graph, name, shape)
+    onnx.save(model, path)
+    lower_precision(path, Settings(**settings), np.load(images) if images else None)
+    return {"path": str(path)}
+
+
+if __name__ == "__main__":
+    from nas.process import serve
+
+    serve({"export": export_here, "fix": _fix})

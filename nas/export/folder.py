@@ -1,0 +1,174 @@
+"""A network's folder: arch.json, model.safetensors and model.onnx."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nas.data.lineage import SEEN
+from nas.errors import UserError
+from nas.export.card import LABELS, PREPROCESS, Card, Preprocess
+from nas.export.onnx import agreement, label_onnx, to_onnx
+from nas.files import drafted, replace_file, scratch, unwritable
+from nas.text import first_line
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import nn
+
+    from search_spaces import Arch
+
+
+def save_model(model: nn.Module, folder: Path, with_weights: bool = True) -> None:
+    """Write a network as arch.json and, unless told not to, model.safetensors.
+
+    Raises:
+        DiskFull: there is no room for it.
+        UserError: a folder that cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_file(folder / "arch.json", model.arch.to_json())
+        if with_weights:
+            save_weights(model, folder / "model.safetensors")
+    except OSError as error:
+        raise unwritable(folder, error) from None
+
+
+def save_onnx(
+    model: nn.Module, folder: Path, batch_size: int, trained: bool, card: Card, images: np.ndarray | None = None
+) -> str:
+    """Write a network as model.onnx, its card beside it; where that fails there is no model.onnx afterwards, rather
+    than an older one.
+
+    images: of the kind it is for, float32 (N, 3, R', R'), where there are any, to look at beside others.
+
+    Returns:
+        How nearly ONNX Runtime and PyTorch agree, see `agreement`.
+
+    Raises:
+        DiskFull: there is no room for it.
+        UserError: a folder that cannot be written, a network that cannot be exported, or one whose ONNX form disagrees
+            with PyTorch by more than 1e-4.
+    """
+    from search_spaces import fold
+
+    arch, folded, path = model.arch, fold(model), folder / "model.onnx"
+    try:
+        path.unlink(missing_ok=True)
+        card.write(folder)
+        with drafted(path) as draft:
+            to_onnx(folded, draft, arch.resolution, batch_size)
+            label_onnx(draft, arch, trained, card)
+            return agreement(folded, draft, arch.resolution, batch_size, images)
+    except OSError as error:
+        raise unwritable(folder, error) from None
+    except (RuntimeError, ValueError, MemoryError) as error:
+        raise UserError(f"this network cannot be exported: {first_line(error)}") from None
+
+
+def save_weights(model: nn.Module, path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a network's state dict as safetensors."""
+    from safetensors.torch import save
+
+    tensors = {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
+    replace_file(path, save(tensors, metadata))
+
+
+def export_folder(arch: Arch, folder: Path, weights: str | None, num_classes: int | None, batch_size: int) -> str:
+    """Write arch.json, model.onnx with its card and, where weights are given, model.safetensors; returns what was done.
+
+    Of weights that vitnas trained, the card, metrics.json and the images they have seen are taken from the folder they
+    lie in.
+
+    Raises:
+        UserError: a folder that cannot be written, weights that cannot be had or do not fit, or an ONNX network that
+            disagrees with PyTorch by more than 1e-4.
+    """
+    from search_spaces import ArchError, create_model
+    from search_spaces.checkpoints import WeightsError
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = create_model(arch, num_classes, weights)
+    except (ArchError, WeightsError) as error:
+        raise UserError(str(error)) from None
+    if weights is not None and model.untrained:
+        raise UserError(_other_classifier(model, weights))
+    card, facts = card_for(model.arch, weights)
+    agreed = replace_network(model, folder, batch_size, weights is not None, card, facts)
+    what = "with random, untrained weights"
+    if model.loaded:
+        what = "with the given weights" + (f" ({model.loaded.note})" if model.loaded.note else "")
+        if card.classes is None:
+            agreed += f"; the weights do not say what their classes are called, and {PREPROCESS} is what vitnas does"
+    return f"{folder}/model.onnx: {arch.family} {what}; {agreed}"
+
+
+def card_for(arch: Arch, weights: str | None) -> tuple[Card, list[Path]]:
+    """The card of an Arch with weights, and the files beside these that are true of them.
+
+    Of a run's model.safetensors they are the run's own, without accuracy and metrics where the Arch is another.
+    """
+    if weights is None:
+        return Card.untrained(arch.resolution), []
+    if weights == "timm":
+        return Card.timm(arch), []
+    path = Path(weights)
+    seen = [path.with_name(SEEN)] if path.with_name(SEEN).is_file() else []
+    if path.name != "model.safetensors" or not (path.parent / "arch.json").is_file():
+        return Card.untrained(arch.resolution), seen
+    card = Card.read(path.parent)
+    if (path.parent / "arch.json").read_text() == arch.to_json():
+        facts = (path.with_name(name) for name in ("metrics.json", "prune.json"))
+        own = card.preprocess or Preprocess.own(arch.resolution)
+        return card.model_copy(update={"preprocess": own}), [*seen, *(each for each in facts if each.is_file())]
+    classes = card.classes if card.classes and len(card.classes) == arch.num_classes else None
+    return Card(preprocess=Preprocess.own(arch.resolution), classes=classes), seen
+
+
+def replace_network(
+    model: nn.Module, folder: Path, batch_size: int, trained: bool, card: Card, facts: Sequence[Path] = ()
+) -> str:
+    """Write arch.json, model.onnx, its card and, of a trained network, model.safetensors; all of them or none. No file
+    that speaks of an earlier network stays.
+
+    facts: files that speak of this one, to be copied.
+
+    Returns, Raises:
+        As `save_onnx`.
+    """
+    try:
+        with scratch(folder) as draft:
+            save_model(model, draft, with_weights=trained)
+            agreed = save_onnx(model, draft, batch_size, trained, card)
+            for fact in facts:
+                replace_file(draft / fact.name, fact.read_bytes())
+            for name in ("metrics.json", "prune.json", PREPROCESS, LABELS):
+                (folder / name).unlink(missing_ok=True)
+            for earlier in folder.glob("model.*"):
+                earlier.unlink()
+            for path in draft.iterdir():
+                path.replace(folder / path.name)
+    except OSError as error:
+        raise unwritable(folder, error) from None
+    finally:
+        with suppress(OSError):  # it holds something
+            folder.rmdir()
+    return agreed
+
+
+def _other_classifier(model: nn.Module, weights: str) -> str:
+    """Why weights leave a network's classifier untrained, and what to do."""
+    classes = model.loaded.classes
+    if classes is None:
+        return f"{weights} has no classifier: `vitnas train --weights` trains one"
+    named = "1 class" if classes == 1 else f"{classes} classes"
+    return (
+        f"{weights} has a classifier of {named} and the network one of {model.arch.num_classes}: "
+        f"add --num-classes {classes}, or train it with `vitnas train --weights`"
+    )
