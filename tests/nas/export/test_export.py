@@ -18,7 +18,8 @@ from nas.errors import UserError
 from nas.export.card import Card
 from nas.export.folder import export_folder, replace_network
 from nas.export.onnx import agreement, check_images, logits_of, onnx_logits, to_onnx
-from search_spaces import Arch, create_model, fold, get_arch, list_models, tokens
+from search_spaces import Arch, create_model, fold, get_arch, list_models
+from search_spaces import tokens as token_choice
 from search_spaces.registry import FAMILIES
 from search_spaces.space import LEVELS, PARAMETERS
 
@@ -122,7 +123,7 @@ class Toy(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(2).transpose(1, 2)
-        return layers.on_strongest(tokens, 32, lambda rows: rows * 0 + 1).sum(2)
+        return token_choice.on_strongest(tokens, 32, lambda rows: rows * 0 + 1).sum(2)
 
 
 def test_the_check_sees_a_changed_network(tmp_path, helpers):
@@ -139,7 +140,7 @@ def test_the_check_sees_another_choice_among_tied_tokens(tmp_path, monkeypatch):
     """Of noise the file chooses as PyTorch does."""
     path = tmp_path / "model.onnx"
     with monkeypatch.context() as patch:
-        patch.setattr(tokens, "TIE", -tokens.TIE)
+        patch.setattr(token_choice, "TIE", -token_choice.TIE)
         to_onnx(Toy(), path, 8, 2)
     assert difference(Toy(), path, torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))) == 0
     with pytest.raises(UserError, match="disagrees with PyTorch"):
