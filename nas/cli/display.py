@@ -221,7 +221,7 @@ def show_against(console: Console, rows: Sequence[Mapping[str, Any]], first: Map
 
 def show_train(data: Mapping[str, Any], folder: Path, to_stderr: bool) -> None:
     """What a training came to."""
-    from nas.training.run import accuracy_of
+    from nas.training.result import accuracy_of
 
     console, final = console_of(to_stderr), data["final"]
     if final is None:

@@ -85,7 +85,14 @@ def train(
     from nas.cli.display import show_train
     from nas.cli.progress import watch_images
     from nas.threads import training_threads
-    from nas.training.run import Options, check_device, choose_recipe, default_folder, default_workers, starting_weights
+    from nas.training.request import (
+        TrainRequest,
+        check_device,
+        choose_recipe,
+        default_folder,
+        default_workers,
+        starting_weights,
+    )
     from nas.training.run import train as run_train
 
     begun_with = starting_weights(model, weights, out)
@@ -93,7 +100,7 @@ def train(
         recipe or ("quick" if begun_with is None else "finetune"), epochs, batch_size, lr, distillation
     )
     device = check_device(device)
-    options = Options(
+    options = TrainRequest(
         model=model,
         recipe=chosen,
         device=device,

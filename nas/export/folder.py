@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +12,7 @@ from nas.errors import UserError
 from nas.export.card import LABELS, PREPROCESS, Card, Preprocess
 from nas.export.onnx import agreement, label_onnx, to_onnx
 from nas.files import drafted, replace_file, scratch, unwritable
+from nas.networks.weights import create_quietly
 from nas.text import first_line
 
 if TYPE_CHECKING:
@@ -88,13 +88,11 @@ def export_folder(arch: Arch, folder: Path, weights: str | None, num_classes: in
         UserError: a folder that cannot be written, weights that cannot be had or do not fit, or an ONNX network that
             disagrees with PyTorch by more than 1e-4.
     """
-    from search_spaces import ArchError, create_model
+    from search_spaces import ArchError
     from search_spaces.checkpoints import WeightsError
 
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model = create_model(arch, num_classes, weights)
+        model = create_quietly(arch, weights, num_classes)
     except (ArchError, WeightsError) as error:
         raise UserError(str(error)) from None
     if weights is not None and model.untrained:

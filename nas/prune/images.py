@@ -68,7 +68,7 @@ class PruneJob(Job):
 
     def accuracy(self, model: nn.Module, which: str) -> None:
         """Evaluate a network once; what is known is kept in `state.found[which]`."""
-        from nas.training.engine import evaluate
+        from nas.training.evaluation import evaluate
 
         if which in self.state.found:
             return
@@ -86,7 +86,7 @@ class PruneJob(Job):
 
     def fit(self, phase: str, model: nn.Module, images: int, lr: float, teacher: nn.Module | None = None) -> None:
         """Train a network in place; the order of the images does not depend on what was trained before."""
-        from nas.training.engine import fit
+        from nas.training.fit import fit
 
         train = self._loader(self.data.train, shuffle=True)
         with self.phase(phase) as progress:

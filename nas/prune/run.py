@@ -19,6 +19,7 @@ from nas.job import Progress, Say
 from nas.lock import in_turn
 from nas.measure.samples import Measurement, paired_ratio
 from nas.networks.timm_network import TIMM
+from nas.networks.weights import create_quietly
 from nas.prune import steps
 from nas.prune.images import PruneJob, compute_device
 from nas.prune.request import PruneRequest, show
@@ -160,24 +161,19 @@ class Pruning:
         self._keep("dense", model)
 
     def _with_weights(self, arch: Arch, weights: str | Path | None) -> tuple[nn.Module, bool]:
-        import warnings
-
         import torch
 
-        from search_spaces import create_model
         from search_spaces.checkpoints import WeightsError
 
         torch.manual_seed(self.request.seed)
         what = steps.brief_line(self.job)
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                model = create_model(arch, weights=weights)
+            model = create_quietly(arch, weights)
         except WeightsError as error:
             if weights != "timm" or self.request.weights is not None:
                 raise UserError(str(error)) from None
             self.job.note(f"no pretrained weights ({error}); {what}")
-            return create_model(arch), True
+            return create_quietly(arch, None), True
         if weights is None:
             self.job.note(f"no weights given{'' if self.request.data else ' and no --data'}; {what}")
         elif model.untrained:

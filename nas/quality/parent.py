@@ -25,7 +25,7 @@ def find_parent(text: str, trainer: CandidateTrainer, say: Callable[[str], None]
     from nas.data.batches import loader
     from nas.data.images import sample
     from nas.networks.targets import find_target
-    from nas.training.run import load_trained
+    from nas.networks.weights import load_trained
     from pruning.importance import ImportanceError, score
     from pruning.units import anatomy
 

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from nas.data.images import Images
     from nas.quality.plan import TrainingPlan
     from nas.quality.surrogate import TrainedNetwork
-    from nas.training.engine import Accuracy, Training
+    from nas.training.engine import Training
+    from nas.training.evaluation import Accuracy
     from nas.training.recipes import Recipe
     from search_spaces import Arch
 
@@ -125,7 +126,7 @@ class CandidateTrainer:
     def judge(self, network: nn.Module, images: Images) -> Accuracy:
         """Accuracy on images, in order."""
         from nas.data.batches import loader
-        from nas.training.engine import evaluate
+        from nas.training.evaluation import evaluate
 
         judges = loader(images, JUDGED_BATCH, shuffle=False, seed=self.seed)
         self.loaders.append(Skips(judges.skipped))
@@ -134,7 +135,7 @@ class CandidateTrainer:
     def train(self, model: nn.Module, images: Images, recipe: Recipe, **options: Any) -> Training:
         """A training on this machine."""
         from nas.training.engine import Training
-        from nas.training.run import default_workers
+        from nas.training.request import default_workers
 
         made = Training(
             model, images, recipe, device=self.device, workers=default_workers(self.device), say=self.say, **options

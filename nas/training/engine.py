@@ -1,4 +1,4 @@
-"""Training and evaluation on batches of images."""
+"""A training by a recipe, which can be stopped at any update and goes on."""
 
 from __future__ import annotations
 
@@ -6,133 +6,35 @@ import hashlib
 import io
 import itertools
 import json
-import logging
 import math
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from timm.data import Mixup
-from timm.optim import create_optimizer_v2, param_groups_weight_decay
-from timm.scheduler import CosineLRScheduler
-from timm.utils import ModelEmaV3, dispatch_clip_grad, distribute_bn, random_seed
+from timm.utils import ModelEmaV3, distribute_bn, random_seed
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from nas.data.batches import Batch, loader
+from nas.data.batches import loader
 from nas.data.images import Images
 from nas.errors import TrainingError, UserError
 from nas.files import replace_file
-from nas.intervals import of_share
-from nas.text import first_line
+from nas.training.device import failing_as, out_of_memory, to_stderr
+from nas.training.processes import agreed, ranks
 from nas.training.recipes import Recipe
+from nas.training.updater import Updater
 from search_spaces.gates import set_drop_path
-from search_spaces.network import heads_of, set_keep_progress
+from search_spaces.network import set_keep_progress
 
-logging.getLogger("timm.scheduler").setLevel(logging.ERROR)  # a schedule of one update needs no warning
-
-TEMPERATURE = 2.0
-T = TypeVar("T")
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-BRIEF = Recipe("brief", "`fit`", 1, 1, lr=1e-3, lr_batch=1, weight_decay=0.05, distillation="soft")
-OUT_OF_MEMORY = ("allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED", "std::bad_alloc")
 WITHIN_S = 180.0
 """Seconds between two checkpoints within an epoch."""
 CHECK_EVERY = 10
 """Updates between two looks at the loss on an accelerator, each of which waits for it."""
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """`correct` of `total` images; `loss` is their mean cross-entropy in nats. hits: whether each was, in order."""
-
-    correct: int
-    total: int
-    loss: float
-    hits: tuple[bool, ...] = field(default=(), repr=False)
-
-    @property
-    def top1(self) -> float:
-        """Top-1 accuracy in percent."""
-        return 100 * self.correct / self.total
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Wilson's 95% interval of the top-1 accuracy, in percent."""
-        found = of_share(self.top1, self.total)
-        return found.low, found.high
-
-
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr)
-
-
-@contextmanager
-def failing_as(what: str, epoch: int = 0) -> Iterator[None]:
-    """Turn what PyTorch raises into a TrainingError of one line; in several processes, which must end together, into a
-    UserError."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        line = f"{what} {'ran out of memory' if out_of_memory(error) else 'failed'}: {first_line(error)}"
-        raise (UserError(line) if dist.is_initialized() else TrainingError(line, epoch)) from error
-
-
-@failing_as("judging")
-@torch.no_grad()
-def evaluate(
-    model: nn.Module,
-    loader: Iterable[Batch],
-    device: str | torch.device = "cpu",
-    say: Callable[[str], None] = _to_stderr,
-) -> Accuracy:
-    """Accuracy over one pass of `loader`; leaves the model on `device`, in eval mode.
-
-    Where memory does not suffice the batches are halved, from then on, and `say` is told.
-
-    Raises:
-        TrainingError: there is no memory for one image, or PyTorch fails.
-    """
-    model.to(device).eval()
-    hits: list[bool] = []
-    loss = 0.0
-    at_once = sys.maxsize
-    for batch in loader:
-        while (found := _judged(model, batch, at_once, device)) is None:
-            at_once = min(at_once, len(batch[1])) // 2
-            if not at_once:
-                raise TrainingError("out of memory with one image to judge: lower --resolution")
-            _free(device)
-            say(f"out of memory: judging goes on with {at_once} images at a time")
-        hits += found[0]
-        loss += found[1]
-    return Accuracy(sum(hits), len(hits), loss / len(hits), tuple(hits))
-
-
-def _judged(
-    model: nn.Module, batch: Batch, at_once: int, device: str | torch.device
-) -> tuple[list[bool], float] | None:
-    """Which answers are correct and the sum of losses in a batch; None where memory did not suffice."""
-    hits: list[bool] = []
-    loss = 0.0
-    try:
-        for part in zip(*(values.split(at_once) for values in batch), strict=True):
-            images, labels = _to(device, *part)
-            logits = model(images)
-            hits += (logits.argmax(1) == labels).tolist()
-            loss += F.cross_entropy(logits, labels, reduction="sum").item()
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        return None
-    return hits, loss
 
 
 @dataclass
@@ -176,7 +78,7 @@ class Training:
         accumulate: int = 1,
         compiled: bool = False,
         validate: Callable[[nn.Module], Mapping[str, Any]] | None = None,
-        say: Callable[[str], None] = _to_stderr,
+        say: Callable[[str], None] = to_stderr,
     ) -> None:
         """Goes on from `checkpoint` if there is one.
 
@@ -451,264 +353,9 @@ class Training:
             ) from None
 
 
-class Updater:
-    """Loss, optimizer and schedule of a network in training: one update at a time.
-
-    total: where the schedule ends, in the unit of `step`'s first argument.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        recipe: Recipe,
-        total: int,
-        device: str | torch.device,
-        precision: str = "fp32",
-        teacher: nn.Module | None = None,
-        compiled: bool = False,
-        say: Callable[[str], None] = _to_stderr,
-    ) -> None:
-        self._model, self._recipe, self._teacher, self._say = model, recipe, teacher, say
-        self._device = torch.device(device)
-        if teacher is not None:
-            teacher.to(device).eval()
-        self._mixup, self._smoothing = None, recipe.label_smoothing
-        if recipe.mixup or recipe.cutmix:
-            classes = model.arch.num_classes if hasattr(model, "arch") else model.num_classes
-            self._mixup = Mixup(
-                recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=classes
-            )
-            self._smoothing = 0.0
-        lr = recipe.peak_lr
-        self._optimizer = create_optimizer_v2(
-            model, "adamw", lr=lr, weight_decay=recipe.weight_decay, param_group_fn=_groups(recipe.weight_decay)
-        )
-        self._schedule = CosineLRScheduler(
-            self._optimizer,
-            t_initial=total,
-            t_in_epochs=False,
-            lr_min=min(recipe.min_lr, lr),
-            warmup_t=min(math.ceil(recipe.warmup * total), total - 1),
-            warmup_lr_init=min(recipe.warmup_lr, lr),
-        )
-        self._dtype = PRECISIONS[precision]
-        self._scaler = torch.amp.GradScaler(self._device.type, enabled=precision == "fp16")
-        self._parallel = None
-        if dist.is_initialized():
-            self._parallel = nn.parallel.DistributedDataParallel(
-                model, device_ids=[self._device] if self._device.type == "cuda" else None
-            )
-        self._forward = self._parallel or model
-        if compiled:
-            self._forward = torch.compile(self._forward)
-        self._parts = 1
-
-    @property
-    def lr(self) -> float:
-        return self._optimizer.param_groups[0]["lr"]
-
-    def step(self, at: int, batches: Sequence[Batch]) -> Tensor:
-        """One update on all the batches' images together; returns their mean loss, on the device.
-
-        Where memory does not suffice the batches are halved, from then on, and their gradients added up.
-        """
-        self._schedule.step_update(at)
-        while (loss := self._gradients(batches)) is None:
-            largest = max(len(labels) for _, labels in batches)
-            if self._parallel is not None:
-                raise UserError(f"out of memory with {largest // self._parts} images a process: raise --accumulate")
-            if largest // (2 * self._parts) < 2:
-                raise TrainingError(f"out of memory with {largest // self._parts} images: lower --resolution")
-            self._parts *= 2
-            _free(self._device)
-            self._say(
-                f"out of memory: going on with {largest // self._parts} images at a time, "
-                "gradients accumulated to the same update"
-                + "; BatchNorm sees the smaller batches"
-                * _has_batch_norm(self._model)
-            )
-        self._scaler.unscale_(self._optimizer)
-        if self._recipe.clip is not None:
-            mode, bound = self._recipe.clip
-            dispatch_clip_grad(self._model.parameters(), bound, mode)
-        self._scaler.step(self._optimizer)
-        self._scaler.update()
-        return loss
-
-    def _gradients(self, batches: Sequence[Batch]) -> Tensor | None:
-        """Leave the update's gradients at the parameters; None where memory did not suffice."""
-        self._optimizer.zero_grad()
-        try:
-            images = sum(len(labels) for _, labels in batches)
-            total = torch.zeros((), device=self._device)
-            left = sum(self._parts_of(batch) for batch in batches)
-            for batch in batches:
-                for x, y in self._prepared(batch):
-                    left -= 1
-                    waits = self._parallel.no_sync() if self._parallel is not None and left else nullcontext()
-                    with waits:
-                        with torch.autocast(self._device.type, self._dtype, enabled=self._dtype is not None):
-                            loss = self._loss(x, y) * (len(y) / images)
-                        self._scaler.scale(loss).backward()
-                    total += loss.detach()
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-            return None
-        return total
-
-    def _parts_of(self, batch: Batch) -> int:
-        return min(self._parts, len(batch[1]) // 2)
-
-    def _prepared(self, batch: Batch) -> Iterable[Batch]:
-        """A batch on the device, mixed, in parts of two images or more."""
-        images, labels = _to(self._device, *batch)
-        if self._mixup is not None:
-            even = len(labels) // 2 * 2
-            images, labels = self._mixup(images[:even], labels[:even])
-        parts = self._parts_of(batch)
-        return zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True)
-
-    def _loss(self, images: Tensor, targets: Tensor) -> Tensor:
-        if self._teacher is None:
-            return F.cross_entropy(self._forward(images), targets, label_smoothing=self._smoothing)
-        heads = [logits.float() for logits in heads_of(self._forward, images)]
-        label_loss = F.cross_entropy(heads[0], targets, label_smoothing=self._smoothing)
-        with torch.no_grad():
-            wanted = self._teacher(images).float()
-        if self._recipe.distillation == "soft":
-            return distillation_loss(label_loss, heads[-1], wanted)
-        return (label_loss + F.cross_entropy(heads[-1], wanted.argmax(1))) / 2
-
-    def state(self) -> dict[str, Any]:
-        return {"optimizer": self._optimizer.state_dict(), "scaler": self._scaler.state_dict(), "parts": self._parts}
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        self._optimizer.load_state_dict(state["optimizer"])
-        self._scaler.load_state_dict(state["scaler"])
-        self._parts = state["parts"]
-
-
-@failing_as("training")
-def fit(
-    model: nn.Module,
-    loader: Iterable[Batch],
-    images: int,
-    lr: float,
-    *,
-    seed: int,
-    teacher: nn.Module | None = None,
-    device: str | torch.device = "cpu",
-    progress: Callable[[int, int, float], None] | None = None,
-) -> None:
-    """Train `model` in place on `images` images, rounded up to whole batches; an epoch is len(loader.dataset).
-
-    AdamW (weights of norms and biases do not decay), a cosine with a short warm-up, smoothed labels, clipped
-    gradients. With a teacher the loss is that of `distillation_loss`. Batches of one image are left out, as BatchNorm
-    cannot train on them. The global random generators are seeded: on a CPU, an equal loader, seed and number of
-    threads give equal weights. Leaves the model on `device`, in eval mode; the teacher too.
-
-    Args:
-        model: (B, 3, R, R) -> (B, classes) logits in training mode; not a pair of heads.
-        lr: the highest learning rate.
-        progress: called after each update with images done, images in all, and the update's loss.
-
-    Raises:
-        TrainingError: the loss is no longer finite, there is no memory for two images, or PyTorch fails.
-        UserError: no batch holds two images.
-    """
-    random_seed(seed)
-    model.to(device).train()
-    recipe = replace(BRIEF, lr=lr, warmup_lr=lr / 10)
-    updater = Updater(model, recipe, images, device, teacher=teacher)
-    for done, batch in batches_for(loader, images):
-        value = updater.step(done, [batch]).item()
-        if not math.isfinite(value):
-            raise TrainingError(f"the loss is {value} after {done:,} images: lower the learning rate ({lr:g})")
-        if progress is not None:
-            progress(min(done + len(batch[1]), images), images, value)
-    model.eval()
-
-
-def distillation_loss(label_loss: Tensor, logits: Tensor, wanted: Tensor) -> Tensor:
-    """Mean of the label loss and T^2 KL(softmax(wanted / T) || softmax(logits / T)), logits (B, classes).
-
-    Soft targets at T = `TEMPERATURE`, whose gradients T^2 brings to the label loss's scale: Hinton, Vinyals and Dean,
-    Distilling the Knowledge in a Neural Network, 2015, section 2.
-    """
-    soft = F.kl_div(
-        F.log_softmax(logits / TEMPERATURE, dim=1),
-        F.log_softmax(wanted / TEMPERATURE, dim=1),
-        reduction="batchmean",
-        log_target=True,
-    )
-    return (label_loss + TEMPERATURE**2 * soft) / 2
-
-
-def agreed(found: T) -> T:
-    """What the first process found, in all of them; they wait for each other here."""
-    if not dist.is_initialized():
-        return found
-    everywhere = [found]
-    dist.broadcast_object_list(everywhere)
-    dist.barrier()
-    return everywhere[0]
-
-
-def ranks() -> tuple[int, int]:
-    """This process's rank, and the number of processes that train together."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def _groups(weight_decay: float) -> Callable[[nn.Module], list[dict[str, Any]]]:
-    """Parameter groups: only what is called weight and is no vector decays, so no bias tables, tokens or positions."""
-
-    def groups(model: nn.Module) -> list[dict[str, Any]]:
-        free = [name for name, _ in model.named_parameters() if name.split(".")[-1] != "weight"]
-        return param_groups_weight_decay(model, weight_decay, no_weight_decay_list=free)
-
-    return groups
-
-
 def _digest(model: nn.Module) -> str:
     """What kind of network this is: its Arch, or its tensors' names and shapes."""
     if hasattr(model, "arch"):
         return model.arch.digest()
     shapes = [(name, tuple(value.shape)) for name, value in model.state_dict().items()]
     return hashlib.sha256(repr(shapes).encode()).hexdigest()
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether PyTorch, or a library below it, found no memory."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
-    )
-
-
-def _free(device: str | torch.device) -> None:
-    if torch.device(device).type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def _has_batch_norm(model: nn.Module) -> bool:
-    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
-
-
-def batches_for(loader: Iterable[Batch], images: int) -> Iterable[tuple[int, Batch]]:
-    """(images before it, batch) for batches of two images or more, pass after pass, until `images` have been given."""
-    done = 0
-    while done < images:
-        before = done
-        for batch in loader:
-            if len(batch[1]) > 1:
-                yield done, batch
-                done += len(batch[1])
-                if done >= images:
-                    return
-        if done == before:
-            raise UserError("no batch holds two images that can be decoded: BatchNorm needs two, raise the batch size")
-
-
-def _to(device: str | torch.device, images: Tensor, labels: Tensor) -> Batch:
-    """On `device`, images in channels_last; convolutions keep it: EfficientViT-M4 trains 1.1x as fast on a CPU."""
-    return images.to(device, memory_format=torch.channels_last), labels.to(device)

@@ -40,7 +40,8 @@ from pruning_bench import (
 from timm.utils import random_seed
 from torch import nn
 
-from nas.training.engine import evaluate, fit
+from nas.training.evaluation import evaluate
+from nas.training.fit import fit
 from pruning.allocation import Costs, allocate
 from pruning.importance import score
 from pruning.units import KNOB_KINDS, Anatomy, Scores, Settings, anatomy

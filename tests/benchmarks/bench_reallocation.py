@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from pruning_bench import Data, InOrder, Rows, child, common_arguments, dense, dense_top1, markdown, prepare, say
 
-from nas.training.engine import evaluate
+from nas.training.evaluation import evaluate
 from pruning.allocation import Costs, allocate
 from pruning.importance import score
 from pruning.units import KNOB_KINDS, Kind, anatomy

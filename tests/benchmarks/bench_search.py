@@ -39,7 +39,8 @@ from nas.quality.trained import HalvingTier
 from nas.quality.trainer import CandidateTrainer
 from nas.search.final import Accuracies, compare_means, verdict
 from nas.search.trial import reference_arch
-from nas.training.engine import Training, evaluate
+from nas.training.engine import Training
+from nas.training.evaluation import evaluate
 from nas.training.recipes import RECIPES
 from search_spaces import Arch, create_model, fold, get_arch, table
 from search_spaces.registry import FAMILIES

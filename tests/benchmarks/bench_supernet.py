@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 
 from nas.measure.samples import median_interval
-from nas.training.supernet import Candidate, Supernet
+from nas.training.candidate import Candidate
+from nas.training.supernet import Supernet
 from search_spaces import Arch, table
 from search_spaces.registry import FAMILIES
 

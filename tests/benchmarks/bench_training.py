@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from nas.data.batches import loader
 from nas.data.dataset import open_data
 from nas.measure.samples import median_interval
-from nas.training.engine import Updater
 from nas.training.recipes import RECIPES
+from nas.training.updater import Updater
 from search_spaces import create_model, get_arch
 from search_spaces.api import find_variant
 from search_spaces.weights import fit, translate

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from nas.data.dataset import open_data
 from nas.data.images import Images, decode
-from nas.training.engine import Accuracy, evaluate, fit
+from nas.training.evaluation import Accuracy, evaluate
+from nas.training.fit import fit
 from pruning import slice_weights
 from pruning.units import Anatomy, Scores, Settings, cut
 from search_spaces import Arch, create_model

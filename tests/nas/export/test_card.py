@@ -40,7 +40,8 @@ print(100 * sum(label == found for label, found in shown) / len(shown))
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, helpers) -> Path:
     """A tiny network trained on noisy rectangles of three colours, some of them turned by EXIF."""
-    from nas.training.run import Options, choose_recipe, train
+    from nas.training.request import TrainRequest, choose_recipe
+    from nas.training.run import train
 
     root, rng = tmp_path_factory.mktemp("card"), np.random.default_rng(0)
     for part, count in (("train", 40), ("val", 12)):
@@ -50,7 +51,7 @@ def folder(tmp_path_factory, helpers) -> Path:
                 draw(rng, 2 - i).save(root / "images" / part / label / f"{j}.jpg", exif=turned(j % 4))
     (root / "arch.json").write_text(helpers.random_arch("shvit", 0, num_classes=3, resolution=32).to_json())
     recipe = choose_recipe("quick", 4, 12, 0.01, None)
-    options = Options(str(root / "arch.json"), recipe, "cpu", root / "out", str(root / "images"))
+    options = TrainRequest(str(root / "arch.json"), recipe, "cpu", root / "out", str(root / "images"))
     train(options, "vitnas train", lambda line: None, lambda *_: None)
     return root / "out"
 

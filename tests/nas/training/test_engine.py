@@ -17,13 +17,14 @@ from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3, dispatch_clip_grad, random_seed
 from torch import Tensor, nn
 
-import nas.training
 import nas.training.engine
 from nas.data.batches import loader
 from nas.data.images import Images, plain_transform
 from nas.errors import DiskFull, TrainingError, UserError
-from nas.training.engine import Training, Updater, evaluate
+from nas.training.engine import Training
+from nas.training.evaluation import evaluate
 from nas.training.recipes import RECIPES, Recipe
+from nas.training.updater import Updater
 from search_spaces import create_model, get_arch
 from search_spaces.weights import fit as load
 from search_spaces.weights import translate

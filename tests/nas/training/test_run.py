@@ -12,12 +12,14 @@ from PIL import Image
 from safetensors.torch import save
 from torch import Tensor, nn
 
-import nas.training
-import nas.training.engine
+import nas.training.updater
 from nas.data.batches import loader
 from nas.data.dataset import open_data
 from nas.errors import UserError
-from nas.training.engine import TEMPERATURE, Accuracy, distillation_loss, evaluate, fit
+from nas.training import updater
+from nas.training.evaluation import Accuracy, evaluate
+from nas.training.fit import fit
+from nas.training.updater import TEMPERATURE, distillation_loss
 from search_spaces import create_model
 
 FAMILIES = ("levit", "efficientvit", "shvit", "evit", "sepvit")
@@ -151,10 +153,8 @@ def test_every_family_trains(family, helpers):
 def test_schedule_and_weight_decay(monkeypatch):
     """The rate rises over the first twentieth, then falls along a cosine; norms and biases do not decay."""
     made = []
-    create = nas.training.engine.create_optimizer_v2
-    monkeypatch.setattr(
-        nas.training.engine, "create_optimizer_v2", lambda *a, **k: made.append(create(*a, **k)) or made[0]
-    )
+    create = nas.training.updater.create_optimizer_v2
+    monkeypatch.setattr(updater, "create_optimizer_v2", lambda *a, **k: made.append(create(*a, **k)) or made[0])
     model, rates, seen = network(), [], []
 
     def progress(done: int, total: int, loss: float) -> None:

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nas.errors import TrainingError, UserError
-from nas.training.supernet import Candidate, Supernet, maximum
+from nas.training.candidate import Candidate
+from nas.training.supernet import Supernet, maximum
 from pruning import slice_weights
 from search_spaces import Arch, get_arch, table
 from search_spaces.registry import FAMILIES

@@ -21,10 +21,10 @@ from torch import Tensor
 
 import nas.data
 import nas.data.dataset
-import nas.export
 import nas.export.onnx
-import nas.training
 import nas.training.engine
+import nas.training.evaluation
+import nas.training.updater
 from nas.cli.app import main
 from nas.data.batches import loader
 from nas.data.dataset import open_data
@@ -32,7 +32,7 @@ from nas.data.images import sample
 from nas.errors import TrainingError, UserError
 from nas.export import folder as export_folder
 from nas.files import folder_lock
-from nas.training.engine import evaluate
+from nas.training.evaluation import evaluate
 from search_spaces import Arch, create_model, get_arch
 
 ARGS = ("--epochs", "2", "--batch-size", "32", "--device", "cpu")
@@ -165,7 +165,7 @@ def test_what_an_onnx_check_refuses_is_written(vitnas, deit, tmp_path, monkeypat
         model = create_model(Arch.from_json((out / "arch.json").read_bytes()), weights=out / "model.safetensors")
         assert model.arch.num_classes == 10
     monkeypatch.setattr(export_folder, "agreement", agreement)
-    monkeypatch.setattr(nas.training.engine.Updater, "step", None)
+    monkeypatch.setattr(nas.training.updater.Updater, "step", None)
     assert vitnas(*args)[0] == 0
     assert (metrics(out)["error"], (out / "model.onnx").is_file()) == (None, True)
     assert [path.name for path in (out / "state").iterdir()] == ["state.json"]
@@ -249,14 +249,14 @@ def whole(deit, tmp_path_factory) -> dict[str, Tensor]:
 
 def signalled(monkeypatch, at: int, number: int = signal.SIGINT) -> None:
     """A signal comes within this update of a training's, from 0."""
-    step = nas.training.engine.Updater.step
+    step = nas.training.updater.Updater.step
 
     def during(self, i, batches):
         if i == at:
             signal.raise_signal(number)
         return step(self, i, batches)
 
-    monkeypatch.setattr(nas.training.engine.Updater, "step", during)
+    monkeypatch.setattr(nas.training.updater.Updater, "step", during)
 
 
 @pytest.mark.usefixtures("few")
@@ -347,7 +347,7 @@ def test_ctrl_c_in_the_writing_leaves_nothing_of_earlier_weights(vitnas, deit, t
 
 @pytest.mark.usefixtures("few")
 def test_a_signal_before_the_first_update_is_done_leaves_nothing(vitnas, deit, tmp_path, monkeypatch):
-    monkeypatch.setattr(nas.training.engine.Updater, "step", _interrupt)
+    monkeypatch.setattr(nas.training.updater.Updater, "step", _interrupt)
     code, _, err = vitnas("train", deit, "--out", str(tmp_path / "out"), *ONCE)
     assert code == 130
     assert "no update was finished: nothing is kept" in err
@@ -364,7 +364,7 @@ def test_a_finished_training_writes_again_what_was_lost(vitnas, deit, tmp_path, 
     args = ("train", deit, "--out", str(out), "--epochs", "1", "--batch-size", "128", "--device", "cpu")
     assert vitnas(*args)[0] == 0
     arch = (out / "arch.json").read_text()
-    monkeypatch.setattr(nas.training.engine.Updater, "step", None)
+    monkeypatch.setattr(nas.training.updater.Updater, "step", None)
     (out / "model.onnx").unlink()
     (out / "arch.json").write_text("{")
     code, _, err = vitnas(*args)
@@ -389,14 +389,14 @@ def test_a_failing_judge_loses_no_epoch(vitnas, deit, tmp_path, monkeypatch):
         raise TrainingError("out of memory with one image to judge")
 
     with monkeypatch.context() as patched:
-        patched.setattr(nas.training.engine, "evaluate", failing)
+        patched.setattr(nas.training.evaluation, "evaluate", failing)
         code, text, err = vitnas(*args)
     assert code == 1, err
     assert "out of memory with one image to judge; the weights of epoch 1 are kept" in err
     assert text.startswith("Epoch 1 was not judged")
     assert metrics(out)["final"]["epoch"] == 1
     assert (out / "model.safetensors").is_file()
-    monkeypatch.setattr(nas.training.engine.Updater, "step", None)
+    monkeypatch.setattr(nas.training.updater.Updater, "step", None)
     code, text, err = vitnas(*args)
     assert code == 0, err
     assert "% top-1 (95%: " in text.splitlines()[0]
@@ -407,7 +407,7 @@ import dataclasses, os, signal, sys
 from pathlib import Path
 import nas.data.dataset, nas.data.images
 from nas.cli.app import main
-from nas.training.engine import Updater
+from nas.training.updater import Updater
 
 open_all, sample = nas.data.dataset.open_data, nas.data.images.sample
 
@@ -464,8 +464,8 @@ import torch
 from nas.data.dataset import open_data
 from nas.data.images import sample
 from nas.training.recipes import RECIPES
-from nas.training.engine import Training, ranks
-from nas.training.run import processes
+from nas.training.engine import Training
+from nas.training.processes import processes, ranks
 from search_spaces import Arch, create_model
 
 with processes("cpu") as device:
@@ -536,14 +536,14 @@ def test_torchrun(deit, tmp_path):
 @pytest.mark.usefixtures("few")
 def test_a_loss_that_is_not_finite_leaves_the_last_good_weights(vitnas, deit, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    step = nas.training.engine.Updater.step
+    step = nas.training.updater.Updater.step
     updates = []
 
     def failing(self, at, batches):
         updates.append(at)
         return step(self, at, batches) * (float("nan") if at == 12 else 1.0)
 
-    monkeypatch.setattr(nas.training.engine.Updater, "step", failing)
+    monkeypatch.setattr(nas.training.updater.Updater, "step", failing)
     code, _, err = vitnas("train", deit, "--out", str(out), *ARGS)
     assert code == 1
     assert updates[-1] == 12
@@ -556,7 +556,7 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_weights(vitnas, deit, tm
     data = nas.data.dataset.open_data(None, 32, 10, 0)
     model = create_model(Arch.from_json((out / "arch.json").read_bytes()), weights=out / "model.safetensors")
     assert evaluate(model, loader(data.val, 64, shuffle=False, seed=0)).top1 == pytest.approx(found["final"]["top1"])
-    monkeypatch.setattr(nas.training.engine.Updater, "step", step)
+    monkeypatch.setattr(nas.training.updater.Updater, "step", step)
     code, _, err = vitnas("train", deit, "--out", str(out), *ARGS)
     assert (code, metrics(out)["error"]) == (0, None)
     assert "going on after epoch 1" in err
@@ -677,7 +677,7 @@ def test_timm_s_networks_teach_as_they_were_trained(tmp_path):
     """Their weights from a file; their own normalisation and resolution."""
     import timm
 
-    from nas.training.run import find_teacher
+    from nas.training.teachers import find_teacher
 
     model = timm.create_model("vit_tiny_patch16_224.augreg_in21k_ft_in1k", num_classes=10, depth=1).eval()
     torch.save(model.state_dict(), tmp_path / "weights.pth")

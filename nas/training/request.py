@@ -1,0 +1,149 @@
+"""A training as it is asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nas.errors import UserError
+from nas.job import default_folder_of
+from nas.machine import usable_cpus
+
+if TYPE_CHECKING:
+    from nas.training.recipes import Recipe
+
+RANDOM = "none"
+"""The value of --weights that asks for random ones."""
+MAX_WORKERS = 8
+MOST, MOST_WORKERS = 1_000_000, 256
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """A training as asked for. model, teacher, oracle: as `find_target` takes them, a teacher timm/NAME as well.
+    weights, teacher_weights: "timm" or a file; weights: None is random ones. resolution: None is the network's own."""
+
+    model: str
+    recipe: Recipe
+    device: str
+    folder: Path
+    data: str | None = None
+    resolution: int | None = None
+    num_classes: int | None = None
+    weights: str | None = None
+    teacher: str | None = None
+    teacher_weights: str | None = None
+    oracle: str | None = None
+    precision: str = "fp32"
+    accumulate: int = 1
+    compiled: bool = False
+    workers: int = 0
+    seed: int = 0
+
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for a training to go on."""
+        found = asdict(self)
+        recipe = found.pop("recipe")
+        for name in ("folder", "workers", "compiled"):
+            del found[name]
+        for name in ("source", "teacher"):
+            del recipe[name]
+        return json.loads(json.dumps(found | {"recipe": recipe.pop("name")} | recipe))
+
+    def check(self) -> None:
+        """Raises UserError for what no network could be trained with."""
+        from nas.training.updater import PRECISIONS
+
+        recipe = self.recipe
+        for name, value, least, most in (
+            ("epochs", recipe.epochs, 1, MOST),
+            ("batch-size", recipe.batch_size, 2, MOST),
+            ("accumulate", self.accumulate, 1, MOST),
+            ("workers", self.workers, 0, MOST_WORKERS),
+            ("resolution", self.resolution, 1, MOST),
+        ):
+            if value is not None and not least <= value <= most:
+                raise UserError(f"--{name} is {value}: give {least} to {most}")
+        if self.precision not in PRECISIONS:
+            raise UserError(f"--precision {self.precision!r}: choose from {', '.join(PRECISIONS)}")
+        if not 0 < recipe.lr < 1e3:
+            raise UserError(f"--lr is {recipe.lr:g}: give a learning rate above 0, such as 1e-3")
+        if self.data is not None and os.path.isdir(self.data):
+            images = Path(self.data).resolve()
+            if self.folder.resolve() == images or images in self.folder.resolve().parents:
+                raise UserError(f"--out {self.folder} is in the folder of the images, {self.data}: give another")
+        if self.teacher is None and self.teacher_weights is not None:
+            raise UserError("--teacher-weights needs --teacher")
+
+
+def choose_recipe(
+    name: str, epochs: int | None, batch_size: int | None, lr: float | None, distillation: str | None
+) -> Recipe:
+    """A recipe by name, with the user's changes. lr: the highest rate at the batch size in use.
+
+    Raises:
+        UserError: an unknown recipe or distillation.
+    """
+    from nas.training.recipes import RECIPES
+
+    if name not in RECIPES:
+        raise UserError(f"unknown --recipe {name!r}: choose from {', '.join(RECIPES)}")
+    if distillation not in (None, "hard", "soft"):
+        raise UserError(f"--distillation {distillation!r}: choose hard or soft")
+    recipe = RECIPES[name]
+    size = batch_size or recipe.batch_size
+    changes = {"epochs": epochs, "batch_size": batch_size, "distillation": distillation}
+    if lr is not None:
+        changes |= {"lr": lr, "lr_batch": size}
+    return replace(recipe, **{key: value for key, value in changes.items() if value is not None})
+
+
+def starting_weights(model: str, weights: str | None, folder: Path | None) -> str | None:
+    """The weights that a training begins with: those given, or those in the network's own folder; None: random ones.
+
+    folder: where the training writes: what it has written there itself is no beginning.
+
+    Raises:
+        UserError: the folder holds the network's weights, and not from this command.
+    """
+    from nas.networks.targets import find_target
+
+    if weights is not None:
+        return None if weights == RANDOM else weights
+    beside = find_target(model).as_trained().weights
+    if beside is None:
+        return None
+    if folder is not None and folder.is_dir() and folder.resolve() == beside.parent.resolve():
+        if not (folder / "state" / "state.json").is_file():
+            raise UserError(f"--out {folder} holds the weights that the training begins with: give another")
+        return None
+    return str(beside)
+
+
+def check_device(device: str | None) -> str:
+    """cpu or cuda; without one, cuda where it can be used.
+
+    Raises:
+        UserError: another device, or one that is not here.
+    """
+    import torch
+
+    here = torch.cuda.is_available()
+    if device not in (None, "cpu", "cuda"):
+        raise UserError(f"--device {device!r}: choose cpu or cuda")
+    if device == "cuda" and not here:
+        raise UserError("--device cuda: torch finds no CUDA device here")
+    return device or ("cuda" if here else "cpu")
+
+
+def default_workers(device: str) -> int:
+    """Processes that decode: none beside a training on the CPU, which uses its cores itself."""
+    return 0 if device == "cpu" else min(MAX_WORKERS, len(usable_cpus()))
+
+
+def default_folder(model: str, recipe: str) -> Path:
+    """runs/train-<model>-<recipe>."""
+    return default_folder_of("train", model, recipe)

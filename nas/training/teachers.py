@@ -1,0 +1,86 @@
+"""Trained networks that teach another one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nas.errors import UserError
+from nas.networks.timm_network import TIMM
+from nas.networks.weights import load_trained
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def find_teacher(text: str, weights: str | None, classes: list[str]) -> nn.Module:
+    """A trained network that takes the student's images: (B, 3, R, R) -> (B, classes).
+
+    Raises:
+        UserError: no such network, weights that cannot be had, random ones, or another number of classes.
+    """
+    if not text.startswith(TIMM):
+        return _own("--teacher", text, weights, classes)
+    import timm
+
+    from search_spaces.checkpoints import WeightsError, read_checkpoint
+    from search_spaces.weights import load_groups, not_fetched, offline_if_unreachable
+
+    name = text.removeprefix(TIMM)
+    if not timm.is_model(name):
+        near = ", ".join(timm.list_models(f"*{name.split('.')[0][:8]}*")[:3])
+        raise UserError(f"--teacher {text}: timm has no such network" + (f", but {near}" if near else ""))
+    try:
+        if weights is None:
+            with offline_if_unreachable():
+                model = timm.create_model(name, pretrained=True)
+        else:
+            model = timm.create_model(name, num_classes=len(classes))
+            if load_groups(model, read_checkpoint(Path(weights)), {None: ()}).untrained:
+                raise WeightsError(f"{weights}: another classifier, which would teach nothing")
+    except WeightsError as error:
+        raise UserError(f"--teacher-weights: {error}") from None
+    except Exception as error:  # the weights' client raises kinds of its own
+        raise UserError(f"--teacher {text}: {not_fetched(name, error, '--teacher-weights')}") from None
+    config = model.pretrained_cfg
+    fixed = config["input_size"][-1] if config.get("fixed_input_size") else None
+    return _fitting(f"--teacher {text}", model, (model.num_classes, len(classes)), fixed, config["mean"], config["std"])
+
+
+def _own(option: str, text: str, weights: str | None, classes: list[str]) -> nn.Module:
+    """A network of ours that teaches."""
+    from nas.networks.targets import find_target
+
+    model = load_trained(option, find_target(text), weights)
+    if model.untrained:
+        raise UserError(f"{option} {text}: weights with another classifier, which would teach nothing")
+    return _fitting(f"{option} {text}", model, (model.arch.num_classes, len(classes)), model.arch.resolution)
+
+
+def _fitting(
+    option: str,
+    model: nn.Module,
+    classes: tuple[int, int],
+    resolution: int | None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+) -> nn.Module:
+    """A network that takes a student's images: at its own resolution (None: any) and with its own normalisation (None:
+    ImageNet's).
+
+    Args:
+        classes: the network's, and the data's.
+    """
+    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    from torch import nn
+    from torchvision.transforms.v2 import Normalize, Resize
+
+    if classes[0] != classes[1]:
+        raise UserError(f"{option} has {classes[0]} classes and the data {classes[1]}: fine-tune it on the data first")
+    first: list[nn.Module] = []
+    if resolution is not None:
+        first.append(Resize((resolution, resolution)))
+    if mean is not None and std is not None and (mean, std) != (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD):
+        pairs = list(zip(mean, std, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, strict=True))
+        first.append(Normalize([(m - m0) / s0 for m, _, m0, s0 in pairs], [s / s0 for _, s, _, s0 in pairs]))
+    return nn.Sequential(*first, model)
