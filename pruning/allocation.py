@@ -44,8 +44,10 @@ class BudgetError(ValueError):
 class Costs:
     """What a network costs at given sizes, and what changing one knob changes.
 
-    metric: multiply-accumulates of an image, or parameters. rates: cost of a multiply-accumulate in each knob
-    (milliseconds, as measured); then `base` is the network's measured cost.
+    Args:
+        metric: multiply-accumulates of an image, or parameters.
+        rates: measured milliseconds of a multiply-accumulate, by the name of each knob; None: the metric is the cost.
+        base: with rates, the network's measured latency in milliseconds.
     """
 
     def __init__(
@@ -112,9 +114,12 @@ class _State:
 
     costs: Costs
     sizes: dict[str, int]
+    """Size of every width by name."""
     cost: float
     settings: dict[str, int] = field(default_factory=dict)
+    """Size of each knob that was moved, by name."""
     gone: set[str] = field(default_factory=set)
+    """Paths of removed residual branches."""
 
     def size_of(self, knob: Knob) -> int:
         return self.settings.get(knob.name, knob.size)
@@ -147,10 +152,12 @@ class _State:
 
 @dataclass(frozen=True)
 class _Value:
-    """Importance of a knob's units from the weakest up, summed over heads: what each size is worth."""
+    """What each size of a knob is worth."""
 
     ascending: np.ndarray
+    """Importance of its units from the weakest up, summed over heads, (units,)."""
     step: int
+    """Units that a step takes."""
 
     def lost(self, size: int, smaller: int) -> float:
         n = len(self.ascending)
@@ -167,7 +174,7 @@ class _Value:
 
 
 def smaller_size(knob: Knob, size: int, multiple_of: int) -> int | None:
-    """The next size down; None at the minimum: one head, no branch, else `multiple_of` units."""
+    """Give the next size down; None at the minimum: one head, no branch, else `multiple_of` units."""
     if knob.kind in ("heads", "blocks"):
         least = 0 if knob.kind == "blocks" else 1
         return size - 1 if size > least else None
@@ -176,13 +183,13 @@ def smaller_size(knob: Knob, size: int, multiple_of: int) -> int | None:
 
 
 def larger_size(knob: Knob, size: int, multiple_of: int) -> int | None:
-    """The next size up; None where the knob does not grow or has doubled."""
+    """Give the next size up; None where the knob does not grow or has doubled."""
     higher = (size // multiple_of + 1) * multiple_of
     return higher if knob.grows and knob.kind in GROWING and higher <= LARGEST * knob.size else None
 
 
 def movable(parts: Anatomy, kinds: Collection[Kind], multiple_of: int) -> list[Knob]:
-    """Knobs of these kinds that can change so that their width stays, or becomes, a multiple.
+    """List the knobs of these kinds that can change so that their width stays, or becomes, a multiple.
 
     A width that attention heads divide is several knobs; where one of them is below `multiple_of` and so cannot change,
     nor can the others.
@@ -201,7 +208,7 @@ def allocate(
     multiple_of: int = 8,
     reallocate: bool = False,
 ) -> Settings:
-    """Settings of the knobs of these kinds that cost at most `target` and lose the least importance.
+    """Choose settings of the knobs of these kinds that cost at most `target` and lose the least importance.
 
     Every width that changes becomes a multiple of `multiple_of`, heads and branches apart.
 

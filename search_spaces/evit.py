@@ -29,14 +29,13 @@ class Mlp(Doc):
 
 
 class EvitBlock(Doc):
-    """Attention, then token reduction to ceil(keep_rate * patches), then the MLP on what is left.
-
-    fuse: the dropped tokens leave one token behind, their sum weighted by the class token's attention.
-    """
+    """Attention, then token reduction, then the MLP on what is left."""
 
     attn: Attn | None
     keep_rate: Rate
+    """Share of patches kept: ceil(keep_rate * patches)."""
     fuse: bool
+    """Whether the dropped tokens leave one token behind, their sum weighted by the class token's attention."""
     ffn: Mlp | None
 
 

@@ -49,11 +49,13 @@ class LevitDownsample(Doc):
 
 
 class LevitStage(Doc):
-    """keep_rate drops tokens for good at the stage's entry (last stage only: nothing after needs the grid)."""
+    """A downsampling (but for the first stage), then blocks."""
 
     embed_dim: Dim
     downsample: LevitDownsample | None
     keep_rate: Rate
+    """Share of tokens kept for good at the stage's entry; below 1 in the last stage only, as nothing after it needs the
+    grid."""
     blocks: Annotated[tuple[LevitBlock, ...], Field(max_length=MAX_BLOCKS)]
 
 

@@ -34,14 +34,12 @@ Values = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Space:
-    """A family's axes.
-
-    options: parameter -> ordered options (at most seven); a parameter left out is inactive.
-    arch: (value of every active parameter, number of classes) -> Arch. Every combination can be built.
-    """
+    """A family's axes."""
 
     options: Mapping[str, Sequence[Any]]
+    """Parameter -> ordered options, at most seven; a parameter left out is inactive."""
     arch: Callable[[Values, int], Arch]
+    """(value of every active parameter, number of classes) -> Arch. Every combination can be built."""
 
     def decode(self, params: Mapping[str, int], num_classes: int, resolution: int | None = None) -> Arch:
         """The Arch of a trial's integer parameters; `resolution` stands in for the trial's.
@@ -67,22 +65,22 @@ class Space:
 
 
 def random_params(rng: np.random.Generator) -> dict[str, int]:
-    """Every parameter drawn uniformly: a random trial."""
+    """Draw every parameter uniformly: a random trial."""
     return {name: int(rng.integers(LEVELS)) for name in PARAMETERS}
 
 
 def per_stage(axis: str, *values: Any) -> dict[str, Any]:
-    """One axis's values (or lists of options) for stages 1, 2, ...: {"width_s1": ..., "width_s2": ...}."""
+    """Name one axis's values (or lists of options) for stages 1, 2, ...: {"width_s1": ..., "width_s2": ...}."""
     return {f"{axis}_s{stage}": value for stage, value in zip(STAGES, values, strict=False)}
 
 
 def with_attention(depth: int, share: float) -> list[bool]:
-    """Which of `depth` blocks carry attention: the last round(share * depth), at least one if share > 0."""
+    """Say which of `depth` blocks carry attention: the last round(share * depth), at least one if share > 0."""
     count = max(1, round(share * depth)) if share > 0 else 0
     return [block >= depth - count for block in range(depth)]
 
 
 def fingerprint(spaces: Mapping[str, Space]) -> str:
-    """A short hash of parameter names and options: a study continues only on the space it began with."""
+    """Hash parameter names and options to 12 hexadecimal digits: a study continues only on the space it began with."""
     text = json.dumps([PARAMETERS, LEVELS, {name: dict(s.options) for name, s in sorted(spaces.items())}])
     return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -39,14 +39,18 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass(frozen=True)
 class Match:
-    """A group of tensors under a prefix, renamed. naming: whose names they had (None: ours). found: how many the
-    network has."""
+    """A group of tensors under a prefix, renamed."""
 
     place: str
+    """Keys that the group lies under in its file."""
     prefix: str
+    """Prefix that was stripped from the names."""
     naming: str | None
+    """Whose names they had; None: ours."""
     state: State
+    """The tensors by our names."""
     found: int
+    """Number of them that the network has."""
 
 
 def load_weights(model: nn.Module, arch: Arch, weights: str | Path) -> Loaded:
@@ -67,7 +71,7 @@ def load_weights(model: nn.Module, arch: Arch, weights: str | Path) -> Loaded:
 
 
 def namings(arch: Arch) -> dict[str | None, Rules]:
-    """How each naming of an Arch's tensors becomes ours."""
+    """Give, for each naming that an Arch's tensors may have, the rules that make it ours."""
     family = FAMILIES[arch.family]
     return {None: (), "timm's": family.rename, "the official repository's": family.official(arch)}
 
@@ -92,7 +96,7 @@ def load_groups(model: nn.Module, groups: Mapping[str, State], rules: Mapping[st
 
 
 def best_match(groups: Mapping[str, State], own: Collection[str], rules: Mapping[str | None, Rules]) -> Match:
-    """The group, prefix and naming with most of a network's names; of equals the first."""
+    """Find the group, prefix and naming with most of a network's names; of equals the first."""
     best = Match("", "", None, {}, -1)
     for place, group in groups.items():
         for prefix, state in unwrapped(_without_counters(group), len(own) // 2):
@@ -107,8 +111,8 @@ def best_match(groups: Mapping[str, State], own: Collection[str], rules: Mapping
 
 
 def unwrapped(state: State, least: int, prefix: str = "") -> Iterator[tuple[str, State]]:
-    """A state dict, then those under each first part of its names (`module.`, `model.`) with more than `least`
-    tensors, and so on."""
+    """Yield a state dict, then those under each first part of its names (`module.`, `model.`) with more than `least`
+    tensors, and so on, each with its prefix."""
     yield prefix, state
     parts: dict[str, State] = {}
     for name, value in state.items():
@@ -121,7 +125,7 @@ def unwrapped(state: State, least: int, prefix: str = "") -> Iterator[tuple[str,
 
 
 def rename(state: State, rules: Rules) -> State:
-    """Names as ours."""
+    """Apply rules to a state dict's names."""
     if not rules:
         return state
     renamed = {}
@@ -133,12 +137,12 @@ def rename(state: State, rules: Rules) -> State:
 
 
 def translate(state: Mapping[str, Tensor], arch: Arch, own: Collection[str]) -> State:
-    """A state dict in ours, timm's or the official naming, perhaps under a prefix, in ours."""
+    """Rename a state dict from ours, timm's or the official naming, perhaps under a prefix, to ours."""
     return best_match({"": dict(state)}, own, namings(arch)).state
 
 
 def without_distillation_token(state: State, own: Collection[str]) -> tuple[State, bool]:
-    """A distilled DeiT as a plain one: no distillation token, nor its position and head; and whether it was one."""
+    """Make a distilled DeiT a plain one, without distillation token, its position and head; and say if it was one."""
     if "dist_token" not in state or "dist_token" in own or "pos_embed" not in state:
         return state, False
     plain = {name: value for name, value in state.items() if not name.startswith(("dist_token", "head_dist."))}
@@ -176,7 +180,7 @@ def _without_counters(group: State) -> State:
 
 
 def timm_state(arch: Arch) -> State:
-    """Pretrained weights of the published variant that `arch` is, fetched by timm."""
+    """Let timm fetch the pretrained weights of the published variant that `arch` is."""
     import timm
 
     name = timm_name(arch)
@@ -188,7 +192,7 @@ def timm_state(arch: Arch) -> State:
 
 
 def timm_name(arch: Arch) -> str:
-    """What timm calls the published variant that `arch` is.
+    """Find timm's name for the published variant that `arch` is.
 
     Raises:
         WeightsError: timm has no weights for it.
@@ -202,8 +206,10 @@ def timm_name(arch: Arch) -> str:
 
 
 def not_fetched(name: str, error: Exception, option: str | None) -> str:
-    """That timm could not fetch the weights of its network `name`, why, and what to do: with an option that takes a
-    file, or without one."""
+    """Say that timm could not fetch the weights of its network `name`, why, and what to do.
+
+    option: the command's option that takes a file of weights; None: it has none.
+    """
     import timm
 
     config = timm.get_pretrained_cfg(name)
@@ -214,7 +220,7 @@ def not_fetched(name: str, error: Exception, option: str | None) -> str:
 
 
 def first_sentence(error: Exception) -> str:
-    """Of an error's message; its class where it has none."""
+    """Give the first sentence of an error's message, or its class where it has none."""
     lines = str(error).strip().splitlines()
     return re.split(r"(?<=[a-z)\]])\. ", lines[0])[0].rstrip(".") if lines else type(error).__name__
 
@@ -281,7 +287,7 @@ def fit(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
 
 
 def _value(name: str, value: Tensor, target: Tensor) -> Tensor:
-    """A tensor of the weights as its target in the network has it.
+    """Bring a tensor of the weights to the type and shape of its target in the network.
 
     Raises:
         WeightsError: it holds no values, is stored in another way, or is not finite.
@@ -307,6 +313,6 @@ def _core(tensor: Tensor) -> tuple[int, ...]:
 
 
 def _few(names: list[str]) -> str:
-    """The first names of a list, and how many more there are."""
+    """List the first names, and say how many more there are."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more

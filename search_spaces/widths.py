@@ -85,12 +85,14 @@ def fixed(size: int) -> Width:
 
 @dataclass(frozen=True)
 class Entry:
-    """One parameter or buffer: its axes, and at how many positions of an image it multiplies (0: it does not)."""
+    """One parameter or buffer."""
 
     name: str
     axes: tuple[Axis, ...]
     positions: int
+    """At how many positions of an image it multiplies; 0: it does not."""
     trainable: bool
+    """Whether it is a parameter."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -99,11 +101,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class Product:
-    """Attention's products q k^T and weights v in the module `name`: `times` multiplications for each unit."""
+    """Attention's products q k^T and weights v."""
 
     name: str
+    """Path of the module that computes them."""
     axis: Axis
     times: int
+    """Multiplications for each unit of the axis."""
 
 
 @dataclass(frozen=True)
@@ -226,13 +230,13 @@ def _chosen(child: Width, parent: Width, select: Select) -> np.ndarray:
 
 
 def units_within(chosen: np.ndarray, start: int, size: int) -> np.ndarray:
-    """The part of an ascending selection that falls on units start .. start + size; new units follow the unit before
-    them."""
+    """Give the part of an ascending selection that falls on units start .. start + size; new units follow the unit
+    before them."""
     return chosen[boundary(chosen, start) : boundary(chosen, start + size)]
 
 
 def boundary(chosen: np.ndarray, unit: int) -> int:
-    """How many entries of an ascending selection lie before `unit`, new ones counted with the unit they follow."""
+    """Count the entries of an ascending selection before `unit`, new ones with the unit they follow."""
     beyond = np.flatnonzero(chosen >= unit)
     return 0 if unit == 0 else int(beyond[0]) if beyond.size else len(chosen)
 
