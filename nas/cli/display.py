@@ -13,8 +13,9 @@ from nas.intervals import guessing
 from nas.measure.budget import Verdict
 from nas.quality.tier import told_score
 from nas.report.tables import Column, console_of, print_table, prose
-from nas.search.log import OVERHEAD, overhead_share
-from nas.search.rows import INTERRUPTED, interval_words, later_rounds
+from nas.search.outcome import OVERHEAD, Outcome
+from nas.search.rows import INTERRUPTED, ClosingRow, OutsideRow, Timed
+from nas.search.words import interval_words, later_rounds, quality_words, validation_line
 from nas.units import counted
 
 
@@ -23,7 +24,7 @@ def clock(seconds: float) -> str:
 
 
 def show_result(
-    data: Mapping[str, Any], folder: Path, to_stderr: bool, verbose: bool = False, images: str | None = None
+    outcome: Outcome, folder: Path, to_stderr: bool, verbose: bool = False, images: str | None = None
 ) -> None:
     """A search's result: the answer, the closing table, ties and notes, then its files and what to do next.
 
@@ -31,128 +32,123 @@ def show_result(
         verbose: tell where the time went, too.
         images: what it trained on, as named on the command line.
     """
-    from nas.search.report import quality_words
-
     console = console_of(to_stderr)
-    budget = f"{data['budget_ms']:g} ms"
-    winner = data["winner"]
-    settings = data["settings"]
+    show_answer(console, outcome)
+    if outcome.final:
+        show_final(console, outcome.final, outcome.quality_tier.name)
+        if outcome.against:
+            show_against(console, outcome.against, outcome.final[0])
+        prose(
+            console,
+            " ".join(filter(None, ("One interleaved run.", later_rounds(outcome.final))))
+            + " Intervals of latency: 95%, of its median. A score is the estimate less one standard error, to rank by."
+            + (" Weights are untrained." if outcome.untrained else "")
+            + (f" Images a second are at batch {outcome.throughput_at}." if outcome.throughput_at else ""),
+        )
+    show_accuracy(console, outcome)
+    for line in (*outcome.ties, *outcome.notes, *outcome.failures):
+        prose(console, line)
+    if outcome.skipped:
+        prose(console, "Some published networks, farther from the budget, were not tried: report.html lists them.")
+    if outcome.interrupted and any(trial.state == INTERRUPTED for trial in outcome.trials):
+        prose(console, "An interrupted trial is made again by the same command.")
+    failed = sum(trial.state == "failed" for trial in outcome.trials)
+    if failed:
+        prose(console, f"{counted(failed, 'trial')} failed; report.html groups them by reason")
+    prose(console, outcome.quality_tier.note)
+    if verbose and outcome.median_trial_s:
+        shares = ", ".join(f"{row.phase} {row.share:.1%}" for row in outcome.breakdown)
+        prose(
+            console,
+            f"{outcome.trials_per_minute:.1f} trials a minute, median {outcome.median_trial_s:.2f} s; {shares}; "
+            f"overhead ({', '.join(OVERHEAD)}) {outcome.overhead_share:.1%}",
+        )
+    for line in what_now(outcome, folder, images):
+        console.print(line)
+
+
+def show_answer(console: Console, outcome: Outcome) -> None:
+    """The winner, or the fastest network and what may help."""
+    budget, settings = f"{outcome.budget_ms:g} ms", outcome.settings
     where = (
-        f"{settings['runtime']} {settings['precision']}, {settings['device']}, "
-        f"{counted(settings['threads'], 'thread')}, batch {settings['batch_size']}"
+        f"{settings.runtime} {settings.precision}, {settings.device}, "
+        f"{counted(settings.threads, 'thread')}, batch {settings.batch_size}"
     )
-    fastest = data["fastest"]
+    fastest, winner = outcome.fastest, outcome.winner
     if fastest is None:
         prose(console, "No trial was measured.")
     elif winner is None:
         prose(console, f"Nothing fits {budget} ({where}).")
-        ends = interval_words(fastest["latency_ci_low_ms"], fastest["latency_ci_high_ms"])
-        prose(
-            console,
-            f"Fastest measured: {fastest['label']} ({fastest['family']}), {fastest['latency_ms']:.2f} ms ({ends}).",
-        )
-        for line in data["advice"]:
+        ends = interval_words(fastest.latency_ci)
+        prose(console, f"Fastest measured: {fastest.label} ({fastest.family}), {fastest.latency_ms:.2f} ms ({ends}).")
+        for line in outcome.advice:
             prose(console, f"  may help: {line}")
     else:
-        sure = winner["verdict"] == Verdict.FITS
+        sure = winner.verdict == Verdict.FITS
         found = f"Best within {budget}" if sure else f"No network surely fits {budget}; the best of those that may"
-        ends = interval_words(winner["ci_low_ms"], winner["ci_high_ms"])
+        ends = interval_words(winner.latency_ci)
         prose(
             console,
-            f"{found} ({where}): {winner['label']} of the family {winner['family']}, {winner['latency_ms']:.2f} ms "
-            f"({'' if sure else 'unsure: '}{ends}), {quality_words(data)}.",
+            f"{found} ({where}): {winner.label} of the family {winner.family}, {winner.latency_ms:.2f} ms "
+            f"({'' if sure else 'unsure: '}{ends}), {quality_words(winner)}.",
         )
-    if data["final"]:
-        show_final(console, data["final"], data["quality_tier"]["name"])
-        if data["against"]:
-            show_against(console, data["against"], data["final"][0])
-        prose(
-            console,
-            " ".join(filter(None, ("One interleaved run.", later_rounds(data["final"]))))
-            + " Intervals of latency: 95%, of its median. A score is the estimate less one standard error, to rank by."
-            + (" Weights are untrained." if data["untrained"] else "")
-            + (f" Images a second are at batch {data['throughput_at']}." if data["throughput_at"] else ""),
-        )
-    show_accuracy(console, data)
-    for line in (*data["ties"], *data["notes"], *data["failures"]):
-        prose(console, line)
-    if data["skipped"]:
-        prose(console, "Some published networks, farther from the budget, were not tried: report.html lists them.")
-    if data["interrupted"] and any(row["state"] == INTERRUPTED for row in data["trials"]):
-        prose(console, "An interrupted trial is made again by the same command.")
-    failed = [row for row in data["trials"] if row["state"] == "failed"]
-    if failed:
-        prose(console, f"{counted(len(failed), 'trial')} failed; report.html groups them by reason")
-    prose(console, data["quality_tier"]["note"])
-    if verbose and data["median_trial_s"]:
-        shares = ", ".join(f"{row['phase']} {row['share']:.1%}" for row in data["breakdown"])
-        prose(
-            console,
-            f"{data['trials_per_minute']:.1f} trials a minute, median {data['median_trial_s']:.2f} s; {shares}; "
-            f"overhead ({', '.join(OVERHEAD)}) {overhead_share(data):.1%}",
-        )
-    for line in what_now(data, folder, images):
-        console.print(line)
 
 
-def what_now(data: Mapping[str, Any], folder: Path, images: str | None) -> list[str]:
+def what_now(outcome: Outcome, folder: Path, images: str | None) -> list[str]:
     """A search's file, its report, and the next useful command; nothing is wrapped, so that it can be copied."""
     lines, best = [], folder / "best"
     trained = (best / "model.safetensors").is_file()
     if (best / "model.onnx").is_file():
-        kind = "random" if not trained else "briefly trained" if data["short_training"] else "trained"
-        lines.append(f"Network: {best / 'model.onnx'} ({kind} weights{first_seed(data)})")
+        kind = "random" if not trained else "briefly trained" if outcome.short_training else "trained"
+        lines.append(f"Network: {best / 'model.onnx'} ({kind} weights{first_seed(outcome)})")
     lines.append(f"Report: {folder / 'report.html'}")
-    if data["failures"]:
-        lines.append(f"To go on: {data['command']}")
-    elif data["winner"] is not None and not data["interrupted"]:
+    if outcome.failures:
+        lines.append(f"To go on: {outcome.command}")
+    elif outcome.winner is not None and not outcome.interrupted:
         name = shlex.quote(images) if images else "FOLDER_OF_IMAGES"
         verb = f"prune --model {shlex.quote(str(best))}" if trained else f"train {shlex.quote(str(best))}"
         lines.append(f"Next: vitnas {verb} --data {name}")
     return lines
 
 
-def first_seed(data: Mapping[str, Any]) -> str:
+def first_seed(outcome: Outcome) -> str:
     """Whose weights best/ holds, where the accuracy told is a mean over seeds."""
-    top1 = data["accuracy"]["rows"][0]["top1"] if data["accuracy"] else []
+    top1 = outcome.accuracy.rows[0].top1 if outcome.accuracy else []
     return f" of the first of {len(top1)} seeds: {top1[0]:.1f}%" if len(top1) > 1 else ""
 
 
-def show_accuracy(console: Console, data: Mapping[str, Any]) -> None:
+def show_accuracy(console: Console, outcome: Outcome) -> None:
     """The final trainings, and how well the tier ranks, where it was validated."""
-    found = data["accuracy"]
+    found = outcome.accuracy
     if found:
-        for row in found["rows"]:
-            prose(console, f"Trained fully, {row['label']}: {row['words']}.")
-        epochs = counted(found["epochs"], "epoch")
-        prose(console, f"{epochs} of the recipe {found['recipe']}, judged on validation images.")
-        prose(console, f"{found['verdict'][:1].upper()}{found['verdict'][1:]}.")
-    tier = data["quality_tier"]
-    if tier["trained"]:
-        from nas.search.report import validation_line
-
-        prose(console, validation_line(tier, data["validation"]))
+        for row in found.rows:
+            prose(console, f"Trained fully, {row.label}: {row.words}.")
+        epochs = counted(found.epochs, "epoch")
+        prose(console, f"{epochs} of the recipe {found.recipe}, judged on validation images.")
+        prose(console, f"{found.verdict[:1].upper()}{found.verdict[1:]}.")
+    if outcome.quality_tier.trained:
+        prose(console, validation_line(outcome.quality_tier, outcome.validation))
 
 
-def show_final(console: Console, final: Sequence[Mapping[str, Any]], tier: str) -> None:
+def show_final(console: Console, final: Sequence[ClosingRow], tier: str) -> None:
     """The table of the closing run, then what could not be measured in it. tier: whose scores these are."""
     rows = [
         (
-            row["label"] if row["name"] else f"{row['label']} ({row['family']})",
-            row["role"],
-            row["verdict"],
-            str(row["resolution"]),
-            f"{told_score(row['quality']):.1f}",
-            "{:.1f}..{:.1f}".format(*row["quality_ci"]),
-            f"{row['published_top1']:.1f}" if row["published_top1"] else "",
-            f"{row['latency_ms']:.2f}",
-            f"{row['ci_low_ms']:.2f}..{row['ci_high_ms']:.2f}",
-            rate(row["throughput"]),
-            f"{row['params_m']:.1f}",
-            f"{row['macs_m']:.0f}",
+            row.label if row.name else f"{row.label} ({row.family})",
+            row.role,
+            row.verdict or "",
+            str(row.resolution),
+            f"{told_score(row.quality):.1f}",
+            "{:.1f}..{:.1f}".format(*row.quality_ci),
+            f"{row.published_top1:.1f}" if row.published_top1 else "",
+            f"{row.latency_ms:.2f}",
+            f"{row.ci_low_ms:.2f}..{row.ci_high_ms:.2f}",
+            rate(row.throughput),
+            f"{row.params_m:.1f}",
+            f"{row.macs_m:.0f}",
         )
         for row in final
-        if not row["error"]
+        if not row.error
     ]
     columns = (
         Column("network", label=True),
@@ -172,18 +168,18 @@ def show_final(console: Console, final: Sequence[Mapping[str, Any]], tier: str) 
     show_failed(console, final)
 
 
-def show_failed(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+def show_failed(console: Console, rows: Sequence[Timed]) -> None:
     """A line for each network that could not be measured."""
     for row in rows:
-        if row["error"]:
-            prose(console, f"{row['label']} failed: {row['error']}")
+        if row.error:
+            prose(console, f"{row.label} failed: {row.error}")
 
 
 def rate(throughput: float | None) -> str:
     return "" if throughput is None else f"{throughput:.0f}"
 
 
-def show_against(console: Console, rows: Sequence[Mapping[str, Any]], first: Mapping[str, Any]) -> None:
+def show_against(console: Console, rows: Sequence[OutsideRow], first: ClosingRow) -> None:
     """Outside networks of the closing run, beside the network on top of the final table, and who runs at which size."""
     from nas.bench.run import unequal
 
@@ -194,29 +190,29 @@ def show_against(console: Console, rows: Sequence[Mapping[str, Any]], first: Map
         Column("ms"),
         Column("95% of ms", drop=2),
         Column("img/s", drop=4),
-        Column(f"time of {first['label']}'s"),
+        Column(f"time of {first.label}'s"),
         Column("95% of that", drop=1),
     )
     told = [
         (
-            row["label"],
-            str(row["resolution"]),
-            row["verdict"],
-            f"{row['latency_ms']:.2f}",
-            f"{row['ci_low_ms']:.2f}..{row['ci_high_ms']:.2f}",
-            rate(row["throughput"]),
-            "" if row["ratio"] is None else f"{row['ratio']:.2f}",
-            "" if row["ratio"] is None else f"{row['ratio_low']:.2f}..{row['ratio_high']:.2f}",
+            row.label,
+            str(row.resolution),
+            row.verdict or "",
+            f"{row.latency_ms:.2f}",
+            f"{row.ci_low_ms:.2f}..{row.ci_high_ms:.2f}",
+            rate(row.throughput),
+            "" if row.ratio is None else f"{row.ratio:.2f}",
+            "" if row.ratio is None else f"{row.ratio_low:.2f}..{row.ratio_high:.2f}",
         )
         for row in rows
-        if not row["error"]
+        if not row.error
     ]
     if told:
         print_table(console, columns, told)
     show_failed(console, rows)
     if told:
-        sizes = {row["label"]: row["resolution"] for row in (first, *rows) if not row["error"]}
-        prose(console, unequal(sizes, ()) or f"All of these run at {first['resolution']} px, as {first['label']} does.")
+        sizes = {row.label: row.resolution for row in (first, *rows) if not row.error}
+        prose(console, unequal(sizes, ()) or f"All of these run at {first.resolution} px, as {first.label} does.")
 
 
 def show_train(data: Mapping[str, Any], folder: Path, to_stderr: bool) -> None:

@@ -223,10 +223,12 @@ def plan_of(options: SearchRequest, images: ImageData | None) -> Plan:
 
 def state_of(progress: Progress, options: SearchRequest) -> list[str]:
     """What is told of a search beside its count, the most important first."""
+    from nas.search.rows import known
+
     best = progress.best
     found = [f"{progress.feasible} within {options.budget_ms:g} ms"]
     if best:
-        found.append(f"best score {told_score(best['quality']):.1f} ({best['family']}, {best['latency_ms']:.2f} ms)")
+        found.append(f"best score {told_score(known(best.quality)):.1f} ({best.family}, {best.latency_ms:.2f} ms)")
     return found
 
 

@@ -153,9 +153,9 @@ def search(
     from nas.cli.display import show_result
     from nas.cli.progress import watch
     from nas.networks.targets import find_target
+    from nas.search.finish import finish_run
     from nas.search.loop import interruptible
     from nas.search.loop import search as run_search
-    from nas.search.outcome import exit_code, finish_run
     from nas.search.request import SearchRequest, default_study, storage_of
     from nas.study.storage import storage_errors
     from nas.study.trials import sweep
@@ -208,14 +208,14 @@ def search(
     with watch(options, images, quiet) as (progress, say, phase), training_threads(train_threads, say):
         found, run = run_search(options, progress, say, phase, images)
         with storage_errors(storage_of(options)), interruptible():
-            result = finish_run(options, found, run, command_line(), phase, say)
+            outcome = finish_run(options, found, run, command_line(), phase, say)
             sweep(found)
-    show_result(result, options.folder, as_json, verbose, data)
+    show_result(outcome, options.folder, as_json, verbose, data)
     if as_json:
-        print(json.dumps({key: result[key] for key in result if key != "trials"} | {"folder": str(options.folder)}))
-    if result["interrupted"] and not result["failures"]:
+        print(json.dumps(outcome.to_json() | {"folder": str(options.folder)}))
+    if outcome.interrupted and not outcome.failures:
         raise KeyboardInterrupt
-    raise typer.Exit(exit_code(result))
+    raise typer.Exit(outcome.exit_code)
 
 
 def tier_of(quality: str, data: str | None, parent: str | None) -> str:

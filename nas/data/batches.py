@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import signal
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -164,7 +165,14 @@ def loader(
     return Loader(images, batch_size, Order(images, shuffle, seed, rank, world_size, repeats), workers)
 
 
-def skipped_line(loaders: Sequence[Loader]) -> str | None:
+class Skipping(Protocol):
+    """skipped: names of the images that a loader could not use."""
+
+    @property
+    def skipped(self) -> Sequence[str]: ...
+
+
+def skipped_line(loaders: Sequence[Skipping]) -> str | None:
     """What to tell the user about the images that could not be used; None where all could."""
     names = list(dict.fromkeys(itertools.chain.from_iterable(each.skipped for each in loaders)))
     broken = [name for name in names if not isinstance(name, Ribbon)]

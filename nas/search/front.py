@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 from nas.quality.tier import told_score
 from nas.report.figures import COLOURS, INK, MARKERS, SOFT, new_figure, plain_axes, png_of
 from nas.report.page import conditions
+from nas.search.outcome import Outcome
+from nas.search.rows import Trial, known
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,36 +24,63 @@ FOOT = 0.025  # share of the plot's height at which trials without a score stand
 SIDES = ((1, 0), (-1, 0), (-1, 1), (1, -1), (0, 1), (0, -1), (1, 1), (-1, -1))  # of its point a label may stand on
 
 
-def plot_front(data: dict[str, Any]) -> bytes:
+@dataclass(frozen=True)
+class Point:
+    """A measured trial as it is drawn. score: in percent, None where nothing says how good it is."""
+
+    trial: int
+    family: str
+    name: str
+    feasible: bool
+    ms: float
+    score: float | None
+    ci: tuple[float, float] | None
+
+    @classmethod
+    def of(cls, trial: Trial) -> Point:
+        """What a tier that trains has only guessed has no score."""
+        score = None if trial.quality is None or trial.guessed else told_score(trial.quality)
+        return cls(
+            trial.trial, trial.family, trial.name, trial.feasible, known(trial.latency_ms), score, trial.quality_ci
+        )
+
+    @property
+    def height(self) -> float:
+        return known(self.score)
+
+
+def plot_front(outcome: Outcome) -> bytes:
     """Scores against latency; a bar is the 95% interval of a front point's estimate. What a tier that trains has only
     guessed has no height."""
     figure = new_figure(10, 6.4)
     axes = figure.add_subplot()
-    measured = [t for t in data["trials"] if t["state"] == "complete"]
-    scored = [_as_told(t) for t in measured if not unknown(t)]
-    front = sorted(map(_as_told, data["pareto"]), key=lambda p: p["latency_ms"])
-    looks = dict(
-        zip(sorted({t["family"] for t in data["trials"]}), cycle(zip(COLOURS, MARKERS, strict=True)), strict=False)
-    )
-    winner = data["winner"] and next((t for t in scored if t["trial"] == data["winner"]["trial"]), None)
+    measured = [Point.of(trial) for trial in outcome.trials if trial.complete]
+    scored = [point for point in measured if point.score is not None]
+    front = list(map(Point.of, outcome.front))
+    families = sorted({trial.family for trial in outcome.trials})
+    looks = dict(zip(families, cycle(zip(COLOURS, MARKERS, strict=True)), strict=False))
+    number = outcome.winner and outcome.winner.trial
+    winner = next((point for point in scored if point.trial == number), None)
 
-    _frame(axes, data, measured, scored, front)
-    _draw_trials(axes, looks, [*scored, *filter(unknown, measured)])
+    _frame(axes, outcome, measured, scored, front)
+    _draw_trials(axes, looks, [*scored, *(point for point in measured if point.score is None)])
     if front:
-        _draw_front(axes, looks, front, data["budget_ms"])
+        _draw_front(axes, looks, front, outcome.budget_ms)
     if winner:
-        axes.plot(winner["latency_ms"], winner["quality"], "o", ms=18, mfc="none", mec=INK, mew=1.6, zorder=6)
-    _legend(figure, looks, bool(front), any(t["guessed"] for t in measured))
-    _label(figure, axes, winner, scored, front, data["budget_ms"])
+        axes.plot(winner.ms, winner.height, "o", ms=18, mfc="none", mec=INK, mew=1.6, zorder=6)
+    _legend(figure, looks, bool(front), any(trial.guessed for trial in outcome.trials if trial.complete))
+    _label(figure, axes, winner, scored, front, outcome.budget_ms)
     return png_of(figure)
 
 
-def _frame(axes: Axes, data: dict[str, Any], measured: list[dict], scored: list[dict], front: list[dict]) -> None:
+def _frame(
+    axes: Axes, outcome: Outcome, measured: Sequence[Point], scored: Sequence[Point], front: Sequence[Point]
+) -> None:
     """Scales, axis labels, the budget, and limits that keep in sight what matters; what lies beyond is counted."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-    budget = data["budget_ms"]
-    latencies = [budget, *(t["latency_ms"] for t in measured)]
+    budget = outcome.budget_ms
+    latencies = [budget, *(point.ms for point in measured)]
     fastest = min(latencies[1:], default=budget)
     left, right = min(latencies) / 1.2, min(1.3 * max(latencies), max(8 * budget, 4 * fastest))
     axes.set_xscale("log")
@@ -61,15 +92,9 @@ def _frame(axes: Axes, data: dict[str, Any], measured: list[dict], scored: list[
 
     notes = [(sum(latency > right for latency in latencies), f"slower than {right:.2g} ms", "right")]
     if scored:
-        tenth = sorted(t["quality"] for t in scored)[len(scored) // 10]
-        bottom = min([tenth, *(t["quality"] for t in [*front, *scored] if "arch" in t or t["name"])])
-        top = max(t["quality"] for t in scored)
-        bars = [end for p in front for end in p["quality_ci"]]
-        bottom = min(bottom, max(min(bars, default=bottom), bottom - BAR_ROOM))
-        top = max(top, min(max(bars, default=top), top + BAR_ROOM))
-        margin = max(1.0, 0.06 * (top - bottom))
-        axes.set_ylim(bottom - margin, top + 1.5 * margin)
-        notes.append((sum(t["quality"] < bottom - margin for t in scored), "below the frame", "left"))
+        low, high = _heights(scored, front)
+        axes.set_ylim(low, high)
+        notes.append((sum(point.height < low for point in scored), "below the frame", "left"))
     else:
         axes.set_yticks([])
     for count, where, side in notes:
@@ -80,35 +105,47 @@ def _frame(axes: Axes, data: dict[str, Any], measured: list[dict], scored: list[
     axes.axvspan(budget, right, color="#f4f5f7", zorder=0, lw=0)
     axes.axvline(budget, color=INK, lw=1.2, ls=(0, (5, 3)), zorder=1)
 
-    axes.set_xlabel(f"median latency in ms, log scale ({conditions(data['settings'])})", color=INK, fontsize=11)
-    axes.set_ylabel(f"score ({data['quality_tier']['name']}), %", color=INK, fontsize=11)
+    axes.set_xlabel(f"median latency in ms, log scale ({conditions(asdict(outcome.settings))})", color=INK, fontsize=11)
+    axes.set_ylabel(f"score ({outcome.quality_tier.name}), %", color=INK, fontsize=11)
     plain_axes(axes)
 
 
-def _draw_trials(axes: Axes, looks: Looks, measured: list[dict]) -> None:
+def _heights(scored: Sequence[Point], front: Sequence[Point]) -> tuple[float, float]:
+    """Limits of the scores: the front, published networks and nine of ten trials are in sight."""
+    scores = sorted(point.height for point in scored)
+    shown = [point.height for point in (*front, *(point for point in scored if point.name))]
+    bottom, top = min([scores[len(scored) // 10], *shown]), scores[-1]
+    bars = [end for point in front for end in known(point.ci)]
+    bottom = min(bottom, max(min(bars, default=bottom), bottom - BAR_ROOM))
+    top = max(top, min(max(bars, default=top), top + BAR_ROOM))
+    margin = max(1.0, 0.06 * (top - bottom))
+    return bottom - margin, top + 1.5 * margin
+
+
+def _draw_trials(axes: Axes, looks: Looks, points: Sequence[Point]) -> None:
     """A dot a trial, faded over the budget; published variants hollow; below, hollow, those that were not trained."""
-    for t in measured:
-        colour, marker = looks[t["family"]]
-        if unknown(t):
-            foot = {"transform": axes.get_xaxis_transform(), "mfc": "none", "mec": colour, "alpha": 0.6, "ms": 6}
-            axes.plot(t["latency_ms"], FOOT, marker, **foot)
-        elif t["name"]:
-            look = {"mfc": "white", "mec": colour, "mew": 1.8, "ms": 8.5, "alpha": 1 if t["feasible"] else 0.5}
-            axes.plot(t["latency_ms"], t["quality"], marker, zorder=5, **look)
+    foot: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "mfc": "none", "alpha": 0.6, "ms": 6}
+    hollow: dict[str, Any] = {"mfc": "white", "mew": 1.8, "ms": 8.5, "zorder": 5}
+    full: dict[str, Any] = {"mew": 0, "ms": 5, "zorder": 2}
+    for t in points:
+        colour, marker = looks[t.family]
+        if t.score is None:
+            axes.plot(t.ms, FOOT, marker, mec=colour, **foot)
+        elif t.name:
+            axes.plot(t.ms, t.score, marker, mec=colour, alpha=1 if t.feasible else 0.5, **hollow)
         else:
-            look = {"mew": 0, "ms": 5, "alpha": 0.65 if t["feasible"] else 0.22}
-            axes.plot(t["latency_ms"], t["quality"], marker, color=colour, zorder=2, **look)
+            axes.plot(t.ms, t.score, marker, color=colour, alpha=0.65 if t.feasible else 0.22, **full)
 
 
-def _draw_front(axes: Axes, looks: Looks, front: list[dict], budget: float) -> None:
+def _draw_front(axes: Axes, looks: Looks, front: Sequence[Point], budget: float) -> None:
     for p in front:
-        bar = {"color": INK, "lw": 0.9, "ms": 5, "alpha": 0.3, "zorder": 1}
-        axes.plot([p["latency_ms"]] * 2, p["quality_ci"], marker="_", **bar)
-        if not p["name"]:
-            colour, marker = looks[p["family"]]
-            axes.plot(p["latency_ms"], p["quality"], marker, color=colour, ms=7.5, mec=INK, mew=1, zorder=4)
-    ends = [*(p["latency_ms"] for p in front[1:]), budget]
-    steps = [(x, p["quality"]) for p, end in zip(front, ends, strict=True) for x in (p["latency_ms"], end)]
+        bar: dict[str, Any] = {"color": INK, "lw": 0.9, "ms": 5, "alpha": 0.3, "zorder": 1}
+        axes.plot([p.ms] * 2, known(p.ci), marker="_", **bar)
+        if not p.name:
+            colour, marker = looks[p.family]
+            axes.plot(p.ms, p.height, marker, color=colour, ms=7.5, mec=INK, mew=1, zorder=4)
+    ends = [*(p.ms for p in front[1:]), budget]
+    steps = [(x, p.height) for p, end in zip(front, ends, strict=True) for x in (p.ms, end)]
     axes.plot(*zip(*steps, strict=True), color=INK, lw=1.3, zorder=3)
 
 
@@ -128,32 +165,34 @@ def _legend(figure: Figure, looks: Looks, front: bool, guessed: bool) -> None:
 
 
 def _label(
-    figure: Figure, axes: Axes, winner: dict | None, scored: list[dict], front: list[dict], budget: float
+    figure: Figure, axes: Axes, winner: Point | None, scored: Sequence[Point], front: Sequence[Point], budget: float
 ) -> None:
     """Name the budget, the winner and the published variants, each where it covers least, or not at all."""
+    import numpy as np
     from matplotlib.patheffects import withStroke
     from matplotlib.transforms import Bbox
 
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # what is added from here on moves nothing
-    renderer, point = figure.canvas.get_renderer(), figure.dpi / 72
-    named = sorted(
-        (t for t in scored if t["name"] and t is not winner), key=lambda t: (not t["feasible"], -t["quality"])
-    )
+    point = figure.dpi / 72
+    named = sorted((t for t in scored if t.name and t is not winner), key=lambda t: (not t.feasible, -t.height))
     dots, marks = (
-        [axes.transData.transform((row["latency_ms"], row["quality"])) for row in rows]
-        for rows in (scored, [*front, *named])
+        [axes.transData.transform((row.ms, row.height)) for row in rows] for rows in (scored, [*front, *named])
     )
-    lines = [line.get_transform().transform_path(line.get_path()) for line in axes.lines if len(line.get_xdata()) > 1]
-    labels = [(t["name"], t, 7, {"color": INK if t["feasible"] else SOFT, "fontsize": 9.5}) for t in named]
+    lines = [
+        line.get_transform().transform_path(line.get_path()) for line in axes.lines if np.size(line.get_xdata()) > 1
+    ]
+    labels: list[tuple[str, Point, int, dict[str, Any]]] = [
+        (t.name, t, 7, {"color": INK if t.feasible else SOFT, "fontsize": 9.5}) for t in named
+    ]
     if winner:
-        words = f"winner: {winner['name'] or 'trial ' + str(winner['trial'])}"
+        words = f"winner: {winner.name or 'trial ' + str(winner.trial)}"
         labels.insert(0, (words, winner, 11, {"color": INK, "fontsize": 11, "fontweight": "bold"}))
-    halo = {"zorder": 7, "path_effects": [withStroke(linewidth=2.5, foreground="white")]}
-    offset = {"xytext": (6, -4), "textcoords": "offset points", **halo}
+    halo: dict[str, Any] = {"zorder": 7, "path_effects": [withStroke(linewidth=2.5, foreground="white")]}
+    offset: dict[str, Any] = {"xytext": (6, -4), "textcoords": "offset points", **halo}
     edge = (budget, axes.get_ylim()[1])
     budget_label = axes.annotate(f"budget {budget:g} ms", edge, va="top", color=INK, fontsize=11, **offset)
-    taken = [text.get_window_extent(renderer) for text in [budget_label, *axes.texts]]
+    taken = [text.get_window_extent() for text in [budget_label, *axes.texts]]
 
     def cost(box: Bbox) -> int:
         """What a label here would cover: a dot 1, a line 4, a mark 10, another label or the frame's edge 100."""
@@ -168,9 +207,9 @@ def _label(
         )
 
     for words, t, reach, look in labels:
-        x, y = axes.transData.transform((t["latency_ms"], t["quality"]))
-        text = axes.annotate(words, (t["latency_ms"], t["quality"]), **look, **offset)
-        wide, high = text.get_window_extent(renderer).size
+        x, y = axes.transData.transform((t.ms, t.height))
+        text = axes.annotate(words, (t.ms, t.height), **look, **offset)
+        wide, high = text.get_window_extent().size
         places = [
             (x + dx * reach * point - wide * (1 - dx) / 2, y + dy * reach * point - high * (1 - dy) / 2)
             for dx, dy in SIDES
@@ -181,12 +220,3 @@ def _label(
             taken.append(best)
         else:
             text.remove()
-
-
-def _as_told(row: dict[str, Any]) -> dict[str, Any]:
-    return row | {"quality": told_score(row["quality"])}
-
-
-def unknown(trial: dict[str, Any]) -> bool:
-    """Whether nothing says how good a measured network is: a tier that trains has only guessed."""
-    return trial["quality"] is None or trial["guessed"]

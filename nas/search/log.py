@@ -6,7 +6,6 @@ import json
 import os
 import socket
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,17 +77,18 @@ def keep_samples(folder: Path, record: dict[str, Any]) -> None:
         file.write((("\n" if torn else "") + line + "\n").encode())
 
 
-def breakdown(run: SearchLog) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class PhaseTime:
+    """A phase of the trials, and its part of their wall time."""
+
+    phase: str
+    seconds: float
+    share: float
+
+
+def breakdown(log: SearchLog) -> tuple[PhaseTime, ...]:
     """Where the wall time of the search (without the closing run) went."""
-    total = run.wall_s if run.trial_s else 0.0
-    phases = dict(run.phases)
+    total = log.wall_s if log.trial_s else 0.0
+    phases = dict(log.phases)
     phases["other"] += total - sum(phases.values())
-    return [{"phase": name, "seconds": s, "share": s / total if total else 0.0} for name, s in phases.items()]
-
-
-OVERHEAD = ("start", "estimate", "storage", "other")
-
-
-def overhead_share(data: Mapping[str, Any]) -> float:
-    """Share of the trials' wall time outside sampling, export, session creation and timed runs."""
-    return sum(row["share"] for row in data["breakdown"] if row["phase"] in OVERHEAD)
+    return tuple(PhaseTime(name, seconds, seconds / total if total else 0.0) for name, seconds in phases.items())

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nas.errors import UserError
 from nas.files import replace_file, sweep_drafts
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from nas.data.dataset import ImageData
     from nas.quality.tier import Tier
     from nas.search.request import SearchRequest
+    from nas.search.rows import Trial
 
 RECENT = 20
 """Trials whose time says how long the next ones take."""
@@ -44,7 +45,7 @@ class Progress:
     done: int
     total: int
     feasible: int
-    best: dict[str, Any] | None
+    best: Trial | None
     trial_s: float | None
     measuring_s: float
 
@@ -192,7 +193,7 @@ def state_of(study: optuna.Study, options: SearchRequest, run: SearchLog) -> Pro
 
     rows = rows_of(study)
     left = remaining(study, options.trials)
-    feasible = [row for row in rows if row["feasible"]]
+    feasible = [row for row in rows if row.feasible]
     recent = run.trial_s[-RECENT:] or durations(study)[-RECENT:]
     measuring = sum(run.phases[name] for name in ("build and export", "session", "timed runs"))
     return Progress(

@@ -1,29 +1,31 @@
 """A run's folder for people and other tools: trials.csv, pareto.json, pareto.png, result.json and report.html.
 
-Everything is drawn from the one JSON-able document a search hands over; nothing is measured or ranked here.
+Everything is made of the one record that a search hands over; nothing is measured or ranked here.
 """
 
 from __future__ import annotations
 
 import base64
 import csv
+import dataclasses
 import io
 import json
 from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TypeVar, cast
 
 from nas.export.card import CLASSIFY
 from nas.files import replace_file
 from nas.quality.tier import told_score
-from nas.report.page import render, wall_seconds
+from nas.report.page import render
 from nas.search.front import plot_front
-from nas.search.rows import later_rounds, score_words
+from nas.search.outcome import Outcome
+from nas.search.rows import Network, Trial, known
+from nas.search.words import later_rounds, quality_words, validation_line
 from nas.text import mask_url
-
-if TYPE_CHECKING:
-    pass
-
 
 COLUMNS = (
     *("trial", "family", "name", "state", "quality", "quality_estimate", "quality_low", "quality_high", "quality_how"),
@@ -41,9 +43,10 @@ COLUMNS = (
     "error",
 )
 REASONS_SHOWN = 12  # failed trials are grouped by reason; more reasons than these are only counted
+T = TypeVar("T")
 
 
-def write_run(folder: Path, data: dict[str, Any]) -> None:
+def write_run(folder: Path, outcome: Outcome) -> None:
     """Write the five files into `folder`, each replaced in one step, so that a reader never sees half of one.
 
     `trials.csv` has one row a trial; `n` is its number of timed inferences and `spread` how far the 95th
@@ -51,114 +54,111 @@ def write_run(folder: Path, data: dict[str, Any]) -> None:
 
     Args:
         folder: the run's folder, which exists.
-        data: the search's result; latencies in ms, throughput in images/s, quality in percent.
 
     Raises:
         OSError: the folder cannot be written; what stood there before is untouched.
     """
-    data = _masked(data)
-    replace_file(folder / "trials.csv", _csv(data["trials"]).encode())
-    replace_file(folder / "pareto.json", json.dumps(data["pareto"], indent=1).encode())
-    plot = plot_front(data)
+    outcome = masked(outcome)
+    replace_file(folder / "trials.csv", _csv(outcome.trials).encode())
+    replace_file(folder / "pareto.json", json.dumps(outcome.front_json(), indent=1).encode())
+    plot = plot_front(outcome)
     replace_file(folder / "pareto.png", plot)
-    replace_file(folder / "report.html", _html(data, plot).encode())
-    replace_file(folder / "result.json", json.dumps({k: v for k, v in data.items() if k != "trials"}, indent=1))
+    replace_file(folder / "report.html", _html(outcome, plot).encode())
+    replace_file(folder / "result.json", json.dumps(outcome.to_json(), indent=1))
 
 
-def _masked(value: Any) -> Any:
-    if isinstance(value, dict):
+def masked(value: T) -> T:
+    """The same record, list, mapping or text, without passwords in URLs."""
+    return cast(T, _masked(value))
+
+
+def _masked(value: object) -> object:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        found = {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
+        return dataclasses.replace(value, **{name: _masked(item) for name, item in found.items()})
+    if isinstance(value, Mapping):
         return {key: _masked(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_masked(item) for item in value]
-    return mask_url(value) if isinstance(value, str) else value
+    if isinstance(value, list | tuple):
+        return type(value)(_masked(item) for item in value)
+    return mask_url(value) if type(value) is str else value
 
 
-def _csv(trials: list[dict[str, Any]]) -> str:
+def _csv(trials: Sequence[Trial]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for trial in trials:
-        p50, p95 = trial["latency_ms"], trial["latency_p95_ms"]
+        p50, p95 = trial.latency_ms, trial.latency_p95_ms
         spread = round(p95 / p50 - 1, 4) if p50 and p95 else None
-        low, high = trial["quality_ci"] or (None, None)
-        more = {"n": trial["samples"], "spread": spread, "quality_low": low, "quality_high": high}
-        writer.writerow(trial | more)
+        low, high = trial.quality_ci or (None, None)
+        more = {"n": trial.samples, "spread": spread, "quality_low": low, "quality_high": high}
+        writer.writerow(trial.to_json() | more)
     return text.getvalue()
 
 
 # ---------------------------------------------------------------------------------- report.html
 
 
-def _html(data: dict[str, Any], plot: bytes) -> str:
-    trials = data["trials"]
-    winner = data["winner"]
-    reasons = Counter(t["error"] for t in trials if t["state"] == "failed").most_common()
+def _html(outcome: Outcome, plot: bytes) -> str:
+    trials, winner = outcome.trials, outcome.winner
+    reasons = Counter(trial.error for trial in trials if trial.state == "failed").most_common()
+    wall = datetime.fromisoformat(outcome.finished) - datetime.fromisoformat(outcome.started)
     shown = {
         "plot": base64.b64encode(plot).decode(),
-        "said": quality_words(data) if winner else "",
-        "trust": validation_line(data["quality_tier"], data["validation"]),
-        "best": _measured_winner(data) if winner else None,
-        "families": _families(data),
-        "complete": [t for t in trials if t["state"] == "complete"],
-        "feasible": [t for t in trials if t["feasible"]],
+        "said": quality_words(winner) if winner else "",
+        "trust": validation_line(outcome.quality_tier, outcome.validation),
+        "best": _measured_winner(outcome) if winner else None,
+        "front": outcome.front,
+        "families": _families(outcome),
+        "complete": [trial for trial in trials if trial.complete],
+        "feasible": [trial for trial in trials if trial.feasible],
         "reasons": reasons[:REASONS_SHOWN],
         "other_reasons": reasons[REASONS_SHOWN:],
-        "later": later_rounds(data["final"]),
-        "wall_s": wall_seconds(data),
+        "later": later_rounds(outcome.final),
+        "wall_s": wall.total_seconds(),
+        "classify": CLASSIFY,
     }
-    return render(Path(__file__).with_suffix(".html"), data | shown | {"classify": CLASSIFY}, told_score=told_score)
+    record = {each.name: getattr(outcome, each.name) for each in dataclasses.fields(outcome)}
+    return render(Path(__file__).with_suffix(".html"), record | shown, told_score=told_score)
 
 
-def _measured_winner(data: dict[str, Any]) -> dict[str, Any]:
+def _measured_winner(outcome: Outcome) -> Network:
     """The winner's numbers: of the final side-by-side run where there was one, else of its trial."""
-    for row in data["final"]:
-        if row["role"] == "winner" and row["latency_ms"] is not None:
+    for row in outcome.final:
+        if row.role == "winner" and row.latency_ms is not None:
             return row
-    trial = next(t for t in data["trials"] if t["trial"] == data["winner"]["trial"])
-    ci = {"ci_low_ms": trial["latency_ci_low_ms"], "ci_high_ms": trial["latency_ci_high_ms"]}
-    return trial | ci
+    number = known(outcome.winner).trial
+    return next(trial for trial in outcome.trials if trial.trial == number)
 
 
-def _families(data: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row a family: what was tried, its best trial that fits, its fastest; the best family first.
+@dataclass(frozen=True)
+class FamilyRow:
+    """What was tried of a family, its best trial that fits, and its fastest one."""
 
-    What the closing run, or the search, declared a winner is its family's best.
-    """
-    trials, rows = data["trials"], []
-    winners = {row["trial"] for row in data["final"] if "winner" in row["role"]}
-    if data["winner"]:
-        winners.add(data["winner"]["trial"])
-    for family in sorted({t["family"] for t in trials}):
-        own = [t for t in trials if t["family"] == family]
-        measured = [t for t in own if t["state"] == "complete"]
-        fitting = [t for t in own if t["feasible"]]
+    family: str
+    best: Trial | None
+    fastest: Trial | None
+    tried: int
+    fitting: int
+    failed: int
+
+
+def _families(outcome: Outcome) -> list[FamilyRow]:
+    """A row each, the best family first. A winner of the closing run, or of the search, is its family's best."""
+    winners = {row.trial for row in outcome.final if "winner" in row.role}
+    if outcome.winner:
+        winners.add(outcome.winner.trial)
+    rows = []
+    for family in sorted({trial.family for trial in outcome.trials}):
+        own = [trial for trial in outcome.trials if trial.family == family]
+        measured = [trial for trial in own if trial.complete]
+        fitting = [trial for trial in own if trial.feasible]
         best = max(
             fitting,
-            key=lambda t: (t["trial"] in winners, not t["guessed"], t["quality"], -t["latency_ms"]),
+            key=lambda t: (t.trial in winners, not t.guessed, known(t.quality), -known(t.latency_ms)),
             default=None,
         )
-        fastest = min(measured, key=lambda t: t["latency_ms"], default=None)
-        failed = sum(t["state"] == "failed" for t in own)
-        counts = {"tried": len(measured) + failed, "fitting": len(fitting), "failed": failed}
-        rows.append({"family": family, "best": best, "fastest": fastest, **counts})
-    return sorted(rows, key=lambda row: row["best"]["quality"] if row["best"] else float("-inf"), reverse=True)
-
-
-def validation_line(tier: dict[str, Any], validation: dict[str, Any] | None) -> str:
-    """How far a trained tier's estimates can be trusted."""
-    if validation is None:
-        held = tier["held_out"]
-        text = "The tier has not been validated on this data (--validate N)."
-        return text if held is None else f"{text} Its surrogate misses a network left out by {held[0]:.1f} points."
-    taus = ", ".join(
-        f"{name} {one['tau']:.2f} ({one['ci'][0]:.2f} to {one['ci'][1]:.2f})"
-        for name, one in validation["tau"].items()
-        if one["tau"] is not None
-    )
-    return f"Kendall's tau with {validation['networks']} full trainings (95% interval): {taus}."
-
-
-def quality_words(data: dict[str, Any]) -> str:
-    """How good the winner is: its accuracy where it was trained fully, else what the tier says of it."""
-    winner = data["winner"]
-    return winner["accuracy"] or f"score {score_words(winner)}"
+        fastest = min(measured, key=lambda t: known(t.latency_ms), default=None)
+        failed = sum(trial.state == "failed" for trial in own)
+        rows.append(FamilyRow(family, best, fastest, len(measured) + failed, len(fitting), failed))
+    return sorted(rows, key=lambda row: known(row.best.quality) if row.best else float("-inf"), reverse=True)

@@ -1,22 +1,23 @@
-"""A study's trials as rows: their ranking, the feasible front, and which of them enter the closing run."""
+"""A study's trials and the networks of its closing run as records: their ranking, and the feasible front."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from nas.intervals import of_error
 from nas.measure.budget import LatencyBudget, Verdict
 from nas.measure.samples import HOPELESS
-from nas.quality.tier import told_score
+from nas.search.accuracy import Accuracies
 
 if TYPE_CHECKING:
     import optuna
+    from optuna.trial import FrozenTrial
 
     from search_spaces import Arch
 
-Row = dict[str, Any]
 INTERRUPTED = "interrupted"
 """The error of a trial that Ctrl-C has ended; the next run of the command makes it again."""
 LATENCY_KEYS = (
@@ -34,142 +35,323 @@ RESERVES = 3
 """How many of the best trials enter the closing run, should the first not meet the budget there."""
 MARGINS = (0.95, 0.85, 0.7)
 """Shares of the budget below which the best trial enters it too, should all of those be over it."""
+T = TypeVar("T")
+Pair = tuple[float, float]
 
 
-def rows_of(study: optuna.Study) -> list[Row]:
-    """One flat row per told trial, in the report's columns. feasible: by the median latency; verdict: by its 95%
-    interval. guessed: not trained, by a tier that trains."""
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """A trial that has ended. What was not measured or estimated is None, as all of a failed trial's figures are."""
+
+    trial: int
+    """Its number in the study."""
+    family: str
+    name: str = ""
+    """Of a published variant; empty for a network that the search made up."""
+    state: str
+    """complete, failed, or interrupted by Ctrl-C."""
+    error: str = ""
+    """Why it failed, in one line."""
+    quality: float | None = None
+    """The score that the search ranks by, percent; see `nas.quality.tier.Estimate`."""
+    quality_estimate: float | None = None
+    """Of its top-1, percent."""
+    quality_ci: Pair | None = None
+    """The estimate's 95% interval, percent."""
+    quality_how: str = ""
+    """Where the estimate is from."""
+    guessed: bool = False
+    """Whether a tier that trains has not trained this network."""
+    selects: bool = True
+    """Whether its tier may choose by quality."""
+    latency_ms: float | None = None
+    """Median, as the next ones in milliseconds."""
+    latency_p95_ms: float | None = None
+    latency_ci_low_ms: float | None = None
+    """Ends of the median's 95% interval; None where it was measured briefly."""
+    latency_ci_high_ms: float | None = None
+    samples: int | None = None
+    """Timed inferences."""
+    rounds: int | None = None
+    reference_ms: float | None = None
+    """Median latency of the reference network in the same rounds."""
+    reference_drift: float | None = None
+    """How far that moved within the trial, as a share of it."""
+    throughput: float | None = None
+    """Images a second."""
+    params_m: float | None = None
+    """Parameters in millions."""
+    macs_m: float | None = None
+    """Multiply-accumulate operations of one image in millions."""
+    resolution: int | None = None
+    """Height and width of the input in pixels."""
+    feasible: bool = False
+    """Whether its median latency meets the budget."""
+    verdict: Verdict | None = None
+    """What the interval of its latency says of the budget."""
+    source: str = ""
+    """Where the latency is from: measured, reused (of the same network), or cache with a date."""
+    digest: str | None = None
+    """Of its Arch."""
+    features: Sequence[float] | None = None
+    """What the surrogate of a tier that trains goes by."""
+    arch: Mapping[str, object] | None = None
+    """The document of its Arch."""
+
+    @property
+    def label(self) -> str:
+        return self.name or f"trial {self.trial}"
+
+    @property
+    def complete(self) -> bool:
+        return self.state == "complete"
+
+    @property
+    def latency_ci(self) -> Pair | None:
+        """The 95% interval of the median latency in milliseconds; None where it was measured briefly."""
+        return pair(self.latency_ci_low_ms, self.latency_ci_high_ms)
+
+    def to_json(self) -> dict[str, object]:
+        """All of it but the network."""
+        return _flat(self, leaving_out=("arch", "features"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timed:
+    """A network of the closing run, and its latency there. One that could not be measured has an error alone."""
+
+    label: str
+    resolution: int | None = None
+    """Height and width of the input in pixels."""
+    error: str = ""
+    verdict: Verdict | None = None
+    """What the interval of its latency says of the budget."""
+    latency_ms: float | None = None
+    """Median, as the next ones in milliseconds."""
+    latency_p95_ms: float | None = None
+    ci_low_ms: float | None = None
+    """Ends of the median's 95% interval."""
+    ci_high_ms: float | None = None
+    samples: int | None = None
+    """Timed inferences."""
+    rounds_alone: int | None = None
+    """Rounds that it was measured in after those that all networks took part in."""
+    throughput: float | None = None
+    """Images a second."""
+
+    @property
+    def latency_ci(self) -> Pair | None:
+        """The 95% interval of the median latency in milliseconds."""
+        return pair(self.ci_low_ms, self.ci_high_ms)
+
+    def to_json(self) -> dict[str, object]:
+        unmeasured = ("latency_ms", "latency_p95_ms", "ci_low_ms", "ci_high_ms", "samples", "rounds_alone")
+        return _flat(self, leaving_out=(*unmeasured, "throughput", "arch") if self.error else ("arch",))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClosingRow(Timed):
+    """A trial's network in the closing run; the first fields are its trial's."""
+
+    trial: int
+    family: str
+    name: str
+    quality: float
+    quality_estimate: float
+    quality_ci: Pair
+    quality_how: str
+    guessed: bool
+    selects: bool = True
+    params_m: float
+    macs_m: float
+    arch: Mapping[str, object] | None = None
+    role: str
+    """winner, family winner, published or found."""
+    published_top1: float | None = None
+    """Percent, as its authors published it; None where this network is not exactly theirs."""
+    accuracy: Accuracies | None = None
+    """Of its full trainings, where it had any."""
+
+    @classmethod
+    def of(cls, trial: Trial, **measured: Any) -> ClosingRow:
+        """A complete trial's row. measured: the fields of `Timed`."""
+        return cls(
+            label=trial.label,
+            resolution=trial.resolution,
+            trial=trial.trial,
+            family=trial.family,
+            name=trial.name,
+            quality=known(trial.quality),
+            quality_estimate=known(trial.quality_estimate),
+            quality_ci=known(trial.quality_ci),
+            quality_how=trial.quality_how,
+            guessed=trial.guessed,
+            selects=trial.selects,
+            params_m=known(trial.params_m),
+            macs_m=known(trial.macs_m),
+            arch=trial.arch,
+            role="published" if trial.name else "found",
+            published_top1=published_top1(trial),
+            **measured,
+        )
+
+    def to_json(self) -> dict[str, object]:
+        found = super().to_json()
+        del found["accuracy"]
+        return found | ({"accuracy": self.accuracy.to_json()} if self.accuracy else {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutsideRow(Timed):
+    """A network of --against in the closing run."""
+
+    ratio: float | None = None
+    """Its latency over that of the first network of the final table, from pairs of rounds."""
+    ratio_low: float | None = None
+    """Ends of the ratio's 95% interval."""
+    ratio_high: float | None = None
+
+
+Network = Trial | ClosingRow
+N = TypeVar("N", Trial, ClosingRow)
+
+
+def pair(low: float | None, high: float | None) -> Pair | None:
+    return None if low is None or high is None else (low, high)
+
+
+def known(value: T | None) -> T:
+    """A figure that every complete trial has."""
+    assert value is not None
+    return value
+
+
+def _flat(row: Trial | Timed, leaving_out: Sequence[str]) -> dict[str, object]:
+    return {each.name: getattr(row, each.name) for each in fields(row) if each.name not in leaving_out}
+
+
+def rows_of(study: optuna.Study) -> list[Trial]:
+    """The trials of a study that have ended, in order."""
     from optuna.trial import TrialState
 
-    rows = []
-    for trial in study.get_trials(deepcopy=False):
-        if trial.state not in (TrialState.COMPLETE, TrialState.FAIL):
-            continue
-        attrs = trial.user_attrs
-        detail = attrs.get("detail", {})
-        complete = trial.state == TrialState.COMPLETE
-        rows.append(
-            {
-                "trial": trial.number,
-                "family": attrs.get("family", trial.params.get("family", "")),
-                "name": attrs.get("name", ""),
-                "state": "complete" if complete else "interrupted" if attrs.get("error") == INTERRUPTED else "failed",
-                "error": attrs.get("error", ""),
-                "quality": trial.values[0] if complete else None,
-                "quality_estimate": detail.get("quality_estimate"),
-                "quality_ci": detail.get("quality_ci") or earlier_ci(detail),
-                "quality_how": detail.get("quality_how", ""),
-                "guessed": detail.get("training", {}).get("rungs") == {},
-                **{key: detail.get(key) for key in LATENCY_KEYS},
-                "params_m": attrs.get("params_m"),
-                "macs_m": attrs.get("macs_m"),
-                "resolution": attrs.get("resolution"),
-                "feasible": bool(complete and attrs.get("feasible")),
-                "verdict": verdict_of(attrs["budget_ms"], detail) if complete else None,
-                "source": detail.get("source", ""),
-                "digest": detail.get("digest"),
-                "features": detail.get("training", {}).get("features"),
-                "arch": attrs.get("arch"),
-            }
-        )
-    return rows
+    ended = (TrialState.COMPLETE, TrialState.FAIL)
+    return [trial_of(trial) for trial in study.get_trials(deepcopy=False) if trial.state in ended]
+
+
+def trial_of(trial: FrozenTrial) -> Trial:
+    """What a study keeps of a trial."""
+    from optuna.trial import TrialState
+
+    attrs = trial.user_attrs
+    detail = attrs.get("detail", {})
+    complete = trial.state == TrialState.COMPLETE
+    ends = detail.get("quality_ci") or earlier_ci(detail)
+    return Trial(
+        trial=trial.number,
+        family=attrs.get("family", trial.params.get("family", "")),
+        name=attrs.get("name", ""),
+        state="complete" if complete else "interrupted" if attrs.get("error") == INTERRUPTED else "failed",
+        error=attrs.get("error", ""),
+        quality=trial.values[0] if complete else None,
+        quality_estimate=detail.get("quality_estimate"),
+        quality_ci=ends and (ends[0], ends[1]),
+        quality_how=detail.get("quality_how", ""),
+        guessed=detail.get("training", {}).get("rungs") == {},
+        **{key: detail.get(key) for key in LATENCY_KEYS},
+        params_m=attrs.get("params_m"),
+        macs_m=attrs.get("macs_m"),
+        resolution=attrs.get("resolution"),
+        feasible=bool(complete and attrs.get("feasible")),
+        verdict=verdict_of(attrs["budget_ms"], detail) if complete else None,
+        source=detail.get("source", ""),
+        digest=detail.get("digest"),
+        features=detail.get("training", {}).get("features"),
+        arch=attrs.get("arch"),
+    )
 
 
 def verdict_of(budget_ms: float, detail: Mapping[str, Any]) -> Verdict:
-    """What a trial's own measurement says of its budget; measured briefly, that of one far over it is sure."""
-    ci = detail["latency_ci_low_ms"], detail["latency_ci_high_ms"]
-    if None in ci:
+    """What a trial's own measurement says of its budget; measured briefly, that of one far over it is sure.
+
+    detail: the trial's attribute of this name, with `LATENCY_KEYS`.
+    """
+    ci = pair(detail["latency_ci_low_ms"], detail["latency_ci_high_ms"])
+    if ci is None:
         return Verdict.OVER if detail["latency_ms"] > HOPELESS * budget_ms else Verdict.UNSURE
     return LatencyBudget(budget_ms).judge(ci)
 
 
-def interval_words(low: float | None, high: float | None) -> str:
-    """The 95% interval of a latency; a few rounds have none."""
-    return "measured briefly" if low is None or high is None else f"95% {low:.2f} to {high:.2f} ms"
-
-
-def earlier_ci(detail: Mapping[str, Any]) -> list[float] | None:
+def earlier_ci(detail: Mapping[str, Any]) -> Pair | None:
     """The 95% interval of a trial that an earlier version told: it kept one standard error."""
     if "quality_error" not in detail:
         return None
     found = of_error(detail["quality_estimate"], detail["quality_error"]).clipped()
-    return [found.low, found.high]
+    return found.low, found.high
 
 
-def rank(row: Row) -> tuple[bool, float, float, float]:
+def rank(row: Network) -> tuple[bool, float, float, float]:
     """Sorts best first: where its tier may choose by quality, those only guessed last; then parameters, then latency
     (forms of one network differ in nothing else)."""
-    selects = row.get("selects", True)
-    quality = -row["quality"] if selects else 0.0
-    return selects and row.get("guessed", False), quality, -row["params_m"], row["latency_ms"]
+    quality = -known(row.quality) if row.selects else 0.0
+    return row.selects and row.guessed, quality, -known(row.params_m), known(row.latency_ms)
 
 
-def best_of(rows: Sequence[Row]) -> Row | None:
+def best_of(rows: Sequence[N]) -> N | None:
     return min(rows, key=rank, default=None)
 
 
-def choose(rows: Sequence[Row]) -> Row | None:
+def choose(rows: Sequence[N]) -> N | None:
     """The best that surely fits; where none does, the best that may."""
-    sure = best_of([row for row in rows if row["verdict"] == Verdict.FITS])
-    return sure or best_of([row for row in rows if row["verdict"] == Verdict.UNSURE])
+    sure = best_of([row for row in rows if row.verdict == Verdict.FITS])
+    return sure or best_of([row for row in rows if row.verdict == Verdict.UNSURE])
 
 
-def front_of(rows: Sequence[Row]) -> list[Row]:
-    """Feasible rows that no other feasible row beats in both quality and latency, fastest first; none that are only
+def front_of(rows: Sequence[Trial]) -> list[Trial]:
+    """Feasible trials that no other feasible one beats in both quality and latency, fastest first; none that are only
     guessed."""
-    front: list[Row] = []
-    known = (r for r in rows if r["feasible"] and not r.get("guessed"))
-    for row in sorted(known, key=lambda r: (r["latency_ms"], -r["quality"])):
-        if not front or row["quality"] > front[-1]["quality"]:
+    front: list[Trial] = []
+    candidates = (row for row in rows if row.feasible and not row.guessed)
+    for row in sorted(candidates, key=lambda row: (known(row.latency_ms), -known(row.quality))):
+        if not front or known(row.quality) > known(front[-1].quality):
             front.append(row)
     return front
 
 
-def finalists_of(rows: Sequence[Row], budget_ms: float) -> list[Row]:
-    """Rows for the closing run: every published one that fits (the fastest one where none does), the best ones, the
+def finalists_of(rows: Sequence[Trial], budget_ms: float) -> list[Trial]:
+    """Trials for the closing run: every published one that fits (the fastest one where none does), the best ones, the
     best of each family, and the best with some margin, should the machine be slower in the closing run.
     """
-    feasible = [row for row in rows if row["feasible"]]
-    published = [row for row in rows if row["name"] and row["latency_ms"] is not None]
-    baselines = [row for row in published if row["feasible"]] or sorted(published, key=lambda r: r["latency_ms"])[:1]
+    feasible = [row for row in rows if row.feasible]
+    published = [row for row in rows if row.name and row.latency_ms is not None]
+    baselines = [row for row in published if row.feasible] or sorted(published, key=lambda r: known(r.latency_ms))[:1]
     ranked = sorted(feasible, key=rank)
-    chosen: list[Row] = []
-    seen: set[str] = set()
+    chosen: dict[str, Trial] = {}
 
-    def add(row: Row | None) -> None:
-        if row is None:
-            return
-        key = json.dumps(row["arch"], sort_keys=True)
-        if key not in seen:
-            seen.add(key)
-            chosen.append(row)
+    def add(row: Trial | None) -> None:
+        if row is not None:
+            chosen.setdefault(json.dumps(row.arch, sort_keys=True), row)
 
     for row in baselines + ranked[:RESERVES]:
         add(row)
-    for family in dict.fromkeys(row["family"] for row in ranked):
-        add(best_of([row for row in feasible if row["family"] == family]))
+    for family in dict.fromkeys(row.family for row in ranked):
+        add(best_of([row for row in feasible if row.family == family]))
     for share in MARGINS:
-        add(best_of([row for row in feasible if row["latency_ms"] <= share * budget_ms]))
-    return chosen
+        add(best_of([row for row in feasible if known(row.latency_ms) <= share * budget_ms]))
+    return list(chosen.values())
 
 
-def label_of(row: Row) -> str:
-    return row["name"] or f"trial {row['trial']}"
-
-
-def later_rounds(final: Sequence[Row]) -> str:
-    """Which networks of a closing run were measured longer after it, as a sentence; "" where none was."""
-    longer = [row["label"] for row in final if row.get("rounds_alone")]
-    return f"Measured longer afterwards, in rounds of their own: {', '.join(longer)}." if longer else ""
-
-
-def arch_of(row: Row) -> Arch:
+def arch_of(row: Network) -> Arch:
     from search_spaces import Arch
 
-    return Arch.from_json(json.dumps(row["arch"]))
+    return Arch.from_json(json.dumps(row.arch))
 
 
-def score_words(row: Row) -> str:
-    """A row's score and the 95% interval of its estimate."""
-    low, high = row["quality_ci"]
-    return f"{told_score(row['quality']):.1f} (95%: {low:.1f} to {high:.1f})"
+def published_top1(row: Trial) -> float | None:
+    """What was published of a variant, percent, at its own resolution and number of classes."""
+    from search_spaces.api import find_variant
+
+    if not row.name or row.arch is None:
+        return None
+    _, variant = find_variant(row.name)
+    at_home = row.resolution == variant.values["resolution"] and row.arch["num_classes"] == 1000
+    return variant.top1 if at_home else None

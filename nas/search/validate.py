@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,6 +10,8 @@ import numpy as np
 from nas.errors import TrainingError
 from nas.quality.plan import LEAST_VALIDATED
 from nas.quality.ranking import GATE, selects, taus
+from nas.search.outcome import Validation
+from nas.search.rows import Trial, known
 from nas.search.trainings import collected
 
 if TYPE_CHECKING:
@@ -30,22 +32,24 @@ def validate(
     options: SearchRequest,
     study: optuna.Study,
     tier: HalvingTier,
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[Trial],
     note: Callable[[str], None],
-) -> dict[str, Any] | None:
+) -> Validation | None:
     """Train `options.plan.validate` Archs fully that the search has not trained, and rank them by every estimate.
 
     They are drawn at random among networks with no more and no fewer MACs than the search found within its budget;
     full trainings have another seed, all training images but those that judge, and are judged by those.
     """
-    wanted = options.plan.validate
-    within = [row["macs_m"] for row in rows if row["feasible"]]
+    plan = known(options.plan)
+    wanted = plan.validate
+    within = [known(row.macs_m) for row in rows if row.feasible]
     if not wanted or not within:
-        return study.user_attrs.get(RESULT)
-    seen = {row["digest"] for row in rows}
+        kept = study.user_attrs.get(RESULT)
+        return None if kept is None else Validation.from_json(kept)
+    seen = {row.digest for row in rows}
 
     def done() -> list[dict[str, Any]]:
-        return [row for row in collected(study, RUN).values() if row.get("final_epochs") == options.plan.final_epochs]
+        return [row for row in collected(study, RUN).values() if row.get("final_epochs") == plan.final_epochs]
 
     for arch in draw(options, min(within), max(within)):
         if len(done()) >= wanted:
@@ -63,10 +67,10 @@ def validate(
         note(f"the validation found only {len(found)} of {wanted} networks of the budget's size")
     if len(found) < LEAST_VALIDATED:
         return None
-    result = {"tier": tier.name, "networks": len(found), "tau": taus(found)}
-    result["selects"] = selects(result["tau"][GATE])
+    ranks = taus(found)
+    result = {"tier": tier.name, "networks": len(found), "tau": ranks, "selects": selects(ranks[GATE])}
     study.set_user_attr(RESULT, result)
-    return result
+    return Validation.from_json(result)
 
 
 def draw(options: SearchRequest, low: float, high: float) -> Iterator[Arch]:
@@ -76,7 +80,7 @@ def draw(options: SearchRequest, low: float, high: float) -> Iterator[Arch]:
     from search_spaces.space import random_params
 
     rng = np.random.default_rng([SEED, options.seed or 0])
-    for _ in range(TRIES * options.plan.validate):
+    for _ in range(TRIES * known(options.plan).validate):
         family = options.families[rng.integers(len(options.families))]
         arch = FAMILIES[family].space.decode(random_params(rng), options.num_classes, options.resolution)
         if low <= table(arch).macs() / 1e6 <= high:

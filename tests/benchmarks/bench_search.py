@@ -37,7 +37,7 @@ from nas.measure.runtime import Settings
 from nas.quality.plan import TrainingPlan
 from nas.quality.trained import HalvingTier
 from nas.quality.trainer import CandidateTrainer
-from nas.search.final import Accuracies, compare_means, verdict
+from nas.search.accuracy import Accuracies, compare_means, verdict
 from nas.search.trial import reference_arch
 from nas.training.engine import Training
 from nas.training.evaluation import evaluate

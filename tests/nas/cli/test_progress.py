@@ -15,8 +15,9 @@ from rich.console import Console
 
 from nas.cli.progress import Line, Screen, watch, watch_images, watch_phases
 from nas.search.loop import Progress
+from nas.search.rows import Trial
 
-BEST = {"family": "efficientvit", "latency_ms": 1.234, "quality": 36.84}
+BEST = Trial(trial=0, family="efficientvit", state="complete", latency_ms=1.234, quality=36.84)
 TRIALS = Line("trials", 12, 100, 750, ("8 within 1.5 ms", "best score 36.8 (efficientvit, 1.23 ms)"))
 SEARCH = SimpleNamespace(trials=12, budget_ms=1.5, plan=None, timeout_s=None)
 
@@ -67,7 +68,8 @@ PLAY = """
 from types import SimpleNamespace
 from nas.cli.progress import watch
 from nas.search.loop import Progress
-best = {"family": "efficientvit", "latency_ms": 1.234, "quality": 36.84}
+from nas.search.rows import Trial
+best = Trial(trial=0, family="efficientvit", state="complete", latency_ms=1.234, quality=36.84)
 with watch(SimpleNamespace(trials=12, budget_ms=1.5, plan=None, timeout_s=None)) as (update, say, phase):
     update(Progress(10, 12, 8, best, 60.0, 1.0))
     phase("measuring the reference network efficientvit_m0", 0, 0)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from records import COMPLETE
 from scipy.stats import kendalltau
 
 from nas.errors import TrainingError, UserError
@@ -17,8 +18,9 @@ from nas.quality.ranking import GATE, RESAMPLES, selects, tau, taus
 from nas.quality.surrogate import Surrogate, TrainedNetwork, describe
 from nas.quality.trained import SCREEN_FROM, HalvingTier, low_resolution
 from nas.quality.trainer import ETA, CandidateTrainer
-from nas.search.final import Accuracies, FullTraining, compare_means, settle, verdict
-from nas.search.rows import rank
+from nas.search.accuracy import Accuracies, compare_means, verdict
+from nas.search.final import FullTraining, settle
+from nas.search.rows import Trial, rank
 from nas.search.trainings import results_of
 from search_spaces import Arch, get_arch, table
 from search_spaces.registry import FAMILIES
@@ -182,8 +184,8 @@ def test_trials_tell_whether_they_were_trained(trainer, tmp_path):
         attrs = {"detail": detail | told, "feasible": feasible, "params_m": 1.0, "budget_ms": 2.0}
         finish(study, study.ask(), found.score, 1.0, -0.5, attrs)
     first, second = rows_of(study)
-    assert (first["guessed"], second["guessed"]) == (False, True)
-    better = second | {"feasible": True, "quality": 99.0, "latency_ms": 0.5}
+    assert (first.guessed, second.guessed) == (False, True)
+    better = dataclasses.replace(second, feasible=True, quality=99.0, latency_ms=0.5)
     assert best_of([first, better]) is first, "a guess does not win over what was trained"
     assert front_of([first, better]) == [first]
 
@@ -238,14 +240,15 @@ def test_the_best_are_settled_by_training_them_to_the_end(trainer):
         rungs = {e: 50 + skill(arch) + 8 * math.log(e / 9) for e in ((1, 3, 9) if i < 3 else (1,))}
         known.append(TrainedNetwork(arch.digest(), describe(arch, table(arch)), rungs))
         rows.append(
-            {
-                "trial": i,
-                "digest": arch.digest(),
-                "features": describe(arch, table(arch)).tolist(),
-                "feasible": i != 5,
-                "quality": 0.0,
-                "arch": arch.model_dump(mode="json"),
-            }
+            dataclasses.replace(
+                COMPLETE,
+                trial=i,
+                digest=arch.digest(),
+                features=describe(arch, table(arch)).tolist(),
+                feasible=i != 5,
+                quality=0.0,
+                arch=arch.model_dump(mode="json"),
+            )
         )
     attrs: dict = {}
 
@@ -264,11 +267,11 @@ def test_the_best_are_settled_by_training_them_to_the_end(trainer):
     monkey.setattr("nas.search.final.results_of", lambda study: known)
     found = settle(study, tier, rows, True, print)
     monkey.undo()
-    best = sorted((row for row in found if row["feasible"]), key=lambda row: -row["quality_estimate"])[:3]
+    best = sorted((row for row in found if row.feasible), key=lambda row: -row.quality_estimate)[:3]
     done = {one.key for one in known if 9 in one.rungs}
-    assert all(row["digest"] in done for row in best)
-    archs = [Arch.from_json(json.dumps(row["arch"])) for row in rows if row["feasible"]]
-    assert best[0]["arch"] == max(archs, key=skill).model_dump(mode="json")
+    assert all(row.digest in done for row in best)
+    archs = [Arch.from_json(json.dumps(row.arch)) for row in rows if row.feasible]
+    assert best[0].arch == max(archs, key=skill).model_dump(mode="json")
     assert len(done) < len(known)
 
 
@@ -286,8 +289,8 @@ def test_machines_keep_each_others_trainings(trainer, tmp_path, monkeypatch):
         features = describe(arch, table(arch)).tolist()
         found = {"digest": arch.digest(), "training": {"features": features, "rungs": {"1": 40.0}}}
         finish(mine, mine.ask(), 40.0, 1.0, -0.5, {"detail": found})
-        row = {"trial": i, "digest": arch.digest(), "features": features, "feasible": True, "quality": 0.0}
-        rows.append(row | {"arch": arch.model_dump(mode="json")})
+        found = {"trial": i, "digest": arch.digest(), "features": features, "arch": arch.model_dump(mode="json")}
+        rows.append(dataclasses.replace(COMPLETE, quality=0.0, **found))
     store = mine.set_user_attr
 
     def store_last(key, value):
@@ -308,15 +311,17 @@ def test_machines_keep_each_others_trainings(trainer, tmp_path, monkeypatch):
     monkeypatch.setattr(validation, "draw", lambda *_: drawn)
     monkeypatch.setattr(validation, "measure_one", measure_one)
     options = SimpleNamespace(plan=dataclasses.replace(PLAN, validate=6))
-    validation.validate(options, mine, tier, [row | {"macs_m": 1.0} for row in rows], print)
+    validation.validate(options, mine, tier, rows, print)
     assert set(collected(theirs, validation.RUN)) == {arch.digest() for arch in drawn}
 
 
 def test_a_tier_that_may_not_choose_leaves_it_to_parameters():
-    small = {"quality": 60.0, "params_m": 2.0, "latency_ms": 1.0}
-    large = {"quality": 50.0, "params_m": 4.0, "latency_ms": 1.0}
+    small, large = (
+        dataclasses.replace(COMPLETE, quality=quality, params_m=params)
+        for quality, params in ((60.0, 2.0), (50.0, 4.0))
+    )
     assert rank(small) < rank(large)
-    assert rank(large | {"selects": False}) < rank(small | {"selects": False})
+    assert rank(dataclasses.replace(large, selects=False)) < rank(dataclasses.replace(small, selects=False))
 
 
 def test_the_closing_run_leaves_it_to_parameters_too(tmp_path, monkeypatch):
@@ -326,13 +331,11 @@ def test_the_closing_run_leaves_it_to_parameters_too(tmp_path, monkeypatch):
     from nas.measure.samples import Measurement
     from nas.search import closing
 
-    def row(number: int, quality: float, params: float, selects: bool) -> dict:
-        fixed = {"name": "", "family": "shvit", "feasible": True, "latency_ms": 1.0, "macs_m": 1.0, "resolution": 32}
-        told = {"quality_estimate": quality, "quality_ci": [quality - 1, quality + 1], "quality_how": ""}
-        told |= {"guessed": False, "selects": selects}
-        return fixed | told | {"trial": number, "quality": quality, "params_m": params, "arch": {"number": number}}
+    def row(number: int, quality: float, params: float, selects: bool) -> Trial:
+        arch = {"number": number}
+        return dataclasses.replace(COMPLETE, trial=number, quality=quality, params_m=params, selects=selects, arch=arch)
 
-    monkeypatch.setattr(closing, "arch_of", lambda row: row["arch"])
+    monkeypatch.setattr(closing, "arch_of", lambda row: row.arch)
     exporter = SimpleNamespace(write=lambda network, settings, stem: stem)
     monkeypatch.setattr(closing, "Exporter", lambda images: nullcontext(exporter))
     monkeypatch.setattr(side_by_side, "device_lock", lambda device: nullcontext())
@@ -341,7 +344,7 @@ def test_the_closing_run_leaves_it_to_parameters_too(tmp_path, monkeypatch):
     options = SimpleNamespace(budget_ms=2.0, settings=settings, folder=tmp_path, against=(), throughput_at=None)
     for selects_, best in ((True, 1), (False, 2)):
         rows = [row(1, 60.0, 2.0, selects_), row(2, 50.0, 4.0, selects_)]
-        assert closing.closing_run(options, rows)[0][0]["trial"] == best
+        assert closing.closing_run(options, rows)[0][0].trial == best
 
 
 def test_taus():
@@ -390,17 +393,17 @@ def test_final_figures_are_compared_with_their_spread():
     near = Accuracies("theirs", [60.5, 61.9, 62.0], 500, 9.0)
     far = Accuracies("theirs", [50.0, 50.5, 51.0], 500, 9.0)
     tie = compare_means(one, near)
-    assert tie["tie"]
+    assert tie.tie
     assert "a tie" in verdict(tie, one, near)
     gain = compare_means(one, far)
-    assert not gain["tie"]
-    assert gain["ci"][0] < 11.5 < gain["ci"][1]
+    assert not gain.tie
+    assert gain.ci[0] < 11.5 < gain.ci[1]
     assert "a gain" in verdict(gain, one, far)
     assert "a loss" in verdict(compare_means(far, one), far, one)
     alike = Accuracies("theirs", [100.0, 100.0], 500, 3.0)
     same = compare_means(alike, alike)
-    assert same["tie"]
-    assert same["ci"][0] < 0 < same["ci"][1], "500 of 500 images do not show that there is no difference"
+    assert same.tie
+    assert same.ci[0] < 0 < same.ci[1], "500 of 500 images do not show that there is no difference"
 
 
 def answers(right: int, images: int = 100, flip: int = 0) -> list[bool]:
@@ -413,8 +416,8 @@ def test_a_comparison_holds_the_noise_of_the_images():
     """Seeds that agree with each other do not make 40 images say more than they do."""
     one, other = Accuracies("a", [60.0, 60.1, 60.0], 40, 1.0), Accuracies("b", [55.0, 55.1, 55.0], 40, 1.0)
     found = compare_means(one, other)
-    assert found["tie"]
-    assert found["ci"][0] < -10 < 5 < 20 < found["ci"][1]
+    assert found.tie
+    assert found.ci[0] < -10 < 5 < 20 < found.ci[1]
     line = verdict(found, one, other)
     assert "40 images, 3 seeds" in line
     assert "95%: " in line
@@ -423,38 +426,38 @@ def test_a_comparison_holds_the_noise_of_the_images():
 def test_one_seed_is_compared_by_its_images_and_says_so():
     one, other = Accuracies("a", [60.0], 100, 1.0), Accuracies("b", [58.0], 100, 1.0)
     found = compare_means(one, other)
-    assert found["tie"]
+    assert found.tie
     assert "a tie (one seed: the spread of seeds is not in it)" in verdict(found, one, other)
     gain = compare_means(one, Accuracies("b", [20.0], 100, 1.0))
-    assert not gain["tie"]
-    assert "one seed" in gain["leaves_out"]
+    assert not gain.tie
+    assert "one seed" in gain.leaves_out
 
 
 def test_the_same_images_are_compared_one_by_one():
     """Newcombe's interval of paired shares (1998, method 10): narrower the more the answers agree."""
     nearly = Accuracies("b", [70.0], 100, 1.0, [answers(70)]), Accuracies("a", [66.0], 100, 1.0, [answers(66)])
     unknown = [dataclasses.replace(each, hits=[]) for each in nearly]
-    paired, apart = compare_means(*nearly)["ci"], compare_means(*unknown)["ci"]
+    paired, apart = compare_means(*nearly).ci, compare_means(*unknown).ci
     assert paired[1] - paired[0] < 0.5 * (apart[1] - apart[0])
     unlike = dataclasses.replace(nearly[1], hits=[answers(66, flip=30)])
-    far = compare_means(nearly[0], unlike)["ci"]
+    far = compare_means(nearly[0], unlike).ci
     assert far[1] - far[0] > 1.5 * (paired[1] - paired[0])
     alike = Accuracies("a", [50.0], 90, 1.0, [answers(45, 90)])
-    low, high = compare_means(alike, alike)["ci"]
+    low, high = compare_means(alike, alike).ci
     assert low < -1 < 1 < high, "the same answers on 90 images do not show that there is no difference"
     # Newcombe (1998), table II, row (a): 36, 12, 2, 0 of 50 pairs
     first = [True] * 48 + [False] * 2
     second = [True] * 36 + [False] * 12 + [True] * 2
     pair = [Accuracies("x", [100 * sum(hits) / 50], 50, 1.0, [hits]) for hits in (first, second)]
-    assert compare_means(*pair)["ci"] == pytest.approx([5.69, 34.04], abs=0.02)
+    assert compare_means(*pair).ci == pytest.approx([5.69, 34.04], abs=0.02)
 
 
 def test_final_trainings_are_told_with_their_interval_images_and_seeds():
     found = Accuracies("a", [58.0, 59.0, 61.0], 180, 9.0)
-    low, high = found.to_dict()["top1_ci"]
+    low, high = found.to_json()["top1_ci"]
     assert low < 59.3 - 6 < 59.3 + 6 < high, "180 images leave 7 points open"
     assert found.words == f"59.3% top-1 (95%: {low:.1f} to {high:.1f}, 180 images, 3 seeds)"
-    low, high = Accuracies("a", [100.0, 99.0], 100, 9.0).to_dict()["top1_ci"]
+    low, high = Accuracies("a", [100.0, 99.0], 100, 9.0).to_json()["top1_ci"]
     assert high <= 100
 
 
@@ -498,14 +501,14 @@ def test_bad_words_are_refused(vitnas, tmp_path, words, said):
 
 
 def test_published_arch_keeps_its_own_figures_only_at_home():
-    from nas.search.closing import published_top1
+    from nas.search.rows import published_top1
 
     arch = get_arch("shvit_s1")
-    home = {"name": "shvit_s1", "resolution": 224, "arch": arch.model_dump()}
+    home = dataclasses.replace(COMPLETE, name="shvit_s1", resolution=224, arch=arch.model_dump())
     assert published_top1(home) == pytest.approx(72.8)
-    assert published_top1(home | {"resolution": 64}) is None
-    assert published_top1(home | {"arch": arch.replace(num_classes=10).model_dump()}) is None
-    assert published_top1({"name": ""}) is None
+    assert published_top1(dataclasses.replace(home, resolution=64)) is None
+    assert published_top1(dataclasses.replace(home, arch=arch.replace(num_classes=10).model_dump())) is None
+    assert published_top1(COMPLETE) is None
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,14 @@
 """What a search that found nothing says would help."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from records import COMPLETE
 
 from nas.search.advice import advice, rounded_up, with_budget
+from nas.search.rows import ClosingRow
 from search_spaces import get_arch
 
 COMMAND = "vitnas search --latency-budget 1ms --family shvit --study mine --out 'my runs'"
@@ -20,18 +23,20 @@ def lines(
     plan: SimpleNamespace | None = None,
     closing: dict | None = None,
 ) -> list[str]:
-    fixed = {
-        "trial": 3,
-        "name": "shvit_s1",
-        "state": state,
-        "latency_ms": latency,
-        "latency_ci_high_ms": 1.05 * latency,
-        "resolution": 160,
-    }
-    row = fixed | {"arch": json.loads(get_arch("shvit_s1").to_json())}
+    row = replace(
+        COMPLETE,
+        trial=3,
+        name="shvit_s1",
+        state=state,
+        latency_ms=latency,
+        latency_ci_low_ms=0.95 * latency,
+        latency_ci_high_ms=1.05 * latency,
+        resolution=160,
+        arch=json.loads(get_arch("shvit_s1").to_json()),
+    )
     settings = SimpleNamespace(device="cpu", threads=threads, runtime="onnxruntime", batch_size=2, precision="fp32")
     options = SimpleNamespace(settings=settings, budget_ms=1.0, families=("shvit",), plan=plan, resolution=None)
-    final = [] if closing is None else [row | closing]
+    final = [] if closing is None else [ClosingRow.of(row, **{"latency_ms": latency} | closing)]
     return advice(options, SimpleNamespace(hardware=hardware), [row], final, COMMAND)
 
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from records import COMPLETE
 
 from nas.export import side_by_side
 from nas.measure.samples import MeasureError, Measurement
 from nas.networks.targets import find_target
 from nas.search import closing
-from nas.search.rows import later_rounds
+from nas.search.rows import ClosingRow, Trial
+from nas.search.words import later_rounds
 from search_spaces import get_arch
 
 SURE, OVER = (1.0, 1.0), (2.5, 2.5)
@@ -42,7 +45,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     found = Clock()
-    monkeypatch.setattr(closing, "arch_of", lambda row: row["arch"])
+    monkeypatch.setattr(closing, "arch_of", lambda row: row.arch)
     exporter = SimpleNamespace(write=lambda network, settings, stem: stem)
     monkeypatch.setattr(closing, "Exporter", lambda images: nullcontext(exporter))
     monkeypatch.setattr(side_by_side, "device_lock", lambda device: nullcontext())
@@ -50,23 +53,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return found
 
 
-def close(tmp_path: Any, clock: Clock, **medians: Any) -> tuple[list[dict[str, Any]], list[str]]:
+def close(tmp_path: Any, clock: Clock, **medians: Any) -> tuple[list[ClosingRow], list[str]]:
     """The final table, and the notes, of trials of falling quality: t0, t1, ..."""
     clock.medians = {int(name[1:]): value if isinstance(value, list) else [value] for name, value in medians.items()}
-    rows = [
-        {
-            **{"name": "", "family": "shvit", "feasible": True, "latency_ms": 1.0, "macs_m": 1.0, "resolution": 32},
-            **{
-                "quality": 70.0 - trial,
-                "quality_estimate": 71.0,
-                "quality_ci": [69.0, 73.0],
-                "quality_how": "",
-                "guessed": False,
-            },
-            **{"guessed": False, "trial": trial, "params_m": 1.0, "arch": {"number": trial}},
-        }
-        for trial in clock.medians
-    ]
+    rows = [replace(COMPLETE, trial=trial, quality=70.0 - trial, arch={"number": trial}) for trial in clock.medians]
     settings = SimpleNamespace(device="cpu", batch_size=1)
     options = SimpleNamespace(budget_ms=2.0, settings=settings, folder=tmp_path, against=(), throughput_at=None)
     notes: list[str] = []
@@ -76,8 +66,8 @@ def close(tmp_path: Any, clock: Clock, **medians: Any) -> tuple[list[dict[str, A
 def test_an_unsure_network_is_measured_longer_until_it_is_sure(tmp_path, clock):
     final, notes = close(tmp_path, clock, t0=[WIDE, (1.9, 1.9)], t1=SURE)
     assert clock.runs == [{"trial 0": 30, "trial 1": 30}, {"trial 0": 30}]
-    assert (final[0]["trial"], final[0]["verdict"], final[0]["role"]) == (0, "fits", "winner")
-    assert final[0]["samples"] == 60
+    assert (final[0].trial, final[0].verdict, final[0].role) == (0, "fits", "winner")
+    assert final[0].samples == 60
     assert notes == []
 
 
@@ -85,7 +75,7 @@ def test_one_that_stays_unsure_does_not_win_over_one_that_fits(tmp_path, clock):
     final, notes = close(tmp_path, clock, t0=WIDE, t1=SURE, t2=WIDE)
     assert sum(run["trial 0"] for run in clock.runs) == closing.MOST_ROUNDS
     assert clock.runs[1:] == [{"trial 0": 30}] * 3, "what ranks behind a sure one is left as it is"
-    assert [(row["trial"], row["verdict"], row["role"]) for row in final] == [
+    assert [(row.trial, row.verdict, row.role) for row in final] == [
         (1, "fits", "winner"),
         (0, "unsure", "found"),
         (2, "unsure", "found"),
@@ -96,7 +86,7 @@ def test_one_that_stays_unsure_does_not_win_over_one_that_fits(tmp_path, clock):
 
 def test_where_nothing_surely_fits_the_best_that_may_wins(tmp_path, clock):
     final, notes = close(tmp_path, clock, t0=OVER, t1=WIDE, t2=WIDE)
-    assert [(row["trial"], row["verdict"], row["role"]) for row in final] == [
+    assert [(row.trial, row.verdict, row.role) for row in final] == [
         (1, "unsure", "winner"),
         (2, "unsure", "found"),
         (0, "over", "found"),
@@ -106,15 +96,15 @@ def test_where_nothing_surely_fits_the_best_that_may_wins(tmp_path, clock):
 
 def test_what_is_over_wins_nothing(tmp_path, clock):
     final, _ = close(tmp_path, clock, t0=OVER, t1=OVER)
-    assert [row["role"] for row in final] == ["found", "found"]
+    assert [row.role for row in final] == ["found", "found"]
     assert len(clock.runs) == 1
 
 
 def test_one_that_fails_when_measured_longer_keeps_what_it_has(tmp_path, clock):
     final, notes = close(tmp_path, clock, t0=[WIDE, MeasureError("killed by signal 9")], t1=SURE)
     assert len(clock.runs) == 2
-    assert [(row["trial"], row["error"], row["verdict"]) for row in final] == [(1, "", "fits"), (0, "", "unsure")]
-    assert final[1]["samples"] == 30
+    assert [(row.trial, row.error, row.verdict) for row in final] == [(1, "", "fits"), (0, "", "unsure")]
+    assert final[1].samples == 30
     assert notes[0] == "trial 0 could not be measured longer: killed by signal 9"
 
 
@@ -127,7 +117,7 @@ def test_ctrl_c_while_some_are_measured_longer_keeps_the_closing_run(tmp_path, c
     monkeypatch.setattr(side_by_side, "compare", compare)
     with pytest.raises(closing.ClosingInterrupted) as cut:
         close(tmp_path, clock, t0=WIDE, t1=SURE)
-    assert [(row["trial"], row["role"], row["samples"]) for row in cut.value.final] == [
+    assert [(row.trial, row.role, row.samples) for row in cut.value.final] == [
         (1, "winner", 30),
         (0, "found", 60),
     ]
@@ -136,10 +126,9 @@ def test_ctrl_c_while_some_are_measured_longer_keeps_the_closing_run(tmp_path, c
 
 
 def test_networks_beside_run_at_the_resolution_of_the_best_finalist():
-    def row(name: str, resolution: int, quality: float, feasible: bool = True) -> dict[str, Any]:
+    def row(name: str, resolution: int, quality: float, feasible: bool = True) -> Trial:
         arch = json.loads(get_arch(name).at(resolution).to_json())
-        shown = {"quality": quality, "params_m": 1.0, "latency_ms": 1.0, "resolution": resolution}
-        return {**shown, "feasible": feasible, "arch": arch}
+        return replace(COMPLETE, quality=quality, resolution=resolution, feasible=feasible, arch=arch)
 
     finalists = {
         "levit_128s": row("levit_128s", 224, 90.0, feasible=False),

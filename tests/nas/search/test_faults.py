@@ -20,11 +20,11 @@ import nas.measure
 import nas.measure.hardware
 import nas.quality
 import nas.quality.tiers
-import nas.search
+import nas.search.best
 import nas.search.closing
 import nas.search.final
+import nas.search.finish
 import nas.search.loop
-import nas.search.outcome
 import nas.search.report
 import nas.search.trial
 from nas.cli.display import what_now
@@ -112,8 +112,8 @@ def device(monkeypatch: pytest.MonkeyPatch, small_shvit: None) -> Device:
         monkeypatch.setattr(module, "device_lock", lambda device: nullcontext())
     monkeypatch.setattr(nas.search.trial, "open_measurer", lambda *_: nullcontext(found))
     monkeypatch.setattr(nas.export.side_by_side, "compare", found.compare)
-    monkeypatch.setattr(nas.search.outcome, "write_onnx", lambda arch, path, batch: path.write_bytes(b"untrained"))
-    monkeypatch.setattr(nas.search.outcome, "label_onnx", lambda *_, **__: None)
+    monkeypatch.setattr(nas.search.best, "write_onnx", lambda arch, path, batch: path.write_bytes(b"untrained"))
+    monkeypatch.setattr(nas.search.best, "label_onnx", lambda *_, **__: None)
     monkeypatch.setattr(nas.measure.hardware, "SAMPLE_S", 0.0)
     monkeypatch.setattr(nas.search.report, "plot_front", lambda data: b"")
     return found
@@ -133,7 +133,7 @@ def tier(monkeypatch: pytest.MonkeyPatch) -> type[Taught]:
     def save_onnx(model: Any, folder: Path, *_: Any, **__: Any) -> None:
         (folder / "model.onnx").write_bytes(b"trained")
 
-    monkeypatch.setattr(nas.search.outcome, "save_onnx", save_onnx)
+    monkeypatch.setattr(nas.search.best, "save_onnx", save_onnx)
     return Taught
 
 
@@ -380,7 +380,7 @@ def test_a_network_that_cannot_be_exported_is_there_with_its_weights(
         raise fault
 
     with monkeypatch.context() as patch:
-        patch.setattr(nas.search.outcome, "save_onnx", refused)
+        patch.setattr(nas.search.best, "save_onnx", refused)
         for _ in range(2):  # again at every rerun
             code, out, err = vitnas(*trained(tmp_path, pictures))
             assert code == 1, err
@@ -475,17 +475,18 @@ def test_ctrl_c_in_a_trial_leaves_the_best_of_the_search_s_own_trainings(
     vitnas, device, tier, pictures, tmp_path, monkeypatch, is_kept
 ):
     """With what it was judged on, and which images it has seen; where its weights are gone, best/ says so."""
-    cards, seen, finish = cards_of(monkeypatch), [], nas.search.outcome.finish_run
+    cards, seen, ended, finish = cards_of(monkeypatch), [], [], nas.search.finish.finish_run
 
     def finishing(options: Any, study: Any, run: Any, *more: Any, **words: Any) -> Any:
         trainer = run.tier.trainer
         seen.append(trainer.halves(64)[1].sources)
         if not is_kept:
             shutil.rmtree(trainer.kept)
-        return finish(options, study, run, *more, **words)
+        ended.append(finish(options, study, run, *more, **words))
+        return ended[0]
 
-    monkeypatch.setattr(nas.search.outcome, "record", lambda folder, images, parent: seen.append(images.sources))
-    monkeypatch.setattr(nas.search.outcome, "finish_run", finishing)
+    monkeypatch.setattr(nas.search.best, "record", lambda folder, images, parent: seen.append(images.sources))
+    monkeypatch.setattr(nas.search.finish, "finish_run", finishing)
     tier.faults[2] = KeyboardInterrupt()
     code, out, _ = vitnas(*trained(tmp_path, pictures))
     data, found = json.loads(out), best(tmp_path)
@@ -496,14 +497,14 @@ def test_ctrl_c_in_a_trial_leaves_the_best_of_the_search_s_own_trainings(
         assert "best/ is untrained: the search has kept no training of this network" in data["notes"]
         return
     assert_short(data)
-    lines = what_now(data, tmp_path / "s", None)
+    lines = what_now(ended[0], tmp_path / "s", None)
     assert lines[0] == f"Network: {tmp_path / 's' / 'best' / 'model.onnx'} (briefly trained weights)"
     digest = Arch.from_json(found["arch.json"].decode()).digest()[:16]
     assert found["model.safetensors"] == (tmp_path / "s" / "kept" / f"{digest}.safetensors").read_bytes()
     card = cards["model.onnx"]
     judging, taught = seen
     assert (card.accuracy.top1, card.accuracy.images) == (50.0, len(judging))
-    assert card.accuracy.data.endswith(nas.search.outcome.HELD_OUT)
+    assert card.accuracy.data.endswith(nas.search.best.HELD_OUT)
     assert len(taught) == 100
     assert not set(taught) & set(judging)
 
@@ -529,7 +530,7 @@ def test_ctrl_c_while_the_final_training_is_judged(vitnas, device, tier, picture
 def test_a_file_says_only_what_was_found_out_with_it(vitnas, device, tier, pictures, tmp_path, monkeypatch, precision):
     """Accuracy is of fp32 weights, latency of the file in the precision asked for."""
     cards = cards_of(monkeypatch)
-    monkeypatch.setattr(nas.search.outcome, "lower_precision", lambda path, *_: path.write_bytes(b"lower"))
+    monkeypatch.setattr(nas.search.best, "lower_precision", lambda path, *_: path.write_bytes(b"lower"))
     code, _, err = vitnas(*trained(tmp_path, pictures, "--precision", precision))
     assert code == 0, err
     card = cards["model.onnx"]
@@ -552,8 +553,8 @@ def cards_of(monkeypatch: pytest.MonkeyPatch) -> dict[str, Card]:
     def label_onnx(path: Path, arch: Arch, trained: bool, card: Card) -> None:
         found["model.int8.onnx"] = card
 
-    monkeypatch.setattr(nas.search.outcome, "save_onnx", save_onnx)
-    monkeypatch.setattr(nas.search.outcome, "label_onnx", label_onnx)
+    monkeypatch.setattr(nas.search.best, "save_onnx", save_onnx)
+    monkeypatch.setattr(nas.search.best, "label_onnx", label_onnx)
     return found
 
 
@@ -576,15 +577,15 @@ def test_workers_end_one_after_the_other(vitnas, device, tier, pictures, tmp_pat
 
     assert vitnas(*trained(tmp_path, pictures))[0] == 0
     begun, locked = list(tier.begun), []
-    real = nas.search.outcome.closing_run
+    real = nas.search.finish.closing_run
 
     def inside(*words: Any) -> Any:
-        with pytest.raises(UserError), folder_lock(tmp_path / "s", name=nas.search.outcome.LOCK):
+        with pytest.raises(UserError), folder_lock(tmp_path / "s", name=nas.search.finish.LOCK):
             pass
         locked.append(True)
         return real(*words)
 
-    monkeypatch.setattr(nas.search.outcome, "closing_run", inside)
+    monkeypatch.setattr(nas.search.finish, "closing_run", inside)
     assert vitnas(*trained(tmp_path, pictures))[0] == 0
     assert locked
     assert tier.begun == begun
@@ -598,7 +599,7 @@ def test_no_file_of_another_network_stays(vitnas, device, tier, pictures, tmp_pa
     def refused(*_: Any, **__: Any) -> None:
         raise UserError("disagrees")
 
-    monkeypatch.setattr(nas.search.outcome, "save_onnx", refused)
+    monkeypatch.setattr(nas.search.best, "save_onnx", refused)
     vitnas(*trained(tmp_path, pictures))
     assert set(best(tmp_path)) == {"arch.json", "model.safetensors", "model.seen.npy"}
 
@@ -624,7 +625,7 @@ def test_after_ctrl_c_no_other_worker_s_end_is_waited_for(vitnas, device, tmp_pa
 
     (tmp_path / "s").mkdir()
     device.faults[2] = KeyboardInterrupt()
-    with folder_lock(tmp_path / "s", name=nas.search.outcome.LOCK):
+    with folder_lock(tmp_path / "s", name=nas.search.finish.LOCK):
         code, _, err = vitnas(*command(tmp_path))
     assert code == 2
     assert "interrupted" in err

@@ -263,8 +263,8 @@ def test_a_candidate_that_fails_is_a_failed_trial(tmp_path, monkeypatch, small_s
     from nas.measure.protocol import Measurer
     from nas.measure.runtime import Settings
     from nas.measure.samples import MeasureError
+    from nas.search.finish import finish_run
     from nas.search.loop import search
-    from nas.search.outcome import finish_run
     from nas.search.request import SearchRequest
     from nas.search.rows import rows_of
 
@@ -282,11 +282,11 @@ def test_a_candidate_that_fails_is_a_failed_trial(tmp_path, monkeypatch, small_s
     )
     study, run = search(options, lambda progress: None, lambda line: None)
     rows = rows_of(study)
-    assert [row["state"] for row in rows].count("failed") == 1
-    assert "killed by signal 9" in next(row["error"] for row in rows if row["state"] == "failed")
-    data = finish_run(options, study, run, "vitnas search")
+    assert [row.state for row in rows].count("failed") == 1
+    assert "killed by signal 9" in next(row.error for row in rows if row.state == "failed")
+    outcome = finish_run(options, study, run, "vitnas search")
     assert "killed by signal 9" in (tmp_path / STUDY / "report.html").read_text()
-    assert data["winner"] is not None
+    assert outcome.winner is not None
 
 
 def test_the_same_arch_is_measured_once(tmp_path, exports_here):
@@ -310,6 +310,6 @@ def test_the_same_arch_is_measured_once(tmp_path, exports_here):
         enqueue(study, {"family": "shvit", **params}, {}, choices(options))
     study, _ = search(options, lambda progress: None, lambda line: None)
     first, second = rows_of(study)
-    assert (first["source"], second["source"]) == ("measured", "reused")
-    assert first["latency_ms"] == second["latency_ms"]
-    assert statistics.median([first["params_m"], second["params_m"]]) == pytest.approx(6.330808)
+    assert (first.source, second.source) == ("measured", "reused")
+    assert first.latency_ms == second.latency_ms
+    assert statistics.median([first.params_m, second.params_m]) == pytest.approx(6.330808)

@@ -19,10 +19,11 @@ from typing import Any
 
 import pytest
 from markupsafe import escape
+from records import outcome_of
 
 from nas.errors import DiskFull
 from nas.export.card import CLASSIFY
-from nas.search.final import Accuracies
+from nas.search.accuracy import Accuracies
 from nas.search.report import COLUMNS, REASONS_SHOWN, write_run
 
 FILES = ["pareto.json", "pareto.png", "report.html", "result.json", "trials.csv"]
@@ -70,14 +71,15 @@ def trial(number: int, family: str, latency: float, quality: float | None, budge
         "feasible": latency <= budget,
         "verdict": "fits" if latency <= budget else "over",
         "source": "measured",
+        "arch": {"family": family},
     }
 
 
 def failed(number: int, reason: str) -> dict:
     blank = trial(number, "sepvit", 1, None, 0)
     kept = {"trial": number, "family": "sepvit", "name": "", "state": "failed", "error": reason, "feasible": False}
-    kept["guessed"] = False
-    return dict.fromkeys(blank) | kept | {"source": "measured"}
+    kept |= {"guessed": False, "quality_how": "", "source": "measured"}
+    return dict.fromkeys(blank) | kept
 
 
 def invent(trials: int = 100, budget: float = 2.0, seed: int = 0) -> dict[str, Any]:
@@ -98,10 +100,8 @@ def invent(trials: int = 100, budget: float = 2.0, seed: int = 0) -> dict[str, A
     for t in sorted((t for t in rows if t["feasible"]), key=lambda t: t["latency_ms"]):
         if not front or t["quality"] > front[-1]["quality"]:
             front.append(t)
-    keys = ["family", "name", "quality", "quality_estimate", "quality_ci", "latency_ms", "throughput"]
-    pareto = [
-        {k: t[k] for k in [*keys, "params_m", "macs_m", "trial"]} | {"arch": {"family": t["family"]}} for t in front
-    ]
+    keys = ["arch", "family", "name", "quality", "quality_estimate", "quality_ci", "latency_ms", "verdict"]
+    pareto = [{k: t[k] for k in [*keys, "throughput", "params_m", "macs_m", "trial"]} for t in front]
     measured = [t for t in rows if t["state"] == "complete"]
     fastest = min(measured, key=lambda t: t["latency_ms"], default=None)
     winner = front[-1] if front else None
@@ -230,7 +230,7 @@ class Page(HTMLParser):
 
 
 def report(folder: Path, data: dict[str, Any]) -> Page:
-    write_run(folder, data)
+    write_run(folder, outcome_of(data))
     page = Page((folder / "report.html").read_text(encoding="utf-8"))
     assert not page.open
     return page
@@ -397,7 +397,7 @@ def test_markup_in_any_text_stays_text(tmp_path: Path) -> None:
             return {k: spoil(v, k) for k, v in value.items()}
         if isinstance(value, list):
             return [spoil(item, key) for item in value]
-        kept = key in ("started", "finished", "state", "role", "source")
+        kept = key in ("started", "finished", "state", "role", "source", "verdict")
         return value + evil if isinstance(value, str) and value and not kept else value
 
     page = report(tmp_path, spoil(data))
@@ -440,10 +440,10 @@ def test_only_failed_trials(tmp_path: Path) -> None:
 
 
 def test_files_are_replaced_whole(tmp_path: Path, fill_disk: Callable[[], None]) -> None:
-    write_run(tmp_path, invent(20))
+    write_run(tmp_path, outcome_of(invent(20)))
     before = {name: (tmp_path / name).read_bytes() for name in FILES}
     readers = {name: (tmp_path / name).open("rb") for name in FILES}
-    write_run(tmp_path, invent(40, seed=1))
+    write_run(tmp_path, outcome_of(invent(40, seed=1)))
     for name, reader in readers.items():
         with reader:
             assert reader.read() == before[name], "a reader of the old file sees it change"
@@ -452,7 +452,7 @@ def test_files_are_replaced_whole(tmp_path: Path, fill_disk: Callable[[], None])
     after = {name: (tmp_path / name).read_bytes() for name in FILES}
     fill_disk()
     with pytest.raises(DiskFull, match="no space left"):
-        write_run(tmp_path, invent(20))
+        write_run(tmp_path, outcome_of(invent(20)))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == after
 
 
@@ -463,7 +463,7 @@ def test_labels_in_the_plot_do_not_overlap(tmp_path: Path, monkeypatch: pytest.M
     figures = []
     savefig = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), savefig(self, *a, **k))[1])
-    write_run(tmp_path, invent(count, 3.0))
+    write_run(tmp_path, outcome_of(invent(count, 3.0)))
     texts = figures[0].axes[0].texts
     words = [text.get_text() for text in texts]
     assert any(word.startswith("winner: ") for word in words)
@@ -490,7 +490,7 @@ def trained(data: dict, **more) -> dict:
         "label": "score (train: top-1 estimated on your images)",
         "trained": True,
     }
-    rows = [Accuracies(entry["label"], [70.0, 71.0], 500, 9.0).to_dict() for entry in data["final"][:2]]
+    rows = [Accuracies(entry["label"], [70.0, 71.0], 500, 9.0).to_json() for entry in data["final"][:2]]
     told = {key: rows[0][key] for key in ("top1_ci", "images", "seeds")}
     winner = data["winner"] | told | {"top1": 70.5, "accuracy": rows[0]["words"]}
     accuracy = {"rows": rows, "epochs": 30, "recipe": "quick", "verdict": "a tie <of> two"}
@@ -503,7 +503,7 @@ def trained(data: dict, **more) -> dict:
 
 def test_final_trainings_and_the_tier_s_worth_are_told(tmp_path: Path) -> None:
     data = trained(invent(20))
-    write_run(tmp_path, data)
+    write_run(tmp_path, outcome_of(data))
     page = (tmp_path / "report.html").read_text()
     assert "Trained fully" in page
     assert "70.5" in page
@@ -513,7 +513,7 @@ def test_final_trainings_and_the_tier_s_worth_are_told(tmp_path: Path) -> None:
     assert "untrained" not in page.lower()
     assert escape(CLASSIFY) in page
     taus = {"estimate": {"tau": 0.6, "ci": [0.2, 0.9]}, "params": {"tau": None, "ci": None}}
-    write_run(tmp_path, trained(invent(20), validation={"networks": 8, "tau": taus, "selects": True}))
+    write_run(tmp_path, outcome_of(trained(invent(20), validation={"networks": 8, "tau": taus, "selects": True})))
     page = (tmp_path / "report.html").read_text()
     assert "estimate 0.60 (0.20 to 0.90)" in page
     assert "8 full trainings" in page
@@ -521,7 +521,7 @@ def test_final_trainings_and_the_tier_s_worth_are_told(tmp_path: Path) -> None:
 
 def test_the_trained_accuracy_is_the_headline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from nas.cli.display import show_result
-    from nas.search.outcome import winner_line
+    from nas.search.words import winner_line
 
     data = trained(invent(20))
     words = data["winner"]["accuracy"]
@@ -530,11 +530,11 @@ def test_the_trained_accuracy_is_the_headline(tmp_path: Path, capsys: pytest.Cap
     page = report(tmp_path, data)
     assert words in re.search(r"<h1>(.*?)</h1>", page.source, re.DOTALL)[1]
     assert "70.5% top-1 after full training" in page.text
-    show_result(data, tmp_path, to_stderr=False)
+    show_result(outcome_of(data), tmp_path, to_stderr=False)
     out = re.sub(r"\s+", " ", capsys.readouterr().out)
     assert words in out.partition(".\n")[0]
     assert out.index(words) < out.index("score (train)")
-    assert words in winner_line(data)
+    assert words in winner_line(outcome_of(data))
 
 
 def test_a_refused_network_has_no_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -546,7 +546,7 @@ def test_a_refused_network_has_no_size(tmp_path: Path, capsys: pytest.CaptureFix
     page = report(tmp_path, data)
     assert "timm/no@7" in page.text
     assert "None px" not in page.text
-    show_result(data, tmp_path, to_stderr=False)
+    show_result(outcome_of(data), tmp_path, to_stderr=False)
     out = capsys.readouterr().out
     assert "timm/no@7 failed: no multiple of 32" in out
     assert "run at" not in out

@@ -1,0 +1,128 @@
+"""Accuracies of full trainings over seeds, and how two networks' compare."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass, field
+
+from nas.intervals import LEVEL, Interval, agreement, joined, of_accuracies, of_difference, of_share, top1_words
+from nas.units import counted
+
+ONE_SEED = "one seed: the spread of seeds is not in it"
+
+
+@dataclass(frozen=True)
+class Accuracies:
+    """A network's final trainings."""
+
+    label: str
+    top1: list[float]
+    """Percent on the validation images, one a seed."""
+    images: int
+    """How many validation images there are."""
+    seconds: float
+    """All trainings took."""
+    hits: list[list[bool]] = field(default_factory=list, repr=False)
+    """A row a seed, of whether each image was told right; empty where an earlier version trained."""
+
+    @property
+    def mean(self) -> float:
+        return statistics.mean(self.top1)
+
+    @property
+    def deviation(self) -> float | None:
+        """Standard deviation over seeds; None of a single one."""
+        return statistics.stdev(self.top1) if len(self.top1) > 1 else None
+
+    @property
+    def interval(self) -> Interval:
+        """The mean's 95% interval: the images' noise and, of several seeds, theirs."""
+        return of_accuracies(self.top1, self.images)
+
+    @property
+    def words(self) -> str:
+        return top1_words(self.mean, self.ci, self.images, len(self.top1))
+
+    @property
+    def ci(self) -> tuple[float, float]:
+        return self.interval.low, self.interval.high
+
+    def to_json(self) -> dict[str, object]:
+        """top1 is a list of one a seed, mean and top1_ci are what is told."""
+        return {
+            "label": self.label,
+            "top1": self.top1,
+            "images": self.images,
+            "seconds": self.seconds,
+            "mean": self.mean,
+            "deviation": self.deviation,
+            "top1_ci": list(self.ci),
+            "seeds": len(self.top1),
+            "words": self.words,
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The difference of two networks' mean top-1."""
+
+    difference: float
+    """Points, of the first less the second."""
+    ci: tuple[float, float]
+    """Its 95% interval."""
+    tie: bool
+    """Whether the interval holds 0."""
+    leaves_out: str
+    """What the interval does not cover, in words; empty where it covers all."""
+
+
+@dataclass(frozen=True)
+class FinalTrainings:
+    """The winner's full trainings, and those of the published network beside it."""
+
+    rows: tuple[Accuracies, ...]
+    epochs: int
+    recipe: str
+    verdict: str
+    """How the two compare, or why there is one alone, in one line."""
+    comparison: Comparison | None = None
+
+    def to_json(self) -> dict[str, object]:
+        found = self.comparison
+        told = {"rows": [row.to_json() for row in self.rows], "epochs": self.epochs, "recipe": self.recipe}
+        if found:
+            told |= {"difference": found.difference, "ci": list(found.ci), "tie": found.tie}
+            told |= {"leaves_out": found.leaves_out}
+        return told | {"verdict": self.verdict}
+
+
+def compare_means(first: Accuracies, second: Accuracies) -> Comparison:
+    """Compare two networks' mean top-1, on the same images. The 95% interval holds the images' noise, paired image by
+    image, and of several seeds their spread (Welch)."""
+    difference = first.mean - second.mean
+    one, other = of_share(first.mean, first.images), of_share(second.mean, second.images)
+    by_images = of_difference(first.mean, one, second.mean, other, agreement(first.hits, second.hits))
+    found = joined(difference, by_images, seeds_spread(first, second)).clipped(-100.0, 100.0)
+    leaves_out = "" if min(len(first.top1), len(second.top1)) > 1 else ONE_SEED
+    return Comparison(difference, (found.low, found.high), found.holds(0.0), leaves_out)
+
+
+def seeds_spread(first: Accuracies, second: Accuracies) -> Interval | None:
+    """Welch's 95% interval of the difference over seeds; None where a network has a single one, or nothing varies."""
+    from scipy.stats import ttest_ind
+
+    if not (first.deviation or second.deviation) or None in (first.deviation, second.deviation):
+        return None
+    found = ttest_ind(first.top1, second.top1, equal_var=False).confidence_interval(LEVEL)
+    return Interval(float(found.low), float(found.high))
+
+
+def verdict(found: Comparison, first: Accuracies, second: Accuracies) -> str:
+    """The comparison in one line."""
+    low, high = found.ci
+    kind = "a tie" if found.tie else "a gain" if low > 0 else "a loss"
+    seeds = min(len(first.top1), len(second.top1))
+    of = f"the same {first.images:,} images, {counted(seeds, 'seed')}"
+    by = f"{found.difference:+.1f} points (95%: {low:+.1f} to {high:+.1f}, {of})"
+    line = f"{first.label} against {second.label}: {by}: {kind}"
+    return f"{line} ({found.leaves_out})" if found.leaves_out else line

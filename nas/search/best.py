@@ -1,0 +1,176 @@
+"""best/: the network that a search has found, with its weights, where there are any, and its ONNX files."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nas.data.lineage import record
+from nas.export.artifact import CONVERTED, lower_precision
+from nas.export.card import LABELS, PREPROCESS, Card, Latency, Preprocess
+from nas.export.folder import save_onnx
+from nas.export.onnx import label_onnx, write_onnx
+from nas.files import drafted, replace_file
+from nas.measure.runtime import RUNTIMES
+from nas.quality.kept import Kept, path_of, read
+from nas.quality.parent import parent_weights
+from nas.search.final import FullTraining, result_path, weights_of
+from nas.search.rows import Network, arch_of, known
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from nas.data.images import Images
+    from nas.quality.trainer import CandidateTrainer
+    from nas.search.log import SearchLog
+    from nas.search.request import SearchRequest
+    from search_spaces import Arch
+
+HELD_OUT = "training images that the search held out and chose by"
+"""What the accuracy of a candidate's own training was counted on."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The fullest training of a network that there is."""
+
+    path: Path
+    images: Images
+    """What it was trained on."""
+    kept: Kept | None
+    """Set where it is the search's own training, not a full one."""
+
+
+@dataclass(frozen=True)
+class BestFolder:
+    """Writes best/."""
+
+    request: SearchRequest
+    log: SearchLog
+    trainer: CandidateTrainer | None
+    """Of a tier that trains."""
+    step: Callable[[str], AbstractContextManager[None]]
+    """Runs a block as a step of the search's end; one that fails is told, and the next goes on."""
+
+    @property
+    def folder(self) -> Path:
+        return self.request.folder / "best"
+
+    def clear(self) -> None:
+        """Remove it, but for a network that an earlier run of the search has trained."""
+        if not (self.folder / "model.safetensors").is_file():
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def write(self, row: Network) -> Weights | None:
+        """Write arch.json and the weights, of the final training or else of the search's own, where there are any; then
+        model.onnx, and beside it the file that was measured, where that has another precision.
+
+        Returns:
+            The weights; None where model.onnx has random ones.
+        """
+        request, arch = self.request, arch_of(row)
+        weights = self._weights(arch)
+        path = weights.path if weights else None
+        with self.step("best/"):
+            start_best(arch, self.folder, path)
+            if weights and request.plan:
+                record(self.folder, weights.images, parent_weights(request.plan.parent))
+        converted = request.settings.precision in CONVERTED and RUNTIMES[request.settings.runtime].artifact == "onnx"
+        with self.step("best/model.onnx"):
+            card = self._card(arch, weights)
+            if not converted:
+                card = card.model_copy(update={"latency": self._latency(row)})
+            save_best(arch, self.folder, path, request.settings.batch_size, card, self._images(arch))
+        if converted:
+            self._write_converted(row, arch, weights)
+        return weights
+
+    def _write_converted(self, row: Network, arch: Arch, weights: Weights | None) -> None:
+        """Write the file that was measured: its latency is known, and its accuracy is not."""
+        settings, path = self.request.settings, self.folder / "model.onnx"
+        lower = self.folder / f"model.{settings.precision}.onnx"
+        lower.unlink(missing_ok=True)
+        if path.is_file():
+            with self.step(f"best/{lower.name}"), drafted(lower) as draft:
+                shutil.copyfile(path, draft)
+                lower_precision(draft, settings, self.log.calibration)
+                card = self._card(arch, weights).model_copy(update={"accuracy": None, "latency": self._latency(row)})
+                label_onnx(draft, arch, weights is not None, card)
+
+    def _weights(self, arch: Arch) -> Weights | None:
+        if self.trainer is None:
+            return None
+        full = weights_of(self.request, arch)
+        if full:
+            return Weights(full, self.trainer.data.train, None)
+        short = path_of(self.trainer.kept, arch.digest())
+        kept = read(short)
+        return Weights(short, self.trainer.taught(arch.resolution), kept) if kept else None
+
+    def _card(self, arch: Arch, weights: Weights | None) -> Card:
+        """What best/ says of its network; its accuracy is that of its own weights: the first seed's, or those that the
+        search kept."""
+        if self.trainer is None:
+            return Card.untrained(arch.resolution)
+        data = self.trainer.data.at(arch.resolution)
+        if weights is None:
+            return Card(preprocess=Preprocess.of(data.val.transform))
+        if weights.kept:
+            return Card.of(data, weights.kept.top1, weights.kept.judged, HELD_OUT)
+        result = result_path(self.request, arch, seed=0)  # Ctrl-C while it is judged leaves weights alone
+        found = FullTraining.read(result) if result.is_file() else None
+        return Card.of(data, found.top1, found.images) if found else Card.of(data)
+
+    def _latency(self, row: Network) -> Latency | None:
+        """The network's: of the closing run, or of its trial where there was none; None where it has no interval."""
+        if row.latency_ci is None:
+            return None
+        settings = self.request.settings
+        return Latency(
+            ms=known(row.latency_ms),
+            ci=row.latency_ci,
+            cpu=self.log.hardware.get("cpu"),
+            device=settings.device,
+            runtime=settings.runtime,
+            precision=settings.precision,
+            threads=settings.threads,
+            batch_size=settings.batch_size,
+        )
+
+    def _images(self, arch: Arch) -> np.ndarray | None:
+        """Some validation images of a search that trains."""
+        from nas.data.dataset import some_of
+
+        return some_of(self.trainer.data.at(arch.resolution).val) if self.trainer else None
+
+
+def start_best(arch: Arch, folder: Path, weights: Path | None) -> None:
+    """Write arch.json and the weights where they are trained; no file of other weights stays beside them."""
+    folder.mkdir(exist_ok=True)
+    kept, document = folder / "arch.json", arch.to_json()
+    same = weights is not None and kept.is_file() and kept.read_text() == document
+    for earlier in (*folder.glob("model.*"), folder / PREPROCESS, folder / LABELS):
+        if not (same and earlier.name == "model.safetensors"):
+            earlier.unlink(missing_ok=True)
+    replace_file(kept, document)
+    if weights is not None:
+        replace_file(folder / "model.safetensors", weights.read_bytes())
+
+
+def save_best(
+    arch: Arch, folder: Path, weights: Path | None, batch_size: int, card: Card, images: np.ndarray | None = None
+) -> None:
+    """Write model.onnx and its card; trained, it is checked against PyTorch, on `images` too (see `save_onnx`)."""
+    from search_spaces import create_model
+
+    if weights is not None:
+        save_onnx(create_model(arch, weights=weights), folder, batch_size, trained=True, card=card, images=images)
+        return
+    card.write(folder)
+    with drafted(folder / "model.onnx") as draft:
+        write_onnx(arch, draft, batch_size)
+        label_onnx(draft, arch, trained=False, card=card)

@@ -1,0 +1,318 @@
+"""The end of a search: it judges, measures and trains the best, and writes the files of a run's folder."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import datetime
+from functools import partial
+from typing import TYPE_CHECKING, cast
+
+from nas.ending import Ending
+from nas.files import folder_lock
+from nas.intervals import guessing
+from nas.measure.budget import Verdict
+from nas.measure.samples import BUSY_SPREAD
+from nas.search.accuracy import Accuracies, FinalTrainings
+from nas.search.advice import advice, latencies
+from nas.search.best import BestFolder, Weights
+from nas.search.closing import ClosingInterrupted, closing_run
+from nas.search.final import weights_of
+from nas.search.log import breakdown
+from nas.search.outcome import Fastest, Outcome, ShortTraining, TierFacts, Validation, Winner
+from nas.search.request import storage_of
+from nas.search.rows import ClosingRow, Network, OutsideRow, Trial, arch_of, best_of, choose, known, rows_of
+from nas.search.words import protocol, skipped_lines, ties_of, winner_line
+from nas.study.storage import storage_errors
+
+if TYPE_CHECKING:
+    import optuna
+
+    from nas.data.about import Summary
+    from nas.quality.trained import HalvingTier
+    from nas.search.log import SearchLog
+    from nas.search.request import SearchRequest
+
+LOCK = ".end.lock"
+
+
+def finish_run(
+    request: SearchRequest,
+    study: optuna.Study,
+    log: SearchLog,
+    command: str,
+    phase: Callable[[str, int, int], None] | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Outcome:
+    """Judge what was found, measure the best side by side, train them fully, and write best/ and the run's files.
+
+    Workers on one folder end one after the other. A step that fails, or that Ctrl-C ends, is told and recorded, and the
+    next goes on; after Ctrl-C those that take long are left out. What is known is written before the final trainings.
+
+    Raises:
+        UserError: another worker is at its end, and after Ctrl-C that is not waited for.
+    """
+    with folder_lock(request.folder, waiting=not log.interrupted, name=LOCK, say=say):
+        return _Finish(request, study, log, command, phase, say).run()
+
+
+class _Finish:
+    """`finish_run`, step by step."""
+
+    def __init__(
+        self,
+        request: SearchRequest,
+        study: optuna.Study,
+        log: SearchLog,
+        command: str,
+        phase: Callable[[str, int, int], None] | None,
+        say: Callable[[str], None],
+    ) -> None:
+        self.request, self.study, self.log, self.command, self.phase = request, study, log, command, phase
+        self.tier = known(log.tier)
+        self.trained = cast("HalvingTier", self.tier) if self.tier.trained else None
+        self.end = Ending(say)
+        self.end.interrupted = log.interrupted
+        self.best = BestFolder(request, log, self.trained.trainer if self.trained else None, self._step)
+        self.notes: list[str] = []
+        self.rows = rows_of(study)
+        kept = study.user_attrs.get("validation")
+        self.validation = None if kept is None else Validation.from_json(kept)
+        self.final: list[ClosingRow] = []
+        self.outside: list[OutsideRow] = []
+        self.accuracy: FinalTrainings | None = None
+
+    def run(self) -> Outcome:
+        if self.trained:
+            self._judge(self.trained)
+        self._measure()
+        if self.trained and self.final and self.winner and not self.end.interrupted:
+            if weights_of(self.request, arch_of(self.winner)) is None:
+                self._write()
+            self._train(self.trained)
+        return self._write()
+
+    @contextmanager
+    def _step(self, what: str) -> Iterator[None]:
+        with self.end.step(what), storage_errors(storage_of(self.request)):
+            yield
+
+    @property
+    def feasible(self) -> list[Trial]:
+        return [row for row in self.rows if row.feasible]
+
+    @property
+    def winner(self) -> Network | None:
+        if self.final:
+            return next((row for row in self.final if row.role == "winner"), None)
+        return choose(self.feasible)
+
+    def _judge(self, tier: HalvingTier) -> None:
+        """Validate the tier, and train the best to its last rung; estimates by all trainings."""
+        from nas.search.final import review, settle
+        from nas.search.validate import validate
+
+        if not self.end.interrupted:
+            with self._step("validation"):
+                self.validation = validate(self.request, self.study, tier, self.rows, self.notes.append)
+        found = self.validation
+        selects = not tier.needs_validation if found is None else found.selects
+        if not selects:
+            why = "has not been validated" if found is None else "cannot be told from 0"
+            self.notes.append(
+                f"the tier {tier.name} does not choose: its tau with full trainings {why}; the most parameters "
+                "within the budget choose"
+            )
+        self.rows = review(tier, self.rows, selects)
+        if not self.end.interrupted:
+            with self._step("training of the best to the end"):
+                self.rows = settle(self.study, tier, self.rows, selects, self.notes.append)
+
+    def _measure(self) -> None:
+        watched = partial(self.phase, "closing side-by-side run") if self.phase else None
+        if self.feasible and not self.end.interrupted:
+            with self._step("closing side-by-side run"):
+                if self.phase:
+                    self.phase("exporting the best for the closing side-by-side run", 0, 0)
+                try:
+                    self.final, self.outside = closing_run(
+                        self.request, self.rows, self.log.calibration, watched, self.notes.append
+                    )
+                except ClosingInterrupted as cut:
+                    self.final, self.outside = cut.final, cut.outside
+                    raise
+        if self.feasible and not self.final:
+            left_out = "closing side-by-side run" + (" and no final training" if self.request.plan else "")
+            self.notes.append(f"no {left_out} was made; latencies are those of the single trials")
+        if self.request.against and self.feasible and not self.outside:
+            self.notes.append(
+                "no network of --against was measured: there was no closing run, or they are all in its table"
+            )
+
+    def _train(self, tier: HalvingTier) -> None:
+        """Full trainings of the winner and of the published network nearest it, by one recipe, over the same seeds."""
+        from nas.search.final import train_fully
+
+        winner = next(row for row in self.final if row.role == "winner")
+        baseline = baseline_of(self.final, winner)
+        found: dict[str, Accuracies] = {}
+        for row in (winner, *([baseline] if baseline else [])):
+            with self._step(f"final training of {row.label}"):
+                found[row.label] = train_fully(self.request, tier, row.label, arch_of(row))
+                self.final = [replace(each, accuracy=found.get(each.label)) for each in self.final]
+            if self.end.interrupted:
+                return
+        if winner.label in found:
+            self.accuracy = self._trainings(tier, winner, baseline, list(found.values()))
+
+    def _trainings(
+        self, tier: HalvingTier, winner: ClosingRow, baseline: ClosingRow | None, found: Sequence[Accuracies]
+    ) -> FinalTrainings:
+        """The winner's full trainings, and how they compare with those of the published network."""
+        from nas.search.accuracy import compare_means, verdict
+
+        epochs = known(self.request.plan).final_epochs
+        told = FinalTrainings(tuple(found), epochs, tier.recipe(epochs).name, "")
+        if len(found) < 2 or baseline is None:
+            why = "the winner is itself a published network" if winner.name else "no published network beside it"
+            return replace(told, verdict=f"the training of {baseline.label} failed" if baseline else why)
+        comparison = compare_means(*found)
+        over = {
+            Verdict.FITS: "",
+            Verdict.UNSURE: f"; {baseline.label} may be over the budget",
+            Verdict.OVER: f"; {baseline.label} is over the budget, as every published network tried",
+        }
+        words = verdict(comparison, *found) + over[known(baseline.verdict)]
+        return replace(told, comparison=comparison, verdict=words)
+
+    def _write(self) -> Outcome:
+        """Write best/ and the run's files."""
+        from nas.search.report import write_run
+
+        weights = None
+        if self.winner is None:
+            self.best.clear()
+        else:
+            if self.phase:
+                self.phase("writing best/", 0, 0)
+            weights = self.best.write(self.winner)
+        outcome = self._outcome(weights)
+        with self._step("report"):
+            write_run(self.request.folder, outcome)
+            self.study.set_user_attr("result", winner_line(outcome))
+        return replace(outcome, failures=self._failures(), interrupted=self.end.interrupted)
+
+    def _failures(self) -> tuple[str, ...]:
+        return *self.log.failures, *self.end.failures
+
+    def _outcome(self, weights: Weights | None) -> Outcome:
+        """weights: those in best/."""
+        request, log, rows, winner = self.request, self.log, self.rows, self.winner
+        fastest = next(iter(latencies(rows, self.final)), None)
+        kept = weights.kept if weights else None
+        return Outcome(
+            study=request.study,
+            command=self.command,
+            started=log.started,
+            finished=datetime.now().astimezone().isoformat(timespec="seconds"),
+            interrupted=self.end.interrupted,
+            failures=self._failures(),
+            budget_ms=request.budget_ms,
+            settings=request.settings,
+            throughput_at=request.throughput_at,
+            num_classes=request.num_classes,
+            seed=request.seed,
+            sampler=request.sampler,
+            hardware=log.hardware,
+            data=self._about_data(),
+            quality_tier=self._tier_facts(),
+            validation=self.validation,
+            accuracy=self.accuracy,
+            trials=tuple(rows),
+            final=tuple(self.final),
+            against=tuple(self.outside),
+            winner=Winner.of(winner) if winner else None,
+            fastest=Fastest.of(fastest) if fastest else None,
+            ties=tuple(ties_of(self.final)),
+            advice=tuple(advice(request, log, rows, self.final, self.command)) if winner is None else (),
+            notes=(*log.notes, *self.notes, *self._remarks(weights)),
+            skipped=tuple(skipped_lines(request, rows)),
+            protocol=protocol(request),
+            breakdown=breakdown(log),
+            trials_per_minute=60 * len(log.trial_s) / log.wall_s if log.trial_s else 0.0,
+            median_trial_s=statistics.median(log.trial_s) if log.trial_s else 0.0,
+            untrained=weights is None,
+            short_training=ShortTraining(kept.epochs, kept.images) if kept else None,
+        )
+
+    def _about_data(self) -> Summary | None:
+        from nas.data.about import summary
+
+        return summary(self.trained.trainer.data) if self.trained else None
+
+    def _tier_facts(self) -> TierFacts:
+        tier, held_out = self.tier, self.trained.held_out() if self.trained else None
+        return TierFacts(tier.name, tier.label, tier.note, tier.trained, held_out)
+
+    def _remarks(self, weights: Weights | None) -> Iterator[str]:
+        """What a reader of the figures should know. weights: those in best/."""
+        if self.trained:
+            from nas.data.batches import skipped_line
+
+            skipped = skipped_line(self.trained.trainer.loaders)
+            if skipped:
+                yield skipped
+        if self.accuracy:
+            told = guessing(self.accuracy.rows[0].ci, self.request.num_classes)
+            if told:
+                yield f"{self.accuracy.rows[0].label}: {told}"
+        yield from self._remarks_on_winner(weights)
+        yield from remarks_on_latency(self.rows)
+
+    def _remarks_on_winner(self, weights: Weights | None) -> Iterator[str]:
+        first, winner = best_of(self.feasible), self.winner
+        if weights and weights.kept:
+            yield weights.kept.words
+        elif self.trained and winner and weights is None:
+            yield "best/ is untrained: the search has kept no training of this network"
+        if self.trained and self.final and winner and self.accuracy is None:
+            yield "the final trainings are not finished: the same command goes on with them"
+        if self.final and winner is None:
+            yield "every trial that had met the budget was over it in the closing side-by-side run"
+            if (self.best.folder / "model.safetensors").is_file():
+                yield "best/ is left as it was: a trained network that met the budget in an earlier run"
+        elif self.final and first and winner and first.trial != winner.trial:
+            yield f"{first.label} ranked first in the search but not among those that fit in the closing run"
+
+
+def remarks_on_latency(rows: Sequence[Trial]) -> Iterator[str]:
+    """Whether latencies are from earlier runs, or of a busy machine."""
+    measured = [row for row in rows if row.complete]
+    cached = [row for row in measured if row.source.startswith("cache")]
+    if cached:
+        yield (
+            f"{len(cached)} of {len(measured)} trials took their latency from this machine's cache, measured while "
+            "it ran at the same speed (--no-cache measures anew); the closing run is measured now"
+        )
+    drifts = [row.reference_drift for row in measured if row.reference_drift is not None]
+    drift = statistics.median(drifts) if drifts else 0.0
+    if drift > BUSY_SPREAD:
+        yield (
+            f"this machine was busy: within a trial the reference network's latency moved by {drift:.0%} (median); "
+            "run again on a quiet machine for figures to rely on"
+        )
+
+
+def baseline_of(final: Sequence[ClosingRow], winner: ClosingRow) -> ClosingRow | None:
+    """The published network within budget whose latency is nearest the winner's, or of those that may be within it; the
+    fastest one where there are none."""
+    if winner.name:
+        return None
+    published = [row for row in final if row.name and not row.error]
+    for wanted in (Verdict.FITS, Verdict.UNSURE):
+        within = [row for row in published if row.verdict == wanted]
+        if within:
+            return min(within, key=lambda row: abs(known(row.latency_ms) - known(winner.latency_ms)))
+    return min(published, key=lambda row: known(row.latency_ms), default=None)

@@ -1,0 +1,117 @@
+"""What a search's result says in words: on the terminal and in its report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from nas.measure.budget import Verdict
+from nas.quality.tier import told_score
+from nas.search.outcome import Outcome, TierFacts, Validation, Winner
+from nas.search.rows import ClosingRow, Pair, Trial, known
+from nas.units import counted
+
+if TYPE_CHECKING:
+    from nas.search.request import SearchRequest
+
+
+def interval_words(ci: Pair | None) -> str:
+    """The 95% interval of a latency in milliseconds; a few rounds have none."""
+    return "measured briefly" if ci is None else f"95% {ci[0]:.2f} to {ci[1]:.2f} ms"
+
+
+def score_words(row: Trial | ClosingRow | Winner) -> str:
+    """A score and the 95% interval of its estimate."""
+    low, high = known(row.quality_ci)
+    return f"{told_score(known(row.quality)):.1f} (95%: {low:.1f} to {high:.1f})"
+
+
+def quality_words(winner: Winner) -> str:
+    """How good the winner is: its accuracy where it was trained fully, else what the tier says of it."""
+    return winner.accuracy or f"score {score_words(winner)}"
+
+
+def validation_line(tier: TierFacts, validation: Validation | None) -> str:
+    """How far a trained tier's estimates can be trusted."""
+    if validation is None:
+        text = "The tier has not been validated on this data (--validate N)."
+        held = tier.held_out
+        return text if held is None else f"{text} Its surrogate misses a network left out by {held[0]:.1f} points."
+    taus = ", ".join(
+        f"{name} {one.tau:.2f} ({one.ci[0]:.2f} to {one.ci[1]:.2f})"
+        for name, one in validation.tau.items()
+        if one.tau is not None and one.ci is not None
+    )
+    return f"Kendall's tau with {validation.networks} full trainings (95% interval): {taus}."
+
+
+def winner_line(outcome: Outcome) -> str:
+    """The study's result in one line."""
+    winner = outcome.winner
+    if winner is None:
+        return f"nothing fits {outcome.budget_ms:g} ms"
+    how = "within" if winner.verdict == Verdict.FITS else "may be within"
+    accuracy = f", {winner.accuracy}" if winner.accuracy else ""
+    return f"{winner.label} ({winner.family}) {how} {outcome.budget_ms:g} ms{accuracy}"
+
+
+def later_rounds(final: Sequence[ClosingRow]) -> str:
+    """Which networks of a closing run were measured longer after it, as a sentence; "" where none was."""
+    longer = [row.label for row in final if row.rounds_alone]
+    return f"Measured longer afterwards, in rounds of their own: {', '.join(longer)}." if longer else ""
+
+
+def ties_of(final: Sequence[ClosingRow]) -> list[str]:
+    """Which networks within the budget the tier cannot tell from the winner, in one line, fastest first."""
+    first = next((row for row in final if row.role == "winner"), None)
+    if first is None:
+        return []
+    low, high = first.quality_ci
+    ties = [
+        row
+        for row in final
+        if row is not first
+        and row.verdict in (Verdict.FITS, Verdict.UNSURE)
+        and low <= row.quality_ci[1]
+        and row.quality_ci[0] <= high
+    ]
+    if not ties:
+        return []
+    names = ", ".join(
+        f"{row.label} ({row.family}, {row.latency_ms:.2f} ms)"
+        for row in sorted(ties, key=lambda row: known(row.latency_ms))
+    )
+    rule = "the best score, then the most parameters, made the choice"
+    return [f"A tie with {first.label}, by the 95% intervals of the estimates: {names}; {rule}"]
+
+
+def skipped_lines(request: SearchRequest, rows: Sequence[Trial]) -> Iterator[str]:
+    """Published variants that were not tried, a line a family: farther from the budget, or the search ended first."""
+    from search_spaces.registry import FAMILIES
+
+    tried = {row.name for row in rows}
+    for family in request.families:
+        names = [name for name in FAMILIES[family].variants if name not in tried]
+        if names:
+            yield f"published, not tried ({family}): {', '.join(names)}"
+
+
+def protocol(request: SearchRequest) -> tuple[str, ...]:
+    """How latency was measured, a line a fact."""
+    from nas.measure.cache import REFERENCE
+    from nas.measure.samples import CONFIDENCE, MAX_ROUNDS, MIN_ROUNDS, PRECISION
+    from nas.search.closing import CLOSING_ROUNDS, MOST_ROUNDS
+
+    return (
+        f"Each network runs in a fresh process pinned to {counted(request.settings.threads, 'CPU')}; every other "
+        "process of the search is stopped while it is timed.",
+        f"{MIN_ROUNDS} to {MAX_ROUNDS} rounds of short slices alternate with {REFERENCE} as the fixed reference, after "
+        "untimed runs; a trial ends early once its interval is wholly over the budget, judged after each round from "
+        "the 6th on, or far over it from the 3rd on.",
+        f"Latency is the median of all samples; its {CONFIDENCE:.0%} interval comes from the rounds' medians by order "
+        f"statistics, and rounds stop once its half-width is {PRECISION:.0%} of the median. samples.jsonl keeps every "
+        "sample.",
+        f"The closing table is one run of {CLOSING_ROUNDS} rounds, all networks interleaved in shuffled order; those "
+        f"whose interval holds the budget are then measured longer, up to {MOST_ROUNDS} rounds, if they might win.",
+        "Latencies are of random weights; BatchNorm is folded and attention biases are gathered before export.",
+    )
