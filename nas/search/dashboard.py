@@ -103,7 +103,7 @@ def _shown(trial: FrozenTrial) -> FrozenTrial:
 
 def guessed(trial: FrozenTrial) -> bool:
     """Whether a tier that trains has not trained this network."""
-    return trial.user_attrs.get("detail", {}).get("training", {}).get("rungs") == {}
+    return bool(trial.user_attrs.get("detail", {}).get("training", {}).get("rungs") == {})
 
 
 def _with_notes(
@@ -116,13 +116,18 @@ def _with_notes(
         if found is None or environ.get("REQUEST_METHOD") != "GET":
             return inner(environ, start_response)
         answer: list[Any] = []
-        body = b"".join(inner(environ, lambda status, headers, exc_info=None: answer.extend((status, headers))))
+
+        def keep(status: str, headers: list[tuple[str, str]], error: Any = None, /) -> Callable[[bytes], object]:
+            answer.extend((status, headers))
+            return lambda body: None
+
+        body = b"".join(inner(environ, keep))
         status, headers = answer
         if status.startswith("200"):
             study_id = int(found[1])
             meta = storage.get_study_user_attrs(study_id).get(META)
             if meta is not None:
-                body = json.dumps(explained(json.loads(body), meta, trials_of(study_id))).encode()
+                body = json.dumps(_explained(json.loads(body), meta, trials_of(study_id))).encode()
                 headers = [(name, value) for name, value in headers if name.lower() != "content-length"]
                 headers.append(("Content-Length", str(len(body))))
         start_response(status, headers)
@@ -131,7 +136,7 @@ def _with_notes(
     return application
 
 
-def explained(detail: dict[str, Any], meta: Mapping[str, Any], trials: Sequence[FrozenTrial]) -> dict[str, Any]:
+def _explained(detail: dict[str, Any], meta: Mapping[str, Any], trials: Sequence[FrozenTrial]) -> dict[str, Any]:
     """The dashboard's document of a study, with notes where nobody has written one, and with plots."""
     stored = {trial._trial_id: trial for trial in trials}
     for shown in (*detail["trials"], *detail["best_trials"]):
@@ -142,7 +147,7 @@ def explained(detail: dict[str, Any], meta: Mapping[str, Any], trials: Sequence[
         detail["note"]["body"] = front_note(best, meta)
     detail["objective_names"] = [f"score ({meta.get('quality', 'prior')})", "throughput, images/s"]
     detail["plotly_graph_objects"] += [
-        {"id": name, "graph_object": json.dumps(figure)} for name, figure in figures(trials, meta).items()
+        {"id": name, "graph_object": json.dumps(figure)} for name, figure in _figures(trials, meta).items()
     ]
     return detail
 
@@ -233,14 +238,14 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 # ---------------------------------------------------------------------------------- plots
 
 
-def figures(trials: Sequence[FrozenTrial], meta: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _figures(trials: Sequence[FrozenTrial], meta: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Plotly figures by their ids: scores against latency with the front, and latencies in the order of the trials."""
     measured = [trial for trial in trials if "latency_ms" in trial.user_attrs and "family" in trial.user_attrs]
     if not measured:
         return {}
     known = [trial for trial in measured if trial.values and not guessed(trial)]
     budget = meta["budget_ms"]
-    against = {
+    against: dict[str, Any] = {
         "data": [*_dots(known, lambda trial: trial.user_attrs["latency_ms"], lambda trial: trial.values[0])],
         "layout": _layout("Score against latency", "median latency, ms", f"score ({meta.get('quality', 'prior')})"),
     }
