@@ -157,7 +157,7 @@ def search(
     from nas.search.loop import interruptible
     from nas.search.loop import search as run_search
     from nas.search.request import SearchRequest, default_study, storage_of
-    from nas.study.storage import storage_errors
+    from nas.study.errors import storage_errors
     from nas.study.trials import sweep
     from nas.threads import training_threads
 

@@ -23,7 +23,7 @@ from nas.errors import UserError
 from nas.quality.tier import told_score
 from nas.search.rows import verdict_of
 from nas.study.storage import open_storage
-from nas.study.trials import META
+from nas.study.trials import IDENTITY
 
 if TYPE_CHECKING:
     from collections.abc import Container
@@ -125,7 +125,7 @@ def _with_notes(
         status, headers = answer
         if status.startswith("200"):
             study_id = int(found[1])
-            meta = storage.get_study_user_attrs(study_id).get(META)
+            meta = storage.get_study_user_attrs(study_id).get(IDENTITY)
             if meta is not None:
                 body = json.dumps(_explained(json.loads(body), meta, trials_of(study_id))).encode()
                 headers = [(name, value) for name, value in headers if name.lower() != "content-length"]

@@ -25,7 +25,7 @@ from nas.search.outcome import Fastest, Outcome, ShortTraining, TierFacts, Valid
 from nas.search.request import storage_of
 from nas.search.rows import ClosingRow, Network, OutsideRow, Trial, arch_of, best_of, choose, known, rows_of
 from nas.search.words import protocol, skipped_lines, ties_of, winner_line
-from nas.study.storage import storage_errors
+from nas.study.errors import storage_errors
 
 if TYPE_CHECKING:
     import optuna

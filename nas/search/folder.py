@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from nas.errors import UserError
 from nas.files import replace_file, unwritable
-from nas.identity import older
+from nas.identity import differences, older
 
 if TYPE_CHECKING:
     import optuna
@@ -47,8 +47,6 @@ def training_inputs(folder: Path, agreed: Mapping[str, Any]) -> str:
     Raises:
         UserError: trainings of others are there, though the study may not be: its journal was removed, say.
     """
-    from nas.study.trials import _differ
-
     wanted = json.loads(json.dumps({key: value for key, value in agreed.items() if key not in ELSEWHERE}))
     found = wanted
     if (folder / TRAINING_INPUTS).is_file():
@@ -57,9 +55,8 @@ def training_inputs(folder: Path, agreed: Mapping[str, Any]) -> str:
         found = {}
     if older(found, wanted):
         raise UserError(f"{folder} holds trainings of an older vitnas; use --study for a new one")
-    differences = "; ".join(f"{key} {old}, this command says {new}" for key, old, new in _differ(found, wanted))
-    if differences:
-        raise UserError(f"{folder} holds trainings with {differences}; use --study for a new one")
+    if differs := differences(found, wanted):
+        raise UserError(f"{folder} holds trainings with {differs}; use --study for a new one")
     return json.dumps(wanted, indent=1)
 
 

@@ -71,8 +71,8 @@ def search(
     from nas.measure.hardware import busy_line
     from nas.quality.tiers import TIERS
     from nas.search.trainings import open_trainer
+    from nas.study.errors import storage_errors
     from nas.study.samplers import make_sampler
-    from nas.study.storage import storage_errors
     from nas.study.trials import due, open_study, sweep
 
     check_settings(options.settings)

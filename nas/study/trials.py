@@ -1,12 +1,11 @@
-"""The Optuna study behind a search: who runs which trial, and what a trial becomes.
+"""The Optuna study behind a search: which process runs which trial, and how a trial ends.
 
-Any number of processes, on any number of machines, may work on one study, and each may be killed
-at any moment. `lease` and `sweep` see to that: a trial says which process runs it, and any worker
-fails the trials of dead ones and enqueues their parameters again (Optuna's heartbeats exist only on
-databases and only inside ``study.optimize``). Decisions that read, then write (create, ask, sweep,
-enqueue) are taken by one process at a time.
+Any number of processes on any number of machines may work on one study, and each may be killed at any moment. A trial
+therefore carries a lease (`lease`) that names the process that runs it; any worker fails the trials whose lease has
+expired and enqueues their parameters again (`sweep`). Optuna's own heartbeats exist only on databases and only inside
+``study.optimize``. One process at a time takes a decision that reads, then writes (create, ask, sweep, enqueue).
 
-Optuna's own log of operations decides who wins a race for a single trial: the first ``tell`` does.
+The first ``tell`` of a trial wins a race for it, by the order of Optuna's log of operations.
 """
 
 from __future__ import annotations
@@ -21,44 +20,47 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nas.errors import UserError
-from nas.identity import older
-from nas.study.storage import PATIENCE_S, alone, exclusive, open_storage, storage_errors
+from nas.identity import differences, older
+from nas.study.errors import storage_errors
+from nas.study.exclusive import exclusive
+from nas.study.patient import PATIENCE_S
+from nas.study.storage import alone, open_storage
 from nas.text import mask_url
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
 
     import optuna
+    from optuna.samplers import BaseSampler
     from optuna.trial import FrozenTrial
 
 METRICS = ["quality", "throughput"]  # both maximised
-META = "vitnas"  # the study attribute that holds what must agree to continue the study
+IDENTITY = "vitnas"  # the study attribute that holds the study's identity
 BEAT_S = 30.0  # between two extensions of a lease
-LEASE_S = PATIENCE_S + 4 * BEAT_S  # so that no lease ends while its worker waits for a lost database
+LEASE_S = PATIENCE_S + 4 * BEAT_S  # no lease expires while its worker waits for a lost database
 LOOK_S = 2.0  # between two looks at other machines' leases
 
 _BOOKKEEPING = {"lease", "error", "retry", "retry_of"}  # attributes that a retry does not inherit
 
 
-def open_study(name: str, storage: str | Path, meta: dict[str, Any], sampler: Any) -> optuna.Study:
+def open_study(name: str, storage: str | Path, identity: Mapping[str, Any], sampler: BaseSampler) -> optuna.Study:
     """Create the study `name` in `storage`, or load it to continue it.
 
-    Any number of processes may do so at the same moment: one creates, the others load. Whoever
-    loads gets the sampler reseeded, or a resumed run and a second worker would draw the same
-    random parameters again; so `seed` repeats a search run by one process in one go.
+    Any number of processes may do so at the same moment: one creates it, the others load it. Loading reseeds the
+    sampler, as a resumed run or a second worker would otherwise draw the same random parameters again; a seed therefore
+    repeats a search only where one process runs it without a break.
 
     Args:
         storage: path of a journal file, or a postgresql://, mysql:// or sqlite:/// URL.
-        meta: what must agree to continue the study (JSON; one level of sub-dicts is compared key
-            by key). Stored as one study attribute.
+        identity: what must agree to continue the study; JSON values by name. Inner mappings are compared key by key.
         sampler: an Optuna sampler.
 
     Raises:
-        UserError: the storage cannot be used, or the study there disagrees with `meta`.
+        UserError: the storage cannot be used, or the study there has another identity.
     """
     import optuna
 
-    meta = json.loads(json.dumps(meta))
+    given = json.loads(json.dumps(identity))  # as the storage returns it
 
     def load_or_create() -> optuna.Study:
         try:
@@ -71,38 +73,24 @@ def open_study(name: str, storage: str | Path, meta: dict[str, Any], sampler: An
                 sampler=sampler,
                 directions=["maximize"] * len(METRICS),
             )
-        stored = study.user_attrs.get(META)
+        stored = study.user_attrs.get(IDENTITY)
         if stored is None:
             if study.get_trials(deepcopy=False):
                 raise UserError(
                     f"the study {name!r} in {mask_url(str(storage))} was not made by vitnas; use --study for a new one"
                 )
             study.set_metric_names(METRICS)
-            study.set_user_attr(META, meta)
-        elif older(stored, meta):
+            study.set_user_attr(IDENTITY, given)
+        elif older(stored, given):
             raise UserError("this study was begun by an older vitnas; use --study for a new one")
-        elif stored != meta:
-            differences = "; ".join(f"{key} {old}, this command says {new}" for key, old, new in _differ(stored, meta))
-            raise UserError(f"this study has {differences}; use --study for a new one")
+        elif stored != given:
+            raise UserError(f"this study has {differences(stored, given)}; use --study for a new one")
         return study
 
     with storage_errors(storage):
         with exclusive(storage):
             backend = open_storage(storage)
         return alone(backend, load_or_create)
-
-
-def _differ(stored: dict[str, Any], given: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Keys that differ, with both values, sub-dicts as "hardware.cpu"."""
-    for key in [*stored, *(k for k in given if k not in stored)]:
-        old, new = stored.get(key, "unset"), given.get(key, "unset")
-        if isinstance(old, dict) and isinstance(new, dict):
-            yield from ((f"{key}.{sub}", *values) for sub, *values in _differ(old, new))
-        elif old != new:
-            yield key, old, new
-
-
-# ------------------------------------------------------------------------- running a trial
 
 
 def ask(study: optuna.Study) -> optuna.Trial:
@@ -148,8 +136,8 @@ def heartbeat(trial: optuna.Trial) -> Iterator[None]:
 def lease(trial: optuna.Trial, seconds: float = LEASE_S) -> None:
     """Store in `trial` that this process runs it and extends this lease within `seconds`.
 
-    On this machine the process itself is looked at and the time does not matter; workers on other machines go by the
-    time, so clocks should agree within a small part of it.
+    Workers on this machine check the process itself, whatever the time. Workers on other machines go by the time, so
+    the machines' clocks should agree within a small part of `seconds`.
     """
     process = _process(os.getpid())
     assert process is not None
@@ -160,15 +148,14 @@ def lease(trial: optuna.Trial, seconds: float = LEASE_S) -> None:
 
 
 def sweep(study: optuna.Study) -> list[int]:
-    """Fail the running trials whose worker is dead and enqueue their parameters again, once.
+    """Fail the running trials whose lease has expired and enqueue their parameters again, once.
 
-    A trial is told FAIL with the attributes ``error: "worker died"`` and, unless it was itself a
-    retry (``retry_of``), ``retry: true``. What is enqueued is derived from the study: every failed
-    trial marked ``retry`` that no trial names in its ``retry_of``. So a sweeper killed between
-    telling and enqueueing loses nothing (the next sweep enqueues), and none enqueues twice, since
-    sweepers take turns. A worker that was only thought dead (its clock or its network was off) and
-    finishes at that moment keeps its result if its ``tell`` comes first; else `finish` returns
-    False. The retry starts from the parameters alone: constraint and results are not carried over.
+    A trial is told FAIL with the attributes ``error: "worker died"`` and, unless it was itself a retry (``retry_of``),
+    ``retry: true``. What is enqueued is derived from the study: every failed trial marked ``retry`` that no trial names
+    in its ``retry_of``. A process killed between telling and enqueueing therefore loses nothing, as the next sweep
+    enqueues, and no trial is enqueued twice, as sweeps take turns. A worker that is alive after all (its clock or its
+    network was off) keeps its result if its ``tell`` comes first; else `finish` returns False. The retry starts from
+    the parameters alone: constraint and results are not carried over.
 
     Returns:
         The numbers of the trials that this call failed.
@@ -198,16 +185,16 @@ def finish(
 ) -> bool:
     """Store a measured trial: its constraint "latency" (<= 0 fits the budget), attributes, values.
 
-    Every measured trial is COMPLETE with a quality, over budget or not: TPE would learn as much
-    from PRUNED ones, NSGA-II and the Gaussian process would learn nothing. Each key of `attrs` is
-    one write (1 ms in a journal, 10 in a database): put what nobody sorts by into one dict.
+    Every measured trial is COMPLETE with a quality, over budget or not: TPE would learn as much from PRUNED ones, but
+    NSGA-II and the Gaussian process nothing. Each key of `attrs` is one write (1 ms in a journal, 10 ms in a database),
+    so values that nobody sorts by belong into one dict.
 
     Args:
         quality, throughput: the two objectives.
         attrs: JSON values by name; numbers become the dashboard's columns.
 
     Returns:
-        False if the trial was swept meanwhile, as of a dead worker: the result is then dropped.
+        False if the lease expired and another worker retried the trial: the result is then dropped.
     """
     from optuna.exceptions import UpdateFinishedTrialError
     from optuna.trial import TrialState
@@ -219,7 +206,7 @@ def finish(
         told = study.tell(trial, [quality, throughput], state=TrialState.COMPLETE, skip_if_finished=True)
     except UpdateFinishedTrialError:
         return False
-    return told.state == TrialState.COMPLETE
+    return bool(told.state == TrialState.COMPLETE)
 
 
 def fail(study: optuna.Study, trial: optuna.Trial, reason: str, retry: bool = False) -> bool:
@@ -254,8 +241,8 @@ def due(
 ) -> int:
     """How many more trials to start (see `remaining`), after a sweep.
 
-    Where there are none, other machines' workers are waited for until each shows that it lives, or until its lease
-    ends: what a dead one has left is to be done here.
+    Where there are none, wait until each worker on another machine has extended its lease, or until its lease expires:
+    this process then retries its trial.
 
     Args:
         say: told that there is a wait.
@@ -267,8 +254,8 @@ def due(
     if silent and not expired():
         minutes = (max(held["expires"] for held in silent.values()) - time.time()) / 60
         say(
-            f"waiting for a sign of life of other machines' workers (trial {', '.join(map(str, silent))}): without one "
-            f"within {minutes:.0f} minutes they are taken for dead"
+            f"waiting for other machines' workers (trial {', '.join(map(str, silent))}) to extend their leases: a lease "
+            f"that is not expires within {minutes:.0f} minutes, and its trial is retried here"
         )
     while silent and not left and not expired():
         time.sleep(LOOK_S)
@@ -281,7 +268,7 @@ def due(
 
 def enqueue(
     study: optuna.Study,
-    params: Mapping[str, int],
+    params: Mapping[str, int | str],
     attrs: Mapping[str, Any],
     choices: Mapping[str, Collection[Any]],
 ) -> bool:
@@ -384,6 +371,6 @@ def _process(pid: int) -> float | None:
         process = psutil.Process(pid)
         if process.status() == psutil.STATUS_ZOMBIE:
             return None
-        return process.create_time() - psutil.boot_time()
+        return float(process.create_time() - psutil.boot_time())
     except psutil.NoSuchProcess:
         return None

@@ -33,7 +33,7 @@ from nas.measure.samples import Measurement
 from nas.search import loop
 from nas.search import trial as search_trial
 from nas.search.request import SearchRequest
-from nas.study import storage as storage_module
+from nas.study import journal
 from nas.study import trials as study_trials
 from nas.study.storage import open_storage
 
@@ -89,7 +89,7 @@ class Workers:
         self.out, self.storage, self.log = out, storage, out / "log"
         self.pids: list[int] = []
         search_trial.Exporter, search_trial.open_measurer = Exporter, Measurer
-        storage_module.JOURNAL_LOCK_GRACE_S = GRACE_S
+        journal.JOURNAL_LOCK_GRACE_S = GRACE_S
         described = {"busy_share": None}
         loop.write_hardware = lambda *_: described
         study_trials.open_study = self._opened(study_trials.open_study)

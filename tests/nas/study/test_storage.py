@@ -25,6 +25,9 @@ from sqlalchemy.exc import OperationalError, PendingRollbackError, SQLAlchemyErr
 
 import nas
 from nas.errors import UserError
+from nas.study import database as study_database
+from nas.study import errors, journal
+from nas.study import patient as study_patient
 from nas.study import storage as layer
 from nas.study.trials import ask as next_trial
 from nas.study.trials import enqueue, finish, lease, open_study, remaining, sweep
@@ -32,7 +35,7 @@ from nas.text import mask_url
 
 PROLOGUE = """
 import os, random, resource, signal, sys, time
-from nas.study import storage as layer
+from nas.study import journal
 from nas.errors import UserError
 from nas.study.trials import finish, lease, open_study
 from optuna.samplers import RandomSampler
@@ -128,7 +131,7 @@ def test_bad_url_is_one_line_without_the_password(url: str, expected: str) -> No
 
 
 def test_server_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layer, "CONNECT_TIMEOUT_S", 2)
+    monkeypatch.setattr(study_database, "CONNECT_TIMEOUT_S", 2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         begun = time.monotonic()
         with pytest.raises(UserError, match="timeout"):
@@ -139,7 +142,7 @@ def test_server_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_missing_driver_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "psycopg", None)
     with pytest.raises(UserError, match=r"no driver for postgresql://u:\*\*\*@h/db: .*pip install '\.\[postgresql\]'$"):
-        layer._sql_url("postgresql://u:pw@h/db")
+        study_database.sql_url("postgresql://u:pw@h/db")
 
 
 @pytest.mark.parametrize("read_only", [False, True])
@@ -153,7 +156,7 @@ def test_tables_of_an_older_optuna_name_the_upgrade(tmp_path: Path, read_only: b
 
 
 def test_postgresql_means_psycopg_3() -> None:
-    assert layer._sql_url("postgresql://u:pw@h/db").drivername == "postgresql+psycopg"
+    assert study_database.sql_url("postgresql://u:pw@h/db").drivername == "postgresql+psycopg"
 
 
 def test_wrong_password_is_not_repeated(postgres_url: str) -> None:
@@ -165,7 +168,7 @@ def test_wrong_password_is_not_repeated(postgres_url: str) -> None:
 
 def test_password_in_a_drivers_own_words_is_hidden() -> None:
     url = "postgresql://u:hunter%2F2@h/db?password=pass%3Dword"
-    with pytest.raises(UserError) as error, layer.storage_errors(url):
+    with pytest.raises(UserError) as error, errors.storage_errors(url):
         raise SQLAlchemyError("no entry for hunter/2, hunter%2F2, pass=word\nmore")
     assert one_line(error) == (
         "cannot use the storage postgresql://u:***@h/db?password=***: no entry for ***, ***, ***"
@@ -176,13 +179,13 @@ def test_server_that_stays_away_is_one_line(postgres_url: str, monkeypatch: pyte
     import psycopg
 
     study = start(postgres_url)
-    monkeypatch.setattr(layer, "PATIENCE_S", 0)
+    monkeypatch.setattr(study_patient, "PATIENCE_S", 0)
     name = postgres_url.rpartition("/")[2]
     with psycopg.connect(postgres_url.rpartition("/")[0] + "/postgres", autocommit=True) as admin:
         admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
     with (
         pytest.raises(UserError, match=f'"{name}" does not exist'),
-        layer.storage_errors(postgres_url),
+        errors.storage_errors(postgres_url),
     ):
         study.ask()
 
@@ -207,8 +210,8 @@ def outage(postgres_server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator
         if "is away" in line:
             postgres_server.start()
 
-    monkeypatch.setattr(layer, "tell", tell)
-    monkeypatch.setattr(layer, "PAUSES_S", (0.01, 0.1))
+    monkeypatch.setattr(study_patient, "tell", tell)
+    monkeypatch.setattr(study_patient, "PAUSES_S", (0.01, 0.1))
     yield said
     if not postgres_server.running:
         postgres_server.start()
@@ -264,8 +267,8 @@ def unanswered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> optuna.Study:
     """A study in a database whose server does what it is told, but whose first answer to a tell is lost."""
     url = f"sqlite:///{tmp_path}/study.db"
     study = start(url)
-    study._storage = patient = layer._Patient(study._storage, url)
-    monkeypatch.setattr(layer, "PAUSES_S", (0.0, 0.0))
+    study._storage = patient = study_patient.PatientStorage(study._storage, url)
+    monkeypatch.setattr(study_patient, "PAUSES_S", (0.0, 0.0))
     store, answers = patient._storage.set_trial_state_values, iter([False])
 
     def set_trial_state_values(*args: Any) -> bool:
@@ -329,7 +332,7 @@ def test_ctrl_c_ends_the_wait_and_those_that_follow(unanswered: optuna.Study, mo
         raise KeyboardInterrupt
 
     monkeypatch.setattr(unanswered._storage._storage, "get_all_trials", gone)
-    monkeypatch.setattr(layer, "time", SimpleNamespace(monotonic=time.monotonic, sleep=pressed))
+    monkeypatch.setattr(study_patient, "time", SimpleNamespace(monotonic=time.monotonic, sleep=pressed))
     with pytest.raises(KeyboardInterrupt):
         unanswered.get_trials()
     with pytest.raises(OperationalError):
@@ -352,7 +355,7 @@ def test_decision_is_taken_again_if_the_lock_is_lost_in_it(
 ) -> None:
     """Only the connection that holds the lock is cut. Another worker decides then: nothing is enqueued twice."""
     study = start(postgres_url)
-    monkeypatch.setattr(layer, "PAUSES_S", (0.0, 0.1))
+    monkeypatch.setattr(study_patient, "PAUSES_S", (0.0, 0.1))
     dead = next_trial(study)
     dead.suggest_int("width", 0, 6)
     dead.set_user_attr("lease", {**dead.user_attrs["lease"], "started": -100})
@@ -441,7 +444,7 @@ def test_torn_last_line_is_cut_and_told(tmp_path: Path, caplog: pytest.LogCaptur
     path.write_bytes(whole + whole.splitlines()[-1][:25])
     study = start(path)
     assert path.read_bytes() == whole
-    assert [r.getMessage() for r in caplog.records if r.name == "nas.study.storage"] == [
+    assert [r.getMessage() for r in caplog.records if r.name == "nas.study.journal"] == [
         f"{path}: cut 25 bytes of an unfinished last line"
     ]
     assert study.trials == before
@@ -474,7 +477,7 @@ def test_lock_of_a_killed_process_is_broken(tmp_path: Path, monkeypatch: pytest.
     assert killed.returncode == -9, killed.stderr
     assert Path(f"{path}.lock").exists()
     shutil.move(path.parent, tmp_path / "moved")
-    monkeypatch.setattr(layer, "JOURNAL_LOCK_GRACE_S", 1)
+    monkeypatch.setattr(journal, "JOURNAL_LOCK_GRACE_S", 1)
     begun = time.monotonic()
     start(tmp_path / "moved" / "j")
     assert 1 < time.monotonic() - begun < 60
@@ -483,7 +486,7 @@ def test_lock_of_a_killed_process_is_broken(tmp_path: Path, monkeypatch: pytest.
 def test_interrupts_leave_memory_and_file_in_step(tmp_path: Path) -> None:
     """Ctrl-C at some hundred random moments while trials are stored: no lock stays, no trial is misfiled."""
     body = """
-layer.JOURNAL_LOCK_GRACE_S = 60
+journal.JOURNAL_LOCK_GRACE_S = 60
 signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
 study, interrupts, longest = start(), 0, 0.0
 while interrupts < 300:

@@ -1,0 +1,83 @@
+"""The URL of a study's database, and how it is connected to."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+from nas.errors import UserError
+from nas.text import mask_url
+
+if TYPE_CHECKING:
+    import sqlalchemy
+    from optuna.storages import BaseStorage
+
+CONNECT_TIMEOUT_S = 5
+EXCLUSIVE_TIMEOUT_S = 60
+"""How long a process waits for the lock of another one."""
+EXCLUSIVE_SQL = {
+    "postgresql": [
+        f"SET lock_timeout = '{EXCLUSIVE_TIMEOUT_S}s'",
+        "SELECT pg_advisory_lock(86487)",
+    ],
+    "mysql": [f"SELECT GET_LOCK('vitnas', {EXCLUSIVE_TIMEOUT_S})"],
+}
+"""Statements that take the lock, by database. The connection holds it, so it ends with its process."""
+
+
+def engine_of(storage: BaseStorage) -> sqlalchemy.Engine:
+    """The engine of a database's storage, which Optuna keeps to itself."""
+    return cast("sqlalchemy.Engine", cast(Any, storage)._backend.engine)
+
+
+def holds_studies(url: sqlalchemy.URL) -> bool:
+    """Whether the database has Optuna's tables."""
+    import sqlalchemy
+
+    engine = sqlalchemy.create_engine(url, **engine_options(url), poolclass=sqlalchemy.NullPool)
+    return sqlalchemy.inspect(engine).has_table("studies")
+
+
+def sql_url(storage: str) -> sqlalchemy.URL:
+    """The URL with the driver to use.
+
+    Raises:
+        UserError: a URL that cannot be used; the message repeats no part of a password.
+    """
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        url = make_url(storage)
+    except (ArgumentError, ValueError):
+        url = None
+    backend = url and url.get_backend_name()
+    if not url or (backend != "sqlite" and "@" in f"{url.host}{url.database}"):
+        raise UserError(
+            f"cannot read the storage URL {mask_url(storage)}: it should look like "
+            "postgresql://USER:PASSWORD@HOST:PORT/DATABASE, a @ in the password written %40"
+        )
+    if backend != "sqlite" and backend not in EXCLUSIVE_SQL:
+        raise UserError(
+            f"unknown database {backend!r} in {mask_url(storage)}: use postgresql://, mysql:// or sqlite:///"
+        )
+    if backend == "sqlite" and url.host:
+        raise UserError(
+            f"{mask_url(storage)} names the host {url.host!r}: for a file write sqlite:///{url.host}/{url.database}"
+        )
+    if backend == "sqlite" and url.database in (None, "", ":memory:"):
+        raise UserError("a SQLite storage needs a file: sqlite:///PATH")
+    if url.drivername == "postgresql":  # SQLAlchemy 2.0 would look for psycopg2
+        url = url.set(drivername="postgresql+psycopg")
+    try:
+        url.get_dialect().import_dbapi()
+    except (ImportError, ArgumentError) as error:
+        hint = ": pip install '.[postgresql]'" if url.drivername == "postgresql+psycopg" else ""
+        raise UserError(f"no driver for {mask_url(storage)}: {error}{hint}") from None
+    return url
+
+
+def engine_options(url: sqlalchemy.URL) -> dict[str, Any]:
+    """Arguments of `sqlalchemy.create_engine`."""
+    if url.get_backend_name() == "sqlite":
+        return {"connect_args": {"timeout": 60}}  # Optuna's default loses to "database is locked"
+    return {"connect_args": {"connect_timeout": CONNECT_TIMEOUT_S}, "pool_pre_ping": True}
