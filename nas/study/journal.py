@@ -15,7 +15,7 @@ from nas.study.errors import file_error
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from optuna.storages.journal import BaseJournalFileLock
+    from optuna.storages.journal._file import BaseJournalFileLock
 
 JOURNAL_LOCK_GRACE_S = 30
 """Optuna's default: a journal lock held for longer belongs to a dead process."""

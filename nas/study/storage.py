@@ -95,6 +95,7 @@ def alone(storage: BaseStorage, decide: Callable[[], T]) -> T:
     A lost database takes the lock with it: `decide` is then called again, and reads again.
     """
     if isinstance(patient := cast(Any, storage), PatientStorage):
-        return patient.wait(patient.decide, decide)
+        result: T = patient.wait(patient.decide, decide)
+        return result
     with exclusive(storage):
         return decide()

@@ -254,8 +254,8 @@ def due(
     if silent and not expired():
         minutes = (max(held["expires"] for held in silent.values()) - time.time()) / 60
         say(
-            f"waiting for other machines' workers (trial {', '.join(map(str, silent))}) to extend their leases: a lease "
-            f"that is not expires within {minutes:.0f} minutes, and its trial is retried here"
+            f"waiting for other machines' workers (trial {', '.join(map(str, silent))}) to extend their leases: one "
+            f"that is not extended expires within {minutes:.0f} minutes, and its trial is retried here"
         )
     while silent and not left and not expired():
         time.sleep(LOOK_S)
@@ -318,7 +318,7 @@ def _worker_is_dead(trial: FrozenTrial) -> bool:
     if held is None:  # see `ask`
         return True
     if held["host"] != _host():
-        return time.time() > held["expires"]
+        return bool(time.time() > held["expires"])
     started = _process(held["pid"])
     return started is None or abs(started - held["started"]) > 1
 
