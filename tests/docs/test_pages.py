@@ -16,7 +16,7 @@ from nas.cli.app import app
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
-ARCH_PAGE = ROOT / "docs/reference/arch.md"
+CODE_PAGES = [ROOT / "docs/reference" / name for name in ("arch.md", "python.md")]
 PAGES = (README, ROOT / "CONTRIBUTING.md", ROOT / "runs/README.md", *sorted((ROOT / "docs").rglob("*.md")))
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
 COMMANDS = typer.main.get_command(app).commands
@@ -111,6 +111,12 @@ def test_the_documentation_builds(tmp_path):
     assert "--latency-budget" in (tmp_path / "reference/cli.html").read_text()
 
 
-@pytest.mark.parametrize("code", [code for kind, code in FENCE.findall(ARCH_PAGE.read_text()) if kind == "python"])
-def test_the_arch_page_s_code_runs(code):
-    exec(code, {})
+@pytest.mark.parametrize("page", CODE_PAGES, ids=lambda page: page.name)
+def test_code_of_the_reference_runs(page, tmp_path, monkeypatch):
+    """The blocks of a page one after another, in a folder of their own."""
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for language, code in FENCE.findall(page.read_text()):
+        if language == "python":
+            exec(code, names)
+    assert names
