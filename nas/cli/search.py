@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -123,15 +124,7 @@ def search(
 
     budget_ms = parse_budget(latency_budget)
     timeout_s = parse_duration(timeout) if timeout else None
-    if trials is not None and trials < 1:
-        raise UserError(f"--trials is {trials}: give 1 or more")
-    if num_classes is not None and not 1 <= num_classes <= 100_000:
-        raise UserError(f"--num-classes is {num_classes}: give 1 to 100000")
-    if resolution is not None and (resolution % 32 or not 32 <= resolution <= 512):
-        raise UserError(f"--resolution is {resolution}: give a multiple of 32 from 32 to 512")
     settings = settings_of(runtime, device, threads, batch_size, precision)
-    if throughput_at is not None:
-        settings_of(runtime, device, threads, throughput_at, precision)
     families = families_of(family)
     tier = tier_of(quality, data, parent)
     plan = None
@@ -144,40 +137,45 @@ def search(
 
         last = DEFAULT_EPOCHS[tier] if epochs is None else epochs
         plan = TrainingPlan(data or "", train_images, last, final_epochs, seeds, validate, parent)
-        plan.check()
         families = inheriting(parent, families, family) if tier == "inherit" else families
+
+    from nas.networks.targets import find_target
+    from nas.search.request import SearchRequest, default_study, storage_of
+
+    request = SearchRequest(
+        budget_ms=budget_ms,
+        settings=settings,
+        families=families,
+        trials=(40 if plan else 100) if trials is None else trials,
+        timeout_s=timeout_s,
+        study=study or "",
+        out=out,
+        storage=storage,
+        sampler=sampler,
+        seed=seed,
+        num_classes=1000 if num_classes is None else num_classes,
+        quality=tier,
+        resolution=resolution,
+        plan=plan,
+        throughput_at=throughput_at,
+        against=tuple(find_target(network) for network in against or ()),
+        cache=not no_cache,
+    )
+    request = replace(request, study=study or default_study(request))
+    request.check()
 
     from nas.cli.progress import load, waiting
 
     load("nas.search.loop" if plan is None else "nas.training.engine", quiet)
     from nas.cli.display import show_result
     from nas.cli.progress import watch
-    from nas.networks.targets import find_target
     from nas.search.finish import finish_run
     from nas.search.loop import interruptible
     from nas.search.loop import search as run_search
-    from nas.search.request import SearchRequest, default_study, storage_of
     from nas.study.errors import storage_errors
     from nas.study.trials import sweep
     from nas.threads import training_threads
 
-    beside = tuple(find_target(network) for network in against or ())
-    for target in beside:
-        if target.onnx:
-            raise UserError(f"--against {target.label}: give a published name, an arch.json or timm/NAME")
-    name = study or default_study(
-        {
-            "settings": settings,
-            "budget_ms": budget_ms,
-            "families": families,
-            "quality": tier,
-            "throughput_at": throughput_at,
-            "resolution": resolution,
-            "num_classes": num_classes,
-        }
-    )
-    if not name.strip(".") or "/" in name or "\0" in name:
-        raise UserError(f"--study {name!r} cannot be a folder's name")
     images = None
     if plan is not None:
         from nas.data.dataset import open_data
@@ -185,34 +183,15 @@ def search(
 
         with waiting(f"reading {data}", quiet):
             images = open_data(data, resolution or 224, num_classes, seed or 0, parent_weights(parent))
-        num_classes = len(images.classes)
-    options = SearchRequest(
-        budget_ms=budget_ms,
-        settings=settings,
-        families=families,
-        trials=trials or (40 if plan else 100),
-        timeout_s=timeout_s,
-        study=name,
-        out=out,
-        storage=storage,
-        sampler=sampler,
-        seed=seed,
-        num_classes=num_classes or 1000,
-        quality=tier,
-        resolution=resolution,
-        plan=plan,
-        throughput_at=throughput_at,
-        against=beside,
-        cache=not no_cache,
-    )
-    with watch(options, images, quiet) as (progress, say, phase), training_threads(train_threads, say):
-        found, run = run_search(options, progress, say, phase, images)
-        with storage_errors(storage_of(options)), interruptible():
-            outcome = finish_run(options, found, run, command_line(), phase, say)
+        request = replace(request, num_classes=len(images.classes))
+    with watch(request, images, quiet) as (progress, say, phase), training_threads(train_threads, say):
+        found, log = run_search(request, progress, say, phase, images)
+        with storage_errors(storage_of(request)), interruptible():
+            outcome = finish_run(request, found, log, command_line(), phase, say)
             sweep(found)
-    show_result(outcome, options.folder, as_json, verbose, data)
+    show_result(outcome, request.folder, as_json, verbose, data)
     if as_json:
-        print(json.dumps(outcome.to_json() | {"folder": str(options.folder)}))
+        print(json.dumps(outcome.to_json() | {"folder": str(request.folder)}))
     if outcome.interrupted and not outcome.failures:
         raise KeyboardInterrupt
     raise typer.Exit(outcome.exit_code)

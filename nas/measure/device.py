@@ -42,10 +42,13 @@ def device_label(device: str) -> str:
     return re.sub(r"[^\w.@-]+", "-", device.removeprefix(remote.SCHEME)).strip("-")
 
 
-def open_measurer(settings: Settings, reference: Path, workdir: Path) -> Measurer | RemoteMeasurer:
+def open_measurer(
+    settings: Settings, reference: Path, workdir: Path
+) -> contextlib.AbstractContextManager[Measurer | RemoteMeasurer]:
     """A `Measurer` on the device of the settings; to be entered."""
-    kind = RemoteMeasurer if is_remote(settings.device) else Measurer
-    return kind(settings, reference, workdir)
+    if is_remote(settings.device):
+        return RemoteMeasurer(settings, reference, workdir)
+    return Measurer(settings, reference, workdir)
 
 
 def compare(

@@ -1,12 +1,11 @@
-"""The search: ask the study for a network, export it, measure it, estimate it, tell the study.
+"""The search: open a study, run its trials, and tell a display how far it is.
 
-A trial that cannot be built, exported or measured is a failed trial with its reason. On a CPU the device that is
-measured is the one that computes, so a worker holds the device's lock for a whole trial, but for its training, which
-gives way to what is timed (`nas.lock`); workers on several machines share a study through a database.
+Workers on several machines may share a study through a database.
 """
 
 from __future__ import annotations
 
+import math
 import signal
 import statistics
 import time
@@ -18,11 +17,11 @@ from typing import TYPE_CHECKING
 
 from nas.errors import UserError
 from nas.files import replace_file, sweep_drafts
-from nas.measure.device import check_settings, device_lock
+from nas.measure.device import device_lock
 from nas.search.folder import TRAINING_INPUTS, make_folder, training_inputs, withdraw, write_hardware
 from nas.search.log import Clock, SearchLog
 from nas.search.published import enqueue_published
-from nas.search.request import meta, storage_of
+from nas.search.request import storage_of
 from nas.search.trial import Stage, TrialRunner, open_cache
 
 if TYPE_CHECKING:
@@ -51,125 +50,183 @@ class Progress:
 
 
 def search(
-    options: SearchRequest,
+    request: SearchRequest,
     progress: Callable[[Progress], None],
     say: Callable[[str], None],
     phase: Callable[[str, int, int], None] = lambda *_: None,
     data: ImageData | None = None,
 ) -> tuple[optuna.Study, SearchLog]:
-    """Run trials until the study holds `options.trials`, the time is up, or Ctrl-C.
+    """Run trials until the study holds `request.trials`, the time is up, or Ctrl-C.
 
     Args:
-        phase: called with what goes on inside a trial, what is done of it and its total, 0 where nothing is counted.
-        data: the images that candidates train on, with `options.plan`.
+        progress: called after each trial.
+        say: called with each line to show.
+        phase: called with what goes on inside a trial, how much of it is done and its total, 0 where it is not counted.
+        data: the images that candidates train on, with `request.plan`.
+
+    Returns:
+        The study, and what happened in this process.
 
     Raises:
         UserError: settings this machine cannot measure, a folder or storage that cannot be used, a study that
-            disagrees with this command.
+            disagrees with this request.
+        KeyboardInterrupt: before the first trial could start.
     """
-    from nas.export.quantize import NOISE, calibration_images
-    from nas.measure.hardware import busy_line
-    from nas.quality.tiers import TIERS
-    from nas.search.trainings import open_trainer
-    from nas.study.errors import storage_errors
-    from nas.study.samplers import make_sampler
-    from nas.study.trials import due, open_study, sweep
+    request.check()
+    return _Search(request, progress, say, phase, data).run()
 
-    check_settings(options.settings)
-    sampler = make_sampler(options.sampler, options.seed)
-    made = make_folder(options.folder)
-    sweep_drafts(options.folder)
-    storage = storage_of(options)
+
+class _Search:
+    """`search`, step by step."""
+
+    def __init__(
+        self,
+        request: SearchRequest,
+        progress: Callable[[Progress], None],
+        say: Callable[[str], None],
+        phase: Callable[[str, int, int], None],
+        data: ImageData | None,
+    ) -> None:
+        self.request, self.progress, self.say, self.data = request, progress, say, data
+        self.stage = Stage(phase)
+        self.log = SearchLog(datetime.now().astimezone().isoformat(timespec="seconds"))
+        self.deadline = math.inf
+        self.study, self.created = open_run(request, data)
+
+    def run(self) -> tuple[optuna.Study, SearchLog]:
+        from nas.study.errors import storage_errors
+        from nas.study.trials import sweep
+
+        log = self.log
+        with device_lock(self.request.settings.device):  # what another vitnas does there is not this machine's load
+            log.hardware = write_hardware(self.request.folder, self.request.settings)
+        self._describe_inputs()
+        begun = time.perf_counter()
+        if self.request.timeout_s is not None:
+            self.deadline = begun + self.request.timeout_s
+        with storage_errors(storage_of(self.request)), interruptible():
+            try:
+                self._run_trials()
+            except KeyboardInterrupt:
+                if log.tier is None:
+                    raise
+                log.interrupted = True
+                self.say("interrupted: finishing with what was measured; the same command continues")
+            except UserError as error:  # a remote device that does not come back, a full disk, no tier
+                if log.tier is None or not log.trial_s or not complete(self.study):
+                    if self.created and self.request.storage is None:
+                        withdraw(self.study, self.request.folder)
+                    raise
+                log.interrupted = True
+                log.failures.append(str(error))
+                self.say(f"{error}; finishing with what was measured; the same command continues")
+            if not log.failures:
+                sweep(self.study)
+        log.wall_s = time.perf_counter() - begun
+        return self.study, log
+
+    def _describe_inputs(self) -> None:
+        """Say what is known of the machine, the images and the precision; the log notes what limits the result."""
+        from nas.export.quantize import NOISE, calibration_images
+        from nas.measure.hardware import busy_line
+
+        precision = self.request.settings.precision
+        lines = [busy_line(self.log.hardware)]
+        if self.data is not None:
+            from nas.data.about import describe
+            from nas.data.look import oddities
+
+            self.say(describe(self.data))
+            lines += oddities(self.data)
+        if precision != "fp32":
+            lines.append(f"latency is measured in {precision}; quality is that of fp32")
+        if precision == "int8":
+            if self.data is None:
+                lines.append(NOISE)
+            else:
+                self.log.calibration, skipped = calibration_images(self.data, self.request.resolution or 224)
+                lines.append(skipped)
+        for line in filter(None, lines):
+            self.say(line)
+            self.log.notes.append(line)
+
+    def _run_trials(self) -> None:
+        from nas.study.trials import due
+
+        request, study, log, starting = self.request, self.study, self.log, Clock(self.log.phases)
+        self.progress(state_of(study, request, log))
+        log.tier = tier = self._open_tier()
+        if not due(study, request.trials, self.say, self._late):
+            self.say("no trial is left to begin: only the end is made again (more --trials add some)")
+            return
+        with ExitStack() as stack:
+            cache = open_cache(request, self.say) if request.cache else None
+            if cache is not None:
+                stack.callback(cache.close)
+            runner = stack.enter_context(TrialRunner(request, study, tier, cache, log.calibration, self.stage))
+            enqueue_published(request, study, runner.reference_ms)
+            starting.lap("start")
+            while due(study, request.trials, self.say, self._late) and not self._late():
+                started = time.perf_counter()
+                try:
+                    runner.trial(log)
+                finally:
+                    log.trial_s.append(time.perf_counter() - started)
+                refuse_hopeless(tier, request.families)
+                around = Clock(log.phases)
+                self.progress(state_of(study, request, log))
+                around.lap("other")
+
+    def _open_tier(self) -> Tier:
+        """The quality tier; one that trains also proposes what the study tries, unless a sampler is named."""
+        from nas.quality.tiers import TIERS
+        from nas.search.trainings import open_trainer
+
+        request, trainer = self.request, None
+        if request.plan is not None and self.data is not None:
+            folder, seed, px = request.folder / "training", request.seed or 0, request.resolution
+            trainer = open_trainer(request.plan, self.data, self.study, folder, seed, px, self.stage, self.say)
+        tier = TIERS[request.quality](trainer)
+        if tier.trained and request.sampler == "auto":
+            from nas.quality.trained import HalvingTier
+            from nas.search.propose import Proposer
+
+            assert isinstance(tier, HalvingTier)
+            self.study.sampler = Proposer(tier, request)
+        return tier
+
+    def _late(self) -> bool:
+        return time.perf_counter() >= self.deadline
+
+
+def open_run(request: SearchRequest, data: ImageData | None) -> tuple[optuna.Study, bool]:
+    """Open the study in its folder, both made where they are missing.
+
+    Returns:
+        The study, and whether its folder is new.
+
+    Raises:
+        UserError: a folder or storage that cannot be used, or a study or trainings that disagree with the request. A
+            folder that was made is removed.
+    """
+    from nas.study.samplers import make_sampler
+    from nas.study.trials import open_study
+
+    sampler = make_sampler(request.sampler, request.seed)
+    created = make_folder(request.folder)
+    sweep_drafts(request.folder)
     try:
-        agreed = meta(options, data)
-        inputs = training_inputs(options.folder, agreed) if options.plan else None
-        study = open_study(options.study, storage, agreed, sampler)
+        identity = request.identity(data)
+        inputs = training_inputs(request.folder, identity) if request.plan else None
+        study = open_study(request.study, storage_of(request), identity, sampler)
     except UserError:
         with suppress(OSError):  # it holds something
-            if made:
-                options.folder.rmdir()
+            if created:
+                request.folder.rmdir()
         raise
     if inputs is not None:
-        replace_file(options.folder / TRAINING_INPUTS, inputs)
-    run = SearchLog(datetime.now().astimezone().isoformat(timespec="seconds"))
-    with device_lock(options.settings.device):  # what another vitnas does there is not this machine's load
-        run.hardware = write_hardware(options.folder, options.settings)
-    lines = [busy_line(run.hardware)]
-    if data is not None:
-        from nas.data.about import describe
-        from nas.data.look import oddities
-
-        say(describe(data))
-        lines += oddities(data)
-    if options.settings.precision != "fp32":
-        lines.append(f"latency is measured in {options.settings.precision}; quality is that of fp32")
-    if options.settings.precision == "int8":
-        if data is None:
-            lines.append(NOISE)
-        else:
-            run.calibration, skipped = calibration_images(data, options.resolution or 224)
-            lines.append(skipped)
-    for line in filter(None, lines):
-        say(line)
-        run.notes.append(line)
-    begun = time.perf_counter()
-    deadline = begun + options.timeout_s if options.timeout_s is not None else None
-    with ExitStack() as stack:
-        stack.enter_context(storage_errors(storage))
-        stack.enter_context(interruptible())
-        try:
-            starting = Clock(run.phases)
-
-            def late() -> bool:
-                return deadline is not None and time.perf_counter() >= deadline
-
-            stage = Stage(phase)
-            progress(state_of(study, options, run))
-            trainer = None
-            if options.plan is not None and data is not None:
-                folder, seed = options.folder / "training", options.seed or 0
-                trainer = open_trainer(options.plan, data, study, folder, seed, options.resolution, stage, say)
-            run.tier = TIERS[options.quality](trainer)
-            if run.tier.trained and options.sampler == "auto":
-                from nas.search.propose import Proposer
-
-                study.sampler = Proposer(run.tier, options)
-            if not due(study, options.trials, say, late):
-                say("no trial is left to begin: only the end is made again (more --trials add some)")
-            else:
-                known = open_cache(options, say) if options.cache else None
-                if known is not None:
-                    stack.callback(known.close)
-                worker = stack.enter_context(TrialRunner(options, study, run.tier, known, run.calibration, stage))
-                enqueue_published(options, study, worker.reference_ms)
-                starting.lap("start")
-                while due(study, options.trials, say, late) and not late():
-                    started = time.perf_counter()
-                    try:
-                        worker.trial(run)
-                    finally:
-                        run.trial_s.append(time.perf_counter() - started)
-                    refuse_hopeless(run.tier, options.families)
-                    around = Clock(run.phases)
-                    progress(state_of(study, options, run))
-                    around.lap("other")
-        except KeyboardInterrupt:
-            if run.tier is None:
-                raise
-            run.interrupted = True
-            say("interrupted: finishing with what was measured; the same command continues")
-        except UserError as error:  # a remote device that does not come back, a full disk, no tier
-            if run.tier is None or not run.trial_s or not complete(study):
-                if made and options.storage is None:
-                    withdraw(study, options.folder)
-                raise
-            run.interrupted = True
-            run.failures.append(str(error))
-            say(f"{error}; finishing with what was measured; the same command continues")
-        if not run.failures:
-            sweep(study)
-    run.wall_s = time.perf_counter() - begun
-    return study, run
+        replace_file(request.folder / TRAINING_INPUTS, inputs)
+    return study, created
 
 
 def complete(study: optuna.Study) -> bool:
@@ -186,23 +243,23 @@ def refuse_hopeless(tier: Tier, families: Sequence[str]) -> None:
         raise UserError(f"no family's weights could be trained to judge by ({reasons})")
 
 
-def state_of(study: optuna.Study, options: SearchRequest, run: SearchLog) -> Progress:
+def state_of(study: optuna.Study, request: SearchRequest, log: SearchLog) -> Progress:
     """Progress between trials."""
     from nas.search.rows import choose, rows_of
     from nas.study.trials import remaining
 
     rows = rows_of(study)
-    left = remaining(study, options.trials)
+    left = remaining(study, request.trials)
     feasible = [row for row in rows if row.feasible]
-    recent = run.trial_s[-RECENT:] or durations(study)[-RECENT:]
-    measuring = sum(run.phases[name] for name in ("build and export", "session", "timed runs"))
+    recent = log.trial_s[-RECENT:] or durations(study)[-RECENT:]
+    measuring = sum(log.phases[name] for name in ("build and export", "session", "timed runs"))
     return Progress(
-        done=max(0, options.trials - left),
-        total=options.trials,
+        done=max(0, request.trials - left),
+        total=request.trials,
         feasible=len(feasible),
         best=choose(feasible),
         trial_s=statistics.mean(recent) if recent else None,
-        measuring_s=measuring / len(run.trial_s) if run.trial_s else 0.0,
+        measuring_s=measuring / len(log.trial_s) if log.trial_s else 0.0,
     )
 
 
@@ -210,7 +267,8 @@ def durations(study: optuna.Study) -> list[float]:
     """Seconds of every trial that was measured."""
     from optuna.trial import TrialState
 
-    return [each.duration.total_seconds() for each in study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])]
+    times = (each.duration for each in study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]))
+    return [time.total_seconds() for time in times if time is not None]
 
 
 @contextmanager

@@ -1,16 +1,18 @@
-"""The sampler of a trained search: what to try next is what the surrogate expects most of, within the budget.
+"""The sampler of a trained search: it proposes the network that promises the largest gain within the budget.
 
-A trial costs a training, so thought is cheap: of some random networks, and variations of the best so far, the one of
-highest constrained expected improvement is tried (Gardner et al., Bayesian Optimization with Inequality Constraints,
-ICML 2014): how much better than the best it is expected to be, times how likely it is to meet the budget. Both come
-from Gaussian processes over networks' features; predicted latency decides what is tried, never what a network gets.
+A trial costs a training, so a slow choice of what to train is still cheap. From a pool of random networks and
+variations of the best so far, it proposes the one with the highest constrained expected improvement (Gardner et al.,
+Bayesian Optimization with Inequality Constraints, ICML 2014): how much better than the best so far it is expected to
+be, times how likely it is to meet the budget. Gaussian processes over networks' features predict both. A predicted
+latency decides only what is tried: every network that is tried is measured.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from optuna.distributions import CategoricalDistribution, IntDistribution
@@ -30,20 +32,53 @@ if TYPE_CHECKING:
     from nas.search.request import SearchRequest
 
 POOL = 48
-"""Networks weighed a trial; half of them vary the best."""
+"""Networks compared in a trial; half of them are variations of the best."""
 PARENTS = 6
+"""How many of the best are varied."""
 CHANGES = 4
-"""Parameters that a variation changes at most."""
+"""Most parameters that a variation changes."""
+LATENCY_NOISE = 0.02
+"""Standard deviation of a measured latency's logarithm."""
+
+Params = Mapping[str, Any]
+"""A network's parameters by name, with its family."""
+Candidate = tuple[dict[str, Any], Arch]
+"""A network's parameters, and the network."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A measured trial."""
+
+    params: Params
+    digest: str
+    """Of its Arch."""
+    features: Sequence[float]
+    """What the surrogates predict from."""
+    latency_ms: float
+    feasible: bool
+    """Whether its latency meets the budget."""
+
+    @classmethod
+    def all_of(cls, study: optuna.Study) -> list[Self]:
+        """Every measured trial of a study, in order."""
+        trials = study.get_trials(deepcopy=False)
+        return [cls.of(trial) for trial in trials if "detail" in trial.user_attrs]
+
+    @classmethod
+    def of(cls, trial: FrozenTrial) -> Self:
+        detail, feasible = trial.user_attrs["detail"], bool(trial.user_attrs["feasible"])
+        return cls(trial.params, detail["digest"], detail["training"]["features"], detail["latency_ms"], feasible)
 
 
 class Proposer(BaseSampler):
-    """See the module. With a seed, a trial's draws follow from it and the trial's number."""
+    """See the module. With a seed, what a trial proposes depends only on the seed, its number and the trials before."""
 
-    def __init__(self, tier: HalvingTier, options: SearchRequest) -> None:
-        self._tier, self._options = tier, options
-        self._random = RandomSampler(seed=options.seed)
+    def __init__(self, tier: HalvingTier, request: SearchRequest) -> None:
+        self._tier, self._request = tier, request
+        self._random = RandomSampler(seed=request.seed)
         self._space = {
-            "family": CategoricalDistribution(list(options.families)),
+            "family": CategoricalDistribution(list(request.families)),
             **{name: IntDistribution(0, LEVELS - 1) for name in PARAMETERS},
         }
 
@@ -54,15 +89,14 @@ class Proposer(BaseSampler):
         return {} if "fixed_params" in trial.system_attrs else dict(self._space)
 
     def sample_relative(self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, Any]) -> dict[str, Any]:
-        """Parameters of the most promising network of the pool; random ones where too little was measured."""
-        measured = [t for t in study.get_trials(deepcopy=False) if "detail" in t.user_attrs]
+        """Parameters of the most promising network of the pool; none, so random ones, where too little is measured."""
+        measured = Measured.all_of(study)
         if not search_space or len(measured) < LEAST:
             return {}
-        seed = self._options.seed
+        seed = self._request.seed
         rng = np.random.default_rng(None if seed is None else [seed, trial.number])
         pool = {arch.digest(): (params, arch) for params, arch in self._pool(measured, rng)}
-        tried = {t.user_attrs["detail"]["digest"] for t in measured}
-        fresh = [pool[digest] for digest in pool.keys() - tried]
+        fresh = [pool[digest] for digest in pool.keys() - {each.digest for each in measured}]
         if not fresh:
             return {}
         return max(fresh, key=self._scorer(measured))[0]
@@ -70,29 +104,25 @@ class Proposer(BaseSampler):
     def sample_independent(self, study: optuna.Study, trial: FrozenTrial, param_name: str, distribution: Any) -> Any:
         return self._random.sample_independent(study, trial, param_name, distribution)
 
-    def _scorer(self, measured: Sequence[FrozenTrial]) -> Any:
-        """A function that rates (parameters, network)."""
-        details = [t.user_attrs["detail"] for t in measured]
+    def _scorer(self, measured: Sequence[Measured]) -> Callable[[Candidate], float]:
+        """A function that rates a candidate: the logarithm of its constrained expected improvement."""
         latency = Surrogate(
-            [
-                TrainedNetwork(one["digest"], np.array(one["training"]["features"]), {1: math.log(one["latency_ms"])})
-                for one in details
-            ],
+            [TrainedNetwork(one.digest, np.array(one.features), {1: math.log(one.latency_ms)}) for one in measured],
             1,
-            noise=0.02,
+            noise=LATENCY_NOISE,
         )
         quality = self._tier.surrogate()
         known = quality.trained
-        fitting = {t.user_attrs["detail"]["digest"] for t in measured if t.user_attrs["feasible"]}
-        best = max((quality.predict(one.features).value for one in known if one.key in fitting), default=0.0)
-        limit = math.log(self._options.budget_ms)
+        fitting = {one.digest for one in measured if one.feasible}
+        best = max((quality.predict(each.features).value for each in known if each.key in fitting), default=0.0)
+        limit = math.log(self._request.budget_ms)
 
-        def rate(candidate: tuple[Mapping[str, Any], Arch]) -> float:
+        def rate(candidate: Candidate) -> float:
             arch = candidate[1]
             counts = table(arch)
             features = describe(arch, counts)
             time = latency.predict(features)
-            fits = norm.logcdf((limit - time.value) / time.error)
+            fits = float(norm.logcdf((limit - time.value) / time.error))
             if len(known) < LEAST:
                 return fits + math.log(counts.params())
             found = quality.predict(features)
@@ -101,26 +131,25 @@ class Proposer(BaseSampler):
 
         return rate
 
-    def _pool(self, measured: Sequence[FrozenTrial], rng: np.random.Generator) -> list[tuple[dict[str, Any], Arch]]:
-        """Parameters with their networks: variations of the best within the budget, and random ones."""
-        fitting = [t for t in measured if t.user_attrs["feasible"]] or list(measured)
-        details = [t.user_attrs["detail"] for t in fitting]
-        now = self._tier.review([(one["digest"], one["training"]["features"]) for one in details])
+    def _pool(self, measured: Sequence[Measured], rng: np.random.Generator) -> list[Candidate]:
+        """Random networks, and variations of the best within the budget, or of the best of all where none is."""
+        fitting = [each for each in measured if each.feasible] or measured
+        now = self._tier.review([(each.digest, each.features) for each in fitting])
         order = sorted(range(len(fitting)), key=lambda i: -now[i].value)
         parents = [fitting[i] for i in order[:PARENTS]]
         found = []
         for i in range(POOL):
             params = varied(parents[i // 2 % len(parents)].params, rng) if i % 2 else self._drawn(rng)
             family = FAMILIES[params["family"]]
-            found.append((params, family.space.decode(params, self._options.num_classes, self._options.resolution)))
+            found.append((params, family.space.decode(params, self._request.num_classes, self._request.resolution)))
         return found
 
     def _drawn(self, rng: np.random.Generator) -> dict[str, Any]:
-        family = self._options.families[rng.integers(len(self._options.families))]
+        family = self._request.families[rng.integers(len(self._request.families))]
         return {"family": family, **random_params(rng)}
 
 
-def varied(params: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+def varied(params: Params, rng: np.random.Generator) -> dict[str, Any]:
     """A few of the family's parameters changed, mostly by one level."""
     active = list(FAMILIES[params["family"]].space.options)
     count = 1 + int(rng.integers(min(CHANGES, len(active))))

@@ -1,8 +1,9 @@
-"""The published networks that a search tries first."""
+"""The published networks that a search tries first: those nearest the budget."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from nas.search.trial import reference_arch
 
@@ -12,18 +13,21 @@ if TYPE_CHECKING:
     from nas.search.request import SearchRequest
 
 
-def choices(options: SearchRequest) -> dict[str, Any]:
-    """Every parameter's permitted values."""
+def choices(request: SearchRequest) -> dict[str, Sequence[str | int]]:
+    """The permitted values of every parameter, by its name."""
     from search_spaces.space import LEVELS, PARAMETERS
 
-    return {"family": list(options.families), **{name: range(LEVELS) for name in PARAMETERS}}
+    return {"family": list(request.families), **{name: range(LEVELS) for name in PARAMETERS}}
 
 
-def published_order(options: SearchRequest, reference_ms: float) -> list[str]:
-    """Published variants of the searched families, likeliest nearest the budget first, one of each family in front.
+def published_order(request: SearchRequest, reference_ms: float) -> list[str]:
+    """Names of the searched families' published variants, nearest the budget first, led by the nearest of each family.
 
-    Nearness goes by MACs, at the reference network's measured time per MAC: rough (within about 2x between
-    families), but it only decides what is tried first.
+    A variant's latency is guessed from its MACs, at the reference network's measured time per MAC. That is rough (up to
+    about 2x off between families), but decides only what is tried first.
+
+    Args:
+        reference_ms: median latency of the reference network.
     """
     import math
 
@@ -32,34 +36,37 @@ def published_order(options: SearchRequest, reference_ms: float) -> list[str]:
 
     per_mac = reference_ms / table(reference_arch()).macs()
     distance = {
-        name: abs(math.log(table(get_arch(name)).macs() * per_mac / options.budget_ms))
-        for family in options.families
+        name: abs(math.log(table(get_arch(name)).macs() * per_mac / request.budget_ms))
+        for family in request.families
         for name in FAMILIES[family].variants
     }
     ordered = sorted(distance, key=distance.__getitem__)
-    first = [next(n for n in ordered if n in FAMILIES[family].variants) for family in options.families]
+    first = [next(n for n in ordered if n in FAMILIES[family].variants) for family in request.families]
     return first + [name for name in ordered if name not in first]
 
 
-def enqueue_published(options: SearchRequest, study: optuna.Study, reference_ms: float) -> None:
-    """Enqueue the published variants nearest the budget: one a family at least, a quarter of the trials at most.
+def enqueue_published(request: SearchRequest, study: optuna.Study, reference_ms: float) -> None:
+    """Enqueue the published variants nearest the budget: a quarter of the trials, and at least one of each family.
 
-    The choice is made once a study; a worker that joins enqueues what one killed meanwhile had not.
+    The study's first worker chooses them. Each later worker enqueues those that a killed one had not.
+
+    Args:
+        reference_ms: median latency of the reference network.
     """
     from nas.study.storage import alone
     from nas.study.trials import enqueue
     from search_spaces.api import find_variant
     from search_spaces.registry import FAMILIES
 
-    order = published_order(options, reference_ms)
-    count = max(len(options.families), options.trials // 4)
+    order = published_order(request, reference_ms)
+    count = max(len(request.families), request.trials // 4)
 
     def choose() -> list[str]:
         if "published" not in study.user_attrs:
             study.set_user_attr("published", order[:count])
-        return study.user_attrs["published"]
+        return list(study.user_attrs["published"])
 
     for name in alone(study._storage, choose):
         family, variant = find_variant(name)
-        params = {"family": family, **FAMILIES[family].space.encode(variant.values)}
-        enqueue(study, params, {"name": name}, choices(options))
+        params: dict[str, int | str] = {"family": family, **FAMILIES[family].space.encode(variant.values)}
+        enqueue(study, params, {"name": name}, choices(request))

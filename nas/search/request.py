@@ -2,118 +2,166 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nas.data.inputs import identity
-from nas.measure.device import device_label
+from nas.errors import UserError
+from nas.measure.device import check_settings, default_threads, device_label
 from nas.measure.runtime import Settings
 from nas.search.folder import JOURNAL
 
 if TYPE_CHECKING:
+    from pydantic import JsonValue
+
     from nas.data.dataset import ImageData
     from nas.networks.targets import Target
     from nas.quality.plan import TrainingPlan
     from search_spaces import Arch
 
+MOST_CLASSES = 100_000
+RESOLUTIONS = range(32, 513, 32)
+
 
 @dataclass(frozen=True)
 class SearchRequest:
-    """What a search is asked to do.
-
-    resolution: of all networks (None: it is searched). plan: how it trains. throughput_at: batch size whose
-    throughput is the second objective (None: that of the latency). against: networks of the closing run (`targets`).
-    cache: whether latencies measured earlier on this machine count.
-    """
+    """What a search is asked to do."""
 
     budget_ms: float
+    """Latency budget in ms, above 0."""
     settings: Settings
+    """Device, runtime, precision, threads and batch size that latency is measured with."""
     families: tuple[str, ...]
+    """Names of the families to search, one or more."""
     trials: int
+    """Total number of trials, earlier runs included; 1 or more."""
     timeout_s: float | None
+    """Seconds after which no trial is started; None: no limit."""
     study: str
+    """Name of the study, and of its folder in `out`."""
     out: Path
+    """Folder that holds the run's folder."""
     storage: str | None
+    """URL of the database that workers share; None: a journal file in the run's folder."""
     sampler: str
+    """auto, gp, tpe, nsga2 or random."""
     seed: int | None
+    """Seed of the sampler, of data splits and of trainings; None: the sampler's is random, the others are 0."""
     num_classes: int
+    """Classes of the networks' head, 1 to 100,000."""
     quality: str = "prior"
+    """Name of the tier that estimates quality (`nas.quality.tiers.TIERS`)."""
     resolution: int | None = None
+    """Input resolution of all networks in px, a multiple of 32 from 32 to 512; None: it is searched."""
     plan: TrainingPlan | None = None
+    """How candidates are trained; None for a tier that trains none."""
     throughput_at: int | None = None
+    """Batch size of the throughput that is the second objective; None: that of `settings`."""
     against: tuple[Target, ...] = ()
+    """Networks to measure beside the finalists in the closing run; no .onnx files."""
     cache: bool = True
+    """Whether to use latencies that were measured earlier on this machine."""
 
     @property
     def folder(self) -> Path:
+        """The run's folder."""
         return self.out / self.study
 
+    def check(self) -> None:
+        """Check every value that can be checked without reading images or opening the study.
 
-def default_study(options: Mapping[str, Any]) -> str:
-    """Study name from device, runtime, budget, families, and whatever else is not as it is by default."""
-    from nas.measure.device import default_threads
+        Raises:
+            UserError: a value out of range, a name that cannot be a folder's, or settings that cannot be measured.
+        """
+        if self.trials < 1:
+            raise UserError(f"--trials is {self.trials}: give 1 or more")
+        if not 1 <= self.num_classes <= MOST_CLASSES:
+            raise UserError(f"--num-classes is {self.num_classes}: give 1 to {MOST_CLASSES}")
+        if self.resolution is not None and self.resolution not in RESOLUTIONS:
+            raise UserError(f"--resolution is {self.resolution}: give a multiple of 32 from 32 to 512")
+        if not self.study.strip(".") or "/" in self.study or "\0" in self.study:
+            raise UserError(f"--study {self.study!r} cannot be a folder's name")
+        for target in self.against:
+            if target.onnx:
+                raise UserError(f"--against {target.label}: give a published name, an arch.json or timm/NAME")
+        if self.plan is not None:
+            self.plan.check()
+        check_settings(self.settings)
+        if self.throughput_at is not None:
+            check_settings(replace(self.settings, batch_size=self.throughput_at))
+
+    def identity(self, data: ImageData | None = None) -> dict[str, JsonValue]:
+        """What must agree for a command to continue a study, as the study stores it.
+
+        Networks and images count by their content, so a renamed or moved folder is the same input.
+
+        Args:
+            data: the images that candidates train on, with a `plan`.
+
+        Raises:
+            UserError: weights of the parent that cannot be read.
+        """
+        from nas.measure.hardware import fingerprint
+        from search_spaces.registry import FAMILIES
+        from search_spaces.space import fingerprint as space_fingerprint
+
+        agreed: dict[str, JsonValue] = {
+            "budget_ms": self.budget_ms,
+            "families": [*sorted(self.families)],
+            "space": space_fingerprint({name: FAMILIES[name].space for name in self.families}),
+            "num_classes": self.num_classes,
+            "quality": self.quality,
+            "hardware": fingerprint(self.settings),
+        }
+        if self.resolution is not None:
+            agreed["resolution"] = self.resolution
+        if self.throughput_at is not None:
+            agreed["throughput_at"] = self.throughput_at
+        if self.plan is not None:
+            agreed["training"] = {
+                "train_images": self.plan.images,
+                "epochs": self.plan.epochs,
+                "seed": self.seed or 0,
+            }
+            agreed |= identity(data, parent=_parent(self.plan.parent))
+        return agreed
+
+
+def default_study(request: SearchRequest) -> str:
+    """A study's name: device, runtime, budget, families, and every other setting that is not the default."""
     from search_spaces.registry import FAMILIES
 
-    settings = options["settings"]
+    settings = request.settings
     parts = [
         device_label(settings.device),
         settings.runtime if settings.precision == "fp32" else f"{settings.runtime}-{settings.precision}",
-        f"{options['budget_ms']:g}ms",
-        "all" if set(options["families"]) == set(FAMILIES) else "+".join(sorted(options["families"])),
+        f"{request.budget_ms:g}ms",
+        "all" if set(request.families) == set(FAMILIES) else "+".join(sorted(request.families)),
     ]
-    for form, value, usual in (
+    for form, value, default in (
         ("{}t", settings.threads, default_threads(settings.device)),
         ("b{}", settings.batch_size, 1),
-        ("at{}", options.get("throughput_at"), None),
-        ("{}px", options.get("resolution"), None),
-        ("{}c", options.get("num_classes") or 1000, 1000),
-        ("{}", options["quality"], "prior"),
+        ("at{}", request.throughput_at, None),
+        ("{}px", request.resolution, None),
+        ("{}c", request.num_classes, 1000),
+        ("{}", request.quality, "prior"),
     ):
-        if value != usual:
+        if value != default:
             parts.append(form.format(value))
     return "-".join(parts)
 
 
-def meta(options: SearchRequest, data: ImageData | None = None) -> dict[str, Any]:
-    """What must agree for a command to continue a study; `data` are the images of its plan."""
-    from nas.measure.hardware import fingerprint
-    from search_spaces.registry import FAMILIES
-    from search_spaces.space import fingerprint as space_fingerprint
-
-    agreed = {
-        "budget_ms": options.budget_ms,
-        "families": sorted(options.families),
-        "space": space_fingerprint({name: FAMILIES[name].space for name in options.families}),
-        "num_classes": options.num_classes,
-        "quality": options.quality,
-        "hardware": fingerprint(options.settings),
-    }
-    if options.resolution is not None:
-        agreed["resolution"] = options.resolution
-    if options.throughput_at is not None:
-        agreed["throughput_at"] = options.throughput_at
-    if options.plan is not None:
-        plan = options.plan
-        agreed["training"] = {
-            "train_images": plan.images,
-            "epochs": plan.epochs,
-            "seed": options.seed or 0,
-        }
-        agreed |= identity(data, parent=network_of(plan.parent))
-    return agreed
+def storage_of(request: SearchRequest) -> str | Path:
+    """URL of the study's database, or path of its journal."""
+    return request.storage or request.folder / JOURNAL
 
 
-def network_of(name: str | None) -> tuple[Arch, str | Path] | None:
+def _parent(name: str | None) -> tuple[Arch | str, str | Path | None] | None:
     """The Arch of a trained network, and where its weights are; None without a name."""
     from nas.networks.targets import find_target
 
     if name is None:
         return None
     target = find_target(name)
-    return target.arch, target.weights or "timm"
-
-
-def storage_of(options: SearchRequest) -> str | Path:
-    return options.storage or options.folder / JOURNAL
+    return None if target.arch is None else (target.arch, target.weights or "timm")

@@ -15,7 +15,7 @@ from nas.lock import DeviceLock, ProcessLock, in_turn
 from nas.measure import device
 from nas.measure.device import device_lock
 from nas.quality.tier import Estimate
-from nas.search.trial import TrialRunner
+from nas.search.trial import TrialLatency, TrialRunner
 from search_spaces import get_arch
 
 PATIENT_S = 60
@@ -239,9 +239,10 @@ def test_a_search_leaves_the_device_before_it_trains(latency, monkeypatch):
         return estimate
 
     runner = object.__new__(TrialRunner)
-    runner.options, runner.study = SimpleNamespace(budget_ms=2.0), None
+    runner.request, runner.study = SimpleNamespace(budget_ms=2.0), None
     runner.tier = SimpleNamespace(trained=True, estimate=train, predict=train)
-    monkeypatch.setattr(runner, "_known", lambda digest: {"latency_ms": latency, "throughput": 1.0})
+    told = TrialLatency.read({"latency_ms": latency, "throughput": 1.0})
+    monkeypatch.setattr(runner, "_known", lambda digest: told)
     monkeypatch.setattr("nas.study.trials.finish", lambda *_, **__: True)
     clock = SimpleNamespace(lap=lambda name: None)
     assert runner._measure_and_tell(None, get_arch("shvit_s1"), clock, lambda: left.append("left"))

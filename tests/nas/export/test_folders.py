@@ -1,5 +1,6 @@
 """A run's folder: its name, who may remove it, and what a killed command left there."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,12 +17,13 @@ from nas.search import loop
 from nas.search.request import SearchRequest, default_study
 from search_spaces.registry import FAMILIES
 
-OWN = {"budget_ms": 2.0, "families": tuple(FAMILIES), "quality": "prior"}
 
-
-def name(threads: int | None = None, batch_size: int = 1, precision: str = "fp32", **options) -> str:
+def name(
+    threads: int | None = None, batch_size: int = 1, precision: str = "fp32", num_classes: int = 1000, **options
+) -> str:
     settings = Settings("onnxruntime", "cpu", threads or default_threads(), batch_size, precision)
-    return default_study(OWN | options | {"settings": settings})
+    fixed = (2.0, settings, tuple(FAMILIES), 1, None, "", Path("runs"), None, "auto", None, num_classes)
+    return default_study(SearchRequest(*fixed, **options))
 
 
 def test_what_differs_from_the_default_is_in_a_run_s_name():
@@ -45,8 +47,8 @@ def test_a_refused_worker_removes_no_folder_but_an_empty_one_of_its_own(found, t
     if found == "an empty folder":
         folder.mkdir()  # of a worker with a database
     monkeypatch.setattr("nas.study.trials.open_study", open_study)
-    monkeypatch.setattr(loop, "check_settings", lambda settings: None)
-    monkeypatch.setattr(loop, "meta", lambda *_: {})
+    monkeypatch.setattr(SearchRequest, "check", lambda request: None)
+    monkeypatch.setattr(SearchRequest, "identity", lambda *_: {})
     settings = Settings("onnxruntime", "cpu", 1)
     options = SearchRequest(2.0, settings, ("shvit",), 2, None, "short", tmp_path, None, "random", 0, 10)
     with pytest.raises(UserError, match="threads 4"):

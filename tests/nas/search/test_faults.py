@@ -26,6 +26,7 @@ import nas.search.final
 import nas.search.finish
 import nas.search.loop
 import nas.search.report
+import nas.search.request
 import nas.search.trial
 from nas.cli.display import what_now
 from nas.errors import TrainingError, UserError
@@ -315,7 +316,7 @@ def test_ctrl_c_before_any_trial_gives_no_advice(vitnas, device, tmp_path):
 def test_waiting_times_are_not_ranked(vitnas, device, tmp_path, monkeypatch, threads):
     """At 2 threads on a busy machine a search ends before its first trial; at 1 it goes on."""
     monkeypatch.setattr(nas.search.trial, "PROBE_PAUSE_S", 0.0)
-    monkeypatch.setattr(nas.search.loop, "check_settings", lambda settings: None)
+    monkeypatch.setattr(nas.search.request, "check_settings", lambda settings: None)
     monkeypatch.setattr("nas.cli.search.settings_of", lambda *_: Settings(threads=threads))
     device.timed = lambda path: Measurement([[1.0, 8.0, 9.0]] * 8, [[1.0] * 3] * 8)
     code, _, err = vitnas(*command(tmp_path, budget="20ms"))

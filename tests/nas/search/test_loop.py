@@ -294,7 +294,7 @@ def test_the_same_arch_is_measured_once(tmp_path, exports_here):
     from nas.measure.runtime import Settings
     from nas.search.loop import search
     from nas.search.published import choices
-    from nas.search.request import SearchRequest, meta
+    from nas.search.request import SearchRequest
     from nas.search.rows import rows_of
     from nas.study.samplers import make_sampler
     from nas.study.trials import enqueue, open_study
@@ -303,7 +303,7 @@ def test_the_same_arch_is_measured_once(tmp_path, exports_here):
 
     options = SearchRequest(50.0, Settings(threads=1), ("shvit",), 2, None, STUDY, tmp_path, None, "random", 0, 1000)
     options.folder.mkdir()
-    study = open_study(STUDY, options.folder / "study.journal", meta(options), make_sampler("random", 0))
+    study = open_study(STUDY, options.folder / "study.journal", options.identity(), make_sampler("random", 0))
     family = FAMILIES["shvit"]
     for inactive in (0, 6):
         params = {**family.space.encode(family.variants["shvit_s1"].values), "width_s4": inactive}

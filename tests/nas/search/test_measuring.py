@@ -76,10 +76,10 @@ def test_a_few_rounds_have_no_interval_of_95_percent(rounds, ci):
     found = Measurement([[4.0]] * rounds, [[2.0]] * rounds)
     runner._timed = lambda *_: (found, None)
     told = runner._latency(None, None, None)
-    assert (told["latency_ci_low_ms"], told["latency_ci_high_ms"]) == ci
-    assert told["rounds"] == rounds
-    assert verdict_of(2.0, told) == "over", "it was ended so early because it is far over the budget"
-    assert verdict_of(3.9, told) == ("unsure" if rounds < 6 else "over"), "its time was up"
+    assert (told.latency_ci_low_ms, told.latency_ci_high_ms) == ci
+    assert told.rounds == rounds
+    assert verdict_of(2.0, told.to_json()) == "over", "it was ended so early because it is far over the budget"
+    assert verdict_of(3.9, told.to_json()) == ("unsure" if rounds < 6 else "over"), "its time was up"
 
 
 def test_a_cache_that_fails_later_is_told_once(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import search_spaces
 from nas.quality.surrogate import Surrogate, TrainedNetwork, describe
 from nas.search import propose
-from nas.search.propose import Proposer
+from nas.search.propose import Measured, Proposer
 from search_spaces.registry import FAMILIES
 from search_spaces.space import LEVELS, PARAMETERS, random_params
 
@@ -127,7 +127,7 @@ def test_variations_stay_near_and_within_range(measured):
         assert len(changed) <= 4
         assert all(abs(varied[name] - params[name]) <= 2 and 0 <= varied[name] < LEVELS for name in changed)
         assert set(changed) <= set(FAMILIES[FAMILY].space.options)
-    found = sampler._pool(measured, rng)
+    found = sampler._pool([Measured.of(t) for t in measured], rng)
     assert len(found) == propose.POOL
     best = max(
         (t for t in measured if t.user_attrs["feasible"]), key=lambda t: t.user_attrs["detail"]["quality_estimate"]

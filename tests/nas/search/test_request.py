@@ -1,0 +1,120 @@
+"""What a search is asked to do: what is refused, and what earlier versions' studies must agree on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from nas.errors import UserError
+from nas.measure.runtime import Settings
+from nas.networks.targets import Target
+from nas.quality.plan import TrainingPlan
+from nas.search.folder import TRAINING_INPUTS, training_inputs
+from nas.search.loop import open_run
+from nas.search.request import SearchRequest
+from nas.study.samplers import make_sampler
+from nas.study.trials import ask, finish, open_study
+
+HARDWARE = {
+    "cpu": "a CPU",
+    "architecture": "x86_64",
+    "physical_cores": 4,
+    "usable_cpus": 4,
+    "threads": 2,
+    "device": "cpu",
+    "batch_size": 1,
+    "runtime": "onnxruntime",
+    "runtime_version": "1.20.0",
+}
+DIGESTS = '"the images of --data": "2:0123456789abcdef"'
+KEPT = {  # as version 0.1.0 stored them
+    "prior": '{"budget_ms": 2.0, "families": ["levit", "shvit"], "space": "0123456789ab", "num_classes": 1000, '
+    f'"quality": "prior", "hardware": {json.dumps(HARDWARE)}}}',
+    "train": '{"budget_ms": 2.0, "families": ["shvit"], "space": "0123456789ab", "num_classes": 10, '
+    f'"quality": "train", "hardware": {json.dumps(HARDWARE)}, "resolution": 128, "throughput_at": 16, '
+    '"training": {"train_images": 10000, "epochs": 9, "seed": 7}, "the network of --parent": null, '
+    f'"the weights of --parent": "None", {DIGESTS}}}',
+    "inherit": '{"budget_ms": 2.0, "families": ["levit"], "space": "0123456789ab", "num_classes": 1000, '
+    f'"quality": "inherit", "hardware": {json.dumps(HARDWARE)}, '
+    '"training": {"train_images": 10000, "epochs": 3, "seed": 0}, "the network of --parent": "9f341b9e91154951", '
+    f'"the weights of --parent": "timm", {DIGESTS}}}',
+}
+KEPT_INPUTS = (
+    '{\n "num_classes": 10,\n "quality": "train",\n "resolution": 128,\n "training": {\n  "train_images": 10000,\n'
+    '  "epochs": 9,\n  "seed": 7\n },\n "the network of --parent": null,\n "the weights of --parent": "None",\n '
+    '"the images of --data": "2:0123456789abcdef"\n}'
+)
+
+
+@pytest.fixture(autouse=True)
+def digests(monkeypatch):
+    """Of a machine, a space and images as they were."""
+    monkeypatch.setattr("nas.measure.hardware.fingerprint", lambda settings: HARDWARE)
+    monkeypatch.setattr("search_spaces.space.fingerprint", lambda spaces: "0123456789ab")
+    monkeypatch.setattr("nas.data.inputs.data_digest", lambda data: "2:0123456789abcdef")
+
+
+def requested(quality: str, out: Path = Path("runs")) -> SearchRequest:
+    plan = TrainingPlan("./images", 10_000, 9, 30, 3, 0)
+    settings = Settings("onnxruntime", "cpu", 2)
+    first = SearchRequest(2.0, settings, ("shvit", "levit"), 40, None, "s", out, None, "random", None, 1000)
+    if quality == "train":
+        more = {"families": ("shvit",), "seed": 7, "num_classes": 10, "resolution": 128, "throughput_at": 16}
+        return replace(first, quality=quality, plan=plan, **more)
+    if quality == "inherit":
+        return replace(first, quality=quality, families=("levit",), plan=replace(plan, epochs=3, parent="levit_128s"))
+    return first
+
+
+@pytest.mark.parametrize("quality", KEPT)
+def test_the_identity_of_a_study_is_as_earlier_versions_stored_it(quality):
+    request = requested(quality)
+    found = request.identity(None if request.plan is None else object())
+    assert json.dumps(found) == KEPT[quality]
+
+
+def test_the_inputs_of_trainings_are_as_earlier_versions_stored_them(tmp_path):
+    identity = requested("train").identity(object())
+    assert training_inputs(tmp_path, identity) == KEPT_INPUTS
+    (tmp_path / TRAINING_INPUTS).write_text(KEPT_INPUTS)
+    assert training_inputs(tmp_path, identity) == KEPT_INPUTS
+
+
+def test_a_study_of_an_earlier_version_goes_on(tmp_path):
+    request = requested("prior", tmp_path)
+    request.folder.mkdir()
+    sampler = make_sampler("random", None)
+    begun = open_study("s", request.folder / "study.journal", json.loads(KEPT["prior"]), sampler)
+    finish(begun, ask(begun), 70.0, 500.0, -0.1, {"family": "shvit"})
+    study, created = open_run(request, None)
+    assert not created
+    assert [trial.values for trial in study.trials] == [[70.0, 500.0]]
+    with pytest.raises(UserError, match="budget_ms"):
+        open_run(replace(request, budget_ms=3.0), None)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"trials": 0}, "--trials is 0: give 1 or more"),
+        ({"num_classes": 0}, "--num-classes is 0: give 1 to 100000"),
+        ({"num_classes": 100_001}, "--num-classes is 100001"),
+        ({"resolution": 100}, "--resolution is 100: give a multiple of 32 from 32 to 512"),
+        ({"resolution": 0}, "--resolution is 0"),
+        ({"resolution": 544}, "--resolution is 544"),
+        ({"study": ".."}, "cannot be a folder's name"),
+        ({"study": "a/b"}, "cannot be a folder's name"),
+        ({"against": (Target("x.onnx", onnx=Path("x.onnx")),)}, "--against x.onnx: give a published name"),
+        ({"plan": TrainingPlan("./images", 10_000, 0, 30, 3, 0)}, "--epochs is 0"),
+        ({"settings": Settings("onnxruntime", "cpu", 0)}, "threads"),
+        ({"throughput_at": 0}, "batch size is 0"),
+    ],
+)
+def test_a_request_out_of_range_is_refused(change, message):
+    request = replace(requested("prior"), settings=Settings("onnxruntime", "cpu", 1))
+    request.check()
+    with pytest.raises(UserError, match=message):
+        replace(request, **change).check()
