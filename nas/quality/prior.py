@@ -174,6 +174,6 @@ def _by_depth(rows: np.ndarray) -> np.ndarray:
 
 
 def references() -> Mapping[str, float]:
-    """Each family's leave-one-out error in points, for README and reports."""
+    """Each family's leave-one-out error in points, for results pages and reports."""
     known = PriorTier()
     return {family: known._line(family).error for family in FAMILIES}

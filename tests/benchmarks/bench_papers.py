@@ -1,4 +1,4 @@
-"""The papers' claims on this machine as Markdown, with the date and the hardware: the table of README.
+"""The papers' claims on this machine as Markdown, with the date and the hardware: the table of docs/results/papers.md.
 
     python tests/benchmarks/bench_papers.py [--only PAPER|CLAIM ...] [--runtime NAME] [--device NAME] [--threads N]
         [--batch-size N] [--rounds N] [--json FILE]
