@@ -199,8 +199,9 @@ def outside_of(
         except UserError as error:
             refused[label] = str(error)
             continue
-        if sized.network not in networks.values():
-            found[label] = known(sized.network)
+        network = sized.network
+        if network is not None and network not in networks.values():
+            found[label] = network
     return found, refused
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,19 +29,53 @@ TRIES = 50
 SEED = 10_007
 
 
+@dataclass(frozen=True)
+class ValidatedNetwork:
+    """A network that was trained fully to validate a tier. Estimates and accuracies are in percent."""
+
+    family: str
+    params: int
+    macs: int
+    final_epochs: int
+    """Of its full training."""
+    predicted: float
+    """What the surrogate alone estimates."""
+    first_rung: float
+    """The estimate after the first rung, where most networks of a search end."""
+    last_rung: float
+    rungs: Mapping[str, float]
+    """Top-1 after each rung, by its epochs."""
+    top1: float
+    """After the full training."""
+
+    def to_json(self) -> dict[str, object]:
+        """As the study keeps it; `nas.quality.ranking` reads it."""
+        return {
+            "family": self.family,
+            "params": self.params,
+            "macs": self.macs,
+            "final_epochs": self.final_epochs,
+            "surrogate alone": self.predicted,
+            GATE: self.first_rung,
+            "estimate, last rung": self.last_rung,
+            "rungs": self.rungs,
+            "top1": self.top1,
+        }
+
+
 def validate(
-    options: SearchRequest,
+    request: SearchRequest,
     study: optuna.Study,
     tier: HalvingTier,
     rows: Sequence[Trial],
     note: Callable[[str], None],
 ) -> Validation | None:
-    """Train `options.plan.validate` Archs fully that the search has not trained, and rank them by every estimate.
+    """Train `request.plan.validate` Archs fully that the search has not trained, and rank them by every estimate.
 
     They are drawn at random among networks with no more and no fewer MACs than the search found within its budget;
     full trainings have another seed, all training images but those that judge, and are judged by those.
     """
-    plan = known(options.plan)
+    plan = known(request.plan)
     wanted = plan.validate
     within = [known(row.macs_m) for row in rows if row.feasible]
     if not wanted or not within:
@@ -51,13 +86,13 @@ def validate(
     def done() -> list[dict[str, Any]]:
         return [row for row in collected(study, RUN).values() if row.get("final_epochs") == plan.final_epochs]
 
-    for arch in draw(options, min(within), max(within)):
+    for arch in draw(request, min(within), max(within)):
         if len(done()) >= wanted:
             break
         if arch.digest() in seen or arch.digest() in collected(study, RUN):
             continue
         try:
-            row = measure_one(tier, arch)
+            row = measure_one(tier, arch).to_json()
         except TrainingError as error:
             note(f"a network of the validation could not be trained: {error}")
             row = {}
@@ -73,21 +108,21 @@ def validate(
     return Validation.from_json(result)
 
 
-def draw(options: SearchRequest, low: float, high: float) -> Iterator[Arch]:
+def draw(request: SearchRequest, low: float, high: float) -> Iterator[Arch]:
     """Networks of the searched spaces with `low` to `high` million MACs, in an order that the study's seed fixes."""
     from search_spaces import table
     from search_spaces.registry import FAMILIES
     from search_spaces.space import random_params
 
-    rng = np.random.default_rng([SEED, options.seed or 0])
-    for _ in range(TRIES * known(options.plan).validate):
-        family = options.families[rng.integers(len(options.families))]
-        arch = FAMILIES[family].space.decode(random_params(rng), options.num_classes, options.resolution)
+    rng = np.random.default_rng([SEED, request.seed or 0])
+    for _ in range(TRIES * known(request.plan).validate):
+        family = request.families[rng.integers(len(request.families))]
+        arch = FAMILIES[family].space.decode(random_params(rng), request.num_classes, request.resolution)
         if low <= table(arch).macs() / 1e6 <= high:
             yield arch
 
 
-def measure_one(tier: HalvingTier, arch: Arch) -> dict[str, Any]:
+def measure_one(tier: HalvingTier, arch: Arch) -> ValidatedNetwork:
     """One network's size, estimates and accuracy after a full training."""
     from search_spaces import table
 
@@ -105,14 +140,14 @@ def measure_one(tier: HalvingTier, arch: Arch) -> dict[str, Any]:
         training.loader.close()
     found = trainer.judge(training.network, judge)
     folder.unlink(missing_ok=True)
-    return {
-        "family": arch.family,
-        "params": counts.params(),
-        "macs": counts.macs(),
-        "final_epochs": trainer.plan.final_epochs,
-        "surrogate alone": untrained.value,
-        GATE: tier.early(arch, counts, rungs).value,
-        "estimate, last rung": estimate.value,
-        "rungs": rungs,
-        "top1": found.top1,
-    }
+    return ValidatedNetwork(
+        family=arch.family,
+        params=counts.params(),
+        macs=counts.macs(),
+        final_epochs=trainer.plan.final_epochs,
+        predicted=untrained.value,
+        first_rung=tier.early(arch, counts, rungs).value,
+        last_rung=estimate.value,
+        rungs=rungs,
+        top1=found.top1,
+    )

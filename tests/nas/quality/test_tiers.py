@@ -305,7 +305,7 @@ def test_machines_keep_each_others_trainings(trainer, tmp_path, monkeypatch):
     def measure_one(tier, arch):
         if arch is drawn[0]:
             theirs.set_user_attr(validation.RUN + drawn[1].digest(), {"final_epochs": 2})
-        return {"final_epochs": 2}
+        return SimpleNamespace(to_json=lambda: {"final_epochs": 2})
 
     drawn = [arch_at(seed) for seed in (5, 6)]
     monkeypatch.setattr(validation, "draw", lambda *_: drawn)
