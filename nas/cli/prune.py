@@ -113,5 +113,5 @@ def prune(
         found = run_prune(request, command_line(), say, progress)
     show_prune(found, request.folder, to_stderr=as_json)
     if as_json:
-        print(json.dumps(found | {"folder": str(request.folder)}))
-    raise typer.Exit(0 if found["budget"]["met"] and not found.get("failures") else 1)
+        print(json.dumps(found.to_json() | {"folder": str(request.folder)}))
+    raise typer.Exit(0 if found.budget.met and not found.failures else 1)

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING
 from nas.errors import UserError
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from nas.networks.targets import Target
     from search_spaces import Arch
+    from search_spaces.network import Network
 
 
-def load_trained(option: str, target: Target, weights: str | None = None) -> nn.Module:
+def load_trained(option: str, target: Target, weights: str | None = None) -> Network:
     """A network of ours with the given weights, or those beside its Arch, or timm's of a published name.
 
     Args:
@@ -34,7 +33,7 @@ def load_trained(option: str, target: Target, weights: str | None = None) -> nn.
     return load_network(what, target.arch, source)
 
 
-def load_network(option: str, arch: Arch, weights: str | Path) -> nn.Module:
+def load_network(option: str, arch: Arch, weights: str | Path) -> Network:
     """A network with weights: "timm" or a file. option: what the user named them by, for messages.
 
     Raises:
@@ -48,7 +47,7 @@ def load_network(option: str, arch: Arch, weights: str | Path) -> nn.Module:
         raise UserError(f"{option}: {error}") from None
 
 
-def create_quietly(arch: Arch, weights: str | Path | None, num_classes: int | None = None) -> nn.Module:
+def create_quietly(arch: Arch, weights: str | Path | None, num_classes: int | None = None) -> Network:
     """As `search_spaces.create_model`, without its warnings: what they say is in the network's `loaded`.
 
     Raises:

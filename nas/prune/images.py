@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from pydantic import JsonValue, TypeAdapter
+
+from nas.errors import UserError
 from nas.job import Job, Progress, Say
+from nas.prune.records import ImagesRow, Judged, PruneResult
 
 if TYPE_CHECKING:
     from torch import nn
@@ -35,7 +39,7 @@ class PruneJob(Job):
     calibration: Images
     seed: int
 
-    def __init__(self, folder: Path, options: dict[str, Any], say: Say, progress: Progress, device: str) -> None:
+    def __init__(self, folder: Path, options: dict[str, JsonValue], say: Say, progress: Progress, device: str) -> None:
         super().__init__(folder, options, say, progress, device)
         self._loaders: list[Loader] = []
 
@@ -75,14 +79,17 @@ class PruneJob(Job):
         with self.phase("evaluating"):
             found = evaluate(model, self.batches(self.evaluated), self.device)
         low, high = found.interval
-        self.state.found[which] = {
-            "top1": found.top1,
-            "ci": [low, high],
-            "loss": found.loss,
-            "images": found.total,
-            "hits": "".join("01"[hit] for hit in found.hits),
-        }
+        hits = "".join("01"[hit] for hit in found.hits)
+        self.state.found[which] = asdict(Judged(found.top1, (low, high), found.loss, found.total, hits))
         self.save()
+
+    def judged(self, which: str) -> Judged:
+        """What `accuracy` found.
+
+        Raises:
+            KeyError: it was not called.
+        """
+        return TypeAdapter(Judged).validate_python(self.state.found[which])
 
     def fit(self, phase: str, model: nn.Module, images: int, lr: float, teacher: nn.Module | None = None) -> None:
         """Train a network in place; the order of the images does not depend on what was trained before."""
@@ -92,7 +99,19 @@ class PruneJob(Job):
         with self.phase(phase) as progress:
             fit(model, train, images, lr, seed=self.seed, teacher=teacher, device=self.device, progress=progress)
 
-    def describe_data(self) -> dict[str, Any]:
+    def read(self) -> PruneResult:
+        """The result of a finished pruning.
+
+        Raises:
+            UserError: prune.json is damaged.
+        """
+        found = self.read_result()
+        try:
+            return PruneResult.from_json(found, self.folder)
+        except ValueError:
+            raise UserError(f"{self.result} is damaged: give another --out to begin anew") from None
+
+    def describe_data(self) -> ImagesRow:
         """What a report says of the images; broken ones become a note."""
         from nas.data.about import summary
         from nas.data.batches import skipped_line
@@ -100,7 +119,4 @@ class PruneJob(Job):
         broken = skipped_line(self._loaders)
         if broken:
             self.note(broken)
-        return asdict(summary(self.data)) | {
-            "evaluated": len(self.evaluated),
-            "calibration": len(self.calibration),
-        }
+        return ImagesRow(**asdict(summary(self.data)), evaluated=len(self.evaluated), calibration=len(self.calibration))

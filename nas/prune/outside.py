@@ -7,10 +7,12 @@ network) and the widths of its layers in prune.json. What state/ keeps is as in 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
+
+from pydantic import TypeAdapter
 
 from nas.data.about import announce
 from nas.data.inputs import identity
@@ -28,16 +30,17 @@ from nas.measure.samples import Measurement
 from nas.networks.timm_network import TIMM
 from nas.prune import steps
 from nas.prune.images import PruneJob, compute_device
+from nas.prune.records import Kept, LayerRow, NetworkRow, Parts, PruneResult, Round
 from nas.prune.request import PruneRequest, show
-from nas.prune.results import PARTS, network_row, write_results
+from nas.prune.results import write_results
 from nas.text import first_line
 
 if TYPE_CHECKING:
     from torch import nn
 
 
-def prune_outside(request: PruneRequest, command: str, say: Say, progress: Progress) -> dict[str, Any]:
-    """Prune a timm network to a budget of MACs; writes the folder's files and returns the report's data.
+def prune_outside(request: PruneRequest, command: str, say: Say, progress: Progress) -> PruneResult:
+    """Prune a timm network to a budget of MACs; write the folder's files.
 
     Raises:
         UserError: anything that the user can put right, and what torch-pruning cannot do.
@@ -45,12 +48,22 @@ def prune_outside(request: PruneRequest, command: str, say: Say, progress: Progr
     from pruning.outside import CRITERIA
     from pruning.outside_graph import OutsideError
 
+    _check(request, CRITERIA)
+    job = PruneJob(request.folder, request.identity(), say, progress, compute_device(request.settings))
+    try:
+        return _prune(request, command, job)
+    except OutsideError as error:
+        raise UserError(str(error)) from None
+
+
+def _check(request: PruneRequest, criteria: Collection[str]) -> None:
+    """Refuse what only networks of the families can do."""
     if request.budget.metric != "macs":
         raise UserError(f"--{request.budget.option}: networks outside the five families take --macs")
     if request.budget.relative and request.budget.amount == 1:
         raise UserError("--macs 1x: networks outside the five families cannot be reallocated, only cut")
-    if request.criterion not in CRITERIA:
-        raise UserError(f"--criterion {request.criterion}: outside the five families, {', '.join(CRITERIA)}")
+    if request.criterion not in criteria:
+        raise UserError(f"--criterion {request.criterion}: outside the five families, {', '.join(criteria)}")
     onnx = [name for name, runtime in RUNTIMES.items() if runtime.artifact == "onnx"]
     if request.settings.runtime not in onnx:
         raise UserError(
@@ -65,14 +78,9 @@ def prune_outside(request: PruneRequest, command: str, say: Say, progress: Progr
         raise UserError(f"{name} is pruned at its own resolution, not at {size}: leave out @{size}")
     if request.weights not in (None, "timm"):
         raise UserError(f"--weights {request.weights}: networks outside the five families take timm's own, or none")
-    job = PruneJob(request.folder, request.identity(), say, progress, compute_device(request.settings))
-    try:
-        return _prune(request, command, job)
-    except OutsideError as error:
-        raise UserError(str(error)) from None
 
 
-def _prune(request: PruneRequest, command: str, job: PruneJob) -> dict[str, Any]:
+def _prune(request: PruneRequest, command: str, job: PruneJob) -> PruneResult:
     from pruning.outside import load_outside
 
     published, resolution = load_outside(request.model.removeprefix(TIMM), None, pretrained=False)
@@ -81,12 +89,12 @@ def _prune(request: PruneRequest, command: str, job: PruneJob) -> dict[str, Any]
     job.agree(identity(job.data, model=(request.model, "timm" if pretrained else None)))
     if job.finished:
         job.say(f"{request.folder} is finished: these are its results")
-        return job.read_result(*PARTS)
+        return job.read()
     target = _target(request, _built(request, job), resolution)
     job.make_folder()
     announce(job.data, job.say, job.note)
     if not job.state.network:
-        _keep(job, "dense", _dense(request, job, pretrained, published.num_classes))
+        _keep(job, "dense", _dense(request, job, pretrained, cast("int", published.num_classes)))
     dense = _kept(request, job, "dense")
     job.accuracy(dense, "before")
     if job.state.network == "dense":
@@ -101,31 +109,32 @@ def _prune(request: PruneRequest, command: str, job: PruneJob) -> dict[str, Any]
     if kept == "pruned":
         model = _kept(request, job, "pruned")
     save_weights(model, request.folder / "model.safetensors")
-    end, results = Ending(job.say), {}
+    both = {"before": dense.cpu().eval(), "after": model.cpu().eval()}
+    return _finish(request, command, job, both, kept, resolution)
+
+
+def _finish(
+    request: PruneRequest, command: str, job: PruneJob, both: Mapping[str, nn.Module], kept: Kept, resolution: int
+) -> PruneResult:
+    """The control, the closing run and the results. both: the networks "before" and "after"."""
+    end = Ending(job.say)
+    results: dict[str, Measurement] = {}
     with end.step("control"):
         steps.tune_control(job, request, lambda: _kept(request, job, "dense"))
     if end.interrupted:
         raise KeyboardInterrupt
     with end.step("closing run"), job.phase("closing run") as progress:
-        both = {"before": dense.cpu().eval(), "after": model.cpu().eval()}
-        judged = job.state.found[kept]
-        card = Card.of(job.data, judged["top1"], judged["images"])
-        results = _closing_run(request, both, resolution, card, progress)
+        results = _closing_run(request, both, resolution, steps.card_of(job, kept), progress)
     if end.interrupted:
         raise KeyboardInterrupt
     found = job.state.found["cut"]
-    networks = {
-        name: network_row(found[f"params_{name}"], found[f"macs_{name}"], results.get(name), request.settings)
+    before, after = (
+        NetworkRow.of(found[f"params_{name}"], found[f"macs_{name}"], results.get(name), request.settings)
         for name in ("before", "after")
-    }
-    details = {
-        "family": request.model,
-        "resolution": resolution,
-        "blocks": [],
-        "importance": [],
-        "layers": found["layers"],
-    }
-    return write_results(job, request, command, kept, networks, results, details, end)
+    )
+    layers = TypeAdapter(tuple[LayerRow, ...]).validate_python(found["layers"])
+    parts = Parts(request.model, resolution, layers=layers)
+    return write_results(job, request, command, kept, before, after, results, parts, end)
 
 
 def _keep(job: PruneJob, name: str, model: nn.Module) -> None:
@@ -217,14 +226,14 @@ def _cut(request: PruneRequest, job: PruneJob, target: int, resolution: int) -> 
     if found.inner_only:
         job.note(f"only inner widths could be cut: {found.inner_only}")
     job.note("torch-pruning's graph decides what can be cut here: --axes and reallocation do not apply")
-    job.state.rounds.append({"round": request.rounds, "reached": found.macs_after, "macs": found.macs_after})
+    job.state.rounds.append(Round(request.rounds, found.macs_after, found.macs_after).to_json())
     job.state.found["cut"] = asdict(found)
     _keep(job, "pruned", model)
 
 
 def _closing_run(
     request: PruneRequest,
-    models: dict[str, nn.Module],
+    models: Mapping[str, nn.Module],
     resolution: int,
     card: Card,
     progress: Callable[[int, int], None],

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import JsonValue
 
 from nas.errors import UserError
 from nas.job import default_folder_of
@@ -14,18 +15,24 @@ from nas.measure.runtime import Settings
 from nas.report.page import significant
 from nas.units import parse_budget, parse_count, parse_share
 
+if TYPE_CHECKING:
+    from pruning.units import Kind
+else:
+    Kind = str  # torch is not imported for it
+
 Metric = Literal["macs", "params", "latency"]
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What a pruned network may cost: `amount` of the metric (MACs, parameters, ms), or that share of the network's
-    own."""
+    """What a pruned network may cost."""
 
     metric: Metric
     amount: float
+    """In MACs, parameters or ms; where it is relative, a share of the network's own, above 0 and at most 1."""
     relative: bool
     text: str
+    """As it was asked for."""
 
     def target(self, own: float) -> float:
         """The budget in the metric's unit, for a network whose own figure is `own`.
@@ -41,39 +48,58 @@ class Budget:
 
     @property
     def option(self) -> str:
+        """The command line's option, without its dashes."""
         return "latency-budget" if self.metric == "latency" else self.metric
 
 
 @dataclass(frozen=True)
 class PruneRequest:
-    """A pruning as asked for. kinds, criterion: keys of `pruning.units.KNOB_KINDS` and `pruning.importance.CRITERIA`.
-    control: fine-tune the unpruned network alike, to compare with."""
+    """A pruning as asked for."""
 
     model: str
+    """A published name, a file, a run's folder, or timm/NAME."""
     budget: Budget
     settings: Settings
+    """What latencies are measured with."""
     folder: Path
+    """Where it is written to."""
     reallocate: bool = True
-    kinds: tuple[str, ...] = ()
+    """Widen what matters with what is saved elsewhere."""
+    kinds: tuple[Kind, ...] = ()
+    """What may change: keys of `pruning.units.KNOB_KINDS`."""
     criterion: str = "taylor"
+    """A key of `pruning.importance.CRITERIA`."""
     multiple_of: int = 8
+    """Widths stay multiples of this."""
     rounds: int = 3
+    """Rounds of scoring and cutting, 1 or more."""
     finetune: float = 1.0
+    """Epochs of fine-tuning afterwards; 0 for none."""
     distill: bool = False
+    """Fine-tune with the unpruned network as teacher."""
     control: bool = True
+    """Fine-tune the unpruned network alike, to compare with."""
     data: str | None = None
+    """Images to train and judge on (see `nas.data.dataset.open_data`); None for scikit-learn's digits."""
     weights: str | None = None
+    """"timm" or a file; None for the folder's own, or timm's."""
     num_classes: int | None = None
+    """Classes that the data must have."""
     seed: int = 0
+    """Of splits, samples and training."""
 
-    def identity(self) -> dict[str, Any]:
-        """What must be equal for a run to go on."""
-        found = asdict(self) | {"data": str(self.data) if self.data else None}
+    def identity(self) -> dict[str, JsonValue]:
+        """What must be equal for a run to go on, as JSON holds it."""
+        found: dict[str, JsonValue] = asdict(self) | {"kinds": list(self.kinds), "data": self.data or None}
         del found["folder"], found["control"]
-        return json.loads(json.dumps(found))
+        return found
 
     def check(self) -> None:
-        """Raises UserError for what no network could satisfy."""
+        """Refuse what no network could satisfy.
+
+        Raises:
+            UserError: it could not be satisfied.
+        """
         from pruning.importance import CRITERIA
 
         if self.criterion not in CRITERIA:
@@ -93,11 +119,8 @@ def parse_pruning_budget(macs: str | None, params: str | None, latency: str | No
     Raises:
         UserError: more than one, or one that cannot be read.
     """
-    given: list[tuple[Metric, str]] = [
-        (metric, text)
-        for metric, text in (("macs", macs), ("params", params), ("latency", latency))
-        if text is not None
-    ]
+    texts: dict[Metric, str | None] = {"macs": macs, "params": params, "latency": latency}
+    given = [(metric, text) for metric, text in texts.items() if text is not None]
     if len(given) > 1:
         raise UserError("give one budget: --macs, --params or --latency-budget")
     metric, text = given[0] if given else ("macs", "0.5x")
@@ -112,7 +135,7 @@ def parse_pruning_budget(macs: str | None, params: str | None, latency: str | No
     return Budget(metric, parse_budget(text) if metric == "latency" else parse_count(text), False, text)
 
 
-def kinds_of(axes: str) -> tuple[str, ...]:
+def kinds_of(axes: str) -> tuple[Kind, ...]:
     """Checked `--axes`, in the order of `pruning.units.KNOB_KINDS`."""
     from pruning.units import KNOB_KINDS
 

@@ -1,126 +1,120 @@
-"""The results of a pruning, put together and written."""
+"""The end of a pruning: its budget judged, its result put together and written."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
 
 from nas.ending import Ending
 from nas.job import now
 from nas.measure.budget import Verdict
-from nas.measure.runtime import Settings
 from nas.measure.samples import Measurement, quanta
 from nas.prune.images import PruneJob
-from nas.prune.request import show
-from nas.prune.steps import MOST_ROUNDS, beside, latency_verdict, waiting_line
-from nas.prune.words import ACCURACIES
-
-if TYPE_CHECKING:
-    from nas.prune.request import PruneRequest
+from nas.prune.records import ACCURACIES, Accuracies, BudgetRow, Kept, NetworkRow, Parts, PruneResult, Round, SeenRow
+from nas.prune.report import write_report
+from nas.prune.request import PruneRequest, show
+from nas.prune.steps import MOST_ROUNDS, latency_verdict, waiting_line
 
 
-PARTS = ("before", "after", "accuracy", "budget", "data")
-"""What a prune.json must hold to be told again."""
+def judge_budget(
+    request: PruneRequest, before: NetworkRow, after: NetworkRow, results: Mapping[str, Measurement]
+) -> BudgetRow:
+    """Whether the budget is met. results: latencies of the closing run, "before" and "after".
 
-
-def network_row(params: int, macs: int, latency: Measurement | None, settings: Settings) -> dict[str, Any]:
-    """Counts and closing latency of one network; without one its fields are None. waiting: as `quanta` has it."""
-    row = {"params": params, "macs": macs}
-    if latency is None:
-        return row | dict.fromkeys(("latency_ms", "p95_ms", "ci", "samples", "throughput", "waiting"))
-    return row | {
-        "latency_ms": latency.p50_ms,
-        "p95_ms": latency.p95_ms,
-        "ci": list(latency.ci_ms),
-        "samples": latency.n,
-        "throughput": latency.throughput(settings.batch_size),
-        "waiting": quanta(latency),
-    }
+    A latency budget is not judged by waiting times.
+    """
+    budget = request.budget
+    own, reached = before.cost(budget.metric), after.cost(budget.metric)
+    target: float | None = budget.amount
+    if budget.relative:
+        target = None if own is None else budget.amount * own
+    verdict, interval = latency_verdict(budget, results)
+    waiting = budget.metric == "latency" and any(map(quanta, results.values()))
+    if verdict is None and not waiting and reached is not None and target is not None:
+        verdict = Verdict.FITS if reached <= target else Verdict.OVER
+    return BudgetRow(budget.metric, budget.text, target, reached, interval, verdict)
 
 
 def write_results(
     job: PruneJob,
     request: PruneRequest,
     command: str,
-    kept: str,
-    networks: Mapping[str, dict[str, Any]],
+    kept: Kept,
+    before: NetworkRow,
+    after: NetworkRow,
     results: Mapping[str, Measurement],
-    details: Mapping[str, Any],
+    parts: Parts,
     end: Ending,
-) -> dict[str, Any]:
-    """Write prune.json and report.html; returns their data.
+) -> PruneResult:
+    """Write prune.json and report.html; returns what they tell.
 
-    kept: as `judge_tuned` has it. results: latencies of the closing run, "before" and "after".
+    The run is finished where no step of its end has failed; else the same command goes on. Waiting times that a latency
+    budget would be judged by are a closing run that has failed.
 
-    The run is finished where no step of its end has failed; else the same command goes on. A latency budget is not
-    judged by waiting times: that closing run has failed.
+    Args:
+        results: latencies of the closing run, "before" and "after"; empty where it was not made.
     """
-    from nas.data.lineage import record
-    from nas.measure.hardware import describe
-    from nas.prune.report import write_report
-
-    before, after = networks["before"], networks["after"]
-    key = "latency_ms" if request.budget.metric == "latency" else request.budget.metric
-    target = request.budget.amount
-    if request.budget.relative:
-        target = None if before[key] is None else target * before[key]
-    verdict, interval = latency_verdict(request.budget, results)
+    budget = judge_budget(request, before, after, results)
     waiting = waiting_line(results, request.settings)
-    if waiting and request.budget.metric == "latency":
+    if waiting and budget.metric == "latency":
         end.fail("closing run", waiting)
-    elif verdict is None and after[key] is not None:
-        verdict = Verdict.FITS if after[key] <= target else Verdict.OVER
-    if verdict == Verdict.UNSURE:
+    if budget.verdict == Verdict.UNSURE and budget.interval and budget.target is not None:
+        low, high = budget.interval
         job.note(
-            f"the latency may be within {show('latency', target)} or over it, also after {MOST_ROUNDS} rounds: 95% "
-            f"{interval[0]:.3g} to {interval[1]:.3g} ms"
+            f"the latency may be within {show('latency', budget.target)} or over it, also after {MOST_ROUNDS} rounds: "
+            f"95% {low:.3g} to {high:.3g} ms"
         )
-    found = job.state.found
-    accuracy = {which: row and accuracy_row(row) for which in ACCURACIES for row in [found.get(which)]}
-    data = {
-        "model": request.model,
-        "command": command,
-        "started": job.state.started,
-        "finished": now(),
-        "options": request.identity(),
-        "settings": asdict(request.settings),
-        "hardware": describe(request.settings),
-        "data": job.describe_data(),
-        "weights": found.get("weights"),
-        "trained_images": found.get("trained_images", 0),
-        "tuned_images": found.get("tuned_images", 0),
-        "budget": {
-            "metric": request.budget.metric,
-            "text": request.budget.text,
-            "target": target,
-            "reached": after[key],
-            "interval": interval and list(interval),
-            "verdict": verdict,
-            "met": verdict == Verdict.FITS,
-        },
-        "waiting": waiting,
-        "before": before,
-        "after": after,
-        "accuracy": accuracy,
-        "kept": kept,
-        "tuning": beside(found["recovered"], found["pruned"]) if "recovered" in found else None,
-        "control": beside(found[kept], found["control"]) if "control" in found else None,
-        "rounds": job.state.rounds,
-        "notes": job.state.notes,
-        "phases": job.state.phases,
-        "failures": end.failures,
-        **details,
-    }
-    trained_on = job.data.train if data["trained_images"] or data["tuned_images"] else job.data.train.pick([])
-    data["seen"] = record(request.folder, trained_on, found.get("weights"))
+    result = _result(job, request, command, kept, budget, before, after, parts, end, waiting)
     with end.step("report"):
-        write_report(request.folder, data)
+        write_report(request.folder, result)
     if not end.failures and not end.interrupted:
         job.finish()
-    return data | {"failures": end.failures}
+    return replace(result, failures=tuple(end.failures))
 
 
-def accuracy_row(found: Mapping[str, Any]) -> dict[str, Any]:
-    """An accuracy as prune.json has it: top1 and top1_ci (95%) in percent, loss, images."""
-    return {"top1": found["top1"], "top1_ci": list(found["ci"]), "loss": found["loss"], "images": found["images"]}
+def _result(
+    job: PruneJob,
+    request: PruneRequest,
+    command: str,
+    kept: Kept,
+    budget: BudgetRow,
+    before: NetworkRow,
+    after: NetworkRow,
+    parts: Parts,
+    end: Ending,
+    waiting: str | None,
+) -> PruneResult:
+    from nas.data.lineage import record
+    from nas.measure.hardware import describe
+
+    found = job.state.found
+    weights, trained, tuned = found.get("weights"), found.get("trained_images", 0), found.get("tuned_images", 0)
+    seen = record(request.folder, job.data.train if trained or tuned else job.data.train.pick([]), weights)
+    judged = {which: job.judged(which) for which in ACCURACIES if which in found}
+    return PruneResult(
+        model=request.model,
+        command=command,
+        started=job.state.started,
+        finished=now(),
+        options=request,
+        settings=request.settings,
+        hardware=describe(request.settings),
+        data=job.describe_data(),
+        weights=weights,
+        trained_images=trained,
+        tuned_images=tuned,
+        budget=budget,
+        before=before,
+        after=after,
+        accuracy=Accuracies(**{which: row.accuracy for which, row in judged.items()}),
+        kept=kept,
+        rounds=tuple(Round(**row) for row in job.state.rounds),
+        notes=tuple(job.state.notes),
+        phases=dict(job.state.phases),
+        parts=parts,
+        failures=tuple(end.failures),
+        waiting=waiting,
+        tuning=judged["recovered"].minus(judged["pruned"]) if "recovered" in judged else None,
+        control=judged[kept].minus(judged["control"]) if "control" in judged else None,
+        seen=SeenRow(**seen) if seen else None,
+    )

@@ -2,21 +2,23 @@
 
 A group's saving comes from the paired ratio of one interleaved run. Where its 95% interval holds 0 the group is
 measured once more, longer; where it still does, no saving is shown: the group costs nothing, so that the allocation
-leaves it alone, as it does one that is slower when halved, or saves no MACs (`why_not`). What is unsure never decides
-what is cut.
+leaves it alone, as it does one that is slower when halved, or saves no MACs (`Saving.why_not`). What is unsure never
+decides what is cut.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from pydantic import JsonValue
 
 from nas.measure.samples import Measurement, paired_ratio
 from nas.prune.widths import group_of, half
 
 if TYPE_CHECKING:
-    from pruning.units import Anatomy
+    from pruning.units import Anatomy, Kind
     from search_spaces import Arch
 
 ROUNDS = 10
@@ -29,16 +31,17 @@ Compare = Callable[[Mapping[str, "Arch"], int], Mapping[str, Measurement]]
 
 @dataclass(frozen=True)
 class Saving:
-    """What a group saves at half its size (branches: without them).
-
-    macs: multiply-accumulates less. ms, ci: milliseconds less, and their 95% interval. rounds: it was measured in.
-    """
+    """What a group of knobs saves at half its size (branches: without them)."""
 
     group: str
     macs: int
+    """Multiply-accumulates less."""
     ms: float
+    """Milliseconds less."""
     ci: tuple[float, float]
+    """95% interval of ms."""
     rounds: int
+    """Rounds that it was measured in."""
 
     @property
     def shown(self) -> bool:
@@ -49,12 +52,21 @@ class Saving:
         """Milliseconds of a multiply-accumulate; 0 where no saving is shown."""
         return self.ms / self.macs if self.shown else 0.0
 
-    def row(self) -> dict[str, Any]:
+    @property
+    def why_not(self) -> str:
+        """Why it shows no saving; empty where it shows one."""
+        if self.shown:
+            return ""
+        if self.macs <= 0:
+            return "no MACs saved"
+        return "slower" if self.ci[1] < 0 else "none shown"
+
+    def to_json(self) -> dict[str, JsonValue]:
         return asdict(self) | {"ci": list(self.ci), "shown": self.shown, "rate": self.rate}
 
 
 def measure_savings(
-    parts: Anatomy, kinds: Collection[str], multiple_of: int, compare: Compare
+    parts: Anatomy, kinds: Collection[Kind], multiple_of: int, compare: Compare
 ) -> tuple[list[Saving], float]:
     """The saving of every group of knobs of these kinds, and the whole network's latency in ms."""
     from pruning.allocation import movable
@@ -88,15 +100,6 @@ def _saving(group: str, macs: int, cut: Measurement, whole: Measurement, rounds:
     return Saving(group, macs, (1 - ratio) * own, ((1 - high) * own, (1 - low) * own), rounds)
 
 
-def why_not(row: Mapping[str, Any]) -> str:
-    """Why the row of a saving shows none; nothing where it shows one."""
-    if row["shown"]:
-        return ""
-    if row["macs"] <= 0:
-        return "no MACs saved"
-    return "slower" if row["ci"][1] < 0 else "none shown"
-
-
 WHY_NOT = {
     "none shown": "no saving shown, though measured twice (95% interval of the saving holds 0)",
     "slower": "slower when halved",
@@ -104,13 +107,14 @@ WHY_NOT = {
 }
 
 
-def left_alone(rows: Collection[Mapping[str, Any]]) -> str:
-    """Which groups show no saving, by the reason; nothing where all do."""
-    groups = {why: [row["group"] for row in rows if why_not(row) == why] for why in WHY_NOT}
+def left_alone(savings: Collection[Saving]) -> str:
+    """Which groups show no saving, by the reason; empty where all do."""
+    groups = {why: [saving.group for saving in savings if saving.why_not == why] for why in WHY_NOT}
     told = [f"{WHY_NOT[why]}: {', '.join(names)}" for why, names in groups.items() if names]
-    return f"left alone, {sum(map(len, groups.values()))} of {len(rows)} groups: {'; '.join(told)}" if told else ""
+    left = sum(map(len, groups.values()))
+    return f"left alone, {left} of {len(savings)} groups: {'; '.join(told)}" if told else ""
 
 
-def rates(costs: Collection[Mapping[str, Any]]) -> dict[str, float]:
-    """Milliseconds of a multiply-accumulate by group, of the rows of savings."""
-    return {row["group"]: row["rate"] for row in costs}
+def rates(savings: Collection[Saving]) -> dict[str, float]:
+    """Milliseconds of a multiply-accumulate, by group."""
+    return {saving.group: saving.rate for saving in savings}

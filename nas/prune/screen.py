@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nas.intervals import top1_words
-from nas.prune.request import show
-from nas.prune.savings import why_not
-from nas.prune.words import ACCURACIES, Doc, control_words, tuning_words
+from nas.measure.budget import Verdict
+from nas.prune.records import ACCURACIES, BudgetRow, PruneResult
+from nas.prune.request import Metric, show
+from nas.prune.savings import Saving
+from nas.prune.widths import Block, BlockWidths
+from nas.prune.words import control_words, next_steps, tuning_words
 from nas.report.page import significant
 from nas.report.tables import Column, console_of, print_table, prose
 from nas.units import listed
@@ -37,112 +40,119 @@ COSTS = (
 FILES = ("arch.json", "model.safetensors", "model.onnx", "prune.json")
 
 
-def show_prune(data: Doc, folder: Path, to_stderr: bool) -> None:
-    """Print a pruning's result, as prune.json has it."""
-    from nas.prune.words import next_steps
-
+def show_prune(result: PruneResult, folder: Path, to_stderr: bool) -> None:
+    """Print a pruning's result."""
     console = console_of(to_stderr)
-    waiting = data.get("waiting")
+    waiting = result.waiting
     if waiting:
         prose(console, f"{waiting[:1].upper()}{waiting[1:]}.")
-    _blocks(console, data)
-    if line := grown_line(data):
+    _blocks(console, result.parts.blocks)
+    if line := grown_line(result.parts.blocks):
         prose(console, line)
-    _savings(console, data)
-    print_table(console, COUNTS, count_rows(data), "prune.json has them")
-    before, after = data["before"]["ci"], data["after"]["ci"]
-    if before and not waiting and before[0] <= after[1] and after[0] <= before[1]:
+    _savings(console, result.parts.costs or ())
+    print_table(console, COUNTS, count_rows(result), "prune.json has them")
+    before, after = result.before.ci, result.after.ci
+    if before and after and not waiting and before[0] <= after[1] and after[0] <= before[1]:
         prose(console, "The latencies are a tie: their 95% intervals overlap.")
-    for which, found in data["accuracy"].items():
-        if found:
-            prose(console, f"{ACCURACIES[which]}: {top1_words(found['top1'], found['top1_ci'], found['images'])}")
-    if data.get("tuning"):
-        prose(console, tuning_words(data))
-    if data.get("control"):
-        prose(console, control_words(data["control"]))
-    for line in data.get("failures", ()):
+    for which, words in ACCURACIES.items():
+        if found := result.accuracy.of(which):
+            prose(console, f"{words}: {top1_words(found.top1, found.top1_ci, found.images)}")
+    if line := tuning_words(result):
         prose(console, line)
-    prose(console, f"{headline(data['budget'])}.")
+    if result.control:
+        prose(console, control_words(result.control))
+    for line in result.failures:
+        prose(console, line)
+    prose(console, f"{headline(result.budget)}.")
     files = [name for name in FILES if (folder / name).is_file()]
     prose(console, f"Network: {folder} ({', '.join(files)})")
     if (folder / "report.html").is_file():
         prose(console, f"Report: {folder / 'report.html'}")
-    for what, command in next_steps(folder, data)[:2]:
+    for what, command in next_steps(folder, result)[:2]:
         console.print(f"{what}: {command}")  # not wrapped, so that it can be copied
 
 
-def grown_line(data: Doc) -> str | None:
+def grown_line(blocks: Sequence[Block]) -> str | None:
     """Which widths of the blocks reallocation has grown; None where none."""
-    both = [(row["before"], row["after"]) for row in data["blocks"] if row["after"] is not None]
+    both = [(row.before, row.after) for row in blocks if row.after is not None]
     grown = [
         column.name
-        for key, column in zip(WIDTHS, BLOCKS[1:], strict=True)
-        if key != "ratio" and any(_most(new, key) > _most(old, key) for old, new in both)
+        for name, column in zip(WIDTHS, BLOCKS[1:], strict=True)
+        if name != "ratio" and any(new.ends(name)[1] > old.ends(name)[1] for old, new in both)
     ]
     if not grown:
         return None
     return f"Parameters were reallocated: {listed(grown, len(grown))} grew; --no-reallocate leaves that out."
 
 
-def _most(widths: Doc, key: str) -> float:
-    return widths.get(f"{key}_range", [widths[key]])[-1]
-
-
-def headline(budget: Doc) -> str:
+def headline(budget: BudgetRow) -> str:
     """Whether the budget is met, by which figures."""
-    if budget["reached"] is None:
-        return f"Budget {budget['metric']} {budget['text']}: not measured"
-    if budget["verdict"] is None:
-        return f"Budget {budget['metric']} {budget['text']}: not judged, the latencies are waiting times"
-    verdict = {"fits": "met", "over": "NOT met", "unsure": "may be met or not, too close to tell"}[budget["verdict"]]
-    by = f"{show(budget['metric'], budget['reached'])} for {show(budget['metric'], budget['target'])}"
-    if budget["interval"]:
-        low, high = budget["interval"]
+    asked = f"Budget {budget.metric} {budget.text}"
+    if budget.reached is None or budget.target is None:
+        return f"{asked}: not measured"
+    if budget.verdict is None:
+        return f"{asked}: not judged, the latencies are waiting times"
+    verdict = {
+        Verdict.FITS: "met",
+        Verdict.OVER: "NOT met",
+        Verdict.UNSURE: "may be met or not, too close to tell",
+    }[budget.verdict]
+    by = f"{show(budget.metric, budget.reached)} for {show(budget.metric, budget.target)}"
+    if budget.interval:
+        low, high = budget.interval
         by += f", 95%: {significant(low)} to {significant(high)} ms in the closing run"
-    return f"Budget {budget['metric']} {budget['text']}: {verdict} ({by})"
+    return f"{asked}: {verdict} ({by})"
 
 
-def count_rows(data: Doc) -> list[Sequence[str]]:
+def count_rows(result: PruneResult) -> list[Sequence[str]]:
     """Rows of `COUNTS`: parameters, MACs, latency and its interval; the budget's verdict at what it is for."""
-    before, after, budget = data["before"], data["after"], data["budget"]
-    rows = []
-    for label, key, unit in (("M parameters", "params", 1e6), ("MMACs", "macs", 1e6), ("ms", "latency_ms", 1)):
-        if before[key] is None:
+    budget = result.budget
+    rows: list[Sequence[str]] = []
+    metrics: list[tuple[str, Metric, float]] = [
+        ("M parameters", "params", 1e6),
+        ("MMACs", "macs", 1e6),
+        ("ms", "latency", 1),
+    ]
+    for label, metric, unit in metrics:
+        before, after = result.before.cost(metric), result.after.cost(metric)
+        if before is None or after is None:
             continue
-        told = budget["verdict"] or "not judged" if key.startswith(budget["metric"]) else ""
-        ratio = "waiting" if key == "latency_ms" and data.get("waiting") else f"{after[key] / before[key]:.2f}x"
-        figures = (significant(before[key] / unit), significant(after[key] / unit))
-        rows.append((label, *figures, ratio, told))
-    if before["ci"]:
-        rows.append(("ms, 95%", *("..".join(map(significant, row["ci"])) for row in (before, after)), "", ""))
+        told = budget.verdict or "not judged" if metric == budget.metric else ""
+        ratio = "waiting" if metric == "latency" and result.waiting else f"{after / before:.2f}x"
+        rows.append((label, significant(before / unit), significant(after / unit), ratio, told))
+    if result.before.ci and result.after.ci:
+        ends = ("..".join(map(significant, ci)) for ci in (result.before.ci, result.after.ci))
+        rows.append(("ms, 95%", *ends, "", ""))
     return rows
 
 
-def _blocks(console: Console, data: Doc) -> None:
-    rows = []
-    for row in data["blocks"]:
-        old, new = row["before"], row["after"]
+def _blocks(console: Console, blocks: Sequence[Block]) -> None:
+    rows: list[Sequence[str]] = []
+    for row in blocks:
+        old, new = row.before, row.after
         if new is None:
-            rows.append((row["block"], "removed", *[""] * 5))
+            rows.append((row.block, "removed", *[""] * 5))
         elif old != new:
-            rows.append((row["block"], *(change(width(old, key), width(new, key)) for key in WIDTHS)))
+            rows.append((row.block, *(change(width(old, name), width(new, name)) for name in WIDTHS)))
     if rows:
         print_table(console, BLOCKS, rows, "prune.json has them")
 
 
-def _savings(console: Console, data: Doc) -> None:
-    rows = []
-    for row in data.get("costs") or ():
-        saves, rate = (f"{row['ms']:.3f}", significant(1e9 * row["rate"])) if row["shown"] else (why_not(row), "")
-        rows.append((row["group"], saves, f"{row['ci'][0]:.3f}..{row['ci'][1]:.3f}", rate))
+def _savings(console: Console, costs: Sequence[Saving]) -> None:
+    rows: list[Sequence[str]] = []
+    for saving in costs:
+        saves, rate = f"{saving.ms:.3f}", significant(1e9 * saving.rate)
+        if not saving.shown:
+            saves, rate = saving.why_not, ""
+        rows.append((saving.group, saves, f"{saving.ci[0]:.3f}..{saving.ci[1]:.3f}", rate))
     if rows:
         print_table(console, COSTS, rows, "prune.json has them")
 
 
-def width(widths: Doc, key: str) -> str:
+def width(widths: BlockWidths, name: str) -> str:
     """A width as it is; of heads that differ the least and the most."""
-    low, high = widths.get(f"{key}_range", (widths[key], widths[key]))
-    if key == "ratio":
+    low, high = widths.ends(name)
+    if name == "ratio":
         return f"{low:.2f}"
     return f"{low:,.0f}" if low == high else f"{low:,.0f}..{high:,.0f}"
 

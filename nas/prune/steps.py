@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from nas.errors import UserError
+from nas.export.card import Card
 from nas.export.folder import save_weights
 from nas.export.side_by_side import Longer, Network, Results, measure_side_by_side
-from nas.intervals import Interval, agreement, of_difference
 from nas.measure.budget import LatencyBudget, Verdict
 from nas.measure.runtime import Settings
 from nas.measure.samples import MeasureError, Measurement, paired_ratio, quanta, quanta_line
 from nas.prune.images import PruneJob
+from nas.prune.records import Judged, Kept
 from nas.prune.words import passes
 from nas.units import counted
 
@@ -98,9 +99,9 @@ def latency_verdict(
     return LatencyBudget(budget.amount * (before.p50_ms if budget.relative else 1)).judge(interval), interval
 
 
-def worse_after_tuning(found: Mapping[str, Any]) -> bool:
+def worse_after_tuning(recovered: Judged, pruned: Judged) -> bool:
     """Whether fine-tuning was a loss: the 95% interval of the difference, image by image, is below 0."""
-    return beside(found["recovered"], found["pruned"])["verdict"] == "less accurate"
+    return recovered.minus(pruned).verdict == "less accurate"
 
 
 def train_briefly(job: PruneJob, model: nn.Module) -> None:
@@ -140,15 +141,21 @@ def tune_control(job: PruneJob, request: PruneRequest, load: Callable[[], nn.Mod
     job.accuracy(model, "control")
 
 
-def judge_tuned(job: PruneJob, model: nn.Module) -> str:
-    """Judge the fine-tuned network, if it was; returns which weights are kept, by their key in `ACCURACIES`."""
+def judge_tuned(job: PruneJob, model: nn.Module) -> Kept:
+    """Judge the fine-tuned network, if it was; returns which weights are kept."""
     if not job.state.found.get("tuned_images"):
         return "pruned"
     job.accuracy(model, "recovered")
-    if not worse_after_tuning(job.state.found):
+    if not worse_after_tuning(job.judged("recovered"), job.judged("pruned")):
         return "recovered"
     job.note("fine-tuning lowered the accuracy: the weights before it are kept; try more --finetune epochs")
     return "pruned"
+
+
+def card_of(job: PruneJob, kept: Kept) -> Card:
+    """What model.onnx says of itself, with the accuracy of what is kept."""
+    judged = job.judged(kept)
+    return Card.of(job.data, judged.top1, judged.images)
 
 
 def say_plan(job: PruneJob, request: PruneRequest, untrained: bool) -> None:
@@ -169,16 +176,3 @@ def brief_line(job: PruneJob) -> str:
     """What is said of a network that is trained here first."""
     trained = f"the network is briefly trained on {passes(BRIEF_IMAGES, len(job.data.train))} of {job.data.name}"
     return f"{trained}: its figures say nothing of ImageNet"
-
-
-def beside(first_row: Mapping[str, Any], other_row: Mapping[str, Any]) -> dict[str, Any]:
-    """Points of top-1 that the first network has more than the other one.
-
-    first_row, other_row: as `PruneJob.accuracy` keeps them. ci: the 95% interval, image by image; where an earlier
-    version did not keep each answer, as if they were judged on different images: too wide rather than too narrow.
-    """
-    (one, first), (other, second) = ((row["top1"], Interval(*row["ci"])) for row in (first_row, other_row))
-    hits = ([[digit == "1" for digit in row["hits"]]] if row.get("hits") else [] for row in (first_row, other_row))
-    interval = of_difference(one, first, other, second, agreement(*hits)).clipped(-100.0, 100.0)
-    verdict = "tie" if interval.holds(0) else "more accurate" if one > other else "less accurate"
-    return {"difference": one - other, "ci": [interval.low, interval.high], "verdict": verdict}

@@ -3,48 +3,95 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pruning.units import Anatomy, Scores
     from search_spaces import Arch
 
 
-def importance_rows(parts: Anatomy, scores: Scores) -> list[dict[str, Any]]:
-    """A row for each knob of the whole network: its units, their importance, and what they cost together."""
+@dataclass(frozen=True)
+class Importance:
+    """A knob (see `pruning.units.Knob`) of the whole network: what it is worth, and what it costs."""
+
+    name: str
+    kind: str
+    """A key of `pruning.units.KNOB_KINDS`."""
+    units: int
+    importance: float
+    """Of all its units together."""
+    least: float
+    """Importance of its least important unit."""
+    most: float
+    macs: float
+    """Multiply-accumulates that the network would save without it."""
+
+
+@dataclass(frozen=True)
+class BlockWidths:
+    """Widths of a block. qk and v: dims of a head, means over its heads."""
+
+    embed: int
+    heads: int
+    qk: float
+    v: float
+    ffn: int
+    """Hidden units of all its FFNs."""
+    ratio: float
+    """ffn over embed."""
+    qk_range: tuple[int, int] | None = None
+    """The least and the most of its heads; None in results of earlier versions."""
+    v_range: tuple[int, int] | None = None
+
+    def ends(self, name: str) -> tuple[float, float]:
+        """The least and the most of a width, by its name here: of heads that differ two figures."""
+        value: float = getattr(self, name)
+        ends: tuple[float, float] | None = getattr(self, f"{name}_range", None)
+        return ends or (value, value)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block by the path it had before pruning. after: None where it was removed."""
+
+    block: str
+    before: BlockWidths
+    after: BlockWidths | None
+
+
+def importance_rows(parts: Anatomy, scores: Scores) -> list[Importance]:
+    """A row for each knob of the whole network."""
     from pruning.allocation import Costs
 
     costs = Costs(parts, "macs")
     rows = []
     for knob in parts.knobs:
         values = knob.importance(scores).sum(axis=0)
-        rows.append(
-            {
-                "name": knob.name,
-                "kind": knob.kind,
-                "units": knob.size,
-                "importance": float(values.sum()),
-                "least": float(values.min()),
-                "most": float(values.max()),
-                "macs": -costs.difference(knob, -knob.size, parts.sizes, ()),
-            }
-        )
+        macs = -costs.difference(knob, -knob.size, parts.sizes, ())
+        total, least, most = float(values.sum()), float(values.min()), float(values.max())
+        rows.append(Importance(knob.name, knob.kind, knob.size, total, least, most, macs))
     return rows
 
 
-def block_rows(before: Arch, after: Arch, origins: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Widths of every block of `before` and of what became of it, by the path it had; `after` is None where it went."""
+def block_rows(before: Arch, after: Arch, origins: Mapping[str, str]) -> tuple[Block, ...]:
+    """Every block of `before`, and what became of it. origins: paths in `after` -> paths in `before`, where they
+    differ."""
     left = {origins.get(path, path): widths for path, widths in block_widths(after).items()}
-    return [{"block": path, "before": widths, "after": left.get(path)} for path, widths in block_widths(before).items()]
+    return tuple(Block(path, widths, left.get(path)) for path, widths in block_widths(before).items())
 
 
-def block_widths(arch: Arch) -> dict[str, dict[str, float]]:
-    """embed, heads, qk and v (per head: means; in qk_range and v_range the least and the most), ffn (hidden units in
-    all) and ratio (ffn / embed), by block path."""
+def block_widths(arch: Arch) -> dict[str, BlockWidths]:
+    """Widths of every block, by its path."""
     from search_spaces import table
 
-    found: dict[str, dict[str, list[int]]] = {}
     sizes = {name: width.size for name, width in table(arch).widths().items()}
+    return {block: _widths(block, found, sizes) for block, found in _by_block(sizes).items()}
+
+
+def _by_block(sizes: Mapping[str, int]) -> dict[str, dict[str, list[int]]]:
+    """Sizes of each block's widths, by what they are."""
+    found: dict[str, dict[str, list[int]]] = {}
     for name, size in sizes.items():
         *path, last = name.split(".")
         for i, part in enumerate(path):
@@ -55,22 +102,24 @@ def block_widths(arch: Arch) -> dict[str, dict[str, float]]:
                     key = "v"  # in a cascade, what a head reads is as wide as the values of the head before it
                 found.setdefault(block, {}).setdefault(key, []).append(size)
                 break
-    rows = {}
-    for block, widths in found.items():
-        stage = stage_of(block)
-        embed = sizes[f"{stage}.embed" if stage else "embed"]
-        heads = widths.get("heads", [0])[0]
-        each = {key: widths.get(key, [0]) for key in ("qk", "v")}
-        ffn = sum(widths.get("ffn", []))
-        rows[block] = {
-            "embed": embed,
-            "heads": heads,
-            **{key: sum(of_heads) / len(of_heads) for key, of_heads in each.items()},
-            **{f"{key}_range": [min(of_heads), max(of_heads)] for key, of_heads in each.items()},
-            "ffn": ffn,
-            "ratio": ffn / embed,
-        }
-    return rows
+    return found
+
+
+def _widths(block: str, widths: Mapping[str, list[int]], sizes: Mapping[str, int]) -> BlockWidths:
+    stage = stage_of(block)
+    embed = sizes[f"{stage}.embed" if stage else "embed"]
+    qk, v = (widths.get(key, [0]) for key in ("qk", "v"))
+    ffn = sum(widths.get("ffn", []))
+    return BlockWidths(
+        embed=embed,
+        heads=widths.get("heads", [0])[0],
+        qk=sum(qk) / len(qk),
+        v=sum(v) / len(v),
+        ffn=ffn,
+        ratio=ffn / embed,
+        qk_range=(min(qk), max(qk)),
+        v_range=(min(v), max(v)),
+    )
 
 
 def stage_of(path: str) -> str:

@@ -3,44 +3,10 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-Doc = Mapping[str, Any]
-
-
-def next_steps(folder: Path, data: Doc) -> list[tuple[str, str]]:
-    """What is useful now, and the command for it, the most useful first."""
-    here, model, settings = shlex.quote(str(folder)), shlex.quote(data["model"]), data["settings"]
-    flags = {"device": "device", "runtime": "runtime", "threads": "threads", "batch-size": "batch_size"}
-    on = " ".join(f"--{flag} {settings[key]}" for flag, key in flags.items())
-    demo = ("Figures that count, on your own images", f"vitnas prune --model {model} --data ./images")
-    if not data["blocks"]:
-        bench = f"vitnas bench {model}@{data['resolution']} {here}/model.onnx {on}"
-        return [("Measure both again, side by side", bench), *[demo] * data["data"]["demo"]]
-    steps = [("Measure both again, side by side", f"vitnas bench {model} {here} {on}")]
-    weights = f"--weights {here}/model.safetensors"
-    if data["data"]["demo"]:
-        steps.append(demo)
-    else:
-        images = f"--data {shlex.quote(data['options']['data'])}"
-        steps.append(("Train it further", f"vitnas train {here} {weights} {images}"))
-    batch = 8 if settings["batch_size"] == 1 else 1
-    steps.append(
-        ("Export it for another batch size", f"vitnas export {here} {weights} --batch-size {batch} --out exported")
-    )
-    own = "" if data["data"]["demo"] else f" {images}"
-    steps.append(("Cut it further", f"vitnas prune --model {here}{own} --macs 0.8x"))
-    return steps
-
-
-ACCURACIES = {
-    "before": "before pruning",
-    "pruned": "right after pruning",
-    "recovered": "pruned, fine-tuned",
-    "control": "unpruned, fine-tuned alike",
-}
+from nas.prune.records import Difference, PruneResult
 
 
 def passes(images: int, train: int) -> str:
@@ -49,18 +15,45 @@ def passes(images: int, train: int) -> str:
     return f"{images:,} images{over}"
 
 
-def tuning_words(data: Doc) -> str:
-    """What fine-tuning has done to the pruned network's accuracy."""
-    old, new = (data["accuracy"][which]["top1"] for which in ("pruned", "recovered"))
-    verdict = {"tie": "a tie", "more accurate": "a gain", "less accurate": "a loss"}[data["tuning"]["verdict"]]
-    low, high = data["tuning"]["ci"]
+def tuning_words(result: PruneResult) -> str | None:
+    """What fine-tuning has done to the pruned network's accuracy; None where there was none."""
+    recovered = result.accuracy.recovered
+    if result.tuning is None or recovered is None:
+        return None
+    old, new = result.accuracy.pruned.top1, recovered.top1
+    verdict = {"tie": "a tie", "more accurate": "a gain", "less accurate": "a loss"}[result.tuning.verdict]
+    low, high = result.tuning.ci
     change = f"{new - old:+.1f} points, 95%: {low:+.1f} to {high:+.1f}"
     return f"fine-tuning changed it from {old:.1f} to {new:.1f}%: {verdict} ({change})"
 
 
-def control_words(control: Doc) -> str:
+def control_words(control: Difference) -> str:
     """How the pruned network compares with the unpruned one that was fine-tuned alike."""
-    low, high = control["ci"]
-    verdict = "a tie" if control["verdict"] == "tie" else f"the pruned one is {control['verdict']}"
-    points = f"{control['difference']:+.1f} points (95%: {low:+.1f} to {high:+.1f})"
+    low, high = control.ci
+    verdict = "a tie" if control.verdict == "tie" else f"the pruned one is {control.verdict}"
+    points = f"{control.difference:+.1f} points (95%: {low:+.1f} to {high:+.1f})"
     return f"pruned minus unpruned, fine-tuned alike: {points}: {verdict}"
+
+
+def next_steps(folder: Path, result: PruneResult) -> list[tuple[str, str]]:
+    """What is useful now, and the command for it, the most useful first."""
+    here, model, settings = shlex.quote(str(folder)), shlex.quote(result.model), asdict(result.settings)
+    flags = {"device": "device", "runtime": "runtime", "threads": "threads", "batch-size": "batch_size"}
+    on = " ".join(f"--{flag} {settings[key]}" for flag, key in flags.items())
+    demo = ("Figures that count, on your own images", f"vitnas prune --model {model} --data ./images")
+    if not result.parts.blocks:
+        bench = f"vitnas bench {model}@{result.parts.resolution} {here}/model.onnx {on}"
+        return [("Measure both again, side by side", bench), *[demo] * result.data.demo]
+    steps = [("Measure both again, side by side", f"vitnas bench {model} {here} {on}")]
+    weights = f"--weights {here}/model.safetensors"
+    images = f" --data {shlex.quote(result.options.data)}" if result.options.data and not result.data.demo else ""
+    if result.data.demo:
+        steps.append(demo)
+    else:
+        steps.append(("Train it further", f"vitnas train {here} {weights}{images}"))
+    batch = 8 if settings["batch_size"] == 1 else 1
+    steps.append(
+        ("Export it for another batch size", f"vitnas export {here} {weights} --batch-size {batch} --out exported")
+    )
+    steps.append(("Cut it further", f"vitnas prune --model {here}{images} --macs 0.8x"))
+    return steps

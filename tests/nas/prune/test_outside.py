@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 import nas.prune
+import nas.prune.figures
 import nas.prune.images
 import nas.prune.outside
-import nas.prune.report
 import nas.prune.run
 from nas.measure.samples import Measurement
 from nas.prune import steps
@@ -45,7 +45,7 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nas.prune.outside, "_closing_run", closing_run)
     monkeypatch.setattr(steps, "BRIEF_IMAGES", 48)
     monkeypatch.setattr(nas.prune.images, "CALIBRATION_IMAGES", 16)
-    monkeypatch.setattr(nas.prune.report, "png_of", lambda figure: b"")
+    monkeypatch.setattr(nas.prune.figures, "png_of", lambda figure: b"")
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def test_tuning_that_harms_is_not_kept(vitnas, words, tmp_path: Path, monkeypatc
 
     def accuracy(job: PruneJob, model, which: str) -> None:
         ci = [told[which] - 5, told[which] + 5]
-        job.state.found[which] = {"top1": told[which], "ci": ci, "loss": 1.0, "images": 10}
+        job.state.found[which] = {"top1": told[which], "ci": ci, "loss": 1.0, "images": 10, "hits": ""}
 
     closing_run = nas.prune.outside._closing_run
     monkeypatch.setattr(PruneJob, "accuracy", accuracy)

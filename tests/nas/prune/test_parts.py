@@ -1,4 +1,4 @@
-"""What `nas.prune.run` decides, without pruning anything: verdicts, the control, what is said beforehand."""
+"""What `nas.prune` decides, without pruning anything: verdicts, the control, what is said beforehand."""
 
 from __future__ import annotations
 
@@ -17,15 +17,14 @@ import nas.prune.steps
 from nas.errors import UserError
 from nas.export import side_by_side
 from nas.intervals import of_share
-from nas.job import Job
 from nas.measure.budget import Verdict
 from nas.measure.runtime import Settings
 from nas.measure.samples import Measurement
+from nas.prune.images import PruneJob
+from nas.prune.records import Judged, NetworkRow
 from nas.prune.request import PruneRequest, parse_pruning_budget, show
-from nas.prune.results import PARTS, network_row
-from nas.prune.run import trained_on
+from nas.prune.source import trained_on
 from nas.prune.steps import (
-    beside,
     closing_run,
     latency_verdict,
     say_plan,
@@ -56,7 +55,7 @@ def test_a_share_is_judged_by_the_paired_ratio() -> None:
 def test_a_damaged_result_is_one_line(tmp_path: Path, content: str) -> None:
     (tmp_path / "prune.json").write_text(content)
     with pytest.raises(UserError, match=r"prune\.json is damaged: give another --out"):
-        Job(tmp_path, {}, print, print, "cpu").read_result(*PARTS)
+        PruneJob(tmp_path, {}, print, print, "cpu").read()
 
 
 def test_waiting_times_judge_no_budget(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,7 +65,7 @@ def test_waiting_times_judge_no_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     assert waiting_line({"before": quiet, "after": quiet}, SETTINGS) is None
     assert "waiting times, not speed" in waiting_line({"before": quiet, "after": waits}, SETTINGS)
     assert latency_verdict(budget, {"before": quiet, "after": waits}) == (None, None)
-    assert [network_row(1, 1, found, SETTINGS)["waiting"] for found in (quiet, waits)] == [False, True]
+    assert [NetworkRow.of(1, 1, found, SETTINGS).waiting for found in (quiet, waits)] == [False, True]
 
 
 @pytest.mark.parametrize(("noisy", "made", "verdict"), [(0, 1, "fits"), (1, 2, "fits"), (9, 4, "unsure")])
@@ -152,13 +151,13 @@ def test_no_control_is_said() -> None:
 
 
 def test_a_tie_with_the_control_is_called_one() -> None:
-    pruned = {"top1": 56.0, "ci": [48.7, 63.1]}
-    found = beside(pruned, {"top1": 58.1, "ci": [50.8, 65.1]})
-    assert found["verdict"] == "tie"
-    assert found["difference"] == pytest.approx(-2.1)
-    assert found["ci"][0] < 0 < found["ci"][1]
-    assert beside(pruned, {"top1": 90.0, "ci": [85.0, 93.0]})["verdict"] == "less accurate"
-    assert beside(pruned, {"top1": 20.0, "ci": [15.0, 26.0]})["verdict"] == "more accurate"
+    pruned = Judged(56.0, (48.7, 63.1), 1.0, 180)
+    found = pruned.minus(Judged(58.1, (50.8, 65.1), 1.0, 180))
+    assert found.verdict == "tie"
+    assert found.difference == pytest.approx(-2.1)
+    assert found.ci[0] < 0 < found.ci[1]
+    assert pruned.minus(Judged(90.0, (85.0, 93.0), 1.0, 180)).verdict == "less accurate"
+    assert pruned.minus(Judged(20.0, (15.0, 26.0), 1.0, 180)).verdict == "more accurate"
 
 
 def test_the_control_is_compared_image_by_image() -> None:
@@ -167,11 +166,10 @@ def test_the_control_is_compared_image_by_image() -> None:
     for name, correct in (("pruned", 100), ("control", 110)):
         ci = of_share(correct / 2, 200)
         hits = "1" * correct + "0" * (200 - correct)
-        rows[name] = {"top1": correct / 2, "ci": [ci.low, ci.high], "hits": hits}
-    assert beside(rows["pruned"], rows["control"])["verdict"] == "less accurate"
-    assert worse_after_tuning({"recovered": rows["pruned"], "pruned": rows["control"]})
-    rows["pruned"].pop("hits")
-    assert beside(rows["pruned"], rows["control"])["verdict"] == "tie"
+        rows[name] = Judged(correct / 2, (ci.low, ci.high), 1.0, 200, hits)
+    assert rows["pruned"].minus(rows["control"]).verdict == "less accurate"
+    assert worse_after_tuning(rows["pruned"], rows["control"])
+    assert replace(rows["pruned"], hits="").minus(rows["control"]).verdict == "tie"
 
 
 def test_the_plan_is_told_first() -> None:

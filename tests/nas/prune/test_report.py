@@ -17,11 +17,13 @@ from markupsafe import escape
 from matplotlib.colors import to_hex
 
 import nas.prune
-import nas.prune.report
+import nas.prune.figures
 from nas.errors import DiskFull
 from nas.export.card import CLASSIFY
 from nas.measure.budget import LatencyBudget
-from nas.prune.report import BEFORE, CUT, GROWN, SAME, write_report
+from nas.prune.figures import BEFORE, CUT, GROWN, SAME
+from nas.prune.records import PruneResult
+from nas.prune.report import write_report
 from nas.prune.savings import Saving
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 DIGITS = "digits (scikit-learn, 1,797 images of 8x8 pixels)"
 FITS = {"verdict": "fits", "interval": None, "met": True}
+SETTINGS = {"runtime": "onnxruntime", "device": "cpu", "threads": 2, "batch_size": 1, "precision": "fp32"}
 PIXEL = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg==")
 
 
@@ -46,6 +49,7 @@ def network(params: int, macs: int, ms: float, stem: int, squeezed: int, embeds:
         "ci": [0.98 * ms, 1.02 * ms],
         "samples": 900,
         "throughput": 1000 / ms,
+        "waiting": False,
         "arch": {
             "stem": [stem, 32],
             "stages": [
@@ -70,7 +74,7 @@ def knob(name: str, kind: str, units: int, importance: float, macs: float) -> di
 
 
 def invent() -> dict[str, Any]:
-    """A whole result as `nas.prune.run` hands it over: one block removed, attention of another, one thing grown."""
+    """A whole result as prune.json holds it: one block removed, attention of another, one thing grown."""
     return {
         "model": "efficientvit_fixture",
         "family": "efficientvit",
@@ -88,8 +92,13 @@ def invent() -> dict[str, Any]:
             "distill": False,
             "data": "images/flowers",
             "seed": 7,
+            "model": "efficientvit_fixture",
+            "budget": {"metric": "macs", "amount": 0.5, "relative": True, "text": "0.5x"},
+            "settings": SETTINGS,
+            "weights": "timm",
+            "num_classes": None,
         },
-        "settings": {"runtime": "onnxruntime", "device": "cpu", "threads": 2, "batch_size": 1, "precision": "fp32"},
+        "settings": SETTINGS,
         "hardware": {"cpu": "Fixture CPU @ 2.45 GHz", "pinned": True, "governor": None},
         "data": {
             "name": "images/flowers",
@@ -99,6 +108,12 @@ def invent() -> dict[str, Any]:
             "val": 1020,
             "evaluated": 1020,
             "calibration": 512,
+            "class_names": [],
+            "train_counts": [],
+            "val_counts": [],
+            "validation": "",
+            "left_out": [],
+            "notes": [],
         },
         "weights": "timm",
         "trained_images": 0,
@@ -113,7 +128,10 @@ def invent() -> dict[str, Any]:
             "control": {"top1": 92.0, "top1_ci": [90.2, 93.5], "loss": 0.3, "images": 1020},
         },
         "kept": "recovered",
+        "tuning": None,
         "control": {"difference": -5.3, "ci": [-8.0, -2.6], "verdict": "less accurate"},
+        "waiting": None,
+        "seen": None,
         "rounds": [
             {"round": 1, "target": 212e6, "reached": 211e6, "reallocated": False, "params": 7e6, "macs": 211_000_000},
             {"round": 2, "target": 15e7, "reached": 149e6, "reallocated": True, "params": 5.5e6, "macs": 149_000_000},
@@ -178,7 +196,7 @@ def timed(target: float, reached: float) -> dict[str, Any]:
 
 
 def saving(group: str, macs: int, ms: float) -> dict[str, Any]:
-    return Saving(group, macs, ms, (ms - 0.02, ms + 0.02), 10).row()
+    return Saving(group, macs, ms, (ms - 0.02, ms + 0.02), 10).to_json()
 
 
 class Page(HTMLParser):
@@ -224,11 +242,11 @@ Report = Callable[[dict[str, Any]], Page]
 @pytest.fixture
 def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Report:
     """Write a report without drawing its figures, and read it."""
-    monkeypatch.setattr(nas.prune.report, "_reallocation_plot", lambda data: PIXEL)
-    monkeypatch.setattr(nas.prune.report, "_importance_plot", lambda data: PIXEL)
+    monkeypatch.setattr(nas.prune.figures, "reallocation_plot", lambda data: PIXEL)
+    monkeypatch.setattr(nas.prune.figures, "importance_plot", lambda data: PIXEL)
 
     def write(data: dict[str, Any]) -> Page:
-        write_report(tmp_path, data)
+        write_report(tmp_path, PruneResult.from_json(data, tmp_path))
         return Page((tmp_path / "report.html").read_text(encoding="utf-8"))
 
     return write
@@ -238,13 +256,13 @@ def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Report:
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """The figures as drawn, in order."""
     drawn: list[Figure] = []
-    draw = nas.prune.report.png_of
+    draw = nas.prune.figures.png_of
 
     def png_of(figure: Figure) -> bytes:
         drawn.append(figure)
         return draw(figure)
 
-    monkeypatch.setattr(nas.prune.report, "png_of", png_of)
+    monkeypatch.setattr(nas.prune.figures, "png_of", png_of)
     return drawn
 
 
@@ -622,7 +640,7 @@ def test_the_page_refers_to_nothing_outside_itself(report: Report) -> None:
 @pytest.mark.parametrize("outside", [False, True])
 def test_markup_in_any_text_stays_text(report: Report, outside: bool) -> None:
     evil = "<script>alert(1)</script>\"'&"
-    kept = ("started", "finished", "metric", "name" if not outside else "", "block", "kind")
+    kept = ("started", "finished", "metric", "verdict", "kept", "name" if not outside else "", "block", "kind")
 
     def spoil(value: Any, key: str = "") -> Any:
         if isinstance(value, dict):
@@ -661,7 +679,7 @@ def test_files_are_replaced_whole(report: Report, tmp_path: Path, fill_disk: Cal
     after = {name: (tmp_path / name).read_bytes() for name in names}
     fill_disk()
     with pytest.raises(DiskFull, match="no space left"):
-        write_report(tmp_path, invent())
+        write_report(tmp_path, PruneResult.from_json(invent(), tmp_path))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == after
 
 
@@ -676,7 +694,7 @@ def crosses(panel: Any) -> list[float]:
 
 
 def test_the_reallocation_plot_shows_every_block(tmp_path: Path, figures: list[Figure]) -> None:
-    write_report(tmp_path, invent())
+    write_report(tmp_path, PruneResult.from_json(invent(), tmp_path))
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     images = [base64.b64decode(attrs["src"].partition(",")[2]) for tag, attrs in page.tags if tag == "img"]
     assert len(images) == len(figures) == 2
@@ -699,7 +717,7 @@ def test_the_reallocation_plot_shows_every_block(tmp_path: Path, figures: list[F
 
 
 def test_the_importance_plot_has_a_point_for_every_knob(tmp_path: Path, figures: list[Figure]) -> None:
-    write_report(tmp_path, invent())
+    write_report(tmp_path, PruneResult.from_json(invent(), tmp_path))
     (axes,) = figures[1].axes
     points = [line for line in axes.lines if line.get_linestyle() != "-" or len(line.get_xdata()) == 1]
     drawn = sorted(float(line.get_xdata()[0]) for line in points)
@@ -719,8 +737,9 @@ def test_a_deep_network_without_stages_is_drawn_by_thirds(figures: list[Figure])
     own = widths(192, 3, 64, 64, 768)
     data["blocks"] = [{"block": f"blocks.{i}", "before": own, "after": own} for i in range(24)]
     data["importance"] = [knob(f"blocks.{i}.ffn.hidden", "ffn", 768, 0.1, 1e7) for i in range(24)]
-    nas.prune.report._reallocation_plot(data)
-    nas.prune.report._importance_plot(data)
+    result = PruneResult.from_json(data, Path())
+    nas.prune.figures.reallocation_plot(result)
+    nas.prune.figures.importance_plot(result.parts)
     ticks = [label for label in figures[0].axes[3].get_xticklabels() if label.get_text()]
     assert [label.get_text() for label in ticks] == [str(i) for i in range(24)]
     boxes = [label.get_window_extent() for label in ticks]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import nas.prune
+import nas.prune.figures
 import nas.prune.images
-import nas.prune.report
-import nas.prune.run
+import nas.prune.rounds
 import nas.prune.steps
 import nas.prune.widths
 from nas.errors import UserError
@@ -58,7 +59,7 @@ def fake_clock(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return found
 
     monkeypatch.setattr(side_by_side, "compare", compare)
-    monkeypatch.setattr(nas.prune.report, "png_of", lambda figure: b"")
+    monkeypatch.setattr(nas.prune.figures, "png_of", lambda figure: b"")
     return runs
 
 
@@ -333,7 +334,7 @@ def test_interrupted_runs_go_on_after_the_last_round(vitnas, images, tmp_path, f
     command = words(tmp_path / "net", tmp_path / "out", "--data", str(images), "--finetune", "0")
     assert vitnas(*words(tmp_path / "net", tmp_path / "whole", "--data", str(images), "--finetune", "0"))[0] == 0
 
-    scores = nas.prune.run.Pruning._scores
+    scores = nas.prune.rounds.Rounds._scores
     scored = []
 
     def stop_in_round_3(self, model, what):
@@ -342,7 +343,7 @@ def test_interrupted_runs_go_on_after_the_last_round(vitnas, images, tmp_path, f
             raise KeyboardInterrupt
         return scores(self, model, what)
 
-    monkeypatch.setattr(nas.prune.run.Pruning, "_scores", stop_in_round_3)
+    monkeypatch.setattr(nas.prune.rounds.Rounds, "_scores", stop_in_round_3)
     code, _, said = vitnas(*command)
     assert code == 130
     assert "interrupted" in said
@@ -526,26 +527,26 @@ def test_widths_of_blocks():
     raw["stages"][0]["blocks"][0]["attn"]["heads"][3]["value_dim"] = 64
     rows = nas.prune.widths.block_widths(Arch.from_json(json.dumps(raw)))
     found = {"embed": 128, "heads": 4, "qk": 16, "v": 40, "ffn": 512, "ratio": 4}
-    assert rows["stages.0.blocks.0"] == found | {"qk_range": [16, 16], "v_range": [32, 64]}
-    assert rows["stages.1.blocks.0"]["v"] == 64
-    assert nas.prune.widths.block_widths(get_arch("levit_128s"))["stages.1.blocks.2"] == {
+    assert asdict(rows["stages.0.blocks.0"]) == found | {"qk_range": (16, 16), "v_range": (32, 64)}
+    assert rows["stages.1.blocks.0"].v == 64
+    assert asdict(nas.prune.widths.block_widths(get_arch("levit_128s"))["stages.1.blocks.2"]) == {
         "embed": 256,
         "heads": 6,
         "qk": 16,
         "v": 32,
         "ffn": 512,
         "ratio": 2,
-        "qk_range": [16, 16],
-        "v_range": [32, 32],
+        "qk_range": (16, 16),
+        "v_range": (32, 32),
     }
-    assert nas.prune.widths.block_widths(get_arch("deit_tiny"))["blocks.11"]["ffn"] == 768
+    assert nas.prune.widths.block_widths(get_arch("deit_tiny"))["blocks.11"].ffn == 768
 
 
 def test_tuning_that_harms_is_not_kept(vitnas, images, tmp_path, fake_clock, monkeypatch):
     trained(images, tmp_path / "net")
     command = words(tmp_path / "net", tmp_path / "plain", "--data", str(images), "--finetune", "0", "--rounds", "1")
     assert vitnas(*command)[0] == 0
-    monkeypatch.setattr(steps, "worse_after_tuning", lambda found: True)
+    monkeypatch.setattr(steps, "worse_after_tuning", lambda recovered, pruned: True)
     command = words(tmp_path / "net", tmp_path / "tuned", "--data", str(images), "--finetune", "1", "--rounds", "1")
     code, _, said = vitnas(*command)
     assert code == 0

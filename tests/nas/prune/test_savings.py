@@ -51,7 +51,7 @@ def test_noise_is_no_saving(parts: Anatomy) -> None:
     assert found[noisy].ci[0] < 0 < found[noisy].ci[1]
     assert not found[noisy].shown
     assert not found[slower].shown
-    known = rates([saving.row() for saving in savings])
+    known = rates(savings)
     assert known[noisy] == known[slower] == 0
     assert all(rate > 0 for group, rate in known.items() if group not in (noisy, slower))
 
@@ -74,7 +74,7 @@ def test_only_what_is_unsure_is_measured_longer(parts: Anatomy) -> None:
 
 def test_groups_left_alone_are_named_by_the_reason() -> None:
     kinds = {"a": (9, 0.1, 0.3), "b": (9, -0.1, 0.3), "c": (9, -0.3, -0.1), "d": (0, -0.1, 0.3), "e": (9, -0.2, 0.1)}
-    rows = [Saving(name, macs, 0.1, ends, 40).row() for name, (macs, *ends) in kinds.items()]
+    rows = [Saving(name, macs, 0.1, (*ends,), 40) for name, (macs, *ends) in kinds.items()]
     assert left_alone(rows) == (
         "left alone, 4 of 5 groups: no saving shown, though measured twice (95% interval of the saving holds 0): b, e; "
         "slower when halved: c; no MACs saved: d"
@@ -83,7 +83,7 @@ def test_groups_left_alone_are_named_by_the_reason() -> None:
 
 
 def test_what_a_row_holds() -> None:
-    row = Saving("stages.0 ffn", 1000, 0.1, (-0.1, 0.3), 40).row()
+    row = Saving("stages.0 ffn", 1000, 0.1, (-0.1, 0.3), 40).to_json()
     assert json.loads(json.dumps(row)) == row
     assert row["ci"] == [-0.1, 0.3]
     assert not row["shown"]

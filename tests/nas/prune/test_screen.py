@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-import nas.prune
 import nas.prune.screen
+from nas.prune.records import PruneResult
 from nas.prune.savings import Saving
 from nas.prune.screen import change, count_rows, grown_line, headline, show_prune, width
+from nas.prune.widths import BlockWidths
 from nas.prune.words import tuning_words
 
 
@@ -33,16 +35,37 @@ def invent(**budget: Any) -> dict[str, Any]:
     accuracy = {"top1": 56.0, "top1_ci": [48.7, 63.1], "loss": 1.0, "images": 1_180}
     return {
         "model": "efficientvit_m4",
+        "family": "efficientvit",
         "resolution": 64,
-        "data": {"demo": False},
-        "options": {"data": "images/flowers"},
+        "command": "vitnas prune",
+        "started": "2026-01-02T10:00:00+00:00",
+        "finished": "2026-01-02T10:04:41+00:00",
+        "data": {
+            **{"name": "images/flowers", "demo": False, "classes": 102, "train": 6149, "val": 1180},
+            **{"evaluated": 1180, "calibration": 512},
+        },
+        "options": {
+            "model": "efficientvit_m4",
+            "budget": {"metric": "latency", "amount": 9.5, "relative": False, "text": "9.5ms"},
+            "settings": {},
+            "data": "images/flowers",
+        },
         "settings": {"device": "cpu", "runtime": "onnxruntime", "threads": 1, "batch_size": 1},
+        "hardware": {},
+        "weights": None,
+        "trained_images": 0,
+        "tuned_images": 6149,
+        "kept": "recovered",
+        "rounds": [],
+        "notes": [],
+        "phases": {},
+        "importance": [],
         "blocks": [row("stages.0.blocks.0", (32, 32), 904), row("stages.2.blocks.11", (48, 56), 1_200)],
         "before": network(8_800_000, 1_150_000_000, 12.4),
         "after": network(5_500_000, 904_000_000, 9.51),
         "costs": [
-            Saving("stages.0 ffn", 1_000_000, 0.5, (0.4, 0.6), 10).row(),
-            Saving("stages.1 blocks attn", 1_000_000, 0.01, (-0.123, 0.2), 40).row(),
+            Saving("stages.0 ffn", 1_000_000, 0.5, (0.4, 0.6), 10).to_json(),
+            Saving("stages.1 blocks attn", 1_000_000, 0.01, (-0.123, 0.2), 40).to_json(),
         ],
         "budget": {
             "metric": "latency",
@@ -59,6 +82,10 @@ def invent(**budget: Any) -> dict[str, Any]:
     }
 
 
+def result_of(data: dict[str, Any]) -> PruneResult:
+    return PruneResult.from_json(data, Path())
+
+
 @pytest.fixture
 def shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def show(data: dict[str, Any], columns: int, terminal: bool) -> str:
@@ -69,7 +96,7 @@ def shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(nas.prune.screen, "console_of", lambda to_stderr: console)
         for name in ("model.onnx", "report.html"):
             (tmp_path / name).touch()
-        show_prune(data, tmp_path, False)
+        show_prune(result_of(data), tmp_path, False)
         return out.getvalue()
 
     return show
@@ -99,17 +126,20 @@ def test_no_figure_is_cut_at_any_width(shown, tmp_path: Path, columns: int, term
 
 def test_the_headline_follows_the_verdict() -> None:
     data = invent()
-    assert "may be met or not, too close to tell (9.51 ms for 9.50 ms, 95%: 9.32 to 9.70 ms" in headline(data["budget"])
-    assert "9.5ms: met (" in headline(invent(verdict="fits")["budget"])
-    assert "9.5ms: NOT met (" in headline(invent(verdict="over")["budget"])
-    assert headline(invent(reached=None, verdict=None)["budget"]).endswith("not measured")
-    assert [row[-1] for row in count_rows(data)] == ["", "", "unsure", ""]
+    assert "may be met or not, too close to tell (9.51 ms for 9.50 ms, 95%: 9.32 to 9.70 ms" in headline(
+        result_of(data).budget
+    )
+    assert "9.5ms: met (" in headline(result_of(invent(verdict="fits")).budget)
+    assert "9.5ms: NOT met (" in headline(result_of(invent(verdict="over")).budget)
+    assert headline(result_of(invent(reached=None, verdict=None)).budget).endswith("not measured")
+    assert [row[-1] for row in count_rows(result_of(data))] == ["", "", "unsure", ""]
 
 
 def test_widths() -> None:
     """Of heads that differ both ends are shown: a mean is no width that any of them has."""
-    assert width({"v": 50, "v_range": [48, 56]}, "v") == "48..56"
-    assert width({"v": 50}, "v") == "50"
+    widths = BlockWidths(embed=320, heads=4, qk=16, v=50, ffn=1_150, ratio=3.59, v_range=(48, 56))
+    assert width(widths, "v") == "48..56"
+    assert width(replace(widths, v_range=None), "v") == "50"
     assert change("1,150", "904") == "1,150 -> 904"
     assert change("16", "16") == "16"
 
@@ -123,8 +153,8 @@ def test_waiting_times_are_no_result(shown) -> None:
     text = shown(data | {"waiting": "other processes keep 2.0 of 2 CPUs busy"}, 120, False)
     assert text.startswith("Other processes keep 2.0 of 2 CPUs busy.")
     assert "The latencies are a tie" not in text
-    assert count_rows(data | {"waiting": "busy"})[2] == ("ms", "12.4", "12.4", "waiting", "not judged")
-    assert headline(data["budget"]).endswith("not judged, the latencies are waiting times")
+    assert count_rows(result_of(data | {"waiting": "busy"}))[2] == ("ms", "12.4", "12.4", "waiting", "not judged")
+    assert headline(result_of(data).budget).endswith("not judged, the latencies are waiting times")
 
 
 @pytest.mark.parametrize(
@@ -137,7 +167,7 @@ def test_what_fine_tuning_did_is_said(shown, verdict: str, said: str) -> None:
         which: accuracy[which] | {"top1": top1} for which, top1 in (("pruned", 54.2), ("recovered", 50.0))
     }
     line = f"fine-tuning changed it from 54.2 to 50.0%: {said} (-4.2 points, 95%: -9.0 to +0.6)"
-    assert tuning_words(data) == line
+    assert tuning_words(result_of(data)) == line
     assert line in " ".join(shown(data, 60, True).split())
 
 
@@ -145,4 +175,4 @@ def test_widths_that_grew_are_named(shown) -> None:
     data = invent()
     line = "Parameters were reallocated: v, FFN grew; --no-reallocate leaves that out."
     assert line in " ".join(shown(data, 60, True).split())
-    assert grown_line(data | {"blocks": data["blocks"][:1]}) is None
+    assert grown_line(result_of(data).parts.blocks[:1]) is None

@@ -1,0 +1,79 @@
+"""The network that is pruned, and where its weights come from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nas.errors import UserError
+from nas.networks.targets import find_target
+from nas.networks.weights import create_quietly
+from nas.prune import steps
+from nas.prune.images import PruneJob
+from nas.prune.request import PruneRequest
+
+if TYPE_CHECKING:
+    from search_spaces import Arch
+    from search_spaces.network import Network
+
+
+def find_source(job: PruneJob, request: PruneRequest) -> tuple[Arch, str | Path | None]:
+    """The network's Arch, and its weights: "timm", a file, or None for random ones.
+
+    Raises:
+        UserError: there is no such network, or it has no Arch.
+    """
+    target = find_target(request.model)
+    if target.folder is not None and request.data is None and (known := trained_on(target.folder)):
+        job.note(f"{request.model} was trained on {known}: --data {known} prunes it on those images")
+    if target.arch is None:
+        raise UserError(f"{request.model} is an ONNX file: give a published name, an arch.json or a folder")
+    if request.weights is not None:
+        return target.arch, request.weights
+    if target.weights is not None:
+        return target.arch, target.weights
+    return target.arch, "timm" if request.data is not None and target.folder is None else None
+
+
+def load_source(job: PruneJob, request: PruneRequest, arch: Arch, weights: str | Path | None) -> tuple[Network, bool]:
+    """The network with its weights, and whether it has to be trained first: it has none, or another classifier.
+
+    Raises:
+        UserError: weights that do not fit, or cannot be had.
+    """
+    import torch
+
+    from search_spaces.checkpoints import WeightsError
+
+    torch.manual_seed(request.seed)
+    what = steps.brief_line(job)
+    try:
+        model = create_quietly(arch, weights)
+    except WeightsError as error:
+        if weights != "timm" or request.weights is not None:
+            raise UserError(str(error)) from None
+        job.note(f"no pretrained weights ({error}); {what}")
+        return create_quietly(arch, None), True
+    if weights is None:
+        job.note(f"no weights given{'' if request.data else ' and no --data'}; {what}")
+    elif model.untrained:
+        job.note(f"weights {weights} have another classifier or none; {what}")
+    elif job.data.demo:
+        job.note(f"no --data: pruned, tuned and evaluated on {job.data.name}")
+    if model.loaded and model.loaded.note:
+        job.note(f"{weights}: {model.loaded.note}")
+    job.state.found["weights"] = str(weights) if weights else None
+    return model, bool(model.untrained)
+
+
+def trained_on(folder: Path) -> str | None:
+    """The --data of the run that made a network, as its folder says; None where it does not, or there was none."""
+    for name in ("metrics.json", "prune.json"):
+        try:
+            found = json.loads((folder / name).read_text())["options"]["data"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if isinstance(found, str):
+            return found
+    return None
