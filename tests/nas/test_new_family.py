@@ -14,9 +14,8 @@ import quick
 import torch
 from PIL import Image
 
-import nas.prune
-import nas.prune.report
-import nas.prune.run
+import nas.prune.figures
+import nas.prune.steps
 from nas.measure.samples import Measurement
 from search_spaces import Arch, create_model, table
 from search_spaces.registry import FAMILIES
@@ -56,11 +55,11 @@ def images(tmp_path: Path) -> str:
 def no_closing_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """All networks take a millisecond in pruning's closing run."""
 
-    def compare(paths, settings, rounds, progress=None, timeout_s=60):
-        return dict.fromkeys(paths, Measurement(rounds_ms=[[1.0] * 3] * 3))
+    def measure(networks, *_):
+        return dict.fromkeys(networks, Measurement(rounds_ms=[[1.0] * 3] * 3))
 
-    monkeypatch.setattr(nas.prune.run, "compare", compare)
-    monkeypatch.setattr(nas.prune.report, "png_of", lambda figure: b"")
+    monkeypatch.setattr(nas.prune.steps, "measure_side_by_side", measure)
+    monkeypatch.setattr(nas.prune.figures, "png_of", lambda figure: b"")
 
 
 @pytest.mark.usefixtures("few_rounds", "exports_here", "no_closing_run")

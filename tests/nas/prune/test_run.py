@@ -400,7 +400,7 @@ def test_a_step_of_the_end_that_fails_leaves_the_others(vitnas, images, tmp_path
     for name, error, step, missing in (
         ("nas.prune.steps.tune", MemoryError(), "fine-tuning", ()),
         ("nas.prune.steps.tune_control", MemoryError(), "control", ()),
-        ("nas.export.onnx.agreement", UserError("the exported network disagrees"), "model.onnx", ("model.onnx",)),
+        ("nas.export.folder.agreement", UserError("the exported network disagrees"), "model.onnx", ("model.onnx",)),
         ("nas.prune.steps.measured", UserError("could not be measured: killed"), "closing run", ("report.html",)),
         ("", None, None, ()),
     ):
