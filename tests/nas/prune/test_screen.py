@@ -176,3 +176,19 @@ def test_widths_that_grew_are_named(shown) -> None:
     line = "Parameters were reallocated: v, FFN grew; --no-reallocate leaves that out."
     assert line in " ".join(shown(data, 60, True).split())
     assert grown_line(result_of(data).parts.blocks[:1]) is None
+
+
+def test_a_result_of_an_earlier_version_is_told(shown) -> None:
+    """It lacks what later versions added."""
+    data = invent()
+    for row in data["blocks"]:
+        for widths in (row["before"], row["after"]):
+            del widths["qk_range"], widths["v_range"]
+    for name in ("failures", "control"):
+        del data[name]
+    text = shown(data, 120, False)
+    assert "32 -> 52" in text
+    assert "pruned minus unpruned" not in text
+    assert "Budget latency 9.5ms" in text
+    with pytest.raises(ValueError, match="verdict"):
+        result_of(invent(verdict="perhaps"))
