@@ -27,8 +27,10 @@ ELSEWHERE = ("budget_ms", "families", "space", "hardware", "throughput_at")
 
 
 def withdraw(study: optuna.Study, folder: Path) -> None:
-    """Remove a study that this process has made, where it has no trial and no other worker is seen: it would bind the
-    command that is tried next, with other threads, say."""
+    """Remove a study that this process has made, if it has no trial and no other worker uses it.
+
+    Left there, it would hold the next command to the same settings.
+    """
     from nas.study.storage import alone
 
     def decide() -> None:
@@ -81,7 +83,7 @@ def make_folder(folder: Path) -> bool:
         raise unwritable(folder, error) from None
 
 
-def write_hardware(folder: Path, settings: Settings) -> dict[str, Any]:
+def write_hardware(folder: Path, settings: Settings) -> Mapping[str, Any]:
     """Describe the measured machine, as it is now, in a run folder's hardware.json; returns the description."""
     from nas.measure.hardware import describe
 

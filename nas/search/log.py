@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,22 +33,28 @@ PHASES = (
 
 @dataclass
 class SearchLog:
-    """What happened in this process, for the breakdown and the exit.
-
-    hardware: as described at the start. calibration: images for int8, where there are any. failures: a line for what
-    ended it before its time.
-    """
+    """What happened in one process of a search."""
 
     started: str
+    """When, in ISO 8601 with its time zone."""
     wall_s: float = 0.0
+    """Seconds from opening the tier to the end of the last trial."""
     trial_s: list[float] = field(default_factory=list)
+    """Seconds of each trial."""
     phases: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    """Seconds of each of `PHASES`."""
     interrupted: bool = False
+    """Whether Ctrl-C or a failure ended it early."""
     notes: list[str] = field(default_factory=list)
+    """Lines that a reader of the result should know."""
     failures: list[str] = field(default_factory=list)
+    """A line for each failure that ended it early."""
     tier: Tier | None = None
-    hardware: dict[str, Any] = field(default_factory=dict)
+    """The tier that estimated quality; None until it is open."""
+    hardware: Mapping[str, Any] = field(default_factory=dict)
+    """The measured machine at the start (`nas.measure.hardware.describe`)."""
     calibration: np.ndarray | None = None
+    """Images for int8, where the search has images; float32, (images, 3, height, width)."""
 
 
 class Clock:
@@ -57,6 +64,7 @@ class Clock:
         self._phases, self._last = phases, time.perf_counter()
 
     def lap(self, phase: str, less: float = 0.0) -> None:
+        """Add the time since the last lap, less some seconds that another phase has."""
         now = time.perf_counter()
         self._phases[phase] += now - self._last - less
         self._last = now
@@ -65,8 +73,8 @@ class Clock:
         self._phases[phase] += seconds
 
 
-def keep_samples(folder: Path, record: dict[str, Any]) -> None:
-    """Append one line to samples.jsonl; a last line torn by a kill or a full disk is left to itself."""
+def keep_samples(folder: Path, record: Mapping[str, object]) -> None:
+    """Append one line to samples.jsonl. A last line that a kill or a full disk has cut off stays a line of its own."""
     path = folder / "samples.jsonl"
     with path.open("ab+") as file:
         torn = False

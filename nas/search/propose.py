@@ -42,7 +42,7 @@ LATENCY_NOISE = 0.02
 
 Params = Mapping[str, Any]
 """A network's parameters by name, with its family."""
-Candidate = tuple[dict[str, Any], Arch]
+Candidate = tuple[Params, Arch]
 """A network's parameters, and the network."""
 
 
@@ -99,7 +99,7 @@ class Proposer(BaseSampler):
         fresh = [pool[digest] for digest in pool.keys() - {each.digest for each in measured}]
         if not fresh:
             return {}
-        return max(fresh, key=self._scorer(measured))[0]
+        return dict(max(fresh, key=self._scorer(measured))[0])
 
     def sample_independent(self, study: optuna.Study, trial: FrozenTrial, param_name: str, distribution: Any) -> Any:
         return self._random.sample_independent(study, trial, param_name, distribution)
@@ -137,19 +137,19 @@ class Proposer(BaseSampler):
         now = self._tier.review([(each.digest, each.features) for each in fitting])
         order = sorted(range(len(fitting)), key=lambda i: -now[i].value)
         parents = [fitting[i] for i in order[:PARENTS]]
-        found = []
+        found: list[Candidate] = []
         for i in range(POOL):
             params = varied(parents[i // 2 % len(parents)].params, rng) if i % 2 else self._drawn(rng)
             family = FAMILIES[params["family"]]
             found.append((params, family.space.decode(params, self._request.num_classes, self._request.resolution)))
         return found
 
-    def _drawn(self, rng: np.random.Generator) -> dict[str, Any]:
+    def _drawn(self, rng: np.random.Generator) -> Params:
         family = self._request.families[rng.integers(len(self._request.families))]
         return {"family": family, **random_params(rng)}
 
 
-def varied(params: Params, rng: np.random.Generator) -> dict[str, Any]:
+def varied(params: Params, rng: np.random.Generator) -> Params:
     """A few of the family's parameters changed, mostly by one level."""
     active = list(FAMILIES[params["family"]].space.options)
     count = 1 + int(rng.integers(min(CHANGES, len(active))))
