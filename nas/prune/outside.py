@@ -1,7 +1,7 @@
 """`vitnas prune --model timm/NAME`: a network outside the five families, through torch-pruning's own graph.
 
 It has no Arch: what is written is model.onnx, model.safetensors (`pruning.outside.resize_outside` loads it into timm's
-network) and the widths of its layers in prune.json. What state/ keeps is as in `nas.prune.run`, without Archs.
+network) and the widths of its layers in prune.json. What state/ keeps is as in `nas.prune.rounds`, without Archs.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -286,9 +287,9 @@ class PruneResult:
     """The pruned network minus the unpruned one that was fine-tuned alike."""
     seen: SeenRow | None = None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, JsonValue]:
         """As prune.json holds it."""
-        found = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "parts"}
+        found: dict[str, Any] = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "parts"}
         for name in ("settings", "data", "accuracy", "tuning", "control", "seen"):
             found[name] = found[name] and asdict(found[name])
         for name in ("before", "after", "budget"):
@@ -298,18 +299,16 @@ class PruneResult:
         return found | self.parts.to_json()
 
     @classmethod
-    def from_json(cls, document: dict[str, Any], folder: Path) -> PruneResult:
+    def from_json(cls, document: Mapping[str, object], folder: Path) -> PruneResult:
         """The result that `to_json` wrote, or an earlier version's.
 
         Raises:
             ValueError: it is another document.
         """
-        try:
-            options = document["options"] | {"folder": folder}
-            found = document | {"options": options, "parts": document}
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"no result of a pruning: {error}") from None
-        return _READER.validate_python(found)
+        options = document.get("options")
+        if not isinstance(options, dict):
+            raise ValueError("a result of a pruning holds its options")
+        return _READER.validate_python({**document, "options": options | {"folder": folder}, "parts": document})
 
 
 _READER = TypeAdapter(PruneResult)

@@ -8,7 +8,6 @@ import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from nas.export.card import CLASSIFY
 from nas.files import replace_file
@@ -112,7 +111,7 @@ def _html(folder: Path, result: PruneResult, speed: Speed) -> str:
     return render(Path(__file__).with_suffix(".html"), {**vars(result), **vars(parts), **shown})
 
 
-def _times(result: PruneResult) -> dict[str, Any]:
+def _times(result: PruneResult) -> dict[str, object]:
     """How long it took, by phase, in all, and from the start to the end."""
     spent = sum(result.phases.values())
     phases = sorted(result.phases.items(), key=lambda item: -item[1])
