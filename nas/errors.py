@@ -45,7 +45,7 @@ class DiskFull(UserError):
         if told is not None:
             super().__init__(told)
             return
-        number = getattr(error, "errno", None)
+        number: int = getattr(error, "errno", None) or 0
         what = {
             errno.EDQUOT: "the quota is used up in",
             errno.EFBIG: "the size allowed for a file (ulimit -f) is too small in",

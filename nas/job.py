@@ -112,7 +112,7 @@ class Job:
             UserError: the file is damaged.
         """
         try:
-            found = json.loads(self.result.read_text())
+            found: dict[str, Any] = json.loads(self.result.read_text())
             return {name: found[name] for name in names} | found
         except (ValueError, TypeError, KeyError, RecursionError):
             raise UserError(f"{self.result} is damaged: give another --out to begin anew") from None

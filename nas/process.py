@@ -111,8 +111,11 @@ class Worker:
             if distant:
                 raise
             raise WorkerError(f"no process can be started: {error.strerror}") from None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._input, self._output = self._process.stdin, self._process.stdout
         try:
-            self._selector.register(self._process.stdout, selectors.EVENT_READ)
+            self._selector.register(self._output, selectors.EVENT_READ)
             with contextlib.suppress(AttributeError, OSError):  # only Linux has it
                 self._life = os.pidfd_open(self.pid)
                 self._selector.register(self._life, selectors.EVENT_READ)
@@ -143,7 +146,7 @@ class Worker:
             return False
         return ended is None
 
-    def call(self, method: str, timeout_s: float, **args) -> dict:
+    def call(self, method: str, timeout_s: float, **args: Any) -> dict[str, Any]:
         """Runs a method of the child and returns its answer; WorkerError says why there is none."""
         try:
             self.send(method, **args)
@@ -152,13 +155,13 @@ class Worker:
             self._end("interrupted")  # also between the two
             raise
 
-    def send(self, method: str, **args) -> None:
+    def send(self, method: str, **args: Any) -> None:
         """First half of `call`: the child works while the caller does something else."""
         if self._ended:
             raise WorkerError(self._ended)
         self._write(_line({"method": method, "args": args}))
 
-    def receive(self, timeout_s: float, told: Callable[..., None] | None = None) -> dict:
+    def receive(self, timeout_s: float, told: Callable[..., None] | None = None) -> dict[str, Any]:
         """Second half of `call`. told: called with what the method tells meanwhile (`tell`); timeout_s starts anew.
 
         Raises DiskFull where that is what the method met.
@@ -177,7 +180,8 @@ class Worker:
             raise DiskFull(".", told=answer["full"])
         if "error" in answer:
             raise WorkerError(answer["error"])
-        return answer["result"]
+        result: dict[str, Any] = answer["result"]
+        return result
 
     def pause(self) -> None:
         """Stops the child (SIGSTOP) until `resume`; nothing to do for a dead one."""
@@ -197,7 +201,7 @@ class Worker:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _signal(self, number: int) -> None:
@@ -207,8 +211,8 @@ class Worker:
 
     def _write(self, data: bytes) -> None:
         try:
-            self._process.stdin.write(data)
-            self._process.stdin.flush()
+            self._input.write(data)
+            self._input.flush()
         except BrokenPipeError:
             pass  # receive() knows why
         except KeyboardInterrupt:
@@ -218,8 +222,8 @@ class Worker:
     def _beat(self) -> None:
         with contextlib.suppress(OSError, ValueError):  # its end
             while self._ended is None:
-                self._process.stdin.write(b"\n")
-                self._process.stdin.flush()
+                self._input.write(b"\n")
+                self._input.flush()
                 time.sleep(BEAT_S)
 
     def _await_ready(self, timeout_s: float) -> None:
@@ -228,7 +232,7 @@ class Worker:
         while not self._ready:
             self._ready = self._read(timeout_s, deadline).endswith(GREETING)
 
-    def _answer(self, timeout_s: float) -> dict:
+    def _answer(self, timeout_s: float) -> dict[str, Any]:
         line = self._read(timeout_s, time.monotonic() + timeout_s)
         with contextlib.suppress(ValueError, RecursionError):
             answer = json.loads(line)
@@ -243,7 +247,7 @@ class Worker:
         """Blocks until one whole line has come, until the deadline; timeout_s is told."""
         if self._ended:
             raise WorkerError(self._ended)
-        source, begun, told_at = self._process.stdout.fileno(), time.monotonic(), TOLD_S
+        source, begun, told_at = self._output.fileno(), time.monotonic(), TOLD_S
         while b"\n" not in self._received:
             waited = time.monotonic() - begun
             left = deadline - begun - waited
@@ -292,14 +296,14 @@ class Worker:
             self._selector.close()
             if self._life is not None:
                 os.close(self._life)
-            self._process.stdout.close()
+            self._output.close()
             with contextlib.suppress(BrokenPipeError):  # flushes
-                self._process.stdin.close()
+                self._input.close()
             self._printed.close()
         return reason
 
 
-def serve(methods: dict[str, Callable[..., dict | None]]) -> None:
+def serve(methods: dict[str, Callable[..., dict[str, Any] | None]]) -> None:
     """Child side: answers the parent's requests, one at a time, until the parent is gone.
 
     A method gets the request's arguments by name and returns something JSON can carry; what it raises
@@ -396,7 +400,7 @@ def _watched(source: int) -> Iterator[bytes]:
     lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
 
     def watch() -> None:
-        pieces = []
+        pieces: list[bytes] = []
         while select.select([source], [], [], SILENCE_S)[0] and (data := os.read(source, 1 << 16)):
             *ends, rest = data.split(b"\n")
             for end in ends:
@@ -409,7 +413,7 @@ def _watched(source: int) -> Iterator[bytes]:
     return filter(None, iter(lines.get, None))
 
 
-def _line(message: dict) -> bytes:
+def _line(message: dict[str, Any]) -> bytes:
     return json.dumps(message).encode() + b"\n"
 
 

@@ -140,7 +140,7 @@ class OnnxInput:
             usual = IMAGE if len(sizes) == 4 else (1, *[128] * len(sizes))
             would = written(own or new for own, new in zip(sizes, usual, strict=False))
             raise UserError(f"{self.path}: its input {self.name} is {self}: give --shape {self.name}={would}")
-        shape = given or (sizes[0] or 1, *sizes[1:])
+        shape = given or tuple(size or 1 for size in sizes)
         if len(shape) != len(sizes) or any(a not in (None, b) for a, b in zip(sizes, shape, strict=True)):
             raise UserError(f"--shape {self.name}={written(shape)}: this input of {self.path} is {self}")
         return shape if sizes[0] or batch_size is None else (batch_size, *shape[1:])

@@ -62,7 +62,7 @@ def to_plot(rows: Sequence[Row], suffix: str) -> bytes:
     from nas.report.figures import INK, SOFT, new_figure, plain_axes
 
     equal = len({row["resolution"] for row in rows}) == 1
-    panels: dict[tuple, list[Row]] = {}
+    panels: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         panels.setdefault(tuple(row[name] for name in SETTINGS), []).append(row)
     heights = [len(panel) + 1.6 for panel in panels.values()]

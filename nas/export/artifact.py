@@ -98,7 +98,7 @@ class Exporter:
 
     def call(self, method: str, settings: Settings, stem: Path, images: str | None, **source: Any) -> Path:
         """The file that a method of the child makes; a child that has died is started again. Raises WorkerError."""
-        if not self.running:
+        if self._worker is None or not self._worker.alive:
             if self._worker is not None:
                 self._worker.close()
             self._worker = Worker(self._module, waiting=self._waiting)

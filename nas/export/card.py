@@ -6,6 +6,7 @@ It lies in the metadata of model.onnx, and beside it as preprocess.json and labe
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -65,6 +66,11 @@ Percent = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 Milliseconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
+def _colour(values: Iterable[float]) -> Colour:
+    red, green, blue = (round(float(value), 6) for value in values)
+    return red, green, blue
+
+
 class Preprocess(BaseModel):
     """How an image becomes the network's input: its shorter side is brought to `resize` px, the middle `size` px square
     of it is divided by 255, `mean` is taken off and the rest divided by `std`."""
@@ -86,8 +92,13 @@ class Preprocess(BaseModel):
         resize, crop, _, normalize = transform.transforms
         if not (isinstance(resize, Resize) and isinstance(crop, CenterCrop) and isinstance(normalize, Normalize)):
             raise TypeError(f"no resize, centre crop and normalisation: {transform}")
-        mean, std = ([round(float(value), 6) for value in values] for values in (normalize.mean, normalize.std))
-        return cls(resize=resize.size, size=crop.size[0], interpolation=resize.interpolation.value, mean=mean, std=std)
+        return cls(
+            resize=resize.size,
+            size=crop.size[0],
+            interpolation=resize.interpolation.value,
+            mean=_colour(normalize.mean),
+            std=_colour(normalize.std),
+        )
 
     @classmethod
     def own(cls, resolution: int) -> Preprocess:
@@ -160,12 +171,17 @@ class Card(BaseModel):
     def timm(cls, arch: Arch) -> Card:
         """Of timm's pretrained weights for an Arch."""
         from timm import get_pretrained_cfg
-        from timm.data import ImageNetInfo, create_transform, resolve_data_config
+        from timm.data.config import resolve_data_config
+        from timm.data.imagenet_info import ImageNetInfo
+        from timm.data.transforms_factory import create_transform
 
         from search_spaces.weights import timm_name
 
-        config = get_pretrained_cfg(timm_name(arch)).to_dict()
-        transform = create_transform(**resolve_data_config(pretrained_cfg=config))
+        name = timm_name(arch)
+        config = get_pretrained_cfg(name)
+        if config is None:
+            raise UserError(f"timm does not say what images {name} takes")
+        transform = create_transform(**resolve_data_config(pretrained_cfg=config.to_dict()))
         info = ImageNetInfo()
         classes = [info.index_to_description(i) for i in range(info.num_classes())]
         return cls(preprocess=Preprocess.of(transform), classes=classes if arch.num_classes == len(classes) else None)

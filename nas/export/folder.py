@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     from torch import nn
 
     from search_spaces import Arch
+    from search_spaces.network import Network
 
 
-def save_model(model: nn.Module, folder: Path, with_weights: bool = True) -> None:
+def save_model(model: Network, folder: Path, with_weights: bool = True) -> None:
     """Write a network as arch.json and, unless told not to, model.safetensors.
 
     Raises:
@@ -39,7 +40,7 @@ def save_model(model: nn.Module, folder: Path, with_weights: bool = True) -> Non
 
 
 def save_onnx(
-    model: nn.Module, folder: Path, batch_size: int, trained: bool, card: Card, images: np.ndarray | None = None
+    model: Network, folder: Path, batch_size: int, trained: bool, card: Card, images: np.ndarray | None = None
 ) -> str:
     """Write a network as model.onnx, its card beside it; where that fails there is no model.onnx afterwards, rather
     than an older one.
@@ -130,7 +131,7 @@ def card_for(arch: Arch, weights: str | None) -> tuple[Card, list[Path]]:
 
 
 def replace_network(
-    model: nn.Module, folder: Path, batch_size: int, trained: bool, card: Card, facts: Sequence[Path] = ()
+    model: Network, folder: Path, batch_size: int, trained: bool, card: Card, facts: Sequence[Path] = ()
 ) -> str:
     """Write arch.json, model.onnx, its card and, of a trained network, model.safetensors; all of them or none. No file
     that speaks of an earlier network stays.
@@ -160,9 +161,9 @@ def replace_network(
     return agreed
 
 
-def _other_classifier(model: nn.Module, weights: str) -> str:
+def _other_classifier(model: Network, weights: str) -> str:
     """Why weights leave a network's classifier untrained, and what to do."""
-    classes = model.loaded.classes
+    classes = model.loaded.classes if model.loaded else None
     if classes is None:
         return f"{weights} has no classifier: `vitnas train --weights` trains one"
     named = "1 class" if classes == 1 else f"{classes} classes"

@@ -38,16 +38,16 @@ class Agent:
         for name in names:
             (FILES / name).unlink(missing_ok=True)
 
-    def check_settings(self, settings: dict) -> None:
+    def check_settings(self, settings: dict[str, Any]) -> None:
         runtime.check_settings(Settings(**settings))
 
     def default_threads(self) -> int:
         return default_threads()
 
-    def fingerprint(self, settings: dict) -> dict:
+    def fingerprint(self, settings: dict[str, Any]) -> dict[str, Any]:
         return hardware.fingerprint(Settings(**settings))
 
-    def describe(self, settings: dict) -> dict:
+    def describe(self, settings: dict[str, Any]) -> dict[str, Any]:
         return hardware.describe(Settings(**settings))
 
     def acquire(self, kind: str, timeout_s: float) -> bool:
@@ -58,7 +58,7 @@ class Agent:
         if kind in self.locks:
             self.locks[kind].release()
 
-    def open(self, measurer: str, settings: dict, reference: str) -> None:
+    def open(self, measurer: str, settings: dict[str, Any], reference: str) -> None:
         logs = Path(measurer)
         logs.mkdir(exist_ok=True)
         self.measurers[measurer] = Measurer(Settings(**settings), FILES / reference, logs).__enter__()
@@ -66,13 +66,15 @@ class Agent:
     def prepare(self, measurer: str) -> None:
         self.measurers[measurer].prepare()
 
-    def measure(self, measurer: str, name: str, **limits: Any) -> dict:
+    def measure(self, measurer: str, name: str, **limits: Any) -> dict[str, Any]:
         return self.measurers[measurer].measure(FILES / name, **limits).to_dict()
 
     def close(self, measurer: str) -> None:
         self.measurers.pop(measurer).__exit__()
 
-    def compare(self, names: dict[str, str], settings: dict[str, dict], rounds: int, timeout_s: float | None) -> dict:
+    def compare(
+        self, names: dict[str, str], settings: dict[str, dict[str, Any]], rounds: int, timeout_s: float | None
+    ) -> dict[str, Any]:
         """Per network {"value": Measurement} or {"failed": line}; tells (rounds done, rounds) and ("waiting", ...)."""
         paths = {key: FILES / name for key, name in names.items()}
         own = {key: Settings(**fields) for key, fields in settings.items()}
@@ -83,8 +85,8 @@ class Agent:
         }
 
 
-def answering(method: Callable[..., Any]) -> Callable[..., dict]:
-    def answer(**args: Any) -> dict:
+def answering(method: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
+    def answer(**args: Any) -> dict[str, Any]:
         try:
             return {"value": method(**args)}
         except DiskFull:

@@ -28,7 +28,8 @@ def check_settings(settings: Settings) -> None:
 def default_threads(device: str = "cpu") -> int:
     """Physical cores that a process may use on the device's machine."""
     if is_remote(device):
-        return remote.machine_of(device).ask("default_threads")
+        threads: int = remote.machine_of(device).ask("default_threads")
+        return threads
     return machine.default_threads()
 
 

@@ -28,8 +28,9 @@ CROWDED_CPUS = 0.1  # or where others use so much more than the CPUs that are le
 def fingerprint(settings: Settings) -> dict[str, Any]:
     """What must be equal for two latencies to be comparable; a worker must match it to join."""
     if is_remote(settings.device):
-        return remote.machine_of(settings.device).ask("fingerprint", settings=remote.there(settings))
-    found = {
+        there: dict[str, Any] = remote.machine_of(settings.device).ask("fingerprint", settings=remote.there(settings))
+        return there
+    found: dict[str, Any] = {
         "cpu": cpu_model(),
         "architecture": platform.machine(),
         "physical_cores": physical_cores(),
@@ -53,7 +54,7 @@ def describe(settings: Settings) -> dict[str, Any]:
     Takes SAMPLE_S. `pinned_to`: the CPUs that timed processes are pinned to; `host`: the remote device, if it is one.
     """
     if is_remote(settings.device):
-        found = remote.machine_of(settings.device).ask("describe", settings=remote.there(settings))
+        found: dict[str, Any] = remote.machine_of(settings.device).ask("describe", settings=remote.there(settings))
         return found | {"host": settings.device}
     versions: dict[str, str | None] = {}
     for package in PACKAGES:

@@ -5,13 +5,15 @@ thread pools of live sessions spin and slow each other down. A machine drifts wi
 candidate and a fixed reference network take turns and both keep every sample.
 """
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from nas.machine import usable_cpus
 from nas.measure.runtime import RUNTIMES, Settings
@@ -24,7 +26,7 @@ WORKER = "nas.measure.worker"
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C in `compare`. results: of the whole rounds made until then, `done` in number."""
 
-    def __init__(self, results: "dict[str, Measurement | MeasureError]", done: int):
+    def __init__(self, results: dict[str, Measurement | MeasureError], done: int):
         super().__init__()
         self.results, self.done = results, done
 
@@ -50,7 +52,7 @@ class Measurer:
         self._start_reference(time.monotonic() + self._patience_s)
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         for model in (self._reference, self._prepared):
             if model:
                 model.close()
@@ -58,7 +60,7 @@ class Measurer:
     def prepare(self) -> None:
         """Starts the next candidate's process; it imports its runtime while the caller goes on."""
         if self._prepared is None:
-            self._prepared = _Model(self._settings, self._workdir / "candidate.log")
+            self._prepared = self._new_candidate(self._settings)
 
     def measure(
         self,
@@ -81,11 +83,10 @@ class Measurer:
         candidate: _Model | None = None
         try:
             if batch_size is None or batch_size == self._settings.batch_size:
-                self.prepare()
-                candidate, self._prepared = self._prepared, None
+                candidate, self._prepared = self._prepared or self._new_candidate(self._settings), None
             else:
                 other = dataclasses.replace(self._settings, batch_size=batch_size)
-                candidate = _Model(other, self._workdir / "candidate.log")
+                candidate = self._new_candidate(other)
             candidate.load(path, deadline)
             result.load_s = time.monotonic() - started
             with _stopped(pause):
@@ -107,20 +108,23 @@ class Measurer:
         result.wall_s = time.monotonic() - started
         return result
 
-    def _time_reference(self, deadline: float) -> list[float]:
-        try:
-            return self._reference.time_slice(deadline)
-        except WorkerError:  # not the candidate's fault: once more
-            self._start_reference(deadline)
-            return self._reference.time_slice(deadline)
+    def _new_candidate(self, settings: Settings) -> _Model:
+        return _Model(settings, self._workdir / "candidate.log")
 
-    def _start_reference(self, deadline: float) -> None:
+    def _time_reference(self, deadline: float) -> list[float]:
+        if self._reference is not None:
+            with contextlib.suppress(WorkerError):  # not the candidate's fault: once more
+                return self._reference.time_slice(deadline)
+        return self._start_reference(deadline).time_slice(deadline)
+
+    def _start_reference(self, deadline: float) -> _Model:
         if self._reference:
             self._reference.close()
         try:
             self._reference = _Model(self._settings, self._workdir / "reference.log")
             self._reference.load(self._reference_path, deadline)
             self._reference.warm_up(deadline)
+            return self._reference
         except WorkerError as error:
             if self._reference:
                 self._reference.close()
@@ -217,9 +221,10 @@ class _Model:
         self._ask("warm_up", deadline)
 
     def time_slice(self, deadline: float) -> list[float]:
-        return self._ask("time_slice", deadline)["samples_ms"]
+        samples: list[float] = self._ask("time_slice", deadline)["samples_ms"]
+        return samples
 
-    def _ask(self, method: str, deadline: float) -> dict:
+    def _ask(self, method: str, deadline: float) -> dict[str, Any]:
         self._worker.resume()
         try:
             return self._worker.call(method, _left(deadline))

@@ -262,7 +262,7 @@ class Machine:
         return self.settled(lambda connection: connection.call(method, limit_s, **args))
 
     def acquire(self, kind: str, timeout_s: float) -> bool:
-        held = self.ask("acquire", timeout_s + GRACE_S, kind=kind, timeout_s=timeout_s)
+        held: bool = self.ask("acquire", timeout_s + GRACE_S, kind=kind, timeout_s=timeout_s)
         if held:
             self._locks.add(kind)
         return held
@@ -377,7 +377,7 @@ class RemoteMeasurer:
         if connection is not self._connection:
             self._open(connection)
         with connection.files([path]) as [name]:
-            limits = {"budget_ms": budget_ms, "timeout_s": timeout_s, "batch_size": batch_size}
+            limits: dict[str, Any] = {"budget_ms": budget_ms, "timeout_s": timeout_s, "batch_size": batch_size}
             fields = connection.call("measure", timeout_s + GRACE_S, measurer=self._id, name=name, **limits)
         result = Measurement.from_dict(fields)
         wall_s = time.monotonic() - started

@@ -31,6 +31,7 @@ class Settings:
 
 
 Infer = Callable[[], Any]
+Load = Callable[[Path, Settings], Infer]
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Runtime:
     precisions: Mapping[str, tuple[str, ...]]
     artifact: Literal["onnx", "module"]
     package: str
-    load: Callable[[Path, Settings], Infer]
+    load: Load
     extra: str | None = None
     patience_s: float = 60
     check: Callable[[Settings], str | None] = lambda settings: None
@@ -62,16 +63,16 @@ class Runtime:
         try:
             return importlib.metadata.version(self.package)
         except importlib.metadata.PackageNotFoundError:
-            return importlib.import_module(self.package).__version__
+            return str(importlib.import_module(self.package).__version__)
 
 
 RUNTIMES: dict[str, Runtime] = {}
 
 
-def register(name: str, **fields: Any) -> Callable[[Callable[[Path, Settings], Infer]], Callable]:
+def register(name: str, **fields: Any) -> Callable[[Load], Load]:
     """Decorates a `load` function as the runtime `name`; fields: the others of `Runtime`."""
 
-    def add(load: Callable[[Path, Settings], Infer]) -> Callable:
+    def add(load: Load) -> Load:
         RUNTIMES[name] = Runtime(name, load=load, **fields)
         return load
 

@@ -153,11 +153,11 @@ class Measurement:
     def _has_reference(self) -> bool:
         return bool(self.reference_rounds_ms)
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, fields: dict) -> Self:
+    def from_dict(cls, fields: dict[str, Any]) -> Self:
         return cls(**fields)
 
 

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from nas.measure.runtime import RUNTIMES, Settings
 from nas.process import serve
@@ -28,7 +29,7 @@ class TimedModel:
     untimed: int
     timed: int
 
-    def start(self, settings: dict) -> None:
+    def start(self, settings: dict[str, Any]) -> None:
         """Imports the runtime: the slow part of a fresh process, done before there is a file."""
         self.settings = Settings(**settings)
         importlib.import_module(RUNTIMES[self.settings.runtime].package)
@@ -52,7 +53,7 @@ class TimedModel:
         self.untimed = 1 if slow else min(MAX_UNTIMED, max(MIN_UNTIMED, untimed))
         self.timed = 1 if slow else min(MAX_RUNS, max(MIN_RUNS, math.ceil(SLICE_MS / min(runs))))
 
-    def time_slice(self) -> dict:
+    def time_slice(self) -> dict[str, list[float]]:
         for _ in range(self.untimed):
             self.infer()
         return {"samples_ms": [self.run_ms() for _ in range(self.timed)]}

@@ -43,8 +43,7 @@ def build(network: Arch | TimmNetwork) -> nn.Module:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        ours = isinstance(network, Arch)
-        model = fold(FAMILIES[network.family].build(network)) if ours else create_timm(network)
+        model = fold(FAMILIES[network.family].build(network)) if isinstance(network, Arch) else create_timm(network)
         randomise(model)
     return model
 

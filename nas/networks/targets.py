@@ -57,7 +57,7 @@ class Target:
             UserError: they are of another resolution than `arch`.
         """
         path = self._beside
-        if path is not None and self.own is not None:
+        if path is not None and self.own is not None and self.arch is not None:
             raise UserError(
                 f"{self.label}: {path} is trained at {self.own.resolution} px: "
                 f"`vitnas train {self.folder} --weights {path} --resolution {self.arch.resolution}` resizes it"

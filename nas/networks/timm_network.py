@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nas.errors import UserError
 
@@ -23,8 +23,9 @@ def create_timm(network: TimmNetwork) -> nn.Module:
     from timm.utils.model import reparameterize_model
 
     config = timm.get_pretrained_cfg(network.name)
-    resized = config.fixed_input_size and config.input_size[-1] != network.resolution
-    model = timm.create_model(network.name, **({"img_size": network.resolution} if resized else {}))
+    resized = config and config.fixed_input_size and config.input_size[-1] != network.resolution
+    options: dict[str, Any] = {"img_size": network.resolution} if resized else {}
+    model = timm.create_model(network.name, **options)
     return reparameterize_model(model.eval().requires_grad_(False), inplace=True)
 
 
@@ -39,14 +40,14 @@ LARGEST = 4096
 class TimmNetwork:
     """A network as timm builds it. name: as in timm.list_models(), with or without a weights tag.
 
-    resolution: of its square input, in px; None becomes the size timm builds it for (`input_size`).
+    resolution: of its square input, in px; 0 becomes the size timm builds it for (`input_size`).
 
     Raises:
         UserError: timm has no such network or tag, or it does not take square images.
     """
 
     name: str
-    resolution: int | None = None
+    resolution: int = 0
 
     def __post_init__(self) -> None:
         import timm
@@ -62,7 +63,7 @@ class TimmNetwork:
             raise UserError(f"timm has no weights {tag!r} of {arch}: give {TIMM}{arch}") from None
         if config is None:
             raise UserError(f"timm does not say what images {TIMM}{self.name} takes: choose another network")
-        if self.resolution is None:
+        if not self.resolution:
             _, height, width = config.input_size
             if height != width:
                 raise UserError(f"{TIMM}{self.name} takes images of {height}x{width} px: only square ones are measured")
@@ -84,8 +85,6 @@ class TimmNetwork:
     def _takes(self, resolution: int) -> bool:
         """Whether it runs at a resolution; tried without memory or arithmetic."""
         import torch
-
-        from nas.networks.timm_network import create_timm
 
         try:
             with torch.device("meta"), torch.inference_mode():

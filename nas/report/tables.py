@@ -6,6 +6,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -60,7 +61,7 @@ def print_table(
         least[column] += more
         spare -= more
     for column in fitting:
-        justify = "left" if column.label else "right"
+        justify: Literal["left", "right"] = "left" if column.label else "right"
         table.add_column(column.name, justify=justify, width=least[column], overflow="fold", vertical="top")
     for i in range(len(rows)):
         table.add_row(*(cells[column][i] for column in fitting))

@@ -7,14 +7,15 @@ import logging
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
+from timm.data.config import resolve_data_config
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from timm.models.twins import Block as TwinsBlock
 from timm.models.vision_transformer import Block as DeitBlock
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from nas.export.onnx import OPSET
@@ -42,10 +43,12 @@ class LevitBlock(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.block = build(get_arch("levit_256")).stages[0].blocks[0]
+        network: Any = build(get_arch("levit_256"))
+        self.block = network.stages[0].blocks[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.block(x, None)
+        tokens: Tensor = self.block(x, None)
+        return tokens
 
 
 class TwinsPair(nn.Module):
@@ -57,13 +60,24 @@ class TwinsPair(nn.Module):
         self.sampled = TwinsBlock(WIDTH, HEADS, ws=1, sr_ratio=TWINS_STRIDE)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.sampled(self.local(x, (GRID, GRID)), (GRID, GRID))
+        tokens: Tensor = self.sampled(self.local(x, (GRID, GRID)), (GRID, GRID))
+        return tokens
 
 
 def _deit_block() -> nn.Module:
     """As the LeViT paper ran it: Hardswish for GELU; attention as explicit products, as LeViT's biases need."""
     block = DeitBlock(192, 3, qkv_bias=True, act_layer=nn.Hardswish)
+    _unfuse(block)
+    return block
+
+
+def _unfuse(block: Any) -> None:
     block.attn.fused_attn = False
+
+
+def _sepvit_block() -> nn.Module:
+    network: Any = build(get_arch("sepvit_tiny"))
+    block: nn.Module = network.stages[1].blocks[0]
     return block
 
 
@@ -94,7 +108,7 @@ BLOCKS["deit_tiny"] = lambda: (_deit_block(), ((TOKENS, 192),))
 BLOCKS["deit_tiny.norms"] = lambda: (nn.Sequential(nn.LayerNorm(192), nn.LayerNorm(192)), ((TOKENS, 192),))
 _add_parts("levit_256", 256, 4, 32, 64, 512)
 _add_parts("deit_tiny", 192, 3, 64, 64, 768)
-BLOCKS["sepvit"] = lambda: (build(get_arch("sepvit_tiny")).stages[1].blocks[0], ((GRID, GRID, WIDTH),))
+BLOCKS["sepvit"] = lambda: (_sepvit_block(), ((GRID, GRID, WIDTH),))
 BLOCKS["swin_pair"] = lambda: (_swin_pair(), ((GRID, GRID, WIDTH),))
 BLOCKS["twins_pair"] = lambda: (TwinsPair(), ((GRID * GRID, WIDTH),))
 
@@ -120,32 +134,35 @@ def export_block(name: str, path: Path, batch_size: int) -> None:
 class AttentionHalf(nn.Module):
     """Residual window attention of a Swin block: (B, H, W, C) -> same."""
 
-    def __init__(self, block: SwinTransformerBlock) -> None:
+    def __init__(self, block: Any) -> None:
         super().__init__()
         self.block = block
         block.mlp = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.block._attn(self.block.norm1(x))
+        attended: Tensor = self.block._attn(self.block.norm1(x))
+        return x + attended
 
 
 class FfnHalf(nn.Module):
     """Residual FFN of a Swin block: (B, H, W, C) -> same."""
 
-    def __init__(self, block: SwinTransformerBlock) -> None:
+    def __init__(self, block: Any) -> None:
         super().__init__()
         self.norm, self.mlp = copy.deepcopy((block.norm2, block.mlp))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.mlp(self.norm(x))
+        widened: Tensor = self.mlp(self.norm(x))
+        return x + widened
 
 
-def swin_with_share(share: float, swin: SwinTransformer | None = None) -> tuple[nn.Module, float]:
+def swin_with_share(share: float, given: SwinTransformer | None = None) -> tuple[nn.Module, float]:
     """Swin-T whose stages keep their number of layers, `share` of them attention, spread evenly among the FFNs.
 
     Returns:
         The network, changed in place where one is given, and the share it really has (each stage has at least one).
     """
+    swin: Any = given
     if swin is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -158,7 +175,7 @@ def swin_with_share(share: float, swin: SwinTransformer | None = None) -> tuple[
         ffns = [FfnHalf(blocks[i % len(blocks)]) for i in range(total - count)]
         halves: list[nn.Module] = []
         for i in range(count):
-            blocks[i].attn.fused_attn = False
+            _unfuse(blocks[i])
             halves += [AttentionHalf(blocks[i]), *ffns[len(ffns) * i // count : len(ffns) * (i + 1) // count]]
         stage.blocks = nn.Sequential(*halves)
         attention, layers = attention + count, layers + total
@@ -179,24 +196,27 @@ def memory_bound_share(infer: Callable[[], object], device: str = "cpu") -> tupl
     return total / 1000, 1 - compute / total
 
 
-def head_similarity(model: VisionTransformer, images: Tensor) -> list[float]:
+def head_similarity(model: nn.Module, images: Tensor) -> list[float]:
     """For each block, the cosine similarity of a head's attention map to the most similar other head's, on average.
 
-    images: (B, 3, R, R), normalised. The mean is over images and heads.
+    model: timm's VisionTransformer. images: (B, 3, R, R), normalised. The mean is over images and heads.
     """
     inputs: list[Tensor] = []
-    hooks = [block.attn.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for block in model.blocks]
+    transformer: Any = model
+    attentions: list[nn.Module] = [block.attn for block in transformer.blocks]
+    hooks = [attn.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for attn in attentions]
     with torch.inference_mode():
         model(images)
         for hook in hooks:
             hook.remove()
-        return [_similarity(_maps(block.attn, x)) for block, x in zip(model.blocks, inputs, strict=True)]
+        return [_similarity(_maps(attn, x)) for attn, x in zip(attentions, inputs, strict=True)]
 
 
-def _maps(attn: nn.Module, x: Tensor) -> Tensor:
+def _maps(attn: Any, x: Tensor) -> Tensor:
     """Attention after softmax: (B, N, C) -> (B, heads, N, N)."""
     q, k, _ = attn.qkv(x).unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    return ((q @ k.transpose(-2, -1)) * attn.scale).softmax(-1)
+    logits: Tensor = (q @ k.transpose(-2, -1)) * attn.scale
+    return logits.softmax(-1)
 
 
 def _similarity(maps: Tensor) -> float:
@@ -210,7 +230,7 @@ def photographs(model: nn.Module) -> Tensor:
     """scikit-learn's two photographs, each cut into three squares, as (6, 3, R, R) images for a timm model."""
     from sklearn.datasets import load_sample_images
 
-    config = timm.data.resolve_data_config({}, model=model)
+    config = resolve_data_config({}, model=model)
     side = config["input_size"][-1]
     mean, std = (torch.tensor(config[name]).view(3, 1, 1) for name in ("mean", "std"))
     squares = [square for image in load_sample_images().images for square in _squares(torch.tensor(image), side)]

@@ -274,7 +274,7 @@ def network(name: str) -> Arch | TimmNetwork:
 
     plain, _, pixels = name.partition("@")
     if plain.startswith(TIMM):
-        return TimmNetwork(plain.removeprefix(TIMM), int(pixels) if pixels else None)
+        return TimmNetwork(plain.removeprefix(TIMM), int(pixels or 0))
     return get_arch(plain).at(int(pixels)) if pixels else get_arch(plain)
 
 

@@ -4,6 +4,7 @@ Blocks that are compared live in one process: they share its one thread pool and
 """
 
 import random
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ from nas.process import serve
 class Bench:
     """The methods the parent calls: start, then load_blocks and time_round, or load_swins and profile_round."""
 
-    def start(self, settings: dict) -> None:
+    def start(self, settings: dict[str, Any]) -> None:
         self.settings = Settings(**settings)
         self.order = random.Random(0)
         configure(self.settings)
@@ -30,11 +31,11 @@ class Bench:
             self.timed[name].infer = inference(module, inputs, self.settings.device)
             self.timed[name].warm_up()
 
-    def time_round(self) -> dict:
+    def time_round(self) -> dict[str, Any]:
         names = self.order.sample(list(self.timed), len(self.timed))
         return {name: self.timed[name].time_slice()["samples_ms"] for name in names}
 
-    def load_swins(self, shares: list[float]) -> dict:
+    def load_swins(self, shares: list[float]) -> dict[str, Any]:
         """Returns the shares the networks really have, in the order asked for."""
         images = torch.randn(self.settings.batch_size, 3, 224, 224).to(self.settings.device)
         self.swins, found = [], []
@@ -45,7 +46,7 @@ class Bench:
             found.append(actual)
         return {"shares": found}
 
-    def profile_round(self) -> dict:
+    def profile_round(self) -> dict[str, Any]:
         """Milliseconds and the share that is bound by memory, of each network in the order they were loaded."""
         places = self.order.sample(range(len(self.swins)), len(self.swins))
         found = {place: memory_bound_share(self.swins[place], self.settings.device) for place in places}

@@ -26,8 +26,7 @@ def load(path: Path, settings: Settings) -> Infer:
 
     config.compile_threads = 1  # no pool of compiling processes stays behind while networks are timed
     model, images = place(path, settings)
-    model = torch.compile(model, dynamic=False)
-
-    infer = inference(model, (images,), settings.device)
+    compiled = torch.compile(model, dynamic=False)
+    infer = inference(compiled, (images,), settings.device)
     infer()
     return infer

@@ -23,7 +23,7 @@ def load(path: Path, settings: Settings) -> Infer:
                 model(images)
         torch.cuda.current_stream().wait_stream(side)
         with torch.cuda.graph(graph):
-            logits = model(images)
+            logits: torch.Tensor = model(images)
 
     def infer() -> torch.Tensor:
         graph.replay()

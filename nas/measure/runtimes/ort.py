@@ -14,7 +14,7 @@ from nas.measure.runtime import Infer, Settings, register
 from nas.measure.runtimes.pytorch import KINDS, fixed_images
 
 
-def check_static(inputs: list[tuple[str, str, list]], settings: Settings) -> tuple[str, str, tuple[int, ...]]:
+def check_static(inputs: list[tuple[str, str, list[Any]]], settings: Settings) -> tuple[str, str, tuple[int, ...]]:
     """The name, type and shape of the only input, given as (name, type, sizes), an int where a size is static.
 
     Raises ValueError where there are several, or it is not a static tensor of settings.batch_size and one of KINDS.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nas.networks.build import build, from_document
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from torch import nn
 
@@ -39,13 +40,13 @@ def place(path: Path, settings: Settings) -> tuple[nn.Module, torch.Tensor]:
     return build(network).to(settings.device, dtype), images.to(settings.device, dtype)
 
 
-def inference(module: nn.Module, inputs: Sequence[torch.Tensor], device: str) -> Infer:
+def inference(module: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor], device: str) -> Infer:
     """One forward pass, done when it returns."""
     import torch
 
     @torch.inference_mode()
     def infer() -> torch.Tensor:
-        found = module(*inputs)
+        found: torch.Tensor = module(*inputs)
         if device == "cuda":
             torch.cuda.synchronize()
         return found
@@ -53,7 +54,7 @@ def inference(module: nn.Module, inputs: Sequence[torch.Tensor], device: str) ->
     return infer
 
 
-def fixed_images(shape: tuple[int, ...], kind: str = "float32"):
+def fixed_images(shape: tuple[int, ...], kind: str = "float32") -> np.ndarray[Any, Any]:
     """Noise, the same each time: what every runtime is fed. kind: one of KINDS; of whole numbers, all values."""
     import numpy as np
 
