@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -17,6 +17,9 @@ from nas.search.outcome import OVERHEAD, Outcome
 from nas.search.rows import INTERRUPTED, ClosingRow, OutsideRow, Timed
 from nas.search.words import interval_words, later_rounds, quality_words, validation_line
 from nas.units import counted
+
+if TYPE_CHECKING:
+    from nas.training.result import TrainResult
 
 
 def clock(seconds: float) -> str:
@@ -215,32 +218,30 @@ def show_against(console: Console, rows: Sequence[OutsideRow], first: ClosingRow
         prose(console, unequal(sizes, ()) or f"All of these run at {first.resolution} px, as {first.label} does.")
 
 
-def show_train(data: Mapping[str, Any], folder: Path, to_stderr: bool) -> None:
+def show_train(result: TrainResult, folder: Path, to_stderr: bool) -> None:
     """What a training came to."""
-    from nas.training.result import accuracy_of
-
-    console, final = console_of(to_stderr), data["final"]
+    console, final = console_of(to_stderr), result.final
     if final is None:
         console.print("No epoch was finished.")
         return
-    which = f"{final['of']}, epoch {final['epoch']} of {data['recipe']['epochs']}, recipe {data['recipe']['name']}"
-    if "top1" not in final:
-        console.print(f"Epoch {final['epoch']} was not judged ({which}).")
+    which = f"{final.of}, epoch {final.epoch} of {result.recipe['epochs']}, recipe {result.recipe['name']}"
+    if final.top1_ci is None:
+        console.print(f"Epoch {final.epoch} was not judged ({which}).")
     else:
-        console.print(f"{accuracy_of(final)} of {data['data']['name']}: {which}.")
-        chance = guessing(final["top1_ci"], data["data"]["classes"])
+        console.print(f"{final.accuracy()} of {result.data['name']}: {which}.")
+        chance = guessing(final.top1_ci, result.data["classes"])
         if chance:
             prose(console, f"{chance[:1].upper()}{chance[1:]}.")
-    seconds = sum(row["seconds"] for row in data["epochs"])
-    images = sum(row["images_per_s"] * row["seconds"] for row in data["epochs"])
+    seconds = sum(epoch.seconds for epoch in result.epochs)
+    images = sum(epoch.images_per_s * epoch.seconds for epoch in result.epochs)
     console.print(
-        f"{data['params'] / 1e6:.2f} M parameters, {data['macs'] / 1e6:.0f} MMACs at {data['resolution']} px; "
+        f"{result.params / 1e6:.2f} M parameters, {result.macs / 1e6:.0f} MMACs at {result.resolution} px; "
         f"trained in {clock(seconds)} at {images / seconds:.0f} images/s."
     )
     files = [name for name in ("model.safetensors", "model.onnx", "metrics.json") if (folder / name).is_file()]
     console.print(f"Network: {folder} ({', '.join(files)})")
     if "model.onnx" in files:
-        images = f" --data {shlex.quote(data['options']['data'])}" if data["options"]["data"] else ""
+        data = f" --data {shlex.quote(result.options['data'])}" if result.options["data"] else ""
         console.print("Next, its speed beside a network of timm's, or a smaller one made of it:")
-        console.print(f"  vitnas bench {shlex.quote(str(folder))} timm/lcnet_050@{data['resolution']}")
-        console.print(f"  vitnas prune --model {shlex.quote(str(folder))}{images}")
+        console.print(f"  vitnas bench {shlex.quote(str(folder))} timm/lcnet_050@{result.resolution}")
+        console.print(f"  vitnas prune --model {shlex.quote(str(folder))}{data}")

@@ -100,7 +100,7 @@ def train(
         recipe or ("quick" if begun_with is None else "finetune"), epochs, batch_size, lr, distillation
     )
     device = check_device(device)
-    options = TrainRequest(
+    request = TrainRequest(
         model=model,
         recipe=chosen,
         device=device,
@@ -118,11 +118,12 @@ def train(
         workers=default_workers(device) if workers is None else workers,
         seed=seed,
     )
-    options.check()
+    request.check()
     with watch_images(chosen.epochs, quiet) as (progress, say), training_threads(train_threads, say, device):
-        found = run_train(options, command_line(), say, progress)
-    if "final" in found:
-        show_train(found, options.folder, to_stderr=as_json)
-        if as_json:
-            print(json.dumps(found | {"folder": str(options.folder)}))
-    raise typer.Exit(1 if found["error"] else 0)
+        result = run_train(request, command_line(), say, progress)
+    if result is None:  # the first of torchrun's processes speaks for all
+        return
+    show_train(result, request.folder, to_stderr=as_json)
+    if as_json:
+        print(json.dumps(result.to_json() | {"folder": str(request.folder)}))
+    raise typer.Exit(1 if result.error else 0)

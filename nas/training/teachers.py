@@ -20,7 +20,7 @@ def find_teacher(text: str, weights: str | None, classes: list[str]) -> nn.Modul
         UserError: no such network, weights that cannot be had, random ones, or another number of classes.
     """
     if not text.startswith(TIMM):
-        return _own("--teacher", text, weights, classes)
+        return own_teacher("--teacher", text, weights, classes)
     import timm
 
     from search_spaces.checkpoints import WeightsError, read_checkpoint
@@ -47,7 +47,7 @@ def find_teacher(text: str, weights: str | None, classes: list[str]) -> nn.Modul
     return _fitting(f"--teacher {text}", model, (model.num_classes, len(classes)), fixed, config["mean"], config["std"])
 
 
-def _own(option: str, text: str, weights: str | None, classes: list[str]) -> nn.Module:
+def own_teacher(option: str, text: str, weights: str | None, classes: list[str]) -> nn.Module:
     """A network of ours that teaches."""
     from nas.networks.targets import find_target
 

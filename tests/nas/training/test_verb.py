@@ -329,8 +329,8 @@ def test_ctrl_c_in_the_writing_leaves_nothing_of_earlier_weights(vitnas, deit, t
     weights = (first / "model.safetensors").read_bytes()
     for where, left in (
         ("nas.measure.hardware.describe", {"model.onnx", "metrics.json"}),
-        ("nas.training.run.replace_file", set()),
-        ("nas.training.run.save_onnx", {"metrics.json"}),
+        ("nas.training.folder.replace_file", set()),
+        ("nas.training.folder.save_onnx", {"metrics.json"}),
     ):
         out = tmp_path / where
         shutil.copytree(first, out)
@@ -801,15 +801,20 @@ def test_what_fills_no_batch_is_told_once(vitnas, deit, few, tmp_path):
 
 def test_the_rate_is_that_of_the_whole_training(tmp_path, capsys):
     from nas.cli.display import show_train
+    from nas.training.result import Epoch, Final, TrainResult
 
-    epochs = [{"epoch": 1, "seconds": 1.0, "images_per_s": 200.0}, {"epoch": 2, "seconds": 3.0, "images_per_s": 40.0}]
-    data = {
-        "epochs": epochs,
-        "final": {"of": "last weights", **epochs[-1]},
-        "recipe": {"epochs": 2, "name": "quick"},
-        "params": 1e6,
-        "macs": 1e6,
-        "resolution": 32,
-    }
-    show_train(data, tmp_path, to_stderr=False)
+    rows = [{"epoch": 1, "seconds": 1.0, "images_per_s": 200.0}, {"epoch": 2, "seconds": 3.0, "images_per_s": 40.0}]
+    result = TrainResult(
+        **dict.fromkeys(("model", "command", "started", "finished", "family"), ""),
+        **{key: {} for key in ("data", "options", "hardware", "phases")},
+        epochs=[Epoch(**row, loss=1.0, lr=1e-3) for row in rows],
+        final=Final(**rows[-1], loss=1.0, lr=1e-3, of="last weights"),
+        recipe={"epochs": 2, "name": "quick"},
+        params=1_000_000,
+        macs=1_000_000,
+        resolution=32,
+        notes=[],
+        error=None,
+    )
+    show_train(result, tmp_path, to_stderr=False)
     assert "trained in 0:04 at 80 images/s" in capsys.readouterr().out

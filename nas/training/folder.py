@@ -1,0 +1,164 @@
+"""The folder that a training writes: weights, what is known of them, and the ONNX file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nas.errors import TrainingError, UserError
+from nas.export.card import LABELS, PREPROCESS, Card
+from nas.export.folder import save_model, save_onnx
+from nas.files import replace_file
+from nas.job import Job, now
+from nas.networks.weights import load_network
+from nas.training.processes import ranks
+from nas.training.result import Epoch, Final, TrainResult
+
+if TYPE_CHECKING:
+    from nas.data.batches import Loader
+    from nas.training.engine import Training
+    from nas.training.inputs import TrainInputs
+    from nas.training.request import TrainRequest
+
+WEIGHTS = "model.safetensors"
+FILES = ("arch.json", WEIGHTS, "model.onnx", PREPROCESS, LABELS)
+
+
+class TrainFolder:
+    """Writes a training's results. command: the command line that asked for it."""
+
+    def __init__(self, request: TrainRequest, inputs: TrainInputs, job: Job, command: str) -> None:
+        self._request, self._inputs, self._job, self._command = request, inputs, job, command
+
+    def write(
+        self,
+        training: Training,
+        judged_on: Loader,
+        error: TrainingError | None,
+        note: Callable[[str], None],
+        interrupted: str | None = None,
+    ) -> TrainResult:
+        """Write the weights and what is known, then the ONNX file: where that fails it is said and recorded.
+
+        interrupted: after what, in words.
+        """
+        from nas.data.batches import skipped_line
+
+        job, folder = self._job, self._request.folder
+        if broken := skipped_line([training.loader, judged_on]):
+            note(broken)
+        result = self._result(training, error, interrupted)
+        trained = bool(training.epoch or training.within.updates)
+        if trained:  # what was said of earlier weights goes first: Ctrl-C may end this anywhere
+            for earlier in (folder / "model.onnx", job.result):
+                earlier.unlink(missing_ok=True)
+            save_model(training.network.cpu(), folder)
+        replace_file(job.result, json.dumps(result.to_json(), indent=1))
+        if trained and (failure := self._export(training, result)):
+            result = replace(result, error=f"{error}; {failure}" if error else failure)
+        result = replace(result, notes=job.state.notes, phases=job.state.phases, finished=now())
+        replace_file(job.result, json.dumps(result.to_json(), indent=1))
+        job.save()
+        if result.error is None and interrupted is None:
+            self._keep_digests()
+            job.finish()
+            (job.kept / "checkpoint").unlink()
+        return result
+
+    def _result(self, training: Training, error: TrainingError | None, interrupted: str | None) -> TrainResult:
+        import torch
+
+        from nas.data.about import summary
+        from nas.data.lineage import record
+        from nas.measure.hardware import describe
+        from nas.measure.runtime import Settings
+        from search_spaces import table
+
+        request, inputs, counts = self._request, self._inputs, table(self._inputs.arch)
+        trained = bool(training.epoch or training.within.updates)
+        last = training.history[-1] if training.history else {}
+        threads = torch.get_num_threads()
+        return TrainResult(
+            model=request.model,
+            command=self._command,
+            started=self._job.state.started,
+            finished=now(),
+            family=inputs.arch.family,
+            resolution=inputs.arch.resolution,
+            params=counts.params(),
+            macs=counts.macs(),
+            data=asdict(summary(inputs.data)),
+            seen=record(request.folder, inputs.data.train, *inputs.parents) if trained else None,
+            recipe=asdict(training.recipe) | {"peak_lr": training.recipe.peak_lr},
+            options=request.identity(),
+            processes=ranks()[1],
+            top1=last.get("top1"),
+            top1_ci=last.get("top1_ci"),
+            images=last.get("val_images"),
+            classes=list(inputs.data.classes),
+            seconds=sum(row["seconds"] for row in training.history) + training.within.seconds,
+            train_threads=threads,
+            epochs=[Epoch(**row) for row in training.history],
+            final=Final(of="moving average" if training.recipe.ema else "last weights", **last) if last else None,
+            hardware=describe(Settings("torch", request.device, threads, training.images)),
+            notes=self._job.state.notes,
+            phases=self._job.state.phases,
+            interrupted=interrupted,
+            error=str(error) if error else None,
+        )
+
+    def _export(self, training: Training, result: TrainResult) -> str | None:
+        """Write the ONNX file; returns why that failed, which is said."""
+        from nas.data.dataset import some_of
+
+        try:
+            with self._job.phase("exporting"):
+                card = Card.of(self._inputs.data, result.top1, result.images or 0)
+                images = some_of(self._inputs.data.val)
+                save_onnx(training.network, self._request.folder, 1, trained=True, card=card, images=images)
+        except UserError as failure:
+            line = f"no model.onnx, but the weights are there: {failure}"
+            self._job.say(line)
+            return line
+        return None
+
+    def mend(self, result: TrainResult) -> None:
+        """Write again what is missing or damaged of a finished training, from what is there.
+
+        Raises:
+            UserError: the weights are lost.
+        """
+        from nas.data.dataset import some_of
+        from nas.data.inputs import file_digest
+
+        folder, known = self._request.folder, self._job.state.found.get("files", {})
+        lost = [
+            name
+            for name in FILES
+            if not (folder / name).is_file() or known.get(name, "") not in ("", file_digest(folder / name))
+        ]
+        if not lost:
+            return
+        what = f"missing or changed since it was finished: {', '.join(lost)}"
+        if WEIGHTS in lost:
+            raise UserError(
+                f"{folder}, {what}: the trained weights are lost; bring {WEIGHTS} back from a copy, or train again "
+                "with another --out"
+            )
+        last, data = result.final, self._inputs.data
+        card = Card.of(data, last and last.top1, (last and last.val_images) or 0)
+        model = load_network(f"{folder}", self._inputs.arch, folder / WEIGHTS)
+        save_model(model, folder, with_weights=False)
+        save_onnx(model, folder, 1, trained=True, card=card, images=some_of(data.val))
+        self._keep_digests()
+        self._job.say(f"{what}: written again from {WEIGHTS}")
+
+    def _keep_digests(self) -> None:
+        from nas.data.inputs import file_digest
+
+        folder: Path = self._request.folder
+        self._job.state.found["files"] = {name: file_digest(folder / name) for name in FILES}
+        self._job.save()
