@@ -33,6 +33,7 @@ from nas.errors import TrainingError, UserError
 from nas.export import folder as export_folder
 from nas.files import folder_lock
 from nas.training.evaluation import evaluate
+from nas.training.result import TrainResult
 from search_spaces import Arch, create_model, get_arch
 
 ARGS = ("--epochs", "2", "--batch-size", "32", "--device", "cpu")
@@ -117,6 +118,11 @@ def test_a_folder_that_export_and_bench_take(vitnas, deit, tmp_path):
     assert found["train_threads"] == 1
     assert found["seconds"] == sum(row["seconds"] for row in found["epochs"])
     assert accuracy.top1 > 20
+    again = TrainResult.read(out / "metrics.json")
+    assert json.loads(json.dumps(again.to_json())) == found
+    later = ("seen", "processes", "top1", "top1_ci", "images", "classes", "seconds", "train_threads", "interrupted")
+    (tmp_path / "old.json").write_text(json.dumps({key: found[key] for key in found.keys() - {*later}}))
+    assert TrainResult.read(tmp_path / "old.json").final == again.final
 
     code, text, err = vitnas("train", deit, "--out", str(out), *ARGS, "--lr", "0.004")
     assert code == 0
@@ -801,7 +807,7 @@ def test_what_fills_no_batch_is_told_once(vitnas, deit, few, tmp_path):
 
 def test_the_rate_is_that_of_the_whole_training(tmp_path, capsys):
     from nas.cli.display import show_train
-    from nas.training.result import Epoch, Final, TrainResult
+    from nas.training.result import Epoch, Final
 
     rows = [{"epoch": 1, "seconds": 1.0, "images_per_s": 200.0}, {"epoch": 2, "seconds": 3.0, "images_per_s": 40.0}]
     result = TrainResult(
