@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import signal
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -71,7 +71,7 @@ class Order(Sampler[Key]):
         return by_file[torch.argsort(torch.arange(count) + delay)]
 
 
-class Loader(DataLoader):
+class Loader(DataLoader[Any]):
     """Batches of the images that can be decoded: one with broken files is smaller, one with nothing else is left out.
 
     epoch: the number of the next pass, which fixes its order and augmentation. taken: batches of the pass until now,
@@ -89,6 +89,7 @@ class Loader(DataLoader):
             collate_fn=_collate,
             generator=torch.Generator(),  # of its own: a pass draws nothing from the global one
         )
+        self._order, self._size = order, batch_size
         self.epoch = self.taken = self._left_out = 0
         self.skipped: list[str] = []
 
@@ -100,9 +101,10 @@ class Loader(DataLoader):
         """End the processes that decode; another pass starts new ones."""
         iterator, self._iterator = self._iterator, None  # where torch keeps them between passes
         if iterator is not None:
-            iterator._shutdown_workers()  # now, not when the last traceback that holds it is gone
+            # now, not when the last traceback that holds it is gone
+            iterator._shutdown_workers()  # type: ignore[attr-defined]
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # torch names its own class
         """One pass.
 
         Raises:
@@ -110,9 +112,10 @@ class Loader(DataLoader):
             MemoryError, RuntimeError: no memory for an image or a batch, or a process that decodes has died.
         """
         self.taken, self._left_out = self._left_out, 0
-        self.sampler.epoch, self.sampler.left_out = self.epoch, self.taken * self.batch_size
+        self._order.epoch, self._order.left_out = self.epoch, self.taken * self._size
         self.epoch += 1
-        seen, broken, unused = 0, [], 0
+        broken: list[str] = []
+        seen = unused = 0
         try:
             for images, labels, names in in_turn(super().__iter__()):
                 adapt()
@@ -122,7 +125,7 @@ class Loader(DataLoader):
                 unused += len(names)
                 self.skipped += [name for name in names if name not in self.skipped]
                 self._refuse_if_too_many(broken, seen)
-                if unused == seen >= min(ALL_BROKEN, len(self.sampler)):
+                if unused == seen >= min(ALL_BROKEN, len(self._order)):
                     raise UserError(f"none of the first {seen} images can be used: {skipped_line([self])}")
                 if len(labels):
                     yield images, labels
@@ -131,7 +134,7 @@ class Loader(DataLoader):
             raise _without_traceback(error) from None
 
     def _refuse_if_too_many(self, broken: list[str], seen: int) -> None:
-        total = len(self.sampler)
+        total = len(self._order)
         most = max(1, MAX_BROKEN * max(seen, min(total, BROKEN_BASE)))
         if len(broken) > most or len(broken) == seen >= min(ALL_BROKEN, total):
             raise UserError(

@@ -93,11 +93,11 @@ def open_data(
         share = DIGITS_VAL_SHARE if demo else VAL_SHARE
         images = _images(train, resolution, demo)
         known = seen_by(*weights)
-        seen = seen_among(images, known) if known is not None and len(known) else None
+        seen = None if known is None or not len(known) else seen_among(images, known)
         train_images, val_images = (images.pick(part) for part in split(train.labels, share, seed, seen))
         validation = f"{share:.0%} of each class, picked by seed {seed}"
-        if seen is not None and seen.any() and not seen_among(val_images, known).any():
-            named = list(dict.fromkeys(str(each) for each in weights if len(seen_by(each))))
+        if known is not None and seen is not None and seen.any() and not seen_among(val_images, known).any():
+            named = list(dict.fromkeys(str(each) for each in weights if (of := seen_by(each)) is not None and len(of)))
             validation = f"those that {' and '.join(named)} {'was' if len(named) == 1 else 'were'} not trained on"
     else:
         train_images, val_images = (_images(part, resolution, demo) for part in (train, val))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -57,7 +57,7 @@ Source = Path | np.ndarray | Stored
 class Key(NamedTuple):
     """Which image of a pass, and what fixes its augmentation: the `copy`-th time it is shown in that pass."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # a tuple has a method of that name
     copy: int
     epoch: int
     seed: int
@@ -101,7 +101,7 @@ class RibbonError(ValueError):
     """An image is longer than `MAX_ASPECT` allows."""
 
 
-class Images(Dataset):
+class Images(Dataset["tuple[Tensor, int] | str"]):
     """Map-style: index -> (image (3, R, R) float32, label), or its name where it cannot be decoded or is a `Ribbon`.
 
     files: for images that are read fastest in the order of the files that hold them, the number of each one's file.
@@ -194,7 +194,12 @@ def plain_transform(resolution: int, demo: bool) -> Compose:
 
 
 def _transform(resolution: int, **kwargs: Any) -> Compose:
-    found = create_transform((3, resolution, resolution), interpolation="bicubic", color_jitter=None, **kwargs)
+    found = create_transform(
+        (3, resolution, resolution),
+        interpolation="bicubic",
+        color_jitter=None,  # type: ignore[arg-type]
+        **kwargs,
+    )
     for policy in found.transforms:
         for operation in getattr(policy, "ops", ()):  # of RandAugment
             if operation.name.startswith("Posterize"):
@@ -294,7 +299,7 @@ def cached(images: Images, resolution: int, say: Callable[[str], None] = tell) -
     kept = Kept(Reduced(images.sources[i], side) for i in range(len(images)))
     for i, source in enumerate(kept):
         try:
-            pixels = np.asarray(source.read())
+            pixels = np.asarray(cast(Reduced, source).read())
         except MemoryError:
             pixels = None
         except Exception:  # as in Images: it is skipped, counted and named when its turn comes

@@ -91,6 +91,7 @@ def remark(weights: str | Path | None, images: Images, what: str) -> str | None:
     """What to say of weights that were trained on some of the images, or may have been; None where they were not."""
     seen = seen_by(weights)
     if seen is None:
+        assert weights is not None  # of random ones it is known
         path = _beside(weights)
         why = f" ({path} is damaged or of another version)" if path.is_file() else ""
         return (

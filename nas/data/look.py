@@ -55,7 +55,7 @@ def _twice(data: ImageData) -> Iterator[str]:
         yield (
             f"{len(both):,} of {len(val):,} validation images are training images too ({name}): accuracy is too high"
         )
-    order = np.lexsort((data.train.labels, train))
+    order = np.lexsort((np.asarray(data.train.labels), train))
     sorted_digests, labels = train[order], np.asarray(data.train.labels)[order]
     differ = np.flatnonzero((sorted_digests[1:] == sorted_digests[:-1]) & (labels[1:] != labels[:-1]))
     if len(differ):

@@ -20,7 +20,7 @@ def free_memory() -> int:
     """Bytes: the least of what the machine has available, this process's cgroups and its own limit leave."""
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)
     own = sys.maxsize if soft == resource.RLIM_INFINITY else max(0, soft - psutil.Process().memory_info().vms)
-    return min(psutil.virtual_memory().available, own, cgroup_memory())
+    return min(int(psutil.virtual_memory().available), own, cgroup_memory())
 
 
 def cgroup_memory(root: Path = CGROUPS, own: Path = OWN_CGROUPS) -> int:

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]
 from filelock import FileLock
 from timm.utils.misc import natural_key
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -119,7 +119,9 @@ def read_index(shards: list[Path], cache: Path) -> Index:
             with drafted(path) as draft:
                 np.savez(draft, columns=columns, classes=np.array(classes, str), left_out=np.array(left_out, str))
     with np.load(path, allow_pickle=False) as kept:
-        return Index(shards, *kept["columns"], kept["classes"].tolist() or None, tuple(kept["left_out"].tolist()))
+        file, offset, size, label = kept["columns"]
+        words, lost = kept["classes"].tolist(), kept["left_out"].tolist()
+        return Index(shards, file, offset, size, label, words or None, tuple(lost))
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ def _scan(shard: Path) -> Shard:
     try:
         with tarfile.open(shard, "r:") as file:
             for member in file:
-                file.members = []  # tarfile would keep them all
+                file.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
                 path = PurePosixPath(member.name)
                 if not member.isfile() or path.name.startswith("."):
                     continue
@@ -149,7 +151,9 @@ def _scan(shard: Path) -> Shard:
                         raise UserError(f"{shard} holds two images called {key}")
                     images[key] = (member.name, *place)
                 elif suffix == LABEL:
-                    labels[key] = _label(file.extractfile(member).read(), f"{shard}: {member.name}")
+                    content = file.extractfile(member)
+                    assert content is not None  # it is a file
+                    labels[key] = _label(content.read(), f"{shard}: {member.name}")
                 elif suffix == DOCUMENT:
                     documents[key] = (member.name, *place)
     except (tarfile.TarError, OSError, EOFError) as error:
@@ -171,7 +175,7 @@ def _labelled(
     for key in images:
         of_sample.setdefault(_sample(key), []).append(key)
     taken, used, parts = Shard([], [], [], []), set(), []
-    for key, (name, *place) in images.items():
+    for key, (name, offset, size) in images.items():
         sample = _sample(key)
         owner = key if key in labels or key in documents else sample
         if owner != key and sample in images:
@@ -188,7 +192,7 @@ def _labelled(
             raise UserError(f"{shard}: {' and '.join(of_sample[sample][:2])} have one label, {owner}{LABEL}")
         used.add(owner)
         taken.names.append(name)
-        taken.places.append(tuple(place))
+        taken.places.append((offset, size))
         taken.labels.append(label)
     if parts:
         taken.left_out.append(f"{len(parts):,} images that are parts of others ({parts[0]})")
@@ -218,7 +222,7 @@ def _columns(found: list[Shard], shards: list[Path]) -> tuple[np.ndarray, list[s
                 raise UserError(
                     f"{shards[i]}: {name} has the label {label} but others words ({words[0]!r}): write one kind"
                 )
-            rows.append((i, *place, number.get(label, label)))
+            rows.append((i, *place, number[label] if isinstance(label, str) else label))
     return np.array(rows, dtype=np.int64).T, words
 
 

@@ -67,7 +67,8 @@ class TorchImage:
     row: int
 
     def read(self) -> Image.Image:
-        return self.dataset[self.row][0]
+        image: Image.Image = self.dataset[self.row][0]
+        return image
 
     def __str__(self) -> str:
         return f"{self.name}[{self.row}]"
@@ -102,8 +103,8 @@ def _torch_split(name: str, root: Path, split: str) -> tuple[list[str], Part]:
         dataset.index.sort()  # it comes in the file system's order
         classes, labels = dataset.all_categories, [label for label, _ in dataset.index]
     else:
-        classes, labels = dataset.classes, np.asarray(dataset.targets)
-        labels = (labels[:, 0] if labels.ndim == 2 else labels).tolist()  # qmnist tells more than the digit
+        classes, targets = dataset.classes, np.asarray(dataset.targets)
+        labels = (targets[:, 0] if targets.ndim == 2 else targets).tolist()  # qmnist tells more than the digit
     names = [each if isinstance(each, str) else ", ".join(each) for each in classes]
     return names, Part(Rows(partial(TorchImage, f"torch/{name}, {split}", dataset), np.arange(len(labels))), labels)
 
@@ -179,7 +180,7 @@ def hub_dataset(name: str) -> Found:
         f"hfds/{name}" + f" (label: {label})" * (label != "label"),
         classes,
         parts["train"],
-        parts.get(val),
+        parts[val] if val else None,
         f"split {val}",
         tuple(f"split {split}" for split in splits if split not in ("train", val)),
     )
@@ -192,14 +193,15 @@ def _columns(features: datasets.Features, name: str) -> tuple[str, str]:
     images = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]
     named = {column: f.num_classes for column, f in features.items() if isinstance(f, datasets.ClassLabel)}
     plain = [column for column in ("label", "labels", "target", "class") if column in features]
-    label = "label" if "label" in features else max(named, key=named.get) if named else next(iter(plain), None)
+    largest = max(named, key=lambda column: named[column], default=None)
+    label = "label" if "label" in features else largest or next(iter(plain), None)
     if not images or label is None:
         raise UserError(f"hfds/{name} needs a column of images and one of labels, but has {', '.join(features)}")
     return "image" if "image" in images else images[0], label
 
 
 def _column(dataset: datasets.Dataset, column: str) -> list[Any]:
-    return dataset.select_columns([column])[:][column]
+    return list(dataset.select_columns([column])[:][column])
 
 
 def _hub_rows(name: str, dataset: datasets.Dataset, image: str, count: int) -> Rows:

@@ -34,7 +34,7 @@ def _each(outer: int, size: int, heads: int, inner: View) -> View:
 
 def _corner(start: int, side: int, corner: int) -> View:
     def view(tensor: Tensor, dim: int) -> Tensor:
-        square = tensor.narrow(dim, start, side * side).unflatten(dim, (side, side))
+        square: Tensor = tensor.narrow(dim, start, side * side).unflatten(dim, (side, side))
         return square.narrow(dim, 0, corner).narrow(dim + 1, 0, corner)
 
     return view
@@ -118,6 +118,7 @@ class Candidate:
     def _parameter(self, owned: nn.Parameter, part: _Part) -> nn.Parameter:
         memory, values = part.of(owned.detach())
         parameter = nn.Parameter(memory)
+        assert owned.grad is not None
         parameter.grad, gradients = part.of(owned.grad)
         _extend(self._taken, values)
         _extend(self._added, [(theirs, mine) for mine, theirs in gradients])
@@ -147,7 +148,8 @@ class Candidate:
 
     def __call__(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) of any S -> (B, classes)."""
-        return self.model(resized(images, self.resolution))
+        logits: Tensor = self.model(resized(images, self.resolution))
+        return logits
 
 
 class _Part:

@@ -28,6 +28,7 @@ from nas.training.device import failing_as, out_of_memory, to_stderr
 from nas.training.processes import agreed, ranks
 from nas.training.recipes import Recipe
 from nas.training.updater import Updater
+from search_spaces import Arch
 from search_spaces.gates import set_drop_path
 from search_spaces.network import set_keep_progress
 
@@ -100,7 +101,8 @@ class Training:
         """
         self.model, self.seed, self._checkpoint = model.to(device), seed, checkpoint
         self._validate, self._accumulate = validate, accumulate
-        self.epoch, self.history, self.judged, self.within = 0, [], True, Within()
+        self.epoch, self.judged, self.within = 0, True, Within()
+        self.history: list[dict[str, Any]] = []
         self.rank, world = ranks()
         batch = min(recipe.batch_size, len(data)) // (world * accumulate)
         if batch < 2:
@@ -303,6 +305,7 @@ class Training:
             ) from None
 
     def _file(self, suffix: str) -> Path:
+        assert self._checkpoint is not None
         return self._checkpoint.with_name(self._checkpoint.name + suffix)
 
     def restore(self, within: bool = True) -> None:
@@ -355,7 +358,8 @@ class Training:
 
 def _digest(model: nn.Module) -> str:
     """What kind of network this is: its Arch, or its tensors' names and shapes."""
-    if hasattr(model, "arch"):
-        return model.arch.digest()
+    arch: Arch | None = getattr(model, "arch", None)
+    if arch is not None:
+        return arch.digest()
     shapes = [(name, tuple(value.shape)) for name, value in model.state_dict().items()]
     return hashlib.sha256(repr(shapes).encode()).hexdigest()

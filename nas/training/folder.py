@@ -149,7 +149,7 @@ class TrainFolder:
                 "with another --out"
             )
         last, data = result.final, self._inputs.data
-        card = Card.of(data, last and last.top1, (last and last.val_images) or 0)
+        card = Card.of(data, last.top1, last.val_images or 0) if last else Card.of(data)
         model = load_network(f"{folder}", self._inputs.arch, folder / WEIGHTS)
         save_model(model, folder, with_weights=False)
         save_onnx(model, folder, 1, trained=True, card=card, images=some_of(data.val))

@@ -79,7 +79,7 @@ def digests_of(request: TrainRequest, inputs: TrainInputs) -> dict[str, str | No
 
     return identity(
         inputs.data,
-        model=inputs.target.arch and (inputs.target.arch, request.weights),
+        model=(inputs.target.arch, request.weights) if inputs.target.arch is not None else None,
         teacher=network(request.teacher, request.teacher_weights),
         oracle=network(request.oracle, None),
     )

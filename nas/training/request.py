@@ -51,7 +51,8 @@ class TrainRequest:
             del found[name]
         for name in ("source", "teacher"):
             del recipe[name]
-        return json.loads(json.dumps(found | {"recipe": recipe.pop("name")} | recipe))
+        known: dict[str, Any] = json.loads(json.dumps(found | {"recipe": recipe.pop("name")} | recipe))
+        return known
 
     def check(self) -> None:
         """Raises UserError for what no network could be trained with."""
@@ -95,7 +96,7 @@ def choose_recipe(
         raise UserError(f"--distillation {distillation!r}: choose hard or soft")
     recipe = RECIPES[name]
     size = batch_size or recipe.batch_size
-    changes = {"epochs": epochs, "batch_size": batch_size, "distillation": distillation}
+    changes: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, "distillation": distillation}
     if lr is not None:
         changes |= {"lr": lr, "lr_batch": size}
     return replace(recipe, **{key: value for key, value in changes.items() if value is not None})

@@ -119,7 +119,7 @@ class Supernet:
     def among(cls, archs: Sequence[Arch], seed: int = 0) -> Self:
         """A supernet of some networks; the smallest and the largest are those of fewest and most MACs."""
         ordered = sorted(archs, key=lambda arch: table(arch).macs())
-        return cls(maximum(archs), ordered[0], ordered[-1], lambda rng: archs[rng.integers(len(archs))], seed)
+        return cls(maximum(archs), ordered[0], ordered[-1], lambda rng: archs[int(rng.integers(len(archs)))], seed)
 
     @classmethod
     def over(cls, family: str, num_classes: int, resolution: int | None = None, seed: int = 0) -> Self:
@@ -178,7 +178,7 @@ class Supernet:
         Returns:
             The largest candidate's loss on the labels, and the others' mean cross-entropy to its output.
         """
-        torch._foreach_zero_([parameter.grad for parameter in self.owner.parameters()])
+        torch._foreach_zero_([parameter.grad for parameter in self.owner.parameters() if parameter.grad is not None])
         others = [self.smallest, *(self._draw(self._random) for _ in range(RANDOM))]
         pieces = zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True)
         found = [self._sandwich(others, *piece, len(labels)) for piece in pieces]
@@ -318,7 +318,7 @@ def _extreme(family: str, decode: Callable[[Mapping[str, int]], Arch], sign: int
         levels = range(LEVELS) if name.startswith(("mix", "form")) else (0, LEVELS - 1)
         sizes = {level: sign * table(decode(params | {name: level})).macs() for level in levels}
         if max(sizes.values()) > sizes[params[name]]:
-            params[name] = max(sizes, key=sizes.get)
+            params[name] = max(sizes, key=lambda level: sizes[level])
     return params
 
 

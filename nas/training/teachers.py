@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from nas.errors import UserError
 from nas.networks.timm_network import TIMM
@@ -42,9 +42,10 @@ def find_teacher(text: str, weights: str | None, classes: list[str]) -> nn.Modul
         raise UserError(f"--teacher-weights: {error}") from None
     except Exception as error:  # the weights' client raises kinds of its own
         raise UserError(f"--teacher {text}: {not_fetched(name, error, '--teacher-weights')}") from None
-    config = model.pretrained_cfg
+    config = cast("dict[str, Any]", model.pretrained_cfg)
     fixed = config["input_size"][-1] if config.get("fixed_input_size") else None
-    return _fitting(f"--teacher {text}", model, (model.num_classes, len(classes)), fixed, config["mean"], config["std"])
+    counts = cast(int, model.num_classes), len(classes)
+    return _fitting(f"--teacher {text}", model, counts, fixed, config["mean"], config["std"])
 
 
 def own_teacher(option: str, text: str, weights: str | None, classes: list[str]) -> nn.Module:

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +52,7 @@ class Updater:
             teacher.to(device).eval()
         self._mixup, self._smoothing = None, recipe.label_smoothing
         if recipe.mixup or recipe.cutmix:
-            classes = model.arch.num_classes if hasattr(model, "arch") else model.num_classes
+            classes = getattr(model, "arch", model).num_classes
             self._mixup = Mixup(
                 recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=classes
             )
@@ -76,14 +76,14 @@ class Updater:
             self._parallel = nn.parallel.DistributedDataParallel(
                 model, device_ids=[self._device] if self._device.type == "cuda" else None
             )
-        self._forward = self._parallel or model
+        self._forward: nn.Module = self._parallel or model
         if compiled:
-            self._forward = torch.compile(self._forward)
+            self._forward = cast(nn.Module, torch.compile(self._forward))
         self._parts = 1
 
     @property
     def lr(self) -> float:
-        return self._optimizer.param_groups[0]["lr"]
+        return float(self._optimizer.param_groups[0]["lr"])
 
     def step(self, at: int, batches: Sequence[Batch]) -> Tensor:
         """One update on all the batches' images together; returns their mean loss, on the device.
@@ -187,7 +187,7 @@ def _groups(weight_decay: float) -> Callable[[nn.Module], list[dict[str, Any]]]:
 
     def groups(model: nn.Module) -> list[dict[str, Any]]:
         free = [name for name, _ in model.named_parameters() if name.split(".")[-1] != "weight"]
-        return param_groups_weight_decay(model, weight_decay, no_weight_decay_list=free)
+        return list(param_groups_weight_decay(model, weight_decay, no_weight_decay_list=free))
 
     return groups
 
