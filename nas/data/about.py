@@ -18,20 +18,27 @@ WIDTH = 100
 
 @dataclass(frozen=True)
 class Summary:
-    """What an `ImageData` holds, as JSON keeps it. train_counts, val_counts: images of each class, in label order.
-    validation: which images validate, in words. left_out: what was found and not used. notes: what looks odd."""
+    """What an `ImageData` holds, as JSON keeps it."""
 
     name: str
     demo: bool
+    """Whether these are scikit-learn's digits, not the user's own images."""
     classes: int
     class_names: list[str]
+    """In label order."""
     train: int
+    """Images for training."""
     val: int
+    """Images for validation."""
     train_counts: list[int]
+    """Images of each class, in label order."""
     val_counts: list[int]
     validation: str
+    """Which images validate, in words."""
     left_out: list[str]
+    """What was found and is not used."""
     notes: list[str]
+    """What looks odd."""
 
     def line(self) -> str:
         """All but the notes, in one line."""

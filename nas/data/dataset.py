@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nas.data.found import Found, Part
+from nas.data.found import FoundImages, LabelledImages
 from nas.data.images import Augmentation, Images, plain_transform, split, train_transform
 from nas.data.lineage import remark, seen_among, seen_by
 from nas.data.sources import digits, find
@@ -33,19 +33,23 @@ DIGITS_VAL_SHARE = 0.2
 
 @dataclass(frozen=True)
 class ImageData:
-    """A data set, split. classes: names in label order. calibration: the images of `train` without augmentation.
-    demo: not the user's own. validation: which images validate, in words. left_out: what was found and not used.
-    notes: what looks odd."""
+    """A data set, split into images for training and for validation."""
 
     name: str
     classes: list[str]
+    """Names in label order."""
     train: Images
     calibration: Images
+    """The images of `train` without augmentation."""
     val: Images
     demo: bool
+    """Whether these are scikit-learn's digits, not the user's own images."""
     validation: str = ""
+    """Which images validate, in words."""
     left_out: tuple[str, ...] = ()
+    """What was found and is not used."""
     notes: tuple[str, ...] = ()
+    """What looks odd."""
 
     def at(self, resolution: int, augmentation: Augmentation | None = None) -> ImageData:
         """The same images at R = `resolution` pixels a side, `train` augmented so (None: `Augmentation()`).
@@ -125,11 +129,11 @@ def some_of(images: Images) -> np.ndarray | None:
     return np.stack(pixels) if pixels else None
 
 
-def _images(part: Part, resolution: int, demo: bool) -> Images:
+def _images(part: LabelledImages, resolution: int, demo: bool) -> Images:
     return Images(part.sources, part.labels, plain_transform(resolution, demo), part.files)
 
 
-def _classes(found: Found, num_classes: int | None) -> list[str]:
+def _classes(found: FoundImages, num_classes: int | None) -> list[str]:
     labels = {*found.train.labels, *(found.val.labels if found.val else ())}
     if min(labels) < 0:
         raise UserError(
@@ -156,12 +160,12 @@ def _classes(found: Found, num_classes: int | None) -> list[str]:
     return classes
 
 
-def _with_label(found: Found, label: int) -> str:
+def _with_label(found: FoundImages, label: int) -> str:
     part = next(part for part in (found.train, found.val) if part and label in part.labels)
     return shown(str(part.sources[part.labels.index(label)]))
 
 
-def _require_two_of_each(found: Found, classes: list[str]) -> None:
+def _require_two_of_each(found: FoundImages, classes: list[str]) -> None:
     for label, count in sorted(Counter(found.train.labels).items()):
         if count < 2:
             where = f"{found.name}/{classes[label]}"

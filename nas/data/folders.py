@@ -15,7 +15,7 @@ from PIL import Image
 from timm.utils.misc import natural_key
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from nas.data.found import Found, Part
+from nas.data.found import FoundImages, LabelledImages
 from nas.errors import UserError
 from nas.units import listed, shown
 
@@ -78,12 +78,12 @@ class Scan:
     deep: dict[str, list[str]]
     suffixes: dict[str, Counter[str]]
 
-    def part(self, classes: Sequence[str]) -> Part:
+    def part(self, classes: Sequence[str]) -> LabelledImages:
         found = [(path, label) for label, name in enumerate(classes) for path in self.images.get(name, ())]
-        return Part([path for path, _ in found], [label for _, label in found])
+        return LabelledImages([path for path, _ in found], [label for _, label in found])
 
 
-def image_folder(name: str) -> Found:
+def image_folder(name: str) -> FoundImages:
     """The images of a folder of <class>/ folders, or of train/ beside val/ or test/, however these are called.
 
     Raises:
@@ -102,12 +102,12 @@ def image_folder(name: str) -> Found:
         found = _scan(path, left_out)
         classes = _classes(found)
         odd = [f"a class is called {shown(each)!r}, as a split is" for each in classes if split_of(each)]
-        return Found(name, classes, found.part(classes), left_out=left_out.lines(), notes=(*odd, *_notes(found)))
+        return FoundImages(name, classes, found.part(classes), left_out=left_out.lines(), notes=(*odd, *_notes(found)))
     left_out.whole += sorted(set(names) - {train, val})
     found, judges = _scan(path / train, left_out), _scan(path / val, left_out)
     classes = _classes(found)
     judging, odd = _matched(judges, classes, train)
-    return Found(
+    return FoundImages(
         name,
         classes,
         found.part(classes),

@@ -11,21 +11,28 @@ from nas.data.images import Source
 
 
 @dataclass(frozen=True)
-class Part:
+class LabelledImages:
+    """Images with a label each."""
+
     sources: Sequence[Source]
     labels: list[int]
     files: np.ndarray | None = None
+    """(N,) the number of the file that holds each, for images that are read fastest in the order of their files."""
 
 
 @dataclass(frozen=True)
-class Found:
-    """classes: None where labels are bare numbers. val: None where `train` is to be split; validation: what it is, in
-    words. left_out: what was found and not used. notes: what looks odd."""
+class FoundImages:
+    """What a source holds, before it is split and checked."""
 
     name: str
     classes: list[str] | None
-    train: Part
-    val: Part | None = None
+    """Names in label order; None where labels are bare numbers."""
+    train: LabelledImages
+    val: LabelledImages | None = None
+    """None: some of `train` are to be picked."""
     validation: str = ""
+    """What `val` is, in words."""
     left_out: tuple[str, ...] = ()
+    """What was found and is not used."""
     notes: tuple[str, ...] = ()
+    """What looks odd."""

@@ -20,7 +20,7 @@ from timm.data import create_dataset
 from timm.utils.misc import natural_key
 
 from nas.data.folders import image_folder
-from nas.data.found import Found, Part
+from nas.data.found import FoundImages, LabelledImages
 from nas.data.images import Rows
 from nas.data.shards import find_shards, read_index
 from nas.errors import UserError
@@ -46,15 +46,15 @@ def cache_folder() -> Path:
     return Path(os.environ.get(CACHE) or "~/.cache/vitnas/data").expanduser()
 
 
-def digits() -> Found:
+def digits() -> FoundImages:
     from sklearn.datasets import load_digits
 
     found = load_digits()
     images = list((found.images * (255 / 16)).round().astype(np.uint8))
-    return Found(
+    return FoundImages(
         f"digits (scikit-learn, {len(images):,} images of 8x8 pixels)",
         [str(name) for name in found.target_names],
-        Part(images, found.target.tolist()),
+        LabelledImages(images, found.target.tolist()),
     )
 
 
@@ -74,7 +74,7 @@ class TorchImage:
         return f"{self.name}[{self.row}]"
 
 
-def torch_dataset(name: str) -> Found:
+def torch_dataset(name: str) -> FoundImages:
     """A torchvision data set as timm names it, downloaded where it is not there yet."""
     name = name.lower()
     if name not in TORCH:
@@ -93,10 +93,10 @@ def torch_dataset(name: str) -> Found:
             f"folder with ${CACHE}, or give --data DIR of your own images"
         ) from None
     classes, train, val = parts[0][0], parts[0][1], parts[1][1]
-    return Found(f"torch/{name}", classes, train, val, "its own validation images")
+    return FoundImages(f"torch/{name}", classes, train, val, "its own validation images")
 
 
-def _torch_split(name: str, root: Path, split: str) -> tuple[list[str], Part]:
+def _torch_split(name: str, root: Path, split: str) -> tuple[list[str], LabelledImages]:
     with _answer_within(TIMEOUT):
         dataset = create_dataset(f"torch/{name}", str(root), split, download=True)
     if name == "inaturalist":
@@ -106,7 +106,9 @@ def _torch_split(name: str, root: Path, split: str) -> tuple[list[str], Part]:
         classes, targets = dataset.classes, np.asarray(dataset.targets)
         labels = (targets[:, 0] if targets.ndim == 2 else targets).tolist()  # qmnist tells more than the digit
     names = [each if isinstance(each, str) else ", ".join(each) for each in classes]
-    return names, Part(Rows(partial(TorchImage, f"torch/{name}, {split}", dataset), np.arange(len(labels))), labels)
+    return names, LabelledImages(
+        Rows(partial(TorchImage, f"torch/{name}, {split}", dataset), np.arange(len(labels))), labels
+    )
 
 
 @contextmanager
@@ -136,7 +138,7 @@ class HubImage:
         return f"{self.name}[{self.row}]"
 
 
-def hub_dataset(name: str) -> Found:
+def hub_dataset(name: str) -> FoundImages:
     """A data set that `datasets` loads, from Hugging Face's hub or a folder."""
     try:
         import datasets
@@ -171,12 +173,12 @@ def hub_dataset(name: str) -> Found:
         raise UserError(f"hfds/{name}: column {label} holds no labels but {feature}")
     labels = {split: [SECRET if each is None else each for each in column] for split, column in values.items()}
     parts = {
-        split: Part(_hub_rows(f"hfds/{name}, {split}", splits[split], image, len(values)), values)
+        split: LabelledImages(_hub_rows(f"hfds/{name}, {split}", splits[split], image, len(values)), values)
         for split, values in labels.items()
         if split == "train" or min(values) > SECRET
     }
     val = next((split for split in VAL_SPLITS if split in parts), None)
-    return Found(
+    return FoundImages(
         f"hfds/{name}" + f" (label: {label})" * (label != "label"),
         classes,
         parts["train"],
@@ -211,7 +213,7 @@ def _hub_rows(name: str, dataset: datasets.Dataset, image: str, count: int) -> R
     return Rows(partial(HubImage, name, stored, image), np.arange(count))
 
 
-def shards(name: str) -> Found:
+def shards(name: str) -> FoundImages:
     """Shards; those with val, validation or test in their names, or below a folder called so, are for validation."""
     found = find_shards(name)
     cache = cache_folder() / "shards"
@@ -224,20 +226,20 @@ def shards(name: str) -> Found:
     if len(val) == len(found):
         val = set()
 
-    def part(wanted: set[Path]) -> Part:
+    def part(wanted: set[Path]) -> LabelledImages:
         rows = index.rows(wanted)
-        return Part(index.sources(rows), index.label[rows].tolist(), index.file[rows])
+        return LabelledImages(index.sources(rows), index.label[rows].tolist(), index.file[rows])
 
     names = sorted(path.name for path in val)
     what = names[0] if len(names) == 1 else f"{len(names)} shards from {names[0]} on" if names else ""
-    return Found(name, index.classes, part(set(found) - val), part(val) if val else None, what, index.left_out)
+    return FoundImages(name, index.classes, part(set(found) - val), part(val) if val else None, what, index.left_out)
 
 
-SOURCES: dict[str, Callable[[str], Found]] = {"torch/": torch_dataset, "hfds/": hub_dataset, "wds/": shards}
+SOURCES: dict[str, Callable[[str], FoundImages]] = {"torch/": torch_dataset, "hfds/": hub_dataset, "wds/": shards}
 """By timm's prefixes."""
 
 
-def find(name: str) -> Found:
+def find(name: str) -> FoundImages:
     """The images of that name: with one of the prefixes of `SOURCES`, else a pattern of shards, else a folder."""
     for prefix, source in SOURCES.items():
         if name.lower().startswith(prefix):

@@ -40,13 +40,16 @@ CHECK_EVERY = 10
 
 @dataclass
 class Within:
-    """How far an epoch is. updates: done; batches: taken from the loader; images: of this process; loss: the sum over
-    updates."""
+    """How far the epoch that is begun has come."""
 
     updates: int = 0
+    """Updates done."""
     batches: int = 0
+    """Batches taken from the loader."""
     images: int = 0
+    """Images of this process."""
     loss: float = 0.0
+    """Sum over the updates."""
     seconds: float = 0.0
 
 

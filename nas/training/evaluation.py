@@ -18,12 +18,14 @@ from nas.training.device import empty_cache, failing_as, out_of_memory, to_devic
 
 @dataclass(frozen=True)
 class Accuracy:
-    """`correct` of `total` images; `loss` is their mean cross-entropy in nats. hits: whether each was, in order."""
+    """How many of some images a network classifies correctly."""
 
     correct: int
     total: int
     loss: float
+    """Mean cross-entropy, nats."""
     hits: tuple[bool, ...] = field(default=(), repr=False)
+    """Whether each image was correct, in order."""
 
     @property
     def top1(self) -> float:

@@ -8,44 +8,48 @@ from typing import Literal
 from nas.data.images import Augmentation
 
 LIGHT = Augmentation()
-LIGHT = Augmentation()
 DEIT_AUGMENTATION = Augmentation(scale=0.08, auto_augment="rand-m9-mstd0.5-inc1", erasing=0.25)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A training by AdamW, warm-up and cosine set at each update; norms, biases, bias tables and tokens do not decay.
-
-    batch_size: images an update, of all processes. lr: the highest rate with `lr_batch` images an update; it scales
-    with their number. warmup, keep_warmup: shares of all epochs, so that a shorter training keeps the recipe's form.
-    clip: "agc" (adaptive, by the weights' norm) or "norm" and its bound. repeats: times that an image comes in a row,
-    augmented anew; an epoch then has fewer images. mixup, cutmix: alphas, 0 for none. ema: decay of the weights'
-    moving average, which grows to it (timm's ModelEmaV3 with its warm-up); None for none. distillation: what a
-    teacher's logits are used for, where there is one. teacher: the published one, to be named. keep_warmup: between
-    these shares of the training a keep rate that drops tokens goes from 1 to its own along a cosine.
-    """
+    """A training by AdamW with warm-up and cosine, set at each update; only matrices and kernels decay."""
 
     name: str
     source: str
+    """Where it comes from, in words."""
     epochs: int
     batch_size: int
+    """Images an update, of all processes."""
     lr: float
+    """The highest learning rate with `lr_batch` images an update; it scales with their number."""
     lr_batch: int
     weight_decay: float
     min_lr: float = 0.0
+    """At the end of the cosine."""
     warmup: float = 0.05
+    """Share of all epochs, so that a shorter training keeps the recipe's form."""
     warmup_lr: float = 1e-6
+    """At the beginning."""
     clip: tuple[Literal["agc", "norm"], float] | None = ("norm", 1.0)
+    """How gradients are clipped, "agc" (adaptive, by the weights' norm) or "norm", and the bound; None: not at all."""
     augmentation: Augmentation = LIGHT
     repeats: int = 1
+    """Times that an image comes in a row, augmented anew; an epoch then has fewer images."""
     label_smoothing: float = 0.1
     mixup: float = 0.0
+    """Alpha; 0: none. Likewise cutmix."""
     cutmix: float = 0.0
     drop_path: float = 0.0
+    """Highest chance that a residual branch is left out, 0 to 1."""
     ema: float | None = None
+    """Decay of the weights' moving average, which grows to it (timm's ModelEmaV3 with warm-up); None: no average."""
     distillation: Literal["hard", "soft"] = "hard"
+    """What a teacher's logits are used for, where there is one: its choice, or their softmax."""
     teacher: str | None = None
+    """The teacher of the published recipe, which the user must name."""
     keep_warmup: tuple[float, float] | None = None
+    """Between these shares of the training a keep rate that drops tokens goes from 1 to its own along a cosine."""
 
     @property
     def peak_lr(self) -> float:

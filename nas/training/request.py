@@ -23,25 +23,39 @@ MOST, MOST_WORKERS = 1_000_000, 256
 
 @dataclass(frozen=True)
 class TrainRequest:
-    """A training as asked for. model, teacher, oracle: as `find_target` takes them, a teacher timm/NAME as well.
-    weights, teacher_weights: "timm" or a file; weights: None is random ones. resolution: None is the network's own."""
+    """A training as it is asked for."""
 
     model: str
+    """As `find_target` takes it."""
     recipe: Recipe
     device: str
+    """cpu or cuda."""
     folder: Path
+    """Where the results go, and what is needed to continue."""
     data: str | None = None
+    """As `open_data` takes it; None: scikit-learn's digits."""
     resolution: int | None = None
+    """Pixels a side; None: the network's own."""
     num_classes: int | None = None
+    """Classes that the images must have; None: any number."""
     weights: str | None = None
+    """To begin with: "timm" or a file; None: random ones."""
     teacher: str | None = None
+    """A network to distil from: as `find_target` takes it, or timm/NAME."""
     teacher_weights: str | None = None
+    """A file, or "timm"; None: the teacher's own."""
     oracle: str | None = None
+    """For EViT: a trained DeiT of its depth, as `find_target` takes it."""
     precision: str = "fp32"
+    """fp32, bf16 or fp16 (autocast)."""
     accumulate: int = 1
+    """Parts in which an update's images come."""
     compiled: bool = False
+    """Whether to use torch.compile."""
     workers: int = 0
+    """Processes that decode images; 0: none but this one."""
     seed: int = 0
+    """Of splits, weights and the training."""
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for a training to go on."""
