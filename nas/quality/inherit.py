@@ -26,6 +26,8 @@ class InheritTier(HalvingTier):
 
     def __init__(self, trainer: CandidateTrainer) -> None:
         super().__init__(trainer)
+        if trainer.parent is None:
+            raise ValueError("the tier that inherits needs a parent")
         self.parent = trainer.parent
         self._teaches = self.parent.arch.num_classes == len(trainer.data.classes)
         self.note += (

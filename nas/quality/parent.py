@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from nas.quality.trainer import CandidateTrainer
 
 SCORED_IMAGES = 512
+"""Images that the importance of its units is measured on."""
 
 
 def find_parent(text: str, trainer: CandidateTrainer, say: Callable[[str], None]) -> Parent:
@@ -31,10 +32,11 @@ def find_parent(text: str, trainer: CandidateTrainer, say: Callable[[str], None]
 
     target = find_target(text)
     model = load_trained("--parent", target)
-    seen = remark(target.weights or TIMM, trainer.halves(model.arch.resolution)[1], "judging") or ""
+    arch = model.arch
+    seen = remark(target.weights or TIMM, trainer.halves(arch.resolution)[1], "judging") or ""
     if seen:
         say(seen)
-    arch, classes = model.arch, len(trainer.data.classes)
+    classes = len(trainer.data.classes)
     if arch.num_classes != classes:
         say(
             f"{text} has {arch.num_classes} classes and your images {classes}: it cannot teach, and which of its units "

@@ -68,8 +68,7 @@ class PriorTier:
 
     def _line(self, family: str) -> Line:
         if family not in self._lines:
-            variants = FAMILIES[family].variants
-            points = [(table(get_arch(name)).macs(), variants[name].top1) for name in sizes(family)]
+            points = [(table(get_arch(name)).macs(), published_top1(name)) for name in sizes(family)]
             self._lines[family] = Line(points)
         return self._lines[family]
 
@@ -82,10 +81,11 @@ class PriorTier:
     def _reduction_cost(self, published: tuple[str, ...], ratio: float) -> float:
         """Points lost when `ratio` of the MACs is left, interpolated in published networks, the whole one first."""
         if published not in self._token_cost:
-            rows = [(table(get_arch(name)).macs(), find_variant(name)[1].top1) for name in published]
+            rows = [(table(get_arch(name)).macs(), published_top1(name)) for name in published]
             whole, best = rows[0]
             points = sorted((macs / whole, best - top1) for macs, top1 in rows)
-            self._token_cost[published] = tuple(np.array(column) for column in zip(*points, strict=True))
+            ratios, costs = np.array(points).T
+            self._token_cost[published] = ratios, costs
         ratios, costs = self._token_cost[published]
         if ratio < ratios[0]:
             slope = (costs[1] - costs[0]) / (ratios[1] - ratios[0])
@@ -94,8 +94,10 @@ class PriorTier:
 
 
 class Line:
-    """Least squares of top-1 on log2 MACs. error: the root mean square of the leave-one-out residuals. freedom: degrees
-    of freedom of the fit's residuals."""
+    """Least squares of top-1 on log2 MACs.
+
+    error: root mean square of the leave-one-out residuals. freedom: degrees of freedom of the fit's residuals.
+    """
 
     def __init__(self, points: Sequence[tuple[int, float]]) -> None:
         self.x = np.log2([macs for macs, _ in points])
@@ -133,6 +135,18 @@ class Neighbourhood:
     def distance(self, arch: Arch) -> float:
         own = features(arch)
         return min(_apart(own, other) for other in self.published) / self.unit
+
+
+def published_top1(name: str) -> float:
+    """A published network's top-1 on ImageNet-1k, in percent.
+
+    Raises:
+        ValueError: none is published.
+    """
+    top1 = find_variant(name)[1].top1
+    if top1 is None:
+        raise ValueError(f"{name} has no published top-1, which the prior is fitted to")
+    return top1
 
 
 def sizes(family: str) -> list[str]:

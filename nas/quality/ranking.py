@@ -48,7 +48,8 @@ def _tau_b(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
     signs = [np.sign(each[..., :, None] - each[..., None, :]) for each in (x, y)]
     agree, *differ = (each.sum((-2, -1)) for each in (signs[0] * signs[1], *map(np.abs, signs)))
     with np.errstate(invalid="ignore"):
-        return agree / np.sqrt(differ[0] * differ[1])
+        taus: np.ndarray = agree / np.sqrt(differ[0] * differ[1])
+    return taus
 
 
 def selects(found: Mapping[str, Any]) -> bool:

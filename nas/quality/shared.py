@@ -6,7 +6,6 @@ validation on the same images has shown that it does.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,8 +13,7 @@ import numpy as np
 from nas.errors import FAULTS, TrainingError, is_full, reason
 from nas.intervals import of_share
 from nas.quality.surrogate import describe
-from nas.quality.tier import Estimate
-from nas.quality.trained import HalvingTier
+from nas.quality.tier import Estimate, TrainedTier, with_training
 from nas.units import counted
 
 if TYPE_CHECKING:
@@ -29,12 +27,13 @@ if TYPE_CHECKING:
 
 LR = 1e-3
 BATCH = 64
+HOW = "with shared weights"
 CALIBRATION_IMAGES = 512
 """Images that BatchNorm's statistics are taken from anew for each candidate."""
 
 
-class SupernetTier(HalvingTier):
-    """See the module. Its final trainings are those of `HalvingTier`, from scratch."""
+class SupernetTier(TrainedTier):
+    """See the module. Final trainings start from random weights."""
 
     name = "supernet"
     label = "score (supernet: top-1 on your images, with weights its family shares)"
@@ -43,7 +42,6 @@ class SupernetTier(HalvingTier):
     def __init__(self, trainer: CandidateTrainer) -> None:
         super().__init__(trainer)
         self._known: dict[str, Supernet] = {}
-        self.failed: dict[str, str] = {}
         self.note = (
             f"Each family's shared weights were trained for {counted(self.epochs, 'epoch')} of {trainer.used:,} of "
             "your images; candidates were judged on others held out from training, BatchNorm calibrated for each."
@@ -62,13 +60,15 @@ class SupernetTier(HalvingTier):
         images, judges = trainer.split(self._resolution(supernet))
         calibration = loader(sample(images, CALIBRATION_IMAGES, trainer.seed), BATCH, shuffle=False, seed=trainer.seed)
         found = supernet.evaluate(arch, calibration, loader(judges, BATCH, shuffle=False, seed=trainer.seed))
-        return self._told(estimate_of(found.top1, found.total), describe(arch, counts), {self.epochs: found.top1})
+        return with_training(
+            estimate_of(found.top1, found.total), HOW, describe(arch, counts), {self.epochs: found.top1}
+        )
 
     def complete(self, arch: Arch, counts: Table, keeps: bool = True) -> Estimate:
         """As `estimate`: there is no further rung."""
         return self.estimate(arch, counts)
 
-    def early(self, arch: Arch, counts: Table, rungs: Mapping[str, float]) -> Estimate:
+    def early(self, arch: Arch, counts: Table, rungs: Mapping[int, float]) -> Estimate:
         """As `estimate`."""
         return self.estimate(arch, counts)
 
@@ -77,15 +77,12 @@ class SupernetTier(HalvingTier):
         own = {each.key: each.rungs for each in self.trainer.results()}
         judged = self.trainer.judged
         return [
-            self._told(estimate_of(own[key][self.epochs], judged), np.asarray(features), own[key])
+            with_training(estimate_of(own[key][self.epochs], judged), HOW, np.asarray(features), own[key])
             for key, features in networks
         ]
 
     def held_out(self) -> None:
         """It has no surrogate."""
-
-    def _told(self, found: Estimate, features: np.ndarray, rungs: dict[int, float], **more: object) -> Estimate:
-        return dataclasses.replace(super()._told(found, features, rungs, **more), how="with shared weights")
 
     def _supernet(self, family: str) -> Supernet:
         """The family's shared weights.

@@ -1,42 +1,81 @@
-"""The contract of a quality tier: an Arch becomes an estimate with its error."""
+"""The contract of a quality tier: an Arch becomes an estimate of its accuracy, with its error."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from nas.intervals import Interval
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    import numpy as np
+    from torch import Tensor, nn
+
+    from nas.data.images import Images
+    from nas.quality.surrogate import Surrogate, TrainedNetwork
+    from nas.quality.trainer import CandidateTrainer
+    from nas.training.engine import Training
+    from nas.training.recipes import Recipe
     from search_spaces import Arch
     from search_spaces.widths import Table
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """What a tier says of a network's top-1, in percent.
+class TrainingRecord:
+    """What a tier learnt of a network, as its trial keeps it."""
 
-    interval: 95%, with the noise of the images that judged. score: what a search ranks by, one standard error below the
-    value, so that what is less known does not win by luck; it is no end of the interval, and may be below 0, so that
-    poor networks differ, too (`told_score`). how: where it is from. training: what was learnt on the way, kept with the
-    trial.
-    """
+    features: tuple[float, ...]
+    """What the surrogate predicts from; shape (13,), see `nas.quality.surrogate.describe`."""
+    rungs: dict[int, float]
+    """Top-1 in percent by epochs trained; empty for a network that was not trained."""
+    seconds: float | None = None
+    """Duration of the training; None where none was made."""
 
-    value: float
-    interval: Interval
-    score: float
-    how: str = "predicted"
-    training: Mapping[str, Any] = field(default_factory=dict)
+    def to_json(self) -> dict[str, Any]:
+        """The record as JSON; JSON's keys are strings."""
+        kept = {"features": list(self.features), "rungs": {str(epochs): top1 for epochs, top1 in self.rungs.items()}}
+        return kept if self.seconds is None else kept | {"seconds": self.seconds}
 
     @classmethod
-    def within(cls, value: float, error: float, interval: Interval) -> Estimate:
-        """A value and an interval within 0 to 100. error: one standard error."""
+    def from_json(cls, kept: object) -> Self:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: something else.
+        """
+        from pydantic import TypeAdapter
+
+        return TypeAdapter(cls).validate_python(kept)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A tier's estimate of a network's top-1."""
+
+    value: float
+    """Top-1 in percent."""
+    interval: Interval
+    """95% interval in percent, with the noise of the images that judged."""
+    score: float
+    """What a search ranks by: one standard error below the value, so that luck does not win over what is better known.
+    It may be below 0, so that poor networks differ, too; see `told_score`."""
+    how: str = "predicted"
+    """Where the estimate comes from, in words."""
+    training: TrainingRecord | None = None
+    """What a tier that trains learnt of the network; None for other tiers."""
+
+    @classmethod
+    def within(cls, value: float, error: float, interval: Interval) -> Self:
+        """A value and an interval, cut to 0 to 100. error: one standard error."""
         possible = min(max(value, 0.0), 100.0)
         return cls(possible, interval.clipped(), possible - error)
 
     def to_dict(self) -> dict[str, Any]:
-        """As a trial and its row keep it."""
+        """The estimate as a trial and its row keep it, without the training."""
         ci = [self.interval.low, self.interval.high]
         return {"quality_estimate": self.value, "quality_ci": ci, "quality_how": self.how}
 
@@ -47,18 +86,149 @@ def told_score(score: float) -> float:
 
 
 class Tier(Protocol):
-    """label: what its figures are called; note: one line every user of it is told. trained: it judges by trainings on
-    the user's images, so its estimates improve while the search goes on. failed: families that it cannot judge, and
-    why."""
+    """What a search uses of every tier."""
+
+    @property
+    def name(self) -> str:
+        """Its name on the command line."""
+
+    @property
+    def label(self) -> str:
+        """What its scores are called in tables and figures."""
+
+    @property
+    def note(self) -> str:
+        """What every user of it should know, in one line."""
+
+    @property
+    def trained(self) -> bool:
+        """Whether it is a `TrainedTier`."""
+
+    @property
+    def failed(self) -> Mapping[str, str]:
+        """Families that it cannot judge, with the reason."""
+
+    def predict(self, arch: Arch, counts: Table) -> Estimate:
+        """Estimate a network that will not be trained."""
+
+    def estimate(self, arch: Arch, counts: Table) -> Estimate:
+        """Estimate a network that meets the budget; a tier that trains may train it."""
+
+
+class TrainedTier(ABC):
+    """A tier that judges by trainings on the user's images, so that its estimates improve while a search goes on.
+
+    What it trains with, a search's final trainings use as well (`recipe`, `begin`).
+    """
 
     name: str
     label: str
     note: str
-    trained: bool
-    failed: Mapping[str, str]
+    trained = True
+    needs_validation = False
+    """Whether its estimates may choose only after a validation has shown that they rank networks."""
 
+    def __init__(self, trainer: CandidateTrainer) -> None:
+        self.trainer = trainer
+        self.epochs = trainer.plan.epochs
+        """Epochs of the last rung."""
+        self.failed: dict[str, str] = {}
+        self._last: tuple[list[tuple[str, Mapping[int, float]]], Surrogate] | None = None
+
+    @abstractmethod
     def predict(self, arch: Arch, counts: Table) -> Estimate:
-        """The estimate for a network that will not be trained."""
+        """Estimate a network that will not be trained."""
 
+    @abstractmethod
     def estimate(self, arch: Arch, counts: Table) -> Estimate:
-        """The estimate for a network that meets the budget."""
+        """Estimate a network that meets the budget.
+
+        Raises:
+            TrainingError: the network, or the weights that it shares, cannot be trained.
+        """
+
+    @abstractmethod
+    def early(self, arch: Arch, counts: Table, rungs: Mapping[int, float]) -> Estimate:
+        """What `estimate` would say after the first of these rungs (top-1 in percent by epochs)."""
+
+    @abstractmethod
+    def complete(self, arch: Arch, counts: Table, keeps: bool = True) -> Estimate:
+        """Train a network to the last rung.
+
+        Args:
+            keeps: it is a candidate, whose weights may be wanted.
+
+        Raises:
+            TrainingError: as `estimate`.
+        """
+
+    @abstractmethod
+    def review(self, networks: Sequence[tuple[str, Sequence[float]]]) -> list[Estimate]:
+        """Estimate networks, given by digest and features, anew from all trainings so far."""
+
+    @abstractmethod
+    def held_out(self) -> tuple[float, float] | None:
+        """Error of the surrogate; see `Surrogate.held_out`. None for a tier that does not use it."""
+
+    def surrogate(self) -> Surrogate:
+        """A surrogate fitted to all trainings so far."""
+        return self._fitted(self.trainer.results())
+
+    def recipe(self, epochs: int) -> Recipe:
+        """The recipe that networks are trained with, in the search and at its end."""
+        from nas.training.recipes import RECIPES
+
+        return replace(RECIPES["quick"], epochs=epochs)
+
+    def begin(
+        self,
+        arch: Arch,
+        images: Images,
+        recipe: Recipe,
+        seed: int,
+        checkpoint: Path,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> Training:
+        """Prepare a training.
+
+        Args:
+            seed: of the initial weights and of the order of the images.
+            checkpoint: file that an interrupted training continues from.
+            weights: initial weights; None for those of `inherited`.
+        """
+        import torch
+
+        from search_spaces import create_model
+
+        torch.manual_seed(seed)
+        model = create_model(arch)
+        first = self.inherited(arch, seed) if weights is None else weights
+        if first is not None:
+            model.load_state_dict(dict(first))
+        return self.trainer.train(
+            model, images, recipe, seed=seed, checkpoint=checkpoint, teacher=self.teacher(arch.resolution)
+        )
+
+    def inherited(self, arch: Arch, seed: int) -> Mapping[str, Tensor] | None:
+        """Initial weights of a network; None for random ones."""
+        return None
+
+    def teacher(self, resolution: int) -> nn.Module | None:
+        """The network that others learn from, if there is one."""
+        return None
+
+    def _fitted(self, trained: Sequence[TrainedNetwork]) -> Surrogate:
+        """The last surrogate is kept: until a trial ends all calls ask for the same one."""
+        from nas.quality.surrogate import Surrogate
+
+        shown = [(each.key, each.rungs) for each in trained]
+        if self._last is None or self._last[0] != shown:
+            self._last = shown, Surrogate(trained, self.epochs)
+        return self._last[1]
+
+
+def with_training(
+    found: Estimate, how: str, features: np.ndarray, rungs: Mapping[int, float], seconds: float | None = None
+) -> Estimate:
+    """An estimate with where it is from and what was learnt of the network."""
+    return replace(found, how=how, training=TrainingRecord(tuple(features.tolist()), dict(rungs), seconds))

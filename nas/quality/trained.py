@@ -7,32 +7,32 @@ prediction plus its error is below the best. The first epochs of a large network
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+from pydantic import FiniteFloat, TypeAdapter
 
+from nas.errors import UserError
 from nas.files import replace_file
 from nas.intervals import joined, of_error, of_share
 from nas.quality.kept import Kept, keep
 from nas.quality.surrogate import Guess, Rungs, Surrogate, TrainedNetwork, describe
-from nas.quality.tier import Estimate
+from nas.quality.tier import Estimate, TrainedTier, with_training
 from nas.quality.trainer import ETA
 from nas.units import counted
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from nas.data.images import Images
     from nas.quality.trainer import CandidateTrainer
     from nas.training.engine import Training
-    from nas.training.recipes import Recipe
     from search_spaces import Arch
     from search_spaces.widths import Table
 
@@ -42,18 +42,14 @@ LOW_FROM = 128
 """Resolution from which the first epochs are trained at half of it."""
 
 
-class HalvingTier:
+class HalvingTier(TrainedTier):
     """See the module. `estimate` trains; `predict` asks the surrogate alone."""
 
     name = "train"
     label = "score (train: top-1 estimated on your images, after the search's last rung of training)"
-    trained = True
-    needs_validation = False
-    failed: Mapping[str, str] = {}
 
     def __init__(self, trainer: CandidateTrainer) -> None:
-        self.trainer, self.epochs = trainer, trainer.plan.epochs
-        self._last: tuple[list[tuple[str, Rungs]], Surrogate] | None = None
+        super().__init__(trainer)
         rungs = ", ".join(map(str, trainer.rungs))
         self.note = (
             f"Candidates were trained up to {rungs} epoch{'s' * (rungs != '1')} of {trainer.used:,} of your training "
@@ -81,13 +77,13 @@ class HalvingTier:
                 return self._weighed(surrogate, key, features)
         return self._train(arch, features, known, in_better_third)
 
-    def early(self, arch: Arch, counts: Table, rungs: Mapping[str, float]) -> Estimate:
-        """What the estimate would be after the first of these rungs."""
+    def early(self, arch: Arch, counts: Table, rungs: Mapping[int, float]) -> Estimate:
+        """What `estimate` would say after the first of these rungs."""
         key, features = arch.digest(), describe(arch, counts)
-        first = min(map(int, rungs))
+        first = min(rungs)
         others = [each for each in self.trainer.results() if each.key != key]
         return self._weighed(
-            self._fitted([*others, TrainedNetwork(key, features, {first: rungs[str(first)]})]), key, features
+            self._fitted([*others, TrainedNetwork(key, features, {first: rungs[first]})]), key, features
         )
 
     def complete(self, arch: Arch, counts: Table, keeps: bool = True) -> Estimate:
@@ -104,35 +100,24 @@ class HalvingTier:
         """See `Surrogate.held_out`."""
         return self.surrogate().held_out()
 
-    def surrogate(self) -> Surrogate:
-        """Fitted to all trainings so far."""
-        return self._fitted(self.trainer.results())
-
-    def _fitted(self, trained: Sequence[TrainedNetwork]) -> Surrogate:
-        """The last fit is kept: until a trial ends, all ask for the same, and the next begins with what it left."""
-        shown = [(each.key, each.rungs) for each in trained]
-        if self._last is None or self._last[0] != shown:
-            self._last = shown, Surrogate(trained, self.epochs)
-        return self._last[1]
-
     def _train(
         self,
         arch: Arch,
         features: np.ndarray,
         others: Sequence[TrainedNetwork],
-        goes_on: Callable[..., bool],
+        goes_on: Callable[[Surrogate, Guess, int], bool],
         keeps: bool = True,
     ) -> Estimate:
         begun, key = time.monotonic(), arch.digest()
         folder = self.trainer.folder / key[:16]
         path = folder / "rungs.json"
-        judged = json.loads(path.read_text()) if path.is_file() else {}
+        judged = read_rungs(path)
         rungs: dict[int, float] = {}
         for epochs, shape, network, judges in self._rungs(arch, folder):
-            if str(epochs) not in judged:
-                judged[str(epochs)] = self.trainer.judge(network, judges).top1
+            if epochs not in judged:
+                judged[epochs] = self.trainer.judge(network, judges).top1
                 replace_file(path, json.dumps(judged).encode())
-            rungs[epochs] = judged[str(epochs)]
+            rungs[epochs] = judged[epochs]
             last = network if shape == arch else None  # at a lower resolution it is another network
             surrogate = self._fitted([*others, TrainedNetwork(key, features, dict(rungs))])
             guess = surrogate.predict(features)
@@ -143,7 +128,7 @@ class HalvingTier:
             facts = Kept(epochs, self.trainer.used, rungs[epochs], self.trainer.judged, scores[key])
             keep(self.trainer.kept, key, last, facts, scores)
         shutil.rmtree(folder, ignore_errors=True)
-        return self._told(self._bounded(guess), features, rungs, seconds=time.monotonic() - begun)
+        return with_training(self._bounded(guess), self._how(rungs), features, rungs, time.monotonic() - begun)
 
     def _rungs(self, arch: Arch, folder: Path) -> Iterator[tuple[int, Arch, nn.Module, Images]]:
         """Train from rung to rung: epochs, the network and its Arch there, and the images that judge it."""
@@ -178,7 +163,7 @@ class HalvingTier:
     def _weighed(self, surrogate: Surrogate, key: str, features: np.ndarray) -> Estimate:
         """A network's estimate, with its own training where it had one."""
         own = next((each.rungs for each in surrogate.trained if each.key == key), {})
-        return self._told(self._bounded(surrogate.predict(features)), features, own)
+        return with_training(self._bounded(surrogate.predict(features)), self._how(own), features, own)
 
     def _bounded(self, guess: Guess) -> Estimate:
         """A guess within 0 to 100: how far it lay outside is a miss, which its error holds. Its interval also holds the
@@ -189,47 +174,24 @@ class HalvingTier:
             value, error, joined(value, of_error(value, error), of_share(value, self.trainer.judged))
         )
 
-    def _told(self, found: Estimate, features: np.ndarray, rungs: Mapping[int, float], **more: Any) -> Estimate:
-        how = (
-            f"trained {max(rungs)} of {counted(self.epochs, 'epoch')}" if rungs else "predicted from others' trainings"
-        )
-        kept = {"features": features.tolist(), "rungs": {str(epochs): top1 for epochs, top1 in rungs.items()}, **more}
-        return dataclasses.replace(found, how=how, training=kept)
+    def _how(self, rungs: Rungs) -> str:
+        if not rungs:
+            return "predicted from others' trainings"
+        return f"trained {max(rungs)} of {counted(self.epochs, 'epoch')}"
 
-    def recipe(self, epochs: int) -> Recipe:
-        """What a network is trained with, in the search and at its end."""
-        from nas.training.recipes import RECIPES
 
-        return dataclasses.replace(RECIPES["quick"], epochs=epochs)
+def read_rungs(path: Path) -> dict[int, float]:
+    """Top-1 in percent by epochs of a training that was interrupted, as its rungs.json has it; {} without the file.
 
-    def begin(
-        self,
-        arch: Arch,
-        images: Images,
-        recipe: Recipe,
-        seed: int,
-        checkpoint: Path,
-        weights: Mapping[str, Tensor] | None = None,
-    ) -> Training:
-        """A training from the given weights, or from those that a network begins with; `seed` draws what is random."""
-        import torch
-
-        from search_spaces import create_model
-
-        torch.manual_seed(seed)
-        model = create_model(arch)
-        first = self.inherited(arch, seed) if weights is None else weights
-        if first is not None:
-            model.load_state_dict(dict(first))
-        return self.trainer.train(
-            model, images, recipe, seed=seed, checkpoint=checkpoint, teacher=self.teacher(arch.resolution)
-        )
-
-    def inherited(self, arch: Arch, seed: int) -> Mapping[str, Tensor] | None:
-        """Weights that a network begins with; None for random ones."""
-
-    def teacher(self, resolution: int) -> nn.Module | None:
-        """The network that the others learn from, if there is one."""
+    Raises:
+        UserError: the file is damaged.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        return TypeAdapter(dict[int, FiniteFloat]).validate_json(path.read_bytes())
+    except ValueError:
+        raise UserError(f"{path} is damaged: remove it, and the network is judged again") from None
 
 
 def in_better_third(surrogate: Surrogate, guess: Guess, epochs: int) -> bool:

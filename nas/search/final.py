@@ -25,7 +25,7 @@ from nas.search.trainings import COMPLETED, results_of
 if TYPE_CHECKING:
     import optuna
 
-    from nas.quality.trained import HalvingTier
+    from nas.quality.tier import TrainedTier
     from nas.search.request import SearchRequest
     from search_spaces import Arch
 
@@ -33,7 +33,7 @@ BEST = 3
 """How many of the best networks are trained to the last rung before one is chosen."""
 
 
-def review(tier: HalvingTier, rows: Sequence[Trial], selects: bool) -> list[Trial]:
+def review(tier: TrainedTier, rows: Sequence[Trial], selects: bool) -> list[Trial]:
     """Trials with the estimates that all trainings of the study support; `selects` says whether these rank them."""
     described = [row for row in rows if row.features]
     found = tier.review([(known(row.digest), known(row.features)) for row in described])
@@ -48,7 +48,7 @@ def review(tier: HalvingTier, rows: Sequence[Trial], selects: bool) -> list[Tria
                 quality_estimate=estimate.value,
                 quality_ci=(estimate.interval.low, estimate.interval.high),
                 quality_how=estimate.how,
-                guessed=not estimate.training["rungs"],
+                guessed=not known(estimate.training).rungs,
                 selects=selects,
             )
         reviewed.append(row)
@@ -57,7 +57,7 @@ def review(tier: HalvingTier, rows: Sequence[Trial], selects: bool) -> list[Tria
 
 def settle(
     study: optuna.Study,
-    tier: HalvingTier,
+    tier: TrainedTier,
     rows: Sequence[Trial],
     selects: bool,
     note: Callable[[str], None],
@@ -81,7 +81,7 @@ def settle(
             note(f"trial {pending[0].trial} could not be trained to the end: {error}")
             failed.add(arch.digest())
             continue
-        study.set_user_attr(COMPLETED + arch.digest(), training["rungs"])
+        study.set_user_attr(COMPLETED + arch.digest(), known(training).to_json()["rungs"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +107,7 @@ class FullTraining:
             raise UserError(f"{path} is damaged: remove it, and the network is trained again") from None
 
 
-def train_fully(request: SearchRequest, tier: HalvingTier, label: str, arch: Arch) -> Accuracies:
+def train_fully(request: SearchRequest, tier: TrainedTier, label: str, arch: Arch) -> Accuracies:
     """Train a network from every seed on all training images; weights of the first seed are kept beside the result.
 
     Raises:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import optuna
 
     from nas.data.about import Summary
-    from nas.quality.trained import HalvingTier
+    from nas.quality.tier import TrainedTier
     from nas.search.log import SearchLog
     from nas.search.request import SearchRequest
 
@@ -72,7 +72,7 @@ class _Finish:
     ) -> None:
         self.request, self.study, self.log, self.command, self.phase = request, study, log, command, phase
         self.tier = known(log.tier)
-        self.trained = cast("HalvingTier", self.tier) if self.tier.trained else None
+        self.trained = cast("TrainedTier", self.tier) if self.tier.trained else None
         self.end = Ending(say)
         self.end.interrupted = log.interrupted
         self.best = BestFolder(request, log, self.trained.trainer if self.trained else None, self._step)
@@ -109,7 +109,7 @@ class _Finish:
             return next((row for row in self.final if row.role == "winner"), None)
         return choose(self.feasible)
 
-    def _judge(self, tier: HalvingTier) -> None:
+    def _judge(self, tier: TrainedTier) -> None:
         """Validate the tier, and train the best to its last rung; estimates by all trainings."""
         from nas.search.final import review, settle
         from nas.search.validate import validate
@@ -151,7 +151,7 @@ class _Finish:
                 "no network of --against was measured: there was no closing run, or they are all in its table"
             )
 
-    def _train(self, tier: HalvingTier) -> None:
+    def _train(self, tier: TrainedTier) -> None:
         """Full trainings of the winner and of the published network nearest it, by one recipe, over the same seeds."""
         from nas.search.final import train_fully
 
@@ -168,7 +168,7 @@ class _Finish:
             self.accuracy = self._trainings(tier, winner, baseline, list(found.values()))
 
     def _trainings(
-        self, tier: HalvingTier, winner: ClosingRow, baseline: ClosingRow | None, found: Sequence[Accuracies]
+        self, tier: TrainedTier, winner: ClosingRow, baseline: ClosingRow | None, found: Sequence[Accuracies]
     ) -> FinalTrainings:
         """The winner's full trainings, and how they compare with those of the published network."""
         from nas.search.accuracy import compare_means, verdict

@@ -179,6 +179,7 @@ class _Search:
 
     def _open_tier(self) -> Tier:
         """The quality tier; one that trains also proposes what the study tries, unless a sampler is named."""
+        from nas.quality.tier import TrainedTier
         from nas.quality.tiers import TIERS
         from nas.search.trainings import open_trainer
 
@@ -187,11 +188,9 @@ class _Search:
             folder, seed, px = request.folder / "training", request.seed or 0, request.resolution
             trainer = open_trainer(request.plan, self.data, self.study, folder, seed, px, self.stage, self.say)
         tier = TIERS[request.quality](trainer)
-        if tier.trained and request.sampler == "auto":
-            from nas.quality.trained import HalvingTier
+        if isinstance(tier, TrainedTier) and request.sampler == "auto":
             from nas.search.propose import Proposer
 
-            assert isinstance(tier, HalvingTier)
             self.study.sampler = Proposer(tier, request)
         return tier
 

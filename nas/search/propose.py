@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import optuna
     from optuna.trial import FrozenTrial
 
-    from nas.quality.trained import HalvingTier
+    from nas.quality.tier import TrainedTier
     from nas.search.request import SearchRequest
 
 POOL = 48
@@ -74,7 +74,7 @@ class Measured:
 class Proposer(BaseSampler):
     """See the module. With a seed, what a trial proposes depends only on the seed, its number and the trials before."""
 
-    def __init__(self, tier: HalvingTier, request: SearchRequest) -> None:
+    def __init__(self, tier: TrainedTier, request: SearchRequest) -> None:
         self._tier, self._request = tier, request
         self._random = RandomSampler(seed=request.seed)
         self._space = {

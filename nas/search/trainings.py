@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nas.data.lineage import seen_among, seen_by
+from nas.errors import UserError
 from nas.quality.parent import find_parent, parent_weights
+from nas.quality.tier import TrainingRecord
 from nas.quality.trainer import CandidateTrainer
 
 if TYPE_CHECKING:
@@ -78,13 +80,18 @@ def results_of(study: optuna.Study) -> list[TrainedNetwork]:
     found = {}
     for trial in study.get_trials(deepcopy=False):
         detail = trial.user_attrs.get("detail", {})
-        training = detail.get("training")
-        if not training:
+        if not detail.get("training"):
             continue
-        rungs = completed.get(detail["digest"], training["rungs"])
-        if rungs:
-            known = {int(epochs): top1 for epochs, top1 in rungs.items()}
-            found[detail["digest"]] = TrainedNetwork(detail["digest"], np.array(training["features"]), known)
+        key = detail["digest"]
+        kept = detail["training"] | ({"rungs": completed[key]} if key in completed else {})
+        try:
+            training = TrainingRecord.from_json(kept)
+        except ValueError:
+            raise UserError(
+                f"trial {trial.number} of the study has a damaged training: use --study for a new one"
+            ) from None
+        if training.rungs:
+            found[key] = TrainedNetwork(key, np.array(training.features), training.rungs)
     return list(found.values())
 
 

@@ -361,7 +361,7 @@ def attributes(
         "detail": {
             "digest": arch.digest(),
             **estimate.to_dict(),
-            "training": dict(estimate.training),
+            "training": estimate.training.to_json() if estimate.training else {},
             "code": code_digest(),
             **latency.to_json(),
         },

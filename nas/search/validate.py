@@ -18,7 +18,7 @@ from nas.search.trainings import collected
 if TYPE_CHECKING:
     import optuna
 
-    from nas.quality.trained import HalvingTier
+    from nas.quality.tier import TrainedTier
     from nas.search.request import SearchRequest
     from search_spaces import Arch
 
@@ -66,7 +66,7 @@ class ValidatedNetwork:
 def validate(
     request: SearchRequest,
     study: optuna.Study,
-    tier: HalvingTier,
+    tier: TrainedTier,
     rows: Sequence[Trial],
     note: Callable[[str], None],
 ) -> Validation | None:
@@ -122,14 +122,14 @@ def draw(request: SearchRequest, low: float, high: float) -> Iterator[Arch]:
             yield arch
 
 
-def measure_one(tier: HalvingTier, arch: Arch) -> ValidatedNetwork:
+def measure_one(tier: TrainedTier, arch: Arch) -> ValidatedNetwork:
     """One network's size, estimates and accuracy after a full training."""
     from search_spaces import table
 
     counts = table(arch)
     untrained = tier.predict(arch, counts)
     estimate = tier.complete(arch, counts, keeps=False)
-    rungs = estimate.training["rungs"]
+    training_record = known(estimate.training)
     trainer = tier.trainer
     rest, judge = trainer.halves(arch.resolution)
     folder = trainer.folder / f"{arch.digest()[:16]}-full"
@@ -146,8 +146,8 @@ def measure_one(tier: HalvingTier, arch: Arch) -> ValidatedNetwork:
         macs=counts.macs(),
         final_epochs=trainer.plan.final_epochs,
         predicted=untrained.value,
-        first_rung=tier.early(arch, counts, rungs).value,
+        first_rung=tier.early(arch, counts, training_record.rungs).value,
         last_rung=estimate.value,
-        rungs=rungs,
+        rungs=training_record.to_json()["rungs"],
         top1=found.top1,
     )

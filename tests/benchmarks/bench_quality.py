@@ -99,7 +99,7 @@ def work(args: argparse.Namespace, rows: list[dict[str, Any]]) -> Iterator[dict[
                 "digest": arch.digest(),
                 "params": table(arch).params(),
                 "macs": table(arch).macs(),
-                "rungs": short.training["rungs"],
+                "rungs": short.training.to_json()["rungs"],
                 "cpu_seconds": {"train": cost},
                 "top1": [full(tier, arch, SEED)],
                 "settings": settings,
@@ -117,7 +117,7 @@ def work(args: argparse.Namespace, rows: list[dict[str, Any]]) -> Iterator[dict[
             for row in mine.values():
                 if "inherited" not in row:
                     begun = time.process_time()
-                    row["inherited"] = heir.complete(arch_of(row), table(arch_of(row))).training["rungs"]
+                    row["inherited"] = heir.complete(arch_of(row), table(arch_of(row))).training.to_json()["rungs"]
                     row["cpu_seconds"]["inherit"] = time.process_time() - begun
                     yield row
 

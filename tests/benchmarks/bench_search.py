@@ -192,11 +192,11 @@ def random_search(
                     if measurer.measure(path, budget_ms).p50_ms <= budget_ms:
                         break
                 begun = time.process_time()
-                rungs = tier.complete(arch, table(arch)).training["rungs"]
+                rungs = tier.complete(arch, table(arch)).training.rungs
                 seconds += time.process_time() - begun
                 print(f"random {family}: {rungs}", flush=True)
-                if rungs[str(args.epochs)] > top1:
-                    best, top1 = arch.model_dump(mode="json"), rungs[str(args.epochs)]
+                if rungs[args.epochs] > top1:
+                    best, top1 = arch.model_dump(mode="json"), rungs[args.epochs]
     return best, seconds
 
 

@@ -89,5 +89,5 @@ def test_a_training_that_ends_at_a_lower_resolution_is_not_kept(tier, monkeypatc
     monkeypatch.setattr("nas.quality.trained.in_better_third", lambda *_: False)
     arch = get_arch("shvit_s1").at(128)
     estimate = tier.estimate(arch, table(arch))
-    assert estimate.training["rungs"] == {"1": 6.4}
+    assert estimate.training.to_json()["rungs"] == {"1": 6.4}
     assert not tier.trainer.kept.exists()

@@ -82,9 +82,9 @@ def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CandidateTrainer
 def learn(trainer: CandidateTrainer, tier: HalvingTier, arch) -> str:
     """What the search does with a trial: estimate it and keep what was learnt."""
     found = tier.estimate(arch, table(arch))
-    rungs = {int(epochs): top1 for epochs, top1 in found.training["rungs"].items()}
+    rungs = found.training.rungs
     if rungs:
-        trainer.__dict__["known"].append(TrainedNetwork(arch.digest(), np.array(found.training["features"]), rungs))
+        trainer.__dict__["known"].append(TrainedNetwork(arch.digest(), np.array(found.training.features), rungs))
     return found.how
 
 
@@ -126,7 +126,7 @@ def test_one_fit_serves_until_a_training_adds_to_it(trainer, monkeypatch):
             fits.append(args)
             super().__init__(*args)
 
-    monkeypatch.setattr("nas.quality.trained.Surrogate", Counted)
+    monkeypatch.setattr("nas.quality.surrogate.Surrogate", Counted)
     tier, arches = Stub(trainer), [arch_at(seed) for seed in range(5)]
     for arch in arches[:4]:
         learn(trainer, tier, arch)
@@ -179,7 +179,7 @@ def test_trials_tell_whether_they_were_trained(trainer, tmp_path):
     for seed, feasible in ((0, True), (1, False)):
         arch = arch_at(seed)
         found = (tier.estimate if feasible else tier.predict)(arch, table(arch))
-        detail = {"digest": arch.digest(), **found.to_dict(), "training": dict(found.training)}
+        detail = {"digest": arch.digest(), **found.to_dict(), "training": found.training.to_json()}
         told = dict.fromkeys(("latency_ms", "latency_ci_low_ms", "latency_ci_high_ms"), 1.0)
         attrs = {"detail": detail | told, "feasible": feasible, "params_m": 1.0, "budget_ms": 2.0}
         finish(study, study.ask(), found.score, 1.0, -0.5, attrs)
@@ -201,7 +201,7 @@ def test_the_same_network_is_not_trained_twice(trainer):
 def test_a_resumed_trial_keeps_what_its_rungs_showed(trainer, monkeypatch):
     """Killed in epoch 6, whose checkpoint stands: rungs 1 and 3 are not judged anew on that network."""
     tier, arch = Stub(trainer), arch_at(0)
-    whole = tier.complete(arch, table(arch)).training["rungs"]
+    whole = tier.complete(arch, table(arch)).training.rungs
     until = Stub._until
 
     def killed(self, training, epochs):
@@ -213,7 +213,17 @@ def test_a_resumed_trial_keeps_what_its_rungs_showed(trainer, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         tier.complete(arch, table(arch))
     monkeypatch.setattr(Stub, "_until", lambda self, training, epochs: until(self, training, 9))
-    assert tier.complete(arch, table(arch)).training["rungs"] == whole
+    assert tier.complete(arch, table(arch)).training.rungs == whole
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"1": "much"}', '{"one": 1.0}', '{"1": null}'])
+def test_a_damaged_file_of_rungs_is_one_line(trainer, content):
+    tier, arch = Stub(trainer), arch_at(0)
+    path = trainer.folder / arch.digest()[:16] / "rungs.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"rungs\.json is damaged: remove it"):
+        tier.complete(arch, table(arch))
 
 
 def test_large_networks_begin_at_half_their_resolution(trainer, monkeypatch):
