@@ -13,7 +13,7 @@ from nas.measure.runtime import Settings
 
 if TYPE_CHECKING:
     from nas.bench.onnx_input import OnnxInput
-    from nas.bench.request import BenchRequest, Cell, Waiting
+    from nas.bench.request import BenchRequest, Waiting
     from nas.networks.targets import Target
 
 
@@ -65,7 +65,7 @@ class Files:
     ) -> None:
         self._folder, self._targets, self._inputs, self._shapes = folder, targets, inputs, options.shapes
         self._calibration = calibration
-        self._made: dict[Cell, Path] = {}
+        self._made: dict[tuple[str, Settings], Path] = {}
         self._label = ""  # what is being made
         self._child = Exporter(
             module="nas.bench.files",
@@ -89,12 +89,13 @@ class Files:
     def _make(self, label: str, settings: Settings, stem: Path) -> Path:
         from nas.networks.build import to_document
 
-        network, given = self._targets[label].network, self._inputs.get(label)
-        if given is None:
-            resolution = network.resolution
-            method, source = "export", {"document": to_document(network)}
+        target, source = self._targets[label], dict[str, Any]()
+        if target.network is not None:
+            resolution = target.network.resolution
+            method, source = "export", {"document": to_document(target.network)}
         else:
-            shape = given.shape(self._shapes, settings.batch_size, self._targets[label].resolution)
+            given = self._inputs[label]
+            shape = given.shape(self._shapes, settings.batch_size, target.resolution)
             resolution = shape[-1]
             method, source = "fix", {"source": str(given.path), "name": given.name, "shape": shape}
             if given.quantised:

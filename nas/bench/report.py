@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
+from nas.bench.result import SETTINGS, is_tie
 from nas.units import counted
 
-Row = dict[str, Any]
-
-
-SETTINGS = ("runtime", "device", "precision", "batch_size", "threads")
-
+if TYPE_CHECKING:
+    from nas.bench.result import BenchFailure, BenchRow
 
 COLUMNS = (
     *("model", "resolution", *SETTINGS, "latency_ms", "p95_ms", "ci_low_ms", "ci_high_ms", "samples"),
@@ -24,16 +22,6 @@ COLUMNS = (
 PLOTS = (".png", ".svg", ".pdf")
 
 
-def is_tie(row: Row, first: Row) -> bool:
-    """Whether a row cannot be told from the first one."""
-    return row is not first and row["ratio_ci"] is not None and row["ratio_ci"][0] <= 1 <= row["ratio_ci"][1]
-
-
-def varying(rows: Sequence[Mapping[str, Any]], names: Iterable[str] = SETTINGS) -> list[str]:
-    """Which of these are not the same in all rows."""
-    return [name for name in names if len({row[name] for row in rows}) > 1]
-
-
 def worded(name: str, value: Any) -> str:
     """One of SETTINGS as people read it."""
     if name == "threads":
@@ -41,57 +29,56 @@ def worded(name: str, value: Any) -> str:
     return {"batch_size": f"batch {value}", "resolution": f"{value} px"}.get(name, str(value))
 
 
-def to_csv(rows: Sequence[Row], failed: Sequence[Row] = ()) -> bytes:
+def to_csv(rows: Sequence[BenchRow], failed: Sequence[BenchFailure] = ()) -> bytes:
     """A line per row (COLUMNS); latencies in ms, throughput in images/s. What failed has its error alone."""
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        (ci_low, ci_high), (ratio_low, ratio_high) = row["ci"], row["ratio_ci"] or (None, None)
+        (ci_low, ci_high), (ratio_low, ratio_high) = row.ci, row.ratio_ci or (None, None)
         flat = {"ci_low_ms": ci_low, "ci_high_ms": ci_high, "ratio_low": ratio_low, "ratio_high": ratio_high}
-        writer.writerow(row | flat)
-    writer.writerows(failed)
+        writer.writerow(row.to_json() | flat)
+    writer.writerows(failure.to_json() for failure in failed)
     return text.getvalue().encode()
 
 
-def to_plot(rows: Sequence[Row], suffix: str) -> bytes:
+def to_plot(rows: Sequence[BenchRow], suffix: str) -> bytes:
     """Latencies as bars with their intervals, a panel per combination, as a .png, .svg or .pdf.
 
     Panels of one batch size share their scale.
     """
     from nas.report.figures import INK, SOFT, new_figure, plain_axes
 
-    equal = len({row["resolution"] for row in rows}) == 1
-    panels: dict[tuple[Any, ...], list[Row]] = {}
+    equal = len({row.resolution for row in rows}) == 1
+    panels: dict[tuple[Any, ...], list[BenchRow]] = {}
     for row in rows:
-        panels.setdefault(tuple(row[name] for name in SETTINGS), []).append(row)
+        panels.setdefault(tuple(getattr(row, name) for name in SETTINGS), []).append(row)
     heights = [len(panel) + 1.6 for panel in panels.values()]
     figure = new_figure(9.5, 0.34 * sum(heights) + 0.5)
     grid = figure.subplots(len(panels), squeeze=False, height_ratios=heights)[:, 0]
     for axes, (combination, panel) in zip(grid, panels.items(), strict=True):
-        batch = combination[SETTINGS.index("batch_size")]
-        right = max(row["ci"][1] for row in rows if row["batch_size"] == batch)
+        right = max(row.ci[1] for row in rows if row.batch_size == panel[0].batch_size)
         plain_axes(axes)
         axes.grid(axis="y", visible=False)
         places = range(len(panel))
-        values = [row["latency_ms"] for row in panel]
+        values = [row.latency_ms for row in panel]
         reach = [
-            [row["latency_ms"] - row["ci"][0] for row in panel],
-            [row["ci"][1] - row["latency_ms"] for row in panel],
+            [row.latency_ms - row.ci[0] for row in panel],
+            [row.ci[1] - row.latency_ms for row in panel],
         ]
         colours = ["#0072B2" if row is rows[0] else "#8FB8D8" for row in panel]
         axes.barh(places, values, 0.68, color=colours, xerr=reach, error_kw={"ecolor": INK, "lw": 1.1, "capsize": 2.5})
         for place, row in zip(places, panel, strict=True):
             axes.annotate(
-                f"{_figure(row['latency_ms'])} ms{_beside(row, rows[0])}",
-                (row["ci"][1], place),
+                f"{_figure(row.latency_ms)} ms{_beside(row, rows[0])}",
+                (row.ci[1], place),
                 (6, 0),
                 textcoords="offset points",
                 va="center",
                 color=INK,
                 fontsize=9,
             )
-        names = [_short(row["model"]) + ("" if equal else f", {row['resolution']} px") for row in panel]
+        names = [_short(row.model) + ("" if equal else f", {row.resolution} px") for row in panel]
         axes.set_yticks(places, names)
         axes.set_ylim(len(panel) - 0.4, -0.6)
         axes.set_xlim(0, 1.35 * right)
@@ -103,12 +90,12 @@ def to_plot(rows: Sequence[Row], suffix: str) -> bytes:
     return content.getvalue()
 
 
-def _beside(row: Row, first: Row) -> str:
-    if row["waiting"]:
+def _beside(row: BenchRow, first: BenchRow) -> str:
+    if row.waiting:
         return "  waiting"
-    if row is first or row["ratio"] is None:
+    if row is first or row.ratio is None:
         return ""
-    return "  tie" if is_tie(row, first) else f"  {_figure(row['ratio'])}x"
+    return "  tie" if is_tie(row, first) else f"  {_figure(row.ratio)}x"
 
 
 def _figure(value: float) -> str:

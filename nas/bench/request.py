@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from nas.bench.onnx_input import OnnxInput, check_shapes, written
 from nas.errors import UserError
+from nas.measure.device import check_settings
 from nas.measure.runtime import RUNTIMES, Settings
+from nas.measure.samples import MAX_ROUNDS, SURE_ROUNDS
 
 if TYPE_CHECKING:
     from nas.bench.onnx_input import Shape
     from nas.networks.targets import Target
 
 
-Cell = tuple[str, Settings]
-"""A network, by its label, in one combination: what one process measures."""
+class Cell(NamedTuple):
+    """A network, by its label, in one combination: what one process measures."""
+
+    label: str
+    settings: Settings
 
 
 Progress = Callable[[str, int, int], None]
@@ -37,32 +42,69 @@ INT8_OPSET = 13
 
 @dataclass(frozen=True)
 class BenchRequest:
-    """What a bench is asked for.
-
-    settings: the combinations, checked, in the order of the table. own_batch: no batch size was asked for, so that an
-    ONNX file keeps a fixed one, or that of its shape. throughput_at: the batch size whose throughput is told, None for
-    that of the latency. shapes: of ONNX files' inputs, by their names. data: images that int8 is calibrated on, as
-    `open_data` takes them. timeout_s: for a network to be prepared, to load and warm up, and for each of its rounds.
-    """
+    """What a bench is asked for."""
 
     targets: Sequence[Target]
     settings: Sequence[Settings]
-    rounds: int = 30
+    """The combinations, in the order of the table; all of one device."""
+    rounds: int = MAX_ROUNDS
+    """Every network is timed once in each."""
     own_batch: bool = False
+    """Whether no batch size was asked for: an ONNX file keeps the one it is fixed at, or that of its shape."""
     throughput_at: int | None = None
+    """Batch size to measure the throughput at; None: that of the latency."""
     shapes: Mapping[str, Shape] = field(default_factory=dict)
+    """Of the inputs of ONNX files, by their names."""
     data: str | None = None
+    """Images that int8 is calibrated on, as `nas.data.dataset.open_data` takes them; None: noise."""
     timeout_s: float = TIMEOUT_S
+    """Time for a network to be prepared, to load and warm up, and for each of its rounds."""
+
+    def check(self) -> None:
+        """Check what can be checked without reading files of networks or images.
+
+        Raises:
+            UserError: no networks, too few rounds, several devices, or settings that cannot be measured.
+        """
+        if not self.targets:
+            raise UserError("name the networks to measure: published names, timm/NAME, arch.json or .onnx files")
+        check_rounds(self.rounds)
+        if len({each.device for each in self.settings}) != 1:
+            raise UserError("networks are measured side by side on one device: give settings, all of the same device")
+        for settings in self.settings:
+            check_settings(settings)
+            if self.throughput_at is not None:
+                check_settings(replace(settings, batch_size=self.throughput_at))
+
+
+def check_rounds(rounds: int) -> None:
+    """Raises UserError where there are too few for an interval of 95%."""
+    if rounds < SURE_ROUNDS:
+        raise UserError(f"--rounds is {rounds}: give {SURE_ROUNDS} or more, for intervals of 95%")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be measured, known before the device is free. sizes: the networks' resolutions, as rows tell them."""
+    """What will be measured, known before the device is free."""
 
     targets: Mapping[str, Target]
+    """By their labels, each once."""
     inputs: Mapping[str, OnnxInput]
+    """By the labels of ONNX files."""
     cells: Sequence[Cell]
+    """One per row, in the order of the table."""
     sizes: Mapping[str, int | str | None]
+    """Resolutions by label, as `Combination.resolution` has them."""
+    throughput_at: int | None
+
+    def throughput_cell(self, cell: Cell) -> Cell:
+        """That whose throughput the row of `cell` tells."""
+        return Cell(cell.label, replace(cell.settings, batch_size=self.throughput_at or cell.settings.batch_size))
+
+    @property
+    def every(self) -> list[Cell]:
+        """What is measured, each once."""
+        return list(dict.fromkeys([*self.cells, *map(self.throughput_cell, self.cells)]))
 
 
 def plan(options: BenchRequest) -> Plan:
@@ -78,11 +120,12 @@ def plan(options: BenchRequest) -> Plan:
         targets,
         inputs,
         [
-            (label, _own(target, inputs.get(label), each, options))
+            Cell(label, _own(target, inputs.get(label), each, options))
             for each in options.settings
             for label, target in targets.items()
         ],
         {label: _resolution(target, inputs.get(label), options.shapes) for label, target in targets.items()},
+        options.throughput_at,
     )
 
 

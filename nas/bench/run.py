@@ -2,149 +2,196 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from nas.bench.files import Calibration, Files
-from nas.bench.report import SETTINGS, varying, worded
-from nas.bench.request import plan
-
-if TYPE_CHECKING:
-    from nas.bench.report import Row
-    from nas.bench.request import BenchRequest, Cell, Plan, Progress, Waiting
-
-
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from typing import TYPE_CHECKING
-
+from nas.bench.report import worded
+from nas.bench.request import Cell, plan
+from nas.bench.result import SETTINGS, BenchFailure, BenchResult, BenchRow, varying
 from nas.files import scratch
 from nas.measure.device import compare, device_lock
 from nas.measure.protocol import Interrupted
 from nas.measure.reasons import plain
-from nas.measure.runtime import RUNTIMES, Settings
+from nas.measure.runtime import RUNTIMES
 from nas.measure.samples import BUSY_SPREAD, SURE_ROUNDS, MeasureError, Measurement, paired_ratio, quanta
 from nas.process import TOLD_S, WorkerError
 
 if TYPE_CHECKING:
+    from nas.bench.onnx_input import OnnxInput
+    from nas.bench.request import BenchRequest, Plan, Progress, Waiting
+    from nas.measure.runtime import Settings
     from nas.networks.targets import Target
 
+Results = dict[Cell, Measurement | MeasureError]
 
 UNFOLDED = "On PyTorch timm's networks keep the BatchNorms that timm cannot fold; ours are folded. ONNX folds both."
 
 
-@dataclass
-class Found:
-    """rows: of what could be measured, as JSON and the table tell it. failed: what could not, with its error; errors: a
-    line for each of them. interrupted: whether Ctrl-C ended it before its last round."""
-
-    rows: list[Row] = field(default_factory=list)
-    failed: list[Row] = field(default_factory=list)
-    errors: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    interrupted: bool = False
-
-
 def run_bench(
-    options: BenchRequest,
+    request: BenchRequest,
     progress: Progress = lambda *_: None,
     say: Callable[[str], None] = lambda _: None,
     planned: Plan | None = None,
-) -> Found:
+) -> BenchResult:
     """Measure all networks in all combinations in one interleaved run; ratios are to the first row.
 
-    say: told what is waited for, in a line. planned: what `plan` made of the options, if it was called before. Ctrl-C
-    ends the run with the rounds made until then.
+    say: called with a line on what is waited for. planned: what `plan` made of the request, if it was called before.
+    Ctrl-C ends the run with the rounds made until then.
 
     Raises:
         KeyboardInterrupt: there were none.
         UserError: as `plan`, or calibration images that cannot be had or that nothing uses; nothing has been measured
             then.
     """
-    found, many, planned = Found(), options.throughput_at, planned or plan(options)
-    targets, inputs, cells, sizes = planned.targets, planned.inputs, planned.cells, planned.sizes
-    for label in targets:
-        if sum(target.label == label for target in options.targets) > 1:
-            found.notes.append(f"{label} is named more than once: measured once.")
-    batches = {cell: (cell[0], replace(cell[1], batch_size=many or cell[1].batch_size)) for cell in cells}
-    every = list(dict.fromkeys([*cells, *batches.values()]))
+    planned = planned or plan(request)
+    notes = [
+        f"{label} is named more than once: measured once."
+        for label in planned.targets
+        if sum(target.label == label for target in request.targets) > 1
+    ]
+    waiting = _teller(say)
+    with scratch() as folder, device_lock(request.settings[0].device):
+        calibration = Calibration(request, folder, notes)
+        with Files(folder, planned.targets, planned.inputs, request, calibration, waiting) as files:
+            paths, results = _export(planned.every, files, progress)
+        timed, done = _time(paths, request, progress, waiting)
+    for cell, result in timed.items():
+        results[cell] = _explained(cell, result, planned.inputs.get(cell.label))
+    failed, errors = _failures(planned, results)
+    if interrupted := done < request.rounds:
+        few = ": intervals cover less than 95%" * (done < SURE_ROUNDS)
+        notes += [f"Interrupted: {done} of {request.rounds} rounds were made{few}.", *errors]
+    rows = _rows(planned, results)
+    return BenchResult(rows, failed, errors, notes + _notes(request, planned, results, rows), interrupted)
 
-    results: dict[Cell, Measurement | MeasureError] = {}
-    with scratch() as folder, device_lock(options.settings[0].device):
-        calibration = Calibration(options, folder, found.notes)
-        paths: dict[str, Path] = {}
-        waiting = _teller(say)
-        with Files(folder, targets, inputs, options, calibration, waiting) as files:
-            for i, cell in enumerate(every):
-                progress(f"exporting {cell[0]}", i, len(every))
-                try:
-                    paths[str(i)] = files.of(*cell)
-                except WorkerError as error:
-                    results[cell] = MeasureError(f"cannot be prepared: {plain(str(error))}")
-        settings = {name: every[int(name)][1] for name in paths}
+
+def _export(cells: Iterable[Cell], files: Files, progress: Progress) -> tuple[dict[Cell, Path], Results]:
+    """The files to time, and what could not be exported with its error."""
+    cells = list(cells)
+    paths: dict[Cell, Path] = {}
+    failed: Results = {}
+    for i, cell in enumerate(cells):
+        progress(f"exporting {cell.label}", i, len(cells))
         try:
-            told = compare(
-                paths,
-                settings,
-                options.rounds,
-                lambda *done: progress("measuring, rounds", *done),
-                options.timeout_s,
-                lambda name, *waited: waiting(every[int(name)][0], *waited),
-            )
-        except Interrupted as interrupt:
-            if not interrupt.done:
-                raise
-            told, found.interrupted = interrupt.results, True
-            few = ": intervals cover less than 95%" * (interrupt.done < SURE_ROUNDS)
-            found.notes.append(f"Interrupted: {interrupt.done} of {options.rounds} rounds were made{few}.")
-    for name, result in told.items():
-        label, own = every[int(name)]
-        if isinstance(result, MeasureError):
-            given, why = inputs.get(label), plain(str(result))
-            inside = own.batch_size > 1 and given is not None and given.batch_size is None and " node " in why
-            hint = f"; it may be made for batch 1 inside: leave out batch {own.batch_size}" * inside
-            result = MeasureError(why + hint)
-        results[label, own] = result
+            paths[cell] = files.of(cell.label, cell.settings)
+        except WorkerError as error:
+            failed[cell] = MeasureError(f"cannot be prepared: {plain(str(error))}")
+    return paths, failed
 
-    differing = varying([asdict(settings) for _, settings in every])
-    first: Measurement | None = None
-    for label, settings in every:
-        result = results[label, settings]
+
+def _time(
+    paths: Mapping[Cell, Path], request: BenchRequest, progress: Progress, waiting: Waiting
+) -> tuple[Results, int]:
+    """Results of the interleaved run, and its whole rounds, fewer than asked for after Ctrl-C."""
+    cells = {str(i): cell for i, cell in enumerate(paths)}
+    done = request.rounds
+    try:
+        found = compare(
+            {name: paths[cell] for name, cell in cells.items()},
+            {name: cell.settings for name, cell in cells.items()},
+            request.rounds,
+            lambda *rounds: progress("measuring, rounds", *rounds),
+            request.timeout_s,
+            lambda name, *waited: waiting(cells[name].label, *waited),
+        )
+    except Interrupted as interrupt:
+        if not interrupt.done:
+            raise
+        found, done = interrupt.results, interrupt.done
+    return {cells[name]: result for name, result in found.items()}, done
+
+
+def _explained(cell: Cell, result: Measurement | MeasureError, given: OnnxInput | None) -> Measurement | MeasureError:
+    """A result whose error is in plain words, with what may be done."""
+    if isinstance(result, Measurement):
+        return result
+    why, batch = plain(str(result)), cell.settings.batch_size
+    inside = batch > 1 and given is not None and given.batch_size is None and " node " in why
+    return MeasureError(why + f"; it may be made for batch 1 inside: leave out batch {batch}" * inside)
+
+
+def _failures(planned: Plan, results: Results) -> tuple[list[BenchFailure], list[str]]:
+    """What could not be measured, and a line for each."""
+    failed, lines = [], []
+    differing = varying([cell.settings for cell in planned.every])
+    for cell in planned.every:
+        result = results[cell]
         if isinstance(result, MeasureError):
-            where = ", ".join(worded(name, getattr(settings, name)) for name in differing)
-            found.errors.append(f"{label}{where and f' ({where})'}: {result}")
-            failure = {"model": label, "resolution": sizes[label], **_of(settings), "error": str(result)}
-            found.failed.append(failure)
-    if found.interrupted:
-        found.notes += found.errors
-    for cell in cells:
-        result, batch = results[cell], batches[cell]
+            where = ", ".join(worded(name, getattr(cell.settings, name)) for name in differing)
+            lines.append(f"{cell.label}{where and f' ({where})'}: {result}")
+            failed.append(BenchFailure(**_combination(planned, cell), error=str(result)))
+    return failed, lines
+
+
+def _rows(planned: Plan, results: Results) -> list[BenchRow]:
+    rows = []
+    first: Measurement | None = None
+    for cell in planned.cells:
+        result = results[cell]
         if isinstance(result, Measurement):
             first = first or result
-            row = {"model": cell[0], "resolution": sizes[cell[0]], **_row(cell[1], result, first)}
-            found.rows.append(row | _throughput(results[batch], batch[1].batch_size))
-    found.notes += [
+            rows.append(_row(planned, cell, result, first, results))
+    return rows
+
+
+def _row(planned: Plan, cell: Cell, result: Measurement, first: Measurement, results: Results) -> BenchRow:
+    """There is no ratio to or of waiting times."""
+    ratio, interval = paired_ratio(result, first)
+    waiting = quanta(result)
+    comparable = not waiting and not quanta(first)
+    batch = planned.throughput_cell(cell)
+    fast, batch_size = results[batch], batch.settings.batch_size
+    return BenchRow(
+        **_combination(planned, cell),
+        latency_ms=result.p50_ms,
+        p95_ms=result.p95_ms,
+        ci=result.ci_ms,
+        samples=result.n,
+        ratio=ratio if comparable else None,
+        ratio_ci=interval if comparable else None,
+        waiting=waiting,
+        throughput=fast.throughput(batch_size) if isinstance(fast, Measurement) else None,
+        throughput_batch=batch_size,
+    )
+
+
+def _combination(planned: Plan, cell: Cell) -> dict[str, Any]:
+    """The fields of `Combination`."""
+    fields = {name: getattr(cell.settings, name) for name in SETTINGS}
+    return {"model": cell.label, "resolution": planned.sizes[cell.label], **fields}
+
+
+def _notes(request: BenchRequest, planned: Plan, results: Results, rows: list[BenchRow]) -> list[str]:
+    """What a reader of the rows has to know."""
+    notes = [
         f"{label} holds weights of float16: a CPU without arithmetic of float16 computes in fp32."
-        for label, given in inputs.items()
+        for label, given in planned.inputs.items()
         if given.half
     ]
-    found.notes += [trained_elsewhere(target) for target in targets.values() if target.trained_at]
-    if line := unequal({row["model"]: row["resolution"] for row in found.rows}, options.targets):
-        found.notes.append(line)
-    if any(targets[label].timm and RUNTIMES[settings.runtime].artifact == "module" for label, settings in cells):
-        found.notes.append(UNFOLDED)
-    waiting = any(row["waiting"] for row in found.rows)
-    spreads = [(result.spread, cell[0]) for cell, result in results.items() if isinstance(result, Measurement)]
+    notes += filter(None, map(trained_elsewhere, planned.targets.values()))
+    if line := unequal({row.model: row.resolution for row in rows}, request.targets):
+        notes.append(line)
+    if any(planned.targets[label].timm and _is_module(settings) for label, settings in planned.cells):
+        notes.append(UNFOLDED)
+    spreads = [(result.spread, cell.label) for cell, result in results.items() if isinstance(result, Measurement)]
     spread, label = max(spreads, default=(0, ""))
-    if spread > BUSY_SPREAD and not waiting:
-        found.notes.append(
+    if spread > BUSY_SPREAD and not any(row.waiting for row in rows):
+        notes.append(
             f"This machine was busy: the rounds of {label} varied by {spread:.0%}; run again on a quiet machine."
         )
-    return found
+    return notes
 
 
-def trained_elsewhere(target: Target) -> str:
+def _is_module(settings: Settings) -> bool:
+    return RUNTIMES[settings.runtime].artifact == "module"
+
+
+def trained_elsewhere(target: Target) -> str | None:
     """A line on a network that was trained at another resolution than it is measured at."""
+    if target.trained_at is None or target.arch is None:
+        return None
     return f"{target.label}: trained at {target.trained_at} px, measured at {target.arch.resolution} px."
 
 
@@ -176,37 +223,3 @@ def _teller(say: Callable[[str], None]) -> Waiting:
             say(f"waiting for {label}: no answer for {waited_s:.0f} s, will give up after {most_s:.0f} s (--timeout)")
 
     return waiting
-
-
-def _of(settings: Settings) -> Row:
-    return {name: getattr(settings, name) for name in SETTINGS}
-
-
-def _row(settings: Settings, result: Measurement, first: Measurement) -> Row:
-    """waiting: whether its samples are waiting times (see `quanta`); there is no ratio to or of such ones."""
-    ratio, interval = paired_ratio(result, first)
-    told = not quanta(result) and not quanta(first)
-    return {
-        **_of(settings),
-        "latency_ms": result.p50_ms,
-        "p95_ms": result.p95_ms,
-        "ci": list(result.ci_ms),
-        "samples": result.n,
-        "ratio": ratio if told else None,
-        "ratio_ci": list(interval) if told else None,
-        "waiting": quanta(result),
-    }
-
-
-def _throughput(result: Measurement | MeasureError, batch_size: int) -> Row:
-    measured = isinstance(result, Measurement)
-    return {"throughput": result.throughput(batch_size) if measured else None, "throughput_batch": batch_size}
-
-
-# ------------------------------------------------------------------------------------------------ ONNX files
-
-
-# ------------------------------------------------------------------------------------------------ files to measure
-
-
-# ------------------------------------------------------------------------------------------------ CSV and plot

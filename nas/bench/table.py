@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from nas.bench.report import SETTINGS, is_tie, varying, worded
+from nas.bench.report import worded
+from nas.bench.result import SETTINGS, is_tie, varying
 from nas.report.tables import Column, console_of, print_table, prose
+
+if TYPE_CHECKING:
+    from nas.bench.result import BenchRow
 
 WAITING = "waiting"
 HEADINGS = {"resolution": "px", "batch_size": "batch"}
 
 
-def show_bench(rows: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> None:
+def show_bench(rows: Sequence[BenchRow], notes: Sequence[str]) -> None:
     """Print rows as a table: settings that differ between them are columns, those of all of them stand above it."""
     console, first = console_of(), rows[0]
     differing = varying(rows, ("resolution", *SETTINGS))
-    batches = {row["throughput_batch"] for row in rows}
+    batches = {row.throughput_batch for row in rows}
     speed = f"img/s at batch {batches.pop()}" if len(batches) == 1 else "img/s at that batch"
     columns = (
         Column("network", label=True),
-        *(Column(HEADINGS.get(name, name), label=isinstance(first[name], str)) for name in differing),
+        *(Column(HEADINGS.get(name, name), label=isinstance(getattr(first, name), str)) for name in differing),
         Column("ms"),
         Column("95% of ms", drop=1),
         Column("p95 ms", drop=3),
@@ -30,9 +34,13 @@ def show_bench(rows: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> None:
         Column("95% of ratio"),
         Column("note", label=True),
     )
-    same = [worded(name, first[name]) for name in ("resolution", *SETTINGS) if name not in differing and first[name]]
+    same = [
+        worded(name, getattr(first, name))
+        for name in ("resolution", *SETTINGS)
+        if name not in differing and getattr(first, name)
+    ]
     prose(console, f"One interleaved run{': ' if same else ''}{', '.join(same)}.")
-    compared = any(row["ratio"] is not None for row in rows[1:])
+    compared = any(row.ratio is not None for row in rows[1:])
     print_table(console, columns, [_cells(row, first, differing, compared) for row in rows])
     intervals = " and of the ratio to the first row" if compared else ""
     meaning = " A ratio is the median over rounds of the ratio within a round." if compared else ""
@@ -45,19 +53,17 @@ def show_bench(rows: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> None:
         prose(console, line)
 
 
-def _cells(
-    row: Mapping[str, Any], first: Mapping[str, Any], differing: Sequence[str], compared: bool
-) -> tuple[str, ...]:
-    (low, high), ratio = row["ci"], row["ratio_ci"]
+def _cells(row: BenchRow, first: BenchRow, differing: Sequence[str], compared: bool) -> tuple[str, ...]:
+    (low, high), ratio = row.ci, row.ratio_ci
     return (
-        row["model"],
-        *("" if row[name] is None else str(row[name]) for name in differing),
-        f"{row['latency_ms']:.3f}",
+        row.model,
+        *("" if getattr(row, name) is None else str(getattr(row, name)) for name in differing),
+        f"{row.latency_ms:.3f}",
         f"{low:.3f}..{high:.3f}",
-        f"{row['p95_ms']:.3f}",
-        "" if row["throughput"] is None or row["waiting"] else f"{row['throughput']:.1f}",
-        str(row["samples"]),
-        f"{row['ratio']:.3f}" if compared and row["ratio"] is not None else "",
+        f"{row.p95_ms:.3f}",
+        "" if row.throughput is None or row.waiting else f"{row.throughput:.1f}",
+        str(row.samples),
+        f"{row.ratio:.3f}" if compared and row.ratio is not None else "",
         "" if row is first or ratio is None else f"{ratio[0]:.3f}..{ratio[1]:.3f}",
-        WAITING if row["waiting"] else "tie" if is_tie(row, first) else "",
+        WAITING if row.waiting else "tie" if is_tie(row, first) else "",
     )

@@ -82,13 +82,14 @@ def bench(
     Exit codes: 0 all were measured, 2 bad input, or some could not be measured (the others are told), 130 Ctrl-C.
     """
     import itertools
+    from dataclasses import replace
 
     from nas.cli.progress import load
 
     load("nas.bench.run", quiet)
     from nas.bench.onnx_input import parse_shape
     from nas.bench.report import PLOTS, to_csv, to_plot
-    from nas.bench.request import TIMEOUT_S, BenchRequest, plan
+    from nas.bench.request import TIMEOUT_S, BenchRequest, check_rounds, plan
     from nas.bench.run import run_bench
     from nas.bench.table import show_bench
     from nas.cli.progress import watch_phases
@@ -101,8 +102,7 @@ def bench(
 
     if rounds is None:
         rounds = SURE_ROUNDS if suite else MAX_ROUNDS
-    if rounds < SURE_ROUNDS:
-        raise UserError(f"--rounds is {rounds}: give {SURE_ROUNDS} or more, for intervals of 95%")
+    check_rounds(rounds)
     if suite is not None:
         asked = [
             (runtime, "--runtime"),
@@ -128,19 +128,14 @@ def bench(
         settings = settings_of(one[0], device, one[3], one[2] or 1, one[1] or "fp32")
         run_suite(suite, settings, rounds, csv, as_json, quiet)
         return
-    if not models:
-        raise UserError("name the networks to measure: published names, timm/NAME, arch.json or .onnx files")
     asked = list(itertools.product(runtime or [None], precision or ["fp32"], batch_size or [1], threads or [None]))
     settings = [settings_of(run, device, thread, batch, kind) for run, kind, batch, thread in asked]
-    if throughput_at is not None:
-        for run, kind, _, thread in asked:
-            settings_of(run, device, thread, throughput_at, kind)
     if csv:
         check_output("--csv", csv)
     if plot:
         check_output("--plot", plot, PLOTS)
-    options = BenchRequest(
-        targets=[find_target(model, resolution) for model in models],
+    request = BenchRequest(
+        targets=[find_target(model, resolution) for model in models or ()],
         settings=list(dict.fromkeys(settings)),
         rounds=rounds,
         own_batch=not batch_size,
@@ -149,18 +144,18 @@ def bench(
         data=data,
         timeout_s=parse_duration(timeout) if timeout else TIMEOUT_S,
     )
-    planned = plan(options)
+    request.check()
+    planned = plan(request)
     with device_lock(device):  # what another vitnas does there is not this machine's load
         hardware = describe(max(settings, key=lambda each: each.threads))
     with watch_phases(quiet) as (progress, say):
-        found = run_bench(options, progress, say, planned)
-    waiting = any(row["waiting"] for row in found.rows)
+        found = run_bench(request, progress, say, planned)
+    waiting = any(row.waiting for row in found.rows)
     line = quanta_line(hardware, "the figures marked waiting") if waiting else busy_line(hardware)
     if line:
-        found.notes.insert(0, f"{line[:1].upper()}{line[1:]}.")
+        found = replace(found, notes=[f"{line[:1].upper()}{line[1:]}.", *found.notes])
     if as_json:
-        told = {"results": found.rows, "failed": found.failed, "hardware": hardware, "notes": found.notes}
-        print(json.dumps(told, indent=1))
+        print(json.dumps(found.to_json() | {"hardware": hardware}, indent=1))
     elif found.rows:
         show_bench(found.rows, found.notes)
     if found.rows and csv:

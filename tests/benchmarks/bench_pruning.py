@@ -197,9 +197,7 @@ def measure(rows: Rows, budget: float, out: Path, threads: int) -> None:
     found = run_bench(BenchRequest(targets, [MeasureSettings(threads=threads)], rounds=40))
     for line in found.errors:
         say(line)
-    latency_file(out, budget).write_text(
-        json.dumps({row["model"]: row["ratio"] for row in found.rows}, indent=1) + "\n"
-    )
+    latency_file(out, budget).write_text(json.dumps({row.model: row.ratio for row in found.rows}, indent=1) + "\n")
 
 
 def spread(values: list[float], digits: int = 1) -> str:

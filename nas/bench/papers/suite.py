@@ -220,12 +220,12 @@ def _attempt(claim: Claim, wanted: Settings, timings: Timings) -> Attempt:
     figure = claim.published_for(wanted)
     attempt = Attempt(wanted, figure.ratio, figure.where)
     subject, baseline = timings[claim.subject], timings[claim.baseline]
-    failed = [f"{n}: {m}" for n in (claim.subject, claim.baseline) if isinstance(m := timings[n], MeasureError)]
-    if failed:
-        attempt.error = "; ".join(failed)
-    else:
+    if isinstance(subject, Measurement) and isinstance(baseline, Measurement):
         attempt.ratio, attempt.interval = paired_ratio(baseline, subject)
         attempt.subject_ms, attempt.baseline_ms = subject.p50_ms, baseline.p50_ms
+    else:
+        failed = [f"{n}: {m}" for n in (claim.subject, claim.baseline) if isinstance(m := timings[n], MeasureError)]
+        attempt.error = "; ".join(failed)
     return attempt
 
 
@@ -299,7 +299,7 @@ def _time_blocks(names: Sequence[str], settings: Settings, rounds: int) -> Timin
                     timing.rounds_ms.append(samples[name.removeprefix(BLOCK)])
     except WorkerError as error:
         return dict.fromkeys(names, MeasureError(str(error)))
-    return timings
+    return {**timings}
 
 
 @contextmanager

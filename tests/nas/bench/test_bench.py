@@ -15,8 +15,9 @@ import pytest
 from nas.bench import files as bench_files
 from nas.bench import report, run
 from nas.bench.onnx_input import OnnxInput, parse_shape
-from nas.bench.report import is_tie, to_csv, to_plot
+from nas.bench.report import to_csv, to_plot
 from nas.bench.request import BenchRequest
+from nas.bench.result import is_tie
 from nas.bench.run import run_bench
 from nas.errors import UserError
 from nas.export.artifact import Exporter
@@ -279,10 +280,10 @@ def test_rows_are_all_combinations(given) -> None:
     asked = given({"a": [1.0] * 6, "b": [2.0] * 6})
     settings = tuple(Settings(runtime, threads=t) for runtime in ("onnxruntime", "openvino") for t in (1, 2))
     found = run_bench(options("a", "b", settings=settings))
-    assert [(row["runtime"], row["threads"], row["model"]) for row in found.rows] == [
+    assert [(row.runtime, row.threads, row.model) for row in found.rows] == [
         (each.runtime, each.threads, label) for each in settings for label in ("a", "b")
     ]
-    assert [row["ratio"] for row in found.rows] == [1, 2] * 4
+    assert [row.ratio for row in found.rows] == [1, 2] * 4
     assert asked == [(label, each) for each in settings for label in ("a", "b")]
     assert (found.errors, found.notes) == ([], [])
 
@@ -292,8 +293,8 @@ def test_throughput_of_another_batch(given) -> None:
     settings = (Settings(), Settings(batch_size=8))
     found = run_bench(options("a", settings=settings, throughput_at=8))
     assert [each.batch_size for _, each in asked] == [1, 8]  # once each
-    assert [(row["batch_size"], row["latency_ms"]) for row in found.rows] == [(1, 2.0), (8, 16.0)]
-    assert [(row["throughput"], row["throughput_batch"]) for row in found.rows] == [(500.0, 8)] * 2
+    assert [(row.batch_size, row.latency_ms) for row in found.rows] == [(1, 2.0), (8, 16.0)]
+    assert [(row.throughput, row.throughput_batch) for row in found.rows] == [(500.0, 8)] * 2
 
 
 def test_throughput_that_cannot_be_measured(given, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,16 +307,16 @@ def test_throughput_that_cannot_be_measured(given, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(run, "compare", no_large_batch)
     found = run_bench(options("a", throughput_at=64))
-    assert [(row["latency_ms"], row["throughput"]) for row in found.rows] == [(2.0, None)]
+    assert [(row.latency_ms, row.throughput) for row in found.rows] == [(2.0, None)]
     assert found.errors == ["a (batch 64): too much"]
 
 
 def test_what_fails_is_told_and_the_ratio_is_to_the_first_row(given) -> None:
     given({"a": "it broke", "b": [2.0] * 6, "c": [3.0] * 6})
     found = run_bench(options("a", "b", "c"))
-    assert [(row["model"], row["ratio"]) for row in found.rows] == [("b", 1), ("c", 1.5)]
+    assert [(row.model, row.ratio) for row in found.rows] == [("b", 1), ("c", 1.5)]
     assert found.errors == ["a: it broke"]
-    assert [(row["model"], row["threads"], row["error"]) for row in found.failed] == [("a", 1, "it broke")]
+    assert [(row.model, row.threads, row.error) for row in found.failed] == [("a", 1, "it broke")]
 
 
 def test_what_cannot_be_prepared_is_told(onnx_file, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -523,7 +524,7 @@ def test_images_that_are_not_square(onnx_file, given) -> None:
     path, words = onnx_file(images=[1, 3, 8, 16]), onnx_file("words.onnx", images=[1, 7])
     given({path: [1.0] * 6, words: [1.0] * 6})
     found = run_bench(BenchRequest([find_target(path), find_target(words)], (Settings(),), own_batch=True))
-    assert [row["resolution"] for row in found.rows] == ["8x16", None]
+    assert [row.resolution for row in found.rows] == ["8x16", None]
     assert found.notes == []
 
 
@@ -555,7 +556,7 @@ def test_waiting_times_have_no_ratio(vitnas, given, monkeypatch: pytest.MonkeyPa
     assert "busy: the rounds" not in out
     told["0"] = waiting
     rows = run_bench(options("a", "b", "c")).rows
-    assert [row["ratio"] for row in rows] == [None] * 3
+    assert [row.ratio for row in rows] == [None] * 3
     assert [line["ratio"] for line in csv.DictReader(to_csv(rows).decode().splitlines())] == [""] * 3
     assert b"<svg" in to_plot(rows, ".svg")
 
@@ -570,7 +571,7 @@ def test_nothing_is_said_of_ratios_or_speed_that_are_not_printed(given, capsys) 
     rows = run_bench(options("a", "b", throughput_at=8)).rows
     show_bench(rows, [])
     assert "ratio to the first row" in capsys.readouterr().out
-    show_bench([row | {"waiting": True, "ratio": None, "ratio_ci": None} for row in rows], [])
+    show_bench([replace(row, waiting=True, ratio=None, ratio_ci=None) for row in rows], [])
     out = capsys.readouterr().out
     assert "ratio" not in out
     assert "img/s" not in out
@@ -618,7 +619,7 @@ def test_batch_of_an_onnx_file(onnx_file, given, sizes: list, more: dict, batche
     asked = given({path: [1.0] * 6})
     found = run_bench(replace(BenchRequest([find_target(path)], (Settings(),)), **more))
     assert [each.batch_size for _, each in asked] == batches
-    assert [row["batch_size"] for row in found.rows] == (batches if "throughput_at" not in more else [1])
+    assert [row.batch_size for row in found.rows] == (batches if "throughput_at" not in more else [1])
 
 
 @pytest.mark.usefixtures("fixed_here")
