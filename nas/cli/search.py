@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -136,11 +135,11 @@ def search(
         from nas.quality.plan import DEFAULT_EPOCHS, TrainingPlan
 
         last = DEFAULT_EPOCHS[tier] if epochs is None else epochs
-        plan = TrainingPlan(data or "", train_images, last, final_epochs, seeds, validate, parent)
+        plan = TrainingPlan(data or "", train_images, last, final_epochs, seeds, validate, parent, num_classes)
         families = inheriting(parent, families, family) if tier == "inherit" else families
 
     from nas.networks.targets import find_target
-    from nas.search.request import SearchRequest, default_study, storage_of
+    from nas.search.request import SearchRequest
 
     request = SearchRequest(
         budget_ms=budget_ms,
@@ -161,7 +160,6 @@ def search(
         against=tuple(find_target(network) for network in against or ()),
         cache=not no_cache,
     )
-    request = replace(request, study=study or default_study(request))
     request.check()
 
     from nas.cli.progress import load, waiting
@@ -169,26 +167,14 @@ def search(
     load("nas.search.loop" if plan is None else "nas.training.engine", quiet)
     from nas.cli.display import show_result
     from nas.cli.progress import watch
-    from nas.search.finish import finish_run
-    from nas.search.loop import interruptible
-    from nas.search.loop import search as run_search
-    from nas.study.errors import storage_errors
-    from nas.study.trials import sweep
+    from nas.search.run import read_images
+    from nas.search.run import search as run_search
     from nas.threads import training_threads
 
-    images = None
-    if plan is not None:
-        from nas.data.dataset import open_data
-        from nas.quality.parent import parent_weights
-
-        with waiting(f"reading {data}", quiet):
-            images = open_data(data, resolution or 224, num_classes, seed or 0, parent_weights(parent))
-        request = replace(request, num_classes=len(images.classes))
+    with waiting(f"reading {data}", quiet or plan is None):
+        images = read_images(request)
     with watch(request, images, quiet) as (progress, say, phase), training_threads(train_threads, say):
-        found, log = run_search(request, progress, say, phase, images)
-        with storage_errors(storage_of(request)), interruptible():
-            outcome = finish_run(request, found, log, command_line(), phase, say)
-            sweep(found)
+        outcome = run_search(request, progress, say, phase, images=images, command=command_line())
     show_result(outcome, request.folder, as_json, verbose, data)
     if as_json:
         print(json.dumps(outcome.to_json() | {"folder": str(request.folder)}))

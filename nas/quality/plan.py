@@ -13,16 +13,24 @@ LEAST_VALIDATED = 6
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """How a search trains. images: of the training images a search uses at most. epochs: of its last rung; final_epochs
-    and seeds: of the trainings at its end. validate: Archs trained fully to validate the tier."""
+    """How a search trains its candidates."""
 
     data: str
-    images: int
-    epochs: int
-    final_epochs: int
-    seeds: int
-    validate: int
+    """Images: a folder, torch/NAME, hfds/NAME or wds/SHARDS."""
+    images: int = 10_000
+    """Training images that a search uses at most; 100 or more."""
+    epochs: int = DEFAULT_EPOCHS["train"]
+    """Epochs of its last rung; 1 or more."""
+    final_epochs: int = 30
+    """Epochs of the trainings at its end; 1 or more."""
+    seeds: int = 3
+    """Seeds of the trainings at its end; 1 or more."""
+    validate: int = 0
+    """Networks trained fully to validate the tier; 0, or 6 and more."""
     parent: str | None = None
+    """The trained network that candidates inherit from, for the tier `inherit`."""
+    num_classes: int | None = None
+    """Classes that the images must have; None: as many as they have."""
 
     def check(self) -> None:
         """Raises: UserError: a number out of range."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,28 +30,29 @@ class SearchRequest:
 
     budget_ms: float
     """Latency budget in ms, above 0."""
-    settings: Settings
+    settings: Settings = field(default_factory=Settings)
     """Device, runtime, precision, threads and batch size that latency is measured with."""
-    families: tuple[str, ...]
-    """Names of the families to search, one or more."""
-    trials: int
+    families: tuple[str, ...] = ()
+    """Names of the families to search; empty: all of them."""
+    trials: int = 100
     """Total number of trials, earlier runs included; 1 or more."""
-    timeout_s: float | None
+    timeout_s: float | None = None
     """Seconds after which no trial is started; None: no limit."""
-    study: str
-    """Name of the study, and of its folder in `out`."""
-    out: Path
+    study: str = ""
+    """Name of the study, and of its folder in `out`; empty: `default_study`."""
+    out: Path = Path("runs")
     """Folder that holds the run's folder."""
-    storage: str | None
+    storage: str | None = None
     """URL of the database that workers share; None: a journal file in the run's folder."""
-    sampler: str
+    sampler: str = "auto"
     """auto, gp, tpe, nsga2 or random."""
-    seed: int | None
+    seed: int | None = None
     """Seed of the sampler, of data splits and of trainings; None: the sampler's is random, the others are 0."""
-    num_classes: int
-    """Classes of the networks' head, 1 to 100,000."""
-    quality: str = "prior"
-    """Name of the tier that estimates quality (`nas.quality.tiers.TIERS`)."""
+    num_classes: int = 1000
+    """Classes of the networks' head, 1 to 100,000; with a plan, those of its images."""
+    quality: str = "auto"
+    """Name of the tier that estimates quality (`nas.quality.tiers.TIERS`); auto: `inherit` where the plan has a parent,
+    `train` with another plan, else `prior`."""
     resolution: int | None = None
     """Input resolution of all networks in px, a multiple of 32 from 32 to 512; None: it is searched."""
     plan: TrainingPlan | None = None
@@ -62,6 +63,17 @@ class SearchRequest:
     """Networks to measure beside the finalists in the closing run; no .onnx files."""
     cache: bool = True
     """Whether to use latencies that were measured earlier on this machine."""
+
+    def __post_init__(self) -> None:
+        from search_spaces.registry import FAMILIES
+
+        if not self.families:
+            object.__setattr__(self, "families", tuple(FAMILIES))
+        if self.quality == "auto":
+            tier = "prior" if self.plan is None else "train" if self.plan.parent is None else "inherit"
+            object.__setattr__(self, "quality", tier)
+        if not self.study:
+            object.__setattr__(self, "study", default_study(self))
 
     @property
     def folder(self) -> Path:

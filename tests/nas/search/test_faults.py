@@ -27,6 +27,7 @@ import nas.search.finish
 import nas.search.loop
 import nas.search.report
 import nas.search.request
+import nas.search.run
 import nas.search.trial
 from nas.cli.display import what_now
 from nas.errors import TrainingError, UserError
@@ -476,7 +477,7 @@ def test_ctrl_c_in_a_trial_leaves_the_best_of_the_search_s_own_trainings(
     vitnas, device, tier, pictures, tmp_path, monkeypatch, is_kept
 ):
     """With what it was judged on, and which images it has seen; where its weights are gone, best/ says so."""
-    cards, seen, ended, finish = cards_of(monkeypatch), [], [], nas.search.finish.finish_run
+    cards, seen, ended, finish = cards_of(monkeypatch), [], [], nas.search.run.finish_run
 
     def finishing(options: Any, study: Any, run: Any, *more: Any, **words: Any) -> Any:
         trainer = run.tier.trainer
@@ -487,7 +488,7 @@ def test_ctrl_c_in_a_trial_leaves_the_best_of_the_search_s_own_trainings(
         return ended[0]
 
     monkeypatch.setattr(nas.search.best, "record", lambda folder, images, parent: seen.append(images.sources))
-    monkeypatch.setattr(nas.search.finish, "finish_run", finishing)
+    monkeypatch.setattr(nas.search.run, "finish_run", finishing)
     tier.faults[2] = KeyboardInterrupt()
     code, out, _ = vitnas(*trained(tmp_path, pictures))
     data, found = json.loads(out), best(tmp_path)

@@ -324,8 +324,8 @@ def test_worker_sweeps_after_its_closing_run(
         put_lease(study, ask(study), pid=dead_pid())
         return SimpleNamespace(exit_code=1, failures=(), interrupted=False)
 
-    monkeypatch.setattr("nas.search.loop.search", lambda *_: (study, SearchLog("now")))
-    monkeypatch.setattr("nas.search.finish.finish_run", finish_run)
+    monkeypatch.setattr("nas.search.run.run_trials", lambda *_: (study, SearchLog("now")))
+    monkeypatch.setattr("nas.search.run.finish_run", finish_run)
     monkeypatch.setattr("nas.cli.display.show_result", lambda *_, **__: None)
     assert vitnas("search", "--latency-budget", "2ms", "--out", str(tmp_path))[0] == 1
     assert [t.state for t in study.trials] == [TrialState.FAIL, TrialState.WAITING]

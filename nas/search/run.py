@@ -1,0 +1,77 @@
+"""A whole search: its trials, then its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from nas.search.finish import finish_run
+from nas.search.loop import Progress, interruptible
+from nas.search.loop import search as run_trials
+from nas.search.request import storage_of
+
+if TYPE_CHECKING:
+    from nas.data.dataset import ImageData
+    from nas.search.outcome import Outcome
+    from nas.search.request import SearchRequest
+
+
+def read_images(request: SearchRequest) -> ImageData | None:
+    """The images of the request's plan, split for training and evaluation; None without a plan.
+
+    Raises:
+        UserError: images that cannot be read, or other classes than the plan says.
+    """
+    if request.plan is None:
+        return None
+    from nas.data.dataset import open_data
+    from nas.quality.parent import parent_weights
+
+    plan = request.plan
+    return open_data(
+        plan.data, request.resolution or 224, plan.num_classes, request.seed or 0, parent_weights(plan.parent)
+    )
+
+
+def search(
+    request: SearchRequest,
+    progress: Callable[[Progress], None] = lambda _: None,
+    say: Callable[[str], None] = lambda _: None,
+    phase: Callable[[str, int, int], None] = lambda *_: None,
+    *,
+    images: ImageData | None = None,
+    command: str = "vitnas.search(...)",
+) -> Outcome:
+    """Search networks that meet a latency budget, measured on the device of the request.
+
+    The run's folder, `request.folder`, holds the report, and the best network in best/. Calling it again with the same
+    request continues the study.
+
+    Args:
+        progress: called after each trial.
+        say: called with each line that a person should read.
+        phase: called with what goes on, how much of it is done and its total, 0 where it is not counted.
+        images: what `read_images` gave for this request; None reads them.
+        command: how the report names this search.
+
+    Returns:
+        What was found. `interrupted` says whether Ctrl-C ended it early.
+
+    Raises:
+        UserError: a request that does not hold, a busy or missing device, images, a folder or a storage that cannot be
+            used, a study that disagrees with the request.
+        KeyboardInterrupt: Ctrl-C before the first trial.
+    """
+    from nas.study.errors import storage_errors
+    from nas.study.trials import sweep
+
+    request.check()
+    images = images or read_images(request)
+    if images is not None:
+        request = replace(request, num_classes=len(images.classes))
+    study, log = run_trials(request, progress, say, phase, images)
+    with storage_errors(storage_of(request)), interruptible():
+        outcome = finish_run(request, study, log, command, phase, say)
+        sweep(study)
+    return outcome
