@@ -36,42 +36,52 @@ KEPT_SPLITS = 2
 
 @dataclass(frozen=True)
 class Parent:
-    """A trained network that candidates take their weights from. scores: importance of its units. seen: what is to be
-    said of the images it was trained on."""
+    """A trained network that candidates take their weights from."""
 
     label: str
+    """What the command line calls it."""
     arch: Arch
     weights: Mapping[str, Tensor]
+    """Its state dict."""
     scores: Mapping[str, Any]
+    """Importance of its units, as `pruning.importance.score` returns it."""
     seen: str = ""
+    """A remark on the images it was trained on, "" where there is none."""
 
 
 @dataclass(frozen=True)
 class Skips:
-    """What is kept of a loader, whose images take memory: the names of those it could not decode, as it meets them."""
+    """What is kept of a loader, whose images take memory."""
 
     skipped: list[str]
+    """Names of the images that could not be decoded; the loader adds to it."""
 
 
 @dataclass(frozen=True)
 class CandidateTrainer:
-    """device: where networks train. folder: where unfinished trainings are kept. results: what the study knows of
-    earlier trainings. progress: called with what is trained, images done and in all. resolution: of all networks, where
-    the search fixes it. seen: which training images the parent's weights were trained on. loaders: of all that were in
-    use, what they skipped. say: told of want of memory."""
+    """Trains and judges a search's candidates on a part of the user's images, which is split once."""
 
     data: ImageData
     plan: TrainingPlan
     seed: int
+    """Of the split, of samples and of trainings."""
     device: str
+    """Where networks train: "cpu" or "cuda"."""
     folder: Path
+    """Where unfinished trainings are kept."""
     results: Callable[[], Sequence[TrainedNetwork]]
+    """Returns what the study knows of earlier trainings."""
     progress: Callable[[str, int, int], None]
+    """Called with what is trained, the images done and their total."""
     parent: Parent | None = None
     resolution: int | None = None
+    """Input resolution of all networks in px; None where the search varies it."""
     seen: np.ndarray | None = None
+    """Which training images the parent was trained on; a bool each, shape (training images,)."""
     loaders: list[Skips] = field(default_factory=list)
+    """What every loader so far skipped."""
     say: Callable[[str], None] = tell
+    """Called with a line where memory is short."""
 
     @cached_property
     def rungs(self) -> tuple[int, ...]:

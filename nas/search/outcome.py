@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 from nas.data.about import Summary
 from nas.measure.budget import Verdict
 from nas.measure.runtime import Settings
+from nas.quality.ranking import Tau
 from nas.search.accuracy import FinalTrainings
 from nas.search.log import PhaseTime
 from nas.search.rows import ClosingRow, Network, OutsideRow, Pair, Trial, arch_of, front_of, known, pair
@@ -48,14 +49,6 @@ class TierFacts:
     """Whether it judges by trainings on the user's images."""
     held_out: Pair | None = None
     """Of its surrogate on networks left out: mean absolute error in points, and Kendall's tau."""
-
-
-@dataclass(frozen=True)
-class Tau:
-    """Kendall's tau of an estimate with full trainings, and its 95% interval; None where all values are equal."""
-
-    tau: float | None
-    ci: Pair | None
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ class ValidatedNetwork:
     """After the full training."""
 
     def to_json(self) -> dict[str, object]:
-        """As the study keeps it; `nas.quality.ranking` reads it."""
+        """As the study keeps it."""
         return {
             "family": self.family,
             "params": self.params,
@@ -102,10 +102,19 @@ def validate(
         note(f"the validation found only {len(found)} of {wanted} networks of the budget's size")
     if len(found) < LEAST_VALIDATED:
         return None
-    ranks = taus(found)
-    result = {"tier": tier.name, "networks": len(found), "tau": ranks, "selects": selects(ranks[GATE])}
+    ranks = taus(estimates_of(found), [row["top1"] for row in found])
+    told = {name: each.to_json() for name, each in ranks.items()}
+    result = {"tier": tier.name, "networks": len(found), "tau": told, "selects": selects(ranks[GATE])}
     study.set_user_attr(RESULT, result)
     return Validation.from_json(result)
+
+
+def estimates_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """What may rank the networks, by name: estimates, sizes and the accuracy after each rung. rows: as the study keeps
+    them (`ValidatedNetwork.to_json`)."""
+    names = (GATE, "estimate, last rung", "params", "macs", "surrogate alone")
+    found = {name: [row[name] for row in rows] for name in names}
+    return found | {f"after {epochs} epochs": [row["rungs"][epochs] for row in rows] for epochs in rows[0]["rungs"]}
 
 
 def draw(request: SearchRequest, low: float, high: float) -> Iterator[Arch]:

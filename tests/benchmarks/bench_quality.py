@@ -27,7 +27,7 @@ from nas.data.images import sample
 from nas.quality.inherit import InheritTier
 from nas.quality.parent import SCORED_IMAGES
 from nas.quality.plan import TrainingPlan
-from nas.quality.ranking import tau
+from nas.quality.ranking import Tau, tau
 from nas.quality.surrogate import Surrogate, TrainedNetwork, describe
 from nas.quality.trained import HalvingTier
 from nas.quality.trainer import CandidateTrainer, Parent
@@ -195,13 +195,13 @@ def known(row: dict[str, Any], last: int) -> TrainedNetwork:
     )
 
 
-def show(name: str, found: dict[str, Any], regret: float | None) -> None:
+def show(name: str, found: Tau, regret: float | None) -> None:
     """regret: points that the network it puts first lies below the best."""
     lost = "" if regret is None else f"   its first is {regret:.1f} points below the best"
-    if found["tau"] is None:
+    if found.tau is None or found.ci is None:
         print(f"  {name:<28} undefined{lost}")
     else:
-        print(f"  {name:<28} tau {found['tau']:5.2f}   95% {found['ci'][0]:5.2f} to {found['ci'][1]:5.2f}{lost}")
+        print(f"  {name:<28} tau {found.tau:5.2f}   95% {found.ci[0]:5.2f} to {found.ci[1]:5.2f}{lost}")
 
 
 if __name__ == "__main__":

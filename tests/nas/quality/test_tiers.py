@@ -14,7 +14,7 @@ from scipy.stats import kendalltau
 
 from nas.errors import TrainingError, UserError
 from nas.quality.plan import TrainingPlan
-from nas.quality.ranking import GATE, RESAMPLES, selects, tau, taus
+from nas.quality.ranking import GATE, RESAMPLES, Tau, selects, tau, taus
 from nas.quality.surrogate import Surrogate, TrainedNetwork, describe
 from nas.quality.trained import SCREEN_FROM, HalvingTier, low_resolution
 from nas.quality.trainer import ETA, CandidateTrainer
@@ -22,6 +22,7 @@ from nas.search.accuracy import Accuracies, compare_means, verdict
 from nas.search.final import FullTraining, settle
 from nas.search.rows import Trial, rank
 from nas.search.trainings import results_of
+from nas.search.validate import estimates_of
 from search_spaces import Arch, get_arch, table
 from search_spaces.registry import FAMILIES
 from search_spaces.space import random_params
@@ -361,28 +362,28 @@ def test_taus():
     truth = np.linspace(50, 60, 16)
     noise = np.random.default_rng(5).standard_normal(16)
     exact = tau(truth, truth)
-    assert exact["tau"] == pytest.approx(1)
-    assert exact["ci"] == pytest.approx([1, 1])
+    assert exact.tau == pytest.approx(1)
+    assert exact.ci == pytest.approx([1, 1])
     assert selects(exact)
     nothing = tau(noise, truth)
-    assert nothing["ci"][0] < 0 < nothing["ci"][1]
+    assert nothing.ci[0] < 0 < nothing.ci[1]
     assert not selects(nothing)
-    assert tau([1.0] * 16, truth) == {"tau": None, "ci": None}
+    assert tau([1.0] * 16, truth) == Tau(None, None)
     assert not selects(tau([1.0] * 16, truth))
     ties = np.round(noise)
     picked = np.random.default_rng(0).integers(16, size=(RESAMPLES, 16))
     scipys = [kendalltau(ties[i], truth[i]).statistic for i in picked]
-    assert tau(ties, truth)["ci"] == pytest.approx(list(np.percentile(scipys, [2.5, 97.5])))
-    assert tau(ties, truth)["tau"] == pytest.approx(kendalltau(ties, truth).statistic)
+    assert tau(ties, truth).ci == pytest.approx(list(np.percentile(scipys, [2.5, 97.5])))
+    assert tau(ties, truth).tau == pytest.approx(kendalltau(ties, truth).statistic)
     few = [1.0] * 5 + [2.0]
-    assert tau(few, few)["ci"] == pytest.approx([1, 1]), "resamples of one value count for nothing"
+    assert tau(few, few).ci == pytest.approx([1, 1]), "resamples of one value count for nothing"
     rows = [
         {"top1": t, GATE: t + n, "surrogate alone": n, "params": i, "macs": -i, "rungs": {"1": n, "3": t}}
         | {"estimate, last rung": t}
         for i, (t, n) in enumerate(zip(truth, noise, strict=True))
     ]
-    found = taus(rows)
-    assert found["params"]["tau"] == found["estimate, last rung"]["tau"] == pytest.approx(1)
+    found = taus(estimates_of(rows), [row["top1"] for row in rows])
+    assert found["params"].tau == found["estimate, last rung"].tau == pytest.approx(1)
     assert "after 1 epochs" not in found, "the surrogate alone says the same"
     assert found["macs"]["tau"] == pytest.approx(-1)
     assert found[GATE]["ci"][0] <= found[GATE]["tau"] <= found[GATE]["ci"][1]
