@@ -385,8 +385,8 @@ def test_taus():
     found = taus(estimates_of(rows), [row["top1"] for row in rows])
     assert found["params"].tau == found["estimate, last rung"].tau == pytest.approx(1)
     assert "after 1 epochs" not in found, "the surrogate alone says the same"
-    assert found["macs"]["tau"] == pytest.approx(-1)
-    assert found[GATE]["ci"][0] <= found[GATE]["tau"] <= found[GATE]["ci"][1]
+    assert found["macs"].tau == pytest.approx(-1)
+    assert found[GATE].ci[0] <= found[GATE].tau <= found[GATE].ci[1]
 
 
 def test_a_full_training_is_read_or_damaged(tmp_path):
