@@ -286,6 +286,23 @@ def test_the_best_are_settled_by_training_them_to_the_end(trainer):
     assert len(done) < len(known)
 
 
+def test_trainings_of_a_study_are_read_or_damaged():
+    def study(kept, **attrs):
+        trial = SimpleNamespace(number=4, user_attrs={"detail": {"digest": "d", "training": kept}})
+        return SimpleNamespace(user_attrs=attrs, get_trials=lambda deepcopy: [trial])
+
+    kept = {"features": [1.0, 2.0], "rungs": {"1": 40.0, "3": 50.0}, "seconds": 2.5}
+    (found,) = results_of(study(kept))
+    assert (found.key, found.features.tolist(), found.rungs) == ("d", [1.0, 2.0], {1: 40.0, 3: 50.0})
+    (found,) = results_of(study(kept, **{"completed d": {"1": 40.0, "3": 50.0, "9": 60.0}}))
+    assert found.rungs[9] == 60.0, "of a training made after the trial had ended"
+    for kept in ({"features": [1.0], "rungs": {}}, {}):
+        assert results_of(study(kept)) == []
+    for kept in ({"features": [1.0]}, {"features": ["x"], "rungs": {"1": 2.0}}, {"features": [1.0], "rungs": {"a": 1}}):
+        with pytest.raises(UserError, match="trial 4 of the study has a damaged training"):
+            results_of(study(kept))
+
+
 def test_machines_keep_each_others_trainings(trainer, tmp_path, monkeypatch):
     """Before one stores what it has trained, another one does: the best, and networks of the validation."""
     from optuna.samplers import RandomSampler
