@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from nas.errors import TrainingError, UserError
 from nas.export.card import LABELS, PREPROCESS, Card
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from nas.training.engine import Training
     from nas.training.inputs import TrainInputs
     from nas.training.request import TrainRequest
+    from search_spaces.network import Network
 
 WEIGHTS = "model.safetensors"
 FILES = ("arch.json", WEIGHTS, "model.onnx", PREPROCESS, LABELS)
@@ -55,7 +56,7 @@ class TrainFolder:
         if trained:  # what was said of earlier weights goes first: Ctrl-C may end this anywhere
             for earlier in (folder / "model.onnx", job.result):
                 earlier.unlink(missing_ok=True)
-            save_model(training.network.cpu(), folder)
+            save_model(cast("Network", training.network.cpu()), folder)
         replace_file(job.result, json.dumps(result.to_json(), indent=1))
         if trained and (failure := self._export(training, result)):
             result = replace(result, error=f"{error}; {failure}" if error else failure)
@@ -118,7 +119,8 @@ class TrainFolder:
             with self._job.phase("exporting"):
                 card = Card.of(self._inputs.data, result.top1, result.images or 0)
                 images = some_of(self._inputs.data.val)
-                save_onnx(training.network, self._request.folder, 1, trained=True, card=card, images=images)
+                network = cast("Network", training.network)
+                save_onnx(network, self._request.folder, 1, trained=True, card=card, images=images)
         except UserError as failure:
             line = f"no model.onnx, but the weights are there: {failure}"
             self._job.say(line)
