@@ -12,7 +12,7 @@ from nas.errors import UserError
 from nas.export.card import LABELS, PREPROCESS, Card, Preprocess
 from nas.export.onnx import agreement, label_onnx, to_onnx
 from nas.files import drafted, replace_file, scratch, unwritable
-from nas.networks.weights import create_quietly
+from nas.networks.weights import load
 from nas.text import first_line
 
 if TYPE_CHECKING:
@@ -89,12 +89,12 @@ def export_folder(arch: Arch, folder: Path, weights: str | None, num_classes: in
         UserError: a folder that cannot be written, weights that cannot be had or do not fit, or an ONNX network that
             disagrees with PyTorch by more than 1e-4.
     """
-    from search_spaces import ArchError
-    from search_spaces.checkpoints import WeightsError
+    from search_spaces import ArchError, create_model
 
     try:
-        model = create_quietly(arch, weights, num_classes)
-    except (ArchError, WeightsError) as error:
+        wanted = arch if num_classes is None else arch.replace(num_classes=num_classes)
+        model = create_model(wanted) if weights is None else load(wanted, weights)
+    except ArchError as error:
         raise UserError(str(error)) from None
     if weights is not None and model.untrained:
         raise UserError(_other_classifier(model, weights))

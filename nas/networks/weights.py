@@ -1,4 +1,4 @@
-"""A network of ours with its weights: given ones, those beside its Arch, timm's."""
+"""A network with its weights: given ones, those beside its arch.json, or timm's."""
 
 from __future__ import annotations
 
@@ -7,54 +7,55 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nas.errors import UserError
+from nas.networks.targets import Target, find_target
 
 if TYPE_CHECKING:
-    from nas.networks.targets import Target
     from search_spaces import Arch
     from search_spaces.network import Network
 
 
-def load_trained(option: str, target: Target, weights: str | None = None) -> Network:
-    """A network of ours with the given weights, or those beside its Arch, or timm's of a published name.
+def load(network: str | Path | Target | Arch, weights: str | Path | None = None, what: str | None = None) -> Network:
+    """A network with its weights, in training mode: (B, 3, R, R) -> (B, classes) logits.
+
+    What the weights lacked, and what was left out of them, is in the network's `untrained` and `loaded`.
 
     Args:
-        option: what the user named it by, for messages.
-        weights: "timm" or a file.
+        network: a published name, an arch.json or a run's folder (see `nas.networks.targets.find_target`), or an Arch.
+        weights: "timm", or a file of PyTorch or safetensors. None: model.safetensors beside the arch.json, or timm's of
+            a published name.
+        what: how messages call the network or its weights. None: by the name it is given by.
 
     Raises:
-        UserError: an ONNX file, no weights, or weights that do not fit.
+        UserError: no such network, one of timm's or an ONNX file, no weights, or weights that do not fit.
     """
-    what = f"{option} {target.label}"
-    if target.arch is None:
-        raise UserError(f"{what} is an ONNX file: give a folder with model.safetensors, or a published name")
-    source = weights or target.weights or ("timm" if target.folder is None else None)
-    if source is None:
-        raise UserError(f"{what} has no model.safetensors: `vitnas train` makes one")
-    return load_network(what, target.arch, source)
-
-
-def load_network(option: str, arch: Arch, weights: str | Path) -> Network:
-    """A network with weights: "timm" or a file. option: what the user named them by, for messages.
-
-    Raises:
-        UserError: weights that cannot be had or do not fit.
-    """
+    from search_spaces import Arch, ArchError, create_model
     from search_spaces.checkpoints import WeightsError
 
+    if isinstance(network, Arch):
+        arch, source, named = network, weights, what or ""
+        if source is None:
+            raise UserError(f'{named or arch.family}: give its weights, "timm" or a file')
+    else:
+        target = network if isinstance(network, Target) else find_target(str(network))
+        named = what or target.label
+        arch, source = _arch_of(target, named), weights or _weights_of(target, named)
     try:
-        return create_quietly(arch, weights)
-    except WeightsError as error:
-        raise UserError(f"{option}: {error}") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return create_model(arch, weights=source)
+    except (ArchError, WeightsError) as error:
+        raise UserError(f"{named}: {error}" if named else str(error)) from None
 
 
-def create_quietly(arch: Arch, weights: str | Path | None, num_classes: int | None = None) -> Network:
-    """As `search_spaces.create_model`, without its warnings: what they say is in the network's `loaded`.
+def _arch_of(target: Target, named: str) -> Arch:
+    if target.arch is None:
+        raise UserError(f"{named} is {target.kind}: give a folder with model.safetensors, or a published name")
+    return target.arch
 
-    Raises:
-        ArchError, WeightsError: as `create_model`.
-    """
-    from search_spaces import create_model
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return create_model(arch, num_classes, weights)
+def _weights_of(target: Target, named: str) -> str | Path:
+    if target.weights is not None:
+        return target.weights
+    if target.folder is not None:
+        raise UserError(f"{named} has no model.safetensors: `vitnas train` makes one")
+    return "timm"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from nas.errors import UserError
 from nas.networks.targets import find_target
-from nas.networks.weights import create_quietly
+from nas.networks.weights import load
 from nas.prune import steps
 from nas.prune.images import PruneJob
 from nas.prune.request import PruneRequest
@@ -44,26 +44,28 @@ def load_source(job: PruneJob, request: PruneRequest, arch: Arch, weights: str |
     """
     import torch
 
-    from search_spaces.checkpoints import WeightsError
+    from search_spaces import create_model
 
     torch.manual_seed(request.seed)
     what = steps.brief_line(job)
-    try:
-        model = create_quietly(arch, weights)
-    except WeightsError as error:
-        if weights != "timm" or request.weights is not None:
-            raise UserError(str(error)) from None
-        job.note(f"no pretrained weights ({error}); {what}")
-        return create_quietly(arch, None), True
     if weights is None:
         job.note(f"no weights given{'' if request.data else ' and no --data'}; {what}")
-    elif model.untrained:
+        job.state.found["weights"] = None
+        return create_model(arch), True
+    try:
+        model = load(arch, weights)
+    except UserError as error:
+        if weights != "timm" or request.weights is not None:
+            raise
+        job.note(f"no pretrained weights ({error}); {what}")
+        return create_model(arch), True
+    if model.untrained:
         job.note(f"weights {weights} have another classifier or none; {what}")
     elif job.data.demo:
         job.note(f"no --data: pruned, tuned and evaluated on {job.data.name}")
     if model.loaded and model.loaded.note:
         job.note(f"{weights}: {model.loaded.note}")
-    job.state.found["weights"] = str(weights) if weights else None
+    job.state.found["weights"] = str(weights)
     return model, bool(model.untrained)
 
 

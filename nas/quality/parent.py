@@ -26,12 +26,12 @@ def find_parent(text: str, trainer: CandidateTrainer, say: Callable[[str], None]
     from nas.data.batches import loader
     from nas.data.images import sample
     from nas.networks.targets import find_target
-    from nas.networks.weights import load_trained
+    from nas.networks.weights import load
     from pruning.importance import ImportanceError, score
     from pruning.units import anatomy
 
     target = find_target(text)
-    model = load_trained("--parent", target)
+    model = load(target, what=f"--parent {text}")
     arch = model.arch
     seen = remark(target.weights or TIMM, trainer.halves(arch.resolution)[1], "judging") or ""
     if seen:

@@ -13,7 +13,7 @@ from nas.export.card import LABELS, PREPROCESS, Card
 from nas.export.folder import save_model, save_onnx
 from nas.files import replace_file
 from nas.job import Job, now
-from nas.networks.weights import load_network
+from nas.networks.weights import load
 from nas.training.processes import ranks
 from nas.training.result import Epoch, Final, TrainResult
 
@@ -152,7 +152,7 @@ class TrainFolder:
             )
         last, data = result.final, self._inputs.data
         card = Card.of(data, last.top1, last.val_images or 0) if last else Card.of(data)
-        model = load_network(f"{folder}", self._inputs.arch, folder / WEIGHTS)
+        model = load(self._inputs.arch, folder / WEIGHTS, what=str(folder))
         save_model(model, folder, with_weights=False)
         save_onnx(model, folder, 1, trained=True, card=card, images=some_of(data.val))
         self._keep_digests()

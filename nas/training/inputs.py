@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from nas.errors import UserError
 from nas.networks.timm_network import TIMM
-from nas.networks.weights import load_network
+from nas.networks.weights import load
 from nas.training.request import RANDOM
 from nas.training.teachers import find_teacher, own_teacher
 
@@ -101,7 +101,7 @@ def first_network(request: TrainRequest, inputs: TrainInputs, note: Callable[[st
         note(f"begins with the weights of {request.weights} (--weights {RANDOM}: with random ones)")
     assert own.arch is not None
     given = own.arch.replace(num_classes=inputs.arch.num_classes)
-    source = load_network("--weights", given, request.weights)
+    source = load(given, request.weights, what="--weights")
     assert source.loaded is not None
     if source.untrained:
         theirs = source.loaded.classes

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from nas.errors import UserError
 from nas.networks.timm_network import TIMM
-from nas.networks.weights import load_trained
+from nas.networks.weights import load
 
 if TYPE_CHECKING:
     from torch import nn
@@ -52,7 +52,7 @@ def own_teacher(option: str, text: str, weights: str | None, classes: list[str])
     """A network of ours that teaches."""
     from nas.networks.targets import find_target
 
-    model = load_trained(option, find_target(text), weights)
+    model = load(find_target(text), weights, what=f"{option} {text}")
     if model.untrained:
         raise UserError(f"{option} {text}: weights with another classifier, which would teach nothing")
     return _fitting(f"{option} {text}", model, (model.arch.num_classes, len(classes)), model.arch.resolution)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -151,7 +152,17 @@ def test_show(vitnas, arch_file):
     assert json.loads(out)["params"] == 6_330_808
 
 
-def test_bench_json_is_to_the_first_row(vitnas, exports_here):
+def test_bench_json_is_to_the_first_row(vitnas, exports_here, monkeypatch):
+    from nas.measure.device import compare
+
+    def without_waiting(*args):
+        """Each network's fastest inference in place of all: other processes only add to it."""
+        return {
+            name: replace(found, rounds_ms=[[min(map(min, found.rounds_ms))] * len(each) for each in found.rounds_ms])
+            for name, found in compare(*args).items()
+        }
+
+    monkeypatch.setattr("nas.bench.run.compare", without_waiting)
     code, out, _ = vitnas("bench", "efficientvit_m0", "shvit_s1", "--rounds", "6", "--threads", "1", "--json")
     rows = json.loads(out)["results"]
     assert code == 0
