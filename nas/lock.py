@@ -1,11 +1,11 @@
-"""Who has a device of this machine: one that measures, or any number that compute and give way to it.
+"""Locks on the devices of this machine: one process measures, or any number of processes compute.
 
-There are two locks a kind of device, files in a folder that all users share. Who measures takes the gate and then the
-device, and keeps both. Trainings and other long computations share the devices; before each batch they look at the
-gates, and where one is shut they let go of the devices until it is open again. So a timing waits for a batch at most,
-and a training only while something is timed.
+Each kind of device has two locks, files in a folder that all users share: a gate and the device itself. A process that
+measures takes the gate, then the device, and keeps both. Trainings and other long computations share the devices.
+Before each batch they check the gates; where one is closed they release the devices until it opens. So a measurement
+waits for one batch at most, and a training waits only while something is measured.
 
-VITNAS_LOCKS: another folder for the locks.
+The environment variable VITNAS_LOCKS names another folder for the locks.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from nas.files import close_lock, open_lock
 
 T = TypeVar("T")
 
-KINDS = ("cpu", "cuda")
+DEVICE_KINDS = ("cpu", "cuda")
 SHARED_FOLDERS = ("/run/lock", "/var/lock", "/tmp")
 PATIENCE_S = 2  # before a wait is told
 WAIT_S = 20
@@ -54,7 +54,7 @@ def tell_once(line: str) -> None:
 class ProcessLock:
     """A lock on a name: one holder, or several that share it, among all processes and users of this machine.
 
-    Where the file system has no locks, or the file cannot be had, that is told once, and nobody waits.
+    Where the file system has no locks, or the file cannot be opened, a warning is logged once, and nobody waits.
     """
 
     def __init__(self, name: str):
@@ -62,7 +62,7 @@ class ProcessLock:
         self._file: int | None = None
 
     def acquire(self, timeout_s: float, shared: bool = False) -> bool:
-        """Whether it is held now; False where another process kept it for timeout_s (infinity: not polled)."""
+        """Take the lock; returns False if another process holds it for timeout_s (infinity: not polled)."""
         how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
         deadline = time.monotonic() + timeout_s
         while not self._locked(how if timeout_s == math.inf else how | fcntl.LOCK_NB):
@@ -106,14 +106,14 @@ def _open(path: Path) -> int:
 
 
 class DeviceLock:
-    """Of a kind of device of this machine, for who measures on it."""
+    """The lock of a kind of device of this machine, for a process that measures."""
 
     def __init__(self, kind: str):
         self._gate, self._device = ProcessLock(f"vitnas-{kind}.gate"), ProcessLock(f"vitnas-{kind}.lock")
         self._through = False
 
     def acquire(self, timeout_s: float) -> bool:
-        """Whether it is had now; a place at the gate is kept until `release`."""
+        """Take the lock; returns False if it is not free in timeout_s. The gate is kept until `release`."""
         deadline = time.monotonic() + timeout_s
         self._through = self._through or self._gate.acquire(timeout_s)
         return self._through and self._device.acquire(max(0, deadline - time.monotonic()))
@@ -125,10 +125,10 @@ class DeviceLock:
 
 
 def in_turn(items: Iterable[T]) -> Iterator[T]:
-    """The items, each of them when nothing is timed on this machine; until the next one it is this process's turn.
+    """Yield the items, each once nothing is being measured on this machine, and share the devices while it is used.
 
-    A process that holds a device to measure has its turn already. Of several that train together (torchrun) the first
-    one waits, and the others for it, so it does not wait for ever.
+    A process that holds a device to measure does not wait. Of several that train together (torchrun) the first one
+    waits, and the others wait for it, so it gives up after TOGETHER_S seconds.
     """
     with turn:
         for item in items:
@@ -162,7 +162,7 @@ class _Turn:
         together = int(os.environ.get("WORLD_SIZE", 1)) > 1
         if self._measuring or (together and int(os.environ.get("LOCAL_RANK", 0))):
             return
-        gates = [ProcessLock(f"vitnas-{kind}.gate") for kind in KINDS]
+        gates = [ProcessLock(f"vitnas-{kind}.gate") for kind in DEVICE_KINDS]
         while not (all(map(_is_open, gates)) and (self._held or self._take())):
             self._let_go()
             limit_s = math.inf if not together else 0 if self._waited_enough else TOGETHER_S
@@ -173,7 +173,7 @@ class _Turn:
         self._waited_enough = False
 
     def _take(self) -> bool:
-        for kind in KINDS:
+        for kind in DEVICE_KINDS:
             self._held.append(ProcessLock(f"vitnas-{kind}.lock"))
             if not self._held[-1].acquire(POLL_S, shared=True):
                 return False

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nas.errors import UserError
-from nas.measure.runtimes.pytorch import KINDS
+from nas.measure.runtimes.pytorch import DTYPES
 from nas.units import counted
 
 Shape = tuple[int, ...]
@@ -58,9 +58,9 @@ class OnnxInput:
                 for each, noun in ((graph.node, "node"), (found, "input"), (graph.output, "output"))
             )
             raise UserError(f"{path} holds no network: {held}")
-        if len(found) > 1 or found[0].kind not in KINDS or found[0].sizes == ():
+        if len(found) > 1 or found[0].kind not in DTYPES or found[0].sizes == ():
             listed = ", ".join(f"{each.name} ({each.kind} {each})" for each in found)
-            raise UserError(f"{path}: only networks of one input ({', '.join(KINDS)}) are measured; its are {listed}")
+            raise UserError(f"{path}: only networks of one input ({', '.join(DTYPES)}) are measured; its are {listed}")
         for tensor in graph.initializer:
             if tensor.data_location == onnx.TensorProto.EXTERNAL:
                 _check_external(path, {each.key: each.value for each in tensor.external_data})

@@ -1,4 +1,4 @@
-"""Devices of this machine or of one behind ssh, through one door."""
+"""Devices of this machine or of one behind ssh: what other packages use, without knowing which it is."""
 
 from __future__ import annotations
 
@@ -33,20 +33,25 @@ def default_threads(device: str = "cpu") -> int:
     return machine.default_threads()
 
 
+def is_here(device: str) -> bool:
+    """Whether a device is one of this machine."""
+    return not is_remote(device)
+
+
 def device_kind(device: str) -> str:
-    """What the device is to a runtime: "cpu" or "cuda", as it is named, or behind `ssh://`."""
+    """The kind of a device, wherever it is: "cpu" or "cuda"."""
     return remote.parse(device)[1] if is_remote(device) else device
 
 
 def device_label(device: str) -> str:
-    """The device in the name of a file: "cpu", "user@host-cuda"."""
+    """The name of a device as part of a file name: "cpu", "user@host-cuda"."""
     return re.sub(r"[^\w.@-]+", "-", device.removeprefix(remote.SCHEME)).strip("-")
 
 
 def open_measurer(
     settings: Settings, reference: Path, workdir: Path
 ) -> contextlib.AbstractContextManager[Measurer | RemoteMeasurer]:
-    """A `Measurer` on the device of the settings; to be entered."""
+    """A context manager that gives a `Measurer` on the device of the settings."""
     if is_remote(settings.device):
         return RemoteMeasurer(settings, reference, workdir)
     return Measurer(settings, reference, workdir)
@@ -68,8 +73,8 @@ def compare(
 
 @contextlib.contextmanager
 def device_lock(device: str) -> Iterator[None]:
-    """Held by whoever measures on `device`: one process of that machine at a time. Who has to wait is told, once."""
-    distant = remote.is_remote(device)
+    """Hold the lock for measuring on a device: one process at a time on its machine. A wait is logged once."""
+    distant = is_remote(device)
     lock = remote.DistantLock(device) if distant else DeviceLock(device)
     waiting = f"waiting for another vitnas process that measures on {device}"
     turn.stand_back(1)

@@ -1,6 +1,6 @@
-"""The machine a latency belongs to: what is compared before workers join, and what is written down.
+"""The machine that a latency was measured on: what must be equal to compare two latencies, and what is recorded.
 
-Of a remote device, its own machine answers, which may have nothing but the standard library and a runtime.
+A remote device is described by its own machine, which may have only the standard library and a runtime.
 """
 
 import importlib.metadata
@@ -26,7 +26,7 @@ CROWDED_CPUS = 0.1  # or where others use so much more than the CPUs that are le
 
 
 def fingerprint(settings: Settings) -> dict[str, Any]:
-    """What must be equal for two latencies to be comparable; a worker must match it to join."""
+    """What must be equal for two latencies to be comparable, and for a worker to join a study."""
     if is_remote(settings.device):
         there: dict[str, Any] = remote.machine_of(settings.device).ask("fingerprint", settings=remote.there(settings))
         return there
@@ -49,9 +49,9 @@ def fingerprint(settings: Settings) -> dict[str, Any]:
 
 
 def describe(settings: Settings) -> dict[str, Any]:
-    """The fingerprint and what else may explain a latency later, the load first of all; what cannot be read is None.
+    """The fingerprint, and what else may explain a latency later, such as the load; None where a value cannot be read.
 
-    Takes SAMPLE_S. `pinned_to`: the CPUs that timed processes are pinned to; `host`: the remote device, if it is one.
+    Takes SAMPLE_S seconds. `pinned_to`: the CPUs that timed processes are pinned to; `host`: a remote device.
     """
     if is_remote(settings.device):
         found: dict[str, Any] = remote.machine_of(settings.device).ask("describe", settings=remote.there(settings))
@@ -88,7 +88,8 @@ def busy_line(described: Mapping[str, Any]) -> str | None:
 
 
 def busy_share(stat: Path = Path("/proc/stat")) -> float | None:
-    """Share of the usable CPUs' time that others took, hypervisor included, in SAMPLE_S; None where it is not told."""
+    """The share of the usable CPUs' time that other processes and the hypervisor use, 0 to 1, sampled for SAMPLE_S
+    seconds; None where the system does not report it."""
     if not stat.exists():
         return None
     cpus = usable_cpus()

@@ -98,8 +98,8 @@ class Unreachable(UserError):
 
 
 @dataclass(frozen=True)
-class Target:
-    """What ssh connects to."""
+class SshHost:
+    """The machine that ssh connects to."""
 
     user: str | None
     host: str
@@ -122,7 +122,7 @@ def is_remote(device: str) -> bool:
     return device.startswith(SCHEME)
 
 
-def parse(device: str) -> tuple[Target, str]:
+def parse(device: str) -> tuple[SshHost, str]:
     """The target and the kind of device there, "cpu" or "cuda"; UserError where it is not of the module's form."""
     match = DEVICE.fullmatch(device)
     if match is None:
@@ -133,13 +133,13 @@ def parse(device: str) -> tuple[Target, str]:
     port = int(match["port"]) if match["port"] else None
     if port is not None and not 1 <= port <= 65535:
         raise UserError(f"device {device!r}: port {port} is not one of 1 to 65535")
-    return Target(match["user"], match["host"].strip("[]"), port), match["kind"] or "cpu"
+    return SshHost(match["user"], match["host"].strip("[]"), port), match["kind"] or "cpu"
 
 
 class Connection:
     """One ssh process and the agent at its other end; raises UserError, or Unreachable, where there is none."""
 
-    def __init__(self, target: Target):
+    def __init__(self, target: SshHost):
         self.target = target
         self._sent: set[str] = set()
         try:
@@ -226,7 +226,7 @@ class Connection:
 class Machine:
     """Another machine: its connection, made when it is needed, and the devices that are locked there."""
 
-    def __init__(self, target: Target):
+    def __init__(self, target: SshHost):
         self._target = target
         self._connection: Connection | None = None
         self._locks: set[str] = set()
@@ -251,15 +251,15 @@ class Machine:
                 if tries == TRIES:
                     raise UserError(f"{error}; tried {TRIES} times") from None
 
-    def settled(self, action: Callable[[Connection], T]) -> T:
-        """As `retried`; whatever fails is a UserError."""
+    def retried_for_user(self, action: Callable[[Connection], T]) -> T:
+        """As `retried`, but a measurement that fails is a UserError as well."""
         try:
             return self.retried(action)
         except MeasureError as error:
             raise UserError(str(error)) from None
 
     def ask(self, method: str, limit_s: float = ASK_S, **args: Any) -> Any:
-        return self.settled(lambda connection: connection.call(method, limit_s, **args))
+        return self.retried_for_user(lambda connection: connection.call(method, limit_s, **args))
 
     def acquire(self, kind: str, timeout_s: float) -> bool:
         held: bool = self.ask("acquire", timeout_s + GRACE_S, kind=kind, timeout_s=timeout_s)
@@ -296,7 +296,7 @@ class Machine:
         raise UserError(f"the connection was lost, {len(RECONNECT_S)} tries did not bring it back: {last}")
 
 
-_machines: dict[Target, Machine] = {}
+_machines: dict[SshHost, Machine] = {}
 
 
 def machine_of(device: str) -> Machine:
@@ -439,7 +439,7 @@ def compare(
             for name, answer in answers.items()
         }
 
-    return machine_of(next(iter(own.values())).device).settled(attempt)
+    return machine_of(next(iter(own.values())).device).retried_for_user(attempt)
 
 
 def _python() -> list[str]:

@@ -162,15 +162,15 @@ class Measurement:
 
 
 def enough(rounds_ms: list[list[float]], budget_ms: float | None = None) -> bool:
-    """Whether these rounds settle the latency, or settle that it is above the budget.
+    """Whether to stop measuring: the latency is known, or known to be over the budget, or there are MAX_ROUNDS."""
+    return len(rounds_ms) >= MAX_ROUNDS or is_decided(rounds_ms, budget_ms)
 
-    Above it is settled once the 95% interval is, or, from fewer rounds, where all of them are far above.
+
+def is_decided(rounds_ms: list[list[float]], budget_ms: float | None = None) -> bool:
+    """Whether these rounds tell the latency to within PRECISION, or tell that it is over the budget.
+
+    It is over the budget where its whole 95% interval is; with fewer than SURE_ROUNDS, where it is HOPELESS times over.
     """
-    return len(rounds_ms) >= MAX_ROUNDS or settled(rounds_ms, budget_ms)
-
-
-def settled(rounds_ms: list[list[float]], budget_ms: float | None = None) -> bool:
-    """As `enough`, but however many rounds there are."""
     if len(rounds_ms) < FEWEST_ROUNDS:
         return False
     low, high = _interval(rounds_ms)

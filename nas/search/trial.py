@@ -21,7 +21,7 @@ from nas.files import scratch
 from nas.measure.cache import REFERENCE
 from nas.measure.device import device_lock, open_measurer
 from nas.measure.remote import LinkLost
-from nas.measure.samples import SURE_ROUNDS, MeasureError, quanta, quanta_line, settled
+from nas.measure.samples import SURE_ROUNDS, MeasureError, is_decided, quanta, quanta_line
 from nas.process import WorkerError
 from nas.search.log import Clock, keep_samples
 from nas.search.rows import INTERRUPTED
@@ -316,7 +316,7 @@ class TrialRunner:
         """A network's measurement and, where it is from the cache, when it was made."""
         when: str | None = None
         found = self._cached(lambda cache: cache.get(arch, batch_size, self.reference_ms))
-        if found is not None and not quanta(found[1]) and settled(found[1].rounds_ms, budget_ms):
+        if found is not None and not quanta(found[1]) and is_decided(found[1].rounds_ms, budget_ms):
             when, result = found
         else:
             result = self._measured(arch, batch_size, budget_ms, clock)

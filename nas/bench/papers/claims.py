@@ -47,7 +47,7 @@ class Published:
 
 
 @dataclass(frozen=True)
-class Part:
+class BlockPart:
     """One line of a table of a block's parts: published microseconds; None where that block has no such part."""
 
     name: str
@@ -75,7 +75,7 @@ class Claim:
     source: str
     batch: int | None = 16
     threads: int | None = None
-    parts: tuple[Part, ...] = ()
+    parts: tuple[BlockPart, ...] = ()
     note: str = ""
 
     def published_for(self, settings: Settings) -> Published:
@@ -129,13 +129,13 @@ CLAIMS: tuple[Claim, ...] = (
         batch=None,
         threads=1,
         parts=(
-            Part("LayerNorm (both); LeViT's BatchNorm is folded", None, "block/deit_tiny.norms", (None, 49)),
-            Part("projection to Q and K", "block/levit_256.qk", "block/deit_tiny.qk", (275, 299)),
-            Part("projection to V", "block/levit_256.v", "block/deit_tiny.v", (275, 172)),
-            Part("product Q K^T", "block/levit_256.logits", "block/deit_tiny.logits", (159, 228)),
-            Part("product A V", "block/levit_256.mix", "block/deit_tiny.mix", (206, 161)),
-            Part("attention's output projection", "block/levit_256.proj", "block/deit_tiny.proj", (310, 175)),
-            Part("MLP", "block/levit_256.mlp", "block/deit_tiny.mlp", (1140, 1390)),
+            BlockPart("LayerNorm (both); LeViT's BatchNorm is folded", None, "block/deit_tiny.norms", (None, 49)),
+            BlockPart("projection to Q and K", "block/levit_256.qk", "block/deit_tiny.qk", (275, 299)),
+            BlockPart("projection to V", "block/levit_256.v", "block/deit_tiny.v", (275, 172)),
+            BlockPart("product Q K^T", "block/levit_256.logits", "block/deit_tiny.logits", (159, 228)),
+            BlockPart("product A V", "block/levit_256.mix", "block/deit_tiny.mix", (206, 161)),
+            BlockPart("attention's output projection", "block/levit_256.proj", "block/deit_tiny.proj", (310, 175)),
+            BlockPart("MLP", "block/levit_256.mlp", "block/deit_tiny.mlp", (1140, 1390)),
         ),
         note="the paper's totals are the sums of its parts; ours are whole blocks, softmax, bias and reshapes included",
     ),

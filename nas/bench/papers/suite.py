@@ -17,8 +17,7 @@ from nas.export.artifact import write_artifact
 from nas.export.quantize import NOISE
 from nas.files import scratch
 from nas.machine import usable_cpus
-from nas.measure.device import compare, device_kind, device_lock
-from nas.measure.remote import is_remote
+from nas.measure.device import compare, device_kind, device_lock, is_here
 from nas.measure.runtime import RUNTIMES, Settings
 from nas.measure.samples import SURE_ROUNDS, MeasureError, Measurement, median_interval, paired_ratio
 from nas.networks.timm_network import TIMM, TimmNetwork
@@ -75,8 +74,8 @@ class Attempt:
 
 
 @dataclass
-class Trial:
-    """What has been measured of one claim so far. parts: microseconds of (subject's, baseline's) part."""
+class ClaimTrial:
+    """The measurements of one claim so far. parts: microseconds of (subject's, baseline's) part."""
 
     claim: Claim
     attempts: list[Attempt] = field(default_factory=list)
@@ -110,14 +109,14 @@ def run_papers(
     """
     claims = _chosen(only)
     rows: list[dict[str, Any]] = []
-    trials: list[Trial] = []
+    trials: list[ClaimTrial] = []
     interrupted = None
     if say and settings.precision == "int8":
         say(NOISE)
     try:
         for paper, group in groupby(claims, key=lambda claim: claim.paper):
             members = list(group)
-            trials = [Trial(claim) for claim in members if claim.id not in FINDINGS]
+            trials = [ClaimTrial(claim) for claim in members if claim.id not in FINDINGS]
             _measure(paper, trials, settings, rounds, say)
             found = {trial.claim.id: _row(trial, settings) for trial in trials}
             for claim in members:
@@ -144,7 +143,7 @@ def _chosen(only: Sequence[str] | None) -> list[Claim]:
 
 
 def _measure(
-    paper: str, trials: list[Trial], settings: Settings, rounds: int, say: Callable[[str], None] | None
+    paper: str, trials: list[ClaimTrial], settings: Settings, rounds: int, say: Callable[[str], None] | None
 ) -> None:
     """Measure the claims of one paper, those that share settings in one interleaved run."""
     for plan, only_failed in ((first_settings, False), (further_settings, True)):
@@ -155,7 +154,7 @@ def _measure(
             if not names:
                 continue
             if say:
-                say(f"{paper}, {describe(wanted)}: {', '.join(name for name in names if '.' not in name)}")
+                say(f"{paper}, {settings_words(wanted)}: {', '.join(name for name in names if '.' not in name)}")
             timings = time_networks(list(names), wanted, rounds)
             for trial in asked:
                 trial.attempts.append(_attempt(trial.claim, wanted, timings))
@@ -169,13 +168,13 @@ def first_settings(claim: Claim, settings: Settings) -> list[Settings]:
         return _distinct([settings, replace(settings, batch_size=_batch(claim, settings))])
     plain = replace(settings, precision="fp32", batch_size=settings.batch_size if claim.batch else 1)
     eager = replace(plain, runtime=EAGER, threads=claim.threads or settings.threads)
-    steps = [eager] if not is_remote(settings.device) else []
+    steps = [eager] if is_here(settings.device) else []
     return _distinct(steps + ([plain] if RUNTIMES[settings.runtime].artifact == "onnx" else []))
 
 
 def further_settings(claim: Claim, settings: Settings) -> list[Settings]:
     """What is tried where a claim has not held: the paper's own way, as near as this device comes."""
-    if claim.subject.startswith(BLOCK) and is_remote(settings.device):
+    if claim.subject.startswith(BLOCK) and not is_here(settings.device):
         return []
     cuda = device_kind(settings.device) == "cuda"
     precision = "fp16" if cuda and "fp16" in claim.conditions else "fp32"
@@ -190,7 +189,7 @@ def _batch(claim: Claim, settings: Settings) -> int:
     return 1 if claim.batch is None else GPU_BATCH if device_kind(settings.device) == "cuda" else claim.batch
 
 
-def _is_network(trial: Trial) -> bool:
+def _is_network(trial: ClaimTrial) -> bool:
     return not trial.claim.subject.startswith(BLOCK)
 
 
@@ -198,18 +197,18 @@ def _distinct(steps: Iterable[Settings]) -> list[Settings]:
     return list(dict.fromkeys(steps))
 
 
-def describe(settings: Settings) -> str:
+def settings_words(settings: Settings) -> str:
     words = [settings.runtime]
     words += [settings.precision] if settings.precision != "fp32" else []
     words += [settings.device] if settings.device != "cpu" else []
     return ", ".join([*words, f"batch {settings.batch_size}", counted(settings.threads, "thread")])
 
 
-def _has_parts(trial: Trial, wanted: Settings) -> bool:
+def _has_parts(trial: ClaimTrial, wanted: Settings) -> bool:
     return bool(trial.claim.parts) and wanted.runtime == EAGER and not trial.parts
 
 
-def _names(trial: Trial, wanted: Settings) -> list[str]:
+def _names(trial: ClaimTrial, wanted: Settings) -> list[str]:
     names = [trial.claim.subject, trial.claim.baseline]
     if _has_parts(trial, wanted):
         names += [name for part in trial.claim.parts for name in (part.subject, part.baseline) if name]
@@ -309,7 +308,7 @@ def _bench(settings: Settings) -> Iterator[Worker]:
         yield bench
 
 
-def _row(trial: Trial, settings: Settings) -> dict[str, Any]:
+def _row(trial: ClaimTrial, settings: Settings) -> dict[str, Any]:
     """A claim beside what was measured; the first attempt gives the verdict, the others go into "why"."""
     claim = trial.claim
     if not trial.attempts:
@@ -321,7 +320,7 @@ def _row(trial: Trial, settings: Settings) -> dict[str, Any]:
         "claimed_on": figure.where,
         "caveat": figure.caveat,
         **_outcome(main),
-        "why": "; ".join(f"{describe(one.settings)}: {_found(one)}" for one in others),
+        "why": "; ".join(f"{settings_words(one.settings)}: {_found(one)}" for one in others),
         "others": [asdict(one.settings) | _outcome(one) for one in others],
         "parts": trial.parts,
     }
@@ -381,10 +380,10 @@ def _finding(claim: Claim, settings: Settings, say: Callable[[str], None] | None
     threads = claim.threads or settings.threads
     wanted = replace(settings, runtime=EAGER, precision="fp32", batch_size=claim.batch or 1, threads=threads)
     row = _blank(claim, wanted)
-    if is_remote(settings.device):
+    if not is_here(settings.device):
         return row | {"error": NOT_REMOTE}
     if say:
-        say(f"{claim.paper}, {describe(wanted)}: {claim.subject}")
+        say(f"{claim.paper}, {settings_words(wanted)}: {claim.subject}")
     try:
         return row | FINDINGS[claim.id](wanted)
     except Exception as error:

@@ -7,7 +7,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from nas.bench.papers.suite import describe
+from nas.bench.papers.suite import settings_words
 from nas.measure.runtime import Settings
 
 if TYPE_CHECKING:
@@ -101,4 +101,4 @@ def _ms(row: Row) -> str:
 
 
 def _on(row: Row) -> str:
-    return describe(Settings(**{name: row[name] for name in Settings.__dataclass_fields__}))
+    return settings_words(Settings(**{name: row[name] for name in Settings.__dataclass_fields__}))

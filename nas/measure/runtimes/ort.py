@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from nas.measure.runtime import Infer, Settings, register
-from nas.measure.runtimes.pytorch import KINDS, fixed_images
+from nas.measure.runtimes.pytorch import DTYPES, fixed_images
 
 
 def check_static(inputs: list[tuple[str, str, list[Any]]], settings: Settings) -> tuple[str, str, tuple[int, ...]]:
     """The name, type and shape of the only input, given as (name, type, sizes), an int where a size is static.
 
-    Raises ValueError where there are several, or it is not a static tensor of settings.batch_size and one of KINDS.
+    Raises ValueError where there are several, or it is not a static tensor of settings.batch_size and one of DTYPES.
     """
-    if len(inputs) != 1 or inputs[0][1] not in KINDS:
+    if len(inputs) != 1 or inputs[0][1] not in DTYPES:
         found = ", ".join(f"{name} ({kind})" for name, kind, _ in inputs)
-        raise ValueError(f"needs one input of {', '.join(KINDS)}, has {found or 'none'}")
+        raise ValueError(f"needs one input of {', '.join(DTYPES)}, has {found or 'none'}")
     name, kind, shape = inputs[0]
     if not all(isinstance(size, int) for size in shape):
         raise ValueError(f"needs a static input shape, has {shape}")
@@ -95,7 +95,10 @@ def _load(path: Path, settings: Settings, providers: list[tuple[str, dict[str, s
     wanted, used = providers[0][0], session.get_providers()[0]
     if used != wanted:
         raise RuntimeError(f"ONNX Runtime could not start {wanted} and fell back to {used}")
-    kinds = {f"tensor({kind})": kind for kind in KINDS} | {"tensor(float)": "float32", "tensor(double)": "float64"}
+    kinds = {f"tensor({kind})": kind for kind in DTYPES} | {
+        "tensor(float)": "float32",
+        "tensor(double)": "float64",
+    }
     inputs = [(i.name, kinds.get(i.type, i.type), i.shape) for i in session.get_inputs()]
     name, kind, shape = check_static(inputs, settings)
     images = fixed_images(shape, kind)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from nas.measure.runtime import Infer, Settings
 
 
-KINDS = ("float32", "float16", "float64", "uint8", "int8")
+DTYPES = ("float32", "float16", "float64", "uint8", "int8")
 """The types of inputs that are measured; whole numbers of more bytes are indices as a rule, and not drawn here."""
 
 
@@ -55,7 +55,7 @@ def inference(module: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor
 
 
 def fixed_images(shape: tuple[int, ...], kind: str = "float32") -> np.ndarray[Any, Any]:
-    """Noise, the same each time: what every runtime is fed. kind: one of KINDS; of whole numbers, all values."""
+    """Noise, the same each time: what every runtime is fed. kind: one of DTYPES; of whole numbers, all values."""
     import numpy as np
 
     generator = np.random.default_rng(0)

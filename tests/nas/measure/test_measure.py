@@ -31,7 +31,7 @@ from nas.measure import samples as measure_samples
 from nas.measure.device import check_settings, compare, device_lock
 from nas.measure.protocol import Interrupted, Measurer
 from nas.measure.runtime import Settings
-from nas.measure.samples import MeasureError, Measurement, enough, median_interval, paired_ratio, quantile, settled
+from nas.measure.samples import MeasureError, Measurement, enough, is_decided, median_interval, paired_ratio, quantile
 from nas.process import Worker, WorkerError, _one_line
 
 ALONE = Path(__file__).parents[2] / "benchmarks" / "bench_interleaving.py"
@@ -541,7 +541,7 @@ NOISY = [1.0, 1.5, 1.0, 0.8, 1.0, 1.3, 0.9, 1.0]
 def test_stop_rules(medians: list[float], budget_ms: float | None, expected: bool) -> None:
     rounds_ms = [[m] * 3 for m in medians]
     assert enough(rounds_ms, budget_ms) is expected
-    assert settled(rounds_ms, budget_ms) is (expected and len(medians) < 30)  # 30 noisy rounds settle nothing
+    assert is_decided(rounds_ms, budget_ms) is (expected and len(medians) < 30)  # 30 noisy rounds settle nothing
 
 
 # --- the protocol, on stand-in networks ---

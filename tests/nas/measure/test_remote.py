@@ -380,18 +380,18 @@ def test_a_reference_that_cannot_be_measured(server, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("device", "target", "kind", "label"),
     [
-        ("ssh://board", remote.Target(None, "board", None), "cpu", "board"),
+        ("ssh://board", remote.SshHost(None, "board", None), "cpu", "board"),
         (
             "ssh://me@Board.local:2222/cuda",
-            remote.Target("me", "Board.local", 2222),
+            remote.SshHost("me", "Board.local", 2222),
             "cuda",
             "me@Board.local-2222-cuda",
         ),
-        ("ssh://me@[::1]/cpu", remote.Target("me", "::1", None), "cpu", "me@-1-cpu"),
-        ("ssh://10.0.0.7/", remote.Target(None, "10.0.0.7", None), "cpu", "10.0.0.7"),
+        ("ssh://me@[::1]/cpu", remote.SshHost("me", "::1", None), "cpu", "me@-1-cpu"),
+        ("ssh://10.0.0.7/", remote.SshHost(None, "10.0.0.7", None), "cpu", "10.0.0.7"),
     ],
 )
-def test_devices(device: str, target: remote.Target, kind: str, label: str) -> None:
+def test_devices(device: str, target: remote.SshHost, kind: str, label: str) -> None:
     assert remote.parse(device) == (target, kind)
     assert (device_kind(device), device_label(device)) == (kind, label)
 
