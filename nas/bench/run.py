@@ -29,7 +29,7 @@ Results = dict[Cell, Measurement | MeasureError]
 UNFOLDED = "On PyTorch timm's networks keep the BatchNorms that timm cannot fold; ours are folded. ONNX folds both."
 
 
-def run_bench(
+def bench(
     request: BenchRequest,
     progress: Progress = lambda *_: None,
     say: Callable[[str], None] = lambda _: None,

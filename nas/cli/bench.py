@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from nas.cli.options import DEFAULT_RUNTIME, PRECISIONS, RUNTIMES, Device, Json, Quiet, Verbose, settings_of
+from nas.cli.options import DEFAULT_RUNTIME, PRECISIONS, RUNTIMES, Device, Json, Quiet, Verbose
 from nas.errors import UserError
 
 app = typer.Typer()
@@ -85,12 +85,13 @@ def bench(
     from dataclasses import replace
 
     from nas.cli.progress import load
+    from nas.measure.device import settings_for
 
     load("nas.bench.run", quiet)
     from nas.bench.onnx_input import parse_shape
     from nas.bench.report import PLOTS, to_csv, to_plot
     from nas.bench.request import TIMEOUT_S, BenchRequest, check_rounds, plan
-    from nas.bench.run import run_bench
+    from nas.bench.run import bench as run_bench
     from nas.bench.table import show_bench
     from nas.cli.progress import watch_phases
     from nas.files import check_output, replace_file
@@ -125,11 +126,11 @@ def bench(
             if given:
                 raise UserError(f"--suite brings its own networks: leave out {option}")
         one = [given[0] if given else None for given, _ in asked]
-        settings = settings_of(one[0], device, one[3], one[2] or 1, one[1] or "fp32")
+        settings = settings_for(one[0], device, one[3], one[2] or 1, one[1] or "fp32")
         run_suite(suite, settings, rounds, csv, as_json, quiet)
         return
     asked = list(itertools.product(runtime or [None], precision or ["fp32"], batch_size or [1], threads or [None]))
-    settings = [settings_of(run, device, thread, batch, kind) for run, kind, batch, thread in asked]
+    settings = [settings_for(run, device, thread, batch, kind) for run, kind, batch, thread in asked]
     if csv:
         check_output("--csv", csv)
     if plot:

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from nas.cli.options import BatchSize, Model, Quiet, Verbose
-from nas.errors import UserError
 
 app = typer.Typer()
 
@@ -35,11 +34,6 @@ def export(
 
     Exit codes: 0 done, 2 bad input.
     """
-    from nas.export.folder import export_folder
-    from nas.networks.targets import find_arch, find_target
+    from nas.export.folder import export as write
 
-    if batch_size < 1:
-        raise UserError(f"--batch-size is {batch_size}: give 1 or more")
-    arch = find_arch(model)
-    given = weights or find_target(model).weights
-    print(export_folder(arch, out, given and str(given), num_classes, batch_size))
+    print(write(model, out, weights, num_classes, batch_size))

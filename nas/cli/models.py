@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from nas.cli.options import BatchSize, Device, Json, Precision, Quiet, RuntimeName, Threads, Verbose, settings_of
+from nas.cli.options import BatchSize, Device, Json, Precision, Quiet, RuntimeName, Threads, Verbose
 
 app = typer.Typer()
 
@@ -33,8 +33,9 @@ def models(
     Exit codes: 0 done, 1 some could not be measured, 2 bad input, 130 Ctrl-C: what was measured is kept.
     """
     from nas.cli.model_list import archs, list_rows, show_rows
+    from nas.measure.device import settings_for
 
-    settings, networks, failed = settings_of(runtime, device, threads, batch_size, precision), archs(), {}
+    settings, networks, failed = settings_for(runtime, device, threads, batch_size, precision), archs(), {}
     if measure:
         from nas.bench.known import fill
         from nas.cli.progress import watch_phases

@@ -1,46 +1,26 @@
-"""What verbs share: their common options, settings and the command as typed."""
+"""What verbs share: their common options, and the command as typed."""
 
 from __future__ import annotations
 
 import logging
 import shlex
 import sys
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 log = logging.getLogger("nas")
-
-
 Device = Annotated[str, typer.Option(help="Device to measure on: cpu, cuda, or ssh://[user@]host[:port][/cuda].")]
-
-
 RUNTIMES = "onnxruntime, openvino, torch, torch.compile, cudagraphs or tensorrt"
-
-
 DEFAULT_RUNTIME = "[default: onnxruntime on cpu, torch on cuda]"
-
-
 RuntimeName = Annotated[str | None, typer.Option(help=f"{RUNTIMES}.  {DEFAULT_RUNTIME}")]
-
-
 Threads = Annotated[int | None, typer.Option(help="CPU threads.  [default: the physical cores this process may use]")]
-
-
 TrainThreads = Annotated[
     int | None, typer.Option(help="CPU threads of trainings.  [default: the CPUs that nobody else uses, as it goes]")
 ]
-
-
 BatchSize = Annotated[int, typer.Option(help="Images per inference.")]
-
-
 PRECISIONS = "fp32, tf32, bf16, fp16 or int8, as the runtime can"
-
-
 Precision = Annotated[str, typer.Option(help=f"{PRECISIONS}.")]
-
-
 Data = Annotated[
     str | None,
     typer.Option(
@@ -48,8 +28,6 @@ Data = Annotated[
         "wds/SHARDS.  [default: digits, a demo]"
     ),
 ]
-
-
 SEEDS = {"min": 0, "max": 2**32 - 1}  # as all generators in use take them
 
 
@@ -79,28 +57,8 @@ def be_quiet(quiet: bool) -> bool:
 
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Tell results and errors only.", callback=be_quiet)]
-
-
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
-
-
 Model = Annotated[str, typer.Argument(help="A published name, an arch.json, or a run's folder.")]
-
-
-def settings_of(runtime: str | None, device: str, threads: int | None, batch_size: int, precision: str = "fp32") -> Any:
-    """Checked measuring settings with their defaults filled in."""
-    from nas.measure.device import check_settings, default_threads, device_kind
-    from nas.measure.runtime import Settings
-
-    settings = Settings(
-        runtime=runtime or ("torch" if device_kind(device) == "cuda" else "onnxruntime"),
-        device=device,
-        threads=default_threads(device) if threads is None else threads,
-        batch_size=batch_size,
-        precision=precision,
-    )
-    check_settings(settings)
-    return settings
 
 
 def command_line() -> str:

@@ -21,7 +21,6 @@ from nas.cli.options import (
     TrainThreads,
     Verbose,
     command_line,
-    settings_of,
 )
 
 app = typer.Typer()
@@ -80,6 +79,7 @@ def prune(
     or a step at its end failed, 2 bad input, 130 Ctrl-C.
     """
     from nas.cli.progress import load
+    from nas.measure.device import settings_for
 
     load("nas.prune.run", quiet)
     from nas.cli.progress import watch_phases
@@ -93,7 +93,7 @@ def prune(
     request = PruneRequest(
         model=model,
         budget=budget,
-        settings=settings_of(runtime, device, threads, batch_size, precision),
+        settings=settings_for(runtime, device, threads, batch_size, precision),
         folder=out or default_folder(model, budget),
         reallocate=reallocate,
         kinds=kinds_of(axes),
@@ -110,7 +110,7 @@ def prune(
     )
     request.check()
     with watch_phases(quiet) as (progress, say), training_threads(train_threads, say, compute_device(request.settings)):
-        found = run_prune(request, command_line(), say, progress)
+        found = run_prune(request, progress, say, command=command_line())
     show_prune(found, request.folder, to_stderr=as_json)
     if as_json:
         print(json.dumps(found.to_json() | {"folder": str(request.folder)}))

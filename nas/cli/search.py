@@ -20,7 +20,6 @@ from nas.cli.options import (
     TrainThreads,
     Verbose,
     command_line,
-    settings_of,
 )
 from nas.errors import UserError
 
@@ -119,11 +118,12 @@ def search(
 
     Exit codes: 0 a network surely fits, 1 none does or a step at the end failed, 2 bad input, 130 Ctrl-C.
     """
+    from nas.measure.device import settings_for
     from nas.units import parse_budget, parse_duration
 
     budget_ms = parse_budget(latency_budget)
     timeout_s = parse_duration(timeout) if timeout else None
-    settings = settings_of(runtime, device, threads, batch_size, precision)
+    settings = settings_for(runtime, device, threads, batch_size, precision)
     families = families_of(family)
     tier = tier_of(quality, data, parent)
     plan = None

@@ -120,7 +120,7 @@ def train(
     )
     request.check()
     with watch_images(chosen.epochs, quiet) as (progress, say), training_threads(train_threads, say, device):
-        result = run_train(request, command_line(), say, progress)
+        result = run_train(request, progress, say, command=command_line())
     if result is None:  # the first of torchrun's processes speaks for all
         return
     show_train(result, request.folder, to_stderr=as_json)

@@ -12,6 +12,7 @@ from nas.errors import UserError
 from nas.export.card import LABELS, PREPROCESS, Card, Preprocess
 from nas.export.onnx import agreement, label_onnx, to_onnx
 from nas.files import drafted, replace_file, scratch, unwritable
+from nas.networks.targets import find_arch, find_target
 from nas.networks.weights import load
 from nas.text import first_line
 
@@ -77,6 +78,30 @@ def save_weights(model: nn.Module, path: Path, metadata: dict[str, str] | None =
 
     tensors = {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
     replace_file(path, save(tensors, metadata))
+
+
+def export(
+    network: str, folder: Path, weights: str | None = None, num_classes: int | None = None, batch_size: int = 1
+) -> str:
+    """Write a network's folder: arch.json, model.onnx and, where there are weights, model.safetensors.
+
+    Args:
+        network: a published name, an arch.json or a run's folder.
+        weights: "timm", or a file of PyTorch or safetensors; None: those beside the arch.json, or random ones.
+        num_classes: None: the network's own.
+        batch_size: of the ONNX file's static input (B, 3, R, R).
+
+    Returns:
+        What was written, and how nearly ONNX Runtime and PyTorch agree, in a line.
+
+    Raises:
+        UserError: no such network, or as `export_folder`.
+    """
+    if batch_size < 1:
+        raise UserError(f"--batch-size is {batch_size}: give 1 or more")
+    arch = find_arch(network)
+    given = weights or find_target(network).weights
+    return export_folder(arch, folder, str(given) if given else None, num_classes, batch_size)
 
 
 def export_folder(arch: Arch, folder: Path, weights: str | None, num_classes: int | None, batch_size: int) -> str:

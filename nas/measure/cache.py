@@ -161,7 +161,7 @@ def known(arch: Arch, settings: Settings) -> tuple[str, Measurement] | None:
     was, or in too few rounds for an interval of 95%, or while others used its CPUs (`quanta`).
 
     The machine's speed then is not compared with its speed now, as a search does: tell the date (ISO 8601) beside it.
-    settings: as `cli.settings_of` makes them. Nothing is measured, and no file is made.
+    settings: as `nas.measure.device.settings_for` makes them. Nothing is measured, and no file is made.
 
     Raises:
         UserError: the cache cannot be used.

@@ -38,6 +38,36 @@ def is_here(device: str) -> bool:
     return not is_remote(device)
 
 
+def settings_for(
+    runtime: str | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+    batch_size: int = 1,
+    precision: str = "fp32",
+) -> Settings:
+    """Checked settings, with the defaults of the device filled in.
+
+    Args:
+        runtime: None: onnxruntime on a CPU, torch on a GPU.
+        device: cpu, cuda, or `ssh://[user@]host[:port][/cuda]`.
+        threads: CPU threads; None: the physical cores that a process may use there.
+        batch_size: images per inference.
+        precision: fp32, tf32, bf16, fp16 or int8.
+
+    Raises:
+        UserError: settings that cannot be measured there.
+    """
+    settings = Settings(
+        runtime=runtime or ("torch" if device_kind(device) == "cuda" else "onnxruntime"),
+        device=device,
+        threads=default_threads(device) if threads is None else threads,
+        batch_size=batch_size,
+        precision=precision,
+    )
+    check_settings(settings)
+    return settings
+
+
 def device_kind(device: str) -> str:
     """The kind of a device, wherever it is: "cpu" or "cuda"."""
     return remote.parse(device)[1] if is_remote(device) else device

@@ -65,7 +65,7 @@ class PruneRequest:
     """Where it is written to."""
     reallocate: bool = True
     """Widen what matters with what is saved elsewhere."""
-    kinds: tuple[Kind, ...] = ()
+    kinds: tuple[Kind, ...] = ("ffn", "qk", "v", "heads", "embed", "blocks")
     """What may change: keys of `pruning.units.KNOB_KINDS`."""
     criterion: str = "taylor"
     """A key of `pruning.importance.CRITERIA`."""
@@ -113,8 +113,8 @@ class PruneRequest:
             raise UserError(f"--finetune is {self.finetune:g}: give a number of epochs, 0 for none")
 
 
-def parse_pruning_budget(macs: str | None, params: str | None, latency: str | None) -> Budget:
-    """The one budget given; 0.5x of the MACs without any.
+def parse_pruning_budget(macs: str | None = None, params: str | None = None, latency: str | None = None) -> Budget:
+    """The one budget given, as text: a share ("0.6x"), or a number ("150M", "2ms"); without any, 0.5x of the MACs.
 
     Raises:
         UserError: more than one, or one that cannot be read.

@@ -34,11 +34,19 @@ CALIBRATED_ON_NOISE = (
 )
 
 
-def prune(request: PruneRequest, command: str, say: Say, progress: Progress) -> PruneResult:
+def prune(
+    request: PruneRequest,
+    progress: Progress = lambda *_: None,
+    say: Say = lambda _: None,
+    *,
+    command: str = "vitnas.prune(...)",
+) -> PruneResult:
     """Prune a network as `request` says, and write the folder's files.
 
     Args:
-        command: as the report names it.
+        progress: called with what goes on, how much of it is done and its total, 0 where it is not counted.
+        say: called with each line that a person should read.
+        command: how the report names this pruning.
 
     Raises:
         UserError: anything that the user can put right.

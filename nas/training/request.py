@@ -95,7 +95,11 @@ class TrainRequest:
 
 
 def choose_recipe(
-    name: str, epochs: int | None, batch_size: int | None, lr: float | None, distillation: str | None
+    name: str,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    lr: float | None = None,
+    distillation: str | None = None,
 ) -> Recipe:
     """A recipe by name, with the user's changes. lr: the highest rate at the batch size in use.
 

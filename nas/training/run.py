@@ -26,13 +26,21 @@ if TYPE_CHECKING:
 EVALUATED_AT_ONCE = 256
 
 
-def train(request: TrainRequest, command: str, say: Say, progress: Progress) -> TrainResult | None:
+def train(
+    request: TrainRequest,
+    progress: Progress = lambda *_: None,
+    say: Say = lambda _: None,
+    *,
+    command: str = "vitnas.train(...)",
+) -> TrainResult | None:
     """Train a network as `request` says, and write its folder.
 
     Where `torchrun` has started several processes, all of them call this; the first one writes and speaks.
 
     Args:
-        command: the command line that asked for it, which the results name.
+        progress: called with what goes on, how much of it is done and its total, 0 where it is not counted.
+        say: called with each line that a person should read.
+        command: how the results name this training.
 
     Returns:
         What metrics.json holds; None in the other processes.

@@ -187,14 +187,14 @@ def latency_file(out: Path, budget: float) -> Path:
 def measure(rows: Rows, budget: float, out: Path, threads: int) -> None:
     """Latency of every finished cell's network next to its dense one, in one interleaved run."""
     from nas.bench.request import BenchRequest
-    from nas.bench.run import run_bench
+    from nas.bench.run import bench
     from nas.measure.runtime import Settings as MeasureSettings
     from nas.networks.targets import find_target
 
     targets = [find_target(str(out / f"{NETWORK}-dense-0"))]
     cells = [row for row in rows.rows if row["method"] != DENSE]
     targets += [find_target(str(folder(out, budget, row["method"], row["seed"]))) for row in cells]
-    found = run_bench(BenchRequest(targets, [MeasureSettings(threads=threads)], rounds=40))
+    found = bench(BenchRequest(targets, [MeasureSettings(threads=threads)], rounds=40))
     for line in found.errors:
         say(line)
     latency_file(out, budget).write_text(json.dumps({row.model: row.ratio for row in found.rows}, indent=1) + "\n")

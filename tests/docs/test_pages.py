@@ -16,7 +16,7 @@ from nas.cli.app import app
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
-CODE_PAGES = [ROOT / "docs/reference" / name for name in ("arch.md", "python.md")]
+CODE_PAGES = [ROOT / "docs/reference" / name for name in ("arch.md",)]
 PAGES = (README, ROOT / "CONTRIBUTING.md", ROOT / "runs/README.md", *sorted((ROOT / "docs").rglob("*.md")))
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
 COMMANDS = typer.main.get_command(app).commands

@@ -18,7 +18,7 @@ from nas.bench.onnx_input import OnnxInput, parse_shape
 from nas.bench.report import to_csv, to_plot
 from nas.bench.request import BenchRequest
 from nas.bench.result import is_tie
-from nas.bench.run import run_bench
+from nas.bench.run import bench
 from nas.errors import UserError
 from nas.export.artifact import Exporter
 from nas.files import check_output
@@ -246,7 +246,7 @@ def test_int8_calibrated_on_images(onnx_file, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(run, "compare", compare)
     target = find_target(onnx_file(images=[1, 3, 32, 32]))
     for data in (None, str(tmp_path / "images")):
-        found = run_bench(BenchRequest([target], (Settings(precision="int8"),), data=data))
+        found = bench(BenchRequest([target], (Settings(precision="int8"),), data=data))
         assert not found.errors
     assert [(array.shape, array.dtype) for array in arrays] == [((15, 3, 32, 32), np.float32)]
     (note,) = found.notes
@@ -279,7 +279,7 @@ def test_networks_are_calibrated_on_the_images_too(tmp_path: Path, monkeypatch: 
 def test_rows_are_all_combinations(given) -> None:
     asked = given({"a": [1.0] * 6, "b": [2.0] * 6})
     settings = tuple(Settings(runtime, threads=t) for runtime in ("onnxruntime", "openvino") for t in (1, 2))
-    found = run_bench(options("a", "b", settings=settings))
+    found = bench(options("a", "b", settings=settings))
     assert [(row.runtime, row.threads, row.model) for row in found.rows] == [
         (each.runtime, each.threads, label) for each in settings for label in ("a", "b")
     ]
@@ -291,7 +291,7 @@ def test_rows_are_all_combinations(given) -> None:
 def test_throughput_of_another_batch(given) -> None:
     asked = given({"a": [2.0] * 6})
     settings = (Settings(), Settings(batch_size=8))
-    found = run_bench(options("a", settings=settings, throughput_at=8))
+    found = bench(options("a", settings=settings, throughput_at=8))
     assert [each.batch_size for _, each in asked] == [1, 8]  # once each
     assert [(row.batch_size, row.latency_ms) for row in found.rows] == [(1, 2.0), (8, 16.0)]
     assert [(row.throughput, row.throughput_batch) for row in found.rows] == [(500.0, 8)] * 2
@@ -306,14 +306,14 @@ def test_throughput_that_cannot_be_measured(given, monkeypatch: pytest.MonkeyPat
         return {name: MeasureError("too much") if settings[name].batch_size > 1 else results[name] for name in results}
 
     monkeypatch.setattr(run, "compare", no_large_batch)
-    found = run_bench(options("a", throughput_at=64))
+    found = bench(options("a", throughput_at=64))
     assert [(row.latency_ms, row.throughput) for row in found.rows] == [(2.0, None)]
     assert found.errors == ["a (batch 64): too much"]
 
 
 def test_what_fails_is_told_and_the_ratio_is_to_the_first_row(given) -> None:
     given({"a": "it broke", "b": [2.0] * 6, "c": [3.0] * 6})
-    found = run_bench(options("a", "b", "c"))
+    found = bench(options("a", "b", "c"))
     assert [(row.model, row.ratio) for row in found.rows] == [("b", 1), ("c", 1.5)]
     assert found.errors == ["a: it broke"]
     assert [(row.model, row.threads, row.error) for row in found.failed] == [("a", 1, "it broke")]
@@ -323,7 +323,7 @@ def test_what_cannot_be_prepared_is_told(onnx_file, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(run, "compare", lambda paths, *_: dict.fromkeys(paths, Measurement([[1.0]] * 6)))
     monkeypatch.setattr("nas.process.TOLD_S", 0.01)
     path, said = onnx_file(operator="Unheard"), []
-    found = run_bench(BenchRequest([find_target(path)], (Settings(precision="int8"),)), say=said.append)
+    found = bench(BenchRequest([find_target(path)], (Settings(precision="int8"),)), say=said.append)
     assert said[0] == f"waiting for {path}: no answer for 0 s, will give up after 600 s (--timeout)"
     assert found.rows == []
     assert len(found.errors) == 1
@@ -379,7 +379,7 @@ def test_ctrl_c_tells_the_rounds_made(
 
 def test_a_network_named_twice_is_measured_once(given) -> None:
     asked = given({"a": [1.0] * 6, "b": [1.0] * 6})
-    found = run_bench(options("a", "b", "a"))
+    found = bench(options("a", "b", "a"))
     assert len(asked) == 2
     assert found.notes == ["a is named more than once: measured once."]
 
@@ -387,7 +387,7 @@ def test_a_network_named_twice_is_measured_once(given) -> None:
 @pytest.mark.parametrize(("medians", "said"), [([1.0, 1.2] * 3, False), ([1.0, 1.4] * 3, True)])
 def test_a_busy_machine_is_told(given, medians: list[float], said: bool) -> None:
     given({"calm": [1.0] * 6, "busy": medians})
-    notes = run_bench(options("calm", "busy")).notes
+    notes = bench(options("calm", "busy")).notes
     assert bool(notes) is said
     assert all("busy varied by" in note for note in notes)
 
@@ -402,7 +402,7 @@ def test_a_tie_is_called_one(given, vitnas, factors: list[float], tie: bool) -> 
     first, second = out.splitlines()[2:4]
     assert "tie" not in first
     assert second.rstrip().endswith("tie") is tie
-    found = run_bench(options("efficientvit_m0", "shvit_s1"))
+    found = bench(options("efficientvit_m0", "shvit_s1"))
     assert not is_tie(found.rows[0], found.rows[0])
     assert is_tie(found.rows[1], found.rows[0]) is tie
 
@@ -410,7 +410,7 @@ def test_a_tie_is_called_one(given, vitnas, factors: list[float], tie: bool) -> 
 def test_csv_and_plots(given) -> None:
     labels = [f"{'a folder with a rather long name/' * (i % 2)}network {i}" for i in range(8)]
     given({label: [1 + i / 10] * 6 for i, label in enumerate(labels)})
-    found = run_bench(options(*labels, settings=(Settings(), Settings(batch_size=8))))
+    found = bench(options(*labels, settings=(Settings(), Settings(batch_size=8))))
     lines = list(csv.DictReader(to_csv(found.rows).decode().splitlines()))
     assert len(lines) == 16
     assert list(lines[1]) == list(report.COLUMNS)
@@ -463,7 +463,7 @@ def test_networks_of_one_resolution_have_it_above_the_table(vitnas, given) -> No
 def test_a_timm_network_beside_small_ones_is_told(given) -> None:
     given({name: [1.0] * 6 for name in ("levit_128s@64", "shvit_s1@64", "timm/test_vit", "timm/lcnet_050")})
     targets = [find_target(name) for name in ("levit_128s@64", "shvit_s1@64", "timm/test_vit", "timm/lcnet_050")]
-    notes = run_bench(BenchRequest(targets, (Settings(),))).notes
+    notes = bench(BenchRequest(targets, (Settings(),))).notes
     assert notes == ["timm/test_vit runs at 160 px, timm/lcnet_050 runs at 224 px, the others at 64 px: add @64."]
 
 
@@ -473,7 +473,7 @@ def test_a_run_trained_at_another_resolution_is_told(given, tmp_path: Path) -> N
     label = f"{tmp_path}@96"
     given({label: [1.0] * 6})
     target = find_target(label)
-    assert run_bench(BenchRequest([target], (Settings(),))).notes == [f"{label}: trained at 64 px, measured at 96 px."]
+    assert bench(BenchRequest([target], (Settings(),))).notes == [f"{label}: trained at 64 px, measured at 96 px."]
     with pytest.raises(UserError, match=f"trained at 64 px: `vitnas train {tmp_path} --weights .* --resolution 96`"):
         _ = target.weights
     assert target.as_trained().arch.resolution == 64
@@ -523,7 +523,7 @@ def test_resolutions_of_onnx_files_that_are_refused(vitnas, given, onnx_file, si
 def test_images_that_are_not_square(onnx_file, given) -> None:
     path, words = onnx_file(images=[1, 3, 8, 16]), onnx_file("words.onnx", images=[1, 7])
     given({path: [1.0] * 6, words: [1.0] * 6})
-    found = run_bench(BenchRequest([find_target(path), find_target(words)], (Settings(),), own_batch=True))
+    found = bench(BenchRequest([find_target(path), find_target(words)], (Settings(),), own_batch=True))
     assert [row.resolution for row in found.rows] == ["8x16", None]
     assert found.notes == []
 
@@ -555,7 +555,7 @@ def test_waiting_times_have_no_ratio(vitnas, given, monkeypatch: pytest.MonkeyPa
     assert "tie" not in out
     assert "busy: the rounds" not in out
     told["0"] = waiting
-    rows = run_bench(options("a", "b", "c")).rows
+    rows = bench(options("a", "b", "c")).rows
     assert [row.ratio for row in rows] == [None] * 3
     assert [line["ratio"] for line in csv.DictReader(to_csv(rows).decode().splitlines())] == [""] * 3
     assert b"<svg" in to_plot(rows, ".svg")
@@ -568,7 +568,7 @@ def test_nothing_is_said_of_ratios_or_speed_that_are_not_printed(given, capsys) 
     from nas.bench.table import show_bench
 
     given({"a": [1.0] * 6, "b": [2.0] * 6})
-    rows = run_bench(options("a", "b", throughput_at=8)).rows
+    rows = bench(options("a", "b", throughput_at=8)).rows
     show_bench(rows, [])
     assert "ratio to the first row" in capsys.readouterr().out
     show_bench([replace(row, waiting=True, ratio=None, ratio_ci=None) for row in rows], [])
@@ -588,7 +588,7 @@ def test_no_figure_is_cut_in_a_narrow_terminal(given, monkeypatch, capsys, width
     settings = tuple(
         Settings(runtime, precision=kind) for runtime in ("onnxruntime", "openvino") for kind in ("fp32", "int8")
     )
-    rows = run_bench(options(*labels, settings=settings, throughput_at=64)).rows
+    rows = bench(options(*labels, settings=settings, throughput_at=64)).rows
     console = Console(width=width, force_terminal=True, color_system=None, highlight=False)
     monkeypatch.setattr(bench_table, "console_of", lambda: console)
     bench_table.show_bench(rows, ["a note " * 20])
@@ -617,7 +617,7 @@ def test_no_figure_is_cut_in_a_narrow_terminal(given, monkeypatch, capsys, width
 def test_batch_of_an_onnx_file(onnx_file, given, sizes: list, more: dict, batches: list[int]) -> None:
     path = onnx_file(images=sizes)
     asked = given({path: [1.0] * 6})
-    found = run_bench(replace(BenchRequest([find_target(path)], (Settings(),)), **more))
+    found = bench(replace(BenchRequest([find_target(path)], (Settings(),)), **more))
     assert [each.batch_size for _, each in asked] == batches
     assert [row.batch_size for row in found.rows] == (batches if "throughput_at" not in more else [1])
 
@@ -637,11 +637,11 @@ def test_the_file_that_is_measured_has_the_shape(onnx_file, monkeypatch: pytest.
     monkeypatch.setattr(run, "compare", compare)
     path = onnx_file(**{"in/put": ["N", 3, "H", "W"]})
     settings = (Settings(batch_size=2), Settings(batch_size=2, threads=2), Settings(batch_size=4))
-    run_bench(BenchRequest([find_target(path)], settings, shapes={"in/put": (1, 3, 16, 8)}))
+    bench(BenchRequest([find_target(path)], settings, shapes={"in/put": (1, 3, 16, 8)}))
     assert shapes == [(2, "in/put", [2, 3, 16, 8])] * 2 + [(4, "in/put", [4, 3, 16, 8])]
     assert OnnxInput.read(Path(path)).sizes == (None, 3, None, None)  # the user's own file is as it was
     path = onnx_file(images=None)
-    run_bench(BenchRequest([find_target(path)], (Settings(batch_size=2),), shapes={"images": (1, 3, 16, 8)}))
+    bench(BenchRequest([find_target(path)], (Settings(batch_size=2),), shapes={"images": (1, 3, 16, 8)}))
     assert shapes[-1] == (2, "images", [2, 3, 16, 8])
 
 
@@ -698,7 +698,7 @@ def test_inputs_of_other_types_are_measured(onnx_file, monkeypatch, runtime: str
 
     monkeypatch.setattr(run, "compare", compare)
     target = find_target(onnx_file(kind=kind, images=[1, 3, 8, 8]))
-    found = run_bench(BenchRequest([target], (Settings(runtime), Settings(runtime, precision="int8"))))
+    found = bench(BenchRequest([target], (Settings(runtime), Settings(runtime, precision="int8"))))
     assert found.errors == []
     assert checked == [("images", dtype, (1, 3, 8, 8))] * 2
 
@@ -718,17 +718,17 @@ def test_weights_of_float16_are_told(onnx_file, given) -> None:
     model = onnx.load(path)
     model.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(3, np.float16), "more"))
     onnx.save(model, path)
-    (note,) = run_bench(BenchRequest([find_target(path)], (Settings(),))).notes
+    (note,) = bench(BenchRequest([find_target(path)], (Settings(),))).notes
     assert note.startswith(f"{path} holds weights of float16")
 
 
 def test_what_is_made_for_batch_1_inside_is_told(onnx_file, given) -> None:
     path = onnx_file()
     given({path: "Fail: while running Reshape node. Name:'' Status Message: cannot be reshaped"})
-    errors = run_bench(BenchRequest([find_target(path)], (Settings(batch_size=2),))).errors
+    errors = bench(BenchRequest([find_target(path)], (Settings(batch_size=2),))).errors
     said = "its Reshape node does not run: cannot be reshaped; it may be made for batch 1 inside: leave out batch 2"
     assert errors == [f"{path}: {said}"]
-    (error,) = run_bench(BenchRequest([find_target(path)], (Settings(),))).errors
+    (error,) = bench(BenchRequest([find_target(path)], (Settings(),))).errors
     assert "made for batch" not in error
 
 
@@ -782,7 +782,7 @@ def test_an_old_onnx_file_in_int8_is_refused(vitnas, onnx_file, given) -> None:
 def test_int8_of_a_file_whose_weights_are_inputs_too(onnx_file, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "compare", lambda paths, *_: dict.fromkeys(paths, Measurement([[1.0]] * 6)))
     path = onnx_file(images=[1, 3, 8, 8], weight=[4, 3, 3, 3])
-    assert run_bench(BenchRequest([find_target(path)], (Settings(precision="int8"),))).errors == []
+    assert bench(BenchRequest([find_target(path)], (Settings(precision="int8"),))).errors == []
 
 
 def test_the_suffix_may_be_in_capitals(onnx_file) -> None:

@@ -52,7 +52,7 @@ def folder(tmp_path_factory, helpers) -> Path:
     (root / "arch.json").write_text(helpers.random_arch("shvit", 0, num_classes=3, resolution=32).to_json())
     recipe = choose_recipe("quick", 4, 12, 0.01, None)
     options = TrainRequest(str(root / "arch.json"), recipe, "cpu", root / "out", str(root / "images"))
-    train(options, "vitnas train", lambda line: None, lambda *_: None)
+    train(options)
     return root / "out"
 
 

@@ -103,7 +103,7 @@ def test_two_prunings_of_one_folder(tmp_path, monkeypatch):
         folder_lock(options.folder),
         pytest.raises(UserError, match=r"pruned is in use by vitnas prune \(process \d+ on "),
     ):
-        prune(options, "", print, print)
+        prune(options, print, print)
 
 
 @pytest.mark.parametrize("written", [True, False])

@@ -318,7 +318,7 @@ def test_waiting_times_are_not_ranked(vitnas, device, tmp_path, monkeypatch, thr
     """At 2 threads on a busy machine a search ends before its first trial; at 1 it goes on."""
     monkeypatch.setattr(nas.search.trial, "PROBE_PAUSE_S", 0.0)
     monkeypatch.setattr(nas.search.request, "check_settings", lambda settings: None)
-    monkeypatch.setattr("nas.cli.search.settings_of", lambda *_: Settings(threads=threads))
+    monkeypatch.setattr("nas.measure.device.settings_for", lambda *_: Settings(threads=threads))
     device.timed = lambda path: Measurement([[1.0, 8.0, 9.0]] * 8, [[1.0] * 3] * 8)
     code, _, err = vitnas(*command(tmp_path, budget="20ms"))
     if threads == 1:

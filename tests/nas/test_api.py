@@ -1,0 +1,75 @@
+"""`import vitnas`: every name is there, and the examples of docs/reference/python.md run, with small numbers."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import vitnas
+
+PAGE = Path(__file__).parents[2] / "docs/reference/python.md"
+FENCE = re.compile(r"^```python\n(.*?)^```", re.M | re.S)
+SMALLER = {
+    "budget_ms=2.0": "budget_ms=500.0",
+    "trials=20)": 'trials=2, families=("shvit",), resolution=64)',
+    "epochs=5": "epochs=1, batch_size=8",
+    '"efficientvit_m0"': '"shvit_s1"',
+    "resolution=128": "resolution=64",
+    'latency="0.6x"': 'macs="0.7x"',
+    'm0-pruned"), data=': 'm0-pruned"), rounds=1, finetune=0, control=False, data=',
+    "timm/lcnet_050": "shvit_s1@64",
+    '"levit_128s"': '"levit_128s@64"',
+    "[vitnas.settings_for(threads=1)]": "[vitnas.settings_for(threads=1)], rounds=6",
+    'vitnas.export("levit_128s@64"': 'vitnas.export("runs/m0"',
+}
+"""What a test replaces in the examples."""
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Two classes of noise, dark and light."""
+    random = np.random.default_rng(0)
+    for part, count in (("train", 8), ("val", 4)):
+        for name, colour in (("dark", 20), ("light", 200)):
+            folder = tmp_path / "images" / part / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                noise = random.integers(0, 40, (64, 64, 3), dtype=np.uint8)
+                Image.fromarray(noise + np.uint8(colour)).save(folder / f"{i}.png")
+    return tmp_path
+
+
+def test_every_name_is_there() -> None:
+    assert set(vitnas.__all__) == set(vitnas.HOMES)
+    for name in vitnas.__all__:
+        assert getattr(vitnas, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'serch'"):
+        vitnas.serch  # noqa: B018
+
+
+def test_importing_it_loads_no_pytorch() -> None:
+    code = "import sys, vitnas; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=PAGE.parents[2])
+
+
+def test_the_examples_run(
+    pictures: Path, few_rounds: Any, small_shvit: Any, exports_here: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(pictures)
+    page, names = PAGE.read_text(), {}
+    for text, small in SMALLER.items():
+        assert text in page or "@64" in text
+        page = page.replace(text, small)
+    for code in FENCE.findall(page):
+        exec(code, names)
+    assert names["outcome"].winner.family == "shvit"
+    assert {path.name for path in Path("levit").iterdir()} >= {"arch.json", "model.onnx", "model.safetensors"}
+    assert Path("runs/m0-pruned/model.safetensors").is_file()
+    assert len(names["result"].rows) == 2

@@ -1,0 +1,88 @@
+"""vitnas from Python: the verbs of the command line as functions of typed requests.
+
+All names are defined in `nas`, and imported when they are first used, so that `import vitnas` loads no PyTorch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nas.bench.request import BenchRequest
+    from nas.bench.result import BenchResult
+    from nas.bench.run import bench
+    from nas.errors import UserError
+    from nas.export.folder import export
+    from nas.measure.device import settings_for
+    from nas.measure.runtime import Settings
+    from nas.networks.targets import find_target
+    from nas.networks.weights import load
+    from nas.prune.records import PruneResult
+    from nas.prune.request import PruneRequest, parse_pruning_budget
+    from nas.prune.run import prune
+    from nas.quality.plan import TrainingPlan
+    from nas.search.outcome import Outcome
+    from nas.search.request import SearchRequest
+    from nas.search.run import search
+    from nas.training.request import TrainRequest, choose_recipe
+    from nas.training.result import TrainResult
+    from nas.training.run import train
+
+__version__ = version("vitnas")
+
+HOMES = {
+    "BenchRequest": "nas.bench.request",
+    "BenchResult": "nas.bench.result",
+    "Outcome": "nas.search.outcome",
+    "PruneRequest": "nas.prune.request",
+    "PruneResult": "nas.prune.records",
+    "SearchRequest": "nas.search.request",
+    "Settings": "nas.measure.runtime",
+    "TrainRequest": "nas.training.request",
+    "TrainResult": "nas.training.result",
+    "TrainingPlan": "nas.quality.plan",
+    "UserError": "nas.errors",
+    "bench": "nas.bench.run",
+    "choose_recipe": "nas.training.request",
+    "export": "nas.export.folder",
+    "find_target": "nas.networks.targets",
+    "load": "nas.networks.weights",
+    "parse_pruning_budget": "nas.prune.request",
+    "prune": "nas.prune.run",
+    "search": "nas.search.run",
+    "settings_for": "nas.measure.device",
+    "train": "nas.training.run",
+}
+"""The module that defines each name."""
+
+__all__ = [
+    "BenchRequest",
+    "BenchResult",
+    "Outcome",
+    "PruneRequest",
+    "PruneResult",
+    "SearchRequest",
+    "Settings",
+    "TrainRequest",
+    "TrainResult",
+    "TrainingPlan",
+    "UserError",
+    "bench",
+    "choose_recipe",
+    "export",
+    "find_target",
+    "load",
+    "parse_pruning_budget",
+    "prune",
+    "search",
+    "settings_for",
+    "train",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in HOMES:
+        raise AttributeError(f"module 'vitnas' has no attribute {name!r}")
+    return getattr(import_module(HOMES[name]), name)
