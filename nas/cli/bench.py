@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from nas.cli.options import DEFAULT_RUNTIME, PRECISIONS, RUNTIMES, Device, Json, Quiet, Verbose
 from nas.errors import UserError
+
+if TYPE_CHECKING:
+    from nas.measure.runtime import Settings
 
 app = typer.Typer()
 
@@ -105,28 +109,19 @@ def bench(
         rounds = SURE_ROUNDS if suite else MAX_ROUNDS
     check_rounds(rounds)
     if suite is not None:
-        asked = [
-            (runtime, "--runtime"),
-            (precision, "--precision"),
-            (batch_size, "--batch-size"),
-            (threads, "--threads"),
-        ]
-        for given, option in asked:
-            if given and len(given) > 1:
-                raise UserError(f"{option} can be given once with --suite")
-        for given, option in (
-            (models, "networks"),
-            (data, "--data"),
-            (resolution, "--resolution"),
-            (throughput_at, "--throughput-at"),
-            (shape, "--shape"),
-            (timeout, "--timeout"),
-            (plot, "--plot"),
-        ):
-            if given:
-                raise UserError(f"--suite brings its own networks: leave out {option}")
-        one = [given[0] if given else None for given, _ in asked]
-        settings = settings_for(one[0], device, one[3], one[2] or 1, one[1] or "fp32")
+        settings = suite_settings(
+            device,
+            {"runtime": runtime, "precision": precision, "batch-size": batch_size, "threads": threads},
+            {
+                "networks": models,
+                "--data": data,
+                "--resolution": resolution,
+                "--throughput-at": throughput_at,
+                "--shape": shape,
+                "--timeout": timeout,
+                "--plot": plot,
+            },
+        )
         run_suite(suite, settings, rounds, csv, as_json, quiet)
         return
     asked = list(itertools.product(runtime or [None], precision or ["fp32"], batch_size or [1], threads or [None]))
@@ -167,6 +162,30 @@ def bench(
         raise KeyboardInterrupt
     if found.errors:
         raise UserError("; ".join(found.errors))
+
+
+def suite_settings(device: str, once: Mapping[str, list[Any] | None], others: Mapping[str, object]) -> Settings:
+    """The settings of `bench --suite`.
+
+    Args:
+        once: options that may be given once, by name; None: not given.
+        others: what a suite brings itself, by how the user calls it.
+
+    Raises:
+        UserError: an option more than once, or one that a suite brings itself.
+    """
+    from nas.measure.device import settings_for
+
+    for name, given in once.items():
+        if given and len(given) > 1:
+            raise UserError(f"--{name} can be given once with --suite")
+    for name, value in others.items():
+        if value:
+            raise UserError(f"--suite brings its own networks: leave out {name}")
+    first = {name: given[0] if given else None for name, given in once.items()}
+    return settings_for(
+        first["runtime"], device, first["threads"], first["batch-size"] or 1, first["precision"] or "fp32"
+    )
 
 
 def run_suite(name: str, settings: Any, rounds: int, csv: Path | None, as_json: bool, quiet: bool) -> None:
