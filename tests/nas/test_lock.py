@@ -24,8 +24,9 @@ PATIENT_S = 60
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("VITNAS_LOCKS", str(tmp_path))
-    monkeypatch.setattr(lock, "told", set())
-    monkeypatch.setattr(device, "told", set())
+    told: set[str] = set()
+    monkeypatch.setattr(lock, "told", told)
+    monkeypatch.setattr(device, "told", told)
     return tmp_path
 
 
@@ -147,13 +148,11 @@ def test_trainings_run_beside_each_other():
 
 def test_a_training_that_waits_says_so_once(monkeypatch, capsys):
     monkeypatch.setattr(lock, "PATIENCE_S", 0)
-    monkeypatch.setattr(device, "PATIENCE_S", 0)
     measuring = DeviceLock("cuda")
     assert measuring.acquire(0)
     told = threading.Event()
     tell_once = lock.tell_once
     monkeypatch.setattr(lock, "tell_once", lambda line: (tell_once(line), told.set()))
-    monkeypatch.setattr(device, "tell_once", lambda line: (tell_once(line), told.set()))
     training = Training()
     assert told.wait(PATIENT_S)
     assert not training.begun[0].is_set()

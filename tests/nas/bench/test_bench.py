@@ -685,7 +685,7 @@ def test_inputs_of_other_types_are_measured(onnx_file, monkeypatch, runtime: str
     pytest.importorskip(runtime)
     checked = []
     monkeypatch.setattr(
-        f"nas.measure.{'ort' if runtime == 'onnxruntime' else runtime}.check_static",
+        f"nas.measure.runtimes.{'ort' if runtime == 'onnxruntime' else runtime}.check_static",
         lambda *args: checked.append(check_static(*args)) or checked[-1],
     )
 

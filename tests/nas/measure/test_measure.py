@@ -26,7 +26,6 @@ from nas import process
 from nas.errors import DiskFull, UserError
 from nas.machine import usable_cpus
 from nas.measure import protocol
-from nas.measure import protocol as measure_protocol
 from nas.measure import samples as measure_samples
 from nas.measure.device import check_settings, compare, device_lock
 from nas.measure.protocol import Interrupted, Measurer
@@ -888,7 +887,6 @@ def test_alone_and_interleaved_agree(tmp_path: Path, child: str) -> None:
 def test_eager_times_an_arch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from search_spaces import get_arch
 
-    monkeypatch.setattr(measure_protocol, "MAX_ROUNDS", measure_samples.MIN_ROUNDS)
     monkeypatch.setattr(measure_samples, "MAX_ROUNDS", measure_samples.MIN_ROUNDS)
 
     arch = get_arch("efficientvit_m0")

@@ -22,7 +22,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import nas
-from nas import lock, machine, process
+from nas import machine, process
 from nas.errors import UserError
 from nas.lock import ProcessLock
 from nas.measure import device as measure_device
@@ -170,10 +170,9 @@ def test_a_login_shell_that_prints(server, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_takes_turns_with_whoever_measures_there(server, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    monkeypatch.setattr("nas.lock.PATIENCE_S", 0.1)
+    monkeypatch.setattr(measure_device, "PATIENCE_S", 0.1)
     theirs = ProcessLock(LOCK)
-    later, tell = threading.Timer(0.5, theirs.release), lock.tell_once
-    monkeypatch.setattr(lock, "tell_once", lambda line: (tell(line), later.start()))
+    later, tell = threading.Timer(0.5, theirs.release), measure_device.tell_once
     monkeypatch.setattr(measure_device, "tell_once", lambda line: (tell(line), later.start()))
     with device_lock(DEVICE):
         assert not theirs.acquire(0)

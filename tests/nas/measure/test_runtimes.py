@@ -296,7 +296,7 @@ def test_cpus_with_bf16(cpuinfo: str | None, able: bool, tmp_path: Path, monkeyp
 @pytest.mark.parametrize("name", ["torch", "torch.compile", "openvino"])
 def test_bf16_is_not_emulated(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("eager", "openvino"):
-        monkeypatch.setattr(f"nas.measure.{module}.no_bf16", lambda: "this CPU shows no bf16")
+        monkeypatch.setattr(f"nas.measure.runtimes.{module}.no_bf16", lambda: "this CPU shows no bf16")
     with pytest.raises(UserError, match="this CPU shows no bf16"):
         check_settings(Settings(name, precision="bf16"))
 
