@@ -76,4 +76,4 @@ def test_a_job_tells_and_records(job: tuple[PruneJob, list[str]]) -> None:
     assert job.state.notes[0] == "something odd"
     job.data = job.evaluated = job.calibration = data
     job.evaluated = job.calibration = data.val
-    assert job.describe_data()["class_names"] == ["a", "b"]
+    assert job.describe_data().class_names == ["a", "b"]
