@@ -10,7 +10,7 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
 
 
-_SECRETS = [  # what precedes a password in a URL, and the password
+SECRETS = [  # what precedes a password in a URL, and the password
     re.compile(r"(://[^:@/?]*:)(.*)(?=@)"),
     re.compile(r"((?i:password|passwd|pwd)=)([^&]*)"),
 ]
@@ -18,6 +18,6 @@ _SECRETS = [  # what precedes a password in a URL, and the password
 
 def mask_url(url: str) -> str:
     """`url` with its password, in the authority or in a query parameter, replaced by ***."""
-    for secret in _SECRETS:
+    for secret in SECRETS:
         url = secret.sub(r"\1***", url)
     return url

@@ -48,7 +48,7 @@ def bench(
         typer.Option(help="CPU threads; repeatable.  [default: the physical cores this process may use]"),
     ] = None,
     throughput_at: Annotated[
-        int | None, typer.Option(help="Batch size to tell the throughput of.  [default: that of the latency]")
+        int | None, typer.Option(help="Batch size to measure the throughput at.  [default: that of the latency]")
     ] = None,
     shape: Annotated[
         list[str] | None,
@@ -72,7 +72,7 @@ def bench(
             help="Time for a network to load and warm up, and for each of its rounds: 90s, 10m.  [default: 10m]"
         ),
     ] = None,
-    csv: Annotated[Path | None, typer.Option(help="Write the table here.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="CSV file to write the table to.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the latencies: a .png, .svg or .pdf.")] = None,
     as_json: Json = False,
     verbose: Verbose = False,

@@ -16,7 +16,7 @@ DEFAULT_RUNTIME = "[default: onnxruntime on cpu, torch on cuda]"
 RuntimeName = Annotated[str | None, typer.Option(help=f"{RUNTIMES}.  {DEFAULT_RUNTIME}")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads.  [default: the physical cores this process may use]")]
 TrainThreads = Annotated[
-    int | None, typer.Option(help="CPU threads of trainings.  [default: the CPUs that nobody else uses, as it goes]")
+    int | None, typer.Option(help="CPU threads of trainings.  [default: the CPUs that are idle, adjusted every 20 s]")
 ]
 BatchSize = Annotated[int, typer.Option(help="Images per inference.")]
 PRECISIONS = "fp32, tf32, bf16, fp16 or int8, as the runtime can"
@@ -43,9 +43,7 @@ def be_verbose(verbose: bool) -> bool:
 
 Verbose = Annotated[
     bool,
-    typer.Option(
-        "--verbose", "-v", help="Tell where the time goes, and tracebacks of what fails.", callback=be_verbose
-    ),
+    typer.Option("--verbose", "-v", help="Show where the time goes, and tracebacks of errors.", callback=be_verbose),
 ]
 
 
@@ -56,7 +54,7 @@ def be_quiet(quiet: bool) -> bool:
     return quiet
 
 
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Tell results and errors only.", callback=be_quiet)]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.", callback=be_quiet)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 Model = Annotated[str, typer.Argument(help="A published name, an arch.json, or a run's folder.")]
 

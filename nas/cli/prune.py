@@ -47,7 +47,7 @@ def prune(
     reallocate: Annotated[
         bool, typer.Option("--reallocate/--no-reallocate", help="Widen what matters with what is saved elsewhere.")
     ] = True,
-    axes: Annotated[str, typer.Option(help="What may change.")] = "ffn,qk,v,heads,embed,blocks",
+    axes: Annotated[str, typer.Option(help="Axes that may change.")] = "ffn,qk,v,heads,embed,blocks",
     criterion: Annotated[
         str, typer.Option(help="Importance: taylor, taylor2, magnitude, random or torch-pruning.")
     ] = "taylor",

@@ -57,9 +57,7 @@ def search(
     ] = None,
     trials: Annotated[
         int | None,
-        typer.Option(
-            help="Trials the study shall hold in all, those of earlier runs included.  [default: 100; 40 with --data]"
-        ),
+        typer.Option(help="Total number of trials, earlier runs included.  [default: 100; 40 with --data]"),
     ] = None,
     timeout: Annotated[str | None, typer.Option(help="Start no trial after this time: 90s, 10m, 1h.")] = None,
     study: Annotated[
@@ -71,7 +69,7 @@ def search(
     runtime: RuntimeName = None,
     precision: Precision = "fp32",
     throughput_at: Annotated[
-        int | None, typer.Option(help="Batch size whose throughput is searched for.  [default: that of the latency]")
+        int | None, typer.Option(help="Batch size whose throughput is maximised too.  [default: that of the latency]")
     ] = None,
     against: Annotated[
         list[str] | None,
@@ -79,9 +77,7 @@ def search(
             help="Network to measure beside the result: a published name, an arch.json, timm/NAME; repeatable."
         ),
     ] = None,
-    no_cache: Annotated[
-        bool, typer.Option("--no-cache", help="Measure anew what was measured on this machine before.")
-    ] = False,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Ignore cached latencies.")] = False,
     sampler: Annotated[
         str, typer.Option(help="auto, gp, tpe, nsga2 or random. With --data, auto is the tier's own surrogate.")
     ] = "auto",
@@ -95,17 +91,15 @@ def search(
     resolution: Annotated[
         int | None, typer.Option(help="Input resolution of all networks, in px.  [default: it is searched]")
     ] = None,
-    train_images: Annotated[
-        int, typer.Option(help="Images of --data that candidates are trained on at most.")
-    ] = 10_000,
+    train_images: Annotated[int, typer.Option(help="Most images of --data that candidates are trained on.")] = 10_000,
     epochs: Annotated[
-        int | None, typer.Option(help="Epochs a candidate is trained at most.  [default: 9; inherit 3, supernet 30]")
+        int | None, typer.Option(help="Most epochs that a candidate is trained.  [default: 9; inherit 3, supernet 30]")
     ] = None,
-    final_epochs: Annotated[int, typer.Option(help="Epochs of the trainings at the end.")] = 30,
-    seeds: Annotated[int, typer.Option(help="Seeds of the trainings at the end.")] = 3,
+    final_epochs: Annotated[int, typer.Option(help="Epochs of the final trainings.")] = 30,
+    seeds: Annotated[int, typer.Option(help="Number of seeds of the final trainings.")] = 3,
     train_threads: TrainThreads = None,
     validate: Annotated[
-        int, typer.Option(help="Train so many held-out networks fully, to measure how well the tier ranks; 0: none.")
+        int, typer.Option(help="Held-out networks to train fully, to measure how well the tier ranks; 0: none.")
     ] = 0,
     as_json: Json = False,
     verbose: Verbose = False,

@@ -59,7 +59,7 @@ def train(
         str | None, typer.Option(help="For EViT: a trained DeiT of its depth that lends weights and chooses tokens.")
     ] = None,
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16 (autocast).")] = "fp32",
-    accumulate: Annotated[int, typer.Option(help="Parts in which an update's images come.")] = 1,
+    accumulate: Annotated[int, typer.Option(help="Parts that the images of an update are split into.")] = 1,
     compiled: Annotated[bool, typer.Option("--compile", help="Use torch.compile.")] = False,
     workers: Annotated[
         int | None, typer.Option(help="Processes that decode images.  [default: 0 on cpu, else up to 8]")
@@ -72,7 +72,7 @@ def train(
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train a network on images; the accuracy told is that of the last epoch's weights, never of the best one.
+    """Train a network on images; the accuracy is that of the last epoch's weights, not of the best epoch's.
 
     A run's folder begins with its own weights. The same command continues an interrupted training where it was.
 

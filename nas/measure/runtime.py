@@ -36,23 +36,24 @@ Load = Callable[[Path, Settings], Infer]
 
 @dataclass(frozen=True)
 class Runtime:
-    """Something that runs networks.
-
-    precisions: those it has on each device. artifact: the file it loads, "onnx" (one static input, the batch included)
-    or "module" (a JSON document, see `module.py`). package: what Python imports. extra: the pip extra that brings it;
-    None for what vitnas itself needs. load(path, settings): a function that does one inference on fixed random images,
-    done when it returns, and returns the logits. check(settings): a line on what this machine lacks for them, or None.
-    patience_s: in which a network is loaded and measured, or has failed.
-    """
+    """Something that runs networks."""
 
     name: str
     precisions: Mapping[str, tuple[str, ...]]
+    """Those it has on each device."""
     artifact: Literal["onnx", "module"]
+    """The file it loads: "onnx" (one static input, the batch included), or "module" (the JSON of `networks.build`)."""
     package: str
+    """What Python imports."""
     load: Load
+    """(path, settings): a function that does one inference on fixed random images, done when it returns, and returns
+    the logits."""
     extra: str | None = None
+    """The pip extra that brings it; None for what vitnas itself needs."""
     patience_s: float = 60
+    """Time in which a network is loaded and measured, or has failed."""
     check: Callable[[Settings], str | None] = lambda settings: None
+    """(settings): a line on what this machine lacks for them, or None."""
 
     @property
     def devices(self) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 from nas.errors import DiskFull, UserError, is_full
-from nas.text import _SECRETS, mask_url
+from nas.text import SECRETS, mask_url
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,7 +33,7 @@ def driver_reason(error: Exception, storage: str | Path) -> str:
     """A driver's error in one line without the password of `storage`."""
     cause = error.__cause__ or error
     text = str(getattr(cause, "orig", None) or cause).strip() or type(cause).__name__
-    passwords = [found for secret in _SECRETS for _, found in secret.findall(str(storage)) if found]
+    passwords = [found for secret in SECRETS for _, found in secret.findall(str(storage)) if found]
     for form in (*passwords, *map(unquote, passwords)):
         text = text.replace(form, "***")
     return text.splitlines()[0]
