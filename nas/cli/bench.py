@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -124,15 +124,22 @@ def bench(
         )
         run_suite(suite, settings, rounds, csv, as_json, quiet)
         return
-    asked = list(itertools.product(runtime or [None], precision or ["fp32"], batch_size or [1], threads or [None]))
-    settings = [settings_for(run, device, thread, batch, kind) for run, kind, batch, thread in asked]
+    every = [
+        settings_for(run, device, thread, batch, kind)
+        for run, kind, batch, thread in itertools.product(
+            cast("list[str | None]", runtime) or [None],
+            precision or ["fp32"],
+            batch_size or [1],
+            cast("list[int | None]", threads) or [None],
+        )
+    ]
     if csv:
         check_output("--csv", csv)
     if plot:
         check_output("--plot", plot, PLOTS)
     request = BenchRequest(
         targets=[find_target(model, resolution) for model in models or ()],
-        settings=list(dict.fromkeys(settings)),
+        settings=list(dict.fromkeys(every)),
         rounds=rounds,
         own_batch=not batch_size,
         throughput_at=throughput_at,
@@ -143,7 +150,7 @@ def bench(
     request.check()
     planned = plan(request)
     with device_lock(device):  # what another vitnas does there is not this machine's load
-        hardware = describe(max(settings, key=lambda each: each.threads))
+        hardware = describe(max(every, key=lambda each: each.threads))
     with watch_phases(quiet) as (progress, say):
         found = run_bench(request, progress, say, planned)
     waiting = any(row.waiting for row in found.rows)

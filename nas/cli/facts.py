@@ -153,7 +153,9 @@ def _of_folder(target: Target) -> Facts:
     from nas.quality.prior import PriorTier
     from search_spaces import table
 
-    folder, arch, trained = target.folder, target.arch, target.as_trained().weights is not None
+    folder, trained = target.folder, target.as_trained().weights is not None
+    arch = target.arch
+    assert arch is not None, "of an Arch only"
     card = Card.read(folder) if folder and (folder / "arch.json").is_file() else Card()
     if target.own is not None:  # what is known holds at the resolution of the weights
         card = Card(classes=card.classes)
@@ -174,7 +176,7 @@ def _of_folder(target: Target) -> Facts:
         if target.own is None and pruned.latency:
             found["latency"] = pruned.latency.model_dump()
     searched = None
-    if found["kind"] == "search" and not trained and target.own is None:
+    if folder and found["kind"] == "search" and not trained and target.own is None:
         searched = _read(folder.parent / "result.json", Searched)
     if searched and searched.winner:
         found["data"] = searched.data and searched.data.name

@@ -65,7 +65,8 @@ class Forecast:
     def __init__(self, plan: Plan, now: Callable[[], float] = time.monotonic) -> None:
         self._plan, self._now, self._begun = plan, now, now()
         self._pace = Pace(now)
-        self._trials_left, self._trial_s, self._measuring_s = plan.trials, None, 0.0
+        self._trials_left, self._measuring_s = plan.trials, 0.0
+        self._trial_s: float | None = None
         self._trial_began = now()
         self._closing: tuple[float, float] | None = None  # when it began, seconds left as of its own pace
         self._networks: list[str] = []
@@ -103,20 +104,22 @@ class Forecast:
 
     def left_s(self) -> float | None:
         """Seconds; None where nothing can be said yet."""
-        if self._trials_left and self._trial_s is None:
-            return None
         plan, now = self._plan, self._now()
         trials = 0.0
         if self._trials_left:
+            if self._trial_s is None:
+                return None
             current = max(0.0, self._trial_s - (now - self._trial_began))
             trials = (self._trials_left - 1) * self._trial_s + current
             if plan.timeout_s is not None:
                 trials = min(trials, max(0.0, self._begun + plan.timeout_s - now) + current)
         images = plan.final_images * plan.seeds * plan.networks - self._trained
         images += max(0.0, plan.validation_images * plan.validated - self._validated - self._validating)
-        if images > 0 and self._pace.images_per_s is None:
-            return None
-        training = images / self._pace.images_per_s if images > 0 else 0.0
+        training = 0.0
+        if images > 0:
+            if self._pace.images_per_s is None:
+                return None
+            training = images / self._pace.images_per_s
         return trials + (self._closing_s() if self._closing is None else self._closing[1]) + training
 
     def _closing_s(self) -> float:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -153,7 +153,11 @@ def drawn(line: Line, width: int) -> Table:
     """A line with its bar."""
     what, bar, rest = line.fitted(width)
     grid = Table.grid(padding=(0, 1, 0, 0))
-    row = [(what, len(what)), (ProgressBar(line.total, line.done, width=bar), bar), (rest, len(rest))]
+    row: list[tuple[RenderableType, int]] = [
+        (what, len(what)),
+        (ProgressBar(line.total, line.done, width=bar), bar),
+        (rest, len(rest)),
+    ]
     shown = [(content, columns) for content, columns in row if columns]
     for _, columns in shown:
         grid.add_column(width=columns, no_wrap=True)

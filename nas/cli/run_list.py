@@ -149,9 +149,11 @@ def search_row(folder: Path) -> Row | None:
         told = SearchResult.model_validate(read(result))
         best = "nothing fits"
         if winner := told.winner:
-            known = winner.top1 is not None
-            figure = f"{winner.top1:.1f}% top-1" if known else f"score {told_score(winner.quality):.1f}"
-            best = f"{winner.label} ({winner.family}), {winner.latency_ms:.2f} ms, {figure}"
+            best = f"{winner.label} ({winner.family}), {winner.latency_ms:.2f} ms"
+            if winner.top1 is not None:
+                best += f", {winner.top1:.1f}% top-1"
+            elif winner.quality is not None:
+                best += f", score {told_score(winner.quality):.1f}"
         ended = "interrupted" if told.interrupted else "failed in part" if told.failures else "finished"
         return {"kind": "search", "budget": f"{told.budget_ms:g} ms", "best": best, "state": state(folder, ended)}
     if journal.is_file():
