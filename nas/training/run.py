@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -107,6 +108,8 @@ class TrainingRun:
             raise
         result = None if self.rank else self.folder.write(training, self._val, error, self._note)
         agreed(True)  # torchrun ends all processes when one has failed: the others wait until the first has written
+        if self.rank and error is not None:
+            sys.exit(1)
         return result
 
     def _finished(self) -> TrainResult:

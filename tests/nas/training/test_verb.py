@@ -24,6 +24,7 @@ import nas.data.dataset
 import nas.export.onnx
 import nas.training.engine
 import nas.training.evaluation
+import nas.training.run
 import nas.training.updater
 from nas.cli.app import main
 from nas.data.batches import loader
@@ -383,6 +384,19 @@ def test_a_finished_training_writes_again_what_was_lost(vitnas, deit, tmp_path, 
     code, text, err = vitnas(*args)
     assert (code, text) == (2, "")
     assert "model.safetensors: the trained weights are lost" in err.splitlines()[-1]
+
+
+@pytest.mark.usefixtures("few")
+def test_of_a_failed_training_all_processes_exit_with_1(vitnas, deit, tmp_path, monkeypatch):
+    monkeypatch.setattr(nas.training.run, "ranks", lambda: (1, 2))
+
+    def fail(run, training):
+        raise TrainingError("the loss is nan")
+
+    monkeypatch.setattr(nas.training.run.TrainingRun, "_epochs", fail)
+    code, out, err = vitnas("train", deit, "--out", str(tmp_path / "out"), *ARGS)
+    assert (code, out) == (1, "")
+    assert "nan" not in err
 
 
 @pytest.mark.usefixtures("few")
