@@ -78,7 +78,8 @@ class Job:
             known = self.state.options.get(key)
             if known != value and key not in NAMED:
                 hint = (hints or {}).get(key, "")
-                raise UserError(f"{folder} holds another run ({key} {known}, not {value}): give another --out{hint}")
+                now_given = "now not given" if value is None else f"not {value}"
+                raise UserError(f"{folder} holds another run ({key} {known}, {now_given}): give another --out{hint}")
 
     def agree(self, inputs: dict[str, str | None]) -> None:
         """Go on only with the inputs that the run was begun with; see `identity`.

@@ -192,6 +192,9 @@ def _label(
     offset: dict[str, Any] = {"xytext": (6, -4), "textcoords": "offset points", **halo}
     edge = (budget, axes.get_ylim()[1])
     budget_label = axes.annotate(f"budget {budget:g} ms", edge, va="top", color=INK, fontsize=11, **offset)
+    if budget_label.get_window_extent().x1 > axes.bbox.x1:
+        budget_label.set_horizontalalignment("right")
+        budget_label.xyann = (-6, -4)
     taken = [text.get_window_extent() for text in [budget_label, *axes.texts]]
 
     def cost(box: Bbox) -> int:

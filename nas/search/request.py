@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,6 +69,11 @@ class SearchRequest:
     def __post_init__(self) -> None:
         from search_spaces.registry import FAMILIES
 
+        if not isinstance(self.budget_ms, Real) or not 0 < self.budget_ms < math.inf:
+            raise UserError(f"budget_ms is {self.budget_ms!r}: give a number of milliseconds above 0")
+        for name in self.families:
+            if name not in FAMILIES:
+                raise UserError(f"unknown family {name!r}: choose from {', '.join(FAMILIES)}")
         if not self.families:
             object.__setattr__(self, "families", tuple(FAMILIES))
         if self.quality == "auto":

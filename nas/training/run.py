@@ -15,6 +15,7 @@ from nas.job import Job, Progress, Say
 from nas.training.folder import WEIGHTS, TrainFolder
 from nas.training.inputs import digests_of, first_network, lend_oracle, open_inputs, open_teacher
 from nas.training.processes import agreed, processes, ranks
+from nas.training.request import check_device
 from nas.training.result import RESULT, Epoch, TrainResult
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ def train(
     """
     from search_spaces import ArchError
 
+    request.check()
+    check_device(request.device)
     with processes(request.device) as device, ExitStack() as locks:
         try:
             return TrainingRun(request, device, command, say, progress, locks).run()

@@ -50,6 +50,7 @@ def test_every_name_is_there() -> None:
     assert set(vitnas.__all__) == set(vitnas.HOMES)
     for name in vitnas.__all__:
         assert getattr(vitnas, name).__name__ == name
+    assert set(dir(vitnas)) >= set(vitnas.__all__)
     with pytest.raises(AttributeError, match="no attribute 'serch'"):
         vitnas.serch  # noqa: B018
 
@@ -57,6 +58,16 @@ def test_every_name_is_there() -> None:
 def test_importing_it_loads_no_pytorch() -> None:
     code = "import sys, vitnas; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=PAGE.parents[2])
+
+
+@pytest.mark.parametrize(
+    ("epochs", "device", "message"), [(0, "cpu", "--epochs is 0"), (1, "tpu", "choose cpu or cuda")]
+)
+def test_training_checks_its_request(tmp_path: Path, epochs: int, device: str, message: str) -> None:
+    recipe = vitnas.choose_recipe("quick", epochs=epochs)
+    with pytest.raises(vitnas.UserError, match=message):
+        vitnas.train(vitnas.TrainRequest("shvit_s1", recipe, device, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_examples_run(

@@ -456,18 +456,20 @@ def test_files_are_replaced_whole(tmp_path: Path, fill_disk: Callable[[], None])
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == after
 
 
-@pytest.mark.parametrize("count", [1, 100, 500])
-def test_labels_in_the_plot_do_not_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+@pytest.mark.parametrize(("count", "budget"), [(1, 3.0), (100, 3.0), (500, 3.0), (1, 20.0)])
+def test_labels_in_the_plot_do_not_overlap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, budget: float
+) -> None:
     from matplotlib.figure import Figure
 
     figures = []
     savefig = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), savefig(self, *a, **k))[1])
-    write_run(tmp_path, outcome_of(invent(count, 3.0)))
+    write_run(tmp_path, outcome_of(invent(count, budget)))
     texts = figures[0].axes[0].texts
     words = [text.get_text() for text in texts]
     assert any(word.startswith("winner: ") for word in words)
-    assert "budget 3 ms" in words
+    assert f"budget {budget:g} ms" in words
     if count > 1:
         assert {"levit_128s", "shvit_s1", "efficientvit_m0"} <= {word.removeprefix("winner: ") for word in words}
     boxes = [text.get_window_extent() for text in texts]

@@ -99,6 +99,9 @@ def test_a_study_of_an_earlier_version_goes_on(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"budget_ms": 0.0}, "budget_ms is 0.0: give a number of milliseconds above 0"),
+        ({"budget_ms": "2ms"}, "budget_ms is '2ms': give a number"),
+        ({"families": ("vgg",)}, "unknown family 'vgg': choose from .*shvit"),
         ({"trials": 0}, "--trials is 0: give 1 or more"),
         ({"num_classes": 0}, "--num-classes is 0: give 1 to 100000"),
         ({"num_classes": 100_001}, "--num-classes is 100001"),
