@@ -42,10 +42,12 @@ def bench(
 
     Raises:
         KeyboardInterrupt: there were none.
-        UserError: as `plan`, or calibration images that cannot be had or that nothing uses; nothing has been measured
-            then.
+        UserError: as `BenchRequest.check` and `plan`, or calibration images that cannot be had or that nothing uses;
+            nothing has been measured then.
     """
-    planned = planned or plan(request)
+    if planned is None:
+        request.check()
+        planned = plan(request)
     notes = [
         f"{label} is named more than once: measured once."
         for label in planned.targets

@@ -54,7 +54,7 @@ def tell_version(asked: bool) -> None:
 @app.callback()
 def common(
     version: Annotated[
-        bool, typer.Option("--version", help="Tell the versions and exit.", callback=tell_version, is_eager=True)
+        bool, typer.Option("--version", help="Show the versions and exit.", callback=tell_version, is_eager=True)
     ] = False,
 ) -> None:
     """Find the vision transformer for your device, under a latency budget measured on it."""

@@ -81,7 +81,7 @@ def save_weights(model: nn.Module, path: Path, metadata: dict[str, str] | None =
 
 
 def export(
-    network: str, folder: Path, weights: str | None = None, num_classes: int | None = None, batch_size: int = 1
+    network: str, folder: Path | str, weights: str | None = None, num_classes: int | None = None, batch_size: int = 1
 ) -> str:
     """Write a network's folder: arch.json, model.onnx and, where there are weights, model.safetensors.
 
@@ -101,7 +101,7 @@ def export(
         raise UserError(f"--batch-size is {batch_size}: give 1 or more")
     arch = find_arch(network)
     given = weights or find_target(network).weights
-    return export_folder(arch, folder, str(given) if given else None, num_classes, batch_size)
+    return export_folder(arch, Path(folder), str(given) if given else None, num_classes, batch_size)
 
 
 def export_folder(arch: Arch, folder: Path, weights: str | None, num_classes: int | None, batch_size: int) -> str:

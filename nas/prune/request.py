@@ -88,6 +88,9 @@ class PruneRequest:
     seed: int = 0
     """Of splits, samples and training."""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "folder", Path(self.folder))
+
     def identity(self) -> dict[str, JsonValue]:
         """What must be equal for a run to go on, as JSON holds it."""
         found: dict[str, JsonValue] = asdict(self) | {"kinds": list(self.kinds), "data": self.data or None}

@@ -74,6 +74,7 @@ class SearchRequest:
         for name in self.families:
             if name not in FAMILIES:
                 raise UserError(f"unknown family {name!r}: choose from {', '.join(FAMILIES)}")
+        object.__setattr__(self, "out", Path(self.out))
         if not self.families:
             object.__setattr__(self, "families", tuple(FAMILIES))
         if self.quality == "auto":

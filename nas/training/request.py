@@ -57,6 +57,9 @@ class TrainRequest:
     seed: int = 0
     """Of splits, weights and the training."""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "folder", Path(self.folder))
+
     def identity(self) -> dict[str, Any]:
         """What must be equal for a training to go on."""
         found = asdict(self)

@@ -55,6 +55,19 @@ def test_every_name_is_there() -> None:
         vitnas.serch  # noqa: B018
 
 
+def test_a_bench_checks_its_request() -> None:
+    with pytest.raises(vitnas.UserError, match="name the networks to measure"):
+        vitnas.bench(vitnas.BenchRequest([], [vitnas.Settings()]))
+
+
+def test_a_folder_may_be_text() -> None:
+    recipe = vitnas.choose_recipe("quick")
+    budget = vitnas.parse_pruning_budget(macs="0.5x")
+    assert vitnas.TrainRequest("shvit_s1", recipe, "cpu", "runs/a").folder == Path("runs/a")
+    assert vitnas.PruneRequest("shvit_s1", budget, vitnas.Settings(), "runs/a").folder == Path("runs/a")
+    assert vitnas.SearchRequest(2.0, study="a", out="runs").folder == Path("runs/a")
+
+
 def test_importing_it_loads_no_pytorch() -> None:
     code = "import sys, vitnas; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=PAGE.parents[2])
