@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 from nas.intervals import Interval
 
@@ -35,9 +35,12 @@ class TrainingRecord:
     seconds: float | None = None
     """Duration of the training; None where none was made."""
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """The record as JSON; JSON's keys are strings."""
-        kept = {"features": list(self.features), "rungs": {str(epochs): top1 for epochs, top1 in self.rungs.items()}}
+        kept: dict[str, object] = {
+            "features": list(self.features),
+            "rungs": {str(epochs): top1 for epochs, top1 in self.rungs.items()},
+        }
         return kept if self.seconds is None else kept | {"seconds": self.seconds}
 
     @classmethod
@@ -74,7 +77,7 @@ class Estimate:
         possible = min(max(value, 0.0), 100.0)
         return cls(possible, interval.clipped(), possible - error)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """The estimate as a trial and its row keep it, without the training."""
         ci = [self.interval.low, self.interval.high]
         return {"quality_estimate": self.value, "quality_ci": ci, "quality_how": self.how}

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nas.errors import UserError
 from nas.files import replace_file, unwritable
@@ -43,7 +43,7 @@ def withdraw(study: optuna.Study, folder: Path) -> None:
         folder.rmdir()
 
 
-def training_inputs(folder: Path, agreed: Mapping[str, Any]) -> str:
+def training_inputs(folder: Path, agreed: Mapping[str, object]) -> str:
     """What a folder's trainings depend on, for its `TRAINING_INPUTS`: they are found there by their networks alone.
 
     Raises:
@@ -83,7 +83,7 @@ def make_folder(folder: Path) -> bool:
         raise unwritable(folder, error) from None
 
 
-def write_hardware(folder: Path, settings: Settings) -> Mapping[str, Any]:
+def write_hardware(folder: Path, settings: Settings) -> Mapping[str, object]:
     """Describe the measured machine, as it is now, in a run folder's hardware.json; returns the description."""
     from nas.measure.hardware import describe
 

@@ -99,7 +99,7 @@ class TrialLatency:
         )
 
     @classmethod
-    def read(cls, detail: Mapping[str, Any]) -> Self:
+    def read(cls, detail: Mapping[str, object]) -> Self:
         """From a told trial's detail."""
         kept: dict[str, Any] = {field.name: detail.get(field.name) for field in fields(cls)}
         return cls(**kept)

@@ -157,6 +157,6 @@ def measure_one(tier: TrainedTier, arch: Arch) -> ValidatedNetwork:
         predicted=untrained.value,
         first_rung=tier.early(arch, counts, training_record.rungs).value,
         last_rung=estimate.value,
-        rungs=training_record.to_json()["rungs"],
+        rungs={str(epochs): top1 for epochs, top1 in training_record.rungs.items()},
         top1=found.top1,
     )
