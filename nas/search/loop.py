@@ -59,6 +59,7 @@ def search(
     """Run trials until the study holds `request.trials`, the time is up, or Ctrl-C.
 
     Args:
+        request: checked (`SearchRequest.check`).
         progress: called after each trial.
         say: called with each line to show.
         phase: called with what goes on inside a trial, how much of it is done and its total, 0 where it is not counted.
@@ -68,11 +69,9 @@ def search(
         The study, and what happened in this process.
 
     Raises:
-        UserError: settings this machine cannot measure, a folder or storage that cannot be used, a study that
-            disagrees with this request.
+        UserError: a folder or storage that cannot be used, a study that disagrees with this request.
         KeyboardInterrupt: before the first trial could start.
     """
-    request.check()
     return _Search(request, progress, say, phase, data).run()
 
 
