@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,6 +18,14 @@ FULL_WORDS = ("No space left on device", "disk is full", "Disk quota exceeded", 
 
 class UserError(Exception):
     """Bad input or environment: one line that says what is wrong and what would be right."""
+
+
+def unknown(what: str, name: str, choices: Iterable[str]) -> UserError:
+    """The error of a name that is none of the choices."""
+    known = list(choices)
+    near = difflib.get_close_matches(name, known, n=2, cutoff=0.4)
+    meant = f"did you mean {' or '.join(near)}? Choose" if near else "choose"
+    return UserError(f"unknown {what} {name!r}: {meant} from {', '.join(known)}")
 
 
 class TrainingError(UserError):

@@ -102,7 +102,7 @@ def top1_words(top1: float, ci: Sequence[float], images: int, seeds: int | None 
 def guessing(ci: Sequence[float], classes: int) -> str | None:
     """What to say of an accuracy whose interval reaches down to that of guessing, one in `classes`."""
     chance = 100 / classes
-    return f"no better than guessing is shown: {chance:.1f}% among {classes} classes" if ci[0] <= chance else None
+    return f"not shown to be better than guessing: {chance:.1f}% among {classes} classes" if ci[0] <= chance else None
 
 
 def agreement(first: Sequence[Sequence[bool]], second: Sequence[Sequence[bool]]) -> float:

@@ -72,7 +72,7 @@ class Job:
             self.state = TypeAdapter(State).validate_python(json.loads(path.read_text()))
         except (ValueError, RecursionError):
             raise UserError(
-                f"{path} is damaged or not vitnas's: give another --out, or remove it to begin anew"
+                f"{path} is damaged or not vitnas's: give another --out, or remove it to start again"
             ) from None
         for key, value in options.items():
             known = self.state.options.get(key)
@@ -116,7 +116,7 @@ class Job:
             found: dict[str, Any] = json.loads(self.result.read_text())
             return {name: found[name] for name in names} | found
         except (ValueError, TypeError, KeyError, RecursionError):
-            raise UserError(f"{self.result} is damaged: give another --out to begin anew") from None
+            raise UserError(f"{self.result} is damaged: give another --out to start again") from None
 
     def make_folder(self) -> None:
         try:

@@ -162,7 +162,7 @@ class Worker:
         self._write(_line({"method": method, "args": args}))
 
     def receive(self, timeout_s: float, told: Callable[..., None] | None = None) -> dict[str, Any]:
-        """Second half of `call`. told: called with what the method tells meanwhile (`tell`); timeout_s starts anew.
+        """Second half of `call`. told: called with what the method tells meanwhile (`tell`); timeout_s starts again.
 
         Raises DiskFull where that is what the method met.
         """

@@ -146,7 +146,7 @@ def prune_outside(
             entropy. Not called for criteria without gradients.
         multiple_of: widths become multiples of this and at least this (head dims are counted per head); a width
             already at or below it stays.
-        rounds: scores are computed anew in each; the MACs to cut are shared evenly among them.
+        rounds: scores are computed again in each; the MACs to cut are shared evenly among them.
         time_limit_s: for the probe in a child process, interpreter and imports included.
         progress: called after each round with (round, rounds, MACs).
 

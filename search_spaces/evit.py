@@ -162,7 +162,7 @@ class Evit(Network):
     """(B, 3, R, R) -> (B, classes).
 
     In eval mode tokens are kept at the Arch's rates, in training as far towards them as `keep_progress` says
-    (published: (epoch - 10) / 100, set anew each iteration).
+    (published: (epoch - 10) / 100, set in each iteration).
     """
 
     keep_progress: float

@@ -81,9 +81,9 @@ def bench(
     """Measure networks side by side, in every combination of runtimes, precisions, batch sizes and threads.
 
     All in one interleaved run; ratios are to the first row. --json prints results (with their resolution and
-    throughput_batch), failed (with their error), hardware and notes. Ctrl-C tells the rounds made until then.
+    throughput_batch), failed (with their error), hardware and notes. After Ctrl-C they are of the rounds made so far.
 
-    Exit codes: 0 all were measured, 2 bad input, or some could not be measured (the others are told), 130 Ctrl-C.
+    Exit codes: 0 all were measured, 2 bad input, or some could not be measured (the others are shown), 130 Ctrl-C.
     """
     import itertools
     from dataclasses import replace

@@ -21,7 +21,7 @@ from nas.cli.options import (
     Verbose,
     command_line,
 )
-from nas.errors import UserError
+from nas.errors import UserError, unknown
 
 app = typer.Typer()
 
@@ -91,9 +91,11 @@ def search(
     resolution: Annotated[
         int | None, typer.Option(help="Input resolution of all networks, in px.  [default: it is searched]")
     ] = None,
-    train_images: Annotated[int, typer.Option(help="Most images of --data that candidates are trained on.")] = 10_000,
+    train_images: Annotated[
+        int, typer.Option(help="Maximum number of images of --data to train candidates on.")
+    ] = 10_000,
     epochs: Annotated[
-        int | None, typer.Option(help="Most epochs that a candidate is trained.  [default: 9; inherit 3, supernet 30]")
+        int | None, typer.Option(help="Maximum number of epochs of a candidate.  [default: 9; inherit 3, supernet 30]")
     ] = None,
     final_epochs: Annotated[int, typer.Option(help="Epochs of the final trainings.")] = 30,
     seeds: Annotated[int, typer.Option(help="Number of seeds of the final trainings.")] = 3,
@@ -210,13 +212,9 @@ def inheriting(parent: str | None, families: tuple[str, ...], named: list[str] |
 
 def families_of(names: list[str] | None) -> tuple[str, ...]:
     """Checked family names, in the registry's order."""
-    import difflib
-
     from search_spaces.registry import FAMILIES
 
     for name in names or ():
         if name not in FAMILIES:
-            near = difflib.get_close_matches(name, FAMILIES, n=2, cutoff=0.4)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(FAMILIES)}"
-            raise UserError(f"unknown family {name!r}: {hint}")
+            raise unknown("family", name, FAMILIES)
     return tuple(name for name in FAMILIES if not names or name in names)

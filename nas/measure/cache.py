@@ -153,7 +153,7 @@ def opened(settings: Settings) -> Iterator[Cache]:
         if is_full(error):
             raise DiskFull(path.parent, error=error) from None
         damaged = not isinstance(error, sqlite3.OperationalError)
-        raise UserError(f"{path}: {error}{': remove it, and latencies are measured anew' * damaged}") from None
+        raise UserError(f"{path}: {error}{': remove it, and latencies are measured again' * damaged}") from None
 
 
 def known(arch: Arch, settings: Settings) -> tuple[str, Measurement] | None:

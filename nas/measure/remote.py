@@ -2,7 +2,7 @@
 
 There has to be Python 3.11 and the runtime; vitnas' own modules are sent along. One connection per machine serves all
 that is asked of it here. It ends with this process, and with it everything that was started on the other machine. A
-connection that is lost in the middle of a measurement is a `LinkLost`; whatever is asked next connects anew.
+connection that is lost in the middle of a measurement is a `LinkLost`; whatever is asked next connects again.
 
 VITNAS_SSH: the ssh command, for options of its own ("ssh -F config"). VITNAS_REMOTE_PYTHON: the Python of the other
 machine, python3 by default; a path is absolute or starts in the user's home ("venv/bin/python").
@@ -355,7 +355,7 @@ class RemoteMeasurer:
         self._stack.close()
 
     def prepare(self) -> None:
-        with contextlib.suppress(LinkLost):  # measure() connects anew
+        with contextlib.suppress(LinkLost):  # measure() connects again
             if self._connection and self._connection.alive:
                 self._connection.call("prepare", ASK_S, measurer=self._id)
 

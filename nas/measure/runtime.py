@@ -3,7 +3,6 @@
 One file per runtime (`ort.py`, `eager.py`, ...) registers how it loads a network. Importing them imports no runtime.
 """
 
-import difflib
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Mapping
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from nas.errors import UserError
+from nas.errors import UserError, unknown
 from nas.machine import memory_bytes, usable_cpus
 
 DEVICES = ("cpu", "cuda", "ssh://user@host")
@@ -83,13 +82,17 @@ def register(name: str, **fields: Any) -> Callable[[Load], Load]:
 def check_settings(settings: Settings) -> None:
     """Raises UserError where these settings cannot be measured on this machine."""
     device, precision = settings.device, settings.precision
-    _known("runtime", settings.runtime, list(RUNTIMES))
+    for what, name, choices in (
+        ("runtime", settings.runtime, RUNTIMES),
+        ("device", device, DEVICES),
+        ("precision", precision, PRECISIONS),
+    ):
+        if name not in choices:
+            raise unknown(what, name, choices)
     runtime = RUNTIMES[settings.runtime]
-    _known("device", device, list(DEVICES))
     if device not in runtime.devices:
         able = [r.name for r in RUNTIMES.values() if device in r.devices]
         raise UserError(f"runtime {runtime.name} does not run on {device}: use {' or '.join(able)}")
-    _known("precision", precision, list(PRECISIONS))
     if precision not in runtime.precisions[device]:
         able = [r.name for r in RUNTIMES.values() if precision in r.precisions.get(device, ())]
         raise UserError(
@@ -139,10 +142,3 @@ def _check_batch(batch_size: int) -> None:
             f"batch size is {batch_size}: its images alone take {needed / 1e9:,.1f} GB, "
             f"this machine has {total / 1e9:,.1f} GB of memory"
         )
-
-
-def _known(what: str, name: str, choices: list[str]) -> None:
-    if name not in choices:
-        near = difflib.get_close_matches(name, choices, cutoff=0.4)
-        meant = f"did you mean {' or '.join(near)}" if near else f"choose from {', '.join(choices)}"
-        raise UserError(f"unknown {what} {name!r}: {meant}")

@@ -135,7 +135,7 @@ def _split(text: str) -> tuple[str, int | None]:
     if not at or os.path.lexists(text) or "/" in size or "." in size:
         return text, None
     if not name or not re.fullmatch(r"[1-9]\d{0,5}", size):
-        raise UserError(f"{text}: behind @ stands the resolution in px, as in {name or 'levit_128s'}@64")
+        raise UserError(f"{text}: give the resolution in px after the @, as in {name or 'levit_128s'}@64")
     return name, int(size)
 
 

@@ -109,7 +109,7 @@ class PruneJob(Job):
         try:
             return PruneResult.from_json(found, self.folder)
         except ValueError:
-            raise UserError(f"{self.result} is damaged: give another --out to begin anew") from None
+            raise UserError(f"{self.result} is damaged: give another --out to start again") from None
 
     def describe_data(self) -> ImagesRow:
         """What a report says of the images; broken ones become a note."""

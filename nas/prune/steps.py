@@ -121,7 +121,7 @@ def tune(job: PruneJob, request: PruneRequest, model: nn.Module, dense: nn.Modul
 def tune_control(job: PruneJob, request: PruneRequest, load: Callable[[], nn.Module]) -> None:
     """Give the unpruned network the same fine-tuning as the pruned one, and judge it.
 
-    load: makes the unpruned network anew.
+    load: builds the unpruned network again.
     """
     found = job.state.found
     if not found.get("tuned_images") or "control" in found:

@@ -29,7 +29,7 @@ LR = 1e-3
 BATCH = 64
 HOW = "with shared weights"
 CALIBRATION_IMAGES = 512
-"""Images that BatchNorm's statistics are taken from anew for each candidate."""
+"""Images that BatchNorm's statistics are estimated from, again for each candidate."""
 
 
 class SupernetTier(TrainedTier):

@@ -167,7 +167,7 @@ class TrainedTier(ABC):
 
     @abstractmethod
     def review(self, networks: Sequence[tuple[str, Sequence[float]]]) -> list[Estimate]:
-        """Estimate networks, given by digest and features, anew from all trainings so far."""
+        """Estimate networks, given by digest and features, again from all trainings so far."""
 
     @abstractmethod
     def held_out(self) -> tuple[float, float] | None:

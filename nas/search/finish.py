@@ -294,7 +294,7 @@ def remarks_on_latency(rows: Sequence[Trial]) -> Iterator[str]:
     if cached:
         yield (
             f"{len(cached)} of {len(measured)} trials took their latency from this machine's cache, measured while "
-            "it ran at the same speed (--no-cache measures anew); the closing run is measured now"
+            "it ran at the same speed (--no-cache measures again); the closing run is measured now"
         )
     drifts = [row.reference_drift for row in measured if row.reference_drift is not None]
     drift = statistics.median(drifts) if drifts else 0.0

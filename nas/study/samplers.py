@@ -7,11 +7,10 @@ Optuna (and torch, for the Gaussian process) is imported when a sampler is made 
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from nas.errors import UserError
+from nas.errors import unknown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -42,9 +41,7 @@ def make_sampler(name: str, seed: int | None) -> BaseSampler:
         UserError: there is no sampler of that name.
     """
     if name not in SAMPLERS:
-        near = difflib.get_close_matches(name, SAMPLERS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(SAMPLERS)}"
-        raise UserError(f"unknown sampler {name!r}: {hint}")
+        raise unknown("sampler", name, SAMPLERS)
     quiet_optuna()
     return SAMPLERS[name](seed)
 

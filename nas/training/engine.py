@@ -355,7 +355,7 @@ class Training:
             if out_of_memory(error):
                 raise
             raise UserError(
-                f"{self._file(suffix)} is damaged or no checkpoint of vitnas's: remove it to begin anew"
+                f"{self._file(suffix)} is damaged or no checkpoint of vitnas's: remove it to start again"
             ) from None
 
 

@@ -35,7 +35,7 @@ class Recipe:
     """How gradients are clipped, "agc" (adaptive, by the weights' norm) or "norm", and the bound; None: not at all."""
     augmentation: Augmentation = LIGHT
     repeats: int = 1
-    """Times that an image comes in a row, augmented anew; an epoch then has fewer images."""
+    """Times that an image comes in a row, each augmented on its own; an epoch then has fewer images."""
     label_smoothing: float = 0.1
     mixup: float = 0.0
     """Alpha; 0: none. Likewise cutmix."""

@@ -26,14 +26,14 @@ class TrainRequest:
     """A training as it is asked for."""
 
     model: str
-    """As `find_target` takes it."""
+    """A published name, an arch.json, or a folder with one; see `nas.networks.targets.find_target`."""
     recipe: Recipe
     device: str
     """cpu or cuda."""
     folder: Path
     """Where the results go, and what is needed to continue."""
     data: str | None = None
-    """As `open_data` takes it; None: scikit-learn's digits."""
+    """Images to train and judge on (see `nas.data.dataset.open_data`); None for scikit-learn's digits."""
     resolution: int | None = None
     """Pixels a side; None: the network's own."""
     num_classes: int | None = None
@@ -41,11 +41,11 @@ class TrainRequest:
     weights: str | None = None
     """To begin with: "timm" or a file; None: random ones."""
     teacher: str | None = None
-    """A network to distil from: as `find_target` takes it, or timm/NAME."""
+    """A network to distil from: as `model`, or timm/NAME."""
     teacher_weights: str | None = None
     """A file, or "timm"; None: the teacher's own."""
     oracle: str | None = None
-    """For EViT: a trained DeiT of its depth, as `find_target` takes it."""
+    """For EViT: a trained DeiT of its depth, as `model`."""
     precision: str = "fp32"
     """fp32, bf16 or fp16 (autocast)."""
     accumulate: int = 1

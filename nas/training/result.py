@@ -117,4 +117,4 @@ class TrainResult:
         try:
             return TypeAdapter(cls).validate_python(json.loads(path.read_text()))
         except (OSError, ValueError, RecursionError):
-            raise UserError(f"{path} is damaged: give another --out to begin anew") from None
+            raise UserError(f"{path} is damaged: give another --out to start again") from None

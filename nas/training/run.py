@@ -164,7 +164,7 @@ class TrainingRun:
         if left_out and training.recipe.repeats == 1:
             self._note(
                 f"{left_out:,} of {images:,} images an epoch fill no batch of {training.images} and are left out "
-                "(drawn anew each epoch)"
+                "(others in each epoch)"
             )
         if training.epoch or training.within.updates:
             self.job.say(f"going on after {self._done(training)}")

@@ -8,7 +8,7 @@ lost. (Views that autograd goes through, handed to functional_call, cost 1.4 to 
 to 1.14: every slice's backward pass fills a tensor of the owner's size.)
 
 Training follows the sandwich rule: the largest candidate learns from the labels, the smallest and two random ones from
-its soft output (Yu and Huang, ICCV 2019; Yu et al., BigNAS, ECCV 2020), and BatchNorm is calibrated anew for each
+its soft output (Yu and Huang, ICCV 2019; Yu et al., BigNAS, ECCV 2020), and BatchNorm is calibrated again for each
 candidate that is judged.
 """
 

@@ -47,7 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data")
     parser.add_argument("--family", default="efficientvit", choices=list(FAMILIES))
-    parser.add_argument("--networks", type=int, default=0, help="lines of the family that the file shall hold")
+    parser.add_argument("--networks", type=int, default=0, help="lines of the family in the file, in total")
     parser.add_argument("--seeds", type=int, default=1, help="full trainings of each network")
     parser.add_argument("--parent", help="published network, trained first on the same images: adds the inherit tier")
     parser.add_argument("--resolution", type=int, default=64)

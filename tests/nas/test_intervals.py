@@ -46,6 +46,6 @@ def test_a_difference_of_equal_intervals_is_wider_by_the_root_of_two():
 
 
 def test_an_accuracy_that_may_be_guessed_is_told():
-    assert guessing((41.0, 59.0), 2) == "no better than guessing is shown: 50.0% among 2 classes"
+    assert guessing((41.0, 59.0), 2) == "not shown to be better than guessing: 50.0% among 2 classes"
     assert guessing((51.0, 69.0), 2) is None
     assert guessing((12.0, 20.0), 10) is None

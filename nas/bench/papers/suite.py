@@ -138,7 +138,8 @@ def _chosen(only: Sequence[str] | None) -> list[Claim]:
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-            raise UserError(f"no claim or paper {name!r}: {'did you mean ' if near else ''}{', '.join(near or known)}")
+            meant = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(known)}"
+            raise UserError(f"no claim or paper {name!r}: {meant}")
     return [claim for claim in CLAIMS if claim.id in names or claim.paper.lower() in names]
 
 

@@ -97,7 +97,7 @@ def test_a_file_that_is_no_cache(vitnas, monkeypatch, tmp_path):
     monkeypatch.setenv("VITNAS_CACHE", str(tmp_path))
     (tmp_path / "latency.sqlite").write_text("nonsense " * 100)
     for words in (["models"], ["models", "--measure"]):
-        vitnas.refused(vitnas(*words), "latency.sqlite", "remove it, and latencies are measured anew")
+        vitnas.refused(vitnas(*words), "latency.sqlite", "remove it, and latencies are measured again")
     (tmp_path / "latency.sqlite").unlink()
     (tmp_path / "latency.sqlite").mkdir()
     vitnas.refused(vitnas("models", "--measure"), "latency.sqlite: unable to open database file\n")

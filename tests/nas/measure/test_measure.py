@@ -762,7 +762,7 @@ def test_compare_of_several_settings(network: Callable[[str], Path]) -> None:
     [
         (Settings(runtime="onnxruntim"), "unknown runtime 'onnxruntim': did you mean onnxruntime"),
         (Settings(runtime="xyz"), "unknown runtime 'xyz': choose from torch, torch.compile, "),
-        (Settings(device="gpu"), "unknown device 'gpu': did you mean cpu"),
+        (Settings(device="gpu"), r"unknown device 'gpu': did you mean cpu\? Choose from cpu, cuda, ssh:"),
         (Settings(threads=0), "threads is 0: give 1 to"),
         (Settings(threads=10_000), "threads is 10000: give 1 to"),
         (Settings(batch_size=0), "batch size is 0: give 1 or more"),

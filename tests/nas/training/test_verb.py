@@ -816,7 +816,7 @@ def test_what_fills_no_batch_is_told_once(vitnas, deit, few, tmp_path):
     command = ("train", deit, "--out", str(out), "--epochs", "1", "--batch-size", "100", "--device", "cpu")
     code, _, err = vitnas(*command)
     assert code == 0, err
-    assert err.count("56 of 256 images an epoch fill no batch of 100 and are left out (drawn anew each epoch)") == 1
+    assert err.count("56 of 256 images an epoch fill no batch of 100 and are left out (others in each epoch)") == 1
 
 
 def test_the_rate_is_that_of_the_whole_training(tmp_path, capsys):
