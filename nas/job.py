@@ -50,7 +50,8 @@ def default_folder_of(verb: str, model: str, how: str) -> Path:
 
 class Job:
     """options: what must be equal for the folder's run to go on, as JSON has it. device: where networks train. result:
-    the file that a finished run leaves. hints: what a refusal says besides, by the option that differs."""
+    the file that a finished run leaves. hints: what a refusal says besides, by the option that differs. defaults: what
+    options that an older vitnas did not keep were then."""
 
     def __init__(
         self,
@@ -61,6 +62,7 @@ class Job:
         device: str,
         result: str = "prune.json",
         hints: Mapping[str, str] | None = None,
+        defaults: Mapping[str, Any] | None = None,
     ) -> None:
         self.folder, self.kept, self.device, self.result = folder, folder / "state", device, folder / result
         self._say, self._progress = say, progress
@@ -75,7 +77,7 @@ class Job:
                 f"{path} is damaged or not vitnas's: give another --out, or remove it to start again"
             ) from None
         for key, value in options.items():
-            known = self.state.options.get(key)
+            known = self.state.options.get(key, (defaults or {}).get(key))
             if known != value and key not in NAMED:
                 hint = (hints or {}).get(key, "")
                 now_given = "now not given" if value is None else f"not {value}"

@@ -253,7 +253,8 @@ def watch_phases(quiet: bool = False) -> Iterator[tuple[Phase, Say]]:
 
 @contextmanager
 def watch_images(epochs: int, quiet: bool = False) -> Iterator[tuple[Phase, Say]]:
-    """As `watch_phases`, where the phase `training` counts the images of so many epochs: with the time left."""
+    """As `watch_phases`, where the phase `training` counts the images of so many epochs (0: unknown), with the time
+    left."""
     pace, told = Pace(), ""
     with Screen(quiet) as screen:
         screen.show(Line("reading the images"), at_once=True)
@@ -265,8 +266,9 @@ def watch_images(epochs: int, quiet: bool = False) -> Iterator[tuple[Phase, Say]
             if what == "training" and total:
                 pace.see(what, done)
                 speed = pace.images_per_s
+                epoch = f", epoch {min(epochs, done * epochs // total + 1)}/{epochs}" if epochs else ""
                 line = Line(
-                    f"training, epoch {min(epochs, done * epochs // total + 1)}/{epochs}",
+                    f"training{epoch}",
                     done,
                     total,
                     (total - done) / speed if speed else None,

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from nas.cli.options import SEEDS, Data, Json, Model, Quiet, TrainThreads, Verbose, command_line
+from nas.errors import UserError
 
 app = typer.Typer()
 
@@ -31,6 +32,9 @@ def train(
         ),
     ] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs.  [default: the recipe's]")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="How long to train, instead of --epochs: as many as fit, one at least.")
+    ] = None,
     batch_size: Annotated[
         int | None, typer.Option(help="Images an update, of all processes.  [default: the recipe's]")
     ] = None,
@@ -45,6 +49,7 @@ def train(
             "none]"
         ),
     ] = None,
+    from_scratch: Annotated[bool, typer.Option("--from-scratch", help="Start from random weights.")] = False,
     num_classes: Annotated[int | None, typer.Option(help="Classes the data must have.")] = None,
     teacher: Annotated[
         str | None, typer.Option(help="Distil from timm/NAME, a published name, or a folder with weights.")
@@ -85,7 +90,9 @@ def train(
     from nas.cli.display import show_train
     from nas.cli.progress import watch_images
     from nas.threads import training_threads
+    from nas.training.begun import begun_in
     from nas.training.request import (
+        RANDOM,
         TrainRequest,
         check_device,
         choose_recipe,
@@ -95,10 +102,14 @@ def train(
     )
     from nas.training.run import train as run_train
 
-    begun_with = starting_weights(model, weights, out)
-    chosen = choose_recipe(
-        recipe or ("quick" if begun_with is None else "finetune"), epochs, batch_size, lr, distillation
-    )
+    if epochs is not None and minutes is not None:
+        raise UserError("--epochs and --minutes: give one of them")
+    if from_scratch and weights not in (None, RANDOM):
+        raise UserError(f"--from-scratch and --weights {weights}: give one of them")
+    begun_with = starting_weights(model, RANDOM if from_scratch else weights, out)
+    begun = begun_in(out) if out is not None and recipe is None else None
+    usual = "quick" if begun_with is None else "finetune"
+    chosen = choose_recipe(recipe or (begun.recipe.name if begun else usual), epochs, batch_size, lr, distillation)
     device = check_device(device)
     request = TrainRequest(
         model=model,
@@ -117,9 +128,13 @@ def train(
         compiled=compiled,
         workers=default_workers(device) if workers is None else workers,
         seed=seed,
+        minutes=minutes,
     )
     request.check()
-    with watch_images(chosen.epochs, quiet) as (progress, say), training_threads(train_threads, say, device):
+    with (
+        watch_images(0 if minutes else chosen.epochs, quiet) as (progress, say),
+        training_threads(train_threads, say, device),
+    ):
         result = run_train(request, progress, say, command=command_line())
     if result is None:  # the first of torchrun's processes speaks for all
         return

@@ -56,6 +56,8 @@ class TrainRequest:
     """Processes that decode images; 0: none but this one."""
     seed: int = 0
     """Of splits, weights and the training."""
+    minutes: float | None = None
+    """How long to train, instead of the recipe's epochs."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "folder", Path(self.folder))
@@ -85,6 +87,8 @@ class TrainRequest:
         ):
             if value is not None and not least <= value <= most:
                 raise UserError(f"--{name} is {value}: give {least} to {most}")
+        if self.minutes is not None and not 0 < self.minutes <= MOST:
+            raise UserError(f"--minutes is {self.minutes:g}: give more than 0")
         if self.precision not in PRECISIONS:
             raise UserError(f"--precision {self.precision!r}: choose from {', '.join(PRECISIONS)}")
         if not 0 < recipe.lr < 1e3:

@@ -2,30 +2,41 @@
 
 from __future__ import annotations
 
+import copy
 import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from nas.errors import TrainingError, UserError
 from nas.files import folder_lock
 from nas.job import Job, Progress, Say
+from nas.training.begun import as_begun, defaults
 from nas.training.folder import WEIGHTS, TrainFolder
 from nas.training.inputs import digests_of, first_network, lend_oracle, open_inputs, open_teacher
 from nas.training.processes import agreed, processes, ranks
 from nas.training.request import check_device
 from nas.training.result import RESULT, Epoch, TrainResult
+from nas.units import counted
 
 if TYPE_CHECKING:
     from torch import nn
 
     from nas.data.batches import Batch
     from nas.training.engine import Training
+    from nas.training.recipes import Recipe
     from nas.training.request import TrainRequest
 
 EVALUATED_AT_ONCE = 256
+TIMED = 10
+"""Updates of which --minutes learns how long an epoch takes; the first of them are not timed."""
+WARMUP = 2
+JUDGING = 1 / 3
+"""Of the time that an image takes in training, what it takes to judge one: there is no way back."""
 
 
 def train(
@@ -54,6 +65,7 @@ def train(
 
     request.check()
     check_device(request.device)
+    request = as_begun(request)
     with processes(request.device) as device, ExitStack() as locks:
         try:
             return TrainingRun(request, device, command, say, progress, locks).run()
@@ -76,7 +88,7 @@ class TrainingRun:
         elif not self._new:
             locks.enter_context(folder_lock(request.folder, say=say))
         hints = {"epochs": self._onward()} if (request.folder / WEIGHTS).is_file() else {}
-        self.job = Job(request.folder, request.identity(), say, progress, device, RESULT, hints)
+        self.job = Job(request.folder, request.identity(), say, progress, device, RESULT, hints, defaults())
         self._queued: list[str] | None = []
         self.inputs = open_inputs(request, self._note)
         self.folder = TrainFolder(request, self.inputs, self.job, command)
@@ -96,8 +108,7 @@ class TrainingRun:
         model = first_network(request, inputs, self._note)
         teacher = open_teacher(request, inputs.data.classes, self._note)
         guided = lend_oracle(request, model, inputs.data.classes, self.device, self._note)
-        training = self._training(model, teacher)
-        self._begin(training)
+        training = self._begun(model, teacher)
         error = None
         try:
             with guided, self._stopping():
@@ -122,26 +133,59 @@ class TrainingRun:
         self.folder.mend(result)
         return result
 
-    def _training(self, model: nn.Module, teacher: nn.Module | None) -> Training:
+    def _begun(self, model: nn.Module, teacher: nn.Module | None) -> Training:
+        """The training with all that is settled before its first epoch."""
+        recipe, found = self.request.recipe, self.job.state.found
+        if self.request.minutes is not None and agreed("epochs" not in found):
+            trial = self._training(copy.deepcopy(model), teacher, replace(recipe, lr=recipe.lr / 1e6), kept=False)
+            self._begin(trial)
+            found["epochs"] = self._epochs_in(self.request.minutes, trial)
+            if not self.rank:
+                self.job.save()
+        training = self._training(model, teacher, replace(recipe, epochs=found.get("epochs", recipe.epochs)))
+        if self._queued is not None:
+            self._begin(training)
+        if training.epoch or training.within.updates:
+            self.job.say(f"going on after {self._done(training)}")
+        return training
+
+    def _epochs_in(self, minutes: float, trial: Training) -> int:
+        """How many epochs fit, by the pace of some updates of a training that is then thrown away; one at least."""
+        times = [monotonic()]
+        with self.job.phase("timing"):
+            try:
+                trial.run(1, lambda *_: times.append(monotonic()), lambda: len(times) > TIMED or self._stop())
+            except KeyboardInterrupt:
+                if len(times) <= TIMED:
+                    raise
+        warm = min(WARMUP, len(times) - 2)
+        of_image = agreed((times[-1] - times[warm]) / (len(times) - 1 - warm) / trial.images)
+        epoch = of_image * (trial.updates * trial.images + JUDGING * len(self.inputs.data.val))
+        epochs = max(1, int(60 * minutes / epoch))
+        self._note(f"--minutes {minutes:g}: {counted(epochs, 'epoch')}, one takes about {epoch:.0f} s")
+        return epochs
+
+    def _training(self, model: nn.Module, teacher: nn.Module | None, recipe: Recipe, kept: bool = True) -> Training:
+        """kept: with a checkpoint, and judged on the validation images."""
         from nas.data.batches import loader
         from nas.training.engine import Training
 
         request, data = self.request, self.inputs.data
-        at_once = min(EVALUATED_AT_ONCE, request.recipe.batch_size)
+        at_once = min(EVALUATED_AT_ONCE, recipe.batch_size)
         self._val = loader(data.val, at_once, shuffle=False, seed=request.seed, workers=request.workers)
         return Training(
             model,
             data.train,
-            request.recipe,
+            recipe,
             seed=request.seed,
             device=self.device,
             precision=request.precision,
             teacher=teacher,
-            checkpoint=self.job.kept / "checkpoint",
+            checkpoint=self.job.kept / "checkpoint" if kept else None,
             workers=request.workers,
             accumulate=request.accumulate,
             compiled=request.compiled,
-            validate=self._evaluate if not self.rank else None,
+            validate=self._evaluate if kept and not self.rank else None,
             say=self._note,
         )
 
@@ -166,8 +210,6 @@ class TrainingRun:
                 f"{left_out:,} of {images:,} images an epoch fill no batch of {training.images} and are left out "
                 "(others in each epoch)"
             )
-        if training.epoch or training.within.updates:
-            self.job.say(f"going on after {self._done(training)}")
         if not self.rank:
             self.job.save()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ from torch import Tensor
 import nas.data
 import nas.data.dataset
 import nas.export.onnx
+import nas.training.begun
 import nas.training.engine
 import nas.training.evaluation
 import nas.training.run
@@ -34,6 +36,7 @@ from nas.errors import TrainingError, UserError
 from nas.export import folder as export_folder
 from nas.files import folder_lock
 from nas.training.evaluation import evaluate
+from nas.training.recipes import RECIPES
 from nas.training.result import TrainResult
 from search_spaces import Arch, create_model, get_arch
 
@@ -360,6 +363,46 @@ def test_a_signal_before_the_first_update_is_done_leaves_nothing(vitnas, deit, t
     assert "no update was finished: nothing is kept" in err
 
 
+@pytest.mark.usefixtures("few")
+def test_a_training_begun_by_an_older_vitnas_goes_on_as_it_was_begun(vitnas, deit, whole, tmp_path, monkeypatch):
+    """Its state lacks the options of today, and the recipe's defaults have changed since."""
+    out = tmp_path / "out"
+    args = ("train", deit, "--out", str(out), *ONCE)
+    with monkeypatch.context() as patched:
+        signalled(patched, 5)
+        assert vitnas(*args)[0] == 130
+    path = out / "state" / "state.json"
+    state = json.loads(path.read_text())
+    for name in ("minutes",):
+        del state["options"][name]
+    path.write_text(json.dumps(state))
+    monkeypatch.setattr(nas.training.begun, "EARLIER", (RECIPES["quick"],))
+    monkeypatch.setitem(RECIPES, "quick", dataclasses.replace(RECIPES["quick"], lr=1e-5, mixup=0.5, batch_size=16))
+    code, _, err = vitnas(*args)
+    assert code == 0, err
+    assert "going on after epoch 1 of 3" in err
+    ours = load_file(out / "model.safetensors")
+    assert all(torch.equal(ours[name], value) for name, value in whole.items())
+
+
+@pytest.mark.usefixtures("few")
+def test_minutes_become_epochs(vitnas, deit, tmp_path, monkeypatch):
+    """By the pace of some updates; a training that goes on keeps the number."""
+    out, clock = tmp_path / "out", itertools.count()
+    args = ("train", deit, "--out", str(out), "--minutes", "1", "--batch-size", "64", "--device", "cpu")
+    with monkeypatch.context() as patched:
+        patched.setattr(nas.training.run, "monotonic", lambda: 4.0 * next(clock))
+        signalled(patched, 5)
+        code, _, err = vitnas(*args)
+    assert code == 130, err
+    assert "--minutes 1: 3 epochs, one takes about 17 s" in err, "four updates of 4 s, and 64 images judged"
+    code, _, err = vitnas(*args)
+    assert code == 0, err
+    assert "going on after" in err
+    assert [row["epoch"] for row in metrics(out)["epochs"]] == [1, 2, 3]
+    vitnas.refused(vitnas(*args, "--epochs", "2"), "--epochs and --minutes: give one of them")
+
+
 def _interrupt(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
 
@@ -631,7 +674,7 @@ def test_fine_tuning_begins_with_the_weights_given(vitnas, trained, tmp_path, mo
     assert changed
     assert all(name.endswith("bias.table") for name in changed)
     short = ("--epochs", "1", "--batch-size", "128")
-    for name, more, recipe in (("own", (), "finetune"), ("random", ("--weights", "none"), "quick")):
+    for name, more, recipe in (("own", (), "finetune"), ("random", ("--from-scratch",), "quick")):
         begun.clear()
         args = ("train", str(trained), *short, *more, "--out", str(tmp_path / name))
         code, _, err = vitnas(*args)
@@ -748,6 +791,8 @@ def test_an_oracle_lends_weights_and_chooses_tokens(vitnas, small, deit, tmp_pat
         (("--seed", "-1"), ("--seed", "0")),
         (("--seed", "99999999999999999999"), ("--seed",)),
         (("--workers", "100000"), ("--workers is 100000",)),
+        (("--minutes", "0"), ("--minutes is 0: give more than 0",)),
+        (("--from-scratch", "--weights", "timm"), ("--from-scratch and --weights timm: give one of them",)),
         (("--workers", "-1"), ("--workers is -1",)),
         (("--lr", "nan"), ("--lr is nan",)),
         (("--num-classes", "-3"), ("--num-classes",)),
