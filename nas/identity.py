@@ -2,10 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+from nas.errors import UserError
+
 IMAGES = "the images of --data"
+LENGTH = 16
+"""Hexadecimal digits of a digest."""
+
+
+def file_digest(path: Path, length: int = LENGTH) -> str:
+    """The SHA-256 of a file's content: its first hexadecimal digits, 64 at most.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:length]
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
 
 
 def changed(known: Mapping[str, str | None], found: Mapping[str, str | None]) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from search_spaces.arch import Arch
+from search_spaces.arch import Arch, ArchError
 from search_spaces.checkpoints import Loaded, State, WeightsError, is_averaged, read_checkpoint
 from search_spaces.registry import FAMILIES, Rules
 from search_spaces.widths import resized_tensors
@@ -27,8 +27,10 @@ __all__ = [
     "namings",
     "not_fetched",
     "offline_if_unreachable",
+    "published_name",
     "read_checkpoint",
     "translate",
+    "unreachable",
 ]
 
 COUNTERS = re.compile(r"(^|\.)(attention_bias_idxs|total_ops|total_params|n_averaged)$")
@@ -197,12 +199,24 @@ def timm_name(arch: Arch) -> str:
     Raises:
         WeightsError: timm has no weights for it.
     """
+    name = published_name(arch)
+    variant = name and FAMILIES[arch.family].variants[name].timm
+    if not variant:
+        raise WeightsError("timm has no pretrained weights for this Arch; give a file of weights")
+    return variant
+
+
+def published_name(arch: Arch) -> str | None:
+    """Name the published variant that `arch` is, at whatever resolution and with whatever classes; None: it is none."""
     family = FAMILIES[arch.family]
     shape = family.as_published(arch)
-    for variant in family.variants.values():
-        if variant.timm and family.space.arch(variant.values, arch.num_classes) == shape:
-            return variant.timm
-    raise WeightsError("timm has no pretrained weights for this Arch; give a file of weights")
+    for name, variant in family.variants.items():
+        try:
+            if family.space.arch(variant.values, arch.num_classes).at(arch.resolution) == shape:
+                return name
+        except ArchError:
+            continue  # it cannot take these images
+    return None
 
 
 def not_fetched(name: str, error: Exception, option: str | None) -> str:
@@ -225,16 +239,26 @@ def first_sentence(error: Exception) -> str:
     return re.split(r"(?<=[a-z)\]])\. ", lines[0])[0].rstrip(".") if lines else type(error).__name__
 
 
+def unreachable() -> str | None:
+    """Say why the weights' host cannot be reached; None: it answers."""
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception as error:
+        return f"{constants.ENDPOINT} does not answer: {first_sentence(error)}"
+    return None
+
+
 @contextmanager
 def offline_if_unreachable() -> Iterator[None]:
     """Ask the weights' host once: without an answer its client retries for most of a minute before it looks at home."""
-    from huggingface_hub import constants, get_session
+    from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE
-    try:
-        get_session().head(constants.ENDPOINT, timeout=5)
-    except Exception:
-        constants.HF_HUB_OFFLINE = True
+    constants.HF_HUB_OFFLINE = before or unreachable() is not None
     try:
         yield
     finally:

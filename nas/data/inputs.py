@@ -6,14 +6,11 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nas.errors import UserError
-from nas.identity import IMAGES
+from nas.identity import IMAGES, LENGTH, file_digest
 
 if TYPE_CHECKING:
     from nas.data.dataset import ImageData
     from search_spaces import Arch
-
-LENGTH = 16
 
 
 def identity(
@@ -36,17 +33,6 @@ def identity(
     if data is not None:
         found[IMAGES] = data_digest(data)
     return found
-
-
-def file_digest(path: Path) -> str:
-    """Of a file's content."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:LENGTH]
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
 
 
 def data_digest(data: ImageData) -> str:

@@ -134,7 +134,7 @@ class TrainFolder:
             UserError: the weights are lost.
         """
         from nas.data.dataset import some_of
-        from nas.data.inputs import file_digest
+        from nas.identity import file_digest
 
         folder, known = self._request.folder, self._job.state.found.get("files", {})
         lost = [
@@ -159,7 +159,7 @@ class TrainFolder:
         self._job.say(f"{what}: written again from {WEIGHTS}")
 
     def _keep_digests(self) -> None:
-        from nas.data.inputs import file_digest
+        from nas.identity import file_digest
 
         folder: Path = self._request.folder
         self._job.state.found["files"] = {name: file_digest(folder / name) for name in FILES}

@@ -1,0 +1,319 @@
+"""Pretrained weights of a network: in a folder of the user's, in timm's caches, or downloaded as timm would.
+
+What timm downloads: `model.safetensors` of its repository on the Hugging Face hub or, of a few old networks, a file by
+its URL through torch.hub. Nothing is unpickled here.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from nas.errors import DiskFull, UserError, disk_errors
+from nas.identity import LENGTH, file_digest
+from nas.networks.timm_network import TIMM, TimmNetwork
+
+if TYPE_CHECKING:
+    from timm.models import PretrainedCfg
+
+    from search_spaces import Arch
+
+OPTION = "--weights-from"
+VARIABLE = "VITNAS_WEIGHTS"
+"""In the environment: a folder of weights for every command."""
+ENDINGS = (".safetensors", ".pth", ".bin")
+HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+"""As timm's repositories on the hub call their weights; the first that there is."""
+
+Bytes = Callable[[int, int], None]
+"""Called with the bytes that are here and their total (0: unknown)."""
+
+
+class NoPretrained(UserError):
+    """Nobody published weights for this network: it can only begin with random ones."""
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A file of pretrained weights."""
+
+    name: str
+    """The network whose weights these are, as a command takes it: efficientvit_m1, timm/lcnet_050."""
+    path: Path
+    source: Literal["folder", "cache", "download"]
+    """Where it was found."""
+    digest: str
+    """The first 16 hexadecimal digits of its SHA-256 (`nas.identity.file_digest`)."""
+    timm: str | None
+    """timm's name of these weights, with tag. `timm.get_pretrained_cfg` of it states the images that they were trained
+    on: mean, std, interpolation, crop_pct, input_size, num_classes. None: timm has none of this network."""
+    remark: str = ""
+    """Where else it was looked for, and what was wrong there; "" where nothing was."""
+
+    @property
+    def line(self) -> str:
+        """What was found, where, and its hash."""
+        where = {
+            "folder": f"from {self.path}",
+            "cache": f"{self.timm}, from timm's cache",
+            "download": f"{self.timm}, downloaded",
+        }[self.source]
+        remark = f"; {self.remark}" if self.remark else ""
+        return f"pretrained weights of {self.name}: {where} (sha256 {self.digest}){remark}"
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """label: how messages call the network. names: of its file in a folder, without ending, the most exact first.
+    config: timm's, of the weights that timm has; None: it has none."""
+
+    label: str
+    names: Sequence[str]
+    config: PretrainedCfg | None
+
+    @property
+    def timm(self) -> str | None:
+        return f"{self.config.architecture}.{self.config.tag}" if self.config is not None else None
+
+
+def find_pretrained(
+    network: Arch | TimmNetwork, folder: Path | None = None, progress: Bytes | None = None
+) -> Pretrained:
+    """Find the pretrained weights of a network: in `folder`, in that of $VITNAS_WEIGHTS, in timm's cache, or download
+    them into it; the first of these that has them.
+
+    In a folder they are called NAME.safetensors, NAME.pth or NAME.bin, where NAME is the network's published name, or
+    timm's with or without the weights' tag. Whether they fit is for `nas.networks.weights.load` to see.
+
+    Args:
+        network: a published network at any resolution and with any number of classes, or one of timm's.
+        progress: told of a download.
+
+    Raises:
+        NoPretrained: nobody published weights for it, and $VITNAS_WEIGHTS holds none.
+        UserError: a folder that is missing or without weights, a download that fails, or a damaged file in the cache
+            that cannot be fetched again.
+        DiskFull: no room for the download.
+    """
+    wanted = _wanted(network)
+    given = ((OPTION, folder), (VARIABLE, os.environ.get(VARIABLE)))
+    looked: list[str] = []
+    for option, place in given:
+        if place:
+            path = _in_folder(Path(place).expanduser(), option, wanted.names)
+            if path is not None:
+                return Pretrained(wanted.label, path, "folder", file_digest(path), wanted.timm, "; ".join(looked))
+            looked.append(f"{place} holds no {wanted.label}")
+    if wanted.config is None:
+        if folder is not None:
+            named = f": call its file {wanted.names[0]}.safetensors" if wanted.names else ""
+            raise UserError(f"{OPTION} {folder} holds no weights of {wanted.label}, and timm has none{named}")
+        raise NoPretrained(f"there are no pretrained weights of {wanted.label}")
+    found = _from_hub if wanted.config.hf_hub_id else _from_url
+    try:
+        path, source, digest, remark = found(wanted, wanted.config, progress)
+    except DiskFull:
+        raise
+    except UserError as error:
+        raise UserError("; ".join((*looked, str(error)))) from None
+    told = "; ".join(filter(None, (*looked, remark)))
+    return Pretrained(wanted.label, path, source, digest[:LENGTH], wanted.timm, told)
+
+
+def _wanted(network: Arch | TimmNetwork) -> _Wanted:
+    import timm
+
+    from search_spaces.registry import FAMILIES
+    from search_spaces.weights import published_name
+
+    published = {
+        name: variant.timm for family in FAMILIES.values() for name, variant in family.variants.items() if variant.timm
+    }
+    if isinstance(network, TimmNetwork):
+        label, asked = TIMM + network.name, network.name
+        own = [name for name, theirs in published.items() if theirs == network.name.partition(".")[0]]
+        names = [network.name]
+    else:
+        name = published_name(network)
+        if name is None:
+            return _Wanted(f"this {network.family} network, which is none of the published", (), None)
+        label, asked, own, names = name, published.get(name, ""), [], [name]
+    config = timm.get_pretrained_cfg(asked) if asked else None
+    if config is not None:
+        names += [f"{config.architecture}.{config.tag}", str(config.architecture)]
+    return _Wanted(label, list(dict.fromkeys(names + own)), config if config and config.has_weights else None)
+
+
+def _in_folder(folder: Path, option: str, names: Sequence[str]) -> Path | None:
+    """The first of the files that may be a network's.
+
+    Raises:
+        UserError: no such folder, or one without weights.
+    """
+    stated = f"{option}{' ' if option == OPTION else '='}{folder}"
+    try:
+        files = {file.name for file in folder.iterdir() if file.name.endswith(ENDINGS)}
+    except FileNotFoundError:
+        raise UserError(f"{stated}: no such folder") from None
+    except NotADirectoryError:
+        raise UserError(f"{stated} is a file: give the folder that holds it, or --weights {folder}") from None
+    except OSError as error:
+        raise UserError(f"{stated}: {error.strerror}") from None
+    if not files:
+        raise UserError(f"{stated} holds no file of weights (NAME.safetensors, NAME.pth or NAME.bin)")
+    return next((folder / f"{name}{end}" for name in names for end in ENDINGS if f"{name}{end}" in files), None)
+
+
+_Found = tuple[Path, Literal["cache", "download"], str, str]
+"""The file, where it was, its whole SHA-256, and a remark."""
+
+
+def _from_hub(wanted: _Wanted, config: PretrainedCfg, progress: Bytes | None) -> _Found:
+    """A file of a repository on the Hugging Face hub. Its cache calls a file by its SHA-256: one that is another is
+    damaged, and fetched again."""
+    repository, _, revision = str(config.hf_hub_id).partition("@")
+    path = _cached(repository, revision or None)
+    if path is None:
+        path = _download(wanted, repository, revision or None, progress)
+        digest = file_digest(path, 64)
+        if digest != _stated(path, digest):
+            _blob(path).unlink()
+            raise UserError(f"the download of {wanted.timm} arrived damaged: {_again(wanted)}")
+        return path, "download", digest, ""
+    digest = file_digest(path, 64)
+    if digest == _stated(path, digest):
+        return path, "cache", digest, ""
+    damaged = _blob(path)
+    try:
+        path = _download(wanted, repository, revision or None, progress, anew=True)
+    except UserError as error:
+        raise UserError(f"{damaged} is damaged (delete it), and {error}") from None
+    return path, "download", file_digest(path, 64), f"{damaged} was damaged, and is replaced"
+
+
+def _cached(repository: str, revision: str | None) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    found = (try_to_load_from_cache(repository, name, revision=revision) for name in HUB_FILES)
+    return next((Path(path) for path in found if isinstance(path, str)), None)
+
+
+def _blob(path: Path) -> Path:
+    """The file that a link in the hub's cache stands for; where it links none, the link's place holds the file."""
+    return Path(os.path.normpath(path.parent / path.readlink())) if path.is_symlink() else path
+
+
+def _stated(path: Path, otherwise: str) -> str:
+    """The SHA-256 that a file in the hub's cache should have, where its name says so."""
+    name = _blob(path).name
+    return name if re.fullmatch("[0-9a-f]{64}", name) else otherwise
+
+
+def _download(
+    wanted: _Wanted, repository: str, revision: str | None, progress: Bytes | None, anew: bool = False
+) -> Path:
+    """Download into the hub's cache, where nothing of a download that fails is left.
+
+    Raises:
+        UserError: it cannot be had. DiskFull: there is no room.
+    """
+    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
+
+    from search_spaces.weights import first_sentence, unreachable
+
+    reason = unreachable()
+    if reason is not None:
+        raise UserError(f"{wanted.timm} is not here ({reason}): {_by_hand(wanted)}")
+    bar = _bar(progress)
+    for name in HUB_FILES:
+        try:
+            with disk_errors(Path(constants.HF_HUB_CACHE)), _quiet():
+                return Path(hf_hub_download(repository, name, revision=revision, force_download=anew, tqdm_class=bar))
+        except RemoteEntryNotFoundError:
+            continue
+        except DiskFull:
+            raise
+        except Exception as error:  # the hub's client raises what its many layers do
+            cause = error.__cause__ if isinstance(error, (LocalEntryNotFoundError, ValueError)) else None
+            why = first_sentence(cause if isinstance(cause, Exception) else error)
+            raise UserError(f"the download of {wanted.timm} failed ({why}): {_again(wanted)}") from None
+    raise UserError(f"https://huggingface.co/{repository} holds no {' or '.join(HUB_FILES)}: {_by_hand(wanted)}")
+
+
+def _from_url(wanted: _Wanted, config: PretrainedCfg, progress: Bytes | None) -> _Found:
+    """A file that torch.hub downloads; its name holds the beginning of its SHA-256, where it says anything."""
+    from torch.hub import HASH_REGEX, download_url_to_file, get_dir
+
+    from search_spaces.weights import first_sentence
+
+    path = Path(get_dir()) / "checkpoints" / str(config.url).rpartition("/")[2]
+    stated = HASH_REGEX.search(path.name)
+    start = stated[1] if stated else ""
+    remark = ""
+    if path.is_file():
+        digest = file_digest(path, 64)
+        if digest.startswith(start):
+            return path, "cache", digest, ""
+        remark = f"{path} was damaged, and is replaced"
+    try:
+        with disk_errors(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            download_url_to_file(str(config.url), str(path), start or None, progress=False)
+    except DiskFull:
+        raise
+    except Exception as error:  # as urllib, and a RuntimeError of another hash
+        damaged = f"{path} is damaged (delete it), and " if remark else ""
+        raise UserError(
+            f"{damaged}the download of {wanted.timm} failed ({first_sentence(error)}): {_again(wanted)}"
+        ) from None
+    return path, "download", file_digest(path, 64), remark
+
+
+def _again(wanted: _Wanted) -> str:
+    return f"the same command tries again; or {_by_hand(wanted)}"
+
+
+def _by_hand(wanted: _Wanted) -> str:
+    """What to do where there is no internet."""
+    assert wanted.config is not None
+    hub, url = wanted.config.hf_hub_id, str(wanted.config.url)
+    theirs = f"{HUB_FILES[0]} of https://huggingface.co/{hub}" if hub else url
+    name = f"{wanted.names[0]}{Path(HUB_FILES[0] if hub else url).suffix}"
+    return f"put {theirs} into a folder as {name}, and give that as {OPTION} or {VARIABLE}"
+
+
+def _bar(progress: Bytes | None) -> Any:
+    """A progress bar that draws nothing, but tells `progress`."""
+    from tqdm import tqdm
+
+    class Bar(tqdm):  # type: ignore[misc]
+        def __init__(self, *args: Any, total: float | None = None, initial: float = 0, **options: Any) -> None:
+            super().__init__(*args, total=total, initial=initial, disable=True)
+            self.here, self.whole = int(initial), int(total or 0)
+
+        def update(self, n: float | None = 1) -> None:
+            self.here += int(n or 0)
+            if progress is not None:
+                progress(self.here, self.whole)
+
+    return Bar
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the hub client's warnings: what fails is told once, at the end."""
+    from huggingface_hub.utils.logging import get_verbosity, set_verbosity
+
+    before = get_verbosity()
+    set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        set_verbosity(before)
