@@ -10,6 +10,8 @@ from typing import Any
 from nas.errors import UserError
 
 IMAGES = "the images of --data"
+PIXELS = "the pixels"
+"""How images become a network's input, in words; left out where that is as a network from scratch has it."""
 LENGTH = 16
 """Hexadecimal digits of a digest."""
 

@@ -15,7 +15,7 @@ from pydantic import ConfigDict, InstanceOf, TypeAdapter, with_config
 
 from nas.errors import UserError
 from nas.files import replace_file, sweep_drafts, unwritable
-from nas.identity import changed, older
+from nas.identity import PIXELS, changed, older
 
 NAMED = ("model", "weights", "data", "teacher", "teacher_weights", "oracle")
 """Options that name what a run reads: its content must be equal (`Job.agree`), not its name."""
@@ -99,6 +99,11 @@ class Job:
             if not self.finished:
                 raise UserError(f"{self.folder} was begun by an older vitnas: give another --out")
             self.say(f"{self.folder} was finished by an older vitnas: whether its images were today's is unknown")
+        elif self.state.inputs.get(PIXELS) != inputs.get(PIXELS):
+            before, after = (each.get(PIXELS) or "ImageNet's" for each in (self.state.inputs, inputs))
+            raise UserError(
+                f"{self.folder} was begun with images prepared otherwise ({before}; now {after}): give another --out"
+            )
         elif what := changed(self.state.inputs, inputs):
             raise UserError(f"{self.folder} was begun with another content of {what}: give another --out")
         if self.state.network and not self.finished:

@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nas.data.lineage import TIMM
+from nas.data.pixels import IMAGENET, Pixels
 from nas.errors import UserError
 from nas.export.artifact import Exporter, export_here, lower_precision
 from nas.measure.runtime import Settings
@@ -34,17 +36,18 @@ class Calibration:
 
             self._data = open_data(options.data, 224, None, 0)
 
-    def at(self, resolution: int) -> str | None:
-        """The file (.npy) of float32 images (N, 3, R, R); None without --data."""
+    def at(self, resolution: int, target: Target) -> str | None:
+        """The file (.npy) of float32 images (N, 3, R, R), prepared as the network's own; None without --data."""
         import numpy as np
 
         from nas.export.quantize import calibration_images
 
         if self._data is None:
             return None
-        path = self._folder / f"images-{resolution}.npy"
+        pixels = _pixels_of(target)
+        path = self._folder / f"images-{resolution}-{pixels}.npy"
         if not path.exists():
-            images, skipped = calibration_images(self._data, resolution)
+            images, skipped = calibration_images(self._data.at(resolution, pixels=pixels), resolution)
             np.save(path, images)
             if skipped and skipped not in self._notes:
                 self._notes.append(skipped)
@@ -100,8 +103,19 @@ class Files:
             method, source = "fix", {"source": str(given.path), "name": given.name, "shape": shape}
             if given.quantised:
                 settings = replace(settings, precision="fp32")  # there is nothing left to convert
-        images = self._calibration.at(resolution) if settings.precision == "int8" else None
+        images = self._calibration.at(resolution, target) if settings.precision == "int8" else None
         return self._child.call(method, settings, stem, images, **source)
+
+
+def _pixels_of(target: Target) -> Pixels:
+    """As the file says, or as the weights want that the network's folder holds, or that timm has of it."""
+    from nas.export.card import Card, pixels_of
+
+    if target.network is not None:
+        weights = target.as_trained().weights or (TIMM if target.folder is None else None)
+        return pixels_of(target.network, weights)
+    preprocess = Card.read(target.onnx).preprocess if target.onnx else None
+    return preprocess.pixels if preprocess else IMAGENET
 
 
 def _fix(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from nas.data.found import FoundImages, LabelledImages
 from nas.data.images import Augmentation, Images, plain_transform, split, train_transform
 from nas.data.lineage import remark, seen_among, seen_by
+from nas.data.pixels import IMAGENET, Pixels
 from nas.data.sources import digits, find
 from nas.errors import UserError
 from nas.units import shown
@@ -50,25 +51,34 @@ class ImageData:
     """What was found and is not used."""
     notes: tuple[str, ...] = ()
     """What looks odd."""
+    pixels: Pixels = IMAGENET
+    """How all of them become a network's input."""
 
-    def at(self, resolution: int, augmentation: Augmentation | None = None) -> ImageData:
+    def at(self, resolution: int, augmentation: Augmentation | None = None, pixels: Pixels | None = None) -> ImageData:
         """The same images at R = `resolution` pixels a side, `train` augmented so (None: `Augmentation()`).
 
-        Digits keep a gentle crop of their own and are never mirrored, whatever the augmentation says of either.
+        Digits are seen whole, keep a gentle crop of their own in training and are never mirrored, whatever `pixels`
+        and the augmentation say of these.
+
+        Args:
+            pixels: the network's; None: as before.
         """
-        plain = plain_transform(resolution, self.demo)
+        how = pixels or self.pixels
+        how = how.whole() if self.demo else how
+        plain = plain_transform(resolution, how)
         return replace(
             self,
-            train=self.train.transformed(train_transform(resolution, augmentation, self.demo)),
+            train=self.train.transformed(train_transform(resolution, augmentation, self.demo, how)),
             calibration=self.calibration.transformed(plain),
             val=self.val.transformed(plain),
+            pixels=how,
         )
 
 
 def open_data(
     name: str | Path | None, resolution: int, num_classes: int | None, seed: int, *weights: str | Path | None
 ) -> ImageData:
-    """Open a data set at R = `resolution` pixels a side, normalised with ImageNet's mean and deviation.
+    """Open a data set at R = `resolution` pixels a side, with ImageNet's `Pixels`.
 
     Args:
         name: one of
@@ -95,7 +105,7 @@ def open_data(
     if val is None:
         _require_two_of_each(found, classes)
         share = DIGITS_VAL_SHARE if demo else VAL_SHARE
-        images = _images(train, resolution, demo)
+        images = _images(train, resolution)
         known = seen_by(*weights)
         seen = None if known is None or not len(known) else seen_among(images, known)
         train_images, val_images = (images.pick(part) for part in split(train.labels, share, seed, seen))
@@ -104,7 +114,7 @@ def open_data(
             named = list(dict.fromkeys(str(each) for each in weights if (of := seen_by(each)) is not None and len(of)))
             validation = f"those that {' and '.join(named)} {'was' if len(named) == 1 else 'were'} not trained on"
     else:
-        train_images, val_images = (_images(part, resolution, demo) for part in (train, val))
+        train_images, val_images = (_images(part, resolution) for part in (train, val))
     told = [remark(each, val_images, "validation") for each in dict.fromkeys(weights)]
     data = ImageData(
         found.name,
@@ -129,8 +139,8 @@ def some_of(images: Images) -> np.ndarray | None:
     return np.stack(pixels) if pixels else None
 
 
-def _images(part: LabelledImages, resolution: int, demo: bool) -> Images:
-    return Images(part.sources, part.labels, plain_transform(resolution, demo), part.files)
+def _images(part: LabelledImages, resolution: int) -> Images:
+    return Images(part.sources, part.labels, plain_transform(resolution), part.files)
 
 
 def _classes(found: FoundImages, num_classes: int | None) -> list[str]:

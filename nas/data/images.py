@@ -21,13 +21,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from timm.data import create_transform
-from timm.data.constants import DEFAULT_CROP_PCT
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import Compose, InterpolationMode
 from torchvision.transforms.functional import resize
 
 from nas.data.memory import free_memory
+from nas.data.pixels import IMAGENET, Interpolation, Pixels
 from nas.errors import UserError
 from nas.files import tell
 
@@ -174,12 +174,15 @@ def decode(source: Source) -> Image.Image:
         return _to_rgb(image)
 
 
-def train_transform(resolution: int, augmentation: Augmentation | None, demo: bool) -> Compose:
+def train_transform(
+    resolution: int, augmentation: Augmentation | None, demo: bool, pixels: Pixels = IMAGENET
+) -> Compose:
     """demo: the digits', which keep a gentle crop of their own and are never mirrored."""
     how = augmentation or Augmentation()
     crop = {"scale": DEMO_CROP, "ratio": DEMO_RATIO, "hflip": 0.0} if demo else {"scale": (how.scale, 1.0)}
     return _transform(
         resolution,
+        pixels,
         is_training=True,
         **{"hflip": how.hflip} | crop,
         auto_augment=how.auto_augment,
@@ -188,15 +191,17 @@ def train_transform(resolution: int, augmentation: Augmentation | None, demo: bo
     )
 
 
-def plain_transform(resolution: int, demo: bool) -> Compose:
-    """The middle of an image, without augmentation; all of a digit."""
-    return _transform(resolution, is_training=False, crop_pct=1.0 if demo else None)
+def plain_transform(resolution: int, pixels: Pixels = IMAGENET) -> Compose:
+    """The middle of an image, without augmentation."""
+    return _transform(resolution, pixels, is_training=False, crop_pct=pixels.crop_pct)
 
 
-def _transform(resolution: int, **kwargs: Any) -> Compose:
+def _transform(resolution: int, pixels: Pixels, **kwargs: Any) -> Compose:
     found = create_transform(
         (3, resolution, resolution),
-        interpolation="bicubic",
+        interpolation=pixels.interpolation,
+        mean=pixels.mean,
+        std=pixels.std,
         color_jitter=None,  # type: ignore[arg-type]
         **kwargs,
     )
@@ -272,45 +277,46 @@ class Reduced:
 
     source: Source
     side: int
+    interpolation: Interpolation
 
     def read(self) -> Image.Image:
         image = decode(self.source)
-        return resize(image, self.side, InterpolationMode.BICUBIC) if min(image.size) > self.side else image
+        return resize(image, self.side, InterpolationMode(self.interpolation)) if min(image.size) > self.side else image
 
     def __str__(self) -> str:
         return str(self.source)
 
 
-def cached(images: Images, resolution: int, say: Callable[[str], None] = tell) -> Images:
+def cached(images: Images, resolution: int, say: Callable[[str], None] = tell, pixels: Pixels = IMAGENET) -> Images:
     """The images decoded once and kept in memory, for training at up to R = `resolution` pixels a side.
 
-    Each is (H, W, 3) uint8; what is larger than evaluation at R needs (the shorter side R / 0.875) is reduced to that:
-    evaluation at R sees the same pixels as before, a random crop of a part of a large image is less sharp. An image
-    takes 3 H W bytes: 50,000 of 32 x 32 pixels 0.16 GB, 8,000 photographs (4:3) at R = 224 2.1 GB. Processes that
-    decode share them where they are forked (Linux); each rank has its own.
+    Each is (H, W, 3) uint8; what is larger than evaluation at R needs (the shorter side R / crop_pct) is reduced to
+    that: evaluation at R sees the same pixels as before, a random crop of a part of a large image is less sharp. An
+    image takes 3 H W bytes: 50,000 of 32 x 32 pixels 0.16 GB, 8,000 photographs (4:3) at R = 224 2.1 GB. Processes
+    that decode share them where they are forked (Linux); each rank has its own.
 
     All caches of a process together take `CACHE_LIMIT`, or `CACHE_SHARE` of the memory that is free where that is
     less. What has no room is decoded and reduced each time, which `say` is told: the pixels do not depend on memory.
     What cannot be decoded stays where it is.
     """
     global _held
-    side, taken = math.floor(resolution / DEFAULT_CROP_PCT), 0
+    side, taken = math.floor(resolution / pixels.crop_pct), 0
     room = min(CACHE_LIMIT, CACHE_SHARE * (free_memory() + _held)) - _held
-    kept = Kept(Reduced(images.sources[i], side) for i in range(len(images)))
+    kept = Kept(Reduced(images.sources[i], side, pixels.interpolation) for i in range(len(images)))
     for i, source in enumerate(kept):
         try:
-            pixels = np.asarray(cast(Reduced, source).read())
+            values = np.asarray(cast(Reduced, source).read())
         except MemoryError:
-            pixels = None
+            values = None
         except Exception:  # as in Images: it is skipped, counted and named when its turn comes
             continue
-        if pixels is None or taken + pixels.nbytes > room:
+        if values is None or taken + values.nbytes > room:
             say(
                 f"no memory to keep more than {i:,} of {len(images):,} images decoded: the others are decoded each time"
             )
             break
-        kept[i] = pixels
-        taken += pixels.nbytes
+        kept[i] = values
+        taken += values.nbytes
     _held += taken
     weakref.finalize(kept, _release, taken)
     return Images(kept, images.labels, images.transform, images.files)

@@ -6,7 +6,8 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nas.identity import IMAGES, LENGTH, file_digest
+from nas.data.pixels import IMAGENET
+from nas.identity import IMAGES, LENGTH, PIXELS, file_digest
 
 if TYPE_CHECKING:
     from nas.data.dataset import ImageData
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 def identity(
     data: ImageData | None = None, **networks: tuple[Arch | str, str | Path | None] | None
 ) -> dict[str, str | None]:
-    """Digests of images and networks, by what messages call them.
+    """Digests of images and networks, and how images are prepared, by what messages call them.
 
     Args:
         networks: by option, an Arch or the name of one of timm's, and its weights: "timm", a file, or None. Options
@@ -32,6 +33,8 @@ def identity(
         found[f"the weights of --{option}"] = str(weights) if weights in (None, "timm") else file_digest(Path(weights))
     if data is not None:
         found[IMAGES] = data_digest(data)
+        if data.pixels != (IMAGENET.whole() if data.demo else IMAGENET):
+            found[PIXELS] = str(data.pixels)
     return found
 
 

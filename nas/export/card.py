@@ -6,13 +6,15 @@ It lies in the metadata of model.onnx, and beside it as preprocess.json and labe
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
+from nas.data.pixels import IMAGENET, Interpolation, Pixels
 from nas.errors import UserError
 from nas.files import replace_file
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from torchvision.transforms import Compose
 
     from nas.data.dataset import ImageData
+    from nas.networks.timm_network import TimmNetwork
     from search_spaces import Arch
 
 PREFIX = "vitnas."
@@ -61,6 +64,7 @@ def _as_text(name: str) -> str:
 
 Name = Annotated[str, AfterValidator(_as_text)]
 Colour = tuple[FiniteFloat, FiniteFloat, FiniteFloat]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(gt=0, lt=2**31)]
 Percent = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 Milliseconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -73,20 +77,37 @@ def _colour(values: Iterable[float]) -> Colour:
 
 class Preprocess(BaseModel):
     """How an image becomes the network's input: its shorter side is brought to `resize` px, the middle `size` px square
-    of it is divided by 255, `mean` is taken off and the rest divided by `std`."""
+    of it is divided by 255, `mean` is taken off and the rest divided by `std`.
+
+    crop_pct: what `resize` is made from at another size, floor(size / crop_pct); files of earlier versions lack it.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     resize: Count
     size: Count
-    interpolation: str
+    interpolation: Interpolation
     mean: Colour
-    std: Colour
+    std: tuple[Positive, Positive, Positive]
     layout: Literal["NCHW"] = "NCHW"
+    crop_pct: Annotated[float, Field(gt=0, le=1)] = 0.0
+
+    @model_validator(mode="after")
+    def _with_its_crop(self) -> Self:
+        if not self.crop_pct:
+            object.__setattr__(self, "crop_pct", _crop_of(self.size, self.resize))
+        if math.floor(self.size / self.crop_pct) != self.resize:
+            raise ValueError(f"crop_pct {self.crop_pct} makes another resize of {self.size} than {self.resize}")
+        return self
+
+    @property
+    def pixels(self) -> Pixels:
+        """The same at any resolution."""
+        return Pixels(self.mean, self.std, self.interpolation, self.crop_pct)
 
     @classmethod
-    def of(cls, transform: Compose) -> Preprocess:
-        """What one of timm's transforms for evaluation does."""
+    def of(cls, transform: Compose, pixels: Pixels = IMAGENET) -> Preprocess:
+        """What one of timm's transforms for evaluation does, made from `pixels`."""
         from torchvision.transforms import CenterCrop, Normalize, Resize
 
         resize, crop, _, normalize = transform.transforms
@@ -98,14 +119,23 @@ class Preprocess(BaseModel):
             interpolation=resize.interpolation.value,
             mean=_colour(normalize.mean),
             std=_colour(normalize.std),
+            crop_pct=pixels.crop_pct,
         )
 
     @classmethod
-    def own(cls, resolution: int) -> Preprocess:
+    def own(cls, resolution: int, pixels: Pixels = IMAGENET) -> Preprocess:
         """What vitnas validates with at R = `resolution` pixels a side."""
         from nas.data.images import plain_transform
 
-        return cls.of(plain_transform(resolution, demo=False))
+        return cls.of(plain_transform(resolution, pixels), pixels)
+
+
+def _crop_of(size: int, resize: int) -> float:
+    """ImageNet's share of an image, where that is the one that was used, or else what comes to the same at `size`."""
+    if math.floor(size / IMAGENET.crop_pct) == resize:
+        return IMAGENET.crop_pct
+    share = min(1.0, size / resize)
+    return share if math.floor(size / share) == resize else math.nextafter(share, 0)
 
 
 class Accuracy(BaseModel):
@@ -160,7 +190,7 @@ class Card(BaseModel):
         if top1 is not None:
             accuracy = Accuracy.counted(top1, images, f"{data.name}, {part}" if part else data.name)
         classes = [name.encode(errors="surrogateescape").decode(errors="replace") for name in data.classes]
-        return cls(preprocess=Preprocess.of(data.val.transform), classes=classes, accuracy=accuracy)
+        return cls(preprocess=Preprocess.of(data.val.transform, data.pixels), classes=classes, accuracy=accuracy)
 
     @classmethod
     def untrained(cls, resolution: int) -> Card:
@@ -170,21 +200,14 @@ class Card(BaseModel):
     @classmethod
     def timm(cls, arch: Arch) -> Card:
         """Of timm's pretrained weights for an Arch."""
-        from timm import get_pretrained_cfg
-        from timm.data.config import resolve_data_config
         from timm.data.imagenet_info import ImageNetInfo
-        from timm.data.transforms_factory import create_transform
 
         from search_spaces.weights import timm_name
 
-        name = timm_name(arch)
-        config = get_pretrained_cfg(name)
-        if config is None:
-            raise UserError(f"timm does not say what images {name} takes")
-        transform = create_transform(**resolve_data_config(pretrained_cfg=config.to_dict()))
+        preprocess = Preprocess.own(arch.resolution, _pixels_of_timm(timm_name(arch)))
         info = ImageNetInfo()
         classes = [info.index_to_description(i) for i in range(info.num_classes())]
-        return cls(preprocess=Preprocess.of(transform), classes=classes if arch.num_classes == len(classes) else None)
+        return cls(preprocess=preprocess, classes=classes if arch.num_classes == len(classes) else None)
 
     @classmethod
     def read(cls, path: Path) -> Card:
@@ -230,6 +253,48 @@ class Card(BaseModel):
                 replace_file(folder / name, text)
             else:
                 (folder / name).unlink(missing_ok=True)
+
+
+def pixels_of(network: Arch | TimmNetwork, weights: str | Path | None) -> Pixels:
+    """What a network's images are made into: as its weights were trained with.
+
+    Args:
+        weights: "timm", a file, or None for random ones, which have ImageNet's. What a file wants is told by the run's
+            folder that it lies in, or by a preprocess.json beside it. Where nothing tells it, a network of timm has
+            what timm's checkpoint wants, as timm's own trainings do, and an Arch ImageNet's, as vitnas's do. An Arch
+            that is not in timm has ImageNet's, too.
+
+    Raises:
+        UserError: what lies beside the weights is damaged.
+    """
+    from search_spaces import Arch
+    from search_spaces.checkpoints import WeightsError
+    from search_spaces.weights import timm_name
+
+    if weights is None:
+        return IMAGENET
+    if str(weights) != "timm":
+        told = _told_beside(Path(weights))
+        if told is not None or isinstance(network, Arch):
+            return told.pixels if told else IMAGENET
+    try:
+        return _pixels_of_timm(timm_name(network) if isinstance(network, Arch) else network.name)
+    except WeightsError:
+        return IMAGENET
+
+
+def _told_beside(weights: Path) -> Preprocess | None:
+    beside = weights.name == "model.safetensors" or (weights.parent / PREPROCESS).is_file()
+    return Card.read(weights.parent).preprocess if beside and weights.is_file() else None
+
+
+def _pixels_of_timm(name: str) -> Pixels:
+    from timm import get_pretrained_cfg
+
+    config = get_pretrained_cfg(name)
+    if config is None:
+        raise UserError(f"timm does not say what images {name} takes")
+    return Pixels.of_timm(config)
 
 
 def _text(path: Path) -> str | None:

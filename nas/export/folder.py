@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from nas.data.lineage import SEEN
 from nas.errors import UserError
-from nas.export.card import LABELS, PREPROCESS, Card, Preprocess
+from nas.export.card import LABELS, PREPROCESS, Card, Preprocess, pixels_of
 from nas.export.onnx import agreement, label_onnx, to_onnx
 from nas.files import drafted, replace_file, scratch, unwritable
 from nas.networks.targets import find_arch, find_target
@@ -143,16 +143,16 @@ def card_for(arch: Arch, weights: str | None) -> tuple[Card, list[Path]]:
     if weights == "timm":
         return Card.timm(arch), []
     path = Path(weights)
+    own = Preprocess.own(arch.resolution, pixels_of(arch, path))
     seen = [path.with_name(SEEN)] if path.with_name(SEEN).is_file() else []
     if path.name != "model.safetensors" or not (path.parent / "arch.json").is_file():
-        return Card.untrained(arch.resolution), seen
+        return Card(preprocess=own), seen
     card = Card.read(path.parent)
     if (path.parent / "arch.json").read_text() == arch.to_json():
         facts = (path.with_name(name) for name in ("metrics.json", "prune.json"))
-        own = card.preprocess or Preprocess.own(arch.resolution)
         return card.model_copy(update={"preprocess": own}), [*seen, *(each for each in facts if each.is_file())]
     classes = card.classes if card.classes and len(card.classes) == arch.num_classes else None
-    return Card(preprocess=Preprocess.own(arch.resolution), classes=classes), seen
+    return Card(preprocess=own, classes=classes), seen
 
 
 def replace_network(

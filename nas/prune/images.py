@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import JsonValue, TypeAdapter
 
+from nas.data.pixels import IMAGENET, Pixels
 from nas.errors import UserError
 from nas.job import Job, Progress, Say
 from nas.prune.records import ImagesRow, Judged, PruneResult
@@ -50,13 +51,14 @@ class PruneJob(Job):
         num_classes: int | None,
         seed: int,
         weights: str | Path | None = None,
+        pixels: Pixels = IMAGENET,
     ) -> None:
-        """Open the images. weights: of the network."""
+        """Open the images. weights, pixels: of the network."""
         from nas.data.dataset import open_data
         from nas.data.images import sample
 
         self.seed = seed
-        self.data = open_data(name, resolution, num_classes, seed, weights)
+        self.data = open_data(name, resolution, num_classes, seed, weights).at(resolution, pixels=pixels)
         self.evaluated = sample(self.data.val, EVALUATED_IMAGES, seed)
         self.calibration = sample(self.data.calibration, CALIBRATION_IMAGES, seed)
 

@@ -19,7 +19,7 @@ from nas.data.inputs import identity
 from nas.ending import Ending
 from nas.errors import UserError
 from nas.export.artifact import CONVERTED
-from nas.export.card import Card
+from nas.export.card import Card, pixels_of
 from nas.export.folder import save_weights
 from nas.export.onnx import agreement, label_onnx, to_onnx
 from nas.files import replace_file, scratch
@@ -27,7 +27,7 @@ from nas.job import Progress, Say
 from nas.lock import in_turn
 from nas.measure.runtime import RUNTIMES
 from nas.measure.samples import Measurement
-from nas.networks.timm_network import TIMM
+from nas.networks.timm_network import TIMM, TimmNetwork
 from nas.prune import steps
 from nas.prune.images import PruneJob, compute_device
 from nas.prune.records import Kept, LayerRow, NetworkRow, Parts, PruneResult, Round
@@ -84,9 +84,11 @@ def _prune(request: PruneRequest, command: str, job: PruneJob) -> PruneResult:
     from pruning.outside import load_outside
 
     published, resolution = load_outside(request.model.removeprefix(TIMM), None, pretrained=False)
-    job.open_data(request.data, resolution, request.num_classes, request.seed)
     pretrained = request.data is not None or request.weights is not None
-    job.agree(identity(job.data, model=(request.model, "timm" if pretrained else None)))
+    weights = "timm" if pretrained else None
+    pixels = pixels_of(TimmNetwork(request.model.removeprefix(TIMM)), weights)
+    job.open_data(request.data, resolution, request.num_classes, request.seed, pixels=pixels)
+    job.agree(identity(job.data, model=(request.model, weights)))
     if job.finished:
         job.say(f"{request.folder} is finished: these are its results")
         return job.read()

@@ -10,6 +10,7 @@ from nas.data.about import announce
 from nas.data.inputs import identity
 from nas.ending import Ending
 from nas.errors import UserError
+from nas.export.card import pixels_of
 from nas.export.folder import save_model, save_onnx
 from nas.files import job_folder
 from nas.job import Progress, Say
@@ -85,7 +86,8 @@ class Pruning:
 
         job, request = self.job, self.request
         arch, weights = find_source(job, request)
-        job.open_data(request.data, arch.resolution, request.num_classes, request.seed, weights)
+        pixels = pixels_of(arch, weights)
+        job.open_data(request.data, arch.resolution, request.num_classes, request.seed, weights, pixels)
         job.agree(identity(job.data, model=(arch, weights)))
         if job.finished:
             job.say(f"{request.folder} is finished: these are its results")

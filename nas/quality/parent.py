@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nas.data.lineage import TIMM, remark
+from nas.data.pixels import IMAGENET, Pixels
 from nas.errors import UserError
 from nas.quality.trainer import Parent
 
@@ -56,3 +57,14 @@ def parent_weights(name: str | None) -> str | Path | None:
     from nas.networks.targets import find_target
 
     return None if name is None else find_target(name).weights or TIMM
+
+
+def parent_pixels(name: str | None) -> Pixels:
+    """How a parent's images are prepared, and so its children's; ImageNet's without a parent."""
+    from nas.export.card import pixels_of
+    from nas.networks.targets import find_target
+
+    if name is None:
+        return IMAGENET
+    target = find_target(name)
+    return IMAGENET if target.network is None else pixels_of(target.network, target.weights or TIMM)

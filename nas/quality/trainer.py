@@ -111,7 +111,8 @@ class CandidateTrainer:
             while len(self._splits) >= KEPT_SPLITS:
                 del self._splits[next(iter(self._splits))]
             used, judge = self.taught(resolution), self.halves(resolution)[1]
-            self._splits[resolution] = cached(used, resolution, self.say), cached(judge, resolution, self.say)
+            used, judge = (cached(each, resolution, self.say, self.data.pixels) for each in (used, judge))
+            self._splits[resolution] = used, judge
         return self._splits[resolution]
 
     def halves(self, resolution: int) -> tuple[Images, Images]:

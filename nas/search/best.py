@@ -118,7 +118,7 @@ class BestFolder:
             return Card.untrained(arch.resolution)
         data = self.trainer.data.at(arch.resolution)
         if weights is None:
-            return Card(preprocess=Preprocess.of(data.val.transform))
+            return Card(preprocess=Preprocess.of(data.val.transform, data.pixels))
         if weights.kept:
             return Card.of(data, weights.kept.top1, weights.kept.judged, HELD_OUT)
         result = result_path(self.request, arch, seed=0)  # Ctrl-C while it is judged leaves weights alone

@@ -26,12 +26,11 @@ def read_images(request: SearchRequest) -> ImageData | None:
     if request.plan is None:
         return None
     from nas.data.dataset import open_data
-    from nas.quality.parent import parent_weights
+    from nas.quality.parent import parent_pixels, parent_weights
 
-    plan = request.plan
-    return open_data(
-        plan.data, request.resolution or 224, plan.num_classes, request.seed or 0, parent_weights(plan.parent)
-    )
+    plan, resolution = request.plan, request.resolution or 224
+    data = open_data(plan.data, resolution, plan.num_classes, request.seed or 0, parent_weights(plan.parent))
+    return data.at(resolution, pixels=parent_pixels(plan.parent))
 
 
 def search(

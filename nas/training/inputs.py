@@ -43,6 +43,7 @@ def open_inputs(request: TrainRequest, note: Callable[[str], None]) -> TrainInpu
         UserError: no such network or images, or they do not go together.
     """
     from nas.data.dataset import open_data
+    from nas.export.card import pixels_of
     from nas.networks.targets import find_target
 
     target = find_target(request.model)
@@ -59,7 +60,7 @@ def open_inputs(request: TrainRequest, note: Callable[[str], None]) -> TrainInpu
     return TrainInputs(
         target,
         arch.replace(num_classes=len(data.classes)),
-        data.at(size, request.recipe.augmentation),
+        data.at(size, request.recipe.augmentation, pixels_of(target.arch, request.weights)),
         tuple(parents),
     )
 
@@ -118,27 +119,27 @@ def first_network(request: TrainRequest, inputs: TrainInputs, note: Callable[[st
     return model
 
 
-def open_teacher(request: TrainRequest, classes: list[str], note: Callable[[str], None]) -> nn.Module | None:
+def open_teacher(request: TrainRequest, data: ImageData, note: Callable[[str], None]) -> nn.Module | None:
     """The network that the training learns from, (B, 3, R, R) -> (B, classes); None without one."""
     recipe = request.recipe
     if request.teacher is None:
         if recipe.teacher is not None:
             note(f"the recipe {recipe.name} has the teacher {recipe.teacher}: without one it differs from it")
         return None
-    teacher = find_teacher(request.teacher, request.teacher_weights, classes)
+    teacher = find_teacher(request.teacher, request.teacher_weights, data.classes, data.pixels)
     note(f"{recipe.distillation} distillation from {request.teacher}")
     return teacher
 
 
 def lend_oracle(
-    request: TrainRequest, model: nn.Module, classes: list[str], device: str, note: Callable[[str], None]
+    request: TrainRequest, model: nn.Module, data: ImageData, device: str, note: Callable[[str], None]
 ) -> AbstractContextManager[None]:
     """Give a network the weights of the oracle asked for, if one is; returns what to enter while it is trained."""
     if request.oracle is None:
         return nullcontext()
     from search_spaces.oracle import start_from, with_oracle
 
-    oracle = own_teacher("--oracle", request.oracle, None, classes)
+    oracle = own_teacher("--oracle", request.oracle, None, data.classes, data.pixels)
     start_from(model, oracle)
     note(f"weights from the oracle {request.oracle}, which chooses the tokens in training")
     return with_oracle(model, oracle.to(device))

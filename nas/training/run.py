@@ -106,8 +106,8 @@ class TrainingRun:
         if agreed(self.job.finished):
             return None if self.rank else self._finished()
         model = first_network(request, inputs, self._note)
-        teacher = open_teacher(request, inputs.data.classes, self._note)
-        guided = lend_oracle(request, model, inputs.data.classes, self.device, self._note)
+        teacher = open_teacher(request, inputs.data, self._note)
+        guided = lend_oracle(request, model, inputs.data, self.device, self._note)
         training = self._begun(model, teacher)
         error = None
         try:

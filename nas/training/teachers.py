@@ -5,22 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from nas.data.pixels import IMAGENET, Pixels
 from nas.errors import UserError
-from nas.networks.timm_network import TIMM
+from nas.export.card import pixels_of
+from nas.networks.targets import find_target
+from nas.networks.timm_network import TIMM, TimmNetwork
 from nas.networks.weights import load
 
 if TYPE_CHECKING:
     from torch import nn
 
 
-def find_teacher(text: str, weights: str | None, classes: list[str]) -> nn.Module:
-    """A trained network that takes the student's images: (B, 3, R, R) -> (B, classes).
+def find_teacher(text: str, weights: str | None, classes: list[str], pixels: Pixels = IMAGENET) -> nn.Module:
+    """A trained network that takes the student's images, made with `pixels`: (B, 3, R, R) -> (B, classes).
 
     Raises:
         UserError: no such network, weights that cannot be had, random ones, or another number of classes.
     """
     if not text.startswith(TIMM):
-        return own_teacher("--teacher", text, weights, classes)
+        return own_teacher("--teacher", text, weights, classes, pixels)
     import timm
 
     from search_spaces.checkpoints import WeightsError, read_checkpoint
@@ -45,34 +48,33 @@ def find_teacher(text: str, weights: str | None, classes: list[str]) -> nn.Modul
     config = cast("dict[str, Any]", model.pretrained_cfg)
     fixed = config["input_size"][-1] if config.get("fixed_input_size") else None
     counts = cast(int, model.num_classes), len(classes)
-    return _fitting(f"--teacher {text}", model, counts, fixed, config["mean"], config["std"])
+    own = pixels_of(TimmNetwork(name), weights or "timm")
+    return _fitting(f"--teacher {text}", model, counts, fixed, own, pixels)
 
 
-def own_teacher(option: str, text: str, weights: str | None, classes: list[str]) -> nn.Module:
+def own_teacher(
+    option: str, text: str, weights: str | None, classes: list[str], pixels: Pixels = IMAGENET
+) -> nn.Module:
     """A network of ours that teaches."""
-    from nas.networks.targets import find_target
-
-    model = load(find_target(text), weights, what=f"{option} {text}")
+    target = find_target(text)
+    model = load(target, weights, what=f"{option} {text}")
     if model.untrained:
         raise UserError(f"{option} {text}: weights with another classifier, which would teach nothing")
-    return _fitting(f"{option} {text}", model, (model.arch.num_classes, len(classes)), model.arch.resolution)
+    counts = model.arch.num_classes, len(classes)
+    own = pixels_of(model.arch, weights or target.weights or "timm")
+    return _fitting(f"{option} {text}", model, counts, model.arch.resolution, own, pixels)
 
 
 def _fitting(
-    option: str,
-    model: nn.Module,
-    classes: tuple[int, int],
-    resolution: int | None,
-    mean: tuple[float, ...] | None = None,
-    std: tuple[float, ...] | None = None,
+    option: str, model: nn.Module, classes: tuple[int, int], resolution: int | None, own: Pixels, given: Pixels
 ) -> nn.Module:
-    """A network that takes a student's images: at its own resolution (None: any) and with its own normalisation (None:
-    ImageNet's).
+    """A network that takes a student's images: at its own resolution (None: any) and with its own mean and deviation.
 
     Args:
         classes: the network's, and the data's.
+        own: what the network was trained with.
+        given: what the student's images are made with; their interpolation and crop stay.
     """
-    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     from torch import nn
     from torchvision.transforms.v2 import Normalize, Resize
 
@@ -81,7 +83,7 @@ def _fitting(
     first: list[nn.Module] = []
     if resolution is not None:
         first.append(Resize((resolution, resolution)))
-    if mean is not None and std is not None and (mean, std) != (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD):
-        pairs = list(zip(mean, std, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, strict=True))
+    if (own.mean, own.std) != (given.mean, given.std):
+        pairs = list(zip(own.mean, own.std, given.mean, given.std, strict=True))
         first.append(Normalize([(m - m0) / s0 for m, _, m0, s0 in pairs], [s / s0 for _, s, _, s0 in pairs]))
     return nn.Sequential(*first, model)

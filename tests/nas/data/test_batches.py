@@ -26,7 +26,7 @@ EVERYTHING = Augmentation(scale=0.2, auto_augment="rand-m9-mstd0.5-inc1", erasin
 def numbered(count: int, transform: object = None) -> Images:
     """Random pictures; each one's label is its number."""
     pixels = np.random.default_rng(0).integers(0, 255, (count, 12, 10, 3), dtype=np.uint8)
-    return Images(list(pixels), list(range(count)), transform or plain_transform(8, demo=False))
+    return Images(list(pixels), list(range(count)), transform or plain_transform(8))
 
 
 def augmented(count: int) -> Images:
@@ -171,7 +171,7 @@ def photographs(folder: Path, count: int = 6) -> list[Path]:
 
 def test_cached_images_are_read_once_and_look_the_same(tmp_path):
     files = photographs(tmp_path)
-    data = Images(files, list(range(6)), plain_transform(32, demo=False), files=np.zeros(6, np.int64))
+    data = Images(files, list(range(6)), plain_transform(32), files=np.zeros(6, np.int64))
     kept = cached(data, 32)
     assert (kept.labels, kept.transform, kept.files is data.files) == (data.labels, data.transform, True)
     assert {source.shape for source in kept.sources} == {(36, 48, 3)}  # floor(32 / 0.875) high
@@ -192,7 +192,7 @@ def test_small_images_are_cached_as_they_are(tmp_path):
 def test_broken_images_stay_broken_in_memory(tmp_path):
     files = photographs(tmp_path, 40)
     files[3].write_text("no image")
-    kept = cached(Images(files, [0] * 40, plain_transform(32, demo=False)), 32)
+    kept = cached(Images(files, [0] * 40, plain_transform(32)), 32)
     found = loader(kept, 8, shuffle=False, seed=0)
     assert sum(len(labels) for _, labels in found) == 39
     assert found.skipped == [str(files[3])]
@@ -230,13 +230,13 @@ def test_caches_share_one_bound(tmp_path, monkeypatch):
 
 def test_caches_leave_half_of_the_free_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(images, "free_memory", lambda: 6 * IMAGE)
-    data = Images(photographs(tmp_path), list(range(6)), plain_transform(32, demo=False))
+    data = Images(photographs(tmp_path), list(range(6)), plain_transform(32))
     assert in_memory(cached(data, 32, lambda line: None)) == 3
 
 
 def test_a_cache_that_finds_no_memory_ends_there(tmp_path, monkeypatch):
     said: list[str] = []
-    data = Images(photographs(tmp_path), list(range(6)), plain_transform(32, demo=False))
+    data = Images(photographs(tmp_path), list(range(6)), plain_transform(32))
     whole, decoded = images.decode, itertools.count()
 
     def failing(source: object) -> Image.Image:

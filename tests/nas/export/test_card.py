@@ -99,6 +99,7 @@ def test_what_a_trained_file_says(folder):
         "mean": [0.485, 0.456, 0.406],
         "std": [0.229, 0.224, 0.225],
         "layout": "NCHW",
+        "crop_pct": 0.875,
     }
     assert facts["vitnas.weights"] == "trained"
     accuracy = json.loads(facts["vitnas.accuracy"])
@@ -208,7 +209,7 @@ def test_timm_s_weights_have_timm_s_crop_and_imagenet_s_classes():
 
 
 def test_only_what_is_understood_is_told():
-    transform = plain_transform(32, demo=False)
+    transform = plain_transform(32)
     transform.transforms.reverse()
     with pytest.raises(TypeError, match="no resize"):
         Preprocess.of(transform)

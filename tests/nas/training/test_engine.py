@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import nas.training.engine
 from nas.data.batches import loader
 from nas.data.images import Images, plain_transform
+from nas.data.pixels import IMAGENET
 from nas.errors import DiskFull, TrainingError, UserError
 from nas.training.engine import Training
 from nas.training.evaluation import evaluate
@@ -38,7 +39,7 @@ def pictures(count: int = 48, resolution: int = 16, classes: int = 4) -> Images:
     rng = np.random.default_rng(0)
     labels = [i % classes for i in range(count)]
     grey = [rng.integers(0, 90, (resolution, resolution, 3)) + 50 * label for label in labels]
-    return Images([image.astype(np.uint8) for image in grey], labels, plain_transform(resolution, demo=True))
+    return Images([image.astype(np.uint8) for image in grey], labels, plain_transform(resolution, IMAGENET.whole()))
 
 
 def network(seed: int = 0, classes: int = 4) -> nn.Module:
