@@ -44,10 +44,10 @@ class Agent:
     def default_threads(self) -> int:
         return default_threads()
 
-    def fingerprint(self, settings: dict[str, Any]) -> dict[str, Any]:
+    def fingerprint(self, settings: dict[str, Any]) -> hardware.Hardware:
         return hardware.fingerprint(Settings(**settings))
 
-    def describe(self, settings: dict[str, Any]) -> dict[str, Any]:
+    def describe(self, settings: dict[str, Any]) -> hardware.Hardware:
         return hardware.describe(Settings(**settings))
 
     def acquire(self, kind: str, timeout_s: float) -> bool:

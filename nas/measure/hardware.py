@@ -9,9 +9,9 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from nas.machine import memory_bytes, physical_cores, usable_cpus
 from nas.measure import remote
@@ -25,12 +25,47 @@ BUSY_SHARE = 0.1  # of the usable CPUs: from here on the machine counts as busy,
 CROWDED_CPUS = 0.1  # or where others use so much more than the CPUs that are left to them
 
 
-def fingerprint(settings: Settings) -> dict[str, Any]:
+class Hardware(TypedDict, total=False):
+    """A measured machine, as hardware.json and results hold it. The keys up to `gpu` are its fingerprint."""
+
+    cpu: str
+    """The CPU's name."""
+    architecture: str
+    physical_cores: int
+    usable_cpus: int
+    """CPUs that this process may use."""
+    threads: int
+    device: str
+    batch_size: int
+    runtime: str
+    runtime_version: str
+    precision: str
+    """Absent for fp32."""
+    gpu: str
+    """The GPU's name, on cuda alone."""
+    pinned_to: list[int] | None
+    """CPUs that timed processes are pinned to; None, as in the next ones, where it cannot be read."""
+    memory_gb: float
+    governor: str | None
+    """Frequency governors of the CPUs that are used."""
+    os: str
+    python: str
+    load_average: list[float]
+    """Of the last 1, 5 and 15 minutes."""
+    busy_share: float | None
+    """Share of the usable CPUs' time that other processes use, 0 to 1."""
+    packages: dict[str, str | None]
+    """Versions of `PACKAGES`; None of one that is not installed."""
+    host: str
+    """The address of a remote device."""
+
+
+def fingerprint(settings: Settings) -> Hardware:
     """What must be equal for two latencies to be comparable, and for a worker to join a study."""
     if is_remote(settings.device):
-        there: dict[str, Any] = remote.machine_of(settings.device).ask("fingerprint", settings=remote.there(settings))
+        there: Hardware = remote.machine_of(settings.device).ask("fingerprint", settings=remote.there(settings))
         return there
-    found: dict[str, Any] = {
+    found: Hardware = {
         "cpu": cpu_model(),
         "architecture": platform.machine(),
         "physical_cores": physical_cores(),
@@ -48,14 +83,11 @@ def fingerprint(settings: Settings) -> dict[str, Any]:
     return found
 
 
-def describe(settings: Settings) -> dict[str, Any]:
-    """The fingerprint, and what else may explain a latency later, such as the load; None where a value cannot be read.
-
-    Takes SAMPLE_S seconds. `pinned_to`: the CPUs that timed processes are pinned to; `host`: a remote device.
-    """
+def describe(settings: Settings) -> Hardware:
+    """The fingerprint, and what else may explain a latency later, such as the load. Takes SAMPLE_S seconds."""
     if is_remote(settings.device):
-        found: dict[str, Any] = remote.machine_of(settings.device).ask("describe", settings=remote.there(settings))
-        return found | {"host": settings.device}
+        found: Hardware = remote.machine_of(settings.device).ask("describe", settings=remote.there(settings))
+        return {**found, "host": settings.device}
     versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
@@ -63,7 +95,8 @@ def describe(settings: Settings) -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
     cpus = usable_cpus()[: settings.threads]
-    return fingerprint(settings) | {
+    return {
+        **fingerprint(settings),
         "pinned_to": cpus if hasattr(os, "sched_setaffinity") else None,
         "memory_gb": round(memory_bytes() / 1e9, 1),
         "governor": governor(cpus),
@@ -75,7 +108,7 @@ def describe(settings: Settings) -> dict[str, Any]:
     }
 
 
-def busy_line(described: Mapping[str, Any]) -> str | None:
+def busy_line(described: Hardware) -> str | None:
     """One line where other processes were using the CPUs of a `describe`d machine; None where it was quiet."""
     share = described.get("busy_share")
     if share is None:

@@ -260,7 +260,7 @@ class PruneResult:
     finished: str
     options: PruneRequest
     settings: Settings
-    hardware: dict[str, JsonValue]
+    hardware: Mapping[str, object]
     data: ImagesRow
     weights: str | None
     """Where the weights came from: "timm" or a path; None where there were none."""

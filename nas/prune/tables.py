@@ -12,8 +12,6 @@ from nas.prune.savings import Saving, rates
 from nas.prune.widths import Block, BlockWidths, Importance, group_of, stage_of
 from nas.units import counted, listed
 
-ArchDocument = Mapping[str, Any]
-"""An Arch as JSON holds it."""
 KINDS = {
     "ffn": "FFN, merging",
     "qk": "Q, K",
@@ -102,7 +100,7 @@ def _other_changes(result: PruneResult) -> list[tuple[str, Change]]:
     return [*_stage_changes(old, new), *_summed_changes(old, new)]
 
 
-def _stage_changes(old: ArchDocument, new: ArchDocument) -> list[tuple[str, Change]]:
+def _stage_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Change]]:
     after = _stage_widths(new)
     stages = [
         (f"width of {stage or 'all blocks'}", Change(width, after[stage]))
@@ -112,12 +110,12 @@ def _stage_changes(old: ArchDocument, new: ArchDocument) -> list[tuple[str, Chan
     return stages + [(f"stem {i}", Change(a, b)) for i, (a, b) in enumerate(stems)]
 
 
-def _summed_changes(old: ArchDocument, new: ArchDocument) -> list[tuple[str, Change]]:
+def _summed_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Change]]:
     labels = {"squeezed": "squeeze-excite dims", "conv": "depthwise convolution branches"}
     return [(label, Change(_total(old, key), _total(new, key))) for key, label in labels.items()]
 
 
-def _stage_widths(arch: ArchDocument) -> dict[str, int]:
+def _stage_widths(arch: Mapping[str, Any]) -> dict[str, int]:
     """The width of each stage by its path; that of all blocks, by "", of a network without stages."""
     if "stages" not in arch:
         return {"": arch["embed_dim"]}

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from nas.training.engine import Training
     from nas.training.evaluation import Accuracy
     from nas.training.recipes import Recipe
+    from pruning.units import Scores
     from search_spaces import Arch
 
 ETA = 3
@@ -43,7 +44,7 @@ class Parent:
     arch: Arch
     weights: Mapping[str, Tensor]
     """Its state dict."""
-    scores: Mapping[str, Any]
+    scores: Scores
     """Importance of its units, as `pruning.importance.score` returns it."""
     seen: str = ""
     """A remark on the images it was trained on, "" where there is none."""

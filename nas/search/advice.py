@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from nas.measure.device import device_kind
-from nas.measure.hardware import CROWDED_CPUS
+from nas.measure.hardware import CROWDED_CPUS, Hardware
 from nas.measure.runtime import RUNTIMES
 from nas.search.rows import ClosingRow, Network, Trial, arch_of, known
 
@@ -119,7 +119,7 @@ def lower_resolution(fastest: Network, budget_ms: float) -> str | None:
     return None
 
 
-def idle(hardware: Mapping[str, Any], threads: int) -> bool:
+def idle(hardware: Hardware, threads: int) -> bool:
     """Whether other processes leave so many CPUs alone, as far as the machine tells."""
     share, usable = hardware.get("busy_share"), hardware.get("usable_cpus", 0)
     return share is not None and share * usable + threads <= usable + CROWDED_CPUS

@@ -14,23 +14,44 @@ import json
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from socketserver import ThreadingMixIn
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from nas.errors import UserError
 from nas.quality.tier import told_score
-from nas.search.rows import verdict_of
+from nas.search.latency import TrialLatency
 from nas.study.storage import open_storage
 from nas.study.trials import IDENTITY
 
 if TYPE_CHECKING:
     from collections.abc import Container
-    from wsgiref.types import WSGIApplication
+    from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
     from optuna.storages import BaseStorage
     from optuna.trial import FrozenTrial, TrialState
+
+
+@dataclass(frozen=True)
+class Searched:
+    """What a study searches, as its identity says."""
+
+    budget_ms: float
+    quality: str = "prior"
+    """Name of the tier that estimates quality."""
+    resolution: int | None = None
+    """Pixels a side of all networks; None where it is searched."""
+
+    @classmethod
+    def of(cls, study_id: int, storage: BaseStorage) -> Self | None:
+        """None of a study that is not vitnas's."""
+        found = storage.get_study_user_attrs(study_id).get(IDENTITY)
+        if found is None:
+            return None
+        return cls(found["budget_ms"], found.get("quality", "prior"), found.get("resolution"))
+
 
 STUDY = re.compile(r"/api/studies/(\d+)/?")
 HIDDEN = ("arch", "detail")
@@ -111,7 +132,7 @@ def _with_notes(
 ) -> WSGIApplication:
     """The dashboard, whose answer on a study of vitnas holds a note on every trial and plots of their latencies."""
 
-    def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+    def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         found = STUDY.fullmatch(environ.get("PATH_INFO", ""))
         if found is None or environ.get("REQUEST_METHOD") != "GET":
             return inner(environ, start_response)
@@ -125,9 +146,9 @@ def _with_notes(
         status, headers = answer
         if status.startswith("200"):
             study_id = int(found[1])
-            meta = storage.get_study_user_attrs(study_id).get(IDENTITY)
-            if meta is not None:
-                body = json.dumps(_explained(json.loads(body), meta, trials_of(study_id))).encode()
+            searched = Searched.of(study_id, storage)
+            if searched is not None:
+                body = json.dumps(_explained(json.loads(body), searched, trials_of(study_id))).encode()
                 headers = [(name, value) for name, value in headers if name.lower() != "content-length"]
                 headers.append(("Content-Length", str(len(body))))
         start_response(status, headers)
@@ -136,18 +157,18 @@ def _with_notes(
     return application
 
 
-def _explained(detail: dict[str, Any], meta: Mapping[str, Any], trials: Sequence[FrozenTrial]) -> dict[str, Any]:
+def _explained(detail: dict[str, Any], searched: Searched, trials: Sequence[FrozenTrial]) -> dict[str, Any]:
     """The dashboard's document of a study, with notes where nobody has written one, and with plots."""
     stored = {trial._trial_id: trial for trial in trials}
     for shown in (*detail["trials"], *detail["best_trials"]):
         if shown["note"]["version"] == 0 and shown["trial_id"] in stored:
-            shown["note"]["body"] = note(stored[shown["trial_id"]], meta)
+            shown["note"]["body"] = note(stored[shown["trial_id"]], searched)
     if detail["note"]["version"] == 0:
         best = [stored[shown["trial_id"]] for shown in detail["best_trials"]]
-        detail["note"]["body"] = front_note(best, meta)
-    detail["objective_names"] = [f"score ({meta.get('quality', 'prior')})", "throughput, images/s"]
+        detail["note"]["body"] = front_note(best, searched)
+    detail["objective_names"] = [f"score ({searched.quality})", "throughput, images/s"]
     detail["plotly_graph_objects"] += [
-        {"id": name, "graph_object": json.dumps(figure)} for name, figure in _figures(trials, meta).items()
+        {"id": name, "graph_object": json.dumps(figure)} for name, figure in _figures(trials, searched).items()
     ]
     return detail
 
@@ -155,7 +176,7 @@ def _explained(detail: dict[str, Any], meta: Mapping[str, Any], trials: Sequence
 # ---------------------------------------------------------------------------------- notes
 
 
-def note(trial: FrozenTrial, meta: Mapping[str, Any]) -> str:
+def note(trial: FrozenTrial, searched: Searched) -> str:
     """A trial in words, in Markdown: its latency, its score, its parameters' values and its stages."""
     attrs = trial.user_attrs
     if "arch" not in attrs:
@@ -164,9 +185,10 @@ def note(trial: FrozenTrial, meta: Mapping[str, Any]) -> str:
     from search_spaces.arch import ArchError
 
     lines = [f"**{attrs.get('name') or 'found'}** ({attrs['family']}), {attrs['resolution']} px", ""]
-    lines += [latency_words(attrs), "", score_words(trial), ""]
+    latency = TrialLatency.read({**attrs.get("detail", {}), "latency_ms": attrs["latency_ms"]})
+    lines += [latency_words(latency, attrs["budget_ms"]), "", score_words(trial), ""]
     try:
-        lines += [table(("parameter", "value"), values_of(trial.params, attrs["family"], meta)), ""]
+        lines += [table(("parameter", "value"), values_of(trial.params, attrs["family"], searched)), ""]
         stages = [stage.model_dump() for stage in Arch.from_json(json.dumps(attrs["arch"])).summary()]
     except (ArchError, KeyError) as error:
         return "\n".join([*lines, f"The network cannot be read: another version of vitnas wrote it ({error})."])
@@ -175,14 +197,12 @@ def note(trial: FrozenTrial, meta: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "```json", textwrap.fill(json.dumps(attrs["arch"]), 100), "```"])
 
 
-def latency_words(attrs: Mapping[str, Any]) -> str:
-    detail = attrs.get("detail", {})
-    low, high = detail.get("latency_ci_low_ms"), detail.get("latency_ci_high_ms")
-    if "latency_ci_low_ms" not in detail:
-        return f"Latency {attrs['latency_ms']:.3f} ms, budget {attrs['budget_ms']:g} ms."
-    verdict = verdict_of(attrs["budget_ms"], detail | {"latency_ms": attrs["latency_ms"]})
-    ends = "measured briefly" if low is None or high is None else f"95%: {low:.3f} to {high:.3f}"
-    return f"Latency {attrs['latency_ms']:.3f} ms ({ends}), budget {attrs['budget_ms']:g} ms: {verdict}."
+def latency_words(latency: TrialLatency, budget_ms: float) -> str:
+    ci = latency.ci_ms
+    if ci is None and latency.rounds is None:  # an earlier version kept no interval
+        return f"Latency {latency.latency_ms:.3f} ms, budget {budget_ms:g} ms."
+    ends = "measured briefly" if ci is None else f"95%: {ci[0]:.3f} to {ci[1]:.3f}"
+    return f"Latency {latency.latency_ms:.3f} ms ({ends}), budget {budget_ms:g} ms: {latency.verdict(budget_ms)}."
 
 
 def score_words(trial: FrozenTrial) -> str:
@@ -200,21 +220,21 @@ def score_words(trial: FrozenTrial) -> str:
     )
 
 
-def values_of(params: Mapping[str, Any], family: str, meta: Mapping[str, Any]) -> list[tuple[str, Any]]:
+def values_of(params: Mapping[str, int], family: str, searched: Searched) -> list[tuple[str, Any]]:
     """What a trial's indices stand for in its family; those that it has no use for are left out."""
     from search_spaces.registry import FAMILIES
     from search_spaces.space import LEVELS
 
     options = FAMILIES[family].space.options
     found = {name: values[params[name] * len(values) // LEVELS] for name, values in options.items() if name in params}
-    if "resolution" in meta:
-        found["resolution"] = meta["resolution"]
+    if searched.resolution is not None:
+        found["resolution"] = searched.resolution
     return list(found.items())
 
 
-def front_note(front: Sequence[FrozenTrial], meta: Mapping[str, Any]) -> str:
+def front_note(front: Sequence[FrozenTrial], searched: Searched) -> str:
     """A study in words: what it searches, and its front."""
-    lines = [f"Budget {meta['budget_ms']:g} ms. The front, fastest first:", ""]
+    lines = [f"Budget {searched.budget_ms:g} ms. The front, fastest first:", ""]
     rows = [
         (
             trial.number,
@@ -238,16 +258,16 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 # ---------------------------------------------------------------------------------- plots
 
 
-def _figures(trials: Sequence[FrozenTrial], meta: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _figures(trials: Sequence[FrozenTrial], searched: Searched) -> dict[str, dict[str, Any]]:
     """Plotly figures by their ids: scores against latency with the front, and latencies in the order of the trials."""
     measured = [trial for trial in trials if "latency_ms" in trial.user_attrs and "family" in trial.user_attrs]
     if not measured:
         return {}
     known = [trial for trial in measured if trial.values and not guessed(trial)]
-    budget = meta["budget_ms"]
+    budget = searched.budget_ms
     against: dict[str, Any] = {
         "data": [*_dots(known, lambda trial: trial.user_attrs["latency_ms"], lambda trial: trial.values[0])],
-        "layout": _layout("Score against latency", "median latency, ms", f"score ({meta.get('quality', 'prior')})"),
+        "layout": _layout("Score against latency", "median latency, ms", f"score ({searched.quality})"),
     }
     scores = [trial.values[0] for trial in known] or [0.0, 1.0]
     against["data"].append(_line("budget", [budget, budget], [min(scores), max(scores)], dash="dash"))

@@ -16,6 +16,7 @@ from nas.identity import differences, older
 if TYPE_CHECKING:
     import optuna
 
+    from nas.measure.hardware import Hardware
     from nas.measure.runtime import Settings
 
 
@@ -83,7 +84,7 @@ def make_folder(folder: Path) -> bool:
         raise unwritable(folder, error) from None
 
 
-def write_hardware(folder: Path, settings: Settings) -> Mapping[str, object]:
+def write_hardware(folder: Path, settings: Settings) -> Hardware:
     """Describe the measured machine, as it is now, in a run folder's hardware.json; returns the description."""
     from nas.measure.hardware import describe
 

@@ -9,7 +9,9 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from nas.measure.hardware import Hardware
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,8 +53,8 @@ class SearchLog:
     """A line for each failure that ended it early."""
     tier: Tier | None = None
     """The tier that estimated quality; None until it is open."""
-    hardware: Mapping[str, Any] = field(default_factory=dict)
-    """The measured machine at the start (`nas.measure.hardware.describe`)."""
+    hardware: Hardware = field(default_factory=Hardware)
+    """The measured machine at the start."""
     calibration: np.ndarray | None = None
     """Images for int8, where the search has images; float32, (images, 3, height, width)."""
 

@@ -13,8 +13,9 @@ from nas.measure.budget import Verdict
 from nas.measure.runtime import Settings
 from nas.quality.ranking import Tau
 from nas.search.accuracy import FinalTrainings
+from nas.search.latency import Pair, pair
 from nas.search.log import PhaseTime
-from nas.search.rows import ClosingRow, Network, OutsideRow, Pair, Trial, arch_of, front_of, known, pair
+from nas.search.rows import ClosingRow, Network, OutsideRow, Trial, arch_of, front_of, known
 
 FORMAT = 1
 """The version of result.json."""

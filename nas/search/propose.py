@@ -40,17 +40,24 @@ CHANGES = 4
 LATENCY_NOISE = 0.02
 """Standard deviation of a measured latency's logarithm."""
 
-Params = Mapping[str, Any]
-"""A network's parameters by name, with its family."""
-Candidate = tuple[Params, Arch]
-"""A network's parameters, and the network."""
+
+@dataclass(frozen=True)
+class Candidate:
+    """A network that may be proposed."""
+
+    family: str
+    levels: Mapping[str, int]
+    """Its parameters by name, each 0 to LEVELS - 1."""
+    arch: Arch
 
 
 @dataclass(frozen=True)
 class Measured:
     """A measured trial."""
 
-    params: Params
+    family: str
+    levels: Mapping[str, int]
+    """Its parameters by name, each 0 to LEVELS - 1."""
     digest: str
     """Of its Arch."""
     features: Sequence[float]
@@ -67,8 +74,16 @@ class Measured:
 
     @classmethod
     def of(cls, trial: FrozenTrial) -> Self:
-        detail, feasible = trial.user_attrs["detail"], bool(trial.user_attrs["feasible"])
-        return cls(trial.params, detail["digest"], detail["training"]["features"], detail["latency_ms"], feasible)
+        detail = trial.user_attrs["detail"]
+        levels = dict(trial.params)
+        return cls(
+            family=levels.pop("family"),
+            levels=levels,
+            digest=detail["digest"],
+            features=detail["training"]["features"],
+            latency_ms=detail["latency_ms"],
+            feasible=bool(trial.user_attrs["feasible"]),
+        )
 
 
 class Proposer(BaseSampler):
@@ -95,11 +110,12 @@ class Proposer(BaseSampler):
             return {}
         seed = self._request.seed
         rng = np.random.default_rng(None if seed is None else [seed, trial.number])
-        pool = {arch.digest(): (params, arch) for params, arch in self._pool(measured, rng)}
+        pool = {candidate.arch.digest(): candidate for candidate in self._pool(measured, rng)}
         fresh = [pool[digest] for digest in pool.keys() - {each.digest for each in measured}]
         if not fresh:
             return {}
-        return dict(max(fresh, key=self._scorer(measured))[0])
+        best = max(fresh, key=self._scorer(measured))
+        return {"family": best.family, **best.levels}
 
     def sample_independent(self, study: optuna.Study, trial: FrozenTrial, param_name: str, distribution: Any) -> Any:
         return self._random.sample_independent(study, trial, param_name, distribution)
@@ -118,9 +134,8 @@ class Proposer(BaseSampler):
         limit = math.log(self._request.budget_ms)
 
         def rate(candidate: Candidate) -> float:
-            arch = candidate[1]
-            counts = table(arch)
-            features = describe(arch, counts)
+            counts = table(candidate.arch)
+            features = describe(candidate.arch, counts)
             time = latency.predict(features)
             fits = float(norm.logcdf((limit - time.value) / time.error))
             if len(known) < LEAST:
@@ -139,21 +154,22 @@ class Proposer(BaseSampler):
         parents = [fitting[i] for i in order[:PARENTS]]
         found: list[Candidate] = []
         for i in range(POOL):
-            params = varied(parents[i // 2 % len(parents)].params, rng) if i % 2 else self._drawn(rng)
-            family = FAMILIES[params["family"]]
-            found.append((params, family.space.decode(params, self._request.num_classes, self._request.resolution)))
+            if i % 2:
+                parent = parents[i // 2 % len(parents)]
+                family, levels = parent.family, varied(parent.family, parent.levels, rng)
+            else:
+                family = self._request.families[rng.integers(len(self._request.families))]
+                levels = random_params(rng)
+            arch = FAMILIES[family].space.decode(levels, self._request.num_classes, self._request.resolution)
+            found.append(Candidate(family, levels, arch))
         return found
 
-    def _drawn(self, rng: np.random.Generator) -> Params:
-        family = self._request.families[rng.integers(len(self._request.families))]
-        return {"family": family, **random_params(rng)}
 
-
-def varied(params: Params, rng: np.random.Generator) -> Params:
+def varied(family: str, levels: Mapping[str, int], rng: np.random.Generator) -> dict[str, int]:
     """A few of the family's parameters changed, mostly by one level."""
-    active = list(FAMILIES[params["family"]].space.options)
+    active = list(FAMILIES[family].space.options)
     count = 1 + int(rng.integers(min(CHANGES, len(active))))
-    changed = dict(params)
+    changed = dict(levels)
     for name in rng.choice(active, size=count, replace=False):
         step = int(rng.choice((-2, -1, -1, 1, 1, 2)))
         changed[str(name)] = int(np.clip(changed[str(name)] + step, 0, LEVELS - 1))

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from nas.data.inputs import identity
 from nas.errors import UserError
@@ -132,7 +132,7 @@ class SearchRequest:
             "space": space_fingerprint({name: FAMILIES[name].space for name in self.families}),
             "num_classes": self.num_classes,
             "quality": self.quality,
-            "hardware": fingerprint(self.settings),
+            "hardware": cast("dict[str, JsonValue]", fingerprint(self.settings)),
         }
         if self.resolution is not None:
             agreed["resolution"] = self.resolution

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from nas.intervals import of_error
-from nas.measure.budget import LatencyBudget, Verdict
-from nas.measure.samples import HOPELESS
+from nas.measure.budget import Verdict
 from nas.search.accuracy import Accuracies
+from nas.search.latency import Pair, TrialLatency, pair
 
 if TYPE_CHECKING:
     import optuna
@@ -20,23 +20,11 @@ if TYPE_CHECKING:
 
 INTERRUPTED = "interrupted"
 """The error of a trial that Ctrl-C has ended; the next run of the command makes it again."""
-LATENCY_KEYS = (
-    "latency_ms",
-    "latency_p95_ms",
-    "latency_ci_low_ms",
-    "latency_ci_high_ms",
-    "samples",
-    "rounds",
-    "reference_ms",
-    "reference_drift",
-    "throughput",
-)
 RESERVES = 3
 """How many of the best trials enter the closing run, should the first not meet the budget there."""
 MARGINS = (0.95, 0.85, 0.7)
 """Shares of the budget below which the best trial enters it too, should all of those be over it."""
 T = TypeVar("T")
-Pair = tuple[float, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,10 +204,6 @@ Network = Trial | ClosingRow
 N = TypeVar("N", Trial, ClosingRow)
 
 
-def pair(low: float | None, high: float | None) -> Pair | None:
-    return None if low is None or high is None else (low, high)
-
-
 def known(value: T | None) -> T:
     """A figure that every complete trial has."""
     assert value is not None
@@ -245,7 +229,8 @@ def trial_of(trial: FrozenTrial) -> Trial:
     attrs = trial.user_attrs
     detail = attrs.get("detail", {})
     complete = trial.state == TrialState.COMPLETE
-    ends = detail.get("quality_ci") or earlier_ci(detail)
+    ends = detail.get("quality_ci") or _earlier_ci(detail)
+    latency = TrialLatency.read(detail) if "latency_ms" in detail else None
     return Trial(
         trial=trial.number,
         family=attrs.get("family", trial.params.get("family", "")),
@@ -257,31 +242,19 @@ def trial_of(trial: FrozenTrial) -> Trial:
         quality_ci=ends and (ends[0], ends[1]),
         quality_how=detail.get("quality_how", ""),
         guessed=detail.get("training", {}).get("rungs") == {},
-        **{key: detail.get(key) for key in LATENCY_KEYS},
+        **(asdict(latency) if latency else {}),
         params_m=attrs.get("params_m"),
         macs_m=attrs.get("macs_m"),
         resolution=attrs.get("resolution"),
         feasible=bool(complete and attrs.get("feasible")),
-        verdict=verdict_of(attrs["budget_ms"], detail) if complete else None,
-        source=detail.get("source", ""),
+        verdict=latency.verdict(attrs["budget_ms"]) if complete and latency else None,
         digest=detail.get("digest"),
         features=detail.get("training", {}).get("features"),
         arch=attrs.get("arch"),
     )
 
 
-def verdict_of(budget_ms: float, detail: Mapping[str, Any]) -> Verdict:
-    """What a trial's own measurement says of its budget; measured briefly, that of one far over it is sure.
-
-    detail: the trial's attribute of this name, with `LATENCY_KEYS`.
-    """
-    ci = pair(detail["latency_ci_low_ms"], detail["latency_ci_high_ms"])
-    if ci is None:
-        return Verdict.OVER if detail["latency_ms"] > HOPELESS * budget_ms else Verdict.UNSURE
-    return LatencyBudget(budget_ms).judge(ci)
-
-
-def earlier_ci(detail: Mapping[str, Any]) -> Pair | None:
+def _earlier_ci(detail: Mapping[str, Any]) -> Pair | None:
     """The 95% interval of a trial that an earlier version told: it kept one standard error."""
     if "quality_error" not in detail:
         return None

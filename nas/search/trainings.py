@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nas.data.lineage import seen_among, seen_by
 from nas.errors import UserError
@@ -15,6 +15,7 @@ from nas.quality.trainer import CandidateTrainer
 
 if TYPE_CHECKING:
     import optuna
+    from pydantic import JsonValue
 
     from nas.data.dataset import ImageData
     from nas.quality.plan import TrainingPlan
@@ -95,7 +96,7 @@ def results_of(study: optuna.Study) -> list[TrainedNetwork]:
     return list(found.values())
 
 
-def collected(study: optuna.Study, prefix: str) -> dict[str, Any]:
+def collected(study: optuna.Study, prefix: str) -> dict[str, JsonValue]:
     """A study's attributes whose keys have a prefix, by the rest of the key.
 
     What several machines add to lies under a key each: in one attribute they would overwrite each other's.

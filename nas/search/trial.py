@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from nas.errors import FAULTS, DiskFull, UserError, is_full, reason
 from nas.export.artifact import Exporter
@@ -21,8 +21,9 @@ from nas.files import scratch
 from nas.measure.cache import REFERENCE
 from nas.measure.device import device_lock, open_measurer
 from nas.measure.remote import LinkLost
-from nas.measure.samples import SURE_ROUNDS, MeasureError, is_decided, quanta, quanta_line
+from nas.measure.samples import MeasureError, is_decided, quanta, quanta_line
 from nas.process import WorkerError
+from nas.search.latency import TrialLatency
 from nas.search.log import Clock, keep_samples
 from nas.search.rows import INTERRUPTED
 
@@ -56,60 +57,6 @@ class Stage:
 
     def __call__(self, what: str, done: int = 0, total: int = 0) -> None:
         self.tell(what if self.trial is None else f"trial {self.trial}: {what}", done, total)
-
-
-@dataclass(frozen=True)
-class TrialLatency:
-    """What a trial measured, as the study keeps it; in the trials of earlier versions some of it is None."""
-
-    latency_ms: float
-    """Median of all samples, as the next ones in ms."""
-    latency_p95_ms: float | None
-    latency_ci_low_ms: float | None
-    """Ends of the median's 95% interval; None where fewer than `SURE_ROUNDS` rounds were measured."""
-    latency_ci_high_ms: float | None
-    samples: int | None
-    """Timed inferences."""
-    rounds: int | None
-    reference_ms: float | None
-    """Median latency of the reference network in the same rounds."""
-    reference_drift: float | None
-    """How far that moved within the trial, as a share of it."""
-    throughput: float
-    """Images a second."""
-    source: str
-    """Where it is from: measured, reused (an earlier trial of the same network), or cache with a date."""
-
-    @classmethod
-    def of(cls, found: Measurement, throughput: float, source: str) -> Self:
-        """Of a measurement at the batch size of the latency."""
-        rounds = len(found.rounds_ms)
-        low, high = found.ci_ms if rounds >= SURE_ROUNDS else (None, None)
-        return cls(
-            latency_ms=found.p50_ms,
-            latency_p95_ms=found.p95_ms,
-            latency_ci_low_ms=low,
-            latency_ci_high_ms=high,
-            samples=found.n,
-            rounds=rounds,
-            reference_ms=found.reference_p50_ms,
-            reference_drift=found.reference_drift,
-            throughput=throughput,
-            source=source,
-        )
-
-    @classmethod
-    def read(cls, detail: Mapping[str, object]) -> Self:
-        """From a told trial's detail."""
-        kept: dict[str, Any] = {field.name: detail.get(field.name) for field in fields(cls)}
-        return cls(**kept)
-
-    def excess(self, budget_ms: float) -> float:
-        """How far the latency is above a budget, as a share of the budget; at most 0 where it is met."""
-        return self.latency_ms / budget_ms - 1
-
-    def to_json(self) -> dict[str, float | str | None]:
-        return asdict(self)
 
 
 class TrialRunner:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -62,6 +62,26 @@ class ValidatedNetwork:
             "top1": self.top1,
         }
 
+    @classmethod
+    def all_of(cls, study: optuna.Study, final_epochs: int) -> list[Self]:
+        """Those that a study keeps, trained for so many epochs; not those that could not be trained."""
+        rows: list[Any] = list(collected(study, RUN).values())
+        return [
+            cls(
+                family=row["family"],
+                params=row["params"],
+                macs=row["macs"],
+                final_epochs=row["final_epochs"],
+                predicted=row["surrogate alone"],
+                first_rung=row[GATE],
+                last_rung=row["estimate, last rung"],
+                rungs=row["rungs"],
+                top1=row["top1"],
+            )
+            for row in rows
+            if row.get("final_epochs") == final_epochs
+        ]
+
 
 def validate(
     request: SearchRequest,
@@ -83,11 +103,8 @@ def validate(
         return None if kept is None else Validation.from_json(kept)
     seen = {row.digest for row in rows}
 
-    def done() -> list[dict[str, Any]]:
-        return [row for row in collected(study, RUN).values() if row.get("final_epochs") == plan.final_epochs]
-
     for arch in draw(request, min(within), max(within)):
-        if len(done()) >= wanted:
+        if len(ValidatedNetwork.all_of(study, plan.final_epochs)) >= wanted:
             break
         if arch.digest() in seen or arch.digest() in collected(study, RUN):
             continue
@@ -97,24 +114,28 @@ def validate(
             note(f"a network of the validation could not be trained: {error}")
             row = {}
         study.set_user_attr(RUN + arch.digest(), row)
-    found = done()
+    found = ValidatedNetwork.all_of(study, plan.final_epochs)
     if len(found) < wanted:
         note(f"the validation found only {len(found)} of {wanted} networks of the budget's size")
     if len(found) < LEAST_VALIDATED:
         return None
-    ranks = taus(estimates_of(found), [row["top1"] for row in found])
+    ranks = taus(estimates_of(found), [row.top1 for row in found])
     told = {name: each.to_json() for name, each in ranks.items()}
     result = {"tier": tier.name, "networks": len(found), "tau": told, "selects": selects(ranks[GATE])}
     study.set_user_attr(RESULT, result)
     return Validation.from_json(result)
 
 
-def estimates_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
-    """What may rank the networks, by name: estimates, sizes and the accuracy after each rung. rows: as the study keeps
-    them (`ValidatedNetwork.to_json`)."""
-    names = (GATE, "estimate, last rung", "params", "macs", "surrogate alone")
-    found = {name: [row[name] for row in rows] for name in names}
-    return found | {f"after {epochs} epochs": [row["rungs"][epochs] for row in rows] for epochs in rows[0]["rungs"]}
+def estimates_of(rows: Sequence[ValidatedNetwork]) -> dict[str, list[float]]:
+    """What may rank the networks, by name: estimates, sizes and the accuracy after each rung."""
+    return {
+        GATE: [row.first_rung for row in rows],
+        "estimate, last rung": [row.last_rung for row in rows],
+        "params": [row.params for row in rows],
+        "macs": [row.macs for row in rows],
+        "surrogate alone": [row.predicted for row in rows],
+        **{f"after {epochs} epochs": [row.rungs[epochs] for row in rows] for epochs in rows[0].rungs},
+    }
 
 
 def draw(request: SearchRequest, low: float, high: float) -> Iterator[Arch]:

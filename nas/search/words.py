@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from nas.measure.budget import Verdict
 from nas.quality.tier import told_score
+from nas.search.latency import Pair
 from nas.search.outcome import Outcome, TierFacts, Validation, Winner
-from nas.search.rows import ClosingRow, Pair, Trial, known
+from nas.search.rows import ClosingRow, Trial, known
 from nas.units import counted
 
 if TYPE_CHECKING:

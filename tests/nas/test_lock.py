@@ -15,7 +15,8 @@ from nas.lock import DeviceLock, ProcessLock, in_turn
 from nas.measure import device
 from nas.measure.device import device_lock
 from nas.quality.tier import Estimate
-from nas.search.trial import TrialLatency, TrialRunner
+from nas.search.latency import TrialLatency
+from nas.search.trial import TrialRunner
 from search_spaces import get_arch
 
 PATIENT_S = 60

@@ -22,7 +22,7 @@ from nas.search.accuracy import Accuracies, compare_means, verdict
 from nas.search.final import FullTraining, settle
 from nas.search.rows import Trial, rank
 from nas.search.trainings import results_of
-from nas.search.validate import estimates_of
+from nas.search.validate import ValidatedNetwork, estimates_of
 from search_spaces import Arch, get_arch, table
 from search_spaces.registry import FAMILIES
 from search_spaces.space import random_params
@@ -303,6 +303,21 @@ def test_trainings_of_a_study_are_read_or_damaged():
             results_of(study(kept))
 
 
+def validated(top1: float, first: float, surrogate: float, size: int) -> ValidatedNetwork:
+    """A network of the validation. first: the estimate after the first rung."""
+    return ValidatedNetwork(
+        family="levit",
+        params=size,
+        macs=-size,
+        final_epochs=2,
+        predicted=surrogate,
+        first_rung=first,
+        last_rung=top1,
+        rungs={"1": surrogate, "3": top1},
+        top1=top1,
+    )
+
+
 def test_machines_keep_each_others_trainings(trainer, tmp_path, monkeypatch):
     """Before one stores what it has trained, another one does: the best, and networks of the validation."""
     from optuna.samplers import RandomSampler
@@ -331,9 +346,10 @@ def test_machines_keep_each_others_trainings(trainer, tmp_path, monkeypatch):
     assert [sorted(one.rungs) for one in results_of(mine)] == [[1, 3, 9]] * 2
 
     def measure_one(tier, arch):
+        trained = validated(top1=50.0, first=50.0, surrogate=50.0, size=1)
         if arch is drawn[0]:
-            theirs.set_user_attr(validation.RUN + drawn[1].digest(), {"final_epochs": 2})
-        return SimpleNamespace(to_json=lambda: {"final_epochs": 2})
+            theirs.set_user_attr(validation.RUN + drawn[1].digest(), trained.to_json())
+        return trained
 
     drawn = [arch_at(seed) for seed in (5, 6)]
     monkeypatch.setattr(validation, "draw", lambda *_: drawn)
@@ -395,11 +411,9 @@ def test_taus():
     few = [1.0] * 5 + [2.0]
     assert tau(few, few).ci == pytest.approx([1, 1]), "resamples of one value count for nothing"
     rows = [
-        {"top1": t, GATE: t + n, "surrogate alone": n, "params": i, "macs": -i, "rungs": {"1": n, "3": t}}
-        | {"estimate, last rung": t}
-        for i, (t, n) in enumerate(zip(truth, noise, strict=True))
+        validated(top1=t, first=t + n, surrogate=n, size=i) for i, (t, n) in enumerate(zip(truth, noise, strict=True))
     ]
-    found = taus(estimates_of(rows), [row["top1"] for row in rows])
+    found = taus(estimates_of(rows), [row.top1 for row in rows])
     assert found["params"].tau == found["estimate, last rung"].tau == pytest.approx(1)
     assert "after 1 epochs" not in found, "the surrogate alone says the same"
     assert found["macs"].tau == pytest.approx(-1)

@@ -24,6 +24,7 @@ from optuna.trial import TrialState
 import nas
 from nas.errors import UserError
 from nas.search import dashboard
+from nas.search.latency import TrialLatency
 from nas.study.trials import finish, open_study
 from search_spaces.registry import FAMILIES
 from search_spaces.space import LEVELS, PARAMETERS
@@ -198,8 +199,8 @@ def detail_of(app: Any) -> dict[str, Any]:
 
 
 def test_what_was_measured_briefly_is_told_without_an_interval() -> None:
-    attrs = {"latency_ms": 4.0, "budget_ms": 1.5, "detail": {"latency_ci_low_ms": None, "latency_ci_high_ms": None}}
-    assert dashboard.latency_words(attrs) == "Latency 4.000 ms (measured briefly), budget 1.5 ms: over."
+    latency = TrialLatency.read({"latency_ms": 4.0, "rounds": 3})
+    assert dashboard.latency_words(latency, 1.5) == "Latency 4.000 ms (measured briefly), budget 1.5 ms: over."
 
 
 def test_a_note_tells_a_trial_by_its_values(any_storage: str) -> None:
@@ -275,7 +276,7 @@ def test_a_network_of_another_version_is_told(tmp_path: Path) -> None:
     trial = study.trials[0]
     stranger = trial.user_attrs | {"arch": {"family": "shvit", "shape": "unknown"}}
     trial.user_attrs = stranger
-    assert "another version of vitnas" in dashboard.note(trial, {"budget_ms": 1.5})
+    assert "another version of vitnas" in dashboard.note(trial, dashboard.Searched(1.5))
 
 
 def test_a_training_is_no_search(vitnas, tmp_path: Path) -> None:

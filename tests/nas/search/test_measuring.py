@@ -13,7 +13,6 @@ import pytest
 from nas.measure.cache import Cache, default_path
 from nas.measure.runtime import Settings
 from nas.measure.samples import Measurement
-from nas.search.rows import verdict_of
 from nas.search.trial import TrialRunner, open_cache
 from search_spaces import get_arch
 
@@ -78,8 +77,8 @@ def test_a_few_rounds_have_no_interval_of_95_percent(rounds, ci):
     told = runner._latency(None, None, None)
     assert (told.latency_ci_low_ms, told.latency_ci_high_ms) == ci
     assert told.rounds == rounds
-    assert verdict_of(2.0, told.to_json()) == "over", "it was ended so early because it is far over the budget"
-    assert verdict_of(3.9, told.to_json()) == ("unsure" if rounds < 6 else "over"), "its time was up"
+    assert told.verdict(2.0) == "over", "it was ended so early because it is far over the budget"
+    assert told.verdict(3.9) == ("unsure" if rounds < 6 else "over"), "its time was up"
 
 
 def test_a_cache_that_fails_later_is_told_once(tmp_path):
