@@ -265,3 +265,5 @@ def test_ready_networks_have_weights_in_timm() -> None:
     assert len(set(names)) == len(names)
     assert {"efficientvit_m0", "levit_128s", "deit_tiny", "shvit_s4", "timm/tf_efficientnet_lite0.in1k"} <= set(names)
     assert not any(name.startswith("sepvit") for name in names)
+    page = (Path(__file__).parents[3] / "docs" / "guides" / "weights.md").read_text()
+    assert [name for name in names if f"`{name}`" not in page] == []
