@@ -178,23 +178,23 @@ def _from_hub(wanted: _Wanted, config: PretrainedCfg, progress: Bytes | None) ->
     """A file of a repository on the Hugging Face hub. Its cache calls a file by its SHA-256: one that is another is
     damaged, and fetched again."""
     repository, _, revision = str(config.hf_hub_id).partition("@")
-    path = _cached(repository, revision or None)
-    if path is None:
-        path = _download(wanted, repository, revision or None, progress)
+    path, remark = _cached(repository, revision or None), ""
+    if path is not None:
         digest = file_digest(path, 64)
-        if digest != _stated(path, digest):
-            _blob(path).unlink()
-            raise UserError(f"the download of {wanted.timm} arrived damaged: {_again(wanted)}")
-        return path, "download", digest, ""
-    digest = file_digest(path, 64)
-    if digest == _stated(path, digest):
-        return path, "cache", digest, ""
-    damaged = _blob(path)
+        if digest == _stated(path, digest):
+            return path, "cache", digest, ""
+        remark = f"{_blob(path)} was damaged, and is replaced"
     try:
-        path = _download(wanted, repository, revision or None, progress, anew=True)
+        path = _download(wanted, repository, revision or None, progress, again=bool(remark))
+    except DiskFull:
+        raise
     except UserError as error:
-        raise UserError(f"{damaged} is damaged (delete it), and {error}") from None
-    return path, "download", file_digest(path, 64), f"{damaged} was damaged, and is replaced"
+        raise UserError(f"{_blob(path)} is damaged (delete it), and {error}" if path else str(error)) from None
+    digest = file_digest(path, 64)
+    if digest != _stated(path, digest):
+        _blob(path).unlink()
+        raise UserError(f"could not fetch {wanted.timm} (it arrived damaged): {_again(wanted)}")
+    return path, "download", digest, remark
 
 
 def _cached(repository: str, revision: str | None) -> Path | None:
@@ -216,7 +216,7 @@ def _stated(path: Path, otherwise: str) -> str:
 
 
 def _download(
-    wanted: _Wanted, repository: str, revision: str | None, progress: Bytes | None, anew: bool = False
+    wanted: _Wanted, repository: str, revision: str | None, progress: Bytes | None, again: bool = False
 ) -> Path:
     """Download into the hub's cache, where nothing of a download that fails is left.
 
@@ -230,12 +230,12 @@ def _download(
 
     reason = unreachable()
     if reason is not None:
-        raise UserError(f"{wanted.timm} is not here ({reason}): {_by_hand(wanted)}")
+        raise UserError(f"could not fetch {wanted.timm} ({reason}): {_by_hand(wanted)}")
     bar = _bar(progress)
     for name in HUB_FILES:
         try:
             with disk_errors(Path(constants.HF_HUB_CACHE)), _quiet():
-                return Path(hf_hub_download(repository, name, revision=revision, force_download=anew, tqdm_class=bar))
+                return Path(hf_hub_download(repository, name, revision=revision, force_download=again, tqdm_class=bar))
         except RemoteEntryNotFoundError:
             continue
         except DiskFull:
@@ -243,18 +243,18 @@ def _download(
         except Exception as error:  # the hub's client raises what its many layers do
             cause = error.__cause__ if isinstance(error, (LocalEntryNotFoundError, ValueError)) else None
             why = first_sentence(cause if isinstance(cause, Exception) else error)
-            raise UserError(f"the download of {wanted.timm} failed ({why}): {_again(wanted)}") from None
-    raise UserError(f"https://huggingface.co/{repository} holds no {' or '.join(HUB_FILES)}: {_by_hand(wanted)}")
+            raise UserError(f"could not fetch {wanted.timm} ({why}): {_again(wanted)}") from None
+    raise UserError(f"could not fetch {wanted.timm} (no {' or '.join(HUB_FILES)} there): {_by_hand(wanted)}")
 
 
 def _from_url(wanted: _Wanted, config: PretrainedCfg, progress: Bytes | None) -> _Found:
     """A file that torch.hub downloads; its name holds the beginning of its SHA-256, where it says anything."""
-    from torch.hub import HASH_REGEX, download_url_to_file, get_dir
+    from torch.hub import download_url_to_file, get_dir
 
     from search_spaces.weights import first_sentence
 
     path = Path(get_dir()) / "checkpoints" / str(config.url).rpartition("/")[2]
-    stated = HASH_REGEX.search(path.name)
+    stated = re.search(r"-([0-9a-f]{8,})\.", path.name)
     start = stated[1] if stated else ""
     remark = ""
     if path.is_file():
@@ -270,9 +270,7 @@ def _from_url(wanted: _Wanted, config: PretrainedCfg, progress: Bytes | None) ->
         raise
     except Exception as error:  # as urllib, and a RuntimeError of another hash
         damaged = f"{path} is damaged (delete it), and " if remark else ""
-        raise UserError(
-            f"{damaged}the download of {wanted.timm} failed ({first_sentence(error)}): {_again(wanted)}"
-        ) from None
+        raise UserError(f"{damaged}could not fetch {wanted.timm} ({first_sentence(error)}): {_again(wanted)}") from None
     return path, "download", file_digest(path, 64), remark
 
 
@@ -285,7 +283,7 @@ def _by_hand(wanted: _Wanted) -> str:
     assert wanted.config is not None
     hub, url = wanted.config.hf_hub_id, str(wanted.config.url)
     theirs = f"{HUB_FILES[0]} of https://huggingface.co/{hub}" if hub else url
-    name = f"{wanted.names[0]}{Path(HUB_FILES[0] if hub else url).suffix}"
+    name = wanted.names[0] + (".safetensors" if hub else ".pth")
     return f"put {theirs} into a folder as {name}, and give that as {OPTION} or {VARIABLE}"
 
 
