@@ -141,8 +141,9 @@ def test_names_lead_to_us_and_back(name: str, naming: str, helpers: ModuleType, 
     with torch.no_grad():
         assert helpers.error(model(x), wanted) < 1e-5
 
-    numbers = translate({key: torch.tensor(i) for i, key in enumerate(names)}, arch, model.state_dict())
-    back = {names[int(number)]: model.state_dict()[own] for own, number in numbers.items()}
+    ours = model.state_dict()
+    numbers = translate({key: torch.tensor(i) for i, key in enumerate(names)}, arch, ours)
+    back = {names[int(number)]: ours[own] for own, number in numbers.items()}
     places = zip(state, names, strict=True)
     theirs.load_state_dict({key: back[other].reshape(state[key].shape) for key, other in places})
     theirs.train()
