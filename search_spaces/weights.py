@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,21 +78,33 @@ def namings(arch: Arch) -> dict[str | None, Rules]:
     return {None: (), "timm's": family.rename, "the official repository's": family.official(arch)}
 
 
-def load_groups(model: nn.Module, groups: Mapping[str, State], rules: Mapping[str | None, Rules]) -> Loaded:
+def load_groups(
+    model: nn.Module,
+    groups: Mapping[str, State],
+    rules: Mapping[str | None, Rules],
+    head: tuple[str, ...] = ("head.",),
+    adapt: Callable[[State], State] = lambda state: state,
+) -> Loaded:
     """Load the group that fits `model` best; plain weights go before averaged ones, as official evaluations take them.
+
+    Args:
+        head: how the names of the classifier's tensors begin.
+        adapt: brings the group to the network's names and shapes.
 
     Raises:
         WeightsError: none fits.
     """
     own = model.state_dict().keys()
     best = best_match(groups, own, rules)
-    if 2 * best.found < len(own):
+    state, distilled = without_distillation_token(best.state, own)
+    state = adapt(state)
+    found = sum(name in state for name in own)
+    if 2 * found < len(own):
         names = _without_shared_prefix([name for group in groups.values() for name in group])[:3]
         keys = f" (under {', '.join(place for place in groups if place)})" if any(groups) else ""
-        lack = "all" if not best.found else f"{len(own) - best.found} of the {len(own)}"
+        lack = "all" if not found else f"{len(own) - found} of the {len(own)}"
         raise WeightsError(f"the weights lack {lack} tensors of this network: they have {', '.join(names)}, ...{keys}")
-    state, distilled = without_distillation_token(best.state, own)
-    untrained = fit(model, state)
+    untrained = fit(model, state, head)
     classes = {state[name].shape[0] for name in untrained if name in state}
     return Loaded(untrained, classes.pop() if classes else None, _told(best, groups, distilled))
 
@@ -265,8 +277,10 @@ def offline_if_unreachable() -> Iterator[None]:
         constants.HF_HUB_OFFLINE = before
 
 
-def fit(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
+def fit(model: nn.Module, state: Mapping[str, Tensor], head: tuple[str, ...] = ("head.",)) -> list[str]:
     """Copy `state` into `model`; linear and 1x1-convolution weights take each other's shape, floats each other's type.
+
+    head: how the names of the classifier's tensors begin.
 
     Returns:
         Names of classifier tensors that were left alone because the number of classes differs or there are none.
@@ -277,8 +291,7 @@ def fit(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
     """
     own = model.state_dict()
     missing, extra = [name for name in own if name not in state], [name for name in state if name not in own]
-    head = [name for name in own if name.startswith("head.")]
-    if extra or (missing and missing != head):
+    if extra or (missing and missing != [name for name in own if name.startswith(head)]):
         lacks = f"lack {_few(missing)}" if missing else ""
         has = f"have {_few(extra)}, which this network has not" if extra else ""
         hint = ""
@@ -292,7 +305,7 @@ def fit(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
             value = _value(name, state[name], target)
             if value.shape == target.shape:
                 values[name] = value
-            elif name.startswith("head.") and value.shape[1:] == target.shape[1:]:
+            elif name.startswith(head) and value.shape[1:] == target.shape[1:]:
                 skipped.append(name)
             else:
                 hint = ""

@@ -90,12 +90,10 @@ class Files:
         return self._made[key]
 
     def _make(self, label: str, settings: Settings, stem: Path) -> Path:
-        from nas.networks.build import to_document
-
         target, source = self._targets[label], dict[str, Any]()
         if target.network is not None:
             resolution = target.network.resolution
-            method, source = "export", {"document": to_document(target.network)}
+            method, source = "export", {"document": target.network.to_json()}
         else:
             given = self._inputs[label]
             shape = given.shape(self._shapes, settings.batch_size, target.resolution)

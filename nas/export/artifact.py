@@ -33,10 +33,8 @@ def write_artifact(
         RuntimeError, ValueError: the network cannot be exported.
     """
     if RUNTIMES[settings.runtime].artifact == "module":
-        from nas.networks.build import to_document
-
         path = Path(f"{stem}.json")
-        path.write_text(to_document(network))
+        path.write_text(network.to_json())
     else:
         path = Path(f"{stem}.onnx")
         write_onnx(network, path, settings.batch_size)
@@ -92,9 +90,7 @@ class Exporter:
 
     def write(self, network: Arch | TimmNetwork, settings: Settings, stem: Path) -> Path:
         """The network's file; the calibration images are kept beside it. Raises WorkerError."""
-        from nas.networks.build import to_document
-
-        return self.call("export", settings, stem, self._calibration(stem.parent), document=to_document(network))
+        return self.call("export", settings, stem, self._calibration(stem.parent), document=network.to_json())
 
     def call(self, method: str, settings: Settings, stem: Path, images: str | None, **source: Any) -> Path:
         """The file that a method of the child makes; a child that has died is started again. Raises WorkerError."""

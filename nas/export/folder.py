@@ -20,11 +20,12 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import nn
 
+    from nas.networks.timm_network import TimmModel
     from search_spaces import Arch
     from search_spaces.network import Network
 
 
-def save_model(model: Network, folder: Path, with_weights: bool = True) -> None:
+def save_model(model: Network | TimmModel, folder: Path, with_weights: bool = True) -> None:
     """Write a network as arch.json and, unless told not to, model.safetensors.
 
     Raises:

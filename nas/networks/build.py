@@ -1,37 +1,110 @@
-"""From an Arch or a timm network to a module, here or in a child process."""
+"""From an Arch or a timm network to a module: for training, for inference, here or in a child process."""
 
 from __future__ import annotations
 
+import copy
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast, overload
 
-from nas.networks.timm_network import create_timm
+from nas.errors import UserError
+from nas.networks.timm_network import TIMM, TimmNetwork, create_timm
+from nas.text import first_line
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from nas.networks.timm_network import TimmNetwork
+    from nas.networks.timm_network import TimmModel
+    from search_spaces import Arch
+    from search_spaces.network import Network
+
+
+def from_document(text: str | bytes) -> Arch | TimmNetwork:
+    """The network of a document, as `to_json` of either kind writes it.
+
+    Raises:
+        ArchError: it is no Arch. UserError: it is no network of timm's, though it says so.
+    """
     from search_spaces import Arch
 
-
-def to_document(network: Arch | TimmNetwork) -> str:
-    """The JSON of a network: an arch.json, or {"timm": NAME, "resolution": pixels}."""
-    from search_spaces import Arch
-
-    if isinstance(network, Arch):
-        return network.to_json()
-    return json.dumps({"timm": network.name, "resolution": network.resolution})
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError):
+        return Arch.from_json(text)  # which says what is wrong
+    return TimmNetwork.from_json(text) if isinstance(document, dict) and "timm" in document else Arch.from_json(text)
 
 
-def from_document(text: str) -> Arch | TimmNetwork:
-    """The inverse of `to_document`; raises ArchError where it is neither."""
-    from nas.networks.timm_network import TimmNetwork
-    from search_spaces import Arch
+@overload
+def create(network: Arch) -> Network: ...
+@overload
+def create(network: TimmNetwork) -> TimmModel: ...
+def create(network: Arch | TimmNetwork) -> Network | TimmModel:
+    """The network for training, with random weights of the global generator: (B, 3, R, R) -> (B, classes) logits.
 
-    document = json.loads(text)
-    if "timm" in document:
-        return TimmNetwork(document["timm"], document["resolution"])
-    return Arch.from_json(text)
+    It carries what it was built from as `arch`. Nothing is fetched.
+
+    Raises:
+        UserError: it cannot be built.
+    """
+    from search_spaces import ArchError, create_model
+
+    if isinstance(network, TimmNetwork):
+        try:
+            return create_timm(network)
+        except Exception as error:  # timm's networks raise whatever their authors thought of
+            raise UserError(
+                f"{TIMM}{network.name} cannot be built at {network.resolution} px for {network.num_classes} classes: "
+                f"{first_line(error)}"
+            ) from None
+    try:
+        return create_model(network)
+    except ArchError as error:
+        raise UserError(str(error)) from None
+
+
+def arch_of(model: nn.Module) -> Arch | TimmNetwork:
+    """What a network that `create` or `load` made was built from."""
+    return cast("Arch | TimmNetwork", model.arch)
+
+
+def classifier_of(model: nn.Module) -> list[nn.Linear]:
+    """The last linear layer of a network that `create` or `load` made; of one with a second head for distillation,
+    both, whose mean it returns in eval mode.
+
+    Raises:
+        UserError: a network of timm's without a classifier, or with one that is not linear.
+    """
+    from torch import nn
+
+    network = arch_of(model)
+    if not isinstance(network, TimmNetwork):
+        return [layer for layer in model.get_submodule("head").modules() if isinstance(layer, nn.Linear)]
+    found = [model.get_submodule(name) for name in classifier_names(model)]
+    layers = [layer for layer in found if isinstance(layer, nn.Linear)]
+    if not layers or len(layers) < len(found):
+        what = type(found[0]).__name__ if found else "none"
+        raise UserError(f"{TIMM}{network.name}: its classifier is no linear layer ({what}): choose another network")
+    return layers
+
+
+def classifier_names(model: nn.Module) -> tuple[str, ...]:
+    """Paths of the classifier's layers in a network of timm's."""
+    names = cast("dict[str, str | tuple[str, ...] | None]", model.pretrained_cfg).get("classifier") or ()
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def for_inference(model: nn.Module) -> nn.Module:
+    """A copy of a network that `create` or `load` made, in eval mode and without gradients: same outputs, BatchNorm
+    folded; timm's as far as timm can fuse it."""
+    from search_spaces import fold
+
+    return _fused(copy.deepcopy(model)) if isinstance(arch_of(model), TimmNetwork) else fold(model)
+
+
+def _fused(model: nn.Module) -> nn.Module:
+    """timm's network for inference, in place."""
+    from timm.utils.model import reparameterize_model
+
+    return reparameterize_model(model.eval().requires_grad_(False), inplace=True)
 
 
 def build(network: Arch | TimmNetwork) -> nn.Module:
@@ -43,7 +116,10 @@ def build(network: Arch | TimmNetwork) -> nn.Module:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = fold(FAMILIES[network.family].build(network)) if isinstance(network, Arch) else create_timm(network)
+        if isinstance(network, Arch):
+            model = fold(FAMILIES[network.family].build(network))
+        else:
+            model = _fused(create_timm(network))
         randomise(model)
     return model
 

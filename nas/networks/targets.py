@@ -9,7 +9,7 @@ import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nas.errors import UserError
 from nas.networks.timm_network import LARGEST, TIMM, TimmNetwork, nearest
@@ -26,10 +26,10 @@ SMALLEST_ARCH, LARGEST_ARCH = 16, 512
 
 @dataclass(frozen=True)
 class Target:
-    """label: how tables call it. Exactly one of `arch`, `timm` and `onnx` is set. folder: where the Arch was read.
+    """label: how tables call it. Exactly one of `arch`, `timm` and `onnx` is set. folder: where its arch.json was read.
 
-    resolution: what was asked for by @ or `at`, in px; None: the network's own. own: the Arch as it was read, where
-    `arch` is it at another resolution.
+    resolution: what was asked for by @ or `at`, in px; None: the network's own. own: the network as it was read from a
+    document or by its published name, where it is now one at another resolution.
     """
 
     label: str
@@ -38,7 +38,7 @@ class Target:
     folder: Path | None = None
     timm: TimmNetwork | None = None
     resolution: int | None = None
-    own: Arch | None = None
+    own: Arch | TimmNetwork | None = None
 
     @property
     def network(self) -> Arch | TimmNetwork | None:
@@ -51,16 +51,16 @@ class Target:
 
     @property
     def weights(self) -> Path | None:
-        """The trained weights beside the Arch, if there are any.
+        """The trained weights beside the arch.json, if there are any.
 
         Raises:
-            UserError: they are of another resolution than `arch`.
+            UserError: they are of another resolution than `network`.
         """
         path = self._beside
-        if path is not None and self.own is not None and self.arch is not None:
+        if path is not None and self.own is not None and self.network is not None:
             raise UserError(
                 f"{self.label}: {path} is trained at {self.own.resolution} px: "
-                f"`vitnas train {self.folder} --weights {path} --resolution {self.arch.resolution}` resizes it"
+                f"`vitnas train {self.folder} --weights {path} --resolution {self.network.resolution}` resizes it"
             )
         return path
 
@@ -83,16 +83,22 @@ class Target:
         found = replace(self, resolution=resolution)
         if not 1 <= resolution <= LARGEST:
             raise UserError(f"{self.label}: a resolution of {resolution} px: give 1 to {LARGEST} px")
-        if self.timm is not None:
-            return replace(found, timm=self.timm.at(resolution))
-        if self.arch is None or self.arch.resolution == resolution:
+        if self.network is None or self.network.resolution == resolution:
             return found
+        if self.timm is not None:
+            return replace(found, timm=self.timm.at(resolution), own=self.own or self.timm)
+        assert self.arch is not None
         arch = _resized(self.label, self.arch, resolution)
         return replace(found, arch=arch, own=self.own or self.arch)
 
     def as_trained(self) -> Target:
         """The same network at the resolution that it was read at: that of its weights."""
-        return replace(self, arch=self.own or self.arch, own=None)
+        return self if self.own is None else replace(self, **_field_of(self.own), own=None)
+
+
+def _field_of(network: Arch | TimmNetwork) -> dict[str, Any]:
+    """The field of a `Target` that holds a network."""
+    return {"timm" if isinstance(network, TimmNetwork) else "arch": network}
 
 
 def _resized(label: str, arch: Arch, resolution: int) -> Arch:
@@ -146,7 +152,7 @@ def _find(text: str) -> Target:
     if os.path.isdir(text):
         for candidate in (path / "arch.json", path / "best" / "arch.json"):
             if os.path.isfile(candidate):
-                return Target(text, arch=read_arch(candidate), folder=candidate.parent)
+                return Target(text, folder=candidate.parent, **_field_of(read_network(candidate)))
         if any((path / name).exists() for name in BEGUN):
             raise UserError(f"{text} is a run without a network so far: the command that began it goes on with it")
         raise UserError(f"{text} holds no arch.json and no best/arch.json")
@@ -159,7 +165,7 @@ def _find(text: str) -> Target:
             raise UserError(
                 f"{text} holds no network: give a published name, an arch.json, a folder, timm/NAME or a .onnx file"
             )
-        return Target(text, arch=read_arch(path), folder=path.parent)
+        return Target(text, folder=path.parent, **_field_of(read_network(path)))
     if path.suffix == ".json" or "/" in text:
         raise UserError(f"{text}: no such file or folder")
     return Target(text, arch=published(text))
@@ -188,19 +194,21 @@ def published(name: str) -> Arch:
         raise UserError(error.args[0]) from None
 
 
-def read_arch(path: Path) -> Arch:
-    """Read an arch.json.
+def read_network(path: Path) -> Arch | TimmNetwork:
+    """Read an arch.json, of an Arch or of a network of timm's.
 
     Raises:
-        UserError: unreadable, or not a valid Arch.
+        UserError: unreadable, or not a valid document.
     """
-    from search_spaces import Arch, ArchError, table
+    from nas.networks.build import from_document
+    from search_spaces import ArchError, table
 
     try:
-        arch = Arch.from_json(path.read_bytes())
-        table(arch)
+        network = from_document(path.read_bytes())
+        if not isinstance(network, TimmNetwork):
+            table(network)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    except ArchError as error:
+    except (ArchError, UserError) as error:
         raise UserError(f"{path}: {error}") from None
-    return arch
+    return network

@@ -30,10 +30,13 @@ def find_parent(text: str, trainer: CandidateTrainer, say: Callable[[str], None]
     from nas.networks.weights import load
     from pruning.importance import ImportanceError, score
     from pruning.units import anatomy
+    from search_spaces import Arch
 
     target = find_target(text)
     model = load(target, what=f"--parent {text}")
     arch = model.arch
+    if not isinstance(arch, Arch):
+        raise UserError(f"--parent {text} is {target.kind}: give a published name, or a folder of a network of ours")
     seen = remark(target.weights or TIMM, trainer.halves(arch.resolution)[1], "judging") or ""
     if seen:
         say(seen)

@@ -257,7 +257,6 @@ def test_int8_calibrated_on_images(onnx_file, tmp_path: Path, monkeypatch: pytes
 
 def test_networks_are_calibrated_on_the_images_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from nas.export import artifact
-    from nas.networks.build import to_document
 
     seen = []
 
@@ -268,7 +267,7 @@ def test_networks_are_calibrated_on_the_images_too(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(artifact, "write_artifact", write_artifact)
     arch, settings, images = find_arch("efficientvit_m0"), Settings(precision="int8"), tmp_path / "images.npy"
     np.save(images, np.arange(3, dtype=np.float32))
-    answer = artifact.export_here(to_document(arch), asdict(settings), str(tmp_path / "0"), str(images))
+    answer = artifact.export_here(arch.to_json(), asdict(settings), str(tmp_path / "0"), str(images))
     assert answer == {"path": str(tmp_path / "0.onnx")}
     assert seen == [(arch, settings, [0, 1, 2])]
 

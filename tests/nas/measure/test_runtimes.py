@@ -23,7 +23,7 @@ from nas.measure.device import check_settings
 from nas.measure.runtime import RUNTIMES, Settings
 from nas.measure.runtimes.ort import bound
 from nas.measure.runtimes.pytorch import fixed_images
-from nas.networks.build import build, from_document, to_document
+from nas.networks.build import build, from_document
 from nas.networks.timm_network import TimmNetwork
 from search_spaces import Arch, get_arch
 from search_spaces.registry import FAMILIES
@@ -310,7 +310,7 @@ def test_versions() -> None:
 
 @pytest.mark.parametrize("network", [get_arch("levit_128s", 7), TimmNetwork("lcnet_050", 96)], ids=["arch", "timm"])
 def test_documents(network: Arch | TimmNetwork) -> None:
-    assert from_document(to_document(network)) == network
+    assert from_document(network.to_json()) == network
 
 
 def test_a_timm_network(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_a_published_name_has_weights_of_timm(monkeypatch: pytest.MonkeyPatch) -
         ("{run}@64", None, "trained at 32 px"),
         ("{run}/untrained", None, "untrained has no model.safetensors: `vitnas train` makes one"),
         ("{run}/net.onnx", None, "net.onnx is an ONNX file: give a folder"),
-        ("timm/test_vit", "timm", "timm/test_vit is one of timm's networks: give a folder"),
+        ("timm/test_vit", "timm", "timm/test_vit: one of timm's networks, timm/test_vit: give a file of its weights"),
         ("shvit_s1", "{run}/best/model.safetensors", "shvit_s1: .*lack"),
     ],
 )
