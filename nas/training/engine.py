@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from nas.files import replace_file
 from nas.training.device import failing_as, out_of_memory, to_stderr
 from nas.training.processes import agreed, ranks
 from nas.training.recipes import Recipe
-from nas.training.updater import Updater
+from nas.training.updater import Updater, to_training
 from search_spaces import Arch
 from search_spaces.gates import set_drop_path
 from search_spaces.network import set_keep_progress
@@ -203,7 +203,7 @@ class Training:
         at, begun = self.within, time.monotonic() - self.within.seconds
         saved = time.monotonic()
         self.loader.set_epoch(self.epoch, at.batches)
-        self.model.train()
+        to_training(self.model, self.recipe)
         device = next(self.model.parameters()).device
         look = 1 if device.type == "cpu" else CHECK_EVERY
         total, value = torch.tensor(at.loss, device=device), 0.0
@@ -330,8 +330,11 @@ class Training:
         if state is None:
             return
         with self._reading(suffix):
+            theirs = state["agree"]
+            later = {field.name: field.default for field in fields(Recipe) if field.name not in theirs["recipe"]}
+            theirs["recipe"] |= later  # fields that are younger than the checkpoint
             for key, value in self._agree.items():
-                if state["agree"].get(key) != value:
+                if theirs.get(key) != value:
                     raise UserError(
                         f"{self._file(suffix)} is of another training ({key} differs): remove it, or keep it elsewhere"
                     )

@@ -50,6 +50,8 @@ class Recipe:
     """The teacher of the published recipe, which the user must name."""
     keep_warmup: tuple[float, float] | None = None
     """Between these shares of the training a keep rate that drops tokens goes from 1 to its own along a cosine."""
+    batch_norm: Literal["train", "frozen"] = "train"
+    """What BatchNorm normalises with: each batch's statistics, or the running ones, which then stay as they are."""
 
     @property
     def peak_lr(self) -> float:

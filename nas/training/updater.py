@@ -103,7 +103,7 @@ class Updater:
                 f"out of memory: going on with {largest // self._parts} images at a time, "
                 "gradients accumulated to the same update"
                 + "; BatchNorm sees the smaller batches"
-                * _has_batch_norm(self._model)
+                * any(norm.training for norm in _batch_norms(self._model))
             )
         self._scaler.unscale_(self._optimizer)
         if self._recipe.clip is not None:
@@ -167,6 +167,14 @@ class Updater:
         self._parts = state["parts"]
 
 
+def to_training(model: nn.Module, recipe: Recipe) -> None:
+    """Set training mode, with BatchNorm as the recipe wants it."""
+    model.train()
+    if recipe.batch_norm == "frozen":
+        for norm in _batch_norms(model):
+            norm.eval()
+
+
 def distillation_loss(label_loss: Tensor, logits: Tensor, wanted: Tensor) -> Tensor:
     """Mean of the label loss and T^2 KL(softmax(wanted / T) || softmax(logits / T)), logits (B, classes).
 
@@ -192,5 +200,5 @@ def _groups(weight_decay: float) -> Callable[[nn.Module], list[dict[str, Any]]]:
     return groups
 
 
-def _has_batch_norm(model: nn.Module) -> bool:
-    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+def _batch_norms(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]

@@ -200,6 +200,17 @@ def test_a_checkpoint_of_another_training_is_refused(what, changes, tmp_path):
         Training(**given | changes)
 
 
+def test_a_checkpoint_older_than_a_field_of_the_recipe_goes_on(tmp_path):
+    recipe, file = dataclasses.replace(PLAIN, epochs=2), tmp_path / "checkpoint"
+    Training(network(), pictures(), recipe, checkpoint=file).run(until=1)
+    state = torch.load(file, weights_only=True)
+    del state["agree"]["recipe"]["batch_norm"]
+    torch.save(state, file)
+    assert Training(network(), pictures(), recipe, checkpoint=file).epoch == 1
+    with pytest.raises(UserError, match="recipe differs"):
+        Training(network(), pictures(), dataclasses.replace(recipe, batch_norm="frozen"), checkpoint=file)
+
+
 def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, fill_disk, monkeypatch):
     file = tmp_path / "checkpoint"
     training = Training(network(), pictures(), PLAIN, checkpoint=file)
@@ -507,6 +518,20 @@ def test_evaluation_has_the_mean_of_both_heads(helpers):
 
 
 # Families
+
+
+@pytest.mark.parametrize("how", ["train", "frozen"])
+def test_frozen_batch_norm_keeps_its_statistics_and_normalises_with_them(how):
+    model, recipe = network(), dataclasses.replace(PLAIN, epochs=1, batch_norm=how)
+    norm, gamma = model[1], model[1].weight.clone()
+    norm.running_mean += 0.5
+    before = norm.running_mean.clone(), norm.running_var.clone()
+    training = Training(model, pictures(), recipe)
+    training.run()
+    kept = torch.equal(norm.running_mean, before[0]) and torch.equal(norm.running_var, before[1])
+    assert kept == (how == "frozen")
+    assert not torch.equal(norm.weight, gamma)
+    assert model[5].training
 
 
 def test_drop_path_and_keep_rates_follow_the_recipe():
