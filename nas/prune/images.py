@@ -11,7 +11,7 @@ from pydantic import JsonValue, TypeAdapter
 from nas.data.pixels import IMAGENET, Pixels
 from nas.errors import UserError
 from nas.job import Job, Progress, Say
-from nas.prune.records import ImagesRow, Judged, PruneResult
+from nas.prune.records import Accuracy, ImagesRow, PruneResult
 
 if TYPE_CHECKING:
     from torch import nn
@@ -80,18 +80,16 @@ class PruneJob(Job):
             return
         with self.phase("evaluating"):
             found = evaluate(model, self.batches(self.evaluated), self.device)
-        low, high = found.interval
-        hits = "".join("01"[hit] for hit in found.hits)
-        self.state.found[which] = asdict(Judged(found.top1, (low, high), found.loss, found.total, hits))
+        self.state.found[which] = asdict(Accuracy.of(found))
         self.save()
 
-    def judged(self, which: str) -> Judged:
+    def judged(self, which: str) -> Accuracy:
         """What `accuracy` found.
 
         Raises:
             KeyError: it was not called.
         """
-        return TypeAdapter(Judged).validate_python(self.state.found[which])
+        return TypeAdapter(Accuracy).validate_python(self.state.found[which])
 
     def fit(self, phase: str, model: nn.Module, images: int, lr: float, teacher: nn.Module | None = None) -> None:
         """Train a network in place; the order of the images does not depend on what was trained before."""

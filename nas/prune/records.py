@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import JsonValue, TypeAdapter
+from pydantic import AliasChoices, Field, JsonValue, TypeAdapter
 
 from nas.intervals import Interval, agreement, of_difference
 from nas.measure.budget import Verdict
@@ -16,6 +16,9 @@ from nas.measure.samples import Measurement, quanta
 from nas.prune.request import Metric, PruneRequest
 from nas.prune.savings import Saving
 from nas.prune.widths import Block, Importance
+
+if TYPE_CHECKING:
+    from nas.training import evaluation
 
 Kept = Literal["pruned", "recovered"]
 """Which weights are kept: those right after pruning, or those after fine-tuning."""
@@ -33,36 +36,33 @@ class Accuracy:
 
     top1: float
     """Percent."""
-    top1_ci: tuple[float, float]
-    """95% interval of top1, percent."""
+    top1_ci: Annotated[tuple[float, float], Field(validation_alias=AliasChoices("top1_ci", "ci"))]
+    """95% interval of top1, percent; earlier versions called it ci in state/."""
     loss: float
+    """Mean cross-entropy, nats."""
     images: int
+    hits: str = field(default="", repr=False)
+    """"1" for each image that is classified right, "0" for the others; empty where an earlier version judged it, and
+    in prune.json."""
 
+    @classmethod
+    def of(cls, found: evaluation.Accuracy) -> Self:
+        """Of a network that has just been judged."""
+        return cls(found.top1, found.interval, found.loss, found.total, "".join("01"[hit] for hit in found.hits))
 
-@dataclass(frozen=True)
-class Judged:
-    """An accuracy with its answers, as state/ keeps it."""
+    def to_json(self) -> dict[str, JsonValue]:
+        """As prune.json holds it."""
+        return {"top1": self.top1, "top1_ci": [*self.top1_ci], "loss": self.loss, "images": self.images}
 
-    top1: float
-    """Percent."""
-    ci: tuple[float, float]
-    """95% interval of top1, percent."""
-    loss: float
-    images: int
-    hits: str = ""
-    """"1" for each image that is classified right, "0" for the others; empty where an earlier version judged it."""
-
-    @property
-    def accuracy(self) -> Accuracy:
-        return Accuracy(self.top1, self.ci, self.loss, self.images)
-
-    def minus(self, other: Judged) -> Difference:
+    def minus(self, other: Accuracy) -> Difference:
         """How this network compares with another one on the same images.
 
         Where the answers are not known, the interval is that of different images: too wide rather than too narrow.
         """
         answers = ([[digit == "1" for digit in row.hits]] if row.hits else [] for row in (self, other))
-        found = of_difference(self.top1, Interval(*self.ci), other.top1, Interval(*other.ci), agreement(*answers))
+        found = of_difference(
+            self.top1, Interval(*self.top1_ci), other.top1, Interval(*other.top1_ci), agreement(*answers)
+        )
         interval = found.clipped(-100.0, 100.0)
         more: Comparison = "more accurate" if self.top1 > other.top1 else "less accurate"
         verdict = "tie" if interval.holds(0) else more
@@ -96,6 +96,10 @@ class Accuracies:
         """That of a key of `ACCURACIES`."""
         found: Accuracy | None = getattr(self, which)
         return found
+
+    def to_json(self) -> dict[str, JsonValue]:
+        rows = {which: self.of(which) for which in ACCURACIES}
+        return {which: row and row.to_json() for which, row in rows.items()}
 
 
 @dataclass(frozen=True)
@@ -290,9 +294,9 @@ class PruneResult:
     def to_json(self) -> dict[str, JsonValue]:
         """As prune.json holds it."""
         found: dict[str, Any] = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "parts"}
-        for name in ("settings", "data", "accuracy", "tuning", "control", "seen"):
+        for name in ("settings", "data", "tuning", "control", "seen"):
             found[name] = found[name] and asdict(found[name])
-        for name in ("before", "after", "budget"):
+        for name in ("before", "after", "budget", "accuracy"):
             found[name] = found[name].to_json()
         found["options"] = self.options.identity()
         found["rounds"] = [row.to_json() for row in self.rounds]

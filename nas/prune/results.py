@@ -106,7 +106,7 @@ def _result(
         budget=budget,
         before=before,
         after=after,
-        accuracy=Accuracies(**{which: row.accuracy for which, row in judged.items()}),
+        accuracy=Accuracies(**judged),
         kept=kept,
         rounds=tuple(Round(**row) for row in job.state.rounds),
         notes=tuple(job.state.notes),

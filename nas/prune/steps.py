@@ -14,7 +14,7 @@ from nas.measure.budget import LatencyBudget, Verdict
 from nas.measure.runtime import Settings
 from nas.measure.samples import MeasureError, Measurement, paired_ratio, quanta, quanta_line
 from nas.prune.images import PruneJob
-from nas.prune.records import Judged, Kept
+from nas.prune.records import Accuracy, Kept
 from nas.prune.words import passes
 from nas.units import counted
 
@@ -99,7 +99,7 @@ def latency_verdict(
     return LatencyBudget(budget.amount * (before.p50_ms if budget.relative else 1)).judge(interval), interval
 
 
-def worse_after_tuning(recovered: Judged, pruned: Judged) -> bool:
+def worse_after_tuning(recovered: Accuracy, pruned: Accuracy) -> bool:
     """Whether fine-tuning was a loss: the 95% interval of the difference, image by image, is below 0."""
     return recovered.minus(pruned).verdict == "less accurate"
 

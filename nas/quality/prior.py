@@ -55,7 +55,7 @@ class PriorTier:
         quadrature, `SHAPE_SD` per unit of distance from the nearest published shape. Its score is below the value by
         the leave-one-out error and the same.
         """
-        line, macs = self._line(arch.family), counts.macs()
+        line, macs = self.line(arch.family), counts.macs()
         reduction, cost = FAMILIES[arch.family].reduction, 0.0
         if reduction is not None and (whole := reduction.whole(arch)) != arch:
             left, macs = macs, table(whole).macs()
@@ -66,7 +66,8 @@ class PriorTier:
         interval = joined(value, by_size, of_error(value, unlike, SHAPE_FREEDOM))
         return Estimate.within(value, math.hypot(line.error, unlike), interval)
 
-    def _line(self, family: str) -> Line:
+    def line(self, family: str) -> Line:
+        """Published top-1 against MACs of a family."""
         if family not in self._lines:
             points = [(table(get_arch(name)).macs(), published_top1(name)) for name in sizes(family)]
             self._lines[family] = Line(points)
@@ -189,5 +190,5 @@ def _by_depth(rows: np.ndarray) -> np.ndarray:
 
 def references() -> Mapping[str, float]:
     """Each family's leave-one-out error in points, for results pages and reports."""
-    known = PriorTier()
-    return {family: known._line(family).error for family in FAMILIES}
+    prior = PriorTier()
+    return {family: prior.line(family).error for family in FAMILIES}

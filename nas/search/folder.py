@@ -32,14 +32,14 @@ def withdraw(study: optuna.Study, folder: Path) -> None:
 
     Left there, it would hold the next command to the same settings.
     """
-    from nas.study.storage import alone
+    from nas.study.trials import alone_in
 
     def decide() -> None:
         if not study.get_trials(deepcopy=False) and not (folder / "tmp").exists():
             for name in (JOURNAL, f"{JOURNAL}.guard", HARDWARE, TRAINING_INPUTS):
                 (folder / name).unlink(missing_ok=True)
 
-    alone(study._storage, decide)
+    alone_in(study, decide)
     with suppress(OSError):  # it holds something
         folder.rmdir()
 

@@ -53,8 +53,7 @@ def enqueue_published(request: SearchRequest, study: optuna.Study, reference_ms:
     Args:
         reference_ms: median latency of the reference network.
     """
-    from nas.study.storage import alone
-    from nas.study.trials import enqueue
+    from nas.study.trials import alone_in, enqueue
     from search_spaces.api import find_variant
     from search_spaces.registry import FAMILIES
 
@@ -66,7 +65,7 @@ def enqueue_published(request: SearchRequest, study: optuna.Study, reference_ms:
             study.set_user_attr("published", order[:count])
         return list(study.user_attrs["published"])
 
-    for name in alone(study._storage, choose):
+    for name in alone_in(study, choose):
         family, variant = find_variant(name)
         params: dict[str, int | str] = {"family": family, **FAMILIES[family].space.encode(variant.values)}
         enqueue(study, params, {"name": name}, choices(request))

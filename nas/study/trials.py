@@ -17,7 +17,7 @@ import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from nas.errors import UserError
 from nas.identity import differences, older
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
     from optuna.trial import FrozenTrial
 
+T = TypeVar("T")
 METRICS = ["quality", "throughput"]  # both maximised
 IDENTITY = "vitnas"  # the study attribute that holds the study's identity
 BEAT_S = 30.0  # between two extensions of a lease
@@ -93,6 +94,11 @@ def open_study(name: str, storage: str | Path, identity: Mapping[str, Any], samp
         return alone(backend, load_or_create)
 
 
+def alone_in(study: optuna.Study, decide: Callable[[], T]) -> T:
+    """Call `decide` while no other process of this study decides; see `nas.study.storage.alone`."""
+    return alone(study._storage, decide)
+
+
 def ask(study: optuna.Study) -> optuna.Trial:
     """A new trial, leased to this process.
 
@@ -104,7 +110,7 @@ def ask(study: optuna.Study) -> optuna.Trial:
         lease(trial)
         return trial
 
-    return alone(study._storage, decide)
+    return alone_in(study, decide)
 
 
 @contextmanager
@@ -171,7 +177,7 @@ def sweep(study: optuna.Study) -> list[int]:
             study.enqueue_trial(_params(trial), {**kept, "retry_of": trial.number})
 
     if _dead(study) or _owed(study):
-        alone(study._storage, decide)
+        alone_in(study, decide)
     return swept
 
 
@@ -296,7 +302,7 @@ def enqueue(
         study.enqueue_trial(dict(params), dict(attrs))
         return True
 
-    return alone(study._storage, decide)
+    return alone_in(study, decide)
 
 
 def _elsewhere(study: optuna.Study) -> dict[int, dict[str, Any]]:

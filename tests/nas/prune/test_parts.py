@@ -21,7 +21,7 @@ from nas.measure.budget import Verdict
 from nas.measure.runtime import Settings
 from nas.measure.samples import Measurement
 from nas.prune.images import PruneJob
-from nas.prune.records import Judged, NetworkRow
+from nas.prune.records import Accuracy, NetworkRow
 from nas.prune.request import PruneRequest, parse_pruning_budget, show
 from nas.prune.source import trained_on
 from nas.prune.steps import (
@@ -151,13 +151,13 @@ def test_no_control_is_said() -> None:
 
 
 def test_a_tie_with_the_control_is_called_one() -> None:
-    pruned = Judged(56.0, (48.7, 63.1), 1.0, 180)
-    found = pruned.minus(Judged(58.1, (50.8, 65.1), 1.0, 180))
+    pruned = Accuracy(56.0, (48.7, 63.1), 1.0, 180)
+    found = pruned.minus(Accuracy(58.1, (50.8, 65.1), 1.0, 180))
     assert found.verdict == "tie"
     assert found.difference == pytest.approx(-2.1)
     assert found.ci[0] < 0 < found.ci[1]
-    assert pruned.minus(Judged(90.0, (85.0, 93.0), 1.0, 180)).verdict == "less accurate"
-    assert pruned.minus(Judged(20.0, (15.0, 26.0), 1.0, 180)).verdict == "more accurate"
+    assert pruned.minus(Accuracy(90.0, (85.0, 93.0), 1.0, 180)).verdict == "less accurate"
+    assert pruned.minus(Accuracy(20.0, (15.0, 26.0), 1.0, 180)).verdict == "more accurate"
 
 
 def test_the_control_is_compared_image_by_image() -> None:
@@ -166,7 +166,7 @@ def test_the_control_is_compared_image_by_image() -> None:
     for name, correct in (("pruned", 100), ("control", 110)):
         ci = of_share(correct / 2, 200)
         hits = "1" * correct + "0" * (200 - correct)
-        rows[name] = Judged(correct / 2, (ci.low, ci.high), 1.0, 200, hits)
+        rows[name] = Accuracy(correct / 2, (ci.low, ci.high), 1.0, 200, hits)
     assert rows["pruned"].minus(rows["control"]).verdict == "less accurate"
     assert worse_after_tuning(rows["pruned"], rows["control"])
     assert replace(rows["pruned"], hits="").minus(rows["control"]).verdict == "tie"
