@@ -60,9 +60,8 @@ class Accuracy:
         Where the answers are not known, the interval is that of different images: too wide rather than too narrow.
         """
         answers = ([[digit == "1" for digit in row.hits]] if row.hits else [] for row in (self, other))
-        found = of_difference(
-            self.top1, Interval(*self.top1_ci), other.top1, Interval(*other.top1_ci), agreement(*answers)
-        )
+        own, others = Interval(*self.top1_ci), Interval(*other.top1_ci)
+        found = of_difference(self.top1, own, other.top1, others, agreement(*answers))
         interval = found.clipped(-100.0, 100.0)
         more: Comparison = "more accurate" if self.top1 > other.top1 else "less accurate"
         verdict = "tie" if interval.holds(0) else more
@@ -99,7 +98,7 @@ class Accuracies:
 
     def to_json(self) -> dict[str, JsonValue]:
         rows = {which: self.of(which) for which in ACCURACIES}
-        return {which: row and row.to_json() for which, row in rows.items()}
+        return {which: row.to_json() if row else None for which, row in rows.items()}
 
 
 @dataclass(frozen=True)

@@ -169,6 +169,7 @@ def test_the_control_is_compared_image_by_image() -> None:
         rows[name] = Accuracy(correct / 2, (ci.low, ci.high), 1.0, 200, hits)
     assert rows["pruned"].minus(rows["control"]).verdict == "less accurate"
     assert worse_after_tuning(rows["pruned"], rows["control"])
+    assert "hits" not in rows["pruned"].to_json(), "prune.json holds no answers"
     assert replace(rows["pruned"], hits="").minus(rows["control"]).verdict == "tie"
 
 

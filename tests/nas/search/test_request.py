@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from nas.data.pixels import IMAGENET
 from nas.errors import UserError
 from nas.measure.runtime import Settings
 from nas.networks.targets import Target
@@ -57,6 +59,9 @@ def digests(monkeypatch):
     monkeypatch.setattr("nas.data.inputs.data_digest", lambda data: "2:0123456789abcdef")
 
 
+IMAGES = SimpleNamespace(demo=False, pixels=IMAGENET)
+
+
 def requested(quality: str, out: Path = Path("runs")) -> SearchRequest:
     plan = TrainingPlan("./images", 10_000, 9, 30, 3, 0)
     settings = Settings("onnxruntime", "cpu", 2)
@@ -72,12 +77,12 @@ def requested(quality: str, out: Path = Path("runs")) -> SearchRequest:
 @pytest.mark.parametrize("quality", KEPT)
 def test_the_identity_of_a_study_is_as_earlier_versions_stored_it(quality):
     request = requested(quality)
-    found = request.identity(None if request.plan is None else object())
+    found = request.identity(None if request.plan is None else IMAGES)
     assert json.dumps(found) == KEPT[quality]
 
 
 def test_the_inputs_of_trainings_are_as_earlier_versions_stored_them(tmp_path):
-    identity = requested("train").identity(object())
+    identity = requested("train").identity(IMAGES)
     assert training_inputs(tmp_path, identity) == KEPT_INPUTS
     (tmp_path / TRAINING_INPUTS).write_text(KEPT_INPUTS)
     assert training_inputs(tmp_path, identity) == KEPT_INPUTS
