@@ -5,7 +5,6 @@ A probe in a child process (`outside_probe`) comes first; `outside_graph` does t
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -28,7 +27,6 @@ from pruning.outside_graph import (
     set_head_dim,
 )
 from pruning.outside_probe import run_probe
-from search_spaces.weights import not_fetched, offline_if_unreachable
 
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 
@@ -85,16 +83,15 @@ class OutsideResult:
     """Every convolution and linear layer, cut or not."""
 
 
-def load_outside(name: str, num_classes: int | None, pretrained: bool) -> tuple[nn.Module, int]:
-    """A timm model in eval mode, and its input resolution in pixels.
+def load_outside(name: str, num_classes: int | None) -> tuple[nn.Module, int]:
+    """A timm model with random weights in eval mode, and its input resolution in pixels.
 
     Args:
         name: as in timm.list_models(), with or without a weights tag ("resnet18", "resnet18.a1_in1k").
         num_classes: None keeps the model's own.
-        pretrained: with timm's pretrained weights, fetched or from its cache.
 
     Raises:
-        OutsideError: unknown name or tag, no classifier, or weights that cannot be had (with the reason).
+        OutsideError: unknown name or tag, or no classifier.
     """
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
@@ -102,11 +99,8 @@ def load_outside(name: str, num_classes: int | None, pretrained: bool) -> tuple[
         raise OutsideError(f"timm has no model {name!r}: {hint}")
     kwargs: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     try:
-        with offline_if_unreachable() if pretrained else contextlib.nullcontext():
-            model = timm.create_model(name, pretrained=pretrained, **kwargs)
+        model = timm.create_model(name, **kwargs)
     except Exception as error:
-        if pretrained:
-            raise OutsideError(not_fetched(name, error, None)) from None
         raise OutsideError(f"timm could not build {name}: {first_line(error)}") from None
     if not model.num_classes:
         raise OutsideError(f"timm/{name} has no classifier: give the number of classes")

@@ -25,7 +25,6 @@ __all__ = [
     "load_groups",
     "load_weights",
     "namings",
-    "not_fetched",
     "offline_if_unreachable",
     "published_name",
     "read_checkpoint",
@@ -202,7 +201,7 @@ def timm_state(arch: Arch) -> State:
         with offline_if_unreachable():
             return timm.create_model(name, pretrained=True).state_dict()
     except Exception as error:
-        raise WeightsError(not_fetched(name, error, "--weights")) from None
+        raise WeightsError(_not_fetched(name, error)) from None
 
 
 def timm_name(arch: Arch) -> str:
@@ -231,18 +230,14 @@ def published_name(arch: Arch) -> str | None:
     return None
 
 
-def not_fetched(name: str, error: Exception, option: str | None) -> str:
-    """Say that timm could not fetch the weights of its network `name`, why, and what to do.
-
-    option: the command's option that takes a file of weights; None: it has none.
-    """
+def _not_fetched(name: str, error: Exception) -> str:
+    """Say that timm could not fetch the weights of its network `name`, why, and what to do."""
     import timm
 
     config = timm.get_pretrained_cfg(name)
     hub = config.hf_hub_id if config is not None else None
     file = f"model.safetensors from https://huggingface.co/{hub}" if hub else "a file of weights"
-    do = f"fetch {file} elsewhere and give {option} FILE" if option else f"it needs {file} in its cache"
-    return f"timm could not fetch {name} ({first_sentence(error)}): {do}"
+    return f"timm could not fetch {name} ({first_sentence(error)}): fetch {file} elsewhere and give --weights FILE"
 
 
 def first_sentence(error: Exception) -> str:

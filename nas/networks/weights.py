@@ -9,8 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast, overload
 
-from nas.errors import UserError
+from nas.errors import DiskFull, UserError
 from nas.networks.build import classifier_names, create
+from nas.networks.pretrained import find_pretrained
 from nas.networks.targets import Target, find_target
 from nas.networks.timm_network import TIMM, TimmNetwork
 from nas.text import first_line
@@ -43,8 +44,8 @@ def load(
     Args:
         network: a published name, an arch.json or a run's folder (see `nas.networks.targets.find_target`), an Arch, or
             a network of timm's.
-        weights: "timm", or a file of PyTorch or safetensors. None: model.safetensors beside the arch.json, or timm's of
-            a published name.
+        weights: "timm" (the published ones: see `nas.networks.pretrained`), or a file of PyTorch or safetensors. None:
+            model.safetensors beside the arch.json, or the published ones of a name.
         what: how messages call the network or its weights. None: by the name it is given by.
 
     Raises:
@@ -62,12 +63,15 @@ def load(
     else:
         raise UserError(f'{what or network.family}: give its weights, "timm" or a file')
     try:
+        path = find_pretrained(found).path if str(source) == "timm" else Path(source)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if isinstance(found, TimmNetwork):
-                return _load_timm(found, source)
-            return create_model(found, weights=source)
-    except (ArchError, WeightsError) as error:
+                return _load_timm(found, path)
+            return create_model(found, weights=path)
+    except DiskFull:
+        raise
+    except (ArchError, WeightsError, UserError) as error:
         raise UserError(f"{named}: {error}" if named else str(error)) from None
 
 
@@ -85,7 +89,7 @@ def _weights_of(target: Target, named: str) -> str | Path:
     return "timm"
 
 
-def _load_timm(network: TimmNetwork, weights: str | Path) -> TimmModel:
+def _load_timm(network: TimmNetwork, weights: Path) -> TimmModel:
     """A network of timm's with weights in timm's naming, or in another that timm itself reads.
 
     Raises:
@@ -94,9 +98,7 @@ def _load_timm(network: TimmNetwork, weights: str | Path) -> TimmModel:
     from search_spaces.checkpoints import WeightsError, read_checkpoint
     from search_spaces.weights import load_groups
 
-    if str(weights) == "timm":
-        raise WeightsError(f"one of timm's networks, {TIMM}{network.name}: give a file of its weights")
-    groups = read_checkpoint(Path(weights))
+    groups = read_checkpoint(weights)
     model = create(network)
     head = tuple(f"{name}." for name in classifier_names(model))
     adapted = _Adapted(model, head)

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from pydantic import TypeAdapter
 
@@ -83,7 +83,7 @@ def _check(request: PruneRequest, criteria: Collection[str]) -> None:
 def _prune(request: PruneRequest, command: str, job: PruneJob) -> PruneResult:
     from pruning.outside import load_outside
 
-    published, resolution = load_outside(request.model.removeprefix(TIMM), None, pretrained=False)
+    _, resolution = load_outside(request.model.removeprefix(TIMM), None)
     pretrained = request.data is not None or request.weights is not None
     weights = "timm" if pretrained else None
     pixels = pixels_of(TimmNetwork(request.model.removeprefix(TIMM)), weights)
@@ -96,7 +96,7 @@ def _prune(request: PruneRequest, command: str, job: PruneJob) -> PruneResult:
     job.make_folder()
     announce(job.data, job.say, job.note)
     if not job.state.network:
-        _keep(job, "dense", _dense(request, job, pretrained, cast("int", published.num_classes)))
+        _keep(job, "dense", _dense(request, job, pretrained))
     dense = _kept(request, job, "dense")
     job.accuracy(dense, "before")
     if job.state.network == "dense":
@@ -154,30 +154,44 @@ def _kept(request: PruneRequest, job: PruneJob, name: str) -> nn.Module:
     return resize_outside(_built(request, job), load_file(job.kept / f"{name}.safetensors")).to(job.device)
 
 
-def _built(request: PruneRequest, job: PruneJob, pretrained: bool = False) -> nn.Module:
-    """The network with a classifier for the data, in eval mode."""
+def _built(request: PruneRequest, job: PruneJob) -> nn.Module:
+    """The network with a classifier for the data and random weights, in eval mode."""
     import torch
 
     from pruning.outside import load_outside
 
     torch.manual_seed(request.seed)
-    return load_outside(request.model.removeprefix(TIMM), len(job.data.classes), pretrained)[0]
+    return load_outside(request.model.removeprefix(TIMM), len(job.data.classes))[0]
 
 
-def _dense(request: PruneRequest, job: PruneJob, pretrained: bool, classes: int) -> nn.Module:
-    """The network to prune: with timm's weights where it has them, trained briefly where its classifier is new.
+def _published(request: PruneRequest, job: PruneJob) -> tuple[nn.Module, bool]:
+    """The network with its published weights, in eval mode, and whether its classifier is new.
 
-    classes: of timm's own classifier.
+    Raises:
+        UserError: they cannot be had.
     """
-    from pruning.outside_graph import OutsideError
+    import torch
 
+    from nas.networks.pretrained import find_pretrained
+    from nas.networks.weights import load
+
+    torch.manual_seed(request.seed)
+    network = TimmNetwork(request.model.removeprefix(TIMM)).replace(num_classes=len(job.data.classes))
+    found = find_pretrained(network)
+    model = load(network, found.path)
+    job.note(found.line)
+    return model.eval(), bool(model.untrained)
+
+
+def _dense(request: PruneRequest, job: PruneJob, pretrained: bool) -> nn.Module:
+    """The network to prune: with timm's weights where it has them, trained briefly where its classifier is new."""
     if not pretrained:
         job.note(f"no weights given and no --data; {steps.brief_line(job)}")
         model, untrained = _built(request, job), True
     else:
         try:
-            model, untrained = _built(request, job, pretrained=True), classes != len(job.data.classes)
-        except OutsideError as error:
+            model, untrained = _published(request, job)
+        except UserError as error:
             if request.weights is not None:
                 raise
             job.note(f"no pretrained weights ({error}); {steps.brief_line(job)}")

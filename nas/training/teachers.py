@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from nas.data.pixels import IMAGENET, Pixels
@@ -26,30 +25,22 @@ def find_teacher(text: str, weights: str | None, classes: list[str], pixels: Pix
         return own_teacher("--teacher", text, weights, classes, pixels)
     import timm
 
-    from search_spaces.checkpoints import WeightsError, read_checkpoint
-    from search_spaces.weights import load_groups, not_fetched, offline_if_unreachable
-
     name = text.removeprefix(TIMM)
     if not timm.is_model(name):
         near = ", ".join(timm.list_models(f"*{name.split('.')[0][:8]}*")[:3])
         raise UserError(f"--teacher {text}: timm has no such network" + (f", but {near}" if near else ""))
-    try:
-        if weights is None:
-            with offline_if_unreachable():
-                model = timm.create_model(name, pretrained=True)
-        else:
-            model = timm.create_model(name, num_classes=len(classes))
-            if load_groups(model, read_checkpoint(Path(weights)), {None: ()}).untrained:
-                raise WeightsError(f"{weights}: another classifier, which would teach nothing")
-    except WeightsError as error:
-        raise UserError(f"--teacher-weights: {error}") from None
-    except Exception as error:  # the weights' client raises kinds of its own
-        raise UserError(f"--teacher {text}: {not_fetched(name, error, '--teacher-weights')}") from None
+    network = TimmNetwork(name)
+    if weights is None:
+        model = load(network, "timm", what=f"--teacher {text}")
+    else:
+        network = network.replace(num_classes=len(classes))
+        model = load(network, weights, what="--teacher-weights")
+        if model.untrained:
+            raise UserError(f"--teacher-weights: {weights}: another classifier, which would teach nothing")
     config = cast("dict[str, Any]", model.pretrained_cfg)
-    fixed = config["input_size"][-1] if config.get("fixed_input_size") else None
-    counts = cast(int, model.num_classes), len(classes)
-    own = pixels_of(TimmNetwork(name), weights or "timm")
-    return _fitting(f"--teacher {text}", model, counts, fixed, own, pixels)
+    fixed = network.resolution if config.get("fixed_input_size") else None
+    own = pixels_of(network, weights or "timm")
+    return _fitting(f"--teacher {text}", model, (network.num_classes, len(classes)), fixed, own, pixels)
 
 
 def own_teacher(

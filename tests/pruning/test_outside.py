@@ -12,13 +12,10 @@ import textwrap
 import time
 from collections.abc import Callable
 
-import huggingface_hub
 import psutil
 import pytest
-import timm
 import torch
 import torch_pruning as tp
-from huggingface_hub import constants
 from torch import Tensor, nn
 
 from pruning import outside, outside_graph, outside_probe
@@ -32,7 +29,7 @@ CLASSES = 10
 def ordinary(name: str) -> nn.Module:
     """A model as if trained: no zero-initialised scales."""
     torch.manual_seed(0)
-    model, _ = load_outside(name, CLASSES, pretrained=False)
+    model, _ = load_outside(name, CLASSES)
     outside_probe._randomise(model)
     return model
 
@@ -85,42 +82,23 @@ def child(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
 
 def test_unknown_name_says_near_ones() -> None:
     with pytest.raises(OutsideError, match=r"no model 'resnet18x': did you mean .*timm/resnet18\b"):
-        load_outside("resnet18x", None, pretrained=False)
+        load_outside("resnet18x", None)
     with pytest.raises(OutsideError, match="no model 'hf_hub:someone/something'"):
-        load_outside("hf_hub:someone/something", None, pretrained=False)
+        load_outside("hf_hub:someone/something", None)
     with pytest.raises(OutsideError, match=r"could not build resnet18\.nope: .*nope"):
-        load_outside("resnet18.nope", None, pretrained=False)
+        load_outside("resnet18.nope", None)
 
 
 def test_no_classifier_is_refused() -> None:
     with pytest.raises(OutsideError, match="no classifier"):
-        load_outside("test_resnet", 0, pretrained=False)
+        load_outside("test_resnet", 0)
 
 
 def test_resolution_is_the_models_own() -> None:
-    model, resolution = load_outside("test_vit", None, pretrained=False)
+    model, resolution = load_outside("test_vit", None)
     assert resolution == 160
     assert model.num_classes == 1000
     assert not model.training
-
-
-def test_weights_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unreachable() -> None:
-        raise OSError("no route")
-
-    def create_model(*_: object, **__: object) -> None:
-        assert constants.HF_HUB_OFFLINE  # else its client retries for a minute
-        raise RuntimeError("no such file\nsecond line")
-
-    monkeypatch.setattr(huggingface_hub, "get_session", unreachable)
-    monkeypatch.setattr(timm, "create_model", create_model)
-    before = constants.HF_HUB_OFFLINE
-    with pytest.raises(
-        OutsideError,
-        match=r"^timm could not fetch resnet18 \(no such file\): it needs .*/timm/resnet18\.\w+ in its cache",
-    ):
-        load_outside("resnet18", None, pretrained=True)
-    assert constants.HF_HUB_OFFLINE is before
 
 
 # --- the probe
@@ -212,7 +190,7 @@ def test_channels_coupled_wrongly_are_refused(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_residual_streams_stay_where_only_inner_widths_work() -> None:
-    model, _ = load_outside("fasternet_t0", CLASSES, pretrained=False)
+    model, _ = load_outside("fasternet_t0", CLASSES)
     with pytest.raises(IndexError):
         probe_here("fasternet_t0", 64)
     assert probe_here("fasternet_t0", 64, inner=True) < macs(model, 64) / 2
@@ -244,7 +222,7 @@ def test_prunes_end_to_end(resnet_probe: Probe, monkeypatch: pytest.MonkeyPatch)
     assert logits(model, 64).shape == (2, CLASSES)
     model.train()(torch.randn(2, 3, 64, 64)).sum().backward()  # trains on
     assert all(p.grad.shape == p.shape for p in model.parameters())
-    again, _ = load_outside("resnet18", CLASSES, pretrained=False)
+    again, _ = load_outside("resnet18", CLASSES)
     resize_outside(again, model.state_dict())
     assert torch.equal(logits(again, 64), logits(model, 64))
 
@@ -259,7 +237,7 @@ def test_vit_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
     attention = model.blocks[0].attn
     assert attention.head_dim < 32
     assert attention.head_dim % 8 == 0
-    again, _ = load_outside("test_vit", CLASSES, pretrained=False)
+    again, _ = load_outside("test_vit", CLASSES)
     assert torch.equal(logits(resize_outside(again, model.state_dict()), 160), logits(model, 160))
 
 
@@ -294,7 +272,7 @@ def test_target_must_be_below_the_model() -> None:
 @pytest.mark.usefixtures("no_probe")
 @pytest.mark.parametrize("criterion", ["taylor", "torch-pruning"])
 def test_zero_initialised_scales_are_refused(criterion: str) -> None:
-    model, _ = load_outside("resnet18", CLASSES, pretrained=False)  # the last BatchNorm of each branch is zero
+    model, _ = load_outside("resnet18", CLASSES)  # the last BatchNorm of each branch is zero
     before = macs(model, 64)
     with pytest.raises(OutsideError, match=r"importances of layer\d\.\d\.conv1's \d+ units are all zero or not finite"):
         prune_outside(model, 64, batches(64), before // 2, criterion, 8, 1)
@@ -427,7 +405,7 @@ def test_well_known_models(name: str, inner: bool) -> None:
     result = prune_outside(model, 224, batches(224), before // 2, "taylor", 8, 2, time_limit_s=120)
     assert 0.45 * before < result.macs_after <= before // 2
     assert (result.inner_only is not None) == inner
-    again, _ = load_outside(name, CLASSES, pretrained=False)
+    again, _ = load_outside(name, CLASSES)
     assert torch.equal(logits(resize_outside(again, model.state_dict()), 224), logits(model, 224))
 
 

@@ -351,8 +351,10 @@ def test_networks_of_others_load_under_their_own_names(tmp_path: Path) -> None:
 
 
 def test_weights_that_cannot_be_fetched_say_where_they_are(monkeypatch):
-    """The whole sentence, however long, and what to do."""
+    """The whole sentence, however long, and what to do; and without waiting for a host that does not answer."""
+    import huggingface_hub
     import timm
+    from huggingface_hub import constants
 
     from search_spaces import get_arch
     from search_spaces.checkpoints import WeightsError
@@ -360,14 +362,21 @@ def test_weights_that_cannot_be_fetched_say_where_they_are(monkeypatch):
 
     why = "An error happened while trying to locate the file on the Hub, and it is not in the cache " + "x" * 200
 
+    def unreachable():
+        raise OSError("no route")
+
     def refuse(*args, **kwargs):
+        assert constants.HF_HUB_OFFLINE  # else its client retries for a minute
         raise OSError(f"{why}. Please check your connection\nand try again.")
 
     arch = get_arch("levit_128s")
     model = create_model(arch)
     monkeypatch.setattr(timm, "create_model", refuse)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "get_session", unreachable)
     with pytest.raises(WeightsError) as error:
         load_weights(model, arch, "timm")
+    assert constants.HF_HUB_OFFLINE is False
     assert str(error.value) == (
         f"timm could not fetch levit_128s ({why}): fetch model.safetensors from "
         "https://huggingface.co/timm/levit_128s.fb_dist_in1k elsewhere and give --weights FILE"

@@ -41,9 +41,10 @@ def test_given_weights_go_before_those_beside(run: Path) -> None:
         assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
 
 
-def test_a_published_name_has_weights_of_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_published_name_has_weights_of_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = timm.create_model("efficientvit_m0").state_dict()
-    monkeypatch.setattr("search_spaces.weights.timm_state", lambda _: state)
+    torch.save(state, tmp_path / "efficientvit_m0.pth")
+    monkeypatch.setenv("VITNAS_WEIGHTS", str(tmp_path))
     for model in (load("efficientvit_m0"), load("efficientvit_m0", weights="timm")):
         assert model.untrained == []
         assert any(torch.equal(value, state["patch_embed.conv1.conv.weight"]) for value in model.state_dict().values())
@@ -59,7 +60,7 @@ def test_a_published_name_has_weights_of_timm(monkeypatch: pytest.MonkeyPatch) -
         ("{run}@64", None, "trained at 32 px"),
         ("{run}/untrained", None, "untrained has no model.safetensors: `vitnas train` makes one"),
         ("{run}/net.onnx", None, "net.onnx is an ONNX file: give a folder"),
-        ("timm/test_vit", "timm", "timm/test_vit: one of timm's networks, timm/test_vit: give a file of its weights"),
+        ("timm/test_vit", "timm", "timm/test_vit: could not fetch test_vit.r160_in1k .HF_HUB_OFFLINE is set.: put "),
         ("shvit_s1", "{run}/best/model.safetensors", "shvit_s1: .*lack"),
     ],
 )
@@ -69,6 +70,15 @@ def test_what_cannot_be_loaded_is_told(run: Path, network: str, weights: str | N
     network, weights, said = (text and text.format(run=run) for text in (network, weights, said))
     with pytest.raises(UserError, match=said):
         load(network, weights=weights)
+
+
+def test_weights_of_another_network_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("shvit_s1.safetensors", "test_vit.safetensors"):
+        save_weights(create_model(ARCH), tmp_path / name)
+    monkeypatch.setenv("VITNAS_WEIGHTS", str(tmp_path))
+    for network, name in (("shvit_s1", "shvit_s1"), ("timm/test_vit", "test_vit")):
+        with pytest.raises(UserError, match=f"^{network}: {tmp_path}/{name}.safetensors: the weights lack "):
+            load(network)
 
 
 def test_an_arch_needs_weights() -> None:

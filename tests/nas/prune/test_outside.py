@@ -16,11 +16,11 @@ import nas.prune.figures
 import nas.prune.images
 import nas.prune.outside
 import nas.prune.run
+from nas.errors import UserError
 from nas.measure.samples import Measurement
 from nas.prune import steps
 from nas.prune.images import PruneJob
 from pruning import outside
-from pruning.outside_graph import OutsideError
 from pruning.outside_probe import Probe
 
 KEPT = ("accuracy", "rounds", "notes", "layers", "trained_images", "tuned_images", "before", "after")
@@ -31,16 +31,18 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     """A small input, little training, no weights to fetch; neither the trial nor the closing run is made."""
     whole = outside.load_outside
 
-    def load_outside(name: str, num_classes: int | None, pretrained: bool):
-        if pretrained:
-            raise OutsideError("no way to the hub")
-        return whole(name, num_classes, pretrained)[0], 32
+    def load_outside(name: str, num_classes: int | None):
+        return whole(name, num_classes)[0], 32
+
+    def no_way(*_):
+        raise UserError("no way to the hub")
 
     def closing_run(options, models, *_):
         (options.folder / "model.onnx").write_bytes(b"")
         return {name: Measurement([[1.0] * 3] * 3) for name in models}
 
     monkeypatch.setattr(outside, "load_outside", load_outside)
+    monkeypatch.setattr("nas.networks.pretrained.find_pretrained", no_way)
     monkeypatch.setattr(outside, "run_probe", lambda *_: Probe(1, None))
     monkeypatch.setattr(nas.prune.outside, "_closing_run", closing_run)
     monkeypatch.setattr(steps, "BRIEF_IMAGES", 48)
