@@ -44,7 +44,7 @@ class Calibration:
 
         if self._data is None:
             return None
-        pixels = _pixels_of(target)
+        pixels = pixels_of_target(target)
         path = self._folder / f"images-{resolution}-{pixels}.npy"
         if not path.exists():
             images, skipped = calibration_images(self._data.at(resolution, pixels=pixels), resolution)
@@ -105,7 +105,7 @@ class Files:
         return self._child.call(method, settings, stem, images, **source)
 
 
-def _pixels_of(target: Target) -> Pixels:
+def pixels_of_target(target: Target) -> Pixels:
     """As the file says, or as the weights want that the network's folder holds, or that timm has of it."""
     from nas.export.card import Card, pixels_of
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import BaseModel, FiniteFloat, model_validator
 
 from nas.errors import UserError
-from nas.export.card import PREFIX, Card, Latency, load_onnx, metadata_of
+from nas.export.card import PREFIX, Card, Latency, Preprocess, load_onnx, metadata_of
 from nas.intervals import top1_words
 from nas.report.tables import Column, console_of, print_table, prose
 from nas.units import counted, listed
@@ -140,6 +140,7 @@ def _of_card(card: Card, trained: bool) -> Facts:
         "weights_from": None,
         "data": accuracy and accuracy.data,
         "classes": card.classes,
+        "preprocess": card.preprocess and card.preprocess.model_dump(),
         "top1": accuracy and accuracy.top1,
         "top1_ci": accuracy and list(accuracy.ci),
         "images": accuracy and accuracy.images,
@@ -257,6 +258,8 @@ def lines_of(facts: Mapping[str, Any]) -> list[str]:
         lines.append(f"data: {facts['data']}")
     if facts["classes"]:
         lines.append(f"classes: {few(facts['classes'])}")
+    if facts["preprocess"]:
+        lines.append(f"images: {Preprocess(**facts['preprocess']).pixels}")
     if facts["top1"] is not None:
         lines.append(f"accuracy: {top1_words(facts['top1'], facts['top1_ci'], facts['images'])}")
     elif facts["weights"] == "trained":

@@ -56,6 +56,7 @@ def test_a_trained_search_tells_its_own_facts(vitnas, search):
         "weights: trained",
         "data: flowers",
         "classes: daisy, dandelion, rose, sunflower, tulip",
+        "images: mean 0.5 0.5 0.5, std 0.5 0.5 0.5, bicubic, crop 0.875",
         "accuracy: 59.5% top-1 (95%: 52.2 to 66.4, 180 images)",
         "latency: 1.23 ms (95%: 1.20 to 1.30), onnxruntime fp32, cpu (Fixture CPU @ 2.45 GHz), 1 thread, batch 1",
     ):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,13 +17,20 @@ import pytest
 import torch
 from PIL import Image
 
+from nas.bench.files import pixels_of_target
 from nas.data.dataset import open_data
 from nas.data.images import plain_transform
+from nas.data.pixels import IMAGENET, Pixels
 from nas.errors import UserError
 from nas.export.artifact import lower_precision
-from nas.export.card import CLASSIFY, Card, Preprocess, load_onnx, metadata_of
+from nas.export.card import CLASSIFY, Card, Preprocess, load_onnx, metadata_of, pixels_of
 from nas.export.onnx import label_onnx, to_onnx
 from nas.measure.runtime import Settings
+from nas.networks.targets import find_target
+from nas.networks.timm_network import TimmNetwork
+from nas.quality.plan import TrainingPlan
+from nas.search.request import SearchRequest
+from nas.search.run import read_images
 from search_spaces import get_arch
 
 CLASSES = ["blue", "green ü", "red"]
@@ -245,3 +253,121 @@ def test_what_cannot_be_read(tmp_path):
     onnx.save(model, path)
     with pytest.raises(UserError, match="damaged"):
         Card.read(path)
+
+
+OTHER = Pixels((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bilinear", 0.95)
+
+
+@pytest.fixture(scope="module")
+def other(folder) -> Path:
+    """The network of `folder`, whose folder says that it wants other pixels than vitnas's own, trained a little."""
+    from nas.training.request import TrainRequest, choose_recipe
+    from nas.training.run import train
+
+    root = folder.parent
+    (root / "given").mkdir()
+    for name in ("arch.json", "model.safetensors"):
+        shutil.copyfile(folder / name, root / "given" / name)
+    Card(preprocess=Preprocess.own(32, OTHER)).write(root / "given")
+    recipe = choose_recipe("quick", 1, 24, 0.01, None)
+    weights = str(root / "given" / "model.safetensors")
+    options = TrainRequest(str(root / "given"), recipe, "cpu", root / "other", str(root / "images"), weights=weights)
+    train(options)
+    return root / "other"
+
+
+def test_a_run_s_own_pixels_survive(vitnas, other, tmp_path):
+    """Training, export, another resolution, and what reads a network's folder or file."""
+    told = Card.read(other)
+    assert told.preprocess == Preprocess.own(32, OTHER)
+    assert json.loads((other / "preprocess.json").read_text())["crop_pct"] == 0.95
+    assert vitnas("export", str(other), "--out", str(tmp_path / "out"))[0] == 0
+    assert Card.read(tmp_path / "out") == told
+    (tmp_path / "arch.json").write_text(find_target(str(other)).arch.at(64).to_json())
+    words = ("export", str(tmp_path / "arch.json"), "--weights", str(other / "model.safetensors"))
+    assert vitnas(*words, "--out", str(tmp_path / "more"))[0] == 0
+    assert Card.read(tmp_path / "more").preprocess == Preprocess.own(64, OTHER)
+    for name in (other, other / "model.onnx", tmp_path / "out"):
+        assert pixels_of_target(find_target(str(name))) == OTHER, name
+        assert f"images: {OTHER}" in vitnas("show", str(name))[1], name
+    plan = TrainingPlan(str(other.parent / "images"), parent=str(other))
+    assert read_images(SearchRequest(1.0, resolution=32, plan=plan)).pixels == OTHER, "a search for its children"
+
+
+def test_a_training_goes_on_with_the_pixels_it_was_begun_with(other, monkeypatch):
+    from nas.training.request import TrainRequest, choose_recipe
+    from nas.training.run import train
+
+    given, state = other.parent / "given", other / "state" / "state.json"
+    weights = str(given / "model.safetensors")
+    recipe = choose_recipe("quick", 1, 24, 0.01, None)
+    request = TrainRequest(str(given), recipe, "cpu", other, str(other.parent / "images"), weights=weights)
+    found = train(request)
+    assert found.final.top1 == Card.read(other).accuracy.top1, "finished"
+    before = (given / "preprocess.json").read_bytes()
+    Card(preprocess=Preprocess.own(32)).write(given)
+    with pytest.raises(UserError, match=rf"prepared otherwise \({OTHER}; now ImageNet's\): give another --out"):
+        train(request)
+    (given / "preprocess.json").write_bytes(before)
+    known = json.loads(state.read_text())
+    del known["inputs"]["the pixels"]
+    state.write_text(json.dumps(known))
+    with pytest.raises(UserError, match=rf"prepared otherwise \(ImageNet's; now {OTHER}\)"):
+        train(request)
+
+
+@pytest.mark.parametrize(
+    "pixels", [IMAGENET, OTHER, Pixels(interpolation="lanczos", crop_pct=1.0), Pixels(interpolation="hamming")]
+)
+def test_what_a_file_tells_is_what_validation_sees(pixels, folder, tmp_path, monkeypatch):
+    """The guide's lines make the same numbers of an image; with another network's they would not."""
+    data = open_data(str(folder.parent / "images"), 32, None, 0).at(32, pixels=pixels)
+    to_onnx(torch.nn.Flatten(), tmp_path / "model.onnx", 32, 1)
+    monkeypatch.chdir(tmp_path)
+
+    def differences(card: Card) -> list[float]:
+        label_onnx(tmp_path / "model.onnx", None, trained=True, card=card)
+        recipe = CLASSIFY.replace("return classes[logits.argmax()]", "return logits").partition("\n\n\nprint(")[0]
+        names: dict[str, Any] = {}
+        exec(recipe, names)
+        shown = [(names["classify"](data.val.sources[i]), data.val[i][0]) for i in range(0, 36, 5)]
+        return [float(np.abs(found.ravel() - wanted.numpy().ravel()).max()) for found, wanted in shown]
+
+    assert max(differences(Card.of(data))) < 1e-5
+    off = pixels.mean[0] + 0.02, *pixels.mean[1:]
+    wrong = (
+        dataclasses.replace(pixels, mean=off),
+        dataclasses.replace(pixels, std=(pixels.std[0] * 1.1, *pixels.std[1:])),
+        dataclasses.replace(pixels, crop_pct=0.8),
+        dataclasses.replace(pixels, interpolation="box"),
+    )
+    for each in wrong:
+        card = Card(preprocess=Preprocess.own(32, each), classes=CLASSES)
+        assert min(differences(card)) > 0.01, f"{each} for {pixels}"
+
+
+def test_an_earlier_version_s_preprocess_has_its_crop():
+    told = Preprocess.own(224, OTHER).model_dump()
+    del told["crop_pct"]
+    for size, resize, crop in ((32, 36, 0.875), (224, 256, 0.875), (32, 32, 1.0), (224, 248, 224 / 248)):
+        found = Preprocess(**told | {"size": size, "resize": resize})
+        assert found.crop_pct == pytest.approx(crop)
+        assert Preprocess.own(size, found.pixels) == found
+    with pytest.raises(ValueError, match="another resize"):
+        Preprocess(**told | {"size": 32, "resize": 36, "crop_pct": 0.95})
+
+
+def test_pixels_follow_the_weights(folder, other, tmp_path):
+    lite, levit = TimmNetwork("tf_efficientnet_lite0"), get_arch("levit_128s")
+    half = Pixels((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    assert pixels_of(lite, None) == pixels_of(levit, None) == IMAGENET, "from scratch"
+    assert pixels_of(lite, "timm") == half
+    assert pixels_of(levit.at(64).replace(num_classes=7), "timm") == Pixels(crop_pct=0.9)
+    assert pixels_of(find_target(str(folder)).arch, "timm") == IMAGENET, "no checkpoint of it"
+    weights = tmp_path / "zoo.safetensors"
+    weights.write_bytes((other / "model.safetensors").read_bytes())
+    assert pixels_of(levit, weights) == IMAGENET
+    assert pixels_of(lite, weights) == half, "as timm trains it"
+    Card.read(other).write(tmp_path)
+    assert pixels_of(levit, weights) == pixels_of(lite, weights) == OTHER, "the file beside it says so"
+    assert pixels_of(levit, tmp_path / "none" / "model.safetensors") == IMAGENET

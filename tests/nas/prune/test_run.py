@@ -22,9 +22,10 @@ import nas.prune.images
 import nas.prune.rounds
 import nas.prune.steps
 import nas.prune.widths
+from nas.data.pixels import Pixels
 from nas.errors import UserError
 from nas.export import side_by_side
-from nas.export.card import Card
+from nas.export.card import Card, Preprocess
 from nas.measure.samples import Measurement
 from nas.prune import steps
 from nas.prune.request import parse_pruning_budget
@@ -160,6 +161,8 @@ def widths(arch: Arch) -> dict[str, int]:
 def test_a_folder_brings_its_weights(vitnas, images, tmp_path, fake_clock):
     """Nothing is trained before pruning; the same images are split and calibrated; the result can be pruned again."""
     model = trained(images, tmp_path / "net")
+    pixels = Pixels((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bilinear", 0.95)
+    Card(preprocess=Preprocess.own(48, pixels)).write(tmp_path / "net")
     out = tmp_path / "out"
     code, _, said = vitnas(
         *words(tmp_path / "net", out, "--data", str(images), "--finetune", "0", "--rounds", "1", "--macs", "0.7x")
@@ -179,6 +182,8 @@ def test_a_folder_brings_its_weights(vitnas, images, tmp_path, fake_clock):
     assert second["trained_images"] == 0
     assert second["before"]["params"] == data["after"]["params"] < sum(p.numel() for p in model.parameters())
     assert second["after"]["params"] <= 0.9 * second["before"]["params"]
+    for folder in (out, again):
+        assert Card.read(folder).preprocess.pixels == pixels, "how its images are prepared"
 
 
 def trained(images: Path, folder: Path) -> torch.nn.Module:

@@ -32,6 +32,7 @@ from nas.cli.app import main
 from nas.data.batches import loader
 from nas.data.dataset import open_data
 from nas.data.images import sample
+from nas.data.pixels import Pixels
 from nas.errors import TrainingError, UserError
 from nas.export import folder as export_folder
 from nas.files import folder_lock
@@ -755,6 +756,11 @@ def test_timm_s_networks_teach_as_they_were_trained(tmp_path):
     with torch.no_grad():
         assert torch.allclose(teacher((pixels - mean) / std), model((pixels - 0.5) / 0.5), atol=1e-4)
         assert teacher(torch.rand(2, 3, 64, 64)).shape == (2, 10)
+    half = Pixels((0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
+    teacher = find_teacher("timm/vit_tiny_patch16_224", str(tmp_path / "weights.pth"), ["class"] * 10, half).eval()
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (half.mean, half.std))
+    with torch.no_grad():
+        assert torch.allclose(teacher((pixels - mean) / std), model((pixels - 0.5) / 0.5), atol=1e-4), "of a student's"
 
 
 @pytest.mark.usefixtures("few")
