@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +11,8 @@ from nas.bench.files import Calibration, Files
 from nas.bench.report import worded
 from nas.bench.request import Cell, plan
 from nas.bench.result import SETTINGS, BenchFailure, BenchResult, BenchRow, varying
+from nas.export.side_by_side import measure_side_by_side
 from nas.files import scratch
-from nas.measure.device import compare, device_lock
 from nas.measure.protocol import Interrupted
 from nas.measure.reasons import plain
 from nas.measure.runtime import RUNTIMES
@@ -25,6 +26,11 @@ if TYPE_CHECKING:
     from nas.networks.targets import Target
 
 Results = dict[Cell, Measurement | MeasureError]
+
+
+class Unprepared(MeasureError):
+    """A network whose file cannot be made."""
+
 
 UNFOLDED = "On PyTorch timm's networks keep the BatchNorms that timm cannot fold; ours are folded. ONNX folds both."
 
@@ -54,13 +60,11 @@ def bench(
         if sum(target.label == label for target in request.targets) > 1
     ]
     waiting = _teller(say)
-    with scratch() as folder, device_lock(request.settings[0].device):
+    with scratch() as folder:
         calibration = Calibration(request, folder, notes)
         with Files(folder, planned.targets, planned.inputs, request, calibration, waiting) as files:
-            paths, results = _export(planned.every, files, progress)
-        timed, done = _time(paths, request, progress, waiting)
-    for cell, result in timed.items():
-        results[cell] = _explained(cell, result, planned.inputs.get(cell.label))
+            found, done = _measure(list(planned.every), files, request, progress, waiting)
+    results = {cell: _explained(cell, result, planned.inputs.get(cell.label)) for cell, result in found.items()}
     failed, errors = _failures(planned, results)
     if interrupted := done < request.rounds:
         few = ": intervals cover less than 95%" * (done < SURE_ROUNDS)
@@ -69,45 +73,41 @@ def bench(
     return BenchResult(rows, failed, errors, notes + _notes(request, planned, results, rows), interrupted)
 
 
-def _export(cells: Iterable[Cell], files: Files, progress: Progress) -> tuple[dict[Cell, Path], Results]:
-    """The files to time, and what could not be exported with its error."""
-    cells = list(cells)
-    paths: dict[Cell, Path] = {}
-    failed: Results = {}
-    for i, cell in enumerate(cells):
-        progress(f"exporting {cell.label}", i, len(cells))
-        try:
-            paths[cell] = files.of(cell.label, cell.settings)
-        except WorkerError as error:
-            failed[cell] = MeasureError(f"cannot be prepared: {plain(str(error))}")
-    return paths, failed
-
-
-def _time(
-    paths: Mapping[Cell, Path], request: BenchRequest, progress: Progress, waiting: Waiting
+def _measure(
+    cells: Sequence[Cell], files: Files, request: BenchRequest, progress: Progress, waiting: Waiting
 ) -> tuple[Results, int]:
     """Results of the interleaved run, and its whole rounds, fewer than asked for after Ctrl-C."""
-    cells = {str(i): cell for i, cell in enumerate(paths)}
+    by_name = {str(i): cell for i, cell in enumerate(cells)}
+    prepared = itertools.count()
+
+    def export(cell: Cell, _: Path) -> Path:
+        progress(f"exporting {cell.label}", next(prepared), len(cells))
+        try:
+            return files.of(cell.label, cell.settings)
+        except WorkerError as error:
+            raise Unprepared(f"cannot be prepared: {plain(str(error))}") from None
+
     done = request.rounds
     try:
-        found = compare(
-            {name: paths[cell] for name, cell in cells.items()},
-            {name: cell.settings for name, cell in cells.items()},
+        found = measure_side_by_side(
+            by_name,
+            export,
+            {name: cell.settings for name, cell in by_name.items()},
             request.rounds,
-            lambda *rounds: progress("measuring, rounds", *rounds),
-            request.timeout_s,
-            lambda name, *waited: waiting(cells[name].label, *waited),
+            progress=lambda *rounds: progress("measuring, rounds", *rounds),
+            timeout_s=request.timeout_s,
+            waiting=lambda name, *waited: waiting(by_name[name].label, *waited),
         )
     except Interrupted as interrupt:
         if not interrupt.done:
             raise
         found, done = interrupt.results, interrupt.done
-    return {cells[name]: result for name, result in found.items()}, done
+    return {by_name[name]: result for name, result in found.items()}, done
 
 
 def _explained(cell: Cell, result: Measurement | MeasureError, given: OnnxInput | None) -> Measurement | MeasureError:
     """A result whose error is in plain words, with what may be done."""
-    if isinstance(result, Measurement):
+    if isinstance(result, Measurement | Unprepared):
         return result
     why, batch = plain(str(result)), cell.settings.batch_size
     inside = batch > 1 and given is not None and given.batch_size is None and " node " in why

@@ -15,9 +15,9 @@ from nas.bench.papers.claims import CLAIMS, Claim
 from nas.errors import UserError
 from nas.export.artifact import write_artifact
 from nas.export.quantize import NOISE
-from nas.files import scratch
+from nas.export.side_by_side import measure_side_by_side
 from nas.machine import usable_cpus
-from nas.measure.device import compare, device_kind, device_lock, is_here
+from nas.measure.device import device_kind, device_lock, is_here
 from nas.measure.runtime import RUNTIMES, Settings
 from nas.measure.samples import SURE_ROUNDS, MeasureError, Measurement, median_interval, paired_ratio
 from nas.networks.timm_network import TIMM, TimmNetwork
@@ -248,20 +248,20 @@ def time_networks(names: Sequence[str], settings: Settings, rounds: int) -> Timi
     """Latencies by name, interleaved: networks in a process each, blocks in PyTorch in one."""
     blocks = [name for name in names if name.startswith(BLOCK) and settings.runtime == EAGER]
     timings: Timings = _time_blocks(blocks, settings, rounds) if blocks else {}
-    with scratch() as folder:
-        paths: dict[str, Path] = {}
-        for name in names:
-            if name not in blocks:
-                try:
-                    paths[name] = _artifact(name, settings, folder / str(len(paths)))
-                except Exception as error:
-                    timings[name] = _measure_error(error)
+    networks = {name: name for name in names if name not in blocks}
+    if not networks:
+        return timings
+
+    def export(name: str, stem: Path) -> Path:
         try:
-            with device_lock(settings.device):
-                timings |= compare(paths, settings, rounds, timeout_s=ANSWER_S)
-        except MeasureError as error:
-            timings |= dict.fromkeys(paths, error)
-    return timings
+            return _artifact(name, settings, stem)
+        except Exception as error:
+            raise _measure_error(error) from None
+
+    try:
+        return timings | measure_side_by_side(networks, export, settings, rounds, timeout_s=ANSWER_S)
+    except MeasureError as error:
+        return timings | dict.fromkeys(networks, error)
 
 
 def _measure_error(error: Exception) -> MeasureError:

@@ -20,6 +20,7 @@ from nas.bench.request import BenchRequest
 from nas.bench.result import is_tie
 from nas.bench.run import bench
 from nas.errors import UserError
+from nas.export import side_by_side
 from nas.export.artifact import Exporter
 from nas.files import check_output
 from nas.measure.device import compare
@@ -136,7 +137,7 @@ def given(monkeypatch: pytest.MonkeyPatch) -> Callable[[Mapping[str, list[float]
             progress(rounds, rounds)
             return found
 
-        monkeypatch.setattr(run, "compare", compare)
+        monkeypatch.setattr(side_by_side, "compare", compare)
         monkeypatch.setattr(bench_files.Files, "of", lambda self, label, settings: Path(label))
         return asked
 
@@ -158,7 +159,7 @@ def failures(err: str) -> list[str]:
 @pytest.mark.usefixtures("quiet")
 def test_networks_of_all_kinds(vitnas, onnx_file, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: dict[str, Measurement] = {}
-    monkeypatch.setattr(run, "compare", lambda *args: made.update(compare(*args)) or made)
+    monkeypatch.setattr(side_by_side, "compare", lambda *args: made.update(compare(*args)) or made)
     arch = tmp_path / "arch.json"
     arch.write_text(find_arch("efficientvit_m0").at(64).to_json())
     table, plot = tmp_path / "bench.csv", tmp_path / "bench.png"
@@ -243,7 +244,7 @@ def test_int8_calibrated_on_images(onnx_file, tmp_path: Path, monkeypatch: pytes
         files.extend(path.read_bytes() for path in paths.values())
         return dict.fromkeys(paths, Measurement([[1.0]] * 3))
 
-    monkeypatch.setattr(run, "compare", compare)
+    monkeypatch.setattr(side_by_side, "compare", compare)
     target = find_target(onnx_file(images=[1, 3, 32, 32]))
     for data in (None, str(tmp_path / "images")):
         found = bench(BenchRequest([target], (Settings(precision="int8"),), data=data))
@@ -298,13 +299,13 @@ def test_throughput_of_another_batch(given) -> None:
 
 def test_throughput_that_cannot_be_measured(given, monkeypatch: pytest.MonkeyPatch) -> None:
     given({"a": [2.0] * 6})
-    compare = run.compare
+    compare = side_by_side.compare
 
     def no_large_batch(paths, settings, *rest):
         results = compare(paths, settings, *rest)
         return {name: MeasureError("too much") if settings[name].batch_size > 1 else results[name] for name in results}
 
-    monkeypatch.setattr(run, "compare", no_large_batch)
+    monkeypatch.setattr(side_by_side, "compare", no_large_batch)
     found = bench(options("a", throughput_at=64))
     assert [(row.latency_ms, row.throughput) for row in found.rows] == [(2.0, None)]
     assert found.errors == ["a (batch 64): too much"]
@@ -319,7 +320,7 @@ def test_what_fails_is_told_and_the_ratio_is_to_the_first_row(given) -> None:
 
 
 def test_what_cannot_be_prepared_is_told(onnx_file, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "compare", lambda paths, *_: dict.fromkeys(paths, Measurement([[1.0]] * 6)))
+    monkeypatch.setattr(side_by_side, "compare", lambda paths, *_: dict.fromkeys(paths, Measurement([[1.0]] * 6)))
     monkeypatch.setattr("nas.process.TOLD_S", 0.01)
     path, said = onnx_file(operator="Unheard"), []
     found = bench(BenchRequest([find_target(path)], (Settings(precision="int8"),)), say=said.append)
@@ -332,14 +333,14 @@ def test_what_cannot_be_prepared_is_told(onnx_file, monkeypatch: pytest.MonkeyPa
 
 def test_what_is_waited_for_is_told(given, vitnas, monkeypatch: pytest.MonkeyPatch) -> None:
     given({"efficientvit_m0": [1.0] * 6, "shvit_s1": "no answer in 90 s"})
-    compare = run.compare
+    compare = side_by_side.compare
 
     def slow(paths, settings, rounds, progress, timeout_s, waiting):
         for waited_s in (10, 10, 70):
             waiting("1", waited_s, timeout_s)
         return compare(paths, settings, rounds, progress, timeout_s, waiting)
 
-    monkeypatch.setattr(run, "compare", slow)
+    monkeypatch.setattr(side_by_side, "compare", slow)
     code, out, err = vitnas("bench", "efficientvit_m0", "shvit_s1", "--timeout", "90s", "--json")
     assert code == 2
     assert [line for line in err.splitlines() if line.startswith(("waiting", "vitnas"))] == [
@@ -362,7 +363,7 @@ def test_ctrl_c_tells_the_rounds_made(
     def compare(*_: object) -> None:
         raise Interrupted(results, done)
 
-    monkeypatch.setattr(run, "compare", compare)
+    monkeypatch.setattr(side_by_side, "compare", compare)
     table = tmp_path / "bench.csv"
     code, out, err = vitnas("bench", "efficientvit_m0", "shvit_s1", "levit_128s", "--csv", str(table))
     assert (code, err.splitlines()[-1]) == (130, "interrupted")
@@ -542,7 +543,7 @@ def test_waiting_times_have_no_ratio(vitnas, given, monkeypatch: pytest.MonkeyPa
     given({})
     waiting = Measurement([[1.0, 8.0, 8.0]] * 6)
     told = {"0": Measurement([[2.0] * 3] * 6), "1": waiting, "2": Measurement([[3.0] * 3] * 6)}
-    monkeypatch.setattr(run, "compare", lambda *_: told)
+    monkeypatch.setattr(side_by_side, "compare", lambda *_: told)
     _, out, _ = vitnas("bench", "efficientvit_m0", "shvit_s1", "levit_128s", "--json")
     found = json.loads(out)
     assert [(row["waiting"], row["ratio"]) for row in found["results"]] == [(False, 1), (True, None), (False, 1.5)]
@@ -633,7 +634,7 @@ def test_the_file_that_is_measured_has_the_shape(onnx_file, monkeypatch: pytest.
             shapes.append((settings[name].batch_size, image.name, image.shape))
         return dict.fromkeys(paths, Measurement([[1.0]] * 3))
 
-    monkeypatch.setattr(run, "compare", compare)
+    monkeypatch.setattr(side_by_side, "compare", compare)
     path = onnx_file(**{"in/put": ["N", 3, "H", "W"]})
     settings = (Settings(batch_size=2), Settings(batch_size=2, threads=2), Settings(batch_size=4))
     bench(BenchRequest([find_target(path)], settings, shapes={"in/put": (1, 3, 16, 8)}))
@@ -695,7 +696,7 @@ def test_inputs_of_other_types_are_measured(onnx_file, monkeypatch, runtime: str
             assert abs(logits).max() > 0
         return dict.fromkeys(paths, Measurement([[1.0]] * 6))
 
-    monkeypatch.setattr(run, "compare", compare)
+    monkeypatch.setattr(side_by_side, "compare", compare)
     target = find_target(onnx_file(kind=kind, images=[1, 3, 8, 8]))
     found = bench(BenchRequest([target], (Settings(runtime), Settings(runtime, precision="int8"))))
     assert found.errors == []
@@ -779,7 +780,7 @@ def test_an_old_onnx_file_in_int8_is_refused(vitnas, onnx_file, given) -> None:
 
 @pytest.mark.usefixtures("fixed_here")
 def test_int8_of_a_file_whose_weights_are_inputs_too(onnx_file, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "compare", lambda paths, *_: dict.fromkeys(paths, Measurement([[1.0]] * 6)))
+    monkeypatch.setattr(side_by_side, "compare", lambda paths, *_: dict.fromkeys(paths, Measurement([[1.0]] * 6)))
     path = onnx_file(images=[1, 3, 8, 8], weight=[4, 3, 3, 3])
     assert bench(BenchRequest([find_target(path)], (Settings(precision="int8"),))).errors == []
 

@@ -162,7 +162,7 @@ def test_bench_json_is_to_the_first_row(vitnas, exports_here, monkeypatch):
             for name, found in compare(*args).items()
         }
 
-    monkeypatch.setattr("nas.bench.run.compare", without_waiting)
+    monkeypatch.setattr("nas.export.side_by_side.compare", without_waiting)
     code, out, _ = vitnas("bench", "efficientvit_m0", "shvit_s1", "--rounds", "6", "--threads", "1", "--json")
     rows = json.loads(out)["results"]
     assert code == 0

@@ -75,7 +75,7 @@ def test_an_unsure_closing_run_is_made_longer(
     """Up to 120 rounds, and no further than needed; only for a latency budget."""
     runs: list[int] = []
 
-    def compare(paths, settings, rounds, progress):
+    def compare(paths, settings, rounds, *_):
         runs.append(rounds)
         after = [0.9, 1.1] * (rounds // 2) if len(runs) <= noisy else [0.9] * rounds
         return {"before": timed(*[2.0] * rounds), "after": timed(*after)}

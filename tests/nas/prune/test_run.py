@@ -51,7 +51,7 @@ def fake_clock(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     are left blank."""
     runs: list[int] = []
 
-    def compare(paths, settings, rounds, progress=None, timeout_s=60):
+    def compare(paths, settings, rounds, progress=None, *_):
         runs.append(len(paths))
         found = {}
         for name, path in paths.items():
@@ -235,7 +235,7 @@ def test_the_closing_run_decides(vitnas, images, tmp_path, fake_clock, monkeypat
     """A budget met while pruning and missed in the closing run is reported as missed, with exit code 1."""
     honest = side_by_side.compare
 
-    def slower_at_the_end(paths, settings, rounds, progress=None, timeout_s=60):
+    def slower_at_the_end(paths, settings, rounds, progress=None, *_):
         found = honest(paths, settings, rounds, progress)
         if rounds == nas.prune.steps.CLOSING_ROUNDS:
             found["after"] = Measurement(rounds_ms=[[statistics.mean([found["before"].p50_ms])] * 3] * 3)
@@ -253,7 +253,7 @@ def test_the_closing_run_decides(vitnas, images, tmp_path, fake_clock, monkeypat
     assert not result(out)["budget"]["met"]
 
 
-def waits(paths, settings, rounds, progress=None, timeout_s=60):
+def waits(paths, settings, rounds, progress=None, *_):
     return {name: Measurement(rounds_ms=[[1.6, 14.9, 15.1]] * rounds) for name in paths}
 
 
@@ -265,7 +265,7 @@ def test_waiting_times_at_the_end_are_marked(vitnas, images, tmp_path, fake_cloc
     command = words(tmp_path / "net", out, *more, "--latency-budget", "0.8x")
     quiet = side_by_side.compare
 
-    def waits_at_the_end(paths, settings, rounds, progress=None):
+    def waits_at_the_end(paths, settings, rounds, *_):
         return (waits if rounds == steps.CLOSING_ROUNDS else quiet)(paths, settings, rounds)
 
     monkeypatch.setattr(side_by_side, "compare", waits_at_the_end)

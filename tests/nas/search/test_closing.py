@@ -32,7 +32,7 @@ class Clock:
         self.medians: dict[int, list[Sequence[float] | MeasureError]] = {}
         self.runs: list[dict[str, int]] = []
 
-    def compare(self, paths: dict[str, Any], *_: Any, rounds: int, **__: Any) -> dict[str, Any]:
+    def compare(self, paths: dict[str, Any], settings: Any, rounds: int, *_: Any) -> dict[str, Any]:
         self.runs.append(dict.fromkeys(paths, rounds))
         return {label: self._timed(int(label.split()[-1]), rounds) for label in paths}
 
@@ -109,10 +109,10 @@ def test_one_that_fails_when_measured_longer_keeps_what_it_has(tmp_path, clock):
 
 
 def test_ctrl_c_while_some_are_measured_longer_keeps_the_closing_run(tmp_path, clock, monkeypatch):
-    def compare(paths, *_, **options):
+    def compare(paths, *more):
         if len(clock.runs) == 2:
             raise KeyboardInterrupt
-        return Clock.compare(clock, paths, *_, **options)
+        return Clock.compare(clock, paths, *more)
 
     monkeypatch.setattr(side_by_side, "compare", compare)
     with pytest.raises(closing.ClosingInterrupted) as cut:
