@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from nas.data.dataset import ImageData
     from nas.data.images import Images
     from nas.measure.runtime import Settings
+    from nas.training.recipes import BatchNorm
 
 CALIBRATION_IMAGES = 512
 EVALUATED_IMAGES = 5_000
@@ -91,13 +92,31 @@ class PruneJob(Job):
         """
         return TypeAdapter(Accuracy).validate_python(self.state.found[which])
 
-    def fit(self, phase: str, model: nn.Module, images: int, lr: float, teacher: nn.Module | None = None) -> None:
+    def fit(
+        self,
+        phase: str,
+        model: nn.Module,
+        images: int,
+        lr: float,
+        batch_norm: BatchNorm,
+        teacher: nn.Module | None = None,
+    ) -> None:
         """Train a network in place; the order of the images does not depend on what was trained before."""
         from nas.training.fit import fit
 
         train = self._loader(self.data.train, shuffle=True)
         with self.phase(phase) as progress:
-            fit(model, train, images, lr, seed=self.seed, teacher=teacher, device=self.device, progress=progress)
+            fit(
+                model,
+                train,
+                images,
+                lr,
+                seed=self.seed,
+                teacher=teacher,
+                batch_norm=batch_norm,
+                device=self.device,
+                progress=progress,
+            )
 
     def read(self) -> PruneResult:
         """The result of a finished pruning.

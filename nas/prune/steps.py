@@ -106,7 +106,7 @@ def worse_after_tuning(recovered: Accuracy, pruned: Accuracy) -> bool:
 
 def train_briefly(job: PruneJob, model: nn.Module) -> None:
     """Train a network that comes without weights, or whose classifier does."""
-    job.fit("training", model, BRIEF_IMAGES, BRIEF_LR)
+    job.fit("training", model, BRIEF_IMAGES, BRIEF_LR, "train")
     job.state.found["trained_images"] = BRIEF_IMAGES
 
 
@@ -114,7 +114,7 @@ def tune(job: PruneJob, request: PruneRequest, model: nn.Module, dense: nn.Modul
     """Fine-tune a pruned network for the epochs asked for, if asked from the unpruned one."""
     images = round(request.finetune * len(job.data.train))
     if images:
-        job.fit("fine-tuning", model, images, FINETUNE_LR, dense if request.distill else None)
+        job.fit("fine-tuning", model, images, FINETUNE_LR, "frozen", dense if request.distill else None)
         job.state.found["tuned_images"] = images
 
 
@@ -136,7 +136,7 @@ def tune_control(job: PruneJob, request: PruneRequest, load: Callable[[], nn.Mod
         model.load_state_dict(load_file(path))
     else:
         teacher = load() if request.distill else None
-        job.fit("control: fine-tuning the unpruned", model, found["tuned_images"], FINETUNE_LR, teacher)
+        job.fit("control: fine-tuning the unpruned", model, found["tuned_images"], FINETUNE_LR, "frozen", teacher)
         save_weights(model, path)
     job.accuracy(model, "control")
 

@@ -38,9 +38,9 @@ class InheritTier(HalvingTier):
 
     def recipe(self, epochs: int) -> Recipe:
         """What inherited weights are fine-tuned with."""
-        from nas.training.recipes import RECIPES
+        from nas.training.recipes import INHERITED
 
-        return dataclasses.replace(RECIPES["finetune"], epochs=epochs)
+        return dataclasses.replace(INHERITED, epochs=epochs)
 
     def inherited(self, arch: Arch, seed: int) -> Mapping[str, Tensor]:
         """What the parent passes on."""

@@ -9,10 +9,10 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from nas.training.recipes import RECIPES, Recipe
+from nas.training.recipes import INHERITED, RECIPES, Recipe
 from nas.training.request import TrainRequest
 
-EARLIER: tuple[Recipe, ...] = ()
+EARLIER: tuple[Recipe, ...] = (INHERITED,)
 """Recipes as they were before their defaults changed: a training that was begun by one goes on by it."""
 
 

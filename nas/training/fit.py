@@ -13,8 +13,8 @@ from torch import nn
 from nas.data.batches import Batch
 from nas.errors import TrainingError, UserError
 from nas.training.device import failing_as
-from nas.training.recipes import Recipe
-from nas.training.updater import Updater
+from nas.training.recipes import BatchNorm, Recipe
+from nas.training.updater import Updater, to_training
 
 BRIEF = Recipe("brief", "`fit`", 1, 1, lr=1e-3, lr_batch=1, weight_decay=0.05, distillation="soft")
 
@@ -28,6 +28,7 @@ def fit(
     *,
     seed: int,
     teacher: nn.Module | None = None,
+    batch_norm: BatchNorm = "train",
     device: str | torch.device = "cpu",
     progress: Callable[[int, int, float], None] | None = None,
 ) -> None:
@@ -41,6 +42,7 @@ def fit(
     Args:
         model: (B, 3, R, R) -> (B, classes) logits in training mode; not a pair of heads.
         lr: the highest learning rate.
+        batch_norm: as `Recipe.batch_norm`.
         progress: called after each update with images done, images in all, and the update's loss.
 
     Raises:
@@ -48,8 +50,8 @@ def fit(
         UserError: no batch holds two images.
     """
     random_seed(seed)
-    model.to(device).train()
-    recipe = replace(BRIEF, lr=lr, warmup_lr=lr / 10)
+    recipe = replace(BRIEF, lr=lr, warmup_lr=lr / 10, batch_norm=batch_norm)
+    to_training(model.to(device), recipe)
     updater = Updater(model, recipe, images, device, teacher=teacher)
     for done, batch in batches_for(loader, images):
         value = updater.step(done, [batch]).item()

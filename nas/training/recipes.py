@@ -7,6 +7,7 @@ from typing import Literal
 
 from nas.data.images import Augmentation
 
+BatchNorm = Literal["train", "frozen"]
 LIGHT = Augmentation()
 DEIT_AUGMENTATION = Augmentation(scale=0.08, auto_augment="rand-m9-mstd0.5-inc1", erasing=0.25)
 
@@ -50,7 +51,7 @@ class Recipe:
     """The teacher of the published recipe, which the user must name."""
     keep_warmup: tuple[float, float] | None = None
     """Between these shares of the training a keep rate that drops tokens goes from 1 to its own along a cosine."""
-    batch_norm: Literal["train", "frozen"] = "train"
+    batch_norm: BatchNorm = "train"
     """What BatchNorm normalises with: each batch's statistics, or the running ones, which then stay as they are."""
 
     @property
@@ -68,7 +69,7 @@ QUICK = Recipe(
     weight_decay=0.05,
     warmup_lr=1e-4,
 )
-FINETUNE = Recipe(
+INHERITED = Recipe(
     name="finetune",
     source="this project: from trained weights; hardly any weight decay, as EfficientViT and SHViT are fine-tuned",
     epochs=10,
@@ -78,6 +79,8 @@ FINETUNE = Recipe(
     weight_decay=1e-8,
     distillation="soft",
 )
+"""For weights cut from another network, whose statistics BatchNorm has to find again; once it was `finetune` itself."""
+FINETUNE = replace(INHERITED, lr=3e-4, batch_norm="frozen")
 EVIT = Recipe(
     name="evit",
     source="DeiT (ICML 2021) and EViT (ICLR 2022): 300 epochs, keep rate down over epochs 10 to 110",

@@ -104,8 +104,8 @@ class FakeJob:
         self.notes, self.fits, self.said = [], [], []
         self.note, self.say = self.notes.append, self.said.append
 
-    def fit(self, phase, model, images, lr, teacher=None) -> None:
-        self.fits.append((model, images, lr, teacher))
+    def fit(self, phase, model, images, lr, batch_norm, teacher=None) -> None:
+        self.fits.append((model, images, lr, batch_norm, teacher))
 
     def accuracy(self, model, which) -> None:
         self.state.found[which] = {"top1": 58.0}
@@ -126,7 +126,7 @@ def test_the_control_gets_the_same_fine_tuning(tmp_path: Path, monkeypatch: pyte
         patch.setattr(FakeJob, "accuracy", interrupt)
         with pytest.raises(KeyboardInterrupt):
             tune_control(job, options(distill=True), lambda: next(left))
-    assert job.fits == [(networks[0], 36, nas.prune.steps.FINETUNE_LR, networks[1])]
+    assert job.fits == [(networks[0], 36, nas.prune.steps.FINETUNE_LR, "frozen", networks[1])]
     tune_control(job, options(distill=True), lambda: next(left))
     assert len(job.fits) == 1
     assert torch.equal(networks[2].weight, networks[0].weight)

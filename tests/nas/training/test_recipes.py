@@ -8,7 +8,9 @@ import json
 import pytest
 
 from nas.data.images import Augmentation
-from nas.training.recipes import RECIPES
+from nas.training.begun import as_begun
+from nas.training.recipes import FINETUNE, INHERITED, RECIPES
+from nas.training.request import TrainRequest
 from search_spaces.registry import FAMILIES
 
 PUBLISHED = {
@@ -54,3 +56,14 @@ def test_the_rate_follows_the_batch_size():
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_go_into_json(name):
     assert json.loads(json.dumps(dataclasses.asdict(RECIPES[name])))["name"] == name
+
+
+def test_a_training_begun_by_an_earlier_finetune_goes_on_by_it(tmp_path):
+    request = TrainRequest("net", dataclasses.replace(FINETUNE, epochs=3), "cpu", tmp_path)
+    earlier = dataclasses.replace(INHERITED, epochs=3)
+    options = dataclasses.replace(request, recipe=earlier).identity()
+    del options["batch_norm"]
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "state.json").write_text(json.dumps({"options": options, "found": {}}))
+    assert FINETUNE.batch_norm == "frozen"
+    assert as_begun(request).recipe == earlier

@@ -112,6 +112,14 @@ def test_a_vision_transformer_with_zero_gammas_learns(helpers, digits):
     assert evaluate(model, loader(data.val, 64, shuffle=False, seed=0)).interval[0] > 20
 
 
+@pytest.mark.parametrize("how", ["train", "frozen"])
+def test_fit_freezes_batch_norm_where_asked(how, digits):
+    model = network()
+    before = model[1].running_mean.clone()
+    fit(model, batches(digits), 64, 0.01, seed=0, batch_norm=how)
+    assert torch.equal(model[1].running_mean, before) == (how == "frozen")
+
+
 def test_equal_seeds_give_equal_weights(digits):
     def weights(seed: int) -> list[Tensor]:
         model = network()
