@@ -16,10 +16,10 @@ import torch.nn.functional as F
 import torch_pruning as tp
 from torch import Tensor, nn
 
+from pruning.macs import count_macs
 from pruning.outside_graph import (
     CutNetwork,
     OutsideError,
-    count_macs,
     first_line,
     fresh,
     head_dim,

@@ -16,7 +16,8 @@ import torch_pruning as tp
 from timm.layers.attention import Attention
 from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+
+from pruning.macs import count_macs
 
 LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
@@ -26,23 +27,6 @@ REASON_LENGTH = 300
 
 class OutsideError(ValueError):
     """A model outside the families that cannot be loaded or pruned as asked, in one line."""
-
-
-def count_macs(model: nn.Module, images: Tensor) -> dict[str, int]:
-    """Multiply-accumulates per module name ("" is the whole model), of one forward pass.
-
-    Half of the FLOPs torch's FlopCounterMode counts: convolutions, matrix products and scaled_dot_product_attention.
-    Not counted: elementwise operations, normalisation, pooling, softmax, and kernels torch does not know.
-    """
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
-        model(images)
-    root = type(model).__name__
-    return {
-        name.removeprefix(root).removeprefix("."): sum(flops.values()) // 2
-        for name, flops in counter.get_flop_counts().items()
-        if name == root or name.startswith(f"{root}.")
-    }
 
 
 @dataclass(frozen=True)

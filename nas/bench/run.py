@@ -192,9 +192,9 @@ def _is_module(settings: Settings) -> bool:
 
 def trained_elsewhere(target: Target) -> str | None:
     """A line on a network that was trained at another resolution than it is measured at."""
-    if target.trained_at is None or target.arch is None:
+    if target.trained_at is None or target.network is None:
         return None
-    return f"{target.label}: trained at {target.trained_at} px, measured at {target.arch.resolution} px."
+    return f"{target.label}: trained at {target.trained_at} px, measured at {target.network.resolution} px."
 
 
 def unequal(sizes: Mapping[str, int | str | None], targets: Iterable[Target]) -> str | None:

@@ -13,6 +13,8 @@ from pydantic import BaseModel, FiniteFloat, model_validator
 from nas.errors import UserError
 from nas.export.card import PREFIX, Card, Latency, Preprocess, load_onnx, metadata_of
 from nas.intervals import top1_words
+from nas.networks.counts import TIMM_COUNTED, counts_of
+from nas.networks.timm_network import TIMM, TimmNetwork
 from nas.report.tables import Column, console_of, print_table, prose
 from nas.units import counted, listed
 
@@ -93,40 +95,39 @@ def facts_of(target: Target) -> Facts:
     """What is known of a network, as --json has it; None where something is not known.
 
     Raises:
-        UserError: a network without an Arch, or files that cannot be read.
+        UserError: files that cannot be read, or a network that cannot be built.
     """
-    from search_spaces import Arch, ArchError
+    from nas.networks.build import from_document
+    from search_spaces import ArchError
 
-    if target.onnx is None:
-        if target.arch is None:
-            raise UserError(
-                f"{target.label} is {target.kind}: give a published name, an arch.json, a run's folder or a .onnx file"
-            )
-        return {"model": target.label} | _of_arch(target.arch) | _of_folder(target)
+    if target.network is not None:
+        return {"model": target.label} | _of_network(target.network) | _of_folder(target, target.network)
+    assert target.onnx is not None
     facts = metadata_of(load_onnx(target.onnx))
     if f"{PREFIX}weights" not in facts:
         raise UserError(f"{target.label} says nothing of itself: `vitnas export` writes files that do")
     try:
-        arch = Arch.from_json(facts[f"{PREFIX}arch"]) if f"{PREFIX}arch" in facts else None
-    except ArchError as error:
+        network = from_document(facts[f"{PREFIX}arch"]) if f"{PREFIX}arch" in facts else None
+    except (ArchError, UserError) as error:
         raise UserError(f"{target.label}: {error}") from None
-    found = _of_arch(arch) if arch else dict.fromkeys(("family", "params", "macs", "stages"))
+    found = _of_network(network) if network else dict.fromkeys(("family", "params", "macs", "stages"))
     trained = facts[f"{PREFIX}weights"] == "trained"
     return {"model": target.label} | found | _of_card(Card.read(target.onnx), trained) | {"kind": "ONNX file"}
 
 
-def _of_arch(arch: Arch) -> Facts:
-    from search_spaces import table
-
-    counts = table(arch)
-    return {
-        "family": arch.family,
-        "resolution": arch.resolution,
-        "num_classes": arch.num_classes,
-        "params": counts.params(),
-        "macs": counts.macs(),
-        "stages": [stage.model_dump() for stage in arch.summary()],
+def _of_network(network: Arch | TimmNetwork) -> Facts:
+    """ "timm": its name, of a network of timm's only, which has no stages."""
+    counts = counts_of(network)
+    found = {
+        "family": network.family,
+        "resolution": network.resolution,
+        "num_classes": network.num_classes,
+        "params": counts.params,
+        "macs": counts.macs,
     }
+    if isinstance(network, TimmNetwork):
+        return found | {"timm": network.name, "stages": None}
+    return found | {"stages": [stage.model_dump() for stage in network.summary()]}
 
 
 def _of_card(card: Card, trained: bool) -> Facts:
@@ -149,21 +150,19 @@ def _of_card(card: Card, trained: bool) -> Facts:
     }
 
 
-def _of_folder(target: Target) -> Facts:
-    """Of the files beside the Arch; the prior is asked only of a network that nobody has trained or rated."""
+def _of_folder(target: Target, network: Arch | TimmNetwork) -> Facts:
+    """Of the files beside its document; the prior is asked only of an Arch that nobody has trained or rated."""
     from nas.quality.prior import PriorTier
     from search_spaces import table
 
     folder, trained = target.folder, target.as_trained().weights is not None
-    arch = target.arch
-    assert arch is not None, "of an Arch only"
     card = Card.read(folder) if folder and (folder / "arch.json").is_file() else Card()
     if target.own is not None:  # what is known holds at the resolution of the weights
         card = Card(classes=card.classes)
     elif card.latency is None and folder:  # that of the file of another precision, which was measured
         lower = (Card.read(path).latency for path in sorted(folder.glob("model.*.onnx")))
         card = card.model_copy(update={"latency": next(filter(None, lower), None)})
-    found = _of_card(card, trained) | {"kind": kind_of(folder), "resolution": arch.resolution}
+    found = _of_card(card, trained) | {"kind": kind_of(folder), "resolution": network.resolution}
     metrics = _read(folder and folder / "metrics.json", Trained)
     if metrics:
         found["data"] = metrics.data.name
@@ -182,9 +181,9 @@ def _of_folder(target: Target) -> Facts:
     if searched and searched.winner:
         found["data"] = searched.data and searched.data.name
         found |= searched.winner.model_dump() | {"quality_label": searched.quality_tier.label}
-    elif not trained:
+    elif not trained and not isinstance(network, TimmNetwork):
         tier = PriorTier()
-        told = tier.estimate(arch, table(arch)).to_dict()
+        told = tier.estimate(network, table(network)).to_dict()
         found |= {key: told[key] for key in ("quality_estimate", "quality_ci")} | {"quality_label": tier.label}
     return found
 
@@ -248,10 +247,13 @@ def show(facts: Mapping[str, Any]) -> None:
 def lines_of(facts: Mapping[str, Any]) -> list[str]:
     """All but the stages, a line each."""
     size = f", {facts['params'] / 1e6:.2f} M parameters, {facts['macs'] / 1e6:.1f} MMACs" if facts["params"] else ""
-    family = f"{facts['family']}, " if facts["family"] else ""
+    named = f"{TIMM}{facts['timm']}" if facts.get("timm") else facts["family"]
+    family = f"{named}, " if named else ""
     classes = f", {facts['num_classes']} classes" if facts.get("num_classes") else ""
     pixels = f"{facts['resolution']} px" if facts.get("resolution") else "of unknown input"
     lines = [f"{facts['model']} ({facts['kind']}): {family}{pixels}{classes}{size}"]
+    if facts.get("timm"):
+        lines.append(TIMM_COUNTED)
     told = f": {facts['weights_from']}" if facts["weights_from"] else ""
     lines.append(f"weights: {facts['weights']}{told}")
     if facts["data"]:

@@ -213,7 +213,9 @@ def train_row(folder: Path) -> Row | None:
 def export_row(folder: Path) -> Row | None:
     if not (folder / "arch.json").is_file():
         return None
-    return {"kind": "export", "best": read(folder / "arch.json")["family"], "state": "finished"}
+    found = read(folder / "arch.json")
+    best = f"timm/{found['timm']}" if "timm" in found else found["family"]
+    return {"kind": "export", "best": best, "state": "finished"}
 
 
 def unfinished(folder: Path, kind: str, option: str) -> Row | None:

@@ -198,16 +198,14 @@ class Card(BaseModel):
         return cls(preprocess=Preprocess.own(resolution))
 
     @classmethod
-    def timm(cls, arch: Arch) -> Card:
-        """Of timm's pretrained weights for an Arch."""
+    def timm(cls, network: Arch | TimmNetwork) -> Card:
+        """Of timm's pretrained weights for a network."""
         from timm.data.imagenet_info import ImageNetInfo
 
-        from search_spaces.weights import timm_name
-
-        preprocess = Preprocess.own(arch.resolution, _pixels_of_timm(timm_name(arch)))
+        preprocess = Preprocess.own(network.resolution, pixels_of(network, "timm"))
         info = ImageNetInfo()
         classes = [info.index_to_description(i) for i in range(info.num_classes())]
-        return cls(preprocess=preprocess, classes=classes if arch.num_classes == len(classes) else None)
+        return cls(preprocess=preprocess, classes=classes if network.num_classes == len(classes) else None)
 
     @classmethod
     def read(cls, path: Path) -> Card:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -12,7 +13,9 @@ from nas.errors import UserError
 from nas.export.card import LABELS, PREPROCESS, Card, Preprocess, pixels_of
 from nas.export.onnx import agreement, label_onnx, to_onnx
 from nas.files import drafted, replace_file, scratch, unwritable
-from nas.networks.targets import find_arch, find_target
+from nas.networks.build import create, for_inference
+from nas.networks.targets import find_target
+from nas.networks.timm_network import TIMM, TimmNetwork
 from nas.networks.weights import load
 from nas.text import first_line
 
@@ -42,7 +45,12 @@ def save_model(model: Network | TimmModel, folder: Path, with_weights: bool = Tr
 
 
 def save_onnx(
-    model: Network, folder: Path, batch_size: int, trained: bool, card: Card, images: np.ndarray | None = None
+    model: Network | TimmModel,
+    folder: Path,
+    batch_size: int,
+    trained: bool,
+    card: Card,
+    images: np.ndarray | None = None,
 ) -> str:
     """Write a network as model.onnx, its card beside it; where that fails there is no model.onnx afterwards, rather
     than an older one.
@@ -57,16 +65,15 @@ def save_onnx(
         UserError: a folder that cannot be written, a network that cannot be exported, or one whose ONNX form disagrees
             with PyTorch by more than 1e-4.
     """
-    from search_spaces import fold
-
-    arch, folded, path = model.arch, fold(model), folder / "model.onnx"
+    arch, inferring, path = model.arch, for_inference(model), folder / "model.onnx"
+    oracle = copy.deepcopy(model).eval() if isinstance(arch, TimmNetwork) else inferring  # timm's fusing is checked too
     try:
         path.unlink(missing_ok=True)
         card.write(folder)
         with drafted(path) as draft:
-            to_onnx(folded, draft, arch.resolution, batch_size)
+            to_onnx(inferring, draft, arch.resolution, batch_size)
             label_onnx(draft, arch, trained, card)
-            return agreement(folded, draft, arch.resolution, batch_size, images)
+            return agreement(oracle, draft, arch.resolution, batch_size, images)
     except OSError as error:
         raise unwritable(folder, error) from None
     except (RuntimeError, ValueError, MemoryError) as error:
@@ -87,7 +94,7 @@ def export(
     """Write a network's folder: arch.json, model.onnx and, where there are weights, model.safetensors.
 
     Args:
-        network: a published name, an arch.json or a run's folder.
+        network: a published name, an arch.json, a run's folder, or timm/NAME.
         weights: "timm", or a file of PyTorch or safetensors; None: those beside the arch.json, or random ones.
         num_classes: None: the network's own.
         batch_size: of the ONNX file's static input (B, 3, R, R).
@@ -100,12 +107,16 @@ def export(
     """
     if batch_size < 1:
         raise UserError(f"--batch-size is {batch_size}: give 1 or more")
-    arch = find_arch(network)
-    given = weights or find_target(network).weights
-    return export_folder(arch, Path(folder), str(given) if given else None, num_classes, batch_size)
+    target = find_target(network)
+    if target.network is None:
+        raise UserError(f"{network} is {target.kind}: give a published name, an arch.json, a run's folder or timm/NAME")
+    given = weights or target.weights
+    return export_folder(target.network, Path(folder), str(given) if given else None, num_classes, batch_size)
 
 
-def export_folder(arch: Arch, folder: Path, weights: str | None, num_classes: int | None, batch_size: int) -> str:
+def export_folder(
+    network: Arch | TimmNetwork, folder: Path, weights: str | None, num_classes: int | None, batch_size: int
+) -> str:
     """Write arch.json, model.onnx with its card and, where weights are given, model.safetensors; returns what was done.
 
     Of weights that vitnas trained, the card, metrics.json and the images they have seen are taken from the folder they
@@ -115,11 +126,11 @@ def export_folder(arch: Arch, folder: Path, weights: str | None, num_classes: in
         UserError: a folder that cannot be written, weights that cannot be had or do not fit, or an ONNX network that
             disagrees with PyTorch by more than 1e-4.
     """
-    from search_spaces import ArchError, create_model
+    from search_spaces import ArchError
 
     try:
-        wanted = arch if num_classes is None else arch.replace(num_classes=num_classes)
-        model = create_model(wanted) if weights is None else load(wanted, weights)
+        wanted = network if num_classes is None else network.replace(num_classes=num_classes)
+        model = create(wanted) if weights is None else load(wanted, weights)
     except ArchError as error:
         raise UserError(str(error)) from None
     if weights is not None and model.untrained:
@@ -131,13 +142,14 @@ def export_folder(arch: Arch, folder: Path, weights: str | None, num_classes: in
         what = "with the given weights" + (f" ({model.loaded.note})" if model.loaded.note else "")
         if card.classes is None:
             agreed += f"; the weights do not say what their classes are called, and {PREPROCESS} is what vitnas does"
-    return f"{folder}/model.onnx: {arch.family} {what}; {agreed}"
+    named = f"{TIMM}{network.name}" if isinstance(network, TimmNetwork) else network.family
+    return f"{folder}/model.onnx: {named} {what}; {agreed}"
 
 
-def card_for(arch: Arch, weights: str | None) -> tuple[Card, list[Path]]:
-    """The card of an Arch with weights, and the files beside these that are true of them.
+def card_for(arch: Arch | TimmNetwork, weights: str | None) -> tuple[Card, list[Path]]:
+    """The card of a network with weights, and the files beside these that are true of them.
 
-    Of a run's model.safetensors they are the run's own, without accuracy and metrics where the Arch is another.
+    Of a run's model.safetensors they are the run's own, without accuracy and metrics where the network is another.
     """
     if weights is None:
         return Card.untrained(arch.resolution), []
@@ -157,7 +169,7 @@ def card_for(arch: Arch, weights: str | None) -> tuple[Card, list[Path]]:
 
 
 def replace_network(
-    model: Network, folder: Path, batch_size: int, trained: bool, card: Card, facts: Sequence[Path] = ()
+    model: Network | TimmModel, folder: Path, batch_size: int, trained: bool, card: Card, facts: Sequence[Path] = ()
 ) -> str:
     """Write arch.json, model.onnx, its card and, of a trained network, model.safetensors; all of them or none. No file
     that speaks of an earlier network stays.
@@ -187,7 +199,7 @@ def replace_network(
     return agreed
 
 
-def _other_classifier(model: Network, weights: str) -> str:
+def _other_classifier(model: Network | TimmModel, weights: str) -> str:
     """Why weights leave a network's classifier untrained, and what to do."""
     classes = model.loaded.classes if model.loaded else None
     if classes is None:

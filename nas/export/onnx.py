@@ -66,8 +66,9 @@ def write_onnx(network: Arch | TimmNetwork, path: Path, batch_size: int) -> None
     to_onnx(build(network), path, network.resolution, batch_size)
 
 
-def label_onnx(path: Path, arch: Arch | None, trained: bool, card: Card) -> None:
-    """Store a network's card, its Arch where it has one, and whether its weights are trained in the file's metadata.
+def label_onnx(path: Path, arch: Arch | TimmNetwork | None, trained: bool, card: Card) -> None:
+    """Store a network's card, its document where it has one, and whether its weights are trained in the file's
+    metadata.
 
     Raises:
         ValueError: the labelled file would pass 2 GB, protobuf's limit.
@@ -82,11 +83,13 @@ def label_onnx(path: Path, arch: Arch | None, trained: bool, card: Card) -> None
     onnx.save(model, path)
 
 
-def agreement(folded: nn.Module, path: Path, resolution: int, batch_size: int, images: np.ndarray | None = None) -> str:
+def agreement(model: nn.Module, path: Path, resolution: int, batch_size: int, images: np.ndarray | None = None) -> str:
     """How nearly ONNX Runtime and PyTorch agree, as a sentence: to 1e-4 of the largest logit, or a UserError.
 
     They see `check_images`. Near a tie between tokens rounding decides which is kept: an image on which PyTorch
     disagrees with itself after a change of a few millionths of the pixels is left out, and the sentence says so.
+
+    model: in eval mode.
 
     Raises:
         UserError: they disagree, logits are not finite, or every image is left out.
@@ -95,7 +98,7 @@ def agreement(folded: nn.Module, path: Path, resolution: int, batch_size: int, i
     import torch
 
     pixels = check_images(resolution, batch_size, images)
-    wanted, found = logits_of(folded, pixels, batch_size), onnx_logits(path, pixels, batch_size)
+    wanted, found = logits_of(model, pixels, batch_size), onnx_logits(path, pixels, batch_size)
     for name, logits in (("PyTorch", wanted), ("ONNX Runtime", found)):
         broken = int((~np.isfinite(logits).all(1)).sum())
         if broken:
@@ -108,7 +111,7 @@ def agreement(folded: nn.Module, path: Path, resolution: int, batch_size: int, i
     told = np.full(len(errors), True)
     for i in np.flatnonzero(errors > TOLERANCE):
         nudged = torch.cat([pixels[i : i + 1] * (1 + step * 1e-6) for step in NUDGES])
-        told[i] = abs(logits_of(folded, nudged, batch_size) - wanted[i]).max() / largest <= TOLERANCE
+        told[i] = abs(logits_of(model, nudged, batch_size) - wanted[i]).max() / largest <= TOLERANCE
     if errors[told].max(initial=0) > TOLERANCE:
         raise UserError(f"the exported network disagrees with PyTorch by {errors[told].max():.1e} of its largest logit")
     if not told.any():
@@ -139,12 +142,12 @@ def check_images(resolution: int, batch_size: int, images: np.ndarray | None = N
     return torch.stack(kinds, 1).flatten(0, 1)[:count]
 
 
-def logits_of(folded: nn.Module, pixels: Tensor, batch_size: int) -> np.ndarray:
+def logits_of(model: nn.Module, pixels: Tensor, batch_size: int) -> np.ndarray:
     """PyTorch's logits (N, classes), batch by batch."""
     import torch
 
     with torch.inference_mode():
-        return torch.cat([folded(batch) for batch in pixels.split(batch_size)]).numpy()
+        return torch.cat([model(batch) for batch in pixels.split(batch_size)]).numpy()
 
 
 def onnx_logits(path: Path, pixels: Tensor, batch_size: int) -> np.ndarray:

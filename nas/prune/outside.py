@@ -210,7 +210,7 @@ def _target(request: PruneRequest, model: nn.Module, resolution: int) -> int:
     """MACs, below the network's own."""
     import torch
 
-    from pruning.outside_graph import count_macs
+    from pruning.macs import count_macs
 
     own = count_macs(model, torch.zeros(1, 3, resolution, resolution))[""]
     target = int(request.budget.target(own))

@@ -29,7 +29,9 @@ def find_source(job: PruneJob, request: PruneRequest) -> tuple[Arch, str | Path 
     if target.folder is not None and request.data is None and (known := trained_on(target.folder)):
         job.note(f"{request.model} was trained on {known}: --data {known} prunes it on those images")
     if target.arch is None:
-        raise UserError(f"{request.model} is an ONNX file: give a published name, an arch.json or a folder")
+        usual = "give a published name, an arch.json or a folder"
+        hint = "only timm/NAME itself is pruned, with timm's weights" if target.timm else usual
+        raise UserError(f"{request.model} is {target.kind}: {hint}")
     if request.weights is not None:
         return target.arch, request.weights
     if target.weights is not None:

@@ -19,8 +19,9 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from pruning import outside, outside_graph, outside_probe
+from pruning.macs import count_macs
 from pruning.outside import load_outside, prune_outside, resize_outside
-from pruning.outside_graph import CutNetwork, Group, OutsideError, count_macs, fresh
+from pruning.outside_graph import CutNetwork, Group, OutsideError, fresh
 from pruning.outside_probe import Probe, run_probe
 
 CLASSES = 10
