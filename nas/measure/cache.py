@@ -32,7 +32,8 @@ SAME_SPEED = 0.05  # the reference network's latency then and now, relative
 BUSY_S = 20  # for another process's write
 SHAPING = (
     "search_spaces/*.py",
-    "nas/networks/*.py",
+    "nas/networks/build.py",
+    "nas/networks/timm_network.py",
     "nas/measure/**/*.py",
     "nas/export/artifact.py",
     "nas/export/onnx.py",
@@ -53,8 +54,13 @@ def default_path() -> Path:
 @cache
 def code_digest() -> str:
     """Of the code and libraries that a latency depends on: measured by other code, it is another quantity."""
+    return digest_of(shaping_files())
+
+
+def shaping_files() -> list[Path]:
+    """The files of `SHAPING`, in its order."""
     root = Path(__file__).parents[2]
-    return digest_of(path for pattern in SHAPING for path in sorted(root.glob(pattern)))
+    return [path for pattern in SHAPING for path in sorted(root.glob(pattern))]
 
 
 def digest_of(sources: Iterable[Path]) -> str:

@@ -8,7 +8,17 @@ import pytest
 import nas.measure
 import nas.measure.cache
 from nas.bench.known import fill
-from nas.measure.cache import Cache, code_digest, default_path, digest_of, known, machine_of, opened
+from nas.measure.cache import (
+    SHAPING,
+    Cache,
+    code_digest,
+    default_path,
+    digest_of,
+    known,
+    machine_of,
+    opened,
+    shaping_files,
+)
 from nas.measure.runtime import Settings
 from nas.measure.samples import MeasureError, Measurement
 from nas.search.request import SearchRequest
@@ -69,6 +79,14 @@ def test_where_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_path() == Path("/somewhere/latency.sqlite")
     monkeypatch.delenv("VITNAS_CACHE")
     assert default_path().parts[-3:] == (".cache", "vitnas", "latency.sqlite")
+
+
+def test_the_code_that_counts_is_there_and_no_more_of_networks_than_shapes_them() -> None:
+    root = Path(nas.measure.cache.__file__).parents[2]
+    assert [pattern for pattern in SHAPING if not any(root.glob(pattern))] == []
+    names = {str(path.relative_to(root)) for path in shaping_files()}
+    assert {"search_spaces/widths.py", "nas/measure/runtimes/ort.py", "nas/networks/build.py"} <= names
+    assert not {"nas/networks/weights.py", "nas/networks/targets.py"} & names
 
 
 def test_other_code_or_libraries_measure_another_quantity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
