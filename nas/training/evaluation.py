@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from nas.data.batches import Batch
 from nas.errors import TrainingError
@@ -40,7 +40,6 @@ class Accuracy:
 
 
 @failing_as("judging")
-@torch.no_grad()
 def evaluate(
     model: nn.Module,
     loader: Iterable[Batch],
@@ -54,36 +53,42 @@ def evaluate(
     Raises:
         TrainingError: there is no memory for one image, or PyTorch fails.
     """
-    model.to(device).eval()
     hits: list[bool] = []
     loss = 0.0
-    at_once = sys.maxsize
-    for batch in loader:
-        while (found := _judged(model, batch, at_once, device)) is None:
-            at_once = min(at_once, len(batch[1])) // 2
-            if not at_once:
-                raise TrainingError("out of memory with one image to judge: lower --resolution")
-            empty_cache(device)
-            say(f"out of memory: judging goes on with {at_once} images at a time")
-        hits += found[0]
-        loss += found[1]
+    for logits, labels in each_batch(model, loader, device, say):
+        hits += (logits.argmax(1) == labels).tolist()
+        loss += F.cross_entropy(logits, labels, reduction="sum").item()
     return Accuracy(sum(hits), len(hits), loss / len(hits), tuple(hits))
 
 
-def _judged(
-    model: nn.Module, batch: Batch, at_once: int, device: str | torch.device
-) -> tuple[list[bool], float] | None:
-    """Which answers are correct and the sum of losses in a batch; None where memory did not suffice."""
-    hits: list[bool] = []
-    loss = 0.0
-    try:
-        for part in zip(*(values.split(at_once) for values in batch), strict=True):
-            images, labels = to_device(device, *part)
-            logits = model(images)
-            hits += (logits.argmax(1) == labels).tolist()
-            loss += F.cross_entropy(logits, labels, reduction="sum").item()
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        return None
-    return hits, loss
+@torch.no_grad()
+def each_batch(
+    model: nn.Module,
+    loader: Iterable[Batch],
+    device: str | torch.device = "cpu",
+    say: Callable[[str], None] = to_stderr,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The network's logits (B, classes) and the labels (B,) of each batch, on `device`, in eval mode; memory as in
+    `evaluate`."""
+    model.to(device).eval()
+    at_once = sys.maxsize
+    for images, labels in loader:
+        start = 0
+        while start < len(labels):
+            part = slice(start, start + at_once)
+            logits = truth = None
+            try:
+                pixels, truth = to_device(device, images[part], labels[part])
+                logits = model(pixels)
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+            if logits is None or truth is None:
+                at_once = min(at_once, len(labels)) // 2
+                if not at_once:
+                    raise TrainingError("out of memory with one image to judge: lower --resolution")
+                empty_cache(device)
+                say(f"out of memory: judging goes on with {at_once} images at a time")
+                continue
+            yield logits, truth
+            start += len(truth)

@@ -41,6 +41,7 @@ from nas.training.candidate import Candidate, resized
 from nas.training.device import out_of_memory
 from nas.training.evaluation import Accuracy, evaluate
 from nas.training.fit import batches_for
+from nas.training.statistics import take_statistics
 from search_spaces import Arch, ArchError, table
 from search_spaces.registry import FAMILIES
 from search_spaces.space import LEVELS, PARAMETERS, PER_STAGE, random_params
@@ -53,7 +54,6 @@ MAX_GRADIENT_NORM = 1.0
 WARMUP = 0.05
 RANDOM = 2
 """Random candidates a step."""
-CALIBRATED = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
 # The owner of the weights
@@ -277,15 +277,8 @@ class Supernet:
         """
         candidate = Candidate(arch, self.owner, self._entries, own_statistics=True)
         candidate.begin()
-        candidate.model.eval()
-        for module in candidate.model.modules():
-            if isinstance(module, CALIBRATED):
-                module.reset_running_stats()
-                module.momentum = None
-                module.train()
-        with torch.no_grad():
-            for images, _ in calibration:
-                candidate(images.to(self.device, memory_format=torch.channels_last))
+        fitting = ((resized(images, arch.resolution), labels) for images, labels in calibration)
+        take_statistics(candidate.model, fitting, self.device)
         batches = ((resized(images, arch.resolution), labels) for images, labels in loader)
         return evaluate(candidate.model, batches, self.device)
 
