@@ -11,6 +11,7 @@ from pydantic import JsonValue
 
 from nas.errors import UserError
 from nas.job import default_folder_of
+from nas.measure.device import check_settings
 from nas.measure.runtime import Settings
 from nas.report.page import significant
 from nas.units import parse_budget, parse_count, parse_share
@@ -101,10 +102,13 @@ class PruneRequest:
         """Refuse what no network could satisfy.
 
         Raises:
-            UserError: it could not be satisfied.
+            UserError: it could not be satisfied, or the settings cannot be measured here.
         """
         from pruning.importance import CRITERIA
+        from pruning.units import KNOB_KINDS
 
+        if not self.kinds or not set(self.kinds) <= set(KNOB_KINDS):
+            raise UserError(f"--axes {','.join(self.kinds)!r}: choose from {','.join(KNOB_KINDS)}")
         if self.criterion not in CRITERIA:
             raise UserError(f"unknown --criterion {self.criterion!r}: choose from {', '.join(CRITERIA)}")
         if self.budget.relative and self.budget.amount == 1 and not self.reallocate:
@@ -114,6 +118,7 @@ class PruneRequest:
                 raise UserError(f"--{name} is {value}: give {least} or more")
         if not 0 <= self.finetune < 1e4:
             raise UserError(f"--finetune is {self.finetune:g}: give a number of epochs, 0 for none")
+        check_settings(self.settings)
 
 
 def parse_pruning_budget(macs: str | None = None, params: str | None = None, latency: str | None = None) -> Budget:

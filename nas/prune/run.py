@@ -56,6 +56,7 @@ def prune(
     from pruning.importance import ImportanceError
     from search_spaces import ArchError
 
+    request.check()
     try:
         with job_folder(request.folder):
             if request.model.startswith(TIMM):

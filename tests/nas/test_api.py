@@ -83,6 +83,22 @@ def test_training_checks_its_request(tmp_path: Path, epochs: int, device: str, m
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rounds": 0}, "--rounds is 0: give 1 or more"),
+        ({"kinds": ("ffn", "mlp")}, "--axes 'ffn,mlp': choose from ffn"),
+        ({"settings": vitnas.Settings(threads=0)}, "threads is 0"),
+    ],
+)
+def test_pruning_checks_its_request(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    budget = vitnas.parse_pruning_budget(macs="0.5x")
+    given: dict[str, Any] = {"settings": vitnas.Settings(), **change}
+    with pytest.raises(vitnas.UserError, match=message):
+        vitnas.prune(vitnas.PruneRequest("shvit_s1", budget, folder=tmp_path / "run", **given))
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_examples_run(
     pictures: Path, few_rounds: Any, small_shvit: Any, exports_here: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
