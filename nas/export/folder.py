@@ -14,6 +14,7 @@ from nas.export.card import LABELS, PREPROCESS, Card, Preprocess, pixels_of
 from nas.export.onnx import agreement, label_onnx, to_onnx
 from nas.files import drafted, replace_file, scratch, unwritable
 from nas.networks.build import create, for_inference
+from nas.networks.pretrained import find_pretrained
 from nas.networks.targets import find_target
 from nas.networks.timm_network import TIMM, TimmNetwork
 from nas.networks.weights import load
@@ -130,7 +131,8 @@ def export_folder(
 
     try:
         wanted = network if num_classes is None else network.replace(num_classes=num_classes)
-        model = create(wanted) if weights is None else load(wanted, weights)
+        found = find_pretrained(wanted) if weights == "timm" else None
+        model = create(wanted) if weights is None else load(wanted, found.path if found else weights)
     except ArchError as error:
         raise UserError(str(error)) from None
     if weights is not None and model.untrained:
@@ -138,6 +140,8 @@ def export_folder(
     card, facts = card_for(model.arch, weights)
     agreed = replace_network(model, folder, batch_size, weights is not None, card, facts)
     what = "with random, untrained weights"
+    if found:
+        agreed += f"; {found.line}"
     if model.loaded:
         what = "with the given weights" + (f" ({model.loaded.note})" if model.loaded.note else "")
         if card.classes is None:

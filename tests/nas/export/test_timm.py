@@ -117,6 +117,15 @@ def test_a_name_of_timm_s_is_exported(vitnas, tmp_path: Path) -> None:
     assert [(row["kind"], row["best"]) for row in json.loads(out)] == [("export", "timm/lcnet_050")]
 
 
+def test_published_weights_are_told(vitnas, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_weights(create(LCNET), tmp_path / "lcnet_050.safetensors")
+    monkeypatch.setenv("VITNAS_WEIGHTS", str(tmp_path))
+    words = ("timm/lcnet_050@32", "--num-classes", "3", "--weights", "timm", "--out", str(tmp_path / "out"))
+    code, out, _ = vitnas("export", *words)
+    assert code == 0
+    assert f"pretrained weights of timm/lcnet_050: from {tmp_path}/lcnet_050.safetensors (sha256 " in out
+
+
 def test_a_classifier_for_other_classes_is_not_exported(vitnas, run: Path, tmp_path: Path) -> None:
     save_weights(load(run), tmp_path / "three.safetensors")
     words = ("export", "timm/lcnet_050@32", "--weights", str(tmp_path / "three.safetensors"), "--out", str(tmp_path))
