@@ -6,8 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,9 +77,8 @@ def exports_here(patch: pytest.MonkeyPatch, folder: Path) -> None:
     patch.setattr(Exporter, "call", call)
 
 
-def program(exporting: Path | None = None) -> Sequence[str]:
-    """The command in a process of its own, with few rounds and small networks; its words
-    follow.
+def program(exporting: Path | None = None) -> str:
+    """The command with few rounds and small networks, for a process of its own; its words follow.
 
     exporting: the folder of `exports_here`, for a process that exports by itself.
     """
@@ -91,4 +88,4 @@ def program(exporting: Path | None = None) -> Sequence[str]:
     ]
     if exporting is not None:
         lines.append(f"quick.exports_here(patch, pathlib.Path({str(exporting)!r}))")
-    return [sys.executable, "-c", "; ".join([*lines, "from nas.cli.app import main", "main()"])]
+    return "; ".join([*lines, "from nas.cli.app import main", "main()"])

@@ -9,12 +9,12 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import quick
+from forked import Forked
 
 STUDY = "short"
 FAMILIES = ("--family", "levit", "--family", "shvit")
@@ -31,14 +31,8 @@ def command(out: Path, *words: str, budget: str = "30ms", trials: int = TRIALS) 
     return [*base, *SHORT, *words]
 
 
-def start(program: Sequence[str], out: Path, trials: int) -> subprocess.Popen:
-    return subprocess.Popen(
-        [*program, *command(out, trials=trials)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+def start(program: str, out: Path, trials: int) -> Forked:
+    return Forked(program, *command(out, trials=trials), session=True)
 
 
 def trials_of(out: Path) -> list:
@@ -82,7 +76,7 @@ class Ended:
         return [trial for trial in self.trials if trial.state.is_finished()]
 
 
-def ended(process: subprocess.Popen, out: Path) -> Ended:
+def ended(process: Forked, out: Path) -> Ended:
     text, err = process.communicate(timeout=300)
     return Ended(process.returncode, text, err, trials_of(out))
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import optuna
 import pytest
+from forked import Forked
 from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 
@@ -50,7 +51,7 @@ def wait_for_all(n, what="go"):
     folder.mkdir(exist_ok=True)
     (folder / str(os.getpid())).touch()
     while len(list(folder.iterdir())) < n:
-        time.sleep(0.001)
+        time.sleep(0.01)
 """
 
 
@@ -72,6 +73,7 @@ def test_a_study_of_an_older_vitnas_is_called_so(tmp_path: Path) -> None:
 
 
 def process(body: str, *args: object) -> subprocess.Popen[str]:
+    """One that is listened to while it runs."""
     return subprocess.Popen(
         [sys.executable, "-c", PROLOGUE + body, *map(str, args)],
         stdout=subprocess.PIPE,
@@ -81,7 +83,9 @@ def process(body: str, *args: object) -> subprocess.Popen[str]:
     )
 
 
-def outputs(processes: list[subprocess.Popen[str]]) -> list[list[str]]:
+def outputs(count: int, body: str, *args: object) -> list[list[str]]:
+    """What as many processes print."""
+    processes = [Forked(PROLOGUE + body, *map(str, args)) for _ in range(count)]
     results = [p.communicate(timeout=60) for p in processes]
     assert [p.returncode for p in processes] == [0] * len(processes), results
     return [out.split() for out, _ in results]
@@ -174,7 +178,7 @@ for n in range(10):
     print(enqueue(study, {"width": n % 7, "depth": n // 7}, {}, CHOICES))
 """
     folder = barrier(tmp_path)
-    results = outputs([process(body, storage, folder) for _ in range(3)])
+    results = outputs(3, body, storage, folder)
     assert len({ids for ids, *_ in results}) == 1
     assert sum(out.count("True") for out in results) == 10
     study = start(storage)
@@ -342,7 +346,7 @@ wait_for_all(3)
 print(*sweep(study))
 """
     folder = barrier(tmp_path)
-    results = outputs([process(body, storage, folder) for _ in range(3)])
+    results = outputs(3, body, storage, folder)
     assert sorted(int(n) for out in results for n in out) == list(range(12))
     assert [t.user_attrs.get("retry_of") for t in study.trials] == [None] * 12 + [*range(12)]
 
@@ -438,7 +442,7 @@ while remaining(study, 12):
     assert finish(study, trial, 70.0 + trial.number, 500.0, -0.1, {"pid": os.getpid()})
 """
     folder = barrier(tmp_path)
-    outputs([process(body, storage, folder) for _ in range(2)])
+    outputs(2, body, storage, folder)
     trials = start(storage).trials
     assert 12 <= len(trials) <= 13
     assert {t.state for t in trials} == {TrialState.COMPLETE}

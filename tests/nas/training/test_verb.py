@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import Forked
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -498,9 +499,9 @@ main()
 
 def killed(args: list[str], checkpoint: Path) -> None:
     """Run the command in a process that is killed within the epoch after its first checkpoint."""
-    words = [sys.executable, "-c", KILLED, str(checkpoint), "train", *args]
-    child = subprocess.run(words, stderr=subprocess.PIPE, text=True)
-    assert child.returncode == -signal.SIGKILL, child.stderr
+    child = Forked(KILLED, str(checkpoint), "train", *args)
+    _, err = child.communicate(120)
+    assert child.returncode == -signal.SIGKILL, err
 
 
 @pytest.mark.usefixtures("few")
@@ -559,11 +560,11 @@ def test_two_processes_are_one_with_twice_the_batch(small, deit, tmp_path):
     for rank in range(2):
         where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         env = os.environ | {key: str(value) for key, value in where.items()}
-        command = [sys.executable, "-c", script]
-        started.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
+        started.append(Forked(script, env=env))
     exec(script, {})
     for child in started:
-        assert child.wait(120) == 0, child.stderr.read()
+        _, err = child.communicate(120)
+        assert child.returncode == 0, err
 
     def weights(name: str) -> dict[str, Tensor]:
         return torch.load(tmp_path / f"{name}.pt", weights_only=True)
