@@ -215,12 +215,12 @@ def run_suite(name: str, settings: Any, rounds: int, csv: Path | None, as_json: 
             say(line)
         found = run_papers(settings, rounds, lambda done, total: progress("claims", done, total), say)
     if as_json:
-        print(json.dumps(found | {"hardware": hardware}, indent=1))
+        print(json.dumps(found.to_json() | {"hardware": hardware}, indent=1))
     else:
-        console_of().print(papers_table(found["rows"]))
+        console_of().print(papers_table(found.rows))
     if csv:
-        replace_file(csv, papers_csv(found["rows"]))
-    if found["interrupted"] == "interrupted":
+        replace_file(csv, papers_csv(found.rows))
+    if found.interrupted == "interrupted":
         raise KeyboardInterrupt
-    if found["interrupted"]:
-        raise UserError(found["interrupted"])
+    if found.interrupted:
+        raise UserError(found.interrupted)

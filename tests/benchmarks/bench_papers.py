@@ -34,13 +34,13 @@ def main() -> int:
     started = datetime.datetime.now(datetime.UTC)
     result = run_papers(settings, given.rounds, say=lambda line: print(line, file=sys.stderr), only=given.only)
     if given.json:
-        given.json.write_text(json.dumps(result, indent=1))
+        given.json.write_text(json.dumps(result.to_json(), indent=1))
     took = (datetime.datetime.now(datetime.UTC) - started).total_seconds()
     machine = hardware.describe(settings)
     about = f"{machine['cpu']}, {machine['usable_cpus']} CPUs, {given.runtime} {machine['runtime_version']}"
     print(f"{started:%Y-%m-%d}, {about}, load {machine['load_average'][0]} at the end, {took:.0f} s\n")
     print(papers_markdown(result))
-    return int(result["interrupted"] is not None)
+    return int(result.interrupted is not None)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,19 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nas.bench.papers.claims import CLAIMS, Claim
+from nas.bench.papers.rows import (
+    AttentionShare,
+    HeadSimilarity,
+    MeasuredPart,
+    Other,
+    Outcome,
+    Pair,
+    PapersResult,
+    PapersRow,
+)
 from nas.errors import UserError
 from nas.export.artifact import write_artifact
 from nas.export.quantize import NOISE
@@ -39,16 +49,21 @@ SHARES = (0.5, 0.3, 0.2)
 Timings = dict[str, Measurement | MeasureError]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Attempt:
     """A claim under one setting: either a ratio, or the error that stood in its way."""
 
     settings: Settings
     claimed: float
+    """The published ratio."""
     where: str
+    """Where that was measured."""
     ratio: float = 0.0
-    interval: tuple[float, float] = (0.0, 0.0)
+    """How many times as fast as its baseline the subject is."""
+    interval: Pair = (0.0, 0.0)
+    """The ratio's 95% interval."""
     subject_ms: float = 0.0
+    """Median latency, as the next one."""
     baseline_ms: float = 0.0
     error: str | None = None
 
@@ -72,14 +87,20 @@ class Attempt:
             return f"partly ({self.ratio:.2f}x of {self.claimed:.2f}x)"
         return "does not hold here"
 
+    @property
+    def outcome(self) -> Outcome:
+        if self.error is not None:
+            return Outcome(self.claimed, error=self.error)
+        return Outcome(self.claimed, self.ratio, self.interval, self.subject_ms, self.baseline_ms, self.verdict)
+
 
 @dataclass
 class ClaimTrial:
-    """The measurements of one claim so far. parts: microseconds of (subject's, baseline's) part."""
+    """The measurements of one claim so far."""
 
     claim: Claim
     attempts: list[Attempt] = field(default_factory=list)
-    parts: list[dict[str, Any]] = field(default_factory=list)
+    parts: tuple[MeasuredPart, ...] = ()
 
     @property
     def holds(self) -> bool:
@@ -92,7 +113,7 @@ def run_papers(
     progress: Callable[[int, int], None] | None = None,
     say: Callable[[str], None] | None = None,
     only: Sequence[str] | None = None,
-) -> dict[str, Any]:
+) -> PapersResult:
     """Measure the five papers' claims on this machine, each pair interleaved.
 
     settings: the user's, as checked by `check_settings`; every claim is measured there first, then at a batch if it is
@@ -101,14 +122,13 @@ def run_papers(
     next. only: papers, or ids of claims.
 
     Returns:
-        {"settings", "rounds", "interrupted": what cut it short, or None, "rows": a JSON-ready row per claim that was
-        reached, in the order of CLAIMS}. A claim that cannot be measured is a row with its "error".
+        A row per claim that was reached; a claim that cannot be measured has its error as its outcome.
 
     Raises:
         UserError: a name in `only` that is neither.
     """
     claims = _chosen(only)
-    rows: list[dict[str, Any]] = []
+    rows: list[PapersRow] = []
     trials: list[ClaimTrial] = []
     interrupted = None
     if say and settings.precision == "int8":
@@ -125,9 +145,9 @@ def run_papers(
                     progress(len(rows), len(claims))
     except (KeyboardInterrupt, UserError) as error:  # a remote device that is gone, say
         interrupted = str(error) or "interrupted"
-        done = {row["id"] for row in rows}
+        done = {row.claim.id for row in rows}
         rows += [_row(trial, settings) for trial in trials if trial.attempts and trial.claim.id not in done]
-    return {"settings": asdict(settings), "rounds": rounds, "interrupted": interrupted, "rows": rows}
+    return PapersResult(settings, rounds, interrupted, tuple(rows))
 
 
 def _chosen(only: Sequence[str] | None) -> list[Claim]:
@@ -218,30 +238,23 @@ def _names(trial: ClaimTrial, wanted: Settings) -> list[str]:
 
 def _attempt(claim: Claim, wanted: Settings, timings: Timings) -> Attempt:
     figure = claim.published_for(wanted)
-    attempt = Attempt(wanted, figure.ratio, figure.where)
     subject, baseline = timings[claim.subject], timings[claim.baseline]
     if isinstance(subject, Measurement) and isinstance(baseline, Measurement):
-        attempt.ratio, attempt.interval = paired_ratio(baseline, subject)
-        attempt.subject_ms, attempt.baseline_ms = subject.p50_ms, baseline.p50_ms
-    else:
-        failed = [f"{n}: {m}" for n in (claim.subject, claim.baseline) if isinstance(m := timings[n], MeasureError)]
-        attempt.error = "; ".join(failed)
-    return attempt
+        times = *paired_ratio(baseline, subject), subject.p50_ms, baseline.p50_ms
+        return Attempt(wanted, figure.ratio, figure.where, *times)
+    failed = [f"{n}: {m}" for n in (claim.subject, claim.baseline) if isinstance(m := timings[n], MeasureError)]
+    return Attempt(wanted, figure.ratio, figure.where, error="; ".join(failed))
 
 
-def _parts(claim: Claim, timings: Timings) -> list[dict[str, Any]]:
+def _parts(claim: Claim, timings: Timings) -> tuple[MeasuredPart, ...]:
     def microseconds(name: str | None) -> float | None:
         timing = timings[name] if name else None
         return round(1000 * timing.p50_ms, 1) if isinstance(timing, Measurement) else None
 
-    return [
-        {
-            "part": part.name,
-            "published_us": list(part.published_us),
-            "measured_us": [microseconds(part.subject), microseconds(part.baseline)],
-        }
+    return tuple(
+        MeasuredPart(part.name, part.published_us, (microseconds(part.subject), microseconds(part.baseline)))
         for part in claim.parts
-    ]
+    )
 
 
 def time_networks(names: Sequence[str], settings: Settings, rounds: int) -> Timings:
@@ -309,35 +322,24 @@ def _bench(settings: Settings) -> Iterator[Worker]:
         yield bench
 
 
-def _row(trial: ClaimTrial, settings: Settings) -> dict[str, Any]:
-    """A claim beside what was measured; the first attempt gives the verdict, the others go into "why"."""
+def _row(trial: ClaimTrial, settings: Settings) -> PapersRow:
+    """A claim beside what was measured; the first attempt gives the verdict, the others go into `why`."""
     claim = trial.claim
     if not trial.attempts:
-        return _blank(claim, settings) | {"error": NOT_REMOTE}
+        return PapersRow(claim, settings, Outcome(error=NOT_REMOTE))
     main, *others = trial.attempts
     figure = claim.published_for(main.settings)
-    return _blank(claim, main.settings) | {
-        "quantity": "speed-up",
-        "claimed_on": figure.where,
-        "caveat": figure.caveat,
-        **_outcome(main),
-        "why": "; ".join(f"{settings_words(one.settings)}: {_found(one)}" for one in others),
-        "others": [asdict(one.settings) | _outcome(one) for one in others],
-        "parts": trial.parts,
-    }
-
-
-def _outcome(attempt: Attempt) -> dict[str, Any]:
-    failed = attempt.error is not None
-    return {
-        "claimed": attempt.claimed,
-        "measured": None if failed else attempt.ratio,
-        "ci": None if failed else list(attempt.interval),
-        "subject_ms": None if failed else attempt.subject_ms,
-        "baseline_ms": None if failed else attempt.baseline_ms,
-        "verdict": attempt.verdict,
-        "error": attempt.error,
-    }
+    return PapersRow(
+        claim,
+        main.settings,
+        main.outcome,
+        quantity="speed-up",
+        claimed_on=figure.where,
+        caveat=figure.caveat,
+        why="; ".join(f"{settings_words(one.settings)}: {_found(one)}" for one in others),
+        others=tuple(Other(one.settings, one.outcome) for one in others),
+        parts=trial.parts,
+    )
 
 
 def _found(attempt: Attempt) -> str:
@@ -347,53 +349,24 @@ def _found(attempt: Attempt) -> str:
     return f"{holds}{attempt.ratio:.2f}x of {attempt.claimed:.2f}x ({attempt.where})"
 
 
-def _blank(claim: Claim, settings: Settings) -> dict[str, Any]:
-    """The fields every row has; those of a measurement are empty."""
-    return {
-        "id": claim.id,
-        "paper": claim.paper,
-        "claim": claim.statement,
-        "subject": claim.subject,
-        "baseline": claim.baseline,
-        "quantity": "",
-        "claimed": None,
-        "claimed_on": None,
-        "caveat": "",
-        "published": [asdict(figure) | {"ratio": figure.ratio} for figure in claim.published],
-        "conditions": claim.conditions,
-        "source": claim.source,
-        "note": claim.note,
-        "measured": None,
-        "ci": None,
-        "subject_ms": None,
-        "baseline_ms": None,
-        **asdict(settings),
-        "verdict": "not measured",
-        "why": "",
-        "others": [],
-        "parts": [],
-        "error": None,
-    }
-
-
-def _finding(claim: Claim, settings: Settings, say: Callable[[str], None] | None) -> dict[str, Any]:
+def _finding(claim: Claim, settings: Settings, say: Callable[[str], None] | None) -> PapersRow:
     """The row of a claim of FINDINGS, which are not about the speed of one network against another's."""
     threads = claim.threads or settings.threads
     wanted = replace(settings, runtime=EAGER, precision="fp32", batch_size=claim.batch or 1, threads=threads)
-    row = _blank(claim, wanted)
+    row = PapersRow(claim, wanted)
     if not is_here(settings.device):
-        return row | {"error": NOT_REMOTE}
+        return replace(row, outcome=Outcome(error=NOT_REMOTE))
     if say:
         say(f"{claim.paper}, {settings_words(wanted)}: {claim.subject}")
     try:
-        return row | FINDINGS[claim.id](wanted)
+        return FINDINGS[claim.id](row)
     except Exception as error:
-        return row | {"error": str(_measure_error(error))}
+        return replace(row, outcome=Outcome(error=str(_measure_error(error))))
 
 
-def _mhsa_share(settings: Settings) -> dict[str, Any]:
+def _mhsa_share(row: PapersRow) -> PapersRow:
     """Share of the time of Swin-T that is bound by memory, at several shares of attention layers."""
-    with device_lock(settings.device), _bench(settings) as bench:
+    with device_lock(row.settings.device), _bench(row.settings) as bench:
         shares = bench.call("load_swins", ANSWER_S, shares=list(SHARES))["shares"]
         rounds = [bench.call("profile_round", ANSWER_S)["profiles"] for _ in range(SURE_ROUNDS)]
     columns = list(zip(*rounds, strict=True))  # per network, its (ms, share) of each round
@@ -401,22 +374,22 @@ def _mhsa_share(settings: Settings) -> dict[str, Any]:
     ratios = [own / few for (_, own), (_, few) in zip(columns[0], columns[-1], strict=True)]
     low, high = median_interval(ratios)
     said = [f"{share:.0%} MHSA: {bound:.1%} of {ms:.0f} ms" for share, (ms, bound) in zip(shares, middle, strict=True)]
-    return {
-        "quantity": "memory-bound share at 50% MHSA over that at 20%",
-        "measured": statistics.median(ratios),
-        "ci": [low, high],
-        "subject_ms": middle[-1][0],
-        "baseline_ms": middle[0][0],
-        "verdict": "holds" if low > 1 else "unclear: too noisy" if high > 1 else "does not hold here",
-        "why": f"memory-bound (all but matrix products and convolutions): {'; '.join(said)}",
-        "parts": [
-            {"mhsa_share": share, "ms": ms, "memory_bound_share": bound}
-            for share, (ms, bound) in zip(shares, middle, strict=True)
-        ],
-    }
+    return replace(
+        row,
+        quantity="memory-bound share at 50% MHSA over that at 20%",
+        outcome=Outcome(
+            measured=statistics.median(ratios),
+            ci=(low, high),
+            subject_ms=middle[-1][0],
+            baseline_ms=middle[0][0],
+            verdict="holds" if low > 1 else "unclear: too noisy" if high > 1 else "does not hold here",
+        ),
+        why=f"memory-bound (all but matrix products and convolutions): {'; '.join(said)}",
+        parts=tuple(AttentionShare(share, ms, bound) for share, (ms, bound) in zip(shares, middle, strict=True)),
+    )
 
 
-def _head_similarity(settings: Settings) -> dict[str, Any]:
+def _head_similarity(row: PapersRow) -> PapersRow:
     """Mean over blocks of `head_similarity` of the trained DeiT-Tiny on scikit-learn's two photographs."""
     import timm
 
@@ -432,16 +405,16 @@ def _head_similarity(settings: Settings) -> dict[str, Any]:
     model = timm.create_model("deit_tiny_patch16_224").eval()
     model.load_state_dict(state)
     found = head_similarity(model, photographs(model))
-    return {
-        "quantity": "cosine similarity to the most similar other head",
-        "measured": sum(found) / len(found),
-        "verdict": "measured, no figure to hold it against",
-        "why": "per block: " + ", ".join(f"{value:.2f}" for value in found) + "; on two photographs, not ImageNet",
-        "parts": [{"block": i, "similarity": value} for i, value in enumerate(found)],
-    }
+    return replace(
+        row,
+        quantity="cosine similarity to the most similar other head",
+        outcome=Outcome(measured=sum(found) / len(found), verdict="measured, no figure to hold it against"),
+        why="per block: " + ", ".join(f"{value:.2f}" for value in found) + "; on two photographs, not ImageNet",
+        parts=tuple(HeadSimilarity(i, value) for i, value in enumerate(found)),
+    )
 
 
-FINDINGS: dict[str, Callable[[Settings], dict[str, Any]]] = {
+FINDINGS: dict[str, Callable[[PapersRow], PapersRow]] = {
     "swin-mhsa-share": _mhsa_share,
     "deit-head-similarity": _head_similarity,
 }

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+from nas.bench.papers.rows import MeasuredPart, PapersResult, PapersRow
 from nas.bench.papers.suite import settings_words
-from nas.measure.runtime import Settings
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -18,11 +18,10 @@ COLUMNS = (
     *("ci_low", "ci_high", "subject_ms", "baseline_ms", "runtime", "device", "precision", "batch_size", "threads"),
     *("verdict", "why", "note", "error", "conditions", "source"),
 )
-Row = Mapping[str, Any]
 NONE = "-"
 
 
-def papers_table(rows: Sequence[Row]) -> Group:
+def papers_table(rows: Sequence[PapersRow]) -> Group:
     """A line per claim, claimed beside measured; below, each claim in words with what other settings gave."""
     from rich.console import Group
     from rich.table import Table
@@ -32,50 +31,57 @@ def papers_table(rows: Sequence[Row]) -> Group:
     for name in ("claim", "claimed", "measured (95%)", "ms (baseline's)", "on", "verdict"):
         table.add_column(name, justify="left" if name in ("claim", "on", "verdict") else "right", overflow="fold")
     for row in rows:
-        table.add_row(row["id"], _claimed(row), _measured(row), _ms(row), _on(row), row["error"] or row["verdict"])
-    words = [f"{row['id']}: {'. '.join(filter(None, (row['claim'], row['why'], row['note'])))}." for row in rows]
+        table.add_row(row.claim.id, _claimed(row), _measured(row), _ms(row), _on(row), _verdict(row))
+    words = [
+        f"{row.claim.id}: {'. '.join(filter(None, (row.claim.statement, row.why, row.claim.note)))}." for row in rows
+    ]
     return Group(table, Text(), *map(Text, words))
 
 
-def papers_markdown(result: Mapping[str, Any]) -> str:
+def papers_markdown(result: PapersResult) -> str:
     """The result of `run_papers` as Markdown: one table of claims, one of each block's parts."""
     lines = [
         "| paper | claim | claimed | measured (95%) | ms (baseline's) | on | verdict | elsewhere |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for row in result["rows"]:
-        verdict = row["error"] or row["verdict"]
-        elsewhere = ". ".join(filter(None, (row["why"], row["note"])))
-        cells = (row["paper"], row["claim"], _claimed(row), _measured(row), _ms(row), _on(row), verdict, elsewhere)
+    for row in result.rows:
+        claim = row.claim
+        elsewhere = ". ".join(filter(None, (row.why, claim.note)))
+        measured = (_claimed(row), _measured(row), _ms(row), _on(row), _verdict(row))
+        cells = (claim.paper, claim.statement, *measured, elsewhere)
         lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
-    for row in result["rows"]:
-        if row["parts"] and "part" in row["parts"][0]:
-            lines += ["", *_parts(row)]
+    for row in result.rows:
+        parts = [part for part in row.parts if isinstance(part, MeasuredPart)]
+        if parts:
+            lines += ["", *_parts(row, parts)]
     return "\n".join(lines) + "\n"
 
 
-def papers_csv(rows: Sequence[Row]) -> bytes:
+def papers_csv(rows: Sequence[PapersRow]) -> bytes:
     """A line per claim; lists (parts, other settings) are in the JSON only, and in words under "why"."""
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        low, high = row["ci"] or (None, None)
-        writer.writerow({**row, "ci_low": low, "ci_high": high})
+        low, high = row.outcome.ci or (None, None)
+        writer.writerow({**row.to_json(), "ci_low": low, "ci_high": high})
     return text.getvalue().encode()
 
 
-def _parts(row: Row) -> list[str]:
+def _parts(row: PapersRow, parts: Sequence[MeasuredPart]) -> list[str]:
+    claim, found = row.claim, row.outcome
     lines = [
-        f"| part ({_on(row)}) | {row['subject']}: paper us | here us | {row['baseline']}: paper us | here us |",
+        f"| part ({_on(row)}) | {claim.subject}: paper us | here us | {claim.baseline}: paper us | here us |",
         "|---|---|---|---|---|",
     ]
-    total = {"part": "whole block", "measured_us": [_us(row["subject_ms"]), _us(row["baseline_ms"])]}
-    total["published_us"] = [row["published"][0]["subject"], row["published"][0]["baseline"]]
-    for part in [*row["parts"], total]:
-        pairs = zip(part["published_us"], part["measured_us"], strict=True)
+    published = claim.published[0]
+    total = MeasuredPart(
+        "whole block", (published.subject, published.baseline), (_us(found.subject_ms), _us(found.baseline_ms))
+    )
+    for part in [*parts, total]:
+        pairs = zip(part.published_us, part.measured_us, strict=True)
         cells = [NONE if value is None else f"{value:.0f}" for pair in pairs for value in pair]
-        lines.append(f"| {part['part']} | {' | '.join(cells)} |")
+        lines.append(f"| {part.part} | {' | '.join(cells)} |")
     return lines
 
 
@@ -83,22 +89,28 @@ def _us(ms: float | None) -> float | None:
     return None if ms is None else 1000 * ms
 
 
-def _claimed(row: Row) -> str:
-    if row["claimed"] is None:
+def _claimed(row: PapersRow) -> str:
+    if row.outcome.claimed is None:
         return NONE
-    return f"{'about ' if row['caveat'] else ''}{row['claimed']:.2f}x ({row['claimed_on']})"
+    return f"{'about ' if row.caveat else ''}{row.outcome.claimed:.2f}x ({row.claimed_on})"
 
 
-def _measured(row: Row) -> str:
-    if row["measured"] is None:
+def _measured(row: PapersRow) -> str:
+    found = row.outcome
+    if found.measured is None:
         return NONE
-    value = f"{row['measured']:.2f}" + ("x" if row["baseline_ms"] is not None else "")
-    return f"{value} [{row['ci'][0]:.2f}, {row['ci'][1]:.2f}]" if row["ci"] else value
+    value = f"{found.measured:.2f}" + ("x" if found.baseline_ms is not None else "")
+    return f"{value} [{found.ci[0]:.2f}, {found.ci[1]:.2f}]" if found.ci else value
 
 
-def _ms(row: Row) -> str:
-    return NONE if row["subject_ms"] is None else f"{row['subject_ms']:.2f} ({row['baseline_ms']:.2f})"
+def _ms(row: PapersRow) -> str:
+    found = row.outcome
+    return NONE if found.subject_ms is None else f"{found.subject_ms:.2f} ({found.baseline_ms:.2f})"
 
 
-def _on(row: Row) -> str:
-    return settings_words(Settings(**{name: row[name] for name in Settings.__dataclass_fields__}))
+def _on(row: PapersRow) -> str:
+    return settings_words(row.settings)
+
+
+def _verdict(row: PapersRow) -> str:
+    return row.outcome.error or row.outcome.verdict

@@ -148,7 +148,7 @@ def test_a_claim_that_fails_is_tried_as_its_paper_did_it(monkeypatch):
 
     calls = fake(monkeypatch, ms)
     said, done = [], []
-    result = run_papers(ORT, 6, lambda *of: done.append(of), said.append, only=["shvit-s3", "shvit-s4"])
+    result = run_papers(ORT, 6, lambda *of: done.append(of), said.append, only=["shvit-s3", "shvit-s4"]).to_json()
     first, second = result["rows"]
     assert (first["id"], first["verdict"], first["measured"]) == ("shvit-s3", "holds", pytest.approx(2.8))
     assert first["claimed"] == pytest.approx(731 / 552)
@@ -170,7 +170,7 @@ def test_a_claim_that_fails_is_tried_as_its_paper_did_it(monkeypatch):
 
 def test_ratio_above_one_means_the_subject_is_faster(monkeypatch):
     fake(monkeypatch, lambda name, settings: 2.0 if name == "levit_192" else 11.0)
-    (row,) = run_papers(ORT, only=["levit-192"])["rows"]
+    (row,) = run_papers(ORT, only=["levit-192"]).to_json()["rows"]
     assert (row["measured"], row["subject_ms"], row["baseline_ms"]) == pytest.approx((5.5, 2.005, 11.0275))
     assert row["ci"] == pytest.approx([5.5, 5.5])
     assert row["verdict"] == "holds"
@@ -183,11 +183,12 @@ def test_what_cannot_be_measured_is_a_row_with_its_error(monkeypatch):
         return 1.0
 
     fake(monkeypatch, ms)
-    (row,) = run_papers(ORT, only=["levit-192"])["rows"]
+    result = run_papers(ORT, only=["levit-192"])
+    (row,) = result.to_json()["rows"]
     assert row["error"] == "timm/efficientnet_b2@260: no such operator"
     assert (row["verdict"], row["measured"], row["ci"]) == ("not measured", None, None)
     assert "torch, batch 16, 1 thread: 1.00x of 4.96x" in row["why"]
-    assert "no such operator" in papers_markdown({"rows": [row]})
+    assert "no such operator" in papers_markdown(result)
 
 
 def test_ctrl_c_keeps_the_rows_that_are_done(monkeypatch):
@@ -197,7 +198,7 @@ def test_ctrl_c_keeps_the_rows_that_are_done(monkeypatch):
         return 1.0
 
     fake(monkeypatch, ms)
-    result = run_papers(ORT, only=["levit-192", "shvit", "sepvit-s"])
+    result = run_papers(ORT, only=["levit-192", "shvit", "sepvit-s"]).to_json()
     assert result["interrupted"]
     assert [row["id"] for row in result["rows"]] == ["levit-192", "shvit-s1", "shvit-s3", "shvit-s4", *M_V2]
     assert result["rows"][-1]["others"] == []
@@ -209,11 +210,11 @@ M_V2 = ["shvit-s4-mobilevitv2"]
 def test_on_a_remote_device_blocks_go_as_onnx_or_not_at_all(monkeypatch):
     far = Settings(device="ssh://u@h")
     calls = fake(monkeypatch, lambda name, settings: 1.0)
-    block, finding = run_papers(far, only=["levit-block", "swin-mhsa-share"])["rows"]
+    block, finding = run_papers(far, only=["levit-block", "swin-mhsa-share"]).to_json()["rows"]
     assert [settings for settings, _ in calls] == [far]
     assert (block["runtime"], block["verdict"], block["parts"]) == ("onnxruntime", "holds", [])
     assert "this machine only" in finding["error"]
-    (row,) = run_papers(replace(far, runtime="torch"), only=["levit-block"])["rows"]
+    (row,) = run_papers(replace(far, runtime="torch"), only=["levit-block"]).to_json()["rows"]
     assert "this machine only" in row["error"]
 
 
@@ -239,11 +240,11 @@ def test_tables(monkeypatch):
     assert "| LayerNorm (both); LeViT's BatchNorm is folded | - | - | 49 | 1604 |" in markdown
     assert "| whole block | 2365 | 1504 | 2474 | 1604 |" in markdown
     console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(papers_table(result["rows"]))
+    console.print(papers_table(result.rows))
     shown = console.export_text()
     assert "levit-block" in shown
     assert "1.05x (CPU)  1.07x [1.07, 1.07]" in shown
-    lines = papers_csv(result["rows"]).decode().splitlines()
+    lines = papers_csv(result.rows).decode().splitlines()
     assert lines[0].startswith("id,paper,claim")
     assert len(lines) == 4
 
@@ -302,7 +303,7 @@ def test_verdict_on_memory_bound_time(monkeypatch, few, verdict):
     )
     asked = []
     monkeypatch.setattr(suite, "_bench", lambda settings: asked.append(settings) or contextlib.nullcontext(bench))
-    (row,) = run_papers(ORT, only=["swin-mhsa-share"])["rows"]
+    (row,) = run_papers(ORT, only=["swin-mhsa-share"]).to_json()["rows"]
     assert row["verdict"] == verdict
     assert row["measured"] == pytest.approx(statistics.median([0.5 / share for share in few] * 3))
     assert (row["subject_ms"], row["baseline_ms"]) == (180, 200)
@@ -336,14 +337,15 @@ def test_head_similarity_needs_weights(monkeypatch):
         raise weights.WeightsError("timm could not fetch it")
 
     monkeypatch.setattr(weights, "timm_state", refuse)
-    (row,) = run_papers(ORT, only=["deit-head-similarity"])["rows"]
+    (row,) = run_papers(ORT, only=["deit-head-similarity"]).to_json()["rows"]
     assert row["error"] == "needs timm's trained deit_tiny_patch16_224, which could not be downloaded"
     monkeypatch.setattr(weights, "timm_state", lambda arch: timm.create_model("deit_tiny_patch16_224").state_dict())
-    (row,) = run_papers(ORT, only=["deit-head-similarity"])["rows"]
+    result = run_papers(ORT, only=["deit-head-similarity"])
+    (row,) = result.to_json()["rows"]
     assert row["error"] is None
     assert len(row["parts"]) == 12
     assert 0.9 < row["measured"] <= 1  # untrained attention is nearly uniform
-    assert "[" not in papers_markdown({"rows": [row]})
+    assert "[" not in papers_markdown(result)
 
 
 def test_photographs_are_normalised_squares():
@@ -377,7 +379,7 @@ def test_blocks_are_measured_as_onnx():
 
 @pytest.mark.slow
 def test_a_claim_in_earnest():
-    (row,) = run_papers(Settings(threads=default_threads()), 3, only=["levit-block"])["rows"]
+    (row,) = run_papers(Settings(threads=default_threads()), 3, only=["levit-block"]).to_json()["rows"]
     assert row["error"] is None
     assert (row["runtime"], row["threads"], row["others"][0]["runtime"]) == ("torch", 1, "onnxruntime")
     assert 0.3 < row["measured"] < 3
@@ -386,7 +388,7 @@ def test_a_claim_in_earnest():
 
 @pytest.mark.slow
 def test_swin_at_a_fifth_attention_in_earnest():
-    (row,) = run_papers(Settings(threads=default_threads()), only=["swin-mhsa-share"])["rows"]
+    (row,) = run_papers(Settings(threads=default_threads()), only=["swin-mhsa-share"]).to_json()["rows"]
     assert row["error"] is None
     assert [round(part["mhsa_share"], 2) for part in row["parts"]] == [0.5, 0.29, 0.21]
     assert all(0 < part["memory_bound_share"] < 1 for part in row["parts"])
