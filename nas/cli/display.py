@@ -224,7 +224,8 @@ def show_train(result: TrainResult, folder: Path, to_stderr: bool) -> None:
     if final is None:
         console.print("No epoch was finished.")
         return
-    which = f"{final.of}, epoch {final.epoch} of {result.recipe['epochs']}, recipe {result.recipe['name']}"
+    recipe = f"recipe {result.recipe['name']}"
+    which = f"{final.of}, epoch {final.epoch} of {result.recipe['epochs']}, {recipe}" if final.epoch else final.of
     if final.top1_ci is None:
         console.print(f"Epoch {final.epoch} was not judged ({which}).")
     else:
@@ -232,12 +233,11 @@ def show_train(result: TrainResult, folder: Path, to_stderr: bool) -> None:
         chance = guessing(final.top1_ci, result.data["classes"])
         if chance:
             prose(console, f"{chance[:1].upper()}{chance[1:]}.")
+    size = f"{result.params / 1e6:.2f} M parameters, {result.macs / 1e6:.0f} MMACs at {result.resolution} px"
     seconds = sum(epoch.seconds for epoch in result.epochs)
     images = sum(epoch.images_per_s * epoch.seconds for epoch in result.epochs)
-    console.print(
-        f"{result.params / 1e6:.2f} M parameters, {result.macs / 1e6:.0f} MMACs at {result.resolution} px; "
-        f"trained in {clock(seconds)} at {images / seconds:.0f} images/s."
-    )
+    speed = f"; trained in {clock(seconds)} at {images / seconds:.0f} images/s" if result.epochs else ""
+    console.print(f"{size}{speed}.")
     files = [name for name in ("model.safetensors", "model.onnx", "metrics.json") if (folder / name).is_file()]
     console.print(f"Network: {folder} ({', '.join(files)})")
     if "model.onnx" in files:

@@ -16,8 +16,10 @@ app = typer.Typer()
 
 @app.command(
     short_help="Train a network on your images.",
-    epilog="Examples:\n\n  vitnas train efficientvit_m0 --data ./images --resolution 128\n\n"
-    "  vitnas train levit_192 --weights timm --data ./images\n\n"
+    epilog="Examples:\n\n  vitnas train efficientvit_m1 --data ./images --minutes 10\n\n"
+    "  vitnas train timm/lcnet_050 --data ./images --resolution 128 --probe\n\n"
+    "  vitnas train levit_192 --data ./images --weights-from ./checkpoints\n\n"
+    "  vitnas train runs/pets/best --data ./images --from-scratch --epochs 100\n\n"
     "  torchrun --nproc-per-node 8 -m nas.cli train levit_192 --data ./imagenet --recipe levit "
     "--teacher timm/regnety_160.deit_in1k --precision bf16",
 )
@@ -27,8 +29,8 @@ def train(
     recipe: Annotated[
         str | None,
         typer.Option(
-            help="quick, finetune, or a published one: levit, efficientvit, evit, shvit, sepvit.  [default: quick; "
-            "finetune from weights]"
+            help="quick, finetune, or a published one: levit, efficientvit, evit, shvit, sepvit.  [default: finetune, "
+            "from weights; quick, from random ones]"
         ),
     ] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs.  [default: the recipe's]")] = None,
@@ -45,11 +47,21 @@ def train(
     weights: Annotated[
         str | None,
         typer.Option(
-            help="Start from timm's, from a PyTorch or safetensors file, or from none.  [default: the folder's own; "
-            "none]"
+            help="Start from a PyTorch or safetensors file, from timm's, or from none.  [default: the run's own; the "
+            "published ones, where there are any]"
+        ),
+    ] = None,
+    weights_from: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder to look for published weights in, without internet: NAME.safetensors, NAME.pth or NAME.bin. "
+            " [default: $VITNAS_WEIGHTS, then timm's cache, then a download]"
         ),
     ] = None,
     from_scratch: Annotated[bool, typer.Option("--from-scratch", help="Start from random weights.")] = False,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Train a linear classifier on the frozen network alone: a minute.")
+    ] = False,
     num_classes: Annotated[int | None, typer.Option(help="Classes the data must have.")] = None,
     teacher: Annotated[
         str | None, typer.Option(help="Distil from timm/NAME, a published name, or a folder with weights.")
@@ -88,38 +100,43 @@ def train(
 
     load("nas.training.engine", quiet)
     from nas.cli.display import show_train
-    from nas.cli.progress import watch_images
+    from nas.cli.progress import waiting, watch_images
     from nas.threads import training_threads
-    from nas.training.begun import begun_in
+    from nas.training.recipes import FINETUNE, Recipe
     from nas.training.request import (
+        PROBE,
         RANDOM,
         TrainRequest,
         check_device,
         choose_recipe,
         default_folder,
         default_workers,
-        starting_weights,
     )
     from nas.training.run import train as run_train
+    from nas.training.start import with_usual_recipe
 
     if epochs is not None and minutes is not None:
         raise UserError("--epochs and --minutes: give one of them")
     if from_scratch and weights not in (None, RANDOM):
         raise UserError(f"--from-scratch and --weights {weights}: give one of them")
-    begun_with = starting_weights(model, RANDOM if from_scratch else weights, out)
-    begun = begun_in(out) if out is not None and recipe is None else None
-    usual = "quick" if begun_with is None else "finetune"
-    chosen = choose_recipe(recipe or (begun.recipe.name if begun else usual), epochs, batch_size, lr, distillation)
+    if probe and any(option is not None for option in (recipe, epochs, batch_size, lr, distillation)):
+        raise UserError("--probe trains a linear classifier alone: give it without recipe, epochs, batch size and rate")
     device = check_device(device)
+
+    def by(name: str) -> Recipe:
+        return choose_recipe(name, epochs, batch_size, lr, distillation)
+
     request = TrainRequest(
         model=model,
-        recipe=chosen,
+        recipe=by(recipe or FINETUNE.name),
         device=device,
-        folder=out or default_folder(model, chosen.name),
+        folder=out or default_folder(model, recipe or (PROBE if probe else FINETUNE.name)),
         data=data,
         resolution=resolution,
         num_classes=num_classes,
-        weights=begun_with,
+        weights=RANDOM if from_scratch else weights,
+        weights_from=weights_from,
+        probe=probe,
         teacher=teacher,
         teacher_weights=teacher_weights,
         oracle=oracle,
@@ -131,8 +148,11 @@ def train(
         minutes=minutes,
     )
     request.check()
+    if recipe is None and not probe:
+        with waiting("looking for weights", quiet):
+            request = with_usual_recipe(request, by, named=out is not None)
     with (
-        watch_images(0 if minutes else chosen.epochs, quiet) as (progress, say),
+        watch_images(0 if minutes else request.recipe.epochs, quiet) as (progress, say),
         training_threads(train_threads, say, device),
     ):
         result = run_train(request, progress, say, command=command_line())

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from nas.data.pixels import IMAGENET
 from nas.identity import IMAGES, LENGTH, PIXELS, file_digest
 
 if TYPE_CHECKING:
     from nas.data.dataset import ImageData
-    from search_spaces import Arch
+
+
+class Network(Protocol):
+    """What a network is built from."""
+
+    def digest(self) -> str:
+        """SHA-256 of its document, in hexadecimal digits."""
 
 
 def identity(
-    data: ImageData | None = None, **networks: tuple[Arch | str, str | Path | None] | None
+    data: ImageData | None = None, **networks: tuple[Network | str, str | Path | None] | None
 ) -> dict[str, str | None]:
     """Digests of images and networks, and how images are prepared, by what messages call them.
 
     Args:
-        networks: by option, an Arch or the name of one of timm's, and its weights: "timm", a file, or None. Options
+        networks: by option, a network or the name of one of timm's, and its weights: "timm", a file, or None. Options
             that were not given may be None.
 
     Raises:

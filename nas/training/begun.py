@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from nas.training.recipes import INHERITED, RECIPES, Recipe
-from nas.training.request import TrainRequest
+from nas.training.recipes import INHERITED, QUICK, RECIPES, Recipe
+from nas.training.request import TrainRequest, default_folder
 
 EARLIER: tuple[Recipe, ...] = (INHERITED,)
 """Recipes as they were before their defaults changed: a training that was begun by one goes on by it."""
@@ -22,6 +22,8 @@ class Begun:
 
     recipe: Recipe
     finished: bool
+    from_nothing: bool
+    """Whether an older vitnas has begun it, which took random weights where none were named."""
 
 
 def begun_in(folder: Path) -> Begun | None:
@@ -32,9 +34,19 @@ def begun_in(folder: Path) -> Begun | None:
         named = {"name": usual.name, "source": usual.source, "teacher": usual.teacher}
         options = defaults() | state["options"] | named
         recipe = TypeAdapter(Recipe).validate_python({field.name: options[field.name] for field in fields(Recipe)})
-        return Begun(recipe, bool(state["found"].get("finished")))
+        older = "course" not in state["found"]
+        from_nothing = older and options["weights"] is None
+        return Begun(recipe, bool(state["found"].get("finished")), from_nothing)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
+
+
+def left_by_an_older(model: str) -> Path | None:
+    """The default folder of an unfinished training from random weights that an older vitnas has begun; None: there is
+    none. Today the same command would begin with published weights, in another folder."""
+    folder = default_folder(model, QUICK.name)
+    begun = begun_in(folder)
+    return folder if begun is not None and begun.from_nothing and not begun.finished else None
 
 
 def as_begun(request: TrainRequest) -> TrainRequest:

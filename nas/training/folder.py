@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -13,14 +13,20 @@ from nas.export.card import LABELS, PREPROCESS, Card
 from nas.export.folder import save_model, save_onnx
 from nas.files import replace_file
 from nas.job import Job, now
+from nas.networks.counts import counts_of
 from nas.networks.weights import load
 from nas.training.processes import ranks
 from nas.training.result import Epoch, Final, TrainResult
 
 if TYPE_CHECKING:
-    from nas.data.batches import Loader
+    from torch import nn
+
+    from nas.data.batches import Loader, Skipping
+    from nas.networks.timm_network import TimmModel
+    from nas.training.course import Course
     from nas.training.engine import Training
     from nas.training.inputs import TrainInputs
+    from nas.training.recipes import Recipe
     from nas.training.request import TrainRequest
     from search_spaces.network import Network
 
@@ -28,16 +34,51 @@ WEIGHTS = "model.safetensors"
 FILES = ("arch.json", WEIGHTS, "model.onnx", PREPROCESS, LABELS)
 
 
+@dataclass(frozen=True)
+class Trained:
+    """A network as a training leaves it."""
+
+    network: nn.Module
+    recipe: Recipe
+    """As used."""
+    epochs: list[Epoch]
+    final: Final | None
+    """None: no epoch was finished."""
+    started: bool
+    """Whether its weights are others than those it began with."""
+    seconds: float
+    """Of training and judging."""
+    batch: int
+    """Images an update."""
+    loaders: Sequence[Skipping]
+    """What has read its images."""
+
+    @classmethod
+    def of(cls, training: Training, judged_on: Loader) -> Trained:
+        """Of a training, however far it has come."""
+        last = training.history[-1] if training.history else None
+        of = "moving average" if training.recipe.ema else "last weights"
+        return cls(
+            training.network,
+            training.recipe,
+            [Epoch(**row) for row in training.history],
+            Final(of=of, **last) if last else None,
+            bool(training.epoch or training.within.updates),
+            sum(row["seconds"] for row in training.history) + training.within.seconds,
+            training.images,
+            [training.loader, judged_on],
+        )
+
+
 class TrainFolder:
     """Writes a training's results. command: the command line that asked for it."""
 
-    def __init__(self, request: TrainRequest, inputs: TrainInputs, job: Job, command: str) -> None:
-        self._request, self._inputs, self._job, self._command = request, inputs, job, command
+    def __init__(self, request: TrainRequest, inputs: TrainInputs, job: Job, course: Course, command: str) -> None:
+        self._request, self._inputs, self._job, self._course, self._command = request, inputs, job, course, command
 
     def write(
         self,
-        training: Training,
-        judged_on: Loader,
+        trained: Trained,
         error: TrainingError | None,
         note: Callable[[str], None],
         interrupted: str | None = None,
@@ -49,16 +90,15 @@ class TrainFolder:
         from nas.data.batches import skipped_line
 
         job, folder = self._job, self._request.folder
-        if broken := skipped_line([training.loader, judged_on]):
+        if broken := skipped_line(trained.loaders):
             note(broken)
-        result = self._result(training, error, interrupted)
-        trained = bool(training.epoch or training.within.updates)
-        if trained:  # what was said of earlier weights goes first: Ctrl-C may end this anywhere
+        result = self._result(trained, error, interrupted)
+        if trained.started:  # what was said of earlier weights goes first: Ctrl-C may end this anywhere
             for earlier in (folder / "model.onnx", job.result):
                 earlier.unlink(missing_ok=True)
-            save_model(cast("Network", training.network.cpu()), folder)
+            save_model(cast("Network | TimmModel", trained.network.cpu()), folder)
         replace_file(job.result, json.dumps(result.to_json(), indent=1))
-        if trained and (failure := self._export(training, result)):
+        if trained.started and (failure := self._export(trained, result)):
             result = replace(result, error=f"{error}; {failure}" if error else failure)
         result = replace(result, notes=job.state.notes, phases=job.state.phases, finished=now())
         replace_file(job.result, json.dumps(result.to_json(), indent=1))
@@ -66,52 +106,56 @@ class TrainFolder:
         if result.error is None and interrupted is None:
             self._keep_digests()
             job.finish()
-            (job.kept / "checkpoint").unlink()
+            (job.kept / "checkpoint").unlink(missing_ok=True)
         return result
 
-    def _result(self, training: Training, error: TrainingError | None, interrupted: str | None) -> TrainResult:
+    def _result(self, trained: Trained, error: TrainingError | None, interrupted: str | None) -> TrainResult:
         import torch
 
         from nas.data.about import summary
         from nas.data.lineage import record
         from nas.measure.hardware import describe
         from nas.measure.runtime import Settings
-        from search_spaces import table
 
-        request, inputs, counts = self._request, self._inputs, table(self._inputs.arch)
-        trained = bool(training.epoch or training.within.updates)
-        last = training.history[-1] if training.history else {}
+        request, inputs = self._request, self._inputs
+        last, course = trained.final, self._course
+        counts = counts_of(inputs.network)
         threads = torch.get_num_threads()
         return TrainResult(
             model=request.model,
             command=self._command,
             started=self._job.state.started,
             finished=now(),
-            family=inputs.arch.family,
-            resolution=inputs.arch.resolution,
-            params=counts.params(),
-            macs=counts.macs(),
+            family=inputs.network.family,
+            resolution=inputs.network.resolution,
+            params=counts.params,
+            macs=counts.macs,
             data=asdict(summary(inputs.data)),
-            seen=record(request.folder, inputs.data.train, *inputs.parents) if trained else None,
-            recipe=asdict(training.recipe) | {"peak_lr": training.recipe.peak_lr},
+            seen=record(request.folder, inputs.data.train, *inputs.parents) if trained.started else None,
+            recipe=asdict(trained.recipe) | {"peak_lr": trained.recipe.peak_lr},
             options=request.identity(),
             processes=ranks()[1],
-            top1=last.get("top1"),
-            top1_ci=last.get("top1_ci"),
-            images=last.get("val_images"),
+            top1=last.top1 if last else None,
+            top1_ci=last.top1_ci if last else None,
+            images=last.val_images if last else None,
             classes=list(inputs.data.classes),
-            seconds=sum(row["seconds"] for row in training.history) + training.within.seconds,
+            seconds=trained.seconds,
             train_threads=threads,
-            epochs=[Epoch(**row) for row in training.history],
-            final=Final(of="moving average" if training.recipe.ema else "last weights", **last) if last else None,
-            hardware=describe(Settings("torch", request.device, threads, training.images)),
+            epochs=trained.epochs,
+            final=last,
+            start=course.start,
+            probe=course.probe,
+            trials=course.trials,
+            tuned=course.tuned,
+            kept=course.kept,
+            hardware=describe(Settings("torch", request.device, threads, trained.batch)),
             notes=self._job.state.notes,
             phases=self._job.state.phases,
             interrupted=interrupted,
             error=str(error) if error else None,
         )
 
-    def _export(self, training: Training, result: TrainResult) -> str | None:
+    def _export(self, trained: Trained, result: TrainResult) -> str | None:
         """Write the ONNX file; returns why that failed, which is said."""
         from nas.data.dataset import some_of
 
@@ -119,7 +163,7 @@ class TrainFolder:
             with self._job.phase("exporting"):
                 card = Card.of(self._inputs.data, result.top1, result.images or 0)
                 images = some_of(self._inputs.data.val)
-                network = cast("Network", training.network)
+                network = cast("Network | TimmModel", trained.network)
                 save_onnx(network, self._request.folder, 1, trained=True, card=card, images=images)
         except UserError as failure:
             line = f"no model.onnx, but the weights are there: {failure}"
@@ -152,7 +196,7 @@ class TrainFolder:
             )
         last, data = result.final, self._inputs.data
         card = Card.of(data, last.top1, last.val_images or 0) if last else Card.of(data)
-        model = load(self._inputs.arch, folder / WEIGHTS, what=str(folder))
+        model = load(self._inputs.network, folder / WEIGHTS, what=str(folder))
         save_model(model, folder, with_weights=False)
         save_onnx(model, folder, 1, trained=True, card=card, images=some_of(data.val))
         self._keep_digests()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,14 +11,17 @@ from typing import TYPE_CHECKING
 from nas.errors import UserError
 from nas.networks.timm_network import TIMM
 from nas.networks.weights import load
-from nas.training.request import RANDOM
+from nas.training.start import Start, find_start
 from nas.training.teachers import find_teacher, own_teacher
 
 if TYPE_CHECKING:
     from torch import nn
 
     from nas.data.dataset import ImageData
+    from nas.data.images import Images
+    from nas.networks.pretrained import Bytes
     from nas.networks.targets import Target
+    from nas.networks.timm_network import TimmModel, TimmNetwork
     from nas.training.request import TrainRequest
     from search_spaces import Arch
     from search_spaces.network import Network
@@ -29,94 +32,138 @@ class TrainInputs:
     """What a `TrainRequest` names, opened."""
 
     target: Target
-    arch: Arch
-    """The network that is trained, for the classes and the resolution of the images."""
+    network: Arch | TimmNetwork
+    """The one that is trained, for the classes and the resolution of the images."""
+    start: Start
+    """The weights that it begins with."""
     data: ImageData
+    train: Images
+    """Those that it is trained on: all for training, but for the ones held out."""
+    held: Images
+    """Held out of the images for training, plain; none where nothing is chosen by them."""
     parents: tuple[str | None, ...]
-    """The weights that it begins with, each "timm" or a file; None: random ones."""
+    """What was trained before, each "timm" or a file; None: random weights."""
+    fine_tunes: bool
+    """Whether a linear probe comes first, and the better of the two is kept."""
+
+    @property
+    def plain(self) -> Images:
+        """Those for training, without augmentation."""
+        return self.train.transformed(self.data.calibration.transform)
 
 
-def open_inputs(request: TrainRequest, note: Callable[[str], None]) -> TrainInputs:
-    """Find the network and open the images.
+def open_inputs(request: TrainRequest, note: Callable[[str], None], progress: Bytes | None = None) -> TrainInputs:
+    """Find the network and its weights, and open the images.
+
+    progress: told of the bytes of a download.
 
     Raises:
-        UserError: no such network or images, or they do not go together.
+        UserError: no such network, weights or images, or they do not go together.
     """
     from nas.data.dataset import open_data
     from nas.export.card import pixels_of
     from nas.networks.targets import find_target
+    from nas.training.holdout import hold_out
 
     target = find_target(request.model)
-    if target.arch is None:
-        raise UserError(f"{request.model} is {target.kind}: give a published name, an arch.json or a folder")
-    size = request.resolution or target.arch.resolution
-    arch = target.arch.at(size)
-    parents = [request.weights]
+    if target.network is None:
+        raise UserError(
+            f"{request.model} is {target.kind}: give a published name, an arch.json, a folder or {TIMM}NAME"
+        )
+    size = request.resolution or target.network.resolution
+    network = target.network.at(size)
+    start = find_start(request, progress)
+    parents = [start.parent]
     if request.oracle is not None:  # its weights are lent to the network
         parents.append(str(find_target(request.oracle).weights or "timm"))
     data = open_data(request.data, size, request.num_classes, request.seed, *parents)
     if data.demo:
         note(f"no --data: trained and evaluated on {data.name}, as a demonstration")
-    return TrainInputs(
-        target,
-        arch.replace(num_classes=len(data.classes)),
-        data.at(size, request.recipe.augmentation, pixels_of(target.arch, request.weights)),
-        tuple(parents),
-    )
+    pixels = pixels_of(target.network, "timm" if start.source in ("cache", "download") else start.path)
+    data = data.at(size, request.recipe.augmentation, pixels)
+    fine_tunes = start.path is not None and request.recipe.from_probe and request.oracle is None
+    train, held = data.train, data.calibration.pick([])
+    if fine_tunes and not request.probe:
+        rest, chosen = hold_out(data.train, request.seed, start.parent)
+        train, held = data.train.pick(rest), data.calibration.pick(chosen)
+    network = network.replace(num_classes=len(data.classes))
+    return TrainInputs(target, network, start, data, train, held, tuple(parents), fine_tunes)
 
 
-def digests_of(request: TrainRequest, inputs: TrainInputs) -> dict[str, str | None]:
-    """Digests of everything that the training reads, by what messages call it."""
+def digests_of(request: TrainRequest, inputs: TrainInputs, known: Mapping[str, str | None]) -> dict[str, str | None]:
+    """Digests of everything that the training reads, by what messages call it.
+
+    known: those that it was begun with; an older vitnas kept none of timm's weights.
+    """
     from nas.data.inputs import identity
     from nas.networks.targets import find_target
 
-    def network(text: str | None, weights: str | None) -> tuple[Arch | str, str | Path | None] | None:
+    def network(text: str | None, weights: str | None) -> tuple[Arch | TimmNetwork | str, str | Path | None] | None:
         if not text:
             return None
         if text.startswith(TIMM):
             return text, weights or "timm"
         target = find_target(text)
-        return target.arch or text, weights or target.weights or "timm"
+        return target.network or text, weights or target.weights or "timm"
 
+    start = "timm" if known.get("the weights of --model") == "timm" and inputs.start.published else inputs.start.path
     return identity(
         inputs.data,
-        model=(inputs.target.arch, request.weights) if inputs.target.arch is not None else None,
+        model=(inputs.target.network, start) if inputs.target.network is not None else None,
         teacher=network(request.teacher, request.teacher_weights),
         oracle=network(request.oracle, None),
     )
 
 
-def first_network(request: TrainRequest, inputs: TrainInputs, note: Callable[[str], None]) -> Network:
-    """The network as the training begins: with random weights, or the given ones brought to its classes and size."""
+def first_network(
+    request: TrainRequest, inputs: TrainInputs, note: Callable[[str], None]
+) -> tuple[Network | TimmModel, bool]:
+    """The network as the training begins: with random weights, or the given ones brought to its classes and size; and
+    whether its classifier is of the given weights, too."""
     import torch
 
+    from nas.networks.build import create
     from pruning.transfer import transfer
-    from search_spaces import create_model
+    from search_spaces import Arch
 
     torch.manual_seed(request.seed)
-    model = create_model(inputs.arch)
-    if request.weights is None:
-        return model
-    own = inputs.target.as_trained()
-    if request.weights == str(own.weights):
-        note(f"begins with the weights of {request.weights} (--weights {RANDOM}: with random ones)")
-    assert own.arch is not None
-    given = own.arch.replace(num_classes=inputs.arch.num_classes)
-    source = load(given, request.weights, what="--weights")
+    model, start = create(inputs.network), inputs.start
+    if start.line:
+        note(start.line)
+    if start.path is None:
+        return model, False
+    source = _source(inputs, start.path)
     assert source.loaded is not None
     if source.untrained:
         theirs = source.loaded.classes
         known = f"a classifier of {theirs} classes" if theirs else "no classifier"
-        note(
-            f"{request.weights} has {known}: one for the {inputs.arch.num_classes} classes of these images begins "
-            "untrained"
-        )
+        classes = inputs.network.num_classes
+        note(f"{start.path} has {known}: one for the {classes} classes of these images begins untrained")
     if source.loaded.note:
-        note(f"{request.weights}: {source.loaded.note}")
-    if given.resolution != inputs.arch.resolution:
-        note(f"weights of {given.resolution} px, resized to {inputs.arch.resolution} px")
-    model.load_state_dict(transfer(given, source.state_dict(), inputs.arch))
-    return model
+        note(f"{start.path}: {source.loaded.note}")
+    if isinstance(source.arch, Arch) and isinstance(inputs.network, Arch):
+        if source.arch.resolution != inputs.network.resolution:
+            note(f"weights of {source.arch.resolution} px, resized to {inputs.network.resolution} px")
+        model.load_state_dict(transfer(source.arch, source.state_dict(), inputs.network))
+    else:
+        model.load_state_dict(source.state_dict())
+    return model, not source.untrained
+
+
+def _source(inputs: TrainInputs, weights: Path) -> Network | TimmModel:
+    """The network that weights were trained as: at the resolution that it was named with, or that of the training; timm
+    itself resizes those of its networks."""
+    own, wanted = inputs.target.as_trained().arch, inputs.network
+    if own is None:
+        return load(wanted, weights, what="--weights")
+    given = own.replace(num_classes=wanted.num_classes)
+    try:
+        return load(given, weights, what="--weights")
+    except UserError:
+        if given.resolution != wanted.resolution:
+            with suppress(UserError):
+                return load(wanted, weights, what="--weights")
+        raise
 
 
 def open_teacher(request: TrainRequest, data: ImageData, note: Callable[[str], None]) -> nn.Module | None:

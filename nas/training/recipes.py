@@ -53,6 +53,10 @@ class Recipe:
     """Between these shares of the training a keep rate that drops tokens goes from 1 to its own along a cosine."""
     batch_norm: BatchNorm = "train"
     """What BatchNorm normalises with: each batch's statistics, or the running ones, which then stay as they are."""
+    from_probe: bool = False
+    """Whether trained weights first get a linear probe's head, and the better of probe and tuned network is kept."""
+    rates: tuple[float, ...] = ()
+    """Instead of `lr`, those that short trials choose from, on held-out images; none: there are no trials."""
 
     @property
     def peak_lr(self) -> float:
@@ -80,7 +84,7 @@ INHERITED = Recipe(
     distillation="soft",
 )
 """For weights cut from another network, whose statistics BatchNorm has to find again; once it was `finetune` itself."""
-FINETUNE = replace(INHERITED, lr=3e-4, batch_norm="frozen")
+FINETUNE = replace(INHERITED, lr=3e-4, batch_norm="frozen", from_probe=True, rates=(1e-4, 3e-4, 1e-3))
 EVIT = Recipe(
     name="evit",
     source="DeiT (ICML 2021) and EViT (ICLR 2022): 300 epochs, keep rate down over epochs 10 to 110",

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 RANDOM = "none"
 """The value of --weights that asks for random ones."""
+PROBE = "probe"
+"""What the folder of a linear probe is called by, which has no recipe."""
 MAX_WORKERS = 8
 MOST, MOST_WORKERS = 1_000_000, 256
 
@@ -39,7 +41,12 @@ class TrainRequest:
     num_classes: int | None = None
     """Classes that the images must have; None: any number."""
     weights: str | None = None
-    """To begin with: "timm" or a file; None: random ones."""
+    """To begin with: a file, "timm" (the published ones) or "none" (random ones). None: the network's own; else, with
+    the recipe `finetune`, the published ones, where there are any; else random ones."""
+    weights_from: Path | None = None
+    """A folder where published weights are looked for first: NAME.safetensors, NAME.pth or NAME.bin."""
+    probe: bool = False
+    """Whether a linear probe on the frozen network is all that is wanted."""
     teacher: str | None = None
     """A network to distil from: as `model`, or timm/NAME."""
     teacher_weights: str | None = None
@@ -61,12 +68,14 @@ class TrainRequest:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "folder", Path(self.folder))
+        if self.weights_from is not None:
+            object.__setattr__(self, "weights_from", Path(self.weights_from))
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for a training to go on."""
         found = asdict(self)
         recipe = found.pop("recipe")
-        for name in ("folder", "workers", "compiled"):
+        for name in ("folder", "workers", "compiled", "weights_from"):
             del found[name]
         for name in ("source", "teacher"):
             del recipe[name]
@@ -93,6 +102,11 @@ class TrainRequest:
             raise UserError(f"--precision {self.precision!r}: choose from {', '.join(PRECISIONS)}")
         if not 0 < recipe.lr < 1e3:
             raise UserError(f"--lr is {recipe.lr:g}: give a learning rate above 0, such as 1e-3")
+        if self.weights == RANDOM and (self.probe or self.weights_from is not None):
+            option = "--probe" if self.probe else "--weights-from"
+            raise UserError(f"{option} needs trained weights: give it without --from-scratch or --weights {RANDOM}")
+        if self.probe and (self.teacher or self.oracle or self.minutes):
+            raise UserError("--probe trains a linear classifier alone: leave out --teacher, --oracle and --minutes")
         if self.data is not None and os.path.isdir(self.data):
             images = Path(self.data).resolve()
             if self.folder.resolve() == images or images in self.folder.resolve().parents:
@@ -123,30 +137,8 @@ def choose_recipe(
     size = batch_size or recipe.batch_size
     changes: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, "distillation": distillation}
     if lr is not None:
-        changes |= {"lr": lr, "lr_batch": size}
+        changes |= {"lr": lr, "lr_batch": size, "rates": ()}
     return replace(recipe, **{key: value for key, value in changes.items() if value is not None})
-
-
-def starting_weights(model: str, weights: str | None, folder: Path | None) -> str | None:
-    """The weights that a training begins with: those given, or those in the network's own folder; None: random ones.
-
-    folder: where the training writes: what it has written there itself is no beginning.
-
-    Raises:
-        UserError: the folder holds the network's weights, and not from this command.
-    """
-    from nas.networks.targets import find_target
-
-    if weights is not None:
-        return None if weights == RANDOM else weights
-    beside = find_target(model).as_trained().weights
-    if beside is None:
-        return None
-    if folder is not None and folder.is_dir() and folder.resolve() == beside.parent.resolve():
-        if not (folder / "state" / "state.json").is_file():
-            raise UserError(f"--out {folder} holds the weights that the training begins with: give another")
-        return None
-    return str(beside)
 
 
 def check_device(device: str | None) -> str:

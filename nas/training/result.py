@@ -12,21 +12,17 @@ from pydantic import TypeAdapter
 
 from nas.errors import UserError
 from nas.intervals import top1_words
+from nas.training.course import Held, Probed, StartRecord, Trial
 
 RESULT = "metrics.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Epoch:
-    """One epoch of a training; the accuracy's fields are None where it was not judged."""
+class Judged:
+    """A network on the validation images; the accuracy's fields are None where it was not judged."""
 
     epoch: int
-    """Its number, from 1."""
-    loss: float
-    """Mean over its updates."""
-    lr: float
-    """The learning rate of its last update."""
-    images_per_s: float
+    """Epochs that it was trained for; 0: a linear probe."""
     seconds: float
     top1: float | None = None
     """Percent."""
@@ -42,6 +38,20 @@ class Epoch:
             return None
         return top1_words(self.top1, self.top1_ci, self.val_images)
 
+    def to_json(self) -> dict[str, Any]:
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Epoch(Judged):
+    """One epoch of a training."""
+
+    loss: float
+    """Mean over its updates."""
+    lr: float
+    """The learning rate of its last update."""
+    images_per_s: float
+
     def line(self, epochs: int) -> str:
         """What is said when it is done. epochs: of the training."""
         return (
@@ -49,15 +59,16 @@ class Epoch:
             f"learning rate {self.lr:.2g}, {self.images_per_s:.0f} images/s"
         )
 
-    def to_json(self) -> dict[str, Any]:
-        return {key: value for key, value in asdict(self).items() if value is not None}
-
 
 @dataclass(frozen=True, kw_only=True)
-class Final(Epoch):
-    """The last epoch. of: which weights were judged and written, "moving average" or "last weights"."""
+class Final(Judged):
+    """The network that is kept: of the last epoch, whose loss, rate and speed it has, or a linear probe."""
 
     of: str
+    """What was judged and written: "moving average" or "last weights", or "linear probe"."""
+    loss: float | None = None
+    lr: float | None = None
+    images_per_s: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +105,16 @@ class TrainResult:
     train_threads: int | None = None
     epochs: list[Epoch] = field(default_factory=list)
     final: Final | None
+    start: StartRecord | None = None
+    """The weights that it began with."""
+    probe: Probed | None = None
+    """The linear probe on held-out images, of a fine-tuning."""
+    trials: list[Trial] = field(default_factory=list)
+    """Of learning rates."""
+    tuned: Held | None = None
+    """The fine-tuned network on the images that the probe was judged on."""
+    kept: str | None = None
+    """The better of the two, "probe" or "tuned", whose weights these are; None: there was nothing to choose."""
     hardware: Mapping[str, Any]
     notes: list[str]
     phases: Mapping[str, float]

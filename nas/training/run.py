@@ -6,37 +6,33 @@ import copy
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from time import monotonic
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nas.errors import TrainingError, UserError
 from nas.files import folder_lock
 from nas.job import Job, Progress, Say
 from nas.training.begun import as_begun, defaults
-from nas.training.folder import WEIGHTS, TrainFolder
+from nas.training.course import Course
+from nas.training.folder import WEIGHTS, Trained, TrainFolder
 from nas.training.inputs import digests_of, first_network, lend_oracle, open_inputs, open_teacher
+from nas.training.prepare import Preparation
 from nas.training.processes import agreed, processes, ranks
-from nas.training.request import check_device
-from nas.training.result import RESULT, Epoch, TrainResult
-from nas.units import counted
+from nas.training.request import PROBE, check_device
+from nas.training.result import RESULT, Epoch, Final, TrainResult
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from nas.data.batches import Batch
+    from nas.data.images import Images
     from nas.training.engine import Training
     from nas.training.recipes import Recipe
     from nas.training.request import TrainRequest
 
 EVALUATED_AT_ONCE = 256
-TIMED = 10
-"""Updates of which --minutes learns how long an epoch takes; the first of them are not timed."""
-WARMUP = 2
-JUDGING = 1 / 3
-"""Of the time that an image takes in training, what it takes to judge one: there is no way back."""
 
 
 def train(
@@ -79,6 +75,8 @@ class TrainingRun:
     def __init__(
         self, request: TrainRequest, device: str, command: str, say: Say, progress: Progress, locks: ExitStack
     ) -> None:
+        from nas.data.batches import loader
+
         self.request, self.device, self._locks = request, device, locks
         self.rank, self.processes = ranks()
         self._stop: Callable[[], bool] = lambda: False
@@ -89,9 +87,15 @@ class TrainingRun:
             locks.enter_context(folder_lock(request.folder, say=say))
         hints = {"epochs": self._onward()} if (request.folder / WEIGHTS).is_file() else {}
         self.job = Job(request.folder, request.identity(), say, progress, device, RESULT, hints, defaults())
+        self.course = Course.read(self.job.state.found, self.job.kept / "state.json")
         self._queued: list[str] | None = []
-        self.inputs = open_inputs(request, self._note)
-        self.folder = TrainFolder(request, self.inputs, self.job, command)
+        self.inputs = open_inputs(request, self._note, lambda done, total: progress("downloading", done, total))
+        at_once = min(EVALUATED_AT_ONCE, request.recipe.batch_size)
+        self._val = loader(self.inputs.data.val, at_once, shuffle=False, seed=request.seed, workers=request.workers)
+        self.folder = TrainFolder(request, self.inputs, self.job, self.course, command)
+        self.steps = Preparation(
+            request, self.inputs, self.job, self.course, device, self.rank, self._note, lambda: self._stop()
+        )
 
     def _onward(self) -> str:
         """How to train the folder's network for longer."""
@@ -102,25 +106,44 @@ class TrainingRun:
 
     def run(self) -> TrainResult | None:
         request, inputs = self.request, self.inputs
-        self.job.agree(digests_of(request, inputs))
+        self._agree()
         if agreed(self.job.finished):
             return None if self.rank else self._finished()
-        model = first_network(request, inputs, self._note)
+        model, own_head = first_network(request, inputs, self._note)
+        if request.probe:
+            return self._probe(model)
         teacher = open_teacher(request, inputs.data, self._note)
         guided = lend_oracle(request, model, inputs.data, self.device, self._note)
-        training = self._begun(model, teacher)
+        training = self._prepared(model, own_head, teacher)
         error = None
         try:
             with guided, self._stopping():
                 self._epochs(training)
+                trained = self._better(training)
         except TrainingError as found:
             error = found
             self._go_back(training, found)
+            trained = Trained.of(training, self._val)
         except KeyboardInterrupt:
             if self.processes == 1:
                 self._leave(training)
             raise
-        result = None if self.rank else self.folder.write(training, self._val, error, self._note)
+        return self._written(trained, error)
+
+    def _agree(self) -> None:
+        """Go on only with what the folder's training was begun with."""
+        start, known = self.inputs.start, self.course.start
+        if known is not None and known.digest != start.digest:
+            was, now = (
+                f"{file} (sha256 {digest})" if digest else "random weights"
+                for file, digest in ((known.file, known.digest), (start.path, start.digest))
+            )
+            raise UserError(f"{self.request.folder} was begun with {was}, not {now}: give another --out")
+        self.job.agree(digests_of(self.request, self.inputs, self.job.state.inputs))
+        self.course.start = start.record
+
+    def _written(self, trained: Trained, error: TrainingError | None) -> TrainResult | None:
+        result = None if self.rank else self.folder.write(trained, error, self._note)
         agreed(True)  # torchrun ends all processes when one has failed: the others wait until the first has written
         if self.rank and error is not None:
             sys.exit(1)
@@ -133,63 +156,72 @@ class TrainingRun:
         self.folder.mend(result)
         return result
 
-    def _begun(self, model: nn.Module, teacher: nn.Module | None) -> Training:
-        """The training with all that is settled before its first epoch."""
-        recipe, found = self.request.recipe, self.job.state.found
-        if self.request.minutes is not None and agreed("epochs" not in found):
-            trial = self._training(copy.deepcopy(model), teacher, replace(recipe, lr=recipe.lr / 1e6), kept=False)
-            self._begin(trial)
-            found["epochs"] = self._epochs_in(self.request.minutes, trial)
-            if not self.rank:
-                self.job.save()
-        training = self._training(model, teacher, replace(recipe, epochs=found.get("epochs", recipe.epochs)))
+    def _probe(self, model: nn.Module) -> TrainResult | None:
+        """A linear probe alone."""
+        self._begin(None)
+        self.steps.probe(model, own_head=False)
+        probe = self.course.probe
+        assert probe is not None
+        final = None if self.rank else self._final_of_probe(model, probe.seconds)
+        recipe = replace(self.request.recipe, name=PROBE, source="a linear probe on the frozen network", epochs=0)
+        return self._written(
+            Trained(model, recipe, [], final, True, probe.seconds, recipe.batch_size, [self._val]), None
+        )
+
+    # Before the first epoch
+
+    def _prepared(self, model: nn.Module, own_head: bool, teacher: nn.Module | None) -> Training:
+        """The training, when everything that comes before its first epoch is done."""
+        recipe, course, inputs, minutes = self.request.recipe, self.course, self.inputs, self.request.minutes
+
+        def brief(network: nn.Module, by: Recipe, images: Images) -> Training:
+            return self._training(network, by, images, teacher, None)
+
+        probes = inputs.fine_tunes and course.probe is None
+        tries = len(recipe.rates) > 1 and len(inputs.held) > 0 and course.lr is None
+        if agreed(probes or tries or (minutes is not None and course.epochs is None)):
+            checked = brief(copy.deepcopy(model), replace(recipe, lr=recipe.lr / 1e6), inputs.train)
+            self._begin(checked)
+            if inputs.fine_tunes:
+                self.steps.probe(model, own_head)
+            if tries:
+                self.steps.choose_rate(model, recipe, brief)
+            if minutes is not None and course.epochs is None:
+                self.steps.choose_epochs(minutes, checked)
+        elif inputs.fine_tunes:
+            self.steps.probe(model, own_head)
+        recipe = replace(recipe, lr=course.lr or recipe.lr, epochs=course.epochs or recipe.epochs)
+        training = self._training(model, recipe, inputs.train, teacher, self.job.kept / "checkpoint")
         if self._queued is not None:
             self._begin(training)
         if training.epoch or training.within.updates:
             self.job.say(f"going on after {self._done(training)}")
         return training
 
-    def _epochs_in(self, minutes: float, trial: Training) -> int:
-        """How many epochs fit, by the pace of some updates of a training that is then thrown away; one at least."""
-        times = [monotonic()]
-        with self.job.phase("timing"):
-            try:
-                trial.run(1, lambda *_: times.append(monotonic()), lambda: len(times) > TIMED or self._stop())
-            except KeyboardInterrupt:
-                if len(times) <= TIMED:
-                    raise
-        warm = min(WARMUP, len(times) - 2)
-        of_image = agreed((times[-1] - times[warm]) / (len(times) - 1 - warm) / trial.images)
-        epoch = of_image * (trial.updates * trial.images + JUDGING * len(self.inputs.data.val))
-        epochs = max(1, int(60 * minutes / epoch))
-        self._note(f"--minutes {minutes:g}: {counted(epochs, 'epoch')}, one takes about {epoch:.0f} s")
-        return epochs
-
-    def _training(self, model: nn.Module, teacher: nn.Module | None, recipe: Recipe, kept: bool = True) -> Training:
-        """kept: with a checkpoint, and judged on the validation images."""
-        from nas.data.batches import loader
+    def _training(
+        self, model: nn.Module, recipe: Recipe, images: Images, teacher: nn.Module | None, checkpoint: Path | None
+    ) -> Training:
+        """checkpoint: None of a short one, which is not judged on the validation images either."""
         from nas.training.engine import Training
 
-        request, data = self.request, self.inputs.data
-        at_once = min(EVALUATED_AT_ONCE, recipe.batch_size)
-        self._val = loader(data.val, at_once, shuffle=False, seed=request.seed, workers=request.workers)
+        request = self.request
         return Training(
             model,
-            data.train,
+            images,
             recipe,
             seed=request.seed,
             device=self.device,
             precision=request.precision,
             teacher=teacher,
-            checkpoint=self.job.kept / "checkpoint" if kept else None,
+            checkpoint=checkpoint,
             workers=request.workers,
             accumulate=request.accumulate,
             compiled=request.compiled,
-            validate=self._evaluate if kept and not self.rank else None,
+            validate=self._evaluate if checkpoint is not None and not self.rank else None,
             say=self._note,
         )
 
-    def _begin(self, training: Training) -> None:
+    def _begin(self, training: Training | None) -> None:
         """Everything asked for can be had: from here on the folder is written and notes are told."""
         from nas.data.about import announce
 
@@ -199,31 +231,24 @@ class TrainingRun:
                 self._locks.enter_context(folder_lock(self.request.folder, say=self.job.say))
             if self._new and (self.job.kept / "state.json").is_file():
                 raise UserError(f"{self.request.folder} was begun by another command just now: give another --out")
-        images = len(self.inputs.data.train)
+        images = len(self.inputs.train)
         announce(self.inputs.data, self.job.say, self.job.note)
         lines, self._queued = self._queued or (), None
         for line in lines:
             self._note(line)
-        left_out = images - training.updates * training.images
-        if left_out and training.recipe.repeats == 1:
+        left_out = images - training.updates * training.images if training is not None else 0
+        if training is not None and left_out and training.recipe.repeats == 1:
             self._note(
                 f"{left_out:,} of {images:,} images an epoch fill no batch of {training.images} and are left out "
                 "(others in each epoch)"
             )
-        if not self.rank:
-            self.job.save()
+        self.steps.keep()
 
     def _evaluate(self, network: nn.Module) -> dict[str, Any]:
         from nas.training.evaluation import evaluate
 
-        found = evaluate(network, self._until_stopped(self._val), self.device, self._note)
+        found = evaluate(network, self.steps.until_stopped(self._val), self.device, self._note)
         return {"top1": found.top1, "top1_ci": list(found.interval), "val_loss": found.loss, "val_images": found.total}
-
-    def _until_stopped(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        for batch in batches:
-            if self._stop():
-                raise KeyboardInterrupt
-            yield batch
 
     # Course
 
@@ -235,6 +260,25 @@ class TrainingRun:
             if not self.rank:
                 self.job.save()
                 self.job.say(Epoch(**training.history[-1]).line(epochs))
+
+    def _better(self, training: Training) -> Trained:
+        """The better of the tuned network and the one that it began as, by images that neither was trained on."""
+        trained, course = Trained.of(training, self._val), self.course
+        if not self.inputs.fine_tunes:
+            return trained
+        if course.probe is None or course.probe.held is None or not len(self.inputs.held):
+            self._note("no images were left to choose between the probe and the tuned network: this is the tuned one")
+            return trained
+        if course.kept is None and not self.rank:
+            self.steps.choose(training.network)
+        if agreed(course.kept) == "tuned" or self.rank:
+            return trained
+        network = self.steps.first(training.model)
+        return replace(trained, network=network, final=self._final_of_probe(network, course.probe.seconds))
+
+    def _final_of_probe(self, network: nn.Module, seconds: float) -> Final:
+        with self.job.phase("judging the probe"):
+            return Final(epoch=0, of="linear probe", seconds=seconds, **self._evaluate(network))
 
     def _go_back(self, training: Training, error: TrainingError) -> None:
         training.restore(within=False)
@@ -277,7 +321,7 @@ class TrainingRun:
             self.job.say("no update was finished: nothing is kept")
             return
         self.job.say(f"interrupted after {done}: writing the network (Ctrl-C again leaves that out)")
-        final = self.folder.write(training, self._val, None, self._note, interrupted=done).final
+        final = self.folder.write(Trained.of(training, self._val), None, self._note, interrupted=done).final
         accuracy = (final and final.accuracy()) or "which was not judged"
         which = f"epoch {training.epoch}" if training.epoch else done
         self.job.say(f"{self.request.folder} holds the network of {which}, {accuracy}")

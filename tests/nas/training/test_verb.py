@@ -27,6 +27,7 @@ import nas.export.onnx
 import nas.training.begun
 import nas.training.engine
 import nas.training.evaluation
+import nas.training.prepare
 import nas.training.run
 import nas.training.updater
 from nas.cli.app import main
@@ -375,8 +376,9 @@ def test_a_training_begun_by_an_older_vitnas_goes_on_as_it_was_begun(vitnas, dei
         assert vitnas(*args)[0] == 130
     path = out / "state" / "state.json"
     state = json.loads(path.read_text())
-    for name in ("minutes",):
+    for name in ("minutes", "probe", "from_probe", "rates"):
         del state["options"][name]
+    del state["found"]["course"]
     path.write_text(json.dumps(state))
     monkeypatch.setattr(nas.training.begun, "EARLIER", (RECIPES["quick"],))
     monkeypatch.setitem(RECIPES, "quick", dataclasses.replace(RECIPES["quick"], lr=1e-5, mixup=0.5, batch_size=16))
@@ -393,7 +395,7 @@ def test_minutes_become_epochs(vitnas, deit, tmp_path, monkeypatch):
     out, clock = tmp_path / "out", itertools.count()
     args = ("train", deit, "--out", str(out), "--minutes", "1", "--batch-size", "64", "--device", "cpu")
     with monkeypatch.context() as patched:
-        patched.setattr(nas.training.run, "monotonic", lambda: 4.0 * next(clock))
+        patched.setattr(nas.training.prepare, "monotonic", lambda: 4.0 * next(clock))
         signalled(patched, 5)
         code, _, err = vitnas(*args)
     assert code == 130, err
@@ -656,7 +658,8 @@ def test_fine_tuning_begins_with_the_weights_given(vitnas, trained, tmp_path, mo
 
     class Peek(nas.training.engine.Training):
         def __init__(self, model, *args, **kwargs) -> None:
-            begun[model.arch.resolution] = {name: value.clone() for name, value in model.state_dict().items()}
+            values = {name: value.clone() for name, value in model.state_dict().items()}
+            begun.setdefault(model.arch.resolution, values)  # before the probe, which changes the classifier
             super().__init__(model, *args, **kwargs)
 
     monkeypatch.setattr(nas.training.engine, "Training", Peek)

@@ -1,0 +1,228 @@
+"""What a training settles before its first epoch: a linear probe, the learning rate, and how many epochs fit."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from nas.errors import TrainingError
+from nas.training.course import Course, Held, Probed, Trial
+from nas.training.processes import agreed
+from nas.units import counted
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from nas.data.batches import Batch
+    from nas.data.images import Images
+    from nas.job import Job
+    from nas.training.engine import Training
+    from nas.training.evaluation import Accuracy
+    from nas.training.inputs import TrainInputs
+    from nas.training.recipes import Recipe
+    from nas.training.request import TrainRequest
+
+START = "start.safetensors"
+"""In the folder's state: the network as its fine-tuning begins."""
+TIMED = 10
+"""Updates of which --minutes learns how long an epoch takes; the first of them are not timed."""
+WARMUP = 2
+JUDGING = 1 / 3
+"""Of the time that an image takes in training, what it takes to judge one: there is no way back."""
+JUDGED_AT_ONCE = 256
+COMPARED = 500
+"""Images that BatchNorm's statistics are compared on, at most."""
+TRIED = 3000
+"""Images that a trial of a learning rate trains on, at most."""
+
+
+@dataclass
+class Preparation:
+    """The steps before the first epoch, each of which is kept and so done once, and the choice after the last."""
+
+    request: TrainRequest
+    inputs: TrainInputs
+    job: Job
+    course: Course
+    device: str
+    rank: int
+    """Of this process; the first one writes."""
+    note: Callable[[str], None]
+    stop: Callable[[], bool]
+
+    def keep(self) -> None:
+        if self.rank == 0:
+            self.job.state.found["course"] = self.course.to_json()
+            self.job.save()
+
+    # Probe
+
+    def probe(self, model: nn.Module, own_head: bool) -> None:
+        """Give a network re-estimated statistics and the head of a linear probe, or what it was given before.
+
+        own_head: whether its own head is trained for as many classes; then the better of the two stays.
+        """
+        from safetensors.torch import load_file
+
+        from nas.export.folder import save_weights
+
+        kept = self.job.kept / START
+        if agreed(self.course.probe is not None and kept.is_file()):
+            model.load_state_dict(load_file(kept))
+            return
+        if self.rank == 0:
+            self._fit_probe(model, own_head)
+            save_weights(model, kept)
+            self.keep()
+        state, self.course.probe = agreed((model.state_dict(), self.course.probe))
+        model.load_state_dict(state)
+
+    def _fit_probe(self, model: nn.Module, own_head: bool) -> None:
+        from nas.training.probe import find_features, fit_probe, install
+
+        began, request, images = monotonic(), self.request, self.inputs.plain
+        before = copy.deepcopy(model.state_dict()) if own_head else None
+        own = self.judge(model) if own_head and len(self.inputs.held) else None
+        with self.job.phase("probe") as progress:
+            self._take_statistics(model)
+            features = find_features(
+                model, self._batches(images), self.device, progress=lambda done: progress(done, len(images))
+            )
+            probe = fit_probe(features.values, features.labels, len(self.inputs.data.classes), request.seed)
+            install(model, probe)
+            found = probe.held_out
+            held = None if found is None else Held(top1=found.top1, top1_ci=found.interval, images=found.images)
+            if len(self.inputs.held):
+                held = self.judge(model)
+        seconds = monotonic() - began
+        accuracy = held or "no class has an image to hold out"
+        self.note(f"linear probe on the frozen network: {accuracy}, of held-out training images; {seconds:.0f} s")
+        if before is not None and (own is None or held is None or own.top1 >= held.top1):
+            model.load_state_dict(before)
+            held = own
+            self.note(f"its own classifier stays{f': {own}' if own else ''}")
+        self.course.probe = Probed(held=held, strength=probe.strength, seconds=seconds)
+
+    def _take_statistics(self, model: nn.Module) -> None:
+        """Take BatchNorm's statistics again, where a probe on some of the images is better for it."""
+        from nas.data.images import sample
+        from nas.training.probe import HeldOut, find_features, fit_probe
+        from nas.training.statistics import take_statistics
+
+        images = sample(self.inputs.plain, COMPARED, self.request.seed)
+
+        def worth(network: nn.Module) -> HeldOut | None:
+            features = find_features(network, self._batches(images), self.device)
+            classes = len(self.inputs.data.classes)
+            return fit_probe(features.values, features.labels, classes, self.request.seed).held_out
+
+        other = copy.deepcopy(model)
+        if not take_statistics(other, self._batches(images, shuffle=True), self.device):
+            return
+        own, theirs = worth(model), worth(other)
+        if own is None or theirs is None:
+            return
+        better = theirs.loss < own.loss and theirs.top1 > own.top1
+        if better:
+            model.load_state_dict(other.state_dict())
+        self.note(
+            f"BatchNorm's statistics {'are taken from these images' if better else 'stay the given ones'}: a probe on "
+            f"{len(images):,} images has {theirs.top1:.1f}% with those of these images, {own.top1:.1f}% with the given"
+        )
+
+    def _batches(self, images: Images, shuffle: bool = False) -> Iterator[Batch]:
+        from nas.data.batches import loader
+
+        request = self.request
+        at_once = min(JUDGED_AT_ONCE, request.recipe.batch_size)
+        return self.until_stopped(loader(images, at_once, shuffle=shuffle, seed=request.seed, workers=request.workers))
+
+    def judge(self, network: nn.Module) -> Held:
+        """Accuracy on the held-out images."""
+        found = self._accuracy(network)
+        return Held(top1=found.top1, top1_ci=found.interval, images=found.total)
+
+    def _accuracy(self, network: nn.Module) -> Accuracy:
+        from nas.training.evaluation import evaluate
+
+        return evaluate(network, self._batches(self.inputs.held), self.device, self.note)
+
+    def until_stopped(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            if self.stop():
+                raise KeyboardInterrupt
+            yield batch
+
+    def choose(self, tuned: nn.Module) -> None:
+        """Keep the tuned network, unless the one that it began as is better."""
+        assert self.course.probe is not None
+        before = self.course.probe.held
+        assert before is not None
+        with self.job.phase("choosing"):
+            self.course.tuned = after = self.judge(tuned)
+        self.course.kept = "tuned" if after.top1 >= before.top1 else "probe"
+        words = "tuned network is kept" if self.course.kept == "tuned" else "probe is kept, the tuned network is worse"
+        self.note(f"{words}: {after.top1:.1f}% of the held-out images, the probe {before.top1:.1f}%")
+        self.keep()
+
+    def first(self, like: nn.Module) -> nn.Module:
+        """The network that the tuning began with. like: one of the same kind."""
+        from safetensors.torch import load_file
+
+        network = copy.deepcopy(like).cpu()
+        network.load_state_dict(load_file(self.job.kept / START))
+        return network
+
+    # Learning rate
+
+    def choose_rate(
+        self, model: nn.Module, recipe: Recipe, brief: Callable[[nn.Module, Recipe, Images], Training]
+    ) -> None:
+        """Train briefly with each of the recipe's rates, and keep the one that is best on held-out images.
+
+        brief: gives a training of a network by a recipe on images, without checkpoint and judging.
+        """
+        from nas.data.images import sample
+
+        images = sample(self.inputs.train, TRIED, self.request.seed)
+        for lr in recipe.rates:
+            if any(trial.lr == lr for trial in self.course.trials):
+                continue
+            with self.job.phase(f"trying the learning rate {lr:g}") as progress:
+                trial = brief(copy.deepcopy(model), replace(recipe, epochs=1, lr=lr), images)
+                try:
+                    trial.run(1, progress, self.stop)
+                    found = self.judge(trial.network) if self.rank == 0 else None
+                except TrainingError:
+                    found = Held(top1=0.0, top1_ci=(0.0, 0.0), images=len(self.inputs.held))
+            held = agreed(found)
+            assert held is not None
+            self.course.trials.append(Trial(lr=lr, top1=held.top1, top1_ci=held.top1_ci, images=held.images))
+            self.keep()
+        best = max(self.course.trials, key=lambda trial: trial.top1)
+        told = ", ".join(f"{trial.lr:g} {trial.top1:.1f}%" for trial in self.course.trials)
+        self.note(f"learning rate {best.lr:g}, the best of short trials on held-out images ({told})")
+        self.course.lr = best.lr
+        self.keep()
+
+    # Time
+
+    def choose_epochs(self, minutes: float, trial: Training) -> None:
+        """Find how many epochs fit, by the pace of some updates of a training that is then thrown away."""
+        times = [monotonic()]
+        with self.job.phase("timing"):
+            try:
+                trial.run(1, lambda *_: times.append(monotonic()), lambda: len(times) > TIMED or self.stop())
+            except KeyboardInterrupt:
+                if len(times) <= TIMED:
+                    raise
+        warm = min(WARMUP, len(times) - 2)
+        of_image = agreed((times[-1] - times[warm]) / (len(times) - 1 - warm) / trial.images)
+        epoch = of_image * (trial.updates * trial.images + JUDGING * len(self.inputs.data.val))
+        spent = agreed(sum(self.job.state.phases.get(name, 0.0) for name in self.job.state.phases))
+        self.course.epochs = max(1, int((60 * minutes - spent) / epoch))
+        self.note(f"--minutes {minutes:g}: {counted(self.course.epochs, 'epoch')}, one takes about {epoch:.0f} s")
+        self.keep()

@@ -1,0 +1,143 @@
+"""The weights that a training begins with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nas.data.lineage import TIMM
+from nas.errors import UserError
+from nas.identity import file_digest
+from nas.networks.pretrained import Bytes, NoPretrained, find_pretrained
+from nas.networks.targets import find_target
+from nas.training.begun import begun_in, left_by_an_older
+from nas.training.course import StartRecord
+from nas.training.recipes import FINETUNE, QUICK, Recipe
+from nas.training.request import RANDOM, TrainRequest, default_folder
+
+if TYPE_CHECKING:
+    from nas.networks.targets import Target
+
+
+@dataclass(frozen=True)
+class Start:
+    """The weights that a training begins with."""
+
+    path: Path | None = None
+    """Their file; None: random ones."""
+    digest: str | None = None
+    """As `nas.identity.file_digest`."""
+    source: str = "random"
+    """Where they are from: random, file (the user's), run (the network's own), or as `Pretrained.source`."""
+    line: str = ""
+    """What to tell of them; "" where nothing is to be told."""
+
+    @property
+    def published(self) -> bool:
+        """Whether they are a published network's, which have seen none of the user's images."""
+        return self.source in ("folder", "cache", "download")
+
+    @property
+    def record(self) -> StartRecord:
+        """As the run keeps it."""
+        file = None if self.path is None else str(self.path)
+        return StartRecord(source=self.source, file=file, digest=self.digest, told=self.line)
+
+    @property
+    def parent(self) -> str | None:
+        """As `nas.data.lineage` takes it."""
+        return TIMM if self.published else str(self.path) if self.path is not None else None
+
+
+def find_start(request: TrainRequest, progress: Bytes | None = None) -> Start:
+    """Find the weights that a request begins with: those it names, those in the network's own folder, or the published
+    ones, where it fine-tunes.
+
+    progress: told of the bytes of a download.
+
+    Raises:
+        UserError: no such network or file, weights that are known but cannot be had, none where they are needed, or a
+            folder for the results that holds the weights it begins with.
+    """
+    target = find_target(request.model)
+    if request.weights == RANDOM:
+        return Start()
+    if request.weights not in (None, TIMM):
+        return Start(Path(request.weights), file_digest(Path(request.weights)), "file")
+    own = target.as_trained().weights if request.weights is None else None
+    if own is not None:
+        if _writes_itself(request.folder, own):
+            return Start()
+        return Start(
+            own, file_digest(own), "run", f"begins with the weights of {own} (--weights none: with random ones)"
+        )
+    begun = begun_in(request.folder)
+    fine_tunes = request.recipe.name == FINETUNE.name and request.oracle is None
+    if not asks_for_weights(request) and (not fine_tunes or (begun is not None and begun.from_nothing)):
+        return Start()
+    return _published(request, target, progress)
+
+
+def asks_for_weights(request: TrainRequest) -> bool:
+    """Whether an option of the request needs trained weights."""
+    return request.weights == TIMM or request.weights_from is not None or request.probe
+
+
+def with_usual_recipe(
+    request: TrainRequest, by: Callable[[str], Recipe], named: bool, progress: Bytes | None = None
+) -> TrainRequest:
+    """A request for which no recipe was asked for, with its own: that of its folder's training; else `finetune`, where
+    it begins with weights, or `quick`. Digits, a demonstration, need no weights.
+
+    Args:
+        by: gives the recipe of a name, with the user's changes.
+        named: whether the user named the folder; else it is that of the recipe.
+
+    Raises:
+        UserError: as `find_start`.
+    """
+    begun = begun_in(request.folder)
+    if begun is not None and request.weights is None:
+        return replace(request, recipe=by(begun.recipe.name))
+    older = (
+        None if named or request.weights is not None or asks_for_weights(request) else left_by_an_older(request.model)
+    )
+    if older is not None:
+        return replace(request, recipe=by(QUICK.name), folder=older)
+    needs_none = request.data is None and not asks_for_weights(request)
+    asked = replace(request, recipe=QUICK if needs_none else FINETUNE)
+    name = QUICK.name if find_start(asked, progress).path is None else FINETUNE.name
+    return replace(request, recipe=by(name), folder=request.folder if named else default_folder(request.model, name))
+
+
+def _writes_itself(folder: Path, weights: Path) -> bool:
+    """Whether weights lie in the folder of the results, because this very command has written them.
+
+    Raises:
+        UserError: they lie there, and this command has not.
+    """
+    if not folder.is_dir() or folder.resolve() != weights.parent.resolve():
+        return False
+    if not (folder / "state" / "state.json").is_file():
+        raise UserError(f"--out {folder} holds the weights that the training begins with: give another")
+    return True
+
+
+def _published(request: TrainRequest, target: Target, progress: Bytes | None) -> Start:
+    network = target.as_trained().network
+    if network is None:
+        raise UserError(f"{request.model} is {target.kind}: give a published name, an arch.json, a folder or timm/NAME")
+    try:
+        found = find_pretrained(network, request.weights_from, progress)
+    except NoPretrained as error:
+        if asks_for_weights(request):
+            what = f"--weights {TIMM}" if request.weights == TIMM else "--probe"
+            raise UserError(f"{what}: {error}: give --weights FILE or --weights-from DIR") from None
+        return Start(line=f"no pretrained weights of {request.model}: starts from random weights")
+    except UserError as error:
+        if asks_for_weights(request):
+            raise
+        raise UserError(f"{error}; or --from-scratch for random weights") from None
+    return Start(found.path, found.digest, found.source, found.line)

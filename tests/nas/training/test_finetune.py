@@ -1,0 +1,185 @@
+"""Fine-tuning: the probe first, then the rate, then the epochs; the better of probe and tuned network is kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import nas.data.dataset
+import nas.training.engine
+import nas.training.prepare
+import nas.training.probe
+import nas.training.run
+import nas.training.updater
+from nas.data.dataset import open_data
+from nas.data.images import sample
+from nas.training.course import Held
+from nas.training.recipes import FINETUNE, RECIPES
+from nas.training.request import TrainRequest, choose_recipe
+from nas.training.run import train
+from search_spaces import create_model
+
+ARGS = ("--epochs", "1", "--batch-size", "32", "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def weights(helpers, tmp_path_factory) -> tuple[str, str]:
+    """A tiny SHViT as arch.json, and a file of weights for it, of other classes."""
+    arch = helpers.random_arch("shvit", 3, num_classes=10, resolution=32)
+    folder = tmp_path_factory.mktemp("shvit")
+    (folder / "arch.json").write_text(arch.to_json())
+    torch.manual_seed(0)
+    model = create_model(arch.replace(num_classes=7))
+    torch.save(model.state_dict(), folder / "given.pth")
+    return str(folder / "arch.json"), str(folder / "given.pth")
+
+
+def few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few of them, and two rates."""
+
+    def open_few(*args) -> nas.data.dataset.ImageData:
+        data = open_data(*args)
+        return dataclasses.replace(data, train=sample(data.train, 200, 0), val=sample(data.val, 64, 0))
+
+    monkeypatch.setattr(nas.data.dataset, "open_data", open_few)
+    monkeypatch.setitem(RECIPES, "finetune", dataclasses.replace(FINETUNE, rates=(1e-4, 1e-3)))
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch) -> None:
+    few_digits(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def whole(weights, tmp_path_factory) -> dict[str, torch.Tensor]:
+    """Weights of the tuning ARGS that nothing has interrupted."""
+    out, (model, given) = tmp_path_factory.mktemp("whole"), weights
+    with pytest.MonkeyPatch.context() as patch:
+        few_digits(patch)
+        recipe = choose_recipe("finetune", 1, 32)
+        train(TrainRequest(model, recipe, "cpu", out, weights=given))
+    return load_file(out / "model.safetensors")
+
+
+@pytest.fixture
+def tune(vitnas, weights, tmp_path) -> Callable[..., tuple[int, str, str]]:
+    def run(*more: str) -> tuple[int, str, str]:
+        model, given = weights
+        return vitnas("train", model, "--weights", given, "--out", str(tmp_path / "out"), *more)
+
+    return run
+
+
+def metrics(tmp_path: Path) -> dict:
+    return json.loads((tmp_path / "out" / "metrics.json").read_text())
+
+
+def test_a_fine_tuning_is_told_step_by_step(tune, vitnas, tmp_path):
+    code, text, err = tune(*ARGS)
+    assert code == 0, err
+    found = metrics(tmp_path)
+    lines = err.splitlines()
+    (probe,) = (line for line in lines if line.startswith("linear probe on the frozen network: "))
+    held = found["probe"]["held"]
+    assert f"{held['top1']:.1f}% top-1 (95%: {held['top1_ci'][0]:.1f} to {held['top1_ci'][1]:.1f}" in probe
+    assert held["images"] == found["tuned"]["images"] == sum(trial["images"] for trial in found["trials"]) / 2
+    assert [trial["lr"] for trial in found["trials"]] == [1e-4, 1e-3]
+    best = max(found["trials"], key=lambda trial: trial["top1"])
+    assert found["recipe"]["lr"] == best["lr"]
+    assert any(line.startswith(f"learning rate {best['lr']:g}, the best of short trials") for line in lines)
+    assert found["kept"] == ("tuned" if found["tuned"]["top1"] >= held["top1"] else "probe")
+    assert found["start"]["source"] == "file"
+    assert len(found["start"]["digest"]) == 16
+    code, again, err = tune(*ARGS)
+    assert (code, again) == (0, text)
+    assert "is finished" in err
+
+
+def test_a_probe_alone_is_a_result_like_any_other(tune, vitnas, weights, tmp_path):
+    code, text, err = tune("--probe", "--device", "cpu")
+    assert code == 0, err
+    found = metrics(tmp_path)
+    assert (found["final"]["of"], found["epochs"], found["recipe"]["name"]) == ("linear probe", [], "probe")
+    assert text.startswith(f"{found['top1']:.1f}% top-1 (95%: ")
+    assert (tmp_path / "out" / "model.onnx").is_file()
+    given = torch.load(weights[1], weights_only=True)
+    ours = load_file(tmp_path / "out" / "model.safetensors")
+    changed = {name for name, value in ours.items() if not torch.equal(value, given[name])}
+    assert changed
+    assert all(name.startswith("head.") for name in changed), "all else is frozen"
+    out = str(tmp_path / "out")
+    assert vitnas("show", out)[0] == 0
+    assert vitnas("export", out, "--out", str(tmp_path / "exported"))[0] == 0
+
+
+def test_the_better_one_is_kept(tune, tmp_path, monkeypatch):
+    """Where tuning makes it worse, the files hold the probe's network, and its accuracy is told."""
+    judge = nas.training.prepare.Preparation.judge
+
+    def harsh(self, network) -> Held:
+        found = judge(self, network)
+        return found if self.course.probe is None else dataclasses.replace(found, top1=0.0)
+
+    monkeypatch.setattr(nas.training.prepare.Preparation, "judge", harsh)
+    code, text, err = tune(*ARGS)
+    assert code == 0, err
+    assert "probe is kept, the tuned network is worse: 0.0% of the held-out images" in err
+    found = metrics(tmp_path)
+    assert (found["kept"], found["final"]["of"], found["final"]["epoch"]) == ("probe", "linear probe", 0)
+    assert "linear probe" in text.splitlines()[0]
+    assert len(found["epochs"]) == 1
+
+
+STEPS = {
+    "probe": (nas.training.probe, "install"),
+    "first trial": (nas.training.updater.Updater, "step"),
+    "choosing": (nas.training.prepare.Preparation, "choose"),
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_what_is_done_is_not_done_again(tune, whole, tmp_path, monkeypatch, step):
+    """Killed at any step, the same command ends with the same weights, and with no step done twice."""
+    owner, name = STEPS[step]
+
+    def dies(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    done: list[str] = []
+    monkeypatch.setattr(
+        nas.training.prepare.Preparation,
+        "keep",
+        lambda self, keep=nas.training.prepare.Preparation.keep: (done.append(state(self)), keep(self)),
+    )
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, name, dies)
+        assert tune(*ARGS)[0] == 130
+    code, _, err = tune(*ARGS)
+    assert code == 0, err
+    steps = [step for step, _ in itertools.groupby(done)]
+    assert len(set(steps)) == len(steps), "no step was done twice"
+    ours = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(ours[key], value) for key, value in whole.items())
+
+
+def state(steps) -> str:
+    course = steps.course
+    return f"{course.probe is not None} {len(course.trials)} {course.lr} {course.kept}"
+
+
+def test_other_weights_are_refused_with_the_difference(tune, weights, vitnas, tmp_path):
+    assert tune("--probe", "--device", "cpu")[0] == 0
+    model, given = weights
+    other = tmp_path / "other.pth"
+    state = torch.load(given, weights_only=True)
+    torch.save({name: value * 2 if value.is_floating_point() else value for name, value in state.items()}, other)
+    refused = vitnas("train", model, "--weights", str(other), "--out", str(tmp_path / "out"), "--probe")
+    digest = metrics(tmp_path)["start"]["digest"]
+    vitnas.refused(refused, f"was begun with {given} (sha256 {digest}), not {other} (sha256 ", "give another --out")

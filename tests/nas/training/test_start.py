@@ -1,0 +1,101 @@
+"""Which weights a training begins with, by what recipe, and what is said of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import nas.training.start
+from nas.errors import UserError
+from nas.networks.pretrained import NoPretrained, Pretrained
+from nas.training.recipes import FINETUNE, QUICK
+from nas.training.request import TrainRequest, choose_recipe, default_folder
+from nas.training.start import find_start, with_usual_recipe
+
+
+@pytest.fixture
+def looked(monkeypatch, tmp_path) -> list[Path | None]:
+    """The folders that published weights were looked for in; there are some of shvit_s1."""
+    seen: list[Path | None] = []
+
+    def look(network, folder=None, progress=None):
+        seen.append(folder)
+        if network.family != "shvit":
+            raise NoPretrained("there are no pretrained weights of it")
+        return Pretrained("shvit_s1", tmp_path / "weights", "cache", "ab12", "shvit_s1.in1k")
+
+    monkeypatch.setattr(nas.training.start, "find_pretrained", look)
+    monkeypatch.chdir(tmp_path)
+    return seen
+
+
+def asked(**changes) -> TrainRequest:
+    known = {"model": "shvit_s1", "recipe": FINETUNE, "device": "cpu", "folder": Path("runs/x"), "data": "images"}
+    return TrainRequest(**known | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "recipe"),
+    [
+        ({}, "finetune"),
+        ({"data": None}, "quick"),
+        ({"data": None, "weights": "timm"}, "finetune"),
+        ({"data": None, "weights_from": "weights"}, "finetune"),
+        ({"weights": "none"}, "quick"),
+        ({"oracle": "deit"}, "quick"),
+        ({"model": "sepvit_lite"}, "quick"),
+    ],
+)
+def test_which_recipe_is_usual(looked, changes, recipe):
+    """Published weights are looked for where there are images, or where they are asked for."""
+    request = with_usual_recipe(asked(**changes), choose_recipe, named=False)
+    assert (request.recipe.name, request.folder) == (recipe, Path(f"runs/train-{request.model}-{recipe}"))
+    start = find_start(request)
+    assert (start.source, start.digest) == (("cache", "ab12") if recipe == "finetune" else ("random", None))
+    assert bool(looked) == (recipe == "finetune" or request.model == "sepvit_lite")
+
+
+def test_what_is_said(looked):
+    start = find_start(asked())
+    assert start.line == "pretrained weights of shvit_s1: shvit_s1.in1k, from timm's cache (sha256 ab12)"
+    assert start.parent == "timm"
+    assert find_start(asked(model="sepvit_lite")).line == (
+        "no pretrained weights of sepvit_lite: starts from random weights"
+    )
+    for changes, words in (
+        ({"probe": True}, "--probe: there are no pretrained weights of it: give --weights FILE or --weights-from DIR"),
+        ({"weights": "timm"}, "--weights timm: there are no pretrained weights of it"),
+    ):
+        with pytest.raises(UserError, match=words):
+            find_start(asked(model="sepvit_lite", **changes))
+
+
+def test_a_recipe_for_random_weights_looks_for_none(looked):
+    assert find_start(asked(recipe=QUICK)).source == "random"
+    assert not looked
+    assert find_start(asked(recipe=QUICK, weights_from="there")).source == "cache"
+    assert looked == [Path("there")]
+
+
+def test_weights_that_cannot_be_had_are_no_reason_for_random_ones(looked, monkeypatch):
+    def fail(*args):
+        raise UserError("shvit_s1.in1k is not here: put it into a folder, and give that as --weights-from")
+
+    monkeypatch.setattr(nas.training.start, "find_pretrained", fail)
+    with pytest.raises(UserError, match="give that as --weights-from; or --from-scratch for random weights"):
+        with_usual_recipe(asked(), choose_recipe, named=False)
+
+
+@pytest.mark.parametrize(("finished", "recipe"), [(False, "quick"), (True, "finetune")])
+def test_an_unfinished_training_of_an_older_vitnas_goes_on_from_random_weights(looked, finished, recipe):
+    """The same command would begin with published weights today."""
+    folder = default_folder("shvit_s1", "quick")
+    (folder / "state").mkdir(parents=True)
+    options = {name: value for name, value in asked(recipe=QUICK).identity().items() if name not in ("probe", "rates")}
+    state = {"options": options, "found": {"finished": True} if finished else {}}
+    (folder / "state" / "state.json").write_text(json.dumps(state))
+    request = with_usual_recipe(asked(folder=default_folder("shvit_s1", "finetune")), choose_recipe, named=False)
+    assert (request.recipe.name, request.folder) == (recipe, default_folder("shvit_s1", recipe))
+    assert find_start(asked(folder=folder)).source == "random", "also where its folder is named, and its recipe"
