@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from nas.data.pixels import otherwise
 from nas.units import shown
 
 if TYPE_CHECKING:
@@ -87,8 +88,10 @@ def summary(data: ImageData) -> Summary:
 
 
 def describe(data: ImageData) -> str:
-    """A data set in one line: its images, classes, which images validate, and what was left out and why."""
-    return summary(data).line()
+    """A data set in one line: its images, classes, which images validate, what was left out and why, and how they are
+    prepared, where that is not as for a network from scratch."""
+    told = otherwise(data.pixels, data.demo)
+    return summary(data).line() + (f"; prepared as the weights expect ({told})" if told else "")
 
 
 def announce(data: ImageData, say: Callable[[str], None], note: Callable[[str], None]) -> None:

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from nas.data.pixels import IMAGENET
+from nas.data.pixels import otherwise
 from nas.identity import IMAGES, LENGTH, PIXELS, file_digest
 
 if TYPE_CHECKING:
@@ -39,8 +39,8 @@ def identity(
         found[f"the weights of --{option}"] = str(weights) if weights in (None, "timm") else file_digest(Path(weights))
     if data is not None:
         found[IMAGES] = data_digest(data)
-        if data.pixels != (IMAGENET.whole() if data.demo else IMAGENET):
-            found[PIXELS] = str(data.pixels)
+        if told := otherwise(data.pixels, data.demo):
+            found[PIXELS] = told
     return found
 
 

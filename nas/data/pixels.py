@@ -50,3 +50,8 @@ class Pixels:
 
 IMAGENET = Pixels()
 """Of a network from scratch."""
+
+
+def otherwise(pixels: Pixels, demo: bool) -> str | None:
+    """How images are prepared, in words; None where it is as for a network from scratch. demo: they are digits."""
+    return None if pixels == (IMAGENET.whole() if demo else IMAGENET) else str(pixels)

@@ -12,6 +12,7 @@ from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform, resolve_data_config
 from timm.data.constants import DEFAULT_CROP_PCT
 
+from nas.data.about import describe
 from nas.data.dataset import open_data
 from nas.data.images import Augmentation, Images, cached, plain_transform
 from nas.data.inputs import identity
@@ -102,6 +103,7 @@ def test_other_pixels_are_another_input(tmp_path: Path):
     data = open_data(folder(tmp_path), 32, None, 0)
     assert identity(data).keys() == {IMAGES}, "as an earlier vitnas wrote it"
     assert identity(data.at(32, pixels=OTHER))[PIXELS] == str(OTHER)
+    assert describe(data.at(32, pixels=OTHER)) == f"{describe(data)}; prepared as the weights expect ({OTHER})"
     digits = open_data(None, 32, None, 0)
     assert PIXELS not in identity(digits)
     assert PIXELS not in identity(digits.at(32, pixels=IMAGENET.whole()))

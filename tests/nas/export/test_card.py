@@ -362,6 +362,7 @@ def test_pixels_follow_the_weights(folder, other, tmp_path):
     half = Pixels((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     assert pixels_of(lite, None) == pixels_of(levit, None) == IMAGENET, "from scratch"
     assert pixels_of(lite, "timm") == half
+    assert Card.timm(dataclasses.replace(lite, resolution=64)).preprocess == Preprocess.own(64, half)
     assert pixels_of(levit.at(64).replace(num_classes=7), "timm") == Pixels(crop_pct=0.9)
     assert pixels_of(find_target(str(folder)).arch, "timm") == IMAGENET, "no checkpoint of it"
     weights = tmp_path / "zoo.safetensors"
