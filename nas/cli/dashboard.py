@@ -52,6 +52,6 @@ def storage_named(run: str | None) -> str | Path:
     path = Path(run) / "study.journal" if Path(run).is_dir() else Path(run)
     if not path.is_file():
         if path.name == "study.journal" and (kind := kind_of(path.parent)) in ("training", "pruning"):
-            raise UserError(f"{run} is a {kind}, not a search: `vitnas show {shlex.quote(run)}` tells of it")
+            raise UserError(f"{run} is a {kind}, not a search: `vitnas show {shlex.quote(run)}` shows it")
         raise UserError(f"{path}: no such journal; for a study in a database give its URL")
     return path

@@ -128,7 +128,7 @@ def parse(device: str) -> tuple[SshHost, str]:
     if match is None:
         login, at, _ = device.removeprefix(SCHEME).rpartition("@")
         if at and ":" in login:
-            raise UserError("device ssh://...: a password has no place in it; set up a key, give ssh://user@host")
+            raise UserError("device ssh://...: leave out the password, set up a key and give ssh://user@host")
         raise UserError(f"device {device!r} is not of the form ssh://[user@]host[:port][/cuda]")
     port = int(match["port"]) if match["port"] else None
     if port is not None and not 1 <= port <= 65535:

@@ -23,7 +23,7 @@ class Accuracies:
     seconds: float
     """All trainings took."""
     hits: list[list[bool]] = field(default_factory=list, repr=False)
-    """A row a seed, of whether each image was told right; empty where an earlier version trained."""
+    """A row a seed, of whether each image was classified correctly; empty where an earlier version trained."""
 
     @property
     def mean(self) -> float:

@@ -62,7 +62,7 @@ class TrialLatency:
 
     @classmethod
     def read(cls, detail: Mapping[str, object]) -> Self:
-        """From a told trial's detail."""
+        """From the attribute `detail` of a trial."""
         kept: dict[str, Any] = {field.name: detail.get(field.name) for field in fields(cls)}
         return cls(**kept | {"source": kept["source"] or ""})
 

@@ -156,7 +156,7 @@ class _Search:
         self.progress(state_of(study, request, log))
         log.tier = tier = self._open_tier()
         if not due(study, request.trials, self.say, self._late):
-            self.say("no trial is left to begin: only the end is made again (more --trials add some)")
+            self.say("all trials are done: only the final steps are run again (raise --trials for more)")
             return
         with ExitStack() as stack:
             cache = open_cache(request, self.say) if request.cache else None

@@ -417,7 +417,7 @@ def test_devices_that_are_none(device: str) -> None:
 
 
 def test_a_password_is_not_repeated() -> None:
-    with pytest.raises(UserError, match="a password has no place in it") as error:
+    with pytest.raises(UserError, match="leave out the password, set up a key") as error:
         check_settings(Settings(device="ssh://me:s3cret@board"))
     assert "s3cret" not in str(error.value)
 

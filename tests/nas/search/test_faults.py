@@ -300,8 +300,8 @@ def test_ctrl_c_in_a_trial(vitnas, device, tmp_path):
     assert "Failed trials" not in (tmp_path / "s" / "report.html").read_text()
     code, _, err = vitnas(*command(tmp_path))
     assert code == 0
-    assert "is left to begin" not in err
-    assert "no trial is left to begin: only the end is made again" in vitnas(*command(tmp_path))[2]
+    assert "all trials are done" not in err
+    assert "all trials are done: only the final steps are run again" in vitnas(*command(tmp_path))[2]
 
 
 def test_ctrl_c_before_any_trial_gives_no_advice(vitnas, device, tmp_path):
