@@ -80,7 +80,7 @@ def classifier_of(model: nn.Module) -> list[nn.Linear]:
         return [layer for layer in model.get_submodule("head").modules() if isinstance(layer, nn.Linear)]
     found = [model.get_submodule(name) for name in classifier_names(model)]
     layers = [layer for layer in found if isinstance(layer, nn.Linear)]
-    if not layers or len(layers) < len(found):
+    if not found or len(layers) < len(found):
         what = type(found[0]).__name__ if found else "none"
         raise UserError(f"{TIMM}{network.name}: its classifier is no linear layer ({what}): choose another network")
     return layers
