@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from nas.errors import TrainingError
 from nas.training.course import Course, Held, Probed, Trial
 from nas.training.processes import agreed
+from nas.training.rates import choose_trial
 from nas.units import counted
 
 if TYPE_CHECKING:
@@ -181,7 +182,7 @@ class Preparation:
     def choose_rate(
         self, model: nn.Module, recipe: Recipe, brief: Callable[[nn.Module, Recipe, Images], Training]
     ) -> None:
-        """Train briefly with each of the recipe's rates, and keep the one that is best on held-out images.
+        """Train briefly with each of the recipe's rates, and keep the one that `choose_trial` finds on held-out images.
 
         brief: gives a training of a network by a recipe on images, without checkpoint and judging.
         """
@@ -202,9 +203,9 @@ class Preparation:
             assert held is not None
             self.course.trials.append(Trial(lr=lr, top1=held.top1, top1_ci=held.top1_ci, images=held.images))
             self.keep()
-        best = max(self.course.trials, key=lambda trial: trial.top1)
+        best = choose_trial(self.course.trials, recipe.epochs)
         told = ", ".join(f"{trial.lr:g} {trial.top1:.1f}%" for trial in self.course.trials)
-        self.note(f"learning rate {best.lr:g}, the best of short trials on held-out images ({told})")
+        self.note(f"learning rate {best.lr:g}, chosen by short trials on held-out images ({told})")
         self.course.lr = best.lr
         self.keep()
 

@@ -5,7 +5,8 @@
 DATA has tin20/, catsdogs/ and cifar10/, each with train/ and val/ (or test/); of CIFAR-10 2,000 images are used. ZOO
 has NAME.safetensors of this project's networks, trained at 64 px; LITE is what `lite_weights.py` writes. OUT gets
 finetune.jsonl, one row for each network, data, method, number of epochs and seed. One thread, one process; rows that
-are there are skipped, and the most telling come first. All of them take days; `--summary` prints what there is.
+are there are skipped, and the most telling come first. All of them take days; `--summary` prints what there is. CPU
+seconds are counted, so others may use the machine; VITNAS_LOCKS=FOLDER lets no measurement make it wait.
 
 probe: `vitnas train --probe`. ours: the recipe `finetune`, probe and trials of the learning rate included. timm: SGD
 with Nesterov momentum 0.9 from 0.01 along a cosine, batches of 64, weight decay 2e-5, BatchNorm training, crops of 8%
@@ -71,8 +72,8 @@ FIRST = (
     Subject("cifar10", M1, 64),
     Subject("tin20", SHVIT, 64),
 )
+LARGE = Subject("catsdogs", LITE0, 128)
 ALSO = (
-    Subject("catsdogs", LITE0, 128),
     Subject("cifar10", LITE0, 64),
     Subject("tin20", M1, 64),
     Subject("catsdogs", M1, 64),
@@ -116,8 +117,9 @@ class Row:
 def cells() -> Iterator[Cell]:
     """Each once, the most telling first."""
     plan = [
-        *((subject, epochs, 0) for epochs in (3, 10) for subject in FIRST),
-        *((subject, 1, 0) for subject in FIRST),
+        *((subject, 3, 0) for subject in FIRST),
+        (LARGE, 3, 0),
+        *((subject, epochs, 0) for epochs in (10, 1) for subject in FIRST),
         *((subject, 3, 0) for subject in ALSO),
         *((subject, epochs, seed) for epochs in (3, 1, 10) for seed in (1, 2) for subject in FIRST),
         *((subject, 30, 0) for subject in FIRST),
@@ -144,7 +146,7 @@ class Bench:
         for subject, epochs, seed in cells():
             for method in ("probe", "ours", "timm"):
                 key = (*subject, method, 0 if method == "probe" else epochs, seed)
-                if key in done or (only is not None and only not in subject.data + subject.network):
+                if key in done or (only is not None and only not in f"{subject.data}-{subject.network}-{subject.px}"):
                     continue
                 if time.monotonic() > until:
                     return
@@ -179,7 +181,7 @@ class Bench:
             model=subject.network if timms else self.zoo_arch(subject.network),
             recipe=recipe,
             device="cpu",
-            folder=self.out / "run",
+            folder=self.out / f"run-{os.getpid()}",
             data=str(self.images(subject.data)),
             resolution=subject.px,
             weights=None if timms else str(self.zoo / f"{subject.network}.safetensors"),
@@ -304,7 +306,7 @@ def main() -> None:
     for name in ("data", "zoo", "lite", "out"):
         parser.add_argument(name, type=Path)
     parser.add_argument("--minutes", type=float, default=60, help="begin no training after that")
-    parser.add_argument("--only", help="part of a data set's or a network's name")
+    parser.add_argument("--only", help="part of DATA-NETWORK-PX, such as catsdogs-timm/tf_efficientnet_lite0-128")
     parser.add_argument("--summary", action="store_true", help="train nothing")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -20,7 +20,8 @@ import nas.training.run
 import nas.training.updater
 from nas.data.dataset import open_data
 from nas.data.images import sample
-from nas.training.course import Held
+from nas.training.course import Held, Trial
+from nas.training.rates import choose_trial
 from nas.training.recipes import FINETUNE, RECIPES
 from nas.training.request import TrainRequest, choose_recipe
 from nas.training.run import train
@@ -93,7 +94,7 @@ def test_a_fine_tuning_is_told_step_by_step(tune, vitnas, tmp_path):
     assert [trial["lr"] for trial in found["trials"]] == [1e-4, 1e-3]
     best = max(found["trials"], key=lambda trial: trial["top1"])
     assert found["recipe"]["lr"] == best["lr"]
-    assert any(line.startswith(f"learning rate {best['lr']:g}, the best of short trials") for line in lines)
+    assert any(line.startswith(f"learning rate {best['lr']:g}, chosen by short trials") for line in lines)
     assert found["kept"] == ("tuned" if found["tuned"]["top1"] >= held["top1"] else "probe")
     assert found["start"]["source"] == "file"
     assert len(found["start"]["digest"]) == 16
@@ -183,3 +184,21 @@ def test_other_weights_are_refused_with_the_difference(tune, weights, vitnas, tm
     refused = vitnas("train", model, "--weights", str(other), "--out", str(tmp_path / "out"), "--probe")
     digest = metrics(tmp_path)["start"]["digest"]
     vitnas.refused(refused, f"was begun with {given} (sha256 {digest}), not {other} (sha256 ", "give another --out")
+
+
+@pytest.mark.parametrize(
+    ("tops", "epochs", "lr"),
+    [
+        ((89.0, 88.0, 72.0), 10, 3e-4),  # within the best one's standard error of 1.8 points
+        ((89.0, 87.0, 72.0), 10, 1e-4),
+        ((47.0, 47.5, 45.0), 3, 1e-3),
+        ((47.0, 47.5, 45.0), 1, 3e-4),
+        ((100.0, 99.9, 99.9), 3, 1e-4),
+    ],
+)
+def test_the_highest_rate_that_is_as_good_as_the_best(tops, epochs, lr):
+    trials = [
+        Trial(lr=rate, top1=top1, top1_ci=(0.0, 100.0), images=300)
+        for rate, top1 in zip((1e-4, 3e-4, 1e-3), tops, strict=True)
+    ]
+    assert choose_trial(trials, epochs).lr == lr

