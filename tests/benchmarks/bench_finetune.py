@@ -142,18 +142,20 @@ class Bench:
         return [Row(**json.loads(line)) for line in self.file.read_text().splitlines()]
 
     def run(self, only: str | None, until: float) -> None:
-        done = {row.key for row in self.rows()}
+        def done() -> set[tuple[str, str, int, str, int, int]]:
+            """Read each time: another process may write too."""
+            return {row.key for row in self.rows()}
+
         for subject, epochs, seed in cells():
             for method in ("probe", "ours", "timm"):
                 key = (*subject, method, 0 if method == "probe" else epochs, seed)
-                if key in done or (only is not None and only not in f"{subject.data}-{subject.network}-{subject.px}"):
+                if key in done() or (only is not None and only not in f"{subject.data}-{subject.network}-{subject.px}"):
                     continue
                 if time.monotonic() > until:
                     return
                 row = self.measure(subject, method, key[4], seed)
                 with self.file.open("a") as file:
                     file.write(json.dumps(asdict(row)) + "\n")
-                done.add(key)
                 print(row, flush=True)
 
     def measure(self, subject: Subject, method: str, epochs: int, seed: int) -> Row:
@@ -167,7 +169,8 @@ class Bench:
             assert result is not None
             assert result.top1 is not None
             assert result.images is not None
-            top1, images, kept, lr = result.top1, result.images, result.kept, float(result.recipe["peak_lr"])
+            top1, images, kept = result.top1, result.images, result.kept
+            lr = float(result.recipe["peak_lr"]) if epochs else None
         spent = time.process_time() - begun
         shutil.rmtree(request.folder, ignore_errors=True)
         return Row(*subject, method, epochs, seed, top1, images, round(spent, 1), kept, lr, self.commit)
