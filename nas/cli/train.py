@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from nas.cli.options import SEEDS, Data, Json, Model, Quiet, TrainThreads, Verbose, command_line
+from nas.cli.options import SEEDS, Data, Json, Quiet, TrainThreads, Verbose, command_line
 from nas.errors import UserError
 
 app = typer.Typer()
@@ -24,7 +24,10 @@ app = typer.Typer()
     "--teacher timm/regnety_160.deit_in1k --precision bf16",
 )
 def train(
-    model: Model,
+    model: Annotated[
+        str,
+        typer.Argument(help="A published name, timm/NAME, an arch.json, or a run's folder; @PX sets its size."),
+    ],
     data: Data = None,
     recipe: Annotated[
         str | None,
@@ -89,9 +92,12 @@ def train(
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train a network on images; the accuracy is that of the last epoch's weights, not of the best epoch's.
+    """Train a network on images, from pretrained weights where there are any.
 
-    A run's folder begins with its own weights. The same command continues an interrupted training where it was.
+    First a linear classifier is fitted to the frozen network (a probe), short trials choose the learning rate, then all
+    of it is trained; the better of the two is kept, by images held out of the training images. The accuracy told is on
+    the validation images, with the last epoch's weights. The same command continues an interrupted training where it
+    was.
 
     Exit codes: 0 done, 1 the training or its ONNX file failed (weights of the last good epoch are kept) or the disk is
     full, 2 bad input, 130 Ctrl-C.

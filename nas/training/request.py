@@ -105,6 +105,8 @@ class TrainRequest:
         if self.weights == RANDOM and (self.probe or self.weights_from is not None):
             option = "--probe" if self.probe else "--weights-from"
             raise UserError(f"{option} needs trained weights: give it without --from-scratch or --weights {RANDOM}")
+        if self.weights not in (None, RANDOM, "timm") and self.weights_from is not None:
+            raise UserError(f"--weights {self.weights} and --weights-from {self.weights_from}: give one of them")
         if self.probe and (self.teacher or self.oracle or self.minutes):
             raise UserError("--probe trains a linear classifier alone: leave out --teacher, --oracle and --minutes")
         if self.data is not None and os.path.isdir(self.data):

@@ -202,3 +202,28 @@ def test_the_highest_rate_that_is_as_good_as_the_best(tops, epochs, lr):
         for rate, top1 in zip((1e-4, 3e-4, 1e-3), tops, strict=True)
     ]
     assert choose_trial(trials, epochs).lr == lr
+
+
+def test_a_network_of_timm_s_from_a_folder_of_weights(vitnas, tmp_path):
+    """Its file is found by its name, its classifier replaced, and its run is one like any other."""
+    import timm
+    from safetensors.torch import save_file
+
+    folder, out = tmp_path / "weights", tmp_path / "out"
+    folder.mkdir()
+    torch.manual_seed(0)
+    save_file(timm.create_model("test_efficientnet").state_dict(), folder / "test_efficientnet.safetensors")
+    args = ("train", "timm/test_efficientnet", "--weights-from", str(folder), "--resolution", "32", "--out", str(out))
+    code, _, err = vitnas(*args, *ARGS, "--lr", "1e-3")
+    assert code == 0, err
+    assert f"pretrained weights of timm/test_efficientnet: from {folder}" in err
+    assert "has a classifier of 1000 classes: one for the 10 classes of these images begins untrained" in err
+    found = metrics(tmp_path)
+    assert (found["start"]["source"], found["family"], found["trials"]) == ("folder", "timm", [])
+    assert json.loads((out / "arch.json").read_text())["num_classes"] == 10
+    code, text, _ = vitnas("show", str(out))
+    assert (code, "timm/test_efficientnet" in text) == (0, True)
+    code, _, err = vitnas(*args, *ARGS, "--lr", "1e-3")
+    assert (code, "is finished" in err) == (0, True)
+    refused = vitnas(*args[:2], "--weights-from", str(tmp_path), "--out", str(tmp_path / "x"))
+    vitnas.refused(refused, f"--weights-from {tmp_path} holds no file of weights")
