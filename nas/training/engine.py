@@ -332,7 +332,7 @@ class Training:
         with self._reading(suffix):
             theirs = state["agree"]
             later = {field.name: field.default for field in fields(Recipe) if field.name not in theirs["recipe"]}
-            theirs["recipe"] |= later  # fields that are younger than the checkpoint
+            theirs["recipe"] |= json.loads(json.dumps(later))  # fields that are younger than the checkpoint
             for key, value in self._agree.items():
                 if theirs.get(key) != value:
                     raise UserError(
