@@ -27,7 +27,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 CACHES = itertools.count()
-SEEDS = 4
+SEEDS = 3
 """Of a test of random networks that are run by default; its other ones are slow tests."""
 
 

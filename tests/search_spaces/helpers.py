@@ -392,7 +392,8 @@ class Subject:
 
     def provable(self) -> list[Knob]:
         """Knobs whose units can go without a trace."""
-        return [knob for knob in self.parts.knobs if not self.unprovable() & {knob.width, *knob.follows}]
+        unprovable = self.unprovable()
+        return [knob for knob in self.parts.knobs if not unprovable & {knob.width, *knob.follows}]
 
 
 @functools.cache

@@ -26,7 +26,6 @@ from search_spaces.space import LEVELS, PARAMETERS
 SMALLEST = (
     "levit_128s",
     "efficientvit_m0",
-    "deit_tiny",
     "evit_tiny_keep70_drop",
     "shvit_s1",
     "sepvit_lite",

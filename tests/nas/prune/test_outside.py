@@ -61,7 +61,7 @@ def words(tmp_path: Path) -> list[str]:
     return ["prune", "--model", "timm/test_resnet", *data]
 
 
-@pytest.mark.parametrize("criterion", ["taylor", "random"])
+@pytest.mark.parametrize("criterion", ["taylor", pytest.param("random", marks=pytest.mark.slow)])
 def test_an_interrupted_run_goes_on(vitnas, words, tmp_path: Path, monkeypatch, criterion: str) -> None:
     words += ["--criterion", criterion, "--distill"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"

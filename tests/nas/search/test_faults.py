@@ -44,6 +44,11 @@ from search_spaces import Arch, create_model, table
 TRIALS = 4
 
 
+def alike(fault: BaseException) -> Any:
+    """One that is treated as the others are: a slow test."""
+    return pytest.param(fault, marks=pytest.mark.slow)
+
+
 class Device:
     """Latencies that follow MACs; `faults` are raised in place of the first measurements, by their number."""
 
@@ -199,11 +204,11 @@ def test_seeds_out_of_range(vitnas, words, seed):
     "fault",
     [
         TrainingError("the loss is no longer finite in epoch 1", 1),
-        UserError("no batch holds two images that can be decoded"),
+        alike(UserError("no batch holds two images that can be decoded")),
         RuntimeError("mat1 and mat2 shapes cannot be multiplied\nmore"),
         MemoryError(),
-        OSError(5, "Input/output error"),
-        ValueError("cannot reshape"),
+        alike(OSError(5, "Input/output error")),
+        alike(ValueError("cannot reshape")),
     ],
     ids=lambda fault: type(fault).__name__,
 )
@@ -374,7 +379,9 @@ def assert_short(data: dict[str, Any]) -> None:
     assert any(note.startswith(SHORT) for note in data["notes"])
 
 
-@pytest.mark.parametrize("fault", [UserError("disagrees with PyTorch by 2e-04"), MemoryError(), RuntimeError("ONNX")])
+@pytest.mark.parametrize(
+    "fault", [UserError("disagrees with PyTorch by 2e-04"), alike(MemoryError()), alike(RuntimeError("ONNX"))]
+)
 def test_a_network_that_cannot_be_exported_is_there_with_its_weights(
     vitnas, device, tier, pictures, tmp_path, monkeypatch, fault
 ):
@@ -399,7 +406,7 @@ def test_a_network_that_cannot_be_exported_is_there_with_its_weights(
     assert tier.begun == begun, "nothing is trained again"
 
 
-@pytest.mark.parametrize("fault", [MemoryError(), UserError("no batch"), OSError(28, "No space left on device")])
+@pytest.mark.parametrize("fault", [MemoryError(), alike(UserError("no batch")), OSError(28, "No space left on device")])
 def test_a_final_training_that_fails(vitnas, device, tier, pictures, tmp_path, monkeypatch, fault):
     real = nas.search.final.train_fully
 
