@@ -11,6 +11,7 @@ from rich.console import Console
 
 from nas.intervals import guessing
 from nas.measure.budget import Verdict
+from nas.networks.timm_network import TimmNetwork
 from nas.quality.tier import told_score
 from nas.report.tables import Column, console_of, print_table, prose
 from nas.search.outcome import OVERHEAD, Outcome
@@ -242,6 +243,8 @@ def show_train(result: TrainResult, folder: Path, to_stderr: bool) -> None:
     console.print(f"Network: {folder} ({', '.join(files)})")
     if "model.onnx" in files:
         data = f" --data {shlex.quote(result.options['data'])}" if result.options["data"] else ""
-        console.print("Next, its speed beside a network of timm's, or a smaller one made of it:")
+        ours = result.family != TimmNetwork.family  # a run of timm's cannot be pruned
+        console.print(f"Next, its speed beside a network of timm's{', or a smaller one made of it' * ours}:")
         console.print(f"  vitnas bench {shlex.quote(str(folder))} timm/lcnet_050@{result.resolution}")
-        console.print(f"  vitnas prune --model {shlex.quote(str(folder))}{data}")
+        if ours:
+            console.print(f"  vitnas prune --model {shlex.quote(str(folder))}{data}")

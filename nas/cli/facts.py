@@ -39,11 +39,28 @@ class Options(BaseModel):
     weights: str | None = None
 
 
+class Start(BaseModel):
+    """source: as `nas.training.course.StartRecord` has it."""
+
+    source: str
+    file: str | None = None
+
+
 class Trained(BaseModel):
-    """Of a metrics.json, what is told of it, as in the records below."""
+    """Of a metrics.json, what is told of it, as in the records below. start: None of an earlier version."""
 
     data: Data
     options: Options
+    start: Start | None = None
+
+    @property
+    def parent(self) -> str | None:
+        """The weights that the training began with, in words; None of random ones."""
+        if self.start is None:
+            return self.options.weights
+        if self.start.source in ("cache", "download"):
+            return "its published weights"
+        return self.start.file
 
 
 class Budget(BaseModel):
@@ -166,8 +183,7 @@ def _of_folder(target: Target, network: Arch | TimmNetwork) -> Facts:
     metrics = _read(folder and folder / "metrics.json", Trained)
     if metrics:
         found["data"] = metrics.data.name
-        parent = metrics.options.weights
-        how = f"fine-tuned from {parent}" if parent else "trained from random weights"
+        how = f"fine-tuned from {metrics.parent}" if metrics.parent else "trained from random weights"
         found["weights_from"] = f"{metrics.options.model}, {how}"
     pruned = _read(folder and folder / "prune.json", Pruned)
     if pruned:

@@ -101,6 +101,13 @@ def test_a_training_and_a_pruning(vitnas, search, tmp_path):
     out = vitnas("show", str(folder))[1]
     assert "(training)" in out
     assert "weights: trained: shvit_s1, fine-tuned from timm" in out
+    for start, told in (
+        ({"source": "random"}, "trained from random weights"),
+        ({"source": "run", "file": "runs/a"}, "fine-tuned from runs/a"),
+        ({"source": "cache", "file": "hub/b"}, "fine-tuned from its published weights"),
+    ):
+        (folder / "metrics.json").write_text(json.dumps(metrics | {"start": start}))
+        assert f"weights: trained: shvit_s1, {told}" in vitnas("show", str(folder))[1]
     label_onnx(folder / "model.onnx", None, trained=True, card=CARD.model_copy(update={"latency": None}))
     out = vitnas("show", str(folder))[1]
     assert f"latency: not kept with a training; `vitnas bench {folder}` measures it" in out

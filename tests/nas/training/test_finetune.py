@@ -223,7 +223,8 @@ def test_a_network_of_timm_s_from_a_folder_of_weights(vitnas, tmp_path):
     assert json.loads((out / "arch.json").read_text())["num_classes"] == 10
     code, text, _ = vitnas("show", str(out))
     assert (code, "timm/test_efficientnet" in text) == (0, True)
-    code, _, err = vitnas(*args, *ARGS, "--lr", "1e-3")
+    code, text, err = vitnas(*args, *ARGS, "--lr", "1e-3")
     assert (code, "is finished" in err) == (0, True)
+    assert ("vitnas bench" in text, "vitnas prune" in text) == (True, False)
     refused = vitnas(*args[:2], "--weights-from", str(tmp_path), "--out", str(tmp_path / "x"))
     vitnas.refused(refused, f"--weights-from {tmp_path} holds no file of weights")
