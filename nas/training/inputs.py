@@ -79,7 +79,7 @@ def open_inputs(request: TrainRequest, note: Callable[[str], None], progress: By
     data = open_data(request.data, size, request.num_classes, request.seed, *parents)
     if data.demo:
         note(f"no --data: trained and evaluated on {data.name}, as a demonstration")
-    pixels = pixels_of(target.network, "timm" if start.source in ("cache", "download") else start.path)
+    pixels = pixels_of(target.network, "timm" if start.published else start.path)
     data = data.at(size, request.recipe.augmentation, pixels)
     fine_tunes = start.path is not None and request.recipe.from_probe and request.oracle is None
     train, held = data.train, data.calibration.pick([])

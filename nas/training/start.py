@@ -67,9 +67,7 @@ def find_start(request: TrainRequest, progress: Bytes | None = None) -> Start:
     if request.weights not in (None, TIMM):
         return Start(Path(request.weights), file_digest(Path(request.weights)), "file")
     own = target.as_trained().weights if request.weights is None else None
-    if own is not None:
-        if _writes_itself(request.folder, own):
-            return Start()
+    if own is not None and not _writes_itself(request.folder, own):
         return Start(
             own, file_digest(own), "run", f"begins with the weights of {own} (--weights none: with random ones)"
         )

@@ -6,13 +6,16 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import nas.training.start
 from nas.errors import UserError
 from nas.networks.pretrained import NoPretrained, Pretrained
+from nas.training.inputs import open_inputs
 from nas.training.recipes import FINETUNE, QUICK
 from nas.training.request import TrainRequest, choose_recipe, default_folder
 from nas.training.start import find_start, with_usual_recipe
+from search_spaces import get_arch
 
 
 @pytest.fixture
@@ -99,3 +102,30 @@ def test_an_unfinished_training_of_an_older_vitnas_goes_on_from_random_weights(l
     request = with_usual_recipe(asked(folder=default_folder("shvit_s1", "finetune")), choose_recipe, named=False)
     assert (request.recipe.name, request.folder) == (recipe, default_folder("shvit_s1", recipe))
     assert find_start(asked(folder=folder)).source == "random", "also where its folder is named, and its recipe"
+
+
+def test_weights_that_a_training_has_written_itself_are_not_what_it_begins_with(looked):
+    """The network's folder is that of the results: the same command goes on from the published weights."""
+    folder = Path("mine")
+    (folder / "state").mkdir(parents=True)
+    (folder / "arch.json").write_text(get_arch("shvit_s1").to_json())
+    request = asked(model="mine", folder=folder)
+    assert find_start(request).source == "cache"
+    (folder / "model.safetensors").write_bytes(b"trained")
+    with pytest.raises(UserError, match="holds the weights that the training begins with"):
+        find_start(request)
+    (folder / "state" / "state.json").write_text("{}")
+    assert find_start(request).source == "cache"
+
+
+def test_published_weights_have_the_same_images_wherever_they_are_found(tmp_path):
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "levit_128s.safetensors").write_bytes(b"not read here")
+    for label in ("a", "b"):
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for i in range(4):
+            Image.new("RGB", (40, 40), (i, 0, ord(label))).save(tmp_path / "images" / label / f"{i}.png")
+    given = {"data": str(tmp_path / "images"), "weights_from": tmp_path / "weights", "folder": tmp_path / "out"}
+    inputs = open_inputs(asked(model="levit_128s", **given), lambda line: None)
+    assert inputs.start.source == "folder"
+    assert inputs.data.pixels.crop_pct == 0.9, "as timm says of LeViT"
