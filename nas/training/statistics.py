@@ -20,8 +20,13 @@ def take_statistics(model: nn.Module, batches: Iterable[Batch], device: str | to
     network runs as in eval mode, and is left so.
 
     Each batch counts by its images. Batches of one image are left out. (`torch.optim.swa_utils.update_bn` runs dropout
-    and drop path too, and counts a short last batch as a full one.) Measured on 2,000 images, the probe's accuracy is
-    that after statistics taken layer by layer, each from the layers before it as they will be, to within 0.1 points.
+    and drop path too, and counts a short last batch as a full one.) Statistics taken layer by layer, each from the
+    layers before it as they will be, make a probe no better (EfficientViT-M1, 2,000 images: within 0.1 points).
+
+    Few images of a narrow kind can do harm. A probe on EfficientNet-Lite0, trained on ImageNet at 224 px, has with the
+    given statistics and with those of 2,000 images of the task: cats and dogs at 64 px 87.6 and 76.1%, at 128 px 97.2
+    and 88.3%; 20 classes of Tiny-ImageNet at 64 px 65.1 and 45.5%; CIFAR-10 at 64 px 64.0 and 45.8%. EfficientViT and
+    SHViT, trained at 64 px, change by -0.9 to 0 points there, and by -1.8 to +0.8 at 96 and 128 px (1,000 images).
 
     Returns:
         The images used; 0 where the network has no BatchNorm with statistics.
