@@ -73,6 +73,11 @@ def open_inputs(request: TrainRequest, note: Callable[[str], None], progress: By
     size = request.resolution or target.network.resolution
     network = target.network.at(size)
     start = find_start(request, progress)
+    if start.path is None and request.oracle is None and request.recipe.batch_norm == "frozen":
+        raise UserError(
+            f"--recipe {request.recipe.name} trains with frozen BatchNorm, which random weights cannot be trained "
+            "with: give --weights FILE, or --recipe quick"
+        )
     parents = [start.parent]
     if request.oracle is not None:  # its weights are lent to the network
         parents.append(str(find_target(request.oracle).weights or "timm"))

@@ -98,6 +98,7 @@ def test_a_fine_tuning_is_told_step_by_step(tune, vitnas, tmp_path):
     assert found["kept"] == ("tuned" if found["tuned"]["top1"] >= held["top1"] else "probe")
     assert found["start"]["source"] == "file"
     assert len(found["start"]["digest"]) == 16
+    assert [path.name for path in (tmp_path / "out" / "state").iterdir()] == ["state.json"]
     code, again, err = tune(*ARGS)
     assert (code, again) == (0, text)
     assert "is finished" in err

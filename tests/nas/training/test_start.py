@@ -129,3 +129,8 @@ def test_published_weights_have_the_same_images_wherever_they_are_found(tmp_path
     inputs = open_inputs(asked(model="levit_128s", **given), lambda line: None)
     assert inputs.start.source == "folder"
     assert inputs.data.pixels.crop_pct == 0.9, "as timm says of LeViT"
+
+
+def test_random_weights_are_not_trained_with_frozen_statistics(looked):
+    with pytest.raises(UserError, match=r"--recipe finetune trains with frozen BatchNorm.*--recipe quick"):
+        open_inputs(asked(weights="none"), lambda line: None)
