@@ -38,6 +38,8 @@ from nas.text import first_line
 if TYPE_CHECKING:
     from torch import nn
 
+    from nas.networks.pretrained import Pretrained
+
 
 def prune_outside(request: PruneRequest, command: str, say: Say, progress: Progress) -> PruneResult:
     """Prune a timm network to a budget of MACs; write the folder's files.
@@ -164,42 +166,34 @@ def _built(request: PruneRequest, job: PruneJob) -> nn.Module:
     return load_outside(request.model.removeprefix(TIMM), len(job.data.classes))[0]
 
 
-def _published(request: PruneRequest, job: PruneJob) -> tuple[nn.Module, bool]:
-    """The network with its published weights, in eval mode, and whether its classifier is new.
+def _loaded(request: PruneRequest, network: TimmNetwork, weights: Pretrained) -> tuple[nn.Module, bool]:
+    """The network with its weights, in eval mode, and whether its classifier is new.
 
     Raises:
-        UserError: they cannot be had.
+        UserError: they cannot be read, or do not fit.
     """
     import torch
 
-    from nas.networks.pretrained import find_pretrained
     from nas.networks.weights import load
 
     torch.manual_seed(request.seed)
-    network = TimmNetwork(request.model.removeprefix(TIMM)).replace(num_classes=len(job.data.classes))
-    found = find_pretrained(network)
-    model = load(network, found.path)
-    job.note(found.line)
+    model = load(network, weights.path)
     return model.eval(), bool(model.untrained)
 
 
 def _dense(request: PruneRequest, job: PruneJob, pretrained: bool) -> nn.Module:
     """The network to prune: with timm's weights where it has them, trained briefly where its classifier is new."""
-    if not pretrained:
-        job.note(f"no weights given and no --data; {steps.brief_line(job)}")
+    network = TimmNetwork(request.model.removeprefix(TIMM)).replace(num_classes=len(job.data.classes))
+    found = steps.find_published(job, request, network) if pretrained else None
+    if found is None:
+        if not pretrained:
+            job.note(f"no weights given and no --data; {steps.brief_line(job)}")
         model, untrained = _built(request, job), True
     else:
-        try:
-            model, untrained = _published(request, job)
-        except UserError as error:
-            if request.weights is not None:
-                raise
-            job.note(f"no pretrained weights ({error}); {steps.brief_line(job)}")
-            model, untrained = _built(request, job), True
-        else:
-            job.state.found["weights"] = "timm"
-            if untrained:
-                job.note(f"timm's weights have another classifier; {steps.brief_line(job)}")
+        model, untrained = _loaded(request, network, found)
+        job.state.found["weights"] = "timm"
+        if untrained:
+            job.note(f"timm's weights have another classifier; {steps.brief_line(job)}")
     steps.say_plan(job, request, untrained)
     if untrained:
         steps.train_briefly(job, model)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nas.errors import UserError
-from nas.networks.pretrained import find_pretrained
 from nas.networks.targets import find_target
 from nas.networks.weights import load
 from nas.prune import steps
@@ -55,16 +54,10 @@ def load_source(job: PruneJob, request: PruneRequest, arch: Arch, weights: str |
         job.note(f"no weights given{'' if request.data else ' and no --data'}; {what}")
         job.state.found["weights"] = None
         return create_model(arch), True
-    try:
-        found = find_pretrained(arch) if weights == "timm" else None
-        model = load(arch, found.path if found else weights)
-    except UserError as error:
-        if weights != "timm" or request.weights is not None:
-            raise
-        job.note(f"no pretrained weights ({error}); {what}")
+    found = steps.find_published(job, request, arch) if weights == "timm" else None
+    if weights == "timm" and found is None:
         return create_model(arch), True
-    if found is not None:
-        job.note(found.line)
+    model = load(arch, found.path if found else weights)
     if model.untrained:
         job.note(f"weights {weights} have another classifier or none; {what}")
     elif job.data.demo:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from nas.errors import UserError
+from nas.errors import DiskFull, UserError
 from nas.export.card import Card
 from nas.export.folder import save_weights
 from nas.export.side_by_side import Longer, Network, Results, measure_side_by_side
@@ -21,7 +21,10 @@ from nas.units import counted
 if TYPE_CHECKING:
     from torch import nn
 
+    from nas.networks.pretrained import Pretrained
+    from nas.networks.timm_network import TimmNetwork
     from nas.prune.request import Budget, PruneRequest
+    from search_spaces import Arch
 
 BRIEF_IMAGES = 4_500
 """Images that train a network which comes without weights, or whose classifier does."""
@@ -170,6 +173,27 @@ def say_plan(job: PruneJob, request: PruneRequest, untrained: bool) -> None:
         steps.append(f"fine-tuning on {passes(tuned, train)}")
         steps += ["the same for the unpruned network, as a control"] * request.control
     job.say(f"to do: {'; '.join([*steps, f'a closing run of {CLOSING_ROUNDS} rounds'])}")
+
+
+def find_published(job: PruneJob, request: PruneRequest, network: Arch | TimmNetwork) -> Pretrained | None:
+    """Find a network's published weights, and tell which these are; None, which is told, where they cannot be had.
+
+    Raises:
+        UserError: they cannot be had, and were asked for. DiskFull: there is no room for them.
+    """
+    from nas.networks.pretrained import find_pretrained
+
+    try:
+        found = find_pretrained(network)
+    except DiskFull:
+        raise
+    except UserError as error:
+        if request.weights is not None:
+            raise
+        job.note(f"no pretrained weights ({error}); {brief_line(job)}")
+        return None
+    job.note(found.line)
+    return found
 
 
 def brief_line(job: PruneJob) -> str:

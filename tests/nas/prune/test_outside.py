@@ -9,15 +9,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import nas.prune
 import nas.prune.figures
 import nas.prune.images
 import nas.prune.outside
 import nas.prune.run
-from nas.errors import UserError
+from nas.errors import DiskFull, UserError
+from nas.identity import file_digest
 from nas.measure.samples import Measurement
+from nas.networks.pretrained import Pretrained
 from nas.prune import steps
 from nas.prune.images import PruneJob
 from pruning import outside
@@ -105,6 +109,27 @@ def test_a_finished_run_is_left_as_it_is(vitnas, words, tmp_path: Path) -> None:
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     Image.new("RGB", (32, 32)).save(tmp_path / "images/cat/new.png")
     vitnas.refused(vitnas(*words, "--out", str(out)), "another content of the images of --data", "another --out")
+
+
+def test_published_weights_of_another_network_are_refused(vitnas, words, tmp_path: Path, monkeypatch) -> None:
+    """No reason to go on from random ones, as where they cannot be had."""
+    file = tmp_path / "test_resnet.safetensors"
+    save_file({"fc.weight": torch.zeros(2, 4)}, file)
+    found = Pretrained("timm/test_resnet", file, "folder", file_digest(file), None)
+    monkeypatch.setattr("nas.networks.pretrained.find_pretrained", lambda *_: found)
+    code, _, said = vitnas(*words, "--out", str(tmp_path / "out"))
+    assert code == 2
+    assert said.splitlines()[-1].startswith(f"vitnas: {file}: the weights lack")
+
+
+def test_a_full_disk_is_no_lack_of_published_weights(vitnas, words, tmp_path: Path, monkeypatch) -> None:
+    def full(*_):
+        raise DiskFull(tmp_path)
+
+    monkeypatch.setattr("nas.networks.pretrained.find_pretrained", full)
+    code, _, said = vitnas(*words, "--out", str(tmp_path / "out"))
+    assert code == 1
+    assert "no pretrained weights" not in said
 
 
 def test_tuning_that_harms_is_not_kept(vitnas, words, tmp_path: Path, monkeypatch) -> None:
