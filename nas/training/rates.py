@@ -19,8 +19,8 @@ def choose_trial(trials: Sequence[Trial], epochs: int) -> Trial:
         ValueError: no trial.
     """
     best = max(trials, key=lambda trial: trial.top1)
-    if epochs == 1:
-        return best
+    if epochs == 1 or best.top1 == 0:  # of trials that have all diverged, the lowest rate
+        return min((trial for trial in trials if trial.top1 == best.top1), key=lambda trial: trial.lr)
     share = best.top1 / 100
     error = 100 * math.sqrt(share * (1 - share) / best.images)
     return max((trial for trial in trials if trial.top1 >= best.top1 - error), key=lambda trial: trial.lr)

@@ -195,6 +195,7 @@ def test_other_weights_are_refused_with_the_difference(tune, weights, vitnas, tm
         ((47.0, 47.5, 45.0), 3, 1e-3),
         ((47.0, 47.5, 45.0), 1, 3e-4),
         ((100.0, 99.9, 99.9), 3, 1e-4),
+        ((0.0, 0.0, 0.0), 3, 1e-4),  # all have diverged
     ],
 )
 def test_the_highest_rate_that_is_as_good_as_the_best(tops, epochs, lr):
