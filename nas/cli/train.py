@@ -44,7 +44,11 @@ def train(
         int | None, typer.Option(help="Images an update, of all processes.  [default: the recipe's]")
     ] = None,
     lr: Annotated[
-        float | None, typer.Option(help="Highest learning rate.  [default: the recipe's, scaled with the batch size]")
+        float | None,
+        typer.Option(
+            help="Highest learning rate.  [default: in fine-tuning, by short trials; else the recipe's; scaled with "
+            "the batch size]"
+        ),
     ] = None,
     resolution: Annotated[int | None, typer.Option(help="Input resolution in px.  [default: the network's]")] = None,
     weights: Annotated[
@@ -96,8 +100,8 @@ def train(
 
     First a linear classifier is fitted to the frozen network (a probe), short trials choose the learning rate, then all
     of it is trained; the better of the two is kept, by images held out of the training images. The accuracy told is on
-    the validation images, with the last epoch's weights. The same command continues an interrupted training where it
-    was.
+    the validation images, with the last epoch's weights or, where it is kept, the probe. The same command continues an
+    interrupted training where it was.
 
     Exit codes: 0 done, 1 the training or its ONNX file failed (weights of the last good epoch are kept) or the disk is
     full, 2 bad input, 130 Ctrl-C.

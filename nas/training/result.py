@@ -95,7 +95,7 @@ class TrainResult:
     """`TrainRequest.identity`."""
     processes: int = 1
     top1: float | None = None
-    """Percent, of the last epoch; likewise the 95% interval and the number of images."""
+    """Percent, as `final` has it; likewise the 95% interval and the number of images."""
     top1_ci: tuple[float, float] | None = None
     images: int | None = None
     classes: list[str] | None = None
