@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from search_spaces import Arch
 
 Facts = dict[str, Any]
+PROBE = "linear probe"
+"""What a metrics.json calls a classifier on a frozen network."""
 NAMED = 60
 """Characters of the names of classes that are printed."""
 
@@ -46,12 +48,17 @@ class Start(BaseModel):
     file: str | None = None
 
 
+class Final(BaseModel):
+    of: str
+
+
 class Trained(BaseModel):
     """Of a metrics.json, what is told of it, as in the records below. start: None of an earlier version."""
 
     data: Data
     options: Options
     start: Start | None = None
+    final: Final | None = None
 
     @property
     def parent(self) -> str | None:
@@ -183,7 +190,8 @@ def _of_folder(target: Target, network: Arch | TimmNetwork) -> Facts:
     metrics = _read(folder and folder / "metrics.json", Trained)
     if metrics:
         found["data"] = metrics.data.name
-        how = f"fine-tuned from {metrics.parent}" if metrics.parent else "trained from random weights"
+        tuned = "a linear probe of" if metrics.final is not None and metrics.final.of == PROBE else "fine-tuned from"
+        how = f"{tuned} {metrics.parent}" if metrics.parent else "trained from random weights"
         found["weights_from"] = f"{metrics.options.model}, {how}"
     pruned = _read(folder and folder / "prune.json", Pruned)
     if pruned:

@@ -117,7 +117,8 @@ def test_a_probe_alone_is_a_result_like_any_other(tune, vitnas, weights, tmp_pat
     assert changed
     assert all(name.startswith("head.") for name in changed), "all else is frozen"
     out = str(tmp_path / "out")
-    assert vitnas("show", out)[0] == 0
+    code, text, _ = vitnas("show", out)
+    assert (code, f"a linear probe of {weights[1]}" in " ".join(text.split())) == (0, True)
     assert vitnas("export", out, "--out", str(tmp_path / "exported"))[0] == 0
 
 
