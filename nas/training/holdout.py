@@ -1,7 +1,8 @@
-"""Images that are held out of the training images, to choose by: the validation images tell the final figure alone."""
+"""Images that choose between networks, of those for training: the validation images tell the final figure alone."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,26 +20,50 @@ LEAST, MOST = 20, 2000
 SHARE = 0.1
 WANTED = 300
 """Of small sets a larger share is held out, up to twice `SHARE`, to come nearer to this number."""
+HELD = "held-out training images"
+"""What messages call images that choose."""
 
 
-def hold_out(images: Images, seed: int, start: str | None = None) -> tuple[list[int], list[int]]:
-    """Indices of the images to train on, and of those that choose, of each class in proportion; none of the latter
-    where there are too few.
+@dataclass(frozen=True)
+class Parts:
+    """Indices of images for training."""
+
+    train: list[int]
+    """To train on."""
+    judge: list[int]
+    """To choose by."""
+    words: str = HELD
+    """What messages call the latter."""
+    warning: str = ""
+    """Why accuracies on them are too high; "" where they are not."""
+
+
+def hold_out(images: Images, seed: int, start: str | None = None) -> Parts:
+    """Hold some of the images out, of each class in proportion.
+
+    They are images that the weights were not trained on, where there are enough; else ones that they were; and where
+    there are too few to hold any out, all of them choose. Then accuracies are too high, and serve to compare.
 
     Args:
-        start: the weights that the training begins with, as `seen_by` takes them: images that they were trained on
-            cannot choose.
+        start: the weights that the training begins with, as `seen_by` takes them.
     """
     labels, known = np.asarray(images.labels), seen_by(start)
     seen = seen_among(images, known) if known is not None and len(known) else np.zeros(len(labels), bool)
-    of_class = np.bincount(labels)
-    able = np.flatnonzero((of_class >= OF_A_CLASS)[labels] & ~seen)
     everything = list(range(len(labels)))
+    large = (np.bincount(labels) >= OF_A_CLASS)[labels]
+    for able, words in ((large & ~seen, ""), (large, "the weights were trained on the images held out")):
+        held = _some(labels, np.flatnonzero(able), seed)
+        if len(held) >= LEAST:
+            warning = f"{words}: accuracies on them are too high, and only compare" if words else ""
+            return Parts(sorted(set(everything) - set(held)), held, warning=warning)
+    warning = "there are too few images to hold some out: accuracies on those trained on are too high, and only compare"
+    return Parts(everything, everything, "images trained on", warning)
+
+
+def _some(labels: np.ndarray, able: np.ndarray, seed: int) -> list[int]:
     if not len(able):
-        return everything, []
+        return []
     share = min(2 * SHARE, max(SHARE, WANTED / len(able)), MOST / len(able))
     _, held = split(labels[able].tolist(), share, seed)
-    if len(held) < LEAST:
-        return everything, []
-    chosen = able[held].tolist()
-    return sorted(set(everything) - set(chosen)), chosen
+    found: list[int] = able[held].tolist()
+    return found

@@ -40,7 +40,9 @@ class TrainInputs:
     train: Images
     """Those that it is trained on: all for training, but for the ones held out."""
     held: Images
-    """Held out of the images for training, plain; none where nothing is chosen by them."""
+    """Those that choose, plain (`nas.training.holdout`); none where nothing is to be chosen."""
+    held_words: str
+    """What messages call them."""
     parents: tuple[str | None, ...]
     """What was trained before, each "timm" or a file; None: random weights."""
     fine_tunes: bool
@@ -63,7 +65,7 @@ def open_inputs(request: TrainRequest, note: Callable[[str], None], progress: By
     from nas.data.dataset import open_data
     from nas.export.card import pixels_of
     from nas.networks.targets import find_target
-    from nas.training.holdout import hold_out
+    from nas.training.holdout import HELD, hold_out
 
     target = find_target(request.model)
     if target.network is None:
@@ -87,12 +89,14 @@ def open_inputs(request: TrainRequest, note: Callable[[str], None], progress: By
     pixels = pixels_of(target.network, "timm" if start.published else start.path)
     data = data.at(size, request.recipe.augmentation, pixels)
     fine_tunes = start.path is not None and request.recipe.from_probe and request.oracle is None
-    train, held = data.train, data.calibration.pick([])
-    if fine_tunes and not request.probe:
-        rest, chosen = hold_out(data.train, request.seed, start.parent)
-        train, held = data.train.pick(rest), data.calibration.pick(chosen)
     network = network.replace(num_classes=len(data.classes))
-    return TrainInputs(target, network, start, data, train, held, tuple(parents), fine_tunes)
+    train, held, words = data.train, data.calibration.pick([]), HELD
+    if fine_tunes and not request.probe:
+        parts = hold_out(data.train, request.seed, start.parent)
+        train, held, words = data.train.pick(parts.train), data.calibration.pick(parts.judge), parts.words
+        if parts.warning:
+            note(parts.warning)
+    return TrainInputs(target, network, start, data, train, held, words, tuple(parents), fine_tunes)
 
 
 def digests_of(request: TrainRequest, inputs: TrainInputs, known: Mapping[str, str | None]) -> dict[str, str | None]:

@@ -86,7 +86,7 @@ class Preparation:
 
         began, request, images = monotonic(), self.request, self.inputs.plain
         before = copy.deepcopy(model.state_dict()) if own_head else None
-        own = self.judge(model) if own_head and len(self.inputs.held) else None
+        own = self.judge(model) if own_head else None
         with self.job.phase("probe") as progress:
             self._take_statistics(model)
             features = find_features(
@@ -99,12 +99,12 @@ class Preparation:
             if len(self.inputs.held):
                 held = self.judge(model)
         seconds = monotonic() - began
-        accuracy = held or "no class has an image to hold out"
-        self.note(f"linear probe on the frozen network: {accuracy}, of held-out training images; {seconds:.0f} s")
-        if before is not None and (own is None or held is None or own.top1 >= held.top1):
+        accuracy = f"{held}, of {self.inputs.held_words}" if held else "no class has an image to hold out"
+        self.note(f"linear probe on the frozen network: {accuracy}; {seconds:.0f} s")
+        if before is not None and own is not None and held is not None and own.top1 >= held.top1:
             model.load_state_dict(before)
             held = own
-            self.note(f"its own classifier stays{f': {own}' if own else ''}")
+            self.note(f"its own classifier stays: {own}")
         self.course.probe = Probed(held=held, strength=probe.strength, seconds=seconds)
 
     def _take_statistics(self, model: nn.Module) -> None:
@@ -166,7 +166,7 @@ class Preparation:
             self.course.tuned = after = self.judge(tuned)
         self.course.kept = "tuned" if after.top1 >= before.top1 else "probe"
         words = "tuned network is kept" if self.course.kept == "tuned" else "probe is kept, the tuned network is worse"
-        self.note(f"{words}: {after.top1:.1f}% of the held-out images, the probe {before.top1:.1f}%")
+        self.note(f"{words}: {after.top1:.1f}% of {self.inputs.held_words}, the probe {before.top1:.1f}%")
         self.keep()
 
     def first(self, like: nn.Module) -> nn.Module:
@@ -205,7 +205,7 @@ class Preparation:
             self.keep()
         best = choose_trial(self.course.trials, recipe.epochs)
         told = ", ".join(f"{trial.lr:g} {trial.top1:.1f}%" for trial in self.course.trials)
-        self.note(f"learning rate {best.lr:g}, chosen by short trials on held-out images ({told})")
+        self.note(f"learning rate {best.lr:g}, chosen by short trials on {self.inputs.held_words} ({told})")
         self.course.lr = best.lr
         self.keep()
 

@@ -178,7 +178,7 @@ class TrainingRun:
             return self._training(network, by, images, teacher, None)
 
         probes = inputs.fine_tunes and course.probe is None
-        tries = len(recipe.rates) > 1 and len(inputs.held) > 0 and course.lr is None
+        tries = len(recipe.rates) > 1 and inputs.fine_tunes and course.lr is None
         if agreed(probes or tries or (minutes is not None and course.epochs is None)):
             checked = brief(copy.deepcopy(model), replace(recipe, lr=recipe.lr / 1e6), inputs.train)
             self._begin(checked)
@@ -266,9 +266,7 @@ class TrainingRun:
         trained, course = Trained.of(training, self._val), self.course
         if not self.inputs.fine_tunes:
             return trained
-        if course.probe is None or course.probe.held is None or not len(self.inputs.held):
-            self._note("no images were left to choose between the probe and the tuned network: this is the tuned one")
-            return trained
+        assert course.probe is not None
         if course.kept is None and not self.rank:
             self.steps.choose(training.network)
         if agreed(course.kept) == "tuned" or self.rank:

@@ -8,8 +8,10 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import nas.data.dataset
@@ -133,7 +135,7 @@ def test_the_better_one_is_kept(tune, tmp_path, monkeypatch):
     monkeypatch.setattr(nas.training.prepare.Preparation, "judge", harsh)
     code, text, err = tune(*ARGS)
     assert code == 0, err
-    assert "probe is kept, the tuned network is worse: 0.0% of the held-out images" in err
+    assert "probe is kept, the tuned network is worse: 0.0% of held-out training images" in err
     found = metrics(tmp_path)
     assert (found["kept"], found["final"]["of"], found["final"]["epoch"]) == ("probe", "linear probe", 0)
     assert "linear probe" in text.splitlines()[0]
@@ -205,6 +207,32 @@ def test_the_highest_rate_that_is_as_good_as_the_best(tops, epochs, lr):
         for rate, top1 in zip((1e-4, 3e-4, 1e-3), tops, strict=True)
     ]
     assert choose_trial(trials, epochs).lr == lr
+
+
+def test_tuning_a_run_further_never_ends_below_it(vitnas, weights, tmp_path, monkeypatch):
+    """Where the weights were trained on all images, some of these choose, and it is said."""
+    random = np.random.default_rng(0)
+    for part, count in (("train", 60), ("val", 8)):
+        for i, name in itertools.product(range(count), "ab"):
+            file = tmp_path / "images" / part / name / f"{i}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(random.integers(0, 255, (8, 8), dtype=np.uint8)).save(file)
+    first, out, args = tmp_path / "first", tmp_path / "further", ("--data", str(tmp_path / "images"), *ARGS)
+    assert vitnas("train", weights[0], "--out", str(first), *args, "--from-scratch")[0] == 0
+    judge = nas.training.prepare.Preparation.judge
+
+    def harsh(self, network) -> Held:
+        found = judge(self, network)
+        return found if self.course.probe is None else dataclasses.replace(found, top1=0.0)
+
+    monkeypatch.setattr(nas.training.prepare.Preparation, "judge", harsh)
+    code, _, err = vitnas("train", str(first), "--out", str(out), *args)
+    assert code == 0, err
+    assert "the weights were trained on the images held out: accuracies on them are too high, and only compare" in err
+    found = json.loads((out / "metrics.json").read_text())
+    assert (found["kept"], len(found["trials"])) == ("probe", 2)
+    before, after = (load_file(folder / "model.safetensors") for folder in (first, out))
+    assert all(torch.equal(value, after[name]) for name, value in before.items() if not name.startswith("head."))
 
 
 def test_a_network_of_timm_s_from_a_folder_of_weights(vitnas, tmp_path):
