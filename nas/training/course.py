@@ -43,6 +43,8 @@ class Probed:
 
     held: Held | None
     """None: there was nothing to judge it on."""
+    own_head: bool = False
+    """Whether the classifier is the one that came with the weights, which was no worse than the probe's."""
     strength: float
     """The probe's penalty, as `nas.training.probe.Probe` has it; chosen by cross-validation."""
     seconds: float

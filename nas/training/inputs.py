@@ -93,7 +93,8 @@ def open_inputs(request: TrainRequest, note: Callable[[str], None], progress: By
     train, held, words = data.train, data.calibration.pick([]), HELD
     if fine_tunes and not request.probe:
         parts = hold_out(data.train, request.seed, start.parent)
-        train, held, words = data.train.pick(parts.train), data.calibration.pick(parts.judge), parts.words
+        plain = data.train.transformed(data.calibration.transform)
+        train, held, words = data.train.pick(parts.train), plain.pick(parts.judge), parts.words
         if parts.warning:
             note(parts.warning)
     return TrainInputs(target, network, start, data, train, held, words, tuple(parents), fine_tunes)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from nas.training.engine import Training
     from nas.training.evaluation import Accuracy
     from nas.training.inputs import TrainInputs
+    from nas.training.probe import Probe
     from nas.training.recipes import Recipe
     from nas.training.request import TrainRequest
 
@@ -82,18 +83,12 @@ class Preparation:
         model.load_state_dict(state)
 
     def _fit_probe(self, model: nn.Module, own_head: bool) -> None:
-        from nas.training.probe import find_features, fit_probe, install
-
-        began, request, images = monotonic(), self.request, self.inputs.plain
+        began = monotonic()
         before = copy.deepcopy(model.state_dict()) if own_head else None
         own = self.judge(model) if own_head else None
         with self.job.phase("probe") as progress:
             self._take_statistics(model)
-            features = find_features(
-                model, self._batches(images), self.device, progress=lambda done: progress(done, len(images))
-            )
-            probe = fit_probe(features.values, features.labels, len(self.inputs.data.classes), request.seed)
-            install(model, probe)
+            probe = self._install_probe(model, self.inputs.plain, progress)
             found = probe.held_out
             held = None if found is None else Held(top1=found.top1, top1_ci=found.interval, images=found.images)
             if len(self.inputs.held):
@@ -101,11 +96,23 @@ class Preparation:
         seconds = monotonic() - began
         accuracy = f"{held}, of {self.inputs.held_words}" if held else "no class has an image to hold out"
         self.note(f"linear probe on the frozen network: {accuracy}; {seconds:.0f} s")
-        if before is not None and own is not None and held is not None and own.top1 >= held.top1:
+        stays = before is not None and own is not None and held is not None and own.top1 >= held.top1
+        if before is not None and stays:
             model.load_state_dict(before)
             held = own
             self.note(f"its own classifier stays: {own}")
-        self.course.probe = Probed(held=held, strength=probe.strength, seconds=seconds)
+        self.course.probe = Probed(held=held, own_head=stays, strength=probe.strength, seconds=seconds)
+
+    def _install_probe(self, model: nn.Module, images: Images, progress: Callable[[int, int], None]) -> Probe:
+        """Fit a probe to plain images, and make it the network's classifier."""
+        from nas.training.probe import find_features, fit_probe, install
+
+        features = find_features(
+            model, self._batches(images), self.device, progress=lambda done: progress(done, len(images))
+        )
+        probe = fit_probe(features.values, features.labels, len(self.inputs.data.classes), self.request.seed)
+        install(model, probe)
+        return probe
 
     def _take_statistics(self, model: nn.Module) -> None:
         """Take BatchNorm's statistics again, where a probe on some of the images is better for it."""
@@ -170,11 +177,17 @@ class Preparation:
         self.keep()
 
     def first(self, like: nn.Module) -> nn.Module:
-        """The network that the tuning began with. like: one of the same kind."""
+        """The network that the tuning began with, its probe fitted to all images for training, now that the others have
+        chosen. like: one of the same kind."""
         from safetensors.torch import load_file
 
         network = copy.deepcopy(like).cpu()
         network.load_state_dict(load_file(self.job.kept / START))
+        whole = self.inputs.data.train.transformed(self.inputs.data.calibration.transform)
+        if self.course.probe is not None and not self.course.probe.own_head and len(self.inputs.train) < len(whole):
+            with self.job.phase("probe") as progress:
+                self._install_probe(network, whole, progress)
+            self.note("the probe is fitted once more, to the held-out images too")
         return network
 
     # Learning rate

@@ -249,7 +249,7 @@ def test_a_classifier_left_random_is_not_exported(vitnas, tmp_path):
 
 def test_sigterm_ends_a_command_as_ctrl_c_does(vitnas, monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr("nas.export.folder.find_target", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr("nas.networks.targets.find_target", lambda _: os.kill(os.getpid(), signal.SIGTERM))
     try:
         assert vitnas("show", "efficientvit_m0") == (130, "", "interrupted\n")
     finally:

@@ -132,6 +132,13 @@ def test_the_better_one_is_kept(tune, tmp_path, monkeypatch):
         found = judge(self, network)
         return found if self.course.probe is None else dataclasses.replace(found, top1=0.0)
 
+    def fit(features, labels, *args):
+        fitted.append(len(labels))
+        return fit_probe(features, labels, *args)
+
+    fitted: list[int] = []
+    fit_probe = nas.training.probe.fit_probe
+    monkeypatch.setattr(nas.training.probe, "fit_probe", fit)
     monkeypatch.setattr(nas.training.prepare.Preparation, "judge", harsh)
     code, text, err = tune(*ARGS)
     assert code == 0, err
@@ -140,6 +147,9 @@ def test_the_better_one_is_kept(tune, tmp_path, monkeypatch):
     assert (found["kept"], found["final"]["of"], found["final"]["epoch"]) == ("probe", "linear probe", 0)
     assert "linear probe" in text.splitlines()[0]
     assert len(found["epochs"]) == 1
+    assert err.count("the probe is fitted once more, to the held-out images too") == 1
+    held = found["probe"]["held"]["images"]
+    assert fitted[-1] == found["data"]["train"] > found["data"]["train"] - held == fitted[-2]
 
 
 STEPS = {
