@@ -293,7 +293,7 @@ def test_quiet_tells_errors_only(vitnas, monkeypatch):
         tell("waiting for somebody")
         raise UserError("no such network")
 
-    monkeypatch.setattr("nas.networks.targets.find_target", refuse)
+    monkeypatch.setattr("nas.export.folder.find_target", refuse)
     assert vitnas("export", "x", "--out", "y")[2] == "waiting for somebody\nvitnas: no such network\n"
     assert vitnas("export", "x", "--out", "y", "-q")[2] == "vitnas: no such network\n"
 
