@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ __all__ = [
     "offline_if_unreachable",
     "published_name",
     "read_checkpoint",
+    "resolution_of",
     "translate",
     "unreachable",
 ]
@@ -69,6 +70,28 @@ def load_weights(model: nn.Module, arch: Arch, weights: str | Path) -> Loaded:
         return load_groups(model, groups, namings(arch))
     except WeightsError as error:
         raise WeightsError(f"{weights}: {error}") from None
+
+
+def resolution_of(arch: Arch, weights: Path, likely: Iterable[int]) -> int | None:
+    """The resolution in px that weights of an Arch's network were trained at, by the shapes of what follows it; the
+    likely ones are tried first, then multiples of 32. None: it is none of them.
+
+    Raises:
+        WeightsError: no such file, or not one of weights.
+    """
+    groups, state = read_checkpoint(weights), None
+    sizes: list[int] = [*likely, *range(32, 513, 32)]
+    for px in sizes:
+        try:
+            with torch.device("meta"):
+                model = FAMILIES[arch.family].build(arch.at(px))
+        except ArchError:
+            continue  # it cannot take these images
+        own = model.state_dict()
+        state = state or best_match(groups, own.keys(), namings(arch)).state
+        if all(own[name].shape == state[name].shape for name in resized_tensors(model) & state.keys()):
+            return px
+    return None
 
 
 def namings(arch: Arch) -> dict[str | None, Rules]:

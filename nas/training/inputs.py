@@ -161,19 +161,17 @@ def first_network(
 
 
 def _source(inputs: TrainInputs, weights: Path) -> Network | TimmModel:
-    """The network that weights were trained as: at the resolution that it was named with, or that of the training; timm
-    itself resizes those of its networks."""
-    own, wanted = inputs.target.as_trained().arch, inputs.network
-    if own is None:
+    """The network that weights were trained as, at their own resolution; timm itself resizes those of its networks."""
+    from search_spaces.weights import WeightsError, resolution_of
+
+    given, own, wanted = inputs.target.arch, inputs.target.as_trained().arch, inputs.network
+    if given is None or own is None:
         return load(wanted, weights, what="--weights")
-    given = own.replace(num_classes=wanted.num_classes)
-    try:
-        return load(given, weights, what="--weights")
-    except UserError:
-        if given.resolution != wanted.resolution:
-            with suppress(UserError):
-                return load(wanted, weights, what="--weights")
-        raise
+    own = own.replace(num_classes=wanted.num_classes)
+    with suppress(WeightsError):  # which `load` tells
+        px = resolution_of(own, weights, (own.resolution, wanted.resolution, given.resolution))
+        own = own.at(px or own.resolution)
+    return load(own, weights, what="--weights")
 
 
 def open_teacher(request: TrainRequest, data: ImageData, note: Callable[[str], None]) -> nn.Module | None:

@@ -13,12 +13,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from forked import Forked
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import nas.data
@@ -38,9 +39,12 @@ from nas.data.pixels import Pixels
 from nas.errors import TrainingError, UserError
 from nas.export import folder as export_folder
 from nas.files import folder_lock
+from nas.networks.targets import Target
 from nas.training.evaluation import evaluate
+from nas.training.inputs import first_network
 from nas.training.recipes import RECIPES
 from nas.training.result import TrainResult
+from nas.training.start import Start
 from search_spaces import Arch, create_model, get_arch
 
 ARGS = ("--epochs", "2", "--batch-size", "32", "--device", "cpu")
@@ -472,6 +476,7 @@ def test_a_failing_judge_loses_no_epoch(vitnas, deit, tmp_path, monkeypatch):
 KILLED = """
 import dataclasses, os, signal, sys
 from pathlib import Path
+from types import SimpleNamespace
 import nas.data.dataset, nas.data.images
 from nas.cli.app import main
 from nas.training.updater import Updater
@@ -527,6 +532,7 @@ def test_killed_it_goes_on_bit_for_bit(vitnas, small, tmp_path):
 PAIR = """
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 import torch
 from nas.data.dataset import open_data
 from nas.data.images import sample
@@ -694,6 +700,22 @@ def test_fine_tuning_begins_with_the_weights_given(vitnas, trained, tmp_path, mo
     assert "64 px, resized to 96 px" in err
     unchanged = {name for name, value in given.items() if torch.equal(begun[96][name], value)}
     assert unchanged == given.keys() - changed
+
+
+def test_weights_of_a_third_resolution_are_resized_and_their_faults_told(trained, tmp_path):
+    """Neither the Arch's own resolution nor that of the training: found by the tensors' shapes."""
+    arch = Arch.from_json((trained / "arch.json").read_bytes()).at(224)
+    file, told = tmp_path / "weights.safetensors", []
+    inputs = SimpleNamespace(target=Target("levit", arch=arch), network=arch.at(32), start=Start(file))
+    given = load_file(trained / "model.safetensors")
+    save_file(given, file)
+    first_network(SimpleNamespace(seed=0), inputs, told.append)
+    assert told == ["weights of 64 px, resized to 32 px"]
+    broken = list(given)[-1]
+    given[broken].view(-1)[0] = torch.nan
+    save_file(given, file)
+    with pytest.raises(UserError, match=f"not finite: {broken}"):
+        first_network(SimpleNamespace(seed=0), inputs, told.append)
 
 
 @pytest.mark.usefixtures("few")
