@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 OF_A_CLASS = 5
 """Images that a class has at least, of which some are held out."""
-LEAST, MOST = 20, 2000
+LEAST, MOST = 10, 2000
 """Images that can choose at all, and that are enough."""
 SHARE = 0.1
 WANTED = 300
@@ -32,17 +32,15 @@ class Parts:
     """To train on."""
     judge: list[int]
     """To choose by."""
-    words: str = HELD
-    """What messages call the latter."""
     warning: str = ""
-    """Why accuracies on them are too high; "" where they are not."""
+    """Why accuracies on the latter are too high, or why there are none; "" where all is well."""
 
 
 def hold_out(images: Images, seed: int, start: str | None = None) -> Parts:
     """Hold some of the images out, of each class in proportion.
 
-    They are images that the weights were not trained on, where there are enough; else ones that they were; and where
-    there are too few to hold any out, all of them choose. Then accuracies are too high, and serve to compare.
+    They are images that the weights were not trained on, where there are enough; else ones that they were: then
+    accuracies are too high, and serve to compare. Where there are too few, none is held out.
 
     Args:
         start: the weights that the training begins with, as `seen_by` takes them.
@@ -56,8 +54,8 @@ def hold_out(images: Images, seed: int, start: str | None = None) -> Parts:
         if len(held) >= LEAST:
             warning = f"{words}: accuracies on them are too high, and only compare" if words else ""
             return Parts(sorted(set(everything) - set(held)), held, warning=warning)
-    warning = "there are too few images to hold some out: accuracies on those trained on are too high, and only compare"
-    return Parts(everything, everything, "images trained on", warning)
+    warning = "there are too few images to hold some out, and so to tune by: the linear probe is the result"
+    return Parts(everything, [], warning=warning)
 
 
 def _some(labels: np.ndarray, able: np.ndarray, seed: int) -> list[int]:

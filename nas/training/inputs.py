@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from nas.networks.pretrained import Bytes
     from nas.networks.targets import Target
     from nas.networks.timm_network import TimmModel, TimmNetwork
+    from nas.training.course import StartRecord
     from nas.training.request import TrainRequest
     from search_spaces import Arch
     from search_spaces.network import Network
@@ -41,8 +42,6 @@ class TrainInputs:
     """Those that it is trained on: all for training, but for the ones held out."""
     held: Images
     """Those that choose, plain (`nas.training.holdout`); none where nothing is to be chosen."""
-    held_words: str
-    """What messages call them."""
     parents: tuple[str | None, ...]
     """What was trained before, each "timm" or a file; None: random weights."""
     fine_tunes: bool
@@ -54,10 +53,17 @@ class TrainInputs:
         return self.train.transformed(self.data.calibration.transform)
 
 
-def open_inputs(request: TrainRequest, note: Callable[[str], None], progress: Bytes | None = None) -> TrainInputs:
+def open_inputs(
+    request: TrainRequest,
+    note: Callable[[str], None],
+    progress: Bytes | None = None,
+    known: StartRecord | None = None,
+) -> TrainInputs:
     """Find the network and its weights, and open the images.
 
-    progress: told of the bytes of a download.
+    Args:
+        progress: told of the bytes of a download.
+        known: the weights that a finished training began with, which may be gone.
 
     Raises:
         UserError: no such network, weights or images, or they do not go together.
@@ -65,7 +71,7 @@ def open_inputs(request: TrainRequest, note: Callable[[str], None], progress: By
     from nas.data.dataset import open_data
     from nas.export.card import pixels_of
     from nas.networks.targets import find_target
-    from nas.training.holdout import HELD, hold_out
+    from nas.training.holdout import hold_out
 
     target = find_target(request.model)
     if target.network is None:
@@ -74,7 +80,12 @@ def open_inputs(request: TrainRequest, note: Callable[[str], None], progress: By
         )
     size = request.resolution or target.network.resolution
     network = target.network.at(size)
-    start = find_start(request, progress)
+    try:
+        start = find_start(request, progress)
+    except UserError:
+        if known is None:
+            raise
+        start = Start.of(known)
     if start.path is None and request.oracle is None and request.recipe.batch_norm == "frozen":
         raise UserError(
             f"--recipe {request.recipe.name} trains with frozen BatchNorm, which random weights cannot be trained "
@@ -90,14 +101,14 @@ def open_inputs(request: TrainRequest, note: Callable[[str], None], progress: By
     data = data.at(size, request.recipe.augmentation, pixels)
     fine_tunes = start.path is not None and request.recipe.from_probe and request.oracle is None
     network = network.replace(num_classes=len(data.classes))
-    train, held, words = data.train, data.calibration.pick([]), HELD
+    train, held = data.train, data.calibration.pick([])
     if fine_tunes and not request.probe:
         parts = hold_out(data.train, request.seed, start.parent)
         plain = data.train.transformed(data.calibration.transform)
-        train, held, words = data.train.pick(parts.train), plain.pick(parts.judge), parts.words
+        train, held = data.train.pick(parts.train), plain.pick(parts.judge)
         if parts.warning:
             note(parts.warning)
-    return TrainInputs(target, network, start, data, train, held, words, tuple(parents), fine_tunes)
+    return TrainInputs(target, network, start, data, train, held, tuple(parents), fine_tunes)
 
 
 def digests_of(request: TrainRequest, inputs: TrainInputs, known: Mapping[str, str | None]) -> dict[str, str | None]:
@@ -116,13 +127,15 @@ def digests_of(request: TrainRequest, inputs: TrainInputs, known: Mapping[str, s
         target = find_target(text)
         return target.network or text, weights or target.weights or "timm"
 
-    start = "timm" if known.get("the weights of --model") == "timm" and inputs.start.published else inputs.start.path
-    return identity(
+    found = identity(
         inputs.data,
-        model=(inputs.target.network, start) if inputs.target.network is not None else None,
+        model=(inputs.target.network, None) if inputs.target.network is not None else None,
         teacher=network(request.teacher, request.teacher_weights),
         oracle=network(request.oracle, None),
     )
+    key = "the weights of --model"
+    found[key] = "timm" if known.get(key) == "timm" and inputs.start.published else inputs.start.digest
+    return found
 
 
 def first_network(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from nas.errors import TrainingError
 from nas.training.course import Course, Held, Probed, Trial
+from nas.training.holdout import HELD
 from nas.training.processes import agreed
 from nas.training.rates import choose_trial
 from nas.units import counted
@@ -94,7 +95,7 @@ class Preparation:
             if len(self.inputs.held):
                 held = self.judge(model)
         seconds = monotonic() - began
-        accuracy = f"{held}, of {self.inputs.held_words}" if held else "no class has an image to hold out"
+        accuracy = f"{held}, of {HELD}" if held else "no class has an image to hold out"
         self.note(f"linear probe on the frozen network: {accuracy}; {seconds:.0f} s")
         stays = before is not None and own is not None and held is not None and own.top1 >= held.top1
         if before is not None and stays:
@@ -164,27 +165,33 @@ class Preparation:
                 raise KeyboardInterrupt
             yield batch
 
-    def choose(self, tuned: nn.Module) -> None:
-        """Keep the tuned network, unless the one that it began as is better."""
+    def choose(self, tuned: nn.Module | None) -> None:
+        """Keep the tuned network, unless the one that it began as is better. tuned: None where no epoch is done."""
         assert self.course.probe is not None
         before = self.course.probe.held
         assert before is not None
-        with self.job.phase("choosing"):
-            self.course.tuned = after = self.judge(tuned)
-        self.course.kept = "tuned" if after.top1 >= before.top1 else "probe"
-        words = "tuned network is kept" if self.course.kept == "tuned" else "probe is kept, the tuned network is worse"
-        self.note(f"{words}: {after.top1:.1f}% of {self.inputs.held_words}, the probe {before.top1:.1f}%")
+        self.course.tuned, self.course.kept = None, "probe"
+        if tuned is None:
+            self.note("the probe is kept: no epoch of tuning was finished")
+        else:
+            with self.job.phase("choosing"):
+                self.course.tuned = after = self.judge(tuned)
+            self.course.kept = "tuned" if after.top1 >= before.top1 else "probe"
+            kept = self.course.kept == "tuned"
+            words = "tuned network is kept" if kept else "probe is kept, the tuned network is worse"
+            self.note(f"{words}: {after.top1:.1f}% of {HELD}, the probe {before.top1:.1f}%")
         self.keep()
 
-    def first(self, like: nn.Module) -> nn.Module:
+    def first(self, like: nn.Module, ended: bool = True) -> nn.Module:
         """The network that the tuning began with, its probe fitted to all images for training, now that the others have
-        chosen. like: one of the same kind."""
+        chosen. like: one of the same kind. ended: False: its probe stays as it was."""
         from safetensors.torch import load_file
 
         network = copy.deepcopy(like).cpu()
         network.load_state_dict(load_file(self.job.kept / START))
         whole = self.inputs.data.train.transformed(self.inputs.data.calibration.transform)
-        if self.course.probe is not None and not self.course.probe.own_head and len(self.inputs.train) < len(whole):
+        probe = self.course.probe
+        if ended and probe is not None and not probe.own_head and len(self.inputs.train) < len(whole):
             with self.job.phase("probe") as progress:
                 self._install_probe(network, whole, progress)
             self.note("the probe is fitted once more, to the held-out images too")
@@ -217,8 +224,10 @@ class Preparation:
             self.course.trials.append(Trial(lr=lr, top1=held.top1, top1_ci=held.top1_ci, images=held.images))
             self.keep()
         best = choose_trial(self.course.trials, recipe.epochs)
-        told = ", ".join(f"{trial.lr:g} {trial.top1:.1f}%" for trial in self.course.trials)
-        self.note(f"learning rate {best.lr:g}, chosen by short trials on {self.inputs.held_words} ({told})")
+        told = ", ".join(
+            f"{trial.lr:g} {f'{trial.top1:.1f}%' if trial.top1_ci[1] else 'diverged'}" for trial in self.course.trials
+        )
+        self.note(f"learning rate {best.lr:g}, chosen by short trials on {HELD} ({told})")
         self.course.lr = best.lr
         self.keep()
 

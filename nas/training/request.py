@@ -97,7 +97,7 @@ class TrainRequest:
             if value is not None and not least <= value <= most:
                 raise UserError(f"--{name} is {value}: give {least} to {most}")
         if self.minutes is not None and not 0 < self.minutes <= MOST:
-            raise UserError(f"--minutes is {self.minutes:g}: give more than 0")
+            raise UserError(f"--minutes is {self.minutes:g}: give more than 0, and {MOST:,} at most")
         if self.precision not in PRECISIONS:
             raise UserError(f"--precision {self.precision!r}: choose from {', '.join(PRECISIONS)}")
         if not 0 < recipe.lr < 1e3:

@@ -89,7 +89,8 @@ class TrainingRun:
         self.job = Job(request.folder, request.identity(), say, progress, device, RESULT, hints, defaults())
         self.course = Course.read(self.job.state.found, self.job.kept / "state.json")
         self._queued: list[str] | None = []
-        self.inputs = open_inputs(request, self._note, lambda done, total: progress("downloading", done, total))
+        known = self.course.start if self.job.finished else None
+        self.inputs = open_inputs(request, self._note, lambda done, total: progress("downloading", done, total), known)
         at_once = min(EVALUATED_AT_ONCE, request.recipe.batch_size)
         self._val = loader(self.inputs.data.val, at_once, shuffle=False, seed=request.seed, workers=request.workers)
         self.folder = TrainFolder(request, self.inputs, self.job, self.course, command)
@@ -110,7 +111,7 @@ class TrainingRun:
         if agreed(self.job.finished):
             return None if self.rank else self._finished()
         model, own_head = first_network(request, inputs, self._note)
-        if request.probe:
+        if request.probe or (inputs.fine_tunes and not len(inputs.held)):
             return self._probe(model)
         teacher = open_teacher(request, inputs.data, self._note)
         guided = lend_oracle(request, model, inputs.data, self.device, self._note)
@@ -123,7 +124,7 @@ class TrainingRun:
         except TrainingError as found:
             error = found
             self._go_back(training, found)
-            trained = Trained.of(training, self._val)
+            trained = self._better(training)
         except KeyboardInterrupt:
             if self.processes == 1:
                 self._leave(training)
@@ -261,18 +262,24 @@ class TrainingRun:
                 self.job.save()
                 self.job.say(Epoch(**training.history[-1]).line(epochs))
 
-    def _better(self, training: Training) -> Trained:
-        """The better of the tuned network and the one that it began as, by images that neither was trained on."""
+    def _better(self, training: Training, ended: bool = True) -> Trained:
+        """The better of the network as far as it is tuned and the one that it began as.
+
+        ended: False of an interrupted training, which judges no probe and fits none again.
+        """
         trained, course = Trained.of(training, self._val), self.course
         if not self.inputs.fine_tunes:
             return trained
         assert course.probe is not None
-        if course.kept is None and not self.rank:
-            self.steps.choose(training.network)
+        if not self.rank:
+            self.steps.choose(training.network if training.epoch else None)
         if agreed(course.kept) == "tuned" or self.rank:
             return trained
-        network = self.steps.first(training.model)
-        return replace(trained, network=network, final=self._final_of_probe(network, course.probe.seconds))
+        network = self.steps.first(training.model, ended)
+        final = Final(epoch=0, of="linear probe", seconds=course.probe.seconds)
+        if ended:
+            final = self._final_of_probe(network, course.probe.seconds)
+        return replace(trained, network=network, final=final, started=True)
 
     def _final_of_probe(self, network: nn.Module, seconds: float) -> Final:
         with self.job.phase("judging the probe"):
@@ -315,14 +322,18 @@ class TrainingRun:
         done = self._done(training)
         if training.epoch:
             training.restore(within=False)
-        elif not training.within.updates:
+        elif not training.within.updates and not self.inputs.fine_tunes:
             self.job.say("no update was finished: nothing is kept")
             return
         self.job.say(f"interrupted after {done}: writing the network (Ctrl-C again leaves that out)")
-        final = self.folder.write(Trained.of(training, self._val), None, self._note, interrupted=done).final
+        self._stop = lambda: False
+        trained = self._better(training, ended=False)
+        final = self.folder.write(trained, None, self._note, interrupted=done).final
         accuracy = (final and final.accuracy()) or "which was not judged"
-        which = f"epoch {training.epoch}" if training.epoch else done
-        self.job.say(f"{self.request.folder} holds the network of {which}, {accuracy}")
+        which = f"the network of {f'epoch {training.epoch}' if training.epoch else done}, {accuracy}"
+        if self.course.kept == "probe":
+            which = "the linear probe"
+        self.job.say(f"{self.request.folder} holds {which}")
 
     def _done(self, training: Training) -> str:
         """How far a training is, in words."""

@@ -39,6 +39,11 @@ class Start:
         """Whether they are a published network's, which have seen none of the user's images."""
         return self.source in ("folder", "cache", "download")
 
+    @classmethod
+    def of(cls, record: StartRecord) -> Start:
+        """As a run has kept it."""
+        return cls(None if record.file is None else Path(record.file), record.digest, record.source, record.told)
+
     @property
     def record(self) -> StartRecord:
         """As the run keeps it."""
@@ -65,7 +70,8 @@ def find_start(request: TrainRequest, progress: Bytes | None = None) -> Start:
     if request.weights == RANDOM:
         return Start()
     if request.weights not in (None, TIMM):
-        return Start(Path(request.weights), file_digest(Path(request.weights)), "file")
+        digest = file_digest(Path(request.weights))
+        return Start(Path(request.weights), digest, "file", f"weights of {request.weights} (sha256 {digest})")
     own = target.as_trained().weights if request.weights is None else None
     if own is not None and not _writes_itself(request.folder, own):
         return Start(

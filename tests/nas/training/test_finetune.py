@@ -22,6 +22,7 @@ import nas.training.run
 import nas.training.updater
 from nas.data.dataset import open_data
 from nas.data.images import sample
+from nas.errors import TrainingError
 from nas.training.course import Held, Trial
 from nas.training.rates import choose_trial
 from nas.training.recipes import FINETUNE, RECIPES
@@ -150,6 +151,32 @@ def test_the_better_one_is_kept(tune, tmp_path, monkeypatch):
     assert err.count("the probe is fitted once more, to the held-out images too") == 1
     held = found["probe"]["held"]["images"]
     assert fitted[-1] == found["data"]["train"] > found["data"]["train"] - held == fitted[-2]
+
+
+@pytest.mark.parametrize(("failing", "code"), [(TrainingError("the loss is nan"), 1), (KeyboardInterrupt(), 130)])
+def test_what_ends_in_the_first_epoch_leaves_the_probe(tune, tmp_path, monkeypatch, failing, code):
+    def fail(run, training):
+        raise failing
+
+    with monkeypatch.context() as patched:
+        patched.setattr(nas.training.run.TrainingRun, "_epochs", fail)
+        assert tune(*ARGS)[0] == code
+    found = metrics(tmp_path)
+    assert (found["kept"], found["final"]["of"]) == ("probe", "linear probe")
+    assert (tmp_path / "out" / "model.onnx").is_file()
+    code, _, err = tune(*ARGS)
+    assert code == 0, err
+    assert metrics(tmp_path)["tuned"] is not None
+
+
+def test_of_a_finished_training_the_weights_may_be_gone(tune, weights, tmp_path):
+    assert tune("--probe", "--device", "cpu")[0] == 0
+    given = Path(weights[1])
+    given.rename(given.with_suffix(".away"))
+    code, text, err = tune("--probe", "--device", "cpu")
+    given.with_suffix(".away").rename(given)
+    assert (code, "is finished" in err) == (0, True), err
+    assert "linear probe" in text
 
 
 STEPS = {
