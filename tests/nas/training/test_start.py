@@ -76,7 +76,8 @@ def test_what_is_said(looked):
 
 
 def test_a_recipe_for_random_weights_looks_for_none(looked):
-    assert find_start(asked(recipe=QUICK)).source == "random"
+    start = find_start(asked(recipe=QUICK))
+    assert (start.source, start.line) == ("random", "starts from random weights (recipe quick)")
     assert not looked
     assert find_start(asked(recipe=QUICK, weights_from="there")).source == "cache"
     assert looked == [Path("there")]
