@@ -87,12 +87,12 @@ class Preparation:
         began = monotonic()
         before = copy.deepcopy(model.state_dict()) if own_head else None
         own = self.judge(model) if own_head else None
-        with self.job.phase("probe") as progress:
-            self._take_statistics(model)
-            probe = self._install_probe(model, self.inputs.plain, progress)
-            found = probe.held_out
-            held = None if found is None else Held(top1=found.top1, top1_ci=found.interval, images=found.images)
-            if len(self.inputs.held):
+        self._take_statistics(model)
+        probe = self._install_probe(model, self.inputs.plain)
+        found = probe.held_out
+        held = None if found is None else Held(top1=found.top1, top1_ci=found.interval, images=found.images)
+        if len(self.inputs.held):
+            with self.job.phase("probe"):
                 held = self.judge(model)
         seconds = monotonic() - began
         accuracy = f"{held}, of {HELD}" if held else "no class has an image to hold out"
@@ -104,34 +104,44 @@ class Preparation:
             self.note(f"its own classifier stays: {own}")
         self.course.probe = Probed(held=held, own_head=stays, strength=probe.strength, seconds=seconds)
 
-    def _install_probe(self, model: nn.Module, images: Images, progress: Callable[[int, int], None]) -> Probe:
+    def _install_probe(self, model: nn.Module, images: Images) -> Probe:
         """Fit a probe to plain images, and make it the network's classifier."""
-        from nas.training.probe import find_features, fit_probe, install
+        from nas.training.probe import install
 
-        features = find_features(
-            model, self._batches(images), self.device, progress=lambda done: progress(done, len(images))
-        )
-        probe = fit_probe(features.values, features.labels, len(self.inputs.data.classes), self.request.seed)
+        probe = self._probe_of(model, images)
         install(model, probe)
         return probe
+
+    def _probe_of(self, model: nn.Module, images: Images) -> Probe:
+        from nas.training.probe import find_features, fit_probe
+
+        with self.job.phase("probe") as taken:
+            features = find_features(
+                model, self._batches(images), self.device, progress=lambda done: taken(done, len(images))
+            )
+        with self.job.phase("fitting the probe") as fitted:
+
+            def step(done: int, most: int) -> None:
+                if self.stop():
+                    raise KeyboardInterrupt
+                fitted(done, most)
+
+            classes = len(self.inputs.data.classes)
+            return fit_probe(features.values, features.labels, classes, self.request.seed, step)
 
     def _take_statistics(self, model: nn.Module) -> None:
         """Take BatchNorm's statistics again, where a probe on some of the images is better for it."""
         from nas.data.images import sample
-        from nas.training.probe import HeldOut, find_features, fit_probe
         from nas.training.statistics import take_statistics
 
         images = sample(self.inputs.plain, COMPARED, self.request.seed)
 
-        def worth(network: nn.Module) -> HeldOut | None:
-            features = find_features(network, self._batches(images), self.device)
-            classes = len(self.inputs.data.classes)
-            return fit_probe(features.values, features.labels, classes, self.request.seed).held_out
-
         other = copy.deepcopy(model)
-        if not take_statistics(other, self._batches(images, shuffle=True), self.device):
+        with self.job.phase("probe"):
+            taken = take_statistics(other, self._batches(images, shuffle=True), self.device)
+        if not taken:
             return
-        own, theirs = worth(model), worth(other)
+        own, theirs = (self._probe_of(network, images).held_out for network in (model, other))
         if own is None or theirs is None:
             return
         better = theirs.loss < own.loss and theirs.top1 > own.top1
@@ -192,8 +202,7 @@ class Preparation:
         whole = self.inputs.data.train.transformed(self.inputs.data.calibration.transform)
         probe = self.course.probe
         if ended and probe is not None and not probe.own_head and len(self.inputs.train) < len(whole):
-            with self.job.phase("probe") as progress:
-                self._install_probe(network, whole, progress)
+            self._install_probe(network, whole)
             self.note("the probe is fitted once more, to the held-out images too")
         return network
 

@@ -174,23 +174,31 @@ def install(model: nn.Module, probe: Probe) -> None:
 # The fit
 
 
-def fit_probe(features: Tensor, labels: Tensor, classes: int, seed: int) -> Probe:
+def fit_probe(
+    features: Tensor,
+    labels: Tensor,
+    classes: int,
+    seed: int,
+    progress: Callable[[int, int], None] = lambda done, most: None,
+) -> Probe:
     """Fit a probe; its strength is that of least cross-entropy on held-out images.
 
     Args:
         features: (N, F) float32.
         labels: (N,), from 0 to classes - 1; classes may be without images.
         seed: which images are held out together.
+        progress: called before each step with the fits done, and how many there are at most; may raise to stop.
 
     Raises:
         UserError: features that are not finite, or are the same for every image.
     """
     began = time.monotonic()
-    problem = _Problem(features, labels, classes)
+    problem = _Problem(features, labels, classes, progress)
     strength, held_out = _choose(problem, seed)
     coefficients = problem.zeros()
     for each in (s for s in STRENGTHS if s >= strength):
         coefficients = problem.fit(coefficients, each * problem.images)
+    progress(problem.most, problem.most)
     weight, bias = problem.folded_back(coefficients)
     return Probe(weight, bias, problem.mean, strength * problem.images, held_out, time.monotonic() - began)
 
@@ -203,8 +211,9 @@ class _Problem:
     without images has one.
     """
 
-    def __init__(self, features: Tensor, labels: Tensor, classes: int) -> None:
+    def __init__(self, features: Tensor, labels: Tensor, classes: int, progress: Callable[[int, int], None]) -> None:
         self.images, self.classes, self.labels = len(labels), classes, labels
+        self.progress, self.done, self.most = progress, 0, len(STRENGTHS)
         broken = ~features.isfinite().all(1)
         if broken.any():
             raise UserError(
@@ -240,12 +249,14 @@ class _Problem:
         )
 
         def loss() -> Tensor:
+            self.progress(self.done, self.most)
             optimiser.zero_grad()
             value = F.cross_entropy(scaled @ wanted + self.prior, labels) + (penalty * wanted**2).sum()
             value.backward()
             return value
 
         optimiser.step(loss)
+        self.done += 1
         return wanted.detach() / curvature
 
     def logits(self, coefficients: Tensor, rows: Tensor) -> Tensor:
@@ -273,6 +284,7 @@ def _choose(problem: _Problem, seed: int) -> tuple[float, HeldOut | None]:
     folds = list(_folds(problem, seed))
     if not folds:
         return 1.0, None
+    problem.most += len(STRENGTHS) * len(folds)
     truth = problem.labels[torch.cat([held for _, held in folds])]
     starts = [problem.zeros() for _ in folds]
     best, chosen, since = None, STRENGTHS[0], 0

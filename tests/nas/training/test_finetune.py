@@ -143,6 +143,7 @@ def test_the_better_one_is_kept(tune, tmp_path, monkeypatch):
     monkeypatch.setattr(nas.training.prepare.Preparation, "judge", harsh)
     code, text, err = tune(*ARGS)
     assert code == 0, err
+    assert "fitting the probe 0/" in err
     assert "probe is kept, the tuned network is worse: 0.0% of held-out training images" in err
     found = metrics(tmp_path)
     assert (found["kept"], found["final"]["of"], found["final"]["epoch"]) == ("probe", "linear probe", 0)

@@ -68,6 +68,24 @@ def test_seeds_choose_the_folds_and_nothing_else_is_random() -> None:
     assert torch.equal(first.weight, again.weight)
 
 
+def test_a_fit_tells_its_progress_and_stops_within_a_step() -> None:
+    told: list[tuple[int, int]] = []
+
+    def progress(done: int, most: int) -> None:
+        told.append((done, most))
+        if len(told) == 4:
+            raise KeyboardInterrupt
+
+    x, y = clusters(60, 8, 3)
+    with pytest.raises(KeyboardInterrupt):
+        fit_probe(x, y, 3, 0, progress)
+    assert told[0] == (0, len(module.STRENGTHS) * (module.FOLDS + 1))
+    assert len(told) == 4
+    fit_probe(x, y, 3, 0, lambda *step: told.append(step))
+    assert told[4:] == sorted(told[4:])
+    assert told[-1][0] == told[-1][1]
+
+
 def test_a_large_problem_holds_out_one_fold(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "FOLDED", 0)
     found = fit_probe(*clusters(60, 8, 3), 3, seed=0)
