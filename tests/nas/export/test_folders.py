@@ -97,7 +97,7 @@ def test_two_prunings_of_one_folder(tmp_path, monkeypatch):
     from nas.prune.run import prune
 
     monkeypatch.setattr("sys.argv", ["vitnas", "prune"])
-    options = SimpleNamespace(folder=tmp_path / "pruned", model="shvit_s1")
+    options = SimpleNamespace(folder=tmp_path / "pruned", model="shvit_s1", check=lambda: None)
     (tmp_path / "pruned").mkdir()
     with (
         folder_lock(options.folder),
