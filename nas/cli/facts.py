@@ -16,6 +16,7 @@ from nas.intervals import top1_words
 from nas.networks.counts import TIMM_COUNTED, counts_of
 from nas.networks.timm_network import TIMM, TimmNetwork
 from nas.report.tables import Column, console_of, print_table, prose
+from nas.training.result import LINEAR_PROBE
 from nas.units import counted, listed
 
 if TYPE_CHECKING:
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
     from search_spaces import Arch
 
 Facts = dict[str, Any]
-PROBE = "linear probe"
-"""What a metrics.json calls a classifier on a frozen network."""
 NAMED = 60
 """Characters of the names of classes that are printed."""
 
@@ -190,7 +189,9 @@ def _of_folder(target: Target, network: Arch | TimmNetwork) -> Facts:
     metrics = _read(folder and folder / "metrics.json", Trained)
     if metrics:
         found["data"] = metrics.data.name
-        tuned = "a linear probe of" if metrics.final is not None and metrics.final.of == PROBE else "fine-tuned from"
+        tuned = (
+            "a linear probe of" if metrics.final is not None and metrics.final.of == LINEAR_PROBE else "fine-tuned from"
+        )
         how = f"{tuned} {metrics.parent}" if metrics.parent else "trained from random weights"
         found["weights_from"] = f"{metrics.options.model}, {how}"
     pruned = _read(folder and folder / "prune.json", Pruned)

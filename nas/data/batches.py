@@ -17,7 +17,7 @@ from nas.errors import UserError
 from nas.lock import in_turn
 from nas.process import die_with_parent
 from nas.threads import adapt
-from nas.units import shown
+from nas.units import listed, shown
 
 MAX_BROKEN = 0.05
 """Share of the images of one pass that may be broken; one broken image is always skipped, never refused alone."""
@@ -192,7 +192,7 @@ def skipped_line(loaders: Sequence[Skipping]) -> str | None:
 
 
 def _first(names: Sequence[str]) -> str:
-    return ", ".join(map(shown, names[:NAMED])) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+    return listed(map(shown, names), NAMED)
 
 
 def _enter(worker: int) -> None:

@@ -15,6 +15,7 @@ from nas.networks.pretrained import find_pretrained
 from nas.networks.targets import Target, find_target
 from nas.networks.timm_network import TIMM, TimmNetwork
 from nas.text import first_line
+from nas.units import listed
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -163,7 +164,5 @@ class _Adapted:
         if self._renamed:
             told.append("renamed as timm does")
         if self._resized:
-            size = f"{self._model.arch.resolution} px"
-            more = f" and {len(self._resized) - 3} more" if len(self._resized) > 3 else ""
-            told.append(f"of another resolution: resized to {size}: {', '.join(self._resized[:3])}{more}")
+            told.append(f"of another resolution: resized to {self._model.arch.resolution} px: {listed(self._resized)}")
         return "; ".join(told) or None

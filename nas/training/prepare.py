@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from nas.data.images import Images
     from nas.job import Job
     from nas.training.engine import Training
-    from nas.training.evaluation import Accuracy
     from nas.training.inputs import TrainInputs
     from nas.training.probe import Probe
     from nas.training.recipes import Recipe
@@ -161,13 +160,10 @@ class Preparation:
 
     def judge(self, network: nn.Module) -> Held:
         """Accuracy on the held-out images."""
-        found = self._accuracy(network)
-        return Held(top1=found.top1, top1_ci=found.interval, images=found.total)
-
-    def _accuracy(self, network: nn.Module) -> Accuracy:
         from nas.training.evaluation import evaluate
 
-        return evaluate(network, self._batches(self.inputs.held), self.device, self.note)
+        found = evaluate(network, self._batches(self.inputs.held), self.device, self.note)
+        return Held(top1=found.top1, top1_ci=found.interval, images=found.total)
 
     def until_stopped(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         for batch in batches:
@@ -254,7 +250,7 @@ class Preparation:
         warm = min(WARMUP, len(times) - 2)
         of_image = agreed((times[-1] - times[warm]) / (len(times) - 1 - warm) / trial.images)
         epoch = of_image * (trial.updates * trial.images + JUDGING * len(self.inputs.data.val))
-        spent = agreed(sum(self.job.state.phases.get(name, 0.0) for name in self.job.state.phases))
+        spent = agreed(sum(self.job.state.phases.values()))
         self.course.epochs = max(1, int((60 * minutes - spent) / epoch))
         self.note(f"--minutes {minutes:g}: {counted(self.course.epochs, 'epoch')}, one takes about {epoch:.0f} s")
         self.keep()

@@ -15,6 +15,8 @@ from nas.intervals import top1_words
 from nas.training.course import Held, Probed, StartRecord, Trial
 
 RESULT = "metrics.json"
+LINEAR_PROBE = "linear probe"
+"""`Final.of` of a classifier on a frozen network."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,10 +19,10 @@ from nas.training.begun import as_begun, defaults
 from nas.training.course import Course
 from nas.training.folder import WEIGHTS, Trained, TrainFolder
 from nas.training.inputs import digests_of, first_network, lend_oracle, open_inputs, open_teacher
-from nas.training.prepare import Preparation
+from nas.training.prepare import JUDGED_AT_ONCE, Preparation
 from nas.training.processes import agreed, processes, ranks
 from nas.training.request import PROBE, check_device
-from nas.training.result import RESULT, Epoch, Final, TrainResult
+from nas.training.result import LINEAR_PROBE, RESULT, Epoch, Final, TrainResult
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from nas.training.engine import Training
     from nas.training.recipes import Recipe
     from nas.training.request import TrainRequest
-
-EVALUATED_AT_ONCE = 256
 
 
 def train(
@@ -91,7 +89,7 @@ class TrainingRun:
         self._queued: list[str] | None = []
         known = self.course.start if self.job.finished else None
         self.inputs = open_inputs(request, self._note, lambda done, total: progress("downloading", done, total), known)
-        at_once = min(EVALUATED_AT_ONCE, request.recipe.batch_size)
+        at_once = min(JUDGED_AT_ONCE, request.recipe.batch_size)
         self._val = loader(self.inputs.data.val, at_once, shuffle=False, seed=request.seed, workers=request.workers)
         self.folder = TrainFolder(request, self.inputs, self.job, self.course, command)
         self.steps = Preparation(
@@ -276,14 +274,14 @@ class TrainingRun:
         if agreed(course.kept) == "tuned" or self.rank:
             return trained
         network = self.steps.first(training.model, ended)
-        final = Final(epoch=0, of="linear probe", seconds=course.probe.seconds)
+        final = Final(epoch=0, of=LINEAR_PROBE, seconds=course.probe.seconds)
         if ended:
             final = self._final_of_probe(network, course.probe.seconds)
         return replace(trained, network=network, final=final, started=True)
 
     def _final_of_probe(self, network: nn.Module, seconds: float) -> Final:
         with self.job.phase("judging the probe"):
-            return Final(epoch=0, of="linear probe", seconds=seconds, **self._evaluate(network))
+            return Final(epoch=0, of=LINEAR_PROBE, seconds=seconds, **self._evaluate(network))
 
     def _go_back(self, training: Training, error: TrainingError) -> None:
         training.restore(within=False)
@@ -348,6 +346,3 @@ class TrainingRun:
             self._queued.append(line)
         elif line not in self.job.state.notes:
             self.job.note(line)
-
-
-# Teachers
