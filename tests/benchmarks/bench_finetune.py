@@ -46,6 +46,7 @@ from nas.training.recipes import FINETUNE
 from nas.training.request import TrainRequest
 from nas.training.run import train
 
+METHODS = ("probe", "ours", "timm")
 BATCH = 64
 TRAIN_IMAGES, VAL_IMAGES = 2000, {"tin20": 1000, "catsdogs": 2000, "cifar10": 1000}
 ZOO_PX, ZOO_CLASSES = 64, 100
@@ -66,28 +67,12 @@ class Cell(NamedTuple):
 
 M0, M1, M2, SHVIT = "efficientvit_m0", "efficientvit_m1", "efficientvit_m2", "shvit_s1"
 LITE0, LITE1, LITE2 = (f"timm/tf_efficientnet_lite{size}" for size in range(3))
-FIRST = (
-    Subject("tin20", M0, 64),
-    Subject("catsdogs", LITE0, 64),
-    Subject("cifar10", M1, 64),
-    Subject("tin20", SHVIT, 64),
-)
+ZOO = tuple(Subject(data, network, 64) for network in (M0, M1, SHVIT, M2) for data in VAL_IMAGES)
+LITES = {
+    px: tuple(Subject(data, network, px) for network in (LITE0, LITE1, LITE2) for data in VAL_IMAGES)
+    for px in (64, 128)
+}
 LARGE = Subject("catsdogs", LITE0, 128)
-ALSO = (
-    Subject("cifar10", LITE0, 64),
-    Subject("tin20", M1, 64),
-    Subject("catsdogs", M1, 64),
-    Subject("cifar10", SHVIT, 64),
-)
-EVERY = tuple(
-    Subject(data, network, px)
-    for network, sizes in (
-        *((name, (64,)) for name in (M0, M1, M2, SHVIT)),
-        *((name, (64, 128)) for name in (LITE0, LITE1, LITE2)),
-    )
-    for px in sizes
-    for data in VAL_IMAGES
-)
 
 
 @dataclass(frozen=True)
@@ -117,13 +102,19 @@ class Row:
 def cells() -> Iterator[Cell]:
     """Each once, the most telling first."""
     plan = [
-        *((subject, 3, 0) for subject in FIRST),
         (LARGE, 3, 0),
-        *((subject, epochs, 0) for epochs in (10, 1) for subject in FIRST),
-        *((subject, 3, 0) for subject in ALSO),
-        *((subject, epochs, seed) for epochs in (3, 1, 10) for seed in (1, 2) for subject in FIRST),
-        *((subject, 30, 0) for subject in FIRST),
-        *((subject, epochs, seed) for epochs in (3, 1, 10, 30) for seed in range(3) for subject in EVERY),
+        *((subject, epochs, seed) for seed in range(3) for epochs in (3, 1, 10) for subject in ZOO),
+        *((subject, 3, seed) for seed in range(3) for subject in LITES[64]),
+        *((subject, 30, 0) for subject in ZOO),
+        *((subject, 3, seed) for seed in range(3) for subject in LITES[128]),
+        *(
+            (subject, epochs, seed)
+            for epochs in (1, 10, 30)
+            for seed in range(3)
+            for px in LITES
+            for subject in LITES[px]
+        ),
+        *((subject, 30, seed) for seed in (1, 2) for subject in ZOO),
     ]
     yield from (Cell(*each) for each in dict.fromkeys(plan))
 
@@ -141,13 +132,13 @@ class Bench:
             return []
         return [Row(**json.loads(line)) for line in self.file.read_text().splitlines()]
 
-    def run(self, only: str | None, until: float) -> None:
+    def run(self, methods: Sequence[str], only: str | None, until: float) -> None:
         def done() -> set[tuple[str, str, int, str, int, int]]:
             """Read each time: another process may write too."""
             return {row.key for row in self.rows()}
 
         for subject, epochs, seed in cells():
-            for method in ("probe", "ours", "timm"):
+            for method in methods:
                 key = (*subject, method, 0 if method == "probe" else epochs, seed)
                 if key in done() or (only is not None and only not in f"{subject.data}-{subject.network}-{subject.px}"):
                     continue
@@ -310,13 +301,14 @@ def main() -> None:
         parser.add_argument(name, type=Path)
     parser.add_argument("--minutes", type=float, default=60, help="begin no training after that")
     parser.add_argument("--only", help="part of DATA-NETWORK-PX, such as catsdogs-timm/tf_efficientnet_lite0-128")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--summary", action="store_true", help="train nothing")
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
     bench = Bench(args.data, args.zoo, args.lite, args.out)
     if not args.summary:
-        bench.run(args.only, time.monotonic() + 60 * args.minutes)
+        bench.run(args.methods, args.only, time.monotonic() + 60 * args.minutes)
     for line in (COLUMNS, ["---"] * len(COLUMNS), *table(bench.rows())):
         print(f"| {' | '.join(line)} |")
 
