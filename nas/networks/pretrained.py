@@ -39,6 +39,10 @@ class NoPretrained(UserError):
     """Nobody published weights for this network: it can only begin with random ones."""
 
 
+class Unreached(UserError):
+    """No connection: other weights cannot be downloaded either."""
+
+
 @dataclass(frozen=True)
 class Pretrained:
     """A file of pretrained weights."""
@@ -99,31 +103,62 @@ def find_pretrained(
         NoPretrained: nobody published weights for it, and $VITNAS_WEIGHTS holds none.
         UserError: a folder that is missing or without weights, a download that fails, or a damaged file in the cache
             that cannot be fetched again.
+        Unreached: a download without a connection.
         DiskFull: no room for the download.
     """
     wanted = _wanted(network)
-    given = ((OPTION, folder), (VARIABLE, os.environ.get(VARIABLE)))
-    looked: list[str] = []
-    for option, place in given:
-        if place:
-            path = _in_folder(Path(place).expanduser(), option, wanted.names)
-            if path is not None:
-                return Pretrained(wanted.label, path, "folder", file_digest(path), wanted.timm, "; ".join(looked))
-            looked.append(f"{place} holds no {wanted.label}")
+    found, looked = _given(wanted, folder)
+    if found is not None:
+        return found
     if wanted.config is None:
         if folder is not None:
             named = f": call its file {wanted.names[0]}.safetensors" if wanted.names else ""
             raise UserError(f"{OPTION} {folder} holds no weights of {wanted.label}, and timm has none{named}")
         raise NoPretrained(f"there are no pretrained weights of {wanted.label}")
-    found = _from_hub if wanted.config.hf_hub_id else _from_url
+    fetch = _from_hub if wanted.config.hf_hub_id else _from_url
     try:
-        path, source, digest, remark = found(wanted, wanted.config, progress)
+        path, source, digest, remark = fetch(wanted, wanted.config, progress)
     except DiskFull:
         raise
     except UserError as error:
-        raise UserError("; ".join((*looked, str(error)))) from None
+        raise type(error)("; ".join((*looked, str(error)))) from None
     told = "; ".join(filter(None, (*looked, remark)))
     return Pretrained(wanted.label, path, source, digest[:LENGTH], wanted.timm, told)
+
+
+def find_here(network: Arch | TimmNetwork, folder: Path | None = None) -> Pretrained | None:
+    """As `find_pretrained`, without downloading; None where they are not on this machine. A damaged file in the cache
+    is not there: a download replaces it.
+
+    Raises:
+        UserError: a folder that is missing or without weights.
+    """
+    wanted = _wanted(network)
+    found, looked = _given(wanted, folder)
+    if found is not None or wanted.config is None:
+        return found
+    kept = _kept_by_hub(wanted.config) if wanted.config.hf_hub_id else _kept_by_url(wanted.config)
+    if kept.path is None or not kept.whole:
+        return None
+    return Pretrained(wanted.label, kept.path, "cache", kept.digest[:LENGTH], wanted.timm, "; ".join(looked))
+
+
+def _given(wanted: _Wanted, folder: Path | None) -> tuple[Pretrained | None, list[str]]:
+    """The file in `folder` or in that of $VITNAS_WEIGHTS, and which of them hold none."""
+    looked: list[str] = []
+    for option, place in ((OPTION, folder), (VARIABLE, os.environ.get(VARIABLE))):
+        if place:
+            path = _in_folder(Path(place).expanduser(), option, wanted.names)
+            if path is not None:
+                digest = file_digest(path)
+                return Pretrained(wanted.label, path, "folder", digest, wanted.timm, "; ".join(looked)), looked
+            looked.append(f"{place} holds no {wanted.label}")
+    return None, looked
+
+
+def label_of(network: Arch | TimmNetwork) -> str:
+    """How messages call a network's weights: by its published name, or timm's."""
+    return _wanted(network).label
 
 
 def _wanted(network: Arch | TimmNetwork) -> _Wanted:
@@ -174,22 +209,61 @@ _Found = tuple[Path, Literal["cache", "download"], str, str]
 """The file, where it was, its whole SHA-256, and a remark."""
 
 
-def _from_hub(wanted: _Wanted, config: PretrainedCfg, progress: Bytes | None) -> _Found:
-    """A file of a repository on the Hugging Face hub. Its cache calls a file by its SHA-256: one that is another is
-    damaged, and fetched again."""
+@dataclass(frozen=True)
+class _Kept:
+    """A file in a cache: where, None for none; its SHA-256, and whether it is the one that it should have."""
+
+    path: Path | None = None
+    digest: str = ""
+    whole: bool = False
+
+
+def _kept_by_hub(config: PretrainedCfg) -> _Kept:
+    """A file in the cache of the Hugging Face hub, which calls it by its SHA-256: one that is another is damaged."""
+    path = _cached(*_repository(config))
+    if path is None:
+        return _Kept()
+    digest = file_digest(path, 64)
+    return _Kept(path, digest, digest == _stated(path, digest))
+
+
+def _kept_by_url(config: PretrainedCfg) -> _Kept:
+    """A file in torch.hub's cache; its name holds the beginning of its SHA-256, where it says anything."""
+    path, start = _place_of_url(config)
+    if not path.is_file():
+        return _Kept()
+    digest = file_digest(path, 64)
+    return _Kept(path, digest, digest.startswith(start))
+
+
+def _repository(config: PretrainedCfg) -> tuple[str, str | None]:
+    """A repository on the hub, and its revision; None for the newest."""
     repository, _, revision = str(config.hf_hub_id).partition("@")
-    path, remark = _cached(repository, revision or None), ""
-    if path is not None:
-        digest = file_digest(path, 64)
-        if digest == _stated(path, digest):
-            return path, "cache", digest, ""
-        remark = f"{_blob(path)} was damaged, and is replaced"
+    return repository, revision or None
+
+
+def _place_of_url(config: PretrainedCfg) -> tuple[Path, str]:
+    """Where torch.hub keeps a file, and how its SHA-256 begins; "" where that is not known."""
+    from torch.hub import get_dir
+
+    path = Path(get_dir()) / "checkpoints" / str(config.url).rpartition("/")[2]
+    stated = re.search(r"-([0-9a-f]{8,})\.", path.name)
+    return path, stated[1] if stated else ""
+
+
+def _from_hub(wanted: _Wanted, config: PretrainedCfg, progress: Bytes | None) -> _Found:
+    """A file of a repository on the Hugging Face hub; a damaged one in its cache is fetched again."""
+    kept = _kept_by_hub(config)
+    if kept.path is not None and kept.whole:
+        return kept.path, "cache", kept.digest, ""
+    remark = f"{_blob(kept.path)} was damaged, and is replaced" if kept.path else ""
     try:
-        path = _download(wanted, repository, revision or None, progress, again=bool(remark))
+        path = _download(wanted, *_repository(config), progress, again=bool(remark))
     except DiskFull:
         raise
     except UserError as error:
-        raise UserError(f"{_blob(path)} is damaged (delete it), and {error}" if path else str(error)) from None
+        damaged = f"{_blob(kept.path)} is damaged (delete it), and " if kept.path else ""
+        raise type(error)(f"{damaged}{error}") from None
     digest = file_digest(path, 64)
     if digest != _stated(path, digest):
         _blob(path).unlink()
@@ -221,16 +295,16 @@ def _download(
     """Download into the hub's cache, where nothing of a download that fails is left.
 
     Raises:
-        UserError: it cannot be had. DiskFull: there is no room.
+        UserError: it cannot be had. Unreached: there is no connection. DiskFull: there is no room.
     """
     from huggingface_hub import constants, hf_hub_download
-    from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RemoteEntryNotFoundError
 
     from search_spaces.weights import first_sentence, unreachable
 
     reason = unreachable()
     if reason is not None:
-        raise UserError(f"could not fetch {wanted.timm} ({reason}): {_by_hand(wanted)}")
+        raise Unreached(f"could not fetch {wanted.timm} ({reason}): {_by_hand(wanted)}")
     bar = _bar(progress)
     for name in HUB_FILES:
         try:
@@ -243,25 +317,23 @@ def _download(
         except Exception as error:  # the hub's client raises what its many layers do
             cause = error.__cause__ if isinstance(error, (LocalEntryNotFoundError, ValueError)) else None
             why = first_sentence(cause if isinstance(cause, Exception) else error)
-            raise UserError(f"could not fetch {wanted.timm} ({why}): {_again(wanted)}") from None
+            kind = UserError if isinstance(error, HfHubHTTPError) else Unreached
+            raise kind(f"could not fetch {wanted.timm} ({why}): {_again(wanted)}") from None
     raise UserError(f"could not fetch {wanted.timm} (no {' or '.join(HUB_FILES)} there): {_by_hand(wanted)}")
 
 
 def _from_url(wanted: _Wanted, config: PretrainedCfg, progress: Bytes | None) -> _Found:
-    """A file that torch.hub downloads; its name holds the beginning of its SHA-256, where it says anything."""
-    from torch.hub import download_url_to_file, get_dir
+    """A file that torch.hub downloads; a damaged one in its cache is fetched again."""
+    from urllib.error import HTTPError
+
+    from torch.hub import download_url_to_file
 
     from search_spaces.weights import first_sentence
 
-    path = Path(get_dir()) / "checkpoints" / str(config.url).rpartition("/")[2]
-    stated = re.search(r"-([0-9a-f]{8,})\.", path.name)
-    start = stated[1] if stated else ""
-    remark = ""
-    if path.is_file():
-        digest = file_digest(path, 64)
-        if digest.startswith(start):
-            return path, "cache", digest, ""
-        remark = f"{path} was damaged, and is replaced"
+    kept, (path, start) = _kept_by_url(config), _place_of_url(config)
+    if kept.path is not None and kept.whole:
+        return path, "cache", kept.digest, ""
+    remark = f"{path} was damaged, and is replaced" if kept.path else ""
     try:
         with disk_errors(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -270,7 +342,9 @@ def _from_url(wanted: _Wanted, config: PretrainedCfg, progress: Bytes | None) ->
         raise
     except Exception as error:  # as urllib, and a RuntimeError of another hash
         damaged = f"{path} is damaged (delete it), and " if remark else ""
-        raise UserError(f"{damaged}could not fetch {wanted.timm} ({first_sentence(error)}): {_again(wanted)}") from None
+        lost = isinstance(error, OSError) and not isinstance(error, HTTPError)
+        kind = Unreached if lost else UserError
+        raise kind(f"{damaged}could not fetch {wanted.timm} ({first_sentence(error)}): {_again(wanted)}") from None
     return path, "download", file_digest(path, 64), remark
 
 

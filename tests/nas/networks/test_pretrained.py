@@ -14,8 +14,9 @@ import timm
 from huggingface_hub import constants, file_download
 
 from nas.errors import UserError
-from nas.networks.pretrained import NoPretrained, find_pretrained
+from nas.networks.pretrained import NoPretrained, Unreached, find_here, find_pretrained
 from nas.networks.ready import ready_networks
+from nas.networks.store import Store
 from nas.networks.targets import find_arch
 from nas.networks.timm_network import TimmNetwork
 
@@ -94,6 +95,53 @@ def test_weights_are_downloaded_once_and_then_in_the_cache(hub: Hub) -> None:
     second = find_pretrained(NETWORK)
     assert (second.path, second.source, second.digest) == (first.path, "cache", first.digest)
     assert len(hub.asked) == 1
+
+
+def test_what_is_here_is_found_without_a_download(hub: Hub, tmp_path: Path) -> None:
+    assert find_here(NETWORK) is None
+    assert hub.asked == []
+    fetched = find_pretrained(NETWORK)
+    here = find_here(NETWORK)
+    assert here is not None
+    assert (here.path, here.source, here.digest) == (fetched.path, "cache", fetched.digest)
+    fetched.path.write_bytes(CONTENT[:500])
+    assert find_here(NETWORK) is None
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "test_vit.pth").write_bytes(CONTENT)
+    found = find_here(NETWORK, tmp_path / "weights")
+    assert found is not None
+    assert (found.source, found.digest) == ("folder", DIGEST[:16])
+
+
+def test_a_store_looks_once_and_downloads_what_is_asked_for(hub: Hub) -> None:
+    store = Store()
+    assert store.here(NETWORK) is None
+    assert store.digests == {}
+    assert store.get(NETWORK.at(64)).source == "download"
+    assert store.get(NETWORK).source == "download"
+    assert store.digests == {"timm/test_vit": DIGEST[:16]}
+    assert len(hub.asked) == 1
+
+
+def test_one_failed_connection_ends_the_downloads_of_a_store(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    store, other = Store(say=said.append), TimmNetwork("test_vit2")
+    hub.files = {}
+    with pytest.raises(UserError, match=r"no model\.safetensors"):  # the hub has answered
+        store.get(NETWORK)
+    assert not store.offline
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
+    with pytest.raises(Unreached):
+        store.get(NETWORK)
+    monkeypatch.setattr(constants, "ENDPOINT", "")
+    with pytest.raises(
+        UserError, match="no weights of timm/test_vit2: nothing is downloaded after a failed connection"
+    ):
+        store.get(other)
+    assert store.offline
+    assert len(said) == 1
+    assert said[0].startswith("could not fetch test_vit.r160_in1k (http://127.0.0.1:1 does not answer")
+    assert said[0].endswith("; no more downloads are tried")
 
 
 def test_a_repository_without_safetensors_has_its_older_file(hub: Hub) -> None:

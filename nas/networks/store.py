@@ -1,0 +1,67 @@
+"""The pretrained weights that a search may begin with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nas.errors import UserError
+from nas.files import tell
+from nas.networks.pretrained import Bytes, Pretrained, Unreached, find_here, find_pretrained, label_of
+
+if TYPE_CHECKING:
+    from nas.networks.timm_network import TimmNetwork
+    from search_spaces import Arch
+
+
+class Store:
+    """Weights on this machine (`nas.networks.pretrained`), and those that can be downloaded. Each network's are looked
+    up once, at whatever resolution and with whatever classes; the first failed connection ends all downloads."""
+
+    def __init__(self, folder: Path | None = None, say: Callable[[str], None] = tell) -> None:
+        """folder: as `find_pretrained`. say: called with the line of a failed connection."""
+        self._folder, self._say = folder, say
+        self._found: dict[str, Pretrained | None] = {}
+        self._unreached = ""
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of the weights found so far, by the name of their network."""
+        return {name: found.digest for name, found in sorted(self._found.items()) if found is not None}
+
+    @property
+    def offline(self) -> bool:
+        """Whether a download has found no connection."""
+        return bool(self._unreached)
+
+    def here(self, network: Arch | TimmNetwork) -> Pretrained | None:
+        """A network's weights on this machine; None where it has none.
+
+        Raises:
+            UserError: a folder that is missing or without weights.
+        """
+        label = label_of(network)
+        if label not in self._found:
+            self._found[label] = find_here(network, self._folder)
+        return self._found[label]
+
+    def get(self, network: Arch | TimmNetwork, progress: Bytes | None = None) -> Pretrained:
+        """A network's weights, downloaded where they are not on this machine.
+
+        Raises:
+            UserError: they cannot be had. DiskFull: there is no room for them.
+        """
+        found = self.here(network)
+        if found is not None:
+            return found
+        if self._unreached:
+            raise UserError(f"no weights of {label_of(network)}: {self._unreached}")
+        try:
+            found = find_pretrained(network, self._folder, progress)
+        except Unreached as error:
+            self._unreached = "nothing is downloaded after a failed connection"
+            self._say(f"{error}; no more downloads are tried")
+            raise
+        self._found[label_of(network)] = found
+        return found
