@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor, nn
 
+    from nas.data.batches import Loader
     from nas.data.dataset import ImageData
     from nas.data.images import Images
+    from nas.data.pixels import Pixels
     from nas.quality.plan import TrainingPlan
     from nas.quality.surrogate import TrainedNetwork
     from nas.training.engine import Training
@@ -104,45 +106,60 @@ class CandidateTrainer:
         """How many images candidates are trained on."""
         return min(self.plan.images, len(self.data.train) - self.judged)
 
-    def split(self, resolution: int) -> tuple[Images, Images]:
-        """The images that candidates train on, and those that judge them. Both come from the training images."""
+    def split(self, resolution: int, pixels: Pixels | None = None) -> tuple[Images, Images]:
+        """The images that candidates train on, and those that judge them. Both come from the training images.
+
+        Args:
+            pixels: how they become the network's input; None: as the data's do.
+        """
         from nas.data.images import cached
 
-        if resolution not in self._splits:
+        how = pixels or self.data.pixels
+        key = resolution, how
+        if key not in self._splits:
             while len(self._splits) >= KEPT_SPLITS:
                 del self._splits[next(iter(self._splits))]
-            used, judge = self.taught(resolution), self.halves(resolution)[1]
-            used, judge = (cached(each, resolution, self.say, self.data.pixels) for each in (used, judge))
-            self._splits[resolution] = used, judge
-        return self._splits[resolution]
+            used, judge = self.taught(resolution, how), self.halves(resolution, how)[1]
+            used, judge = (cached(each, resolution, self.say, how) for each in (used, judge))
+            self._splits[key] = used, judge
+        return self._splits[key]
 
-    def halves(self, resolution: int) -> tuple[Images, Images]:
+    def halves(self, resolution: int, pixels: Pixels | None = None) -> tuple[Images, Images]:
         """All training images but those that judge, augmented, and those that judge, as they are."""
         from nas.data.images import hold_out
 
-        data = self.data.at(resolution)
+        data = self.data.at(resolution, pixels=pixels)
         rest, _ = hold_out(data.train, self.judged, self.seed, self.seen)
         _, judge = hold_out(data.calibration, self.judged, self.seed, self.seen)
         return rest, judge
 
-    def taught(self, resolution: int) -> Images:
+    def taught(self, resolution: int, pixels: Pixels | None = None) -> Images:
         """The images that candidates train on, not kept in memory."""
         from nas.data.images import sample
 
-        return sample(self.halves(resolution)[0], self.plan.images, self.seed)
+        return sample(self.halves(resolution, pixels)[0], self.plan.images, self.seed)
 
     @cached_property
-    def _splits(self) -> dict[int, tuple[Images, Images]]:
+    def _splits(self) -> dict[tuple[int, Pixels], tuple[Images, Images]]:
         return {}
+
+    def plain(self, images: Images, resolution: int, pixels: Pixels) -> Images:
+        """Images as they are, without augmentation."""
+        return images.transformed(self.data.at(resolution, pixels=pixels).calibration.transform)
 
     def judge(self, network: nn.Module, images: Images) -> Accuracy:
         """Accuracy on images, in order."""
-        from nas.data.batches import loader
         from nas.training.evaluation import evaluate
 
-        judges = loader(images, JUDGED_BATCH, shuffle=False, seed=self.seed)
-        self.loaders.append(Skips(judges.skipped))
-        return evaluate(network, judges, self.device, self.say)
+        return evaluate(network, self.batches(images), self.device, self.say)
+
+    def batches(self, images: Images) -> Loader:
+        """Images in order."""
+        from nas.data.batches import loader
+
+        made = loader(images, JUDGED_BATCH, shuffle=False, seed=self.seed)
+        self.loaders.append(Skips(made.skipped))
+        return made
 
     def train(self, model: nn.Module, images: Images, recipe: Recipe, **options: Any) -> Training:
         """A training on this machine."""

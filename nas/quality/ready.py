@@ -1,0 +1,68 @@
+"""A published network with its own weights, and the linear probe that makes it one of the user's classes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from nas.networks.timm_network import TimmNetwork
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import nn
+
+    from nas.data.images import Images
+    from nas.data.pixels import Pixels
+    from nas.quality.trainer import CandidateTrainer
+    from search_spaces import Arch
+
+
+def own_pixels(network: Arch | TimmNetwork) -> Pixels:
+    """How images are prepared for a published network's weights."""
+    from nas.export.card import pixels_of
+
+    return pixels_of(network, "timm")
+
+
+def with_weights(network: Arch | TimmNetwork, weights: Path) -> nn.Module:
+    """A published network at its resolution, with weights of whatever resolution; a classifier for other classes is
+    untrained.
+
+    Raises:
+        UserError: they do not fit.
+    """
+    from nas.networks.build import create
+    from nas.networks.weights import load
+    from pruning.transfer import transfer
+    from search_spaces.weights import published_name, resolution_of
+
+    if isinstance(network, TimmNetwork):
+        return load(network, weights, what=f"timm/{network.name}")
+    px = resolution_of(network, weights, (network.resolution,)) or network.resolution
+    source = load(network.at(px), weights, what=published_name(network))
+    if px == network.resolution:
+        return source
+    model = create(network)
+    model.load_state_dict(transfer(source.arch, source.state_dict(), network))
+    return model
+
+
+def give_probe(model: nn.Module, images: Images, trainer: CandidateTrainer, pixels: Pixels) -> None:
+    """Make a linear probe the classifier of a network that `create` or `load` made.
+
+    Args:
+        images: what it is fitted to, at the network's resolution; they are taken without augmentation.
+
+    Raises:
+        UserError: a network without a linear classifier, or features that no probe can be fitted to.
+    """
+    from nas.networks.build import arch_of
+    from nas.training.probe import find_features, fit_probe, install
+
+    plain = trainer.plain(images, arch_of(model).resolution, pixels)
+
+    def told(done: int) -> None:
+        trainer.progress("linear probe", done, len(plain))
+
+    found = find_features(model, trainer.batches(plain), trainer.device, progress=told)
+    install(model, fit_probe(found.values, found.labels, len(trainer.data.classes), trainer.seed))
