@@ -175,8 +175,8 @@ def _of_card(card: Card, trained: bool) -> Facts:
 
 def _of_folder(target: Target, network: Arch | TimmNetwork) -> Facts:
     """Of the files beside its document; the prior is asked only of an Arch that nobody has trained or rated."""
+    from nas.quality.candidate import Candidate
     from nas.quality.prior import PriorTier
-    from search_spaces import table
 
     folder, trained = target.folder, target.as_trained().weights is not None
     card = Card.read(folder) if folder and (folder / "arch.json").is_file() else Card()
@@ -208,7 +208,7 @@ def _of_folder(target: Target, network: Arch | TimmNetwork) -> Facts:
         found |= searched.winner.model_dump() | {"quality_label": searched.quality_tier.label}
     elif not trained and not isinstance(network, TimmNetwork):
         tier = PriorTier()
-        told = tier.estimate(network, table(network)).to_dict()
+        told = tier.estimate(Candidate(network), counts_of(network)).to_dict()
         found |= {key: told[key] for key in ("quality_estimate", "quality_ci")} | {"quality_label": tier.label}
     return found
 

@@ -13,12 +13,13 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from nas.intervals import joined, of_error
+from nas.networks.counts import Counts
+from nas.quality.candidate import Candidate
 from nas.quality.tier import Estimate
 from search_spaces import Arch, get_arch, table
 from search_spaces.api import find_variant
 from search_spaces.arch import StageSummary
 from search_spaces.registry import FAMILIES
-from search_spaces.widths import Table
 
 SAMPLES = 12
 SHAPE_SD = 1.87
@@ -44,18 +45,19 @@ class PriorTier:
         self._shapes: dict[str, Neighbourhood] = {}
         self._token_cost: dict[tuple[str, ...], tuple[np.ndarray, np.ndarray]] = {}
 
-    def predict(self, arch: Arch, counts: Table) -> Estimate:
+    def predict(self, candidate: Candidate, counts: Counts) -> Estimate:
         """As `estimate`."""
-        return self.estimate(arch, counts)
+        return self.estimate(candidate, counts)
 
-    def estimate(self, arch: Arch, counts: Table) -> Estimate:
-        """Predicted ImageNet-1k top-1 of `arch`.
+    def estimate(self, candidate: Candidate, counts: Counts) -> Estimate:
+        """Predicted ImageNet-1k top-1 of an Arch.
 
         Its interval is the prediction interval of the family's line (Student's t: few networks are published) and, in
         quadrature, `SHAPE_SD` per unit of distance from the nearest published shape. Its score is below the value by
         the leave-one-out error and the same.
         """
-        line, macs = self.line(arch.family), counts.macs()
+        arch = candidate.arch
+        line, macs = self.line(arch.family), counts.macs
         reduction, cost = FAMILIES[arch.family].reduction, 0.0
         if reduction is not None and (whole := reduction.whole(arch)) != arch:
             left, macs = macs, table(whole).macs()

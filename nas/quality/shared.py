@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from nas.data.images import Images
+    from nas.networks.counts import Counts
+    from nas.quality.candidate import Candidate
     from nas.quality.trainer import CandidateTrainer
     from nas.training.supernet import Supernet
-    from search_spaces import Arch
-    from search_spaces.widths import Table
 
 LR = 1e-3
 BATCH = 64
@@ -47,16 +47,17 @@ class SupernetTier(TrainedTier):
             "your images; candidates were judged on others held out from training, BatchNorm calibrated for each."
         )
 
-    def predict(self, arch: Arch, counts: Table) -> Estimate:
+    def predict(self, candidate: Candidate, counts: Counts) -> Estimate:
         """As `estimate`: a share of the weights is there for every network."""
-        return self.estimate(arch, counts)
+        return self.estimate(candidate, counts)
 
-    def estimate(self, arch: Arch, counts: Table) -> Estimate:
+    def estimate(self, candidate: Candidate, counts: Counts) -> Estimate:
         """Accuracy with the family's shared weights; its interval is what so few images leave open."""
         from nas.data.batches import loader
         from nas.data.images import sample
 
-        trainer, supernet = self.trainer, self._supernet(arch.family)
+        trainer, arch = self.trainer, candidate.arch
+        supernet = self._supernet(arch.family)
         images, judges = trainer.split(self._resolution(supernet))
         calibration = loader(sample(images, CALIBRATION_IMAGES, trainer.seed), BATCH, shuffle=False, seed=trainer.seed)
         found = supernet.evaluate(arch, calibration, loader(judges, BATCH, shuffle=False, seed=trainer.seed))
@@ -64,13 +65,13 @@ class SupernetTier(TrainedTier):
             estimate_of(found.top1, found.total), HOW, describe(arch, counts), {self.epochs: found.top1}
         )
 
-    def complete(self, arch: Arch, counts: Table, keeps: bool = True) -> Estimate:
+    def complete(self, candidate: Candidate, counts: Counts, keeps: bool = True) -> Estimate:
         """As `estimate`: there is no further rung."""
-        return self.estimate(arch, counts)
+        return self.estimate(candidate, counts)
 
-    def early(self, arch: Arch, counts: Table, rungs: Mapping[int, float]) -> Estimate:
+    def early(self, candidate: Candidate, counts: Counts, rungs: Mapping[int, float]) -> Estimate:
         """As `estimate`."""
-        return self.estimate(arch, counts)
+        return self.estimate(candidate, counts)
 
     def review(self, networks: Sequence[tuple[str, Sequence[float]]]) -> list[Estimate]:
         """What each was found to have: other networks' results say nothing more of it."""

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import kendalltau
 
+from nas.networks.counts import Counts
 from search_spaces import Arch
 from search_spaces.registry import FAMILIES
-from search_spaces.widths import Table
 
 LEAST = 3
 """Networks below which nothing is fitted: the mean and spread of what there is stand in."""
@@ -41,7 +41,7 @@ class TrainedNetwork:
     rungs: Rungs
 
 
-def describe(arch: Arch, counts: Table) -> np.ndarray:
+def describe(arch: Arch, counts: Counts) -> np.ndarray:
     """Features (13,): log2 of parameters, MACs, width, depth, qk width and resolution; share of attention, FFN ratio
     and keep rate as means over blocks; and which of the families it is."""
     stages = arch.summary()
@@ -52,8 +52,8 @@ def describe(arch: Arch, counts: Table) -> np.ndarray:
 
     return np.array(
         [
-            np.log2(counts.params()),
-            np.log2(counts.macs()),
+            np.log2(counts.params),
+            np.log2(counts.macs),
             mean([np.log2(stage.embed_dim) for stage in stages]),
             np.log2(depth.sum()),
             mean([np.log2(1 + stage.heads * stage.key_dim) for stage in stages]),

@@ -1,4 +1,4 @@
-"""The contract of a quality tier: an Arch becomes an estimate of its accuracy, with its error."""
+"""The contract of a quality tier: a candidate becomes an estimate of its accuracy, with its error."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from nas.data.images import Images
+    from nas.networks.counts import Counts
+    from nas.quality.candidate import Candidate
     from nas.quality.surrogate import Surrogate, TrainedNetwork
     from nas.quality.trainer import CandidateTrainer
     from nas.training.engine import Training
     from nas.training.recipes import Recipe
     from search_spaces import Arch
-    from search_spaces.widths import Table
 
 
 @dataclass(frozen=True)
@@ -111,10 +112,10 @@ class Tier(Protocol):
     def failed(self) -> Mapping[str, str]:
         """Families that it cannot judge, with the reason."""
 
-    def predict(self, arch: Arch, counts: Table) -> Estimate:
+    def predict(self, candidate: Candidate, counts: Counts) -> Estimate:
         """Estimate a network that will not be trained."""
 
-    def estimate(self, arch: Arch, counts: Table) -> Estimate:
+    def estimate(self, candidate: Candidate, counts: Counts) -> Estimate:
         """Estimate a network that meets the budget; a tier that trains may train it."""
 
 
@@ -139,11 +140,11 @@ class TrainedTier(ABC):
         self._last: tuple[list[tuple[str, Mapping[int, float]]], Surrogate] | None = None
 
     @abstractmethod
-    def predict(self, arch: Arch, counts: Table) -> Estimate:
+    def predict(self, candidate: Candidate, counts: Counts) -> Estimate:
         """Estimate a network that will not be trained."""
 
     @abstractmethod
-    def estimate(self, arch: Arch, counts: Table) -> Estimate:
+    def estimate(self, candidate: Candidate, counts: Counts) -> Estimate:
         """Estimate a network that meets the budget.
 
         Raises:
@@ -151,11 +152,11 @@ class TrainedTier(ABC):
         """
 
     @abstractmethod
-    def early(self, arch: Arch, counts: Table, rungs: Mapping[int, float]) -> Estimate:
+    def early(self, candidate: Candidate, counts: Counts, rungs: Mapping[int, float]) -> Estimate:
         """What `estimate` would say after the first of these rungs (top-1 in percent by epochs)."""
 
     @abstractmethod
-    def complete(self, arch: Arch, counts: Table, keeps: bool = True) -> Estimate:
+    def complete(self, candidate: Candidate, counts: Counts, keeps: bool = True) -> Estimate:
         """Train a network to the last rung.
 
         Args:
@@ -185,7 +186,7 @@ class TrainedTier(ABC):
 
     def begin(
         self,
-        arch: Arch,
+        candidate: Candidate,
         images: Images,
         recipe: Recipe,
         seed: int,
@@ -203,6 +204,7 @@ class TrainedTier(ABC):
 
         from search_spaces import create_model
 
+        arch = candidate.arch
         torch.manual_seed(seed)
         model = create_model(arch)
         first = self.inherited(arch, seed) if weights is None else weights

@@ -12,6 +12,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,10 +32,11 @@ if TYPE_CHECKING:
     from torch import nn
 
     from nas.data.images import Images
+    from nas.networks.counts import Counts
+    from nas.quality.candidate import Candidate
     from nas.quality.trainer import CandidateTrainer
     from nas.training.engine import Training
     from search_spaces import Arch
-    from search_spaces.widths import Table
 
 SCREEN_FROM = 8
 """Networks trained before any is left out untrained."""
@@ -57,17 +59,17 @@ class HalvingTier(TrainedTier):
             f"{counted(self.epochs, 'epoch')} of that and serve to rank."
         )
 
-    def predict(self, arch: Arch, counts: Table) -> Estimate:
+    def predict(self, candidate: Candidate, counts: Counts) -> Estimate:
         """The surrogate's prediction."""
-        return self._weighed(self.surrogate(), arch.digest(), describe(arch, counts))
+        return self._weighed(self.surrogate(), candidate.key, describe(candidate.arch, counts))
 
-    def estimate(self, arch: Arch, counts: Table) -> Estimate:
+    def estimate(self, candidate: Candidate, counts: Counts) -> Estimate:
         """Train a network as far as the halving lets it go.
 
         Raises:
             TrainingError: the loss is no longer finite.
         """
-        key, features, surrogate = arch.digest(), describe(arch, counts), self.surrogate()
+        key, features, surrogate = candidate.key, describe(candidate.arch, counts), self.surrogate()
         known = surrogate.trained
         if any(each.key == key for each in known):
             return self._weighed(surrogate, key, features)
@@ -75,21 +77,21 @@ class HalvingTier(TrainedTier):
             best, guess = max(surrogate.predict(each.features).value for each in known), surrogate.predict(features)
             if guess.value + guess.error < best:
                 return self._weighed(surrogate, key, features)
-        return self._train(arch, features, known, in_better_third)
+        return self._train(candidate, features, known, in_better_third)
 
-    def early(self, arch: Arch, counts: Table, rungs: Mapping[int, float]) -> Estimate:
+    def early(self, candidate: Candidate, counts: Counts, rungs: Mapping[int, float]) -> Estimate:
         """What `estimate` would say after the first of these rungs."""
-        key, features = arch.digest(), describe(arch, counts)
+        key, features = candidate.key, describe(candidate.arch, counts)
         first = min(rungs)
         others = [each for each in self.trainer.results() if each.key != key]
         return self._weighed(
             self._fitted([*others, TrainedNetwork(key, features, {first: rungs[first]})]), key, features
         )
 
-    def complete(self, arch: Arch, counts: Table, keeps: bool = True) -> Estimate:
+    def complete(self, candidate: Candidate, counts: Counts, keeps: bool = True) -> Estimate:
         """Train a network to the last rung. keeps: it is a candidate, whose weights may be wanted."""
-        others = [each for each in self.trainer.results() if each.key != arch.digest()]
-        return self._train(arch, describe(arch, counts), others, lambda *_: True, keeps)
+        others = [each for each in self.trainer.results() if each.key != candidate.key]
+        return self._train(candidate, describe(candidate.arch, counts), others, lambda *_: True, keeps)
 
     def review(self, networks: Sequence[tuple[str, Sequence[float]]]) -> list[Estimate]:
         """Estimates by all trainings so far of networks by digest and features."""
@@ -102,23 +104,23 @@ class HalvingTier(TrainedTier):
 
     def _train(
         self,
-        arch: Arch,
+        candidate: Candidate,
         features: np.ndarray,
         others: Sequence[TrainedNetwork],
         goes_on: Callable[[Surrogate, Guess, int], bool],
         keeps: bool = True,
     ) -> Estimate:
-        begun, key = time.monotonic(), arch.digest()
+        begun, key = time.monotonic(), candidate.key
         folder = self.trainer.folder / key[:16]
         path = folder / "rungs.json"
         judged = read_rungs(path)
         rungs: dict[int, float] = {}
-        for epochs, shape, network, judges in self._rungs(arch, folder):
+        for epochs, shape, network, judges in self._rungs(candidate, folder):
             if epochs not in judged:
                 judged[epochs] = self.trainer.judge(network, judges).top1
                 replace_file(path, json.dumps(judged).encode())
             rungs[epochs] = judged[epochs]
-            last = network if shape == arch else None  # at a lower resolution it is another network
+            last = network if shape == candidate.arch else None  # at a lower resolution it is another network
             surrogate = self._fitted([*others, TrainedNetwork(key, features, dict(rungs))])
             guess = surrogate.predict(features)
             if not goes_on(surrogate, guess, epochs):
@@ -130,20 +132,25 @@ class HalvingTier(TrainedTier):
         shutil.rmtree(folder, ignore_errors=True)
         return with_training(self._bounded(guess), self._how(rungs), features, rungs, time.monotonic() - begun)
 
-    def _rungs(self, arch: Arch, folder: Path) -> Iterator[tuple[int, Arch, nn.Module, Images]]:
+    def _rungs(self, candidate: Candidate, folder: Path) -> Iterator[tuple[int, Arch, nn.Module, Images]]:
         """Train from rung to rung: epochs, the network and its Arch there, and the images that judge it."""
-        trainer, low, done = self.trainer, low_resolution(arch), 0
+        trainer, arch = self.trainer, candidate.arch
+        low, done = low_resolution(arch), 0
         weights = None
         if low is not None and len(trainer.rungs) > 1:
             from pruning.transfer import transfer
 
             small, done = arch.at(low), trainer.rungs[0]
             images, judges = trainer.split(low)
-            training = self.begin(small, images, self.recipe(self.epochs), trainer.seed, folder / "low")
+            training = self.begin(
+                replace(candidate, network=small), images, self.recipe(self.epochs), trainer.seed, folder / "low"
+            )
             yield done, small, self._until(training, done), judges
             weights = transfer(small, training.network.state_dict(), arch)
         images, judges = trainer.split(arch.resolution)
-        training = self.begin(arch, images, self.recipe(self.epochs - done), trainer.seed, folder / "whole", weights)
+        training = self.begin(
+            candidate, images, self.recipe(self.epochs - done), trainer.seed, folder / "whole", weights
+        )
         for epochs in trainer.rungs:
             if epochs > done:
                 yield epochs, arch, self._until(training, epochs - done), judges

@@ -18,6 +18,7 @@ from pydantic import FiniteFloat, PositiveInt, TypeAdapter
 from nas.errors import TrainingError, UserError
 from nas.export.folder import save_weights
 from nas.files import replace_file
+from nas.quality.candidate import Candidate
 from nas.search.accuracy import Accuracies
 from nas.search.rows import Trial, arch_of, known
 from nas.search.trainings import COMPLETED, results_of
@@ -63,7 +64,7 @@ def settle(
     note: Callable[[str], None],
 ) -> list[Trial]:
     """Train the best to the last rung, until the first `BEST` all are; trials reviewed by what it showed."""
-    from search_spaces import table
+    from nas.networks.counts import counts_of
 
     failed: set[str | None] = set()
     while True:
@@ -76,7 +77,7 @@ def settle(
             return [dataclasses.replace(row, feasible=row.feasible and row.digest not in failed) for row in reviewed]
         arch = arch_of(pending[0])
         try:
-            training = tier.complete(arch, table(arch)).training
+            training = tier.complete(Candidate(arch), counts_of(arch)).training
         except TrainingError as error:
             note(f"trial {pending[0].trial} could not be trained to the end: {error}")
             failed.add(arch.digest())
@@ -122,7 +123,7 @@ def train_fully(request: SearchRequest, tier: TrainedTier, label: str, arch: Arc
         if not path.is_file():
             path.parent.mkdir(exist_ok=True)
             begun = time.monotonic()
-            training = tier.begin(arch, data.train, recipe, seed, path.with_suffix(".state"))
+            training = tier.begin(Candidate(arch), data.train, recipe, seed, path.with_suffix(".state"))
             training.run(None, lambda d, t, *_, s=seed: trainer.progress(f"final training, {label}, seed {s}", d, t))
             training.loader.close()
             if seed == 0:

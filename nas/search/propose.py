@@ -19,8 +19,9 @@ from optuna.distributions import CategoricalDistribution, IntDistribution
 from optuna.samplers import BaseSampler, RandomSampler
 from scipy.stats import norm
 
+from nas.networks.counts import counts_of
 from nas.quality.surrogate import LEAST, Surrogate, TrainedNetwork, describe
-from search_spaces import Arch, table
+from search_spaces import Arch
 from search_spaces.registry import FAMILIES
 from search_spaces.space import LEVELS, PARAMETERS, random_params
 
@@ -134,12 +135,12 @@ class Proposer(BaseSampler):
         limit = math.log(self._request.budget_ms)
 
         def rate(candidate: Candidate) -> float:
-            counts = table(candidate.arch)
+            counts = counts_of(candidate.arch)
             features = describe(candidate.arch, counts)
             time = latency.predict(features)
             fits = float(norm.logcdf((limit - time.value) / time.error))
             if len(known) < LEAST:
-                return fits + math.log(counts.params())
+                return fits + math.log(counts.params)
             found = quality.predict(features)
             gap = (found.value - best) / found.error
             return fits + math.log(max(1e-300, found.error * (gap * norm.cdf(gap) + norm.pdf(gap))))

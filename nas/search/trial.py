@@ -23,6 +23,7 @@ from nas.measure.device import device_lock, open_measurer
 from nas.measure.remote import LinkLost
 from nas.measure.samples import MeasureError, is_decided, quanta, quanta_line
 from nas.process import WorkerError
+from nas.quality.candidate import Candidate
 from nas.search.latency import TrialLatency
 from nas.search.log import Clock, keep_samples
 from nas.search.rows import INTERRUPTED
@@ -35,11 +36,11 @@ if TYPE_CHECKING:
     from nas.measure.protocol import Measurer
     from nas.measure.remote import RemoteMeasurer
     from nas.measure.samples import Measurement
+    from nas.networks.counts import Counts
     from nas.quality.tier import Estimate, Tier
     from nas.search.log import SearchLog
     from nas.search.request import SearchRequest
     from search_spaces import Arch
-    from search_spaces.widths import Table
 
 logger = logging.getLogger(__name__)
 PROBES, PROBE_PAUSE_S = 4, 2.0
@@ -186,10 +187,14 @@ class TrialRunner:
         """
         from optuna.exceptions import UpdateFinishedTrialError
 
+        from nas.networks.counts import counts_of
         from nas.study.trials import fail, finish
-        from search_spaces import table
 
-        counts = table(arch)
+        try:
+            counts = counts_of(arch)
+        except UserError as error:  # this network's alone: the search goes on
+            clock.lap("build and export")
+            return fail(self.study, trial, reason(error))
         clock.lap("build and export")
         latency = self._known(arch.digest()) or self._latency(trial, arch, clock)
         clock.lap("other")
@@ -197,7 +202,7 @@ class TrialRunner:
         if self.tier.trained:  # a family's shared weights are trained for whatever comes first
             leave_device()
         try:
-            estimate = (self.tier.estimate if excess <= 0 else self.tier.predict)(arch, counts)
+            estimate = (self.tier.estimate if excess <= 0 else self.tier.predict)(Candidate(arch), counts)
         except UpdateFinishedTrialError:
             raise
         except FAULTS as error:  # this network's alone: it is not retried
@@ -291,7 +296,7 @@ class TrialRunner:
 
 
 def attributes(
-    arch: Arch, counts: Table, latency: TrialLatency, estimate: Estimate, budget_ms: float
+    arch: Arch, counts: Counts, latency: TrialLatency, estimate: Estimate, budget_ms: float
 ) -> dict[str, object]:
     """The attributes of a measured trial in its study: columns of the dashboard, and the rest as its detail."""
     from nas.measure.cache import code_digest
@@ -301,8 +306,8 @@ def attributes(
         "latency_ms": latency.latency_ms,
         "feasible": int(latency.excess(budget_ms) <= 0),
         "budget_ms": budget_ms,
-        "params_m": counts.params() / 1e6,
-        "macs_m": counts.macs() / 1e6,
+        "params_m": counts.params / 1e6,
+        "macs_m": counts.macs / 1e6,
         "resolution": arch.resolution,
         "arch": arch.model_dump(mode="json"),
         "detail": {

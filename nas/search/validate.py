@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from nas.errors import TrainingError
+from nas.quality.candidate import Candidate
 from nas.quality.plan import LEAST_VALIDATED
 from nas.quality.ranking import GATE, selects, taus
 from nas.search.outcome import Validation
@@ -154,16 +155,16 @@ def draw(request: SearchRequest, low: float, high: float) -> Iterator[Arch]:
 
 def measure_one(tier: TrainedTier, arch: Arch) -> ValidatedNetwork:
     """One network's size, estimates and accuracy after a full training."""
-    from search_spaces import table
+    from nas.networks.counts import counts_of
 
-    counts = table(arch)
-    untrained = tier.predict(arch, counts)
-    estimate = tier.complete(arch, counts, keeps=False)
+    candidate, counts = Candidate(arch), counts_of(arch)
+    untrained = tier.predict(candidate, counts)
+    estimate = tier.complete(candidate, counts, keeps=False)
     training_record = known(estimate.training)
     trainer = tier.trainer
     rest, judge = trainer.halves(arch.resolution)
     folder = trainer.folder / f"{arch.digest()[:16]}-full"
-    training = tier.begin(arch, rest, tier.recipe(trainer.plan.final_epochs), SEED, folder)
+    training = tier.begin(candidate, rest, tier.recipe(trainer.plan.final_epochs), SEED, folder)
     try:
         training.run(None, lambda done, total, *_: trainer.progress("validation", done, total))
     finally:
@@ -172,11 +173,11 @@ def measure_one(tier: TrainedTier, arch: Arch) -> ValidatedNetwork:
     folder.unlink(missing_ok=True)
     return ValidatedNetwork(
         family=arch.family,
-        params=counts.params(),
-        macs=counts.macs(),
+        params=counts.params,
+        macs=counts.macs,
         final_epochs=trainer.plan.final_epochs,
         predicted=untrained.value,
-        first_rung=tier.early(arch, counts, training_record.rungs).value,
+        first_rung=tier.early(candidate, counts, training_record.rungs).value,
         last_rung=estimate.value,
         rungs={str(epochs): top1 for epochs, top1 in training_record.rungs.items()},
         top1=found.top1,

@@ -24,6 +24,8 @@ import torch
 from nas.data.batches import loader
 from nas.data.dataset import open_data
 from nas.data.images import sample
+from nas.networks.counts import counts_of
+from nas.quality.candidate import Candidate
 from nas.quality.inherit import InheritTier
 from nas.quality.parent import SCORED_IMAGES
 from nas.quality.plan import TrainingPlan
@@ -92,7 +94,7 @@ def work(args: argparse.Namespace, rows: list[dict[str, Any]]) -> Iterator[dict[
             if arch.digest() in mine:
                 continue
             begun = time.process_time()
-            short = tier.complete(arch, table(arch))
+            short = tier.complete(Candidate(arch), counts_of(arch))
             cost = time.process_time() - begun
             mine[arch.digest()] = {
                 "family": arch.family,
@@ -116,8 +118,9 @@ def work(args: argparse.Namespace, rows: list[dict[str, Any]]) -> Iterator[dict[
             heir = InheritTier(replace(heirs, parent=parent_of(args, tier)))
             for row in mine.values():
                 if "inherited" not in row:
-                    begun = time.process_time()
-                    row["inherited"] = heir.complete(arch_of(row), table(arch_of(row))).training.to_json()["rungs"]
+                    begun, arch = time.process_time(), arch_of(row)
+                    rungs = heir.complete(Candidate(arch), counts_of(arch)).training.to_json()["rungs"]
+                    row["inherited"] = rungs
                     row["cpu_seconds"]["inherit"] = time.process_time() - begun
                     yield row
 
@@ -127,7 +130,7 @@ def parent_of(args: argparse.Namespace, tier: HalvingTier) -> Parent:
     trainer = tier.trainer
     arch = get_arch(args.parent, len(trainer.data.classes)).at(args.resolution)
     images, judge = trainer.split(args.resolution)
-    training = tier.begin(arch, images, tier.recipe(2 * args.final_epochs), 0, trainer.folder / "parent")
+    training = tier.begin(Candidate(arch), images, tier.recipe(2 * args.final_epochs), 0, trainer.folder / "parent")
     training.run()
     print(f"parent {args.parent}: {trainer.judge(training.network, judge).top1:.1f} %", flush=True)
     scored = list(loader(sample(images, SCORED_IMAGES, 0), 32, shuffle=False, seed=0))
@@ -152,7 +155,7 @@ def full(tier: HalvingTier, arch: Arch, seed: int) -> float:
     """Top-1 on the images that judge after a full training on all the others that a search uses."""
     images, judge = tier.trainer.split(arch.resolution)
     recipe = tier.recipe(tier.trainer.plan.final_epochs)
-    training = tier.begin(arch, images, recipe, seed, tier.trainer.folder / f"{arch.digest()[:16]}-{seed}")
+    training = tier.begin(Candidate(arch), images, recipe, seed, tier.trainer.folder / f"{arch.digest()[:16]}-{seed}")
     training.run()
     return tier.trainer.judge(training.network, judge).top1
 
@@ -191,7 +194,7 @@ def print_table(family: str, rows: list[dict[str, Any]]) -> None:
 def known(row: dict[str, Any], last: int) -> TrainedNetwork:
     arch = arch_of(row)
     return TrainedNetwork(
-        row["digest"], describe(arch, table(arch)), {int(e): top1 for e, top1 in row["rungs"].items()}
+        row["digest"], describe(arch, counts_of(arch)), {int(e): top1 for e, top1 in row["rungs"].items()}
     )
 
 

@@ -22,6 +22,8 @@ import optuna
 from scipy.optimize import nnls
 
 from nas.measure.runtime import Settings
+from nas.networks.counts import counts_of
+from nas.quality.candidate import Candidate
 from nas.quality.prior import PriorTier
 from nas.search.published import choices, published_order
 from nas.search.request import SearchRequest
@@ -133,8 +135,8 @@ class World:
     def look_up(self, arch: Arch) -> tuple[float, float]:
         key = arch.digest()
         if key not in self._known:
-            counts = table(arch)
-            self._known[key] = (self._prior.estimate(arch, counts).score, self._fit.at(arch, counts))
+            score = self._prior.estimate(Candidate(arch), counts_of(arch)).score
+            self._known[key] = (score, self._fit.at(arch, table(arch)))
         return self._known[key]
 
 

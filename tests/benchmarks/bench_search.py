@@ -34,6 +34,8 @@ from nas.export.onnx import to_onnx
 from nas.measure.device import compare, device_lock
 from nas.measure.protocol import Measurer
 from nas.measure.runtime import Settings
+from nas.networks.counts import counts_of
+from nas.quality.candidate import Candidate
 from nas.quality.plan import TrainingPlan
 from nas.quality.trained import HalvingTier
 from nas.quality.trainer import CandidateTrainer
@@ -192,7 +194,7 @@ def random_search(
                     if measurer.measure(path, budget_ms).p50_ms <= budget_ms:
                         break
                 begun = time.process_time()
-                rungs = tier.complete(arch, table(arch)).training.rungs
+                rungs = tier.complete(Candidate(arch), counts_of(arch)).training.rungs
                 seconds += time.process_time() - begun
                 print(f"random {family}: {rungs}", flush=True)
                 if rungs[args.epochs] > top1:

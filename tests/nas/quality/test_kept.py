@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 from torch import nn
 
+from nas.networks.counts import counts_of
+from nas.quality.candidate import Candidate
 from nas.quality.kept import MOST, Kept, keep, path_of, read
 from nas.quality.plan import TrainingPlan
 from nas.quality.trained import HalvingTier
 from nas.quality.trainer import CandidateTrainer
-from search_spaces import Arch, get_arch, table
+from search_spaces import get_arch
 
 
 def facts(score: float = 50.0) -> Kept:
@@ -50,9 +52,11 @@ def test_a_file_that_is_gone_or_another_s_is_no_training(tmp_path):
 class Stub(HalvingTier):
     """Trains nothing; a network's top-1 is a tenth of its resolution."""
 
-    def begin(self, arch: Arch, images: Any, recipe: Any, seed: int, checkpoint: Path, weights: Any = None) -> Any:
+    def begin(
+        self, candidate: Candidate, images: Any, recipe: Any, seed: int, checkpoint: Path, weights: Any = None
+    ) -> Any:
         network = nn.Linear(1, 1)
-        network.arch = arch
+        network.arch = candidate.arch
         loader = SimpleNamespace(close=lambda: None)
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         return SimpleNamespace(loader=loader, network=network, recipe=recipe, epoch=0, run=lambda *_: None)
@@ -73,14 +77,14 @@ def tier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stub:
 
 def test_a_candidate_is_kept_with_what_it_was_trained_and_judged_on(tier):
     arch = get_arch("shvit_s1").at(96)
-    estimate = tier.estimate(arch, table(arch))
+    estimate = tier.estimate(Candidate(arch), counts_of(arch))
     found = read(path_of(tier.trainer.kept, arch.digest()))
     assert found == Kept(epochs=9, images=100, top1=9.6, judged=200, score=estimate.score)
 
 
 def test_a_network_of_the_validation_takes_no_candidate_s_place(tier):
     arch = get_arch("shvit_s1").at(96)
-    tier.complete(arch, table(arch), keeps=False)
+    tier.complete(Candidate(arch), counts_of(arch), keeps=False)
     assert not tier.trainer.kept.exists()
 
 
@@ -88,6 +92,6 @@ def test_a_training_that_ends_at_a_lower_resolution_is_not_kept(tier, monkeypatc
     """Its weights are another network's."""
     monkeypatch.setattr("nas.quality.trained.in_better_third", lambda *_: False)
     arch = get_arch("shvit_s1").at(128)
-    estimate = tier.estimate(arch, table(arch))
+    estimate = tier.estimate(Candidate(arch), counts_of(arch))
     assert estimate.training.to_json()["rungs"] == {"1": 6.4}
     assert not tier.trainer.kept.exists()

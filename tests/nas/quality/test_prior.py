@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from nas.networks.counts import counts_of
+from nas.quality.candidate import Candidate
 from nas.quality.prior import Line, PriorTier, references, sizes
 from nas.quality.tier import Estimate
 from nas.quality.tiers import TIERS
@@ -17,7 +19,7 @@ def prior() -> PriorTier:
 
 
 def estimate(prior: PriorTier, arch) -> Estimate:
-    return prior.estimate(arch, table(arch))
+    return prior.estimate(Candidate(arch), counts_of(arch))
 
 
 def test_leave_one_out_error_is_that_of_refitting():

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from scipy.stats import kendalltau
 
+from nas.networks.counts import counts_of
 from nas.quality.surrogate import LEAST, WIDE, Surrogate, TrainedNetwork, describe
-from search_spaces import get_arch, list_models, table
+from search_spaces import get_arch, list_models
 
 LAST = 9
 
@@ -85,7 +86,7 @@ def test_features_tell_published_networks_apart():
     rows = {}
     for name in list_models():
         arch = get_arch(name)
-        found = describe(arch, table(arch))
+        found = describe(arch, counts_of(arch))
         assert np.isfinite(found).all()
         rows[name] = tuple(found)
     equal = {name for name, row in rows.items() if list(rows.values()).count(row) > 1}

@@ -13,6 +13,8 @@ from records import COMPLETE
 from scipy.stats import kendalltau
 
 from nas.errors import TrainingError, UserError
+from nas.networks.counts import counts_of
+from nas.quality.candidate import Candidate
 from nas.quality.plan import TrainingPlan
 from nas.quality.ranking import GATE, RESAMPLES, Tau, selects, tau, taus
 from nas.quality.surrogate import Surrogate, TrainedNetwork, describe
@@ -47,8 +49,8 @@ class Stub(HalvingTier):
         self.made: list[tuple[int, int]] = []
         self.nan_from = nan_from
 
-    def begin(self, arch, images, recipe, seed, checkpoint, weights=None):
-        tier, start = self, 0 if weights is None else 1
+    def begin(self, candidate, images, recipe, seed, checkpoint, weights=None):
+        arch, tier, start = candidate.arch, self, 0 if weights is None else 1
 
         class Training:
             loader = SimpleNamespace(close=lambda: None)
@@ -82,7 +84,7 @@ def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CandidateTrainer
 
 def learn(trainer: CandidateTrainer, tier: HalvingTier, arch) -> str:
     """What the search does with a trial: estimate it and keep what was learnt."""
-    found = tier.estimate(arch, table(arch))
+    found = tier.estimate(Candidate(arch), counts_of(arch))
     rungs = found.training.rungs
     if rungs:
         trainer.__dict__["known"].append(TrainedNetwork(arch.digest(), np.array(found.training.features), rungs))
@@ -132,8 +134,8 @@ def test_one_fit_serves_until_a_training_adds_to_it(trainer, monkeypatch):
     for arch in arches[:4]:
         learn(trainer, tier, arch)
     assert len(fits) == 1 + len(tier.made), "one of nothing, one a rung"
-    tier.predict(arches[4], table(arches[4]))
-    tier.review([(arch.digest(), describe(arch, table(arch))) for arch in arches[:4]])
+    tier.predict(Candidate(arches[4]), counts_of(arches[4]))
+    tier.review([(arch.digest(), describe(arch, counts_of(arch))) for arch in arches[:4]])
     tier.held_out()
     assert len(fits) == 1 + len(tier.made)
     assert [each.key for each in tier.surrogate().trained] == [each.key for each in trainer.__dict__["known"]]
@@ -145,7 +147,7 @@ def test_estimates_stay_within_0_and_100(trainer, monkeypatch, raw):
     from nas.quality.surrogate import Guess
 
     monkeypatch.setattr(Surrogate, "predict", lambda self, features: Guess(raw, 2.0))
-    found = Stub(trainer).predict(arch_at(0), table(arch_at(0)))
+    found = Stub(trainer).predict(Candidate(arch_at(0)), counts_of(arch_at(0)))
     assert 0 <= found.interval.low <= found.value <= found.interval.high <= 100
     assert found.score < found.value
     if raw > 100:
@@ -159,14 +161,14 @@ def test_an_interval_holds_the_noise_of_the_images_that_judge(trainer, monkeypat
     from nas.quality.surrogate import Guess
 
     monkeypatch.setattr(Surrogate, "predict", lambda self, features: Guess(60.0, 0.01))
-    found = Stub(trainer).predict(arch_at(0), table(arch_at(0)))
+    found = Stub(trainer).predict(Candidate(arch_at(0)), counts_of(arch_at(0)))
     assert trainer.judged == 200
     alone = of_share(60.0, 200)
     assert found.interval.low == pytest.approx(alone.low, abs=0.01)
     assert found.interval.high == pytest.approx(alone.high, abs=0.01)
     assert found.score == pytest.approx(59.99), "the same images judge all, so they do not rank"
     monkeypatch.setattr(Surrogate, "predict", lambda self, features: Guess(60.0, 4.0))
-    wide = Stub(trainer).predict(arch_at(0), table(arch_at(0))).interval
+    wide = Stub(trainer).predict(Candidate(arch_at(0)), counts_of(arch_at(0))).interval
     assert wide.low < 60 - 1.96 * 4 < 60 + 1.96 * 4 < wide.high
 
 
@@ -179,7 +181,7 @@ def test_trials_tell_whether_they_were_trained(trainer, tmp_path):
     study, tier = open_study("s", tmp_path / "journal", {}, RandomSampler()), Stub(trainer)
     for seed, feasible in ((0, True), (1, False)):
         arch = arch_at(seed)
-        found = (tier.estimate if feasible else tier.predict)(arch, table(arch))
+        found = (tier.estimate if feasible else tier.predict)(Candidate(arch), counts_of(arch))
         detail = {"digest": arch.digest(), **found.to_dict(), "training": found.training.to_json()}
         told = dict.fromkeys(("latency_ms", "latency_ci_low_ms", "latency_ci_high_ms"), 1.0)
         attrs = {"detail": detail | told, "feasible": feasible, "params_m": 1.0, "budget_ms": 2.0}
@@ -202,7 +204,7 @@ def test_the_same_network_is_not_trained_twice(trainer):
 def test_a_resumed_trial_keeps_what_its_rungs_showed(trainer, monkeypatch):
     """Killed in epoch 6, whose checkpoint stands: rungs 1 and 3 are not judged anew on that network."""
     tier, arch = Stub(trainer), arch_at(0)
-    whole = tier.complete(arch, table(arch)).training.rungs
+    whole = tier.complete(Candidate(arch), counts_of(arch)).training.rungs
     until = Stub._until
 
     def killed(self, training, epochs):
@@ -212,9 +214,9 @@ def test_a_resumed_trial_keeps_what_its_rungs_showed(trainer, monkeypatch):
 
     monkeypatch.setattr(Stub, "_until", killed)
     with pytest.raises(KeyboardInterrupt):
-        tier.complete(arch, table(arch))
+        tier.complete(Candidate(arch), counts_of(arch))
     monkeypatch.setattr(Stub, "_until", lambda self, training, epochs: until(self, training, 9))
-    assert tier.complete(arch, table(arch)).training.rungs == whole
+    assert tier.complete(Candidate(arch), counts_of(arch)).training.rungs == whole
 
 
 @pytest.mark.parametrize("content", ["", "[1]", '{"1": "much"}', '{"one": 1.0}', '{"1": null}'])
@@ -224,7 +226,7 @@ def test_a_damaged_file_of_rungs_is_one_line(trainer, content):
     path.parent.mkdir(parents=True)
     path.write_text(content)
     with pytest.raises(UserError, match=r"rungs\.json is damaged: remove it"):
-        tier.complete(arch, table(arch))
+        tier.complete(Candidate(arch), counts_of(arch))
 
 
 def test_large_networks_begin_at_half_their_resolution(trainer, monkeypatch):
@@ -239,7 +241,7 @@ def test_large_networks_begin_at_half_their_resolution(trainer, monkeypatch):
 def test_a_training_that_diverges_is_told_with_its_epoch_and_an_interrupted_one_is_kept(trainer):
     tier = Stub(trainer, nan_from=3)
     with pytest.raises(TrainingError, match="epoch 3") as caught:
-        tier.estimate(arch_at(0), table(arch_at(0)))
+        tier.estimate(Candidate(arch_at(0)), counts_of(arch_at(0)))
     assert caught.value.epoch == 3
     assert list(trainer.folder.glob("*")), "its checkpoint stays for a retry"
 
@@ -249,13 +251,13 @@ def test_the_best_are_settled_by_training_them_to_the_end(trainer):
     rows, known = [], trainer.__dict__["known"]
     for i, arch in enumerate(arch_at(seed) for seed in range(12)):
         rungs = {e: 50 + skill(arch) + 8 * math.log(e / 9) for e in ((1, 3, 9) if i < 3 else (1,))}
-        known.append(TrainedNetwork(arch.digest(), describe(arch, table(arch)), rungs))
+        known.append(TrainedNetwork(arch.digest(), describe(arch, counts_of(arch)), rungs))
         rows.append(
             dataclasses.replace(
                 COMPLETE,
                 trial=i,
                 digest=arch.digest(),
-                features=describe(arch, table(arch)).tolist(),
+                features=describe(arch, counts_of(arch)).tolist(),
                 feasible=i != 5,
                 quality=0.0,
                 arch=arch.model_dump(mode="json"),
@@ -329,7 +331,7 @@ def test_machines_keep_each_others_trainings(trainer, tmp_path, monkeypatch):
     mine, theirs = (open_study("s", tmp_path / "journal", {}, RandomSampler()) for _ in range(2))
     tier, rows = Stub(trainer), []
     for i, arch in enumerate(arch_at(seed) for seed in range(2)):
-        features = describe(arch, table(arch)).tolist()
+        features = describe(arch, counts_of(arch)).tolist()
         found = {"digest": arch.digest(), "training": {"features": features, "rungs": {"1": 40.0}}}
         finish(mine, mine.ask(), 40.0, 1.0, -0.5, {"detail": found})
         found = {"trial": i, "digest": arch.digest(), "features": features, "arch": arch.model_dump(mode="json")}
@@ -608,7 +610,7 @@ def test_images_of_earlier_resolutions_are_let_go(pictures, tmp_path):
         arch = arch_at(3, size).replace(num_classes=2)
         images, judge = trainer.split(size)
         kept.append((weakref.ref(images), weakref.ref(judge)))
-        tier.begin(arch, images, tier.recipe(1), 0, tmp_path / str(size)).run()
+        tier.begin(Candidate(arch), images, tier.recipe(1), 0, tmp_path / str(size)).run()
         trainer.judge(create_model(arch), judge)
     del images, judge
     gc.collect()
@@ -629,10 +631,10 @@ def test_candidates_inherit_the_parent_s_weights_and_are_taught_by_it(pictures, 
     tier = InheritTier(real_trainer(pictures, tmp_path, parent=Parent("ours", arch, weights, {})))
     trainer = tier.trainer
     images, _ = trainer.split(32)
-    same = tier.begin(arch, images, tier.recipe(1), 0, tmp_path / "a")
+    same = tier.begin(Candidate(arch), images, tier.recipe(1), 0, tmp_path / "a")
     assert all(torch.equal(value, weights[name]) for name, value in same.network.state_dict().items())
     other = arch_at(4, 32).replace(num_classes=2)
-    found = tier.estimate(other, table(other))
+    found = tier.estimate(Candidate(other), counts_of(other))
     assert found.how == "trained 1 of 1 epoch"
     assert tier.teacher(32) is tier.teacher(32)
     stranger = InheritTier(real_trainer(pictures, tmp_path, parent=Parent("x", arch.replace(num_classes=7), {}, {})))
@@ -646,14 +648,14 @@ def test_shared_weights_are_trained_once_and_may_not_choose_unproven(pictures, t
     few = [arch_at(seed, 32).replace(num_classes=2) for seed in (3, 4)]
     monkeypatch.setattr(Supernet, "over", classmethod(lambda cls, *words: cls.among(few)))
     tier = SupernetTier(real_trainer(pictures, tmp_path))
-    found = [tier.estimate(arch, table(arch)) for arch in few]
+    found = [tier.estimate(Candidate(arch), counts_of(arch)) for arch in few]
     assert tier.needs_validation
     assert all(
         0 <= one.interval.low < one.value <= one.interval.high <= 100 and one.how == "with shared weights"
         for one in found
     )
     monkeypatch.setattr(Supernet, "train", None)
-    again = SupernetTier(real_trainer(pictures, tmp_path)).estimate(few[0], table(few[0]))
+    again = SupernetTier(real_trainer(pictures, tmp_path)).estimate(Candidate(few[0]), counts_of(few[0]))
     assert again.value == found[0].value, "the weights that the first one kept"
 
 

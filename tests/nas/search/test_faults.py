@@ -36,6 +36,7 @@ from nas.measure.remote import LinkLost
 from nas.measure.runtime import Settings
 from nas.measure.samples import MeasureError, Measurement
 from nas.process import WorkerError
+from nas.quality.candidate import Candidate
 from nas.quality.shared import SupernetTier
 from nas.quality.trained import HalvingTier
 from nas.quality.trainer import CandidateTrainer
@@ -88,8 +89,10 @@ class Taught(HalvingTier):
     faults: dict[int, BaseException]
     begun: list[str]
 
-    def begin(self, arch: Arch, images: Any, recipe: Any, seed: int, checkpoint: Path, weights: Any = None) -> Any:
-        fault = self.faults.pop(len(self.begun), None)
+    def begin(
+        self, candidate: Candidate, images: Any, recipe: Any, seed: int, checkpoint: Path, weights: Any = None
+    ) -> Any:
+        arch, fault = candidate.arch, self.faults.pop(len(self.begun), None)
         self.begun.append(arch.digest())
 
         class Training:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import search_spaces
+from nas.networks import counts
 from nas.quality.surrogate import Surrogate, TrainedNetwork, describe
 from nas.search import propose
 from nas.search.propose import Measured, Proposer
@@ -22,15 +22,15 @@ def decode(params: dict):
     return FAMILIES[FAMILY].space.decode({k: v for k, v in params.items() if k != "family"}, 10, 64)
 
 
-table = functools.cache(search_spaces.table)
+counts_of = functools.cache(counts.counts_of)
 
 
 def latency(arch) -> float:
-    return table(arch).macs() / 8e6
+    return counts_of(arch).macs / 8e6
 
 
 def skill(arch) -> float:
-    return 50 + 6 * math.log2(table(arch).params() / 1e6)
+    return 50 + 6 * math.log2(counts_of(arch).params / 1e6)
 
 
 def drawn(seed: int) -> dict:
@@ -40,7 +40,7 @@ def drawn(seed: int) -> dict:
 
 def trial(number: int, params: dict) -> SimpleNamespace:
     arch = decode(params)
-    features = describe(arch, table(arch)).tolist()
+    features = describe(arch, counts_of(arch)).tolist()
     detail = {
         "digest": arch.digest(),
         "latency_ms": latency(arch),
@@ -55,7 +55,7 @@ def trial(number: int, params: dict) -> SimpleNamespace:
 @pytest.fixture(autouse=True)
 def small_pool(monkeypatch):
     monkeypatch.setattr(propose, "POOL", 16)
-    monkeypatch.setattr(propose, "table", table)
+    monkeypatch.setattr(propose, "counts_of", counts_of)
 
 
 @pytest.fixture(scope="module")
