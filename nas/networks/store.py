@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from nas.errors import UserError
 from nas.files import tell
-from nas.networks.pretrained import Bytes, Pretrained, Unreached, find_here, find_pretrained, label_of
+from nas.networks.pretrained import OPTION, Bytes, Pretrained, Unreached, find_here, find_pretrained, label_of
 
 if TYPE_CHECKING:
     from nas.networks.timm_network import TimmNetwork
@@ -19,21 +19,29 @@ class Store:
     """Weights on this machine (`nas.networks.pretrained`), and those that can be downloaded. Each network's are looked
     up once, at whatever resolution and with whatever classes; the first failed connection ends all downloads."""
 
+    offline = False
+    """Whether a connection has failed, which was told."""
+
     def __init__(self, folder: Path | None = None, say: Callable[[str], None] = tell) -> None:
         """folder: as `find_pretrained`. say: called with the line of a failed connection."""
         self._folder, self._say = folder, say
         self._found: dict[str, Pretrained | None] = {}
-        self._unreached = ""
+        self._asked = False
 
     @property
     def digests(self) -> dict[str, str]:
         """SHA-256 of the weights found so far, by the name of their network."""
         return {name: found.digest for name, found in sorted(self._found.items()) if found is not None}
 
-    @property
-    def offline(self) -> bool:
-        """Whether a download has found no connection."""
-        return bool(self._unreached)
+    def reach(self) -> bool:
+        """Whether weights can be downloaded: no connection has failed. The hub is asked once."""
+        from search_spaces.weights import unreachable
+
+        if not self._asked and not self.offline:
+            self._asked = True
+            if why := unreachable():
+                self._lose(why)
+        return not self.offline
 
     def here(self, network: Arch | TimmNetwork) -> Pretrained | None:
         """A network's weights on this machine; None where it has none.
@@ -55,13 +63,16 @@ class Store:
         found = self.here(network)
         if found is not None:
             return found
-        if self._unreached:
-            raise UserError(f"no weights of {label_of(network)}: {self._unreached}")
+        if self.offline:
+            raise UserError(f"no weights of {label_of(network)}: nothing is downloaded after a failed connection")
         try:
             found = find_pretrained(network, self._folder, progress)
         except Unreached as error:
-            self._unreached = "nothing is downloaded after a failed connection"
-            self._say(f"{error}; no more downloads are tried")
+            self._lose(str(error))
             raise
         self._found[label_of(network)] = found
         return found
+
+    def _lose(self, why: str) -> None:
+        self.offline = True
+        self._say(f"only weights on this machine are used ({why}); {OPTION} DIR names a folder of others")

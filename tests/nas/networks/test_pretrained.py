@@ -140,8 +140,22 @@ def test_one_failed_connection_ends_the_downloads_of_a_store(hub: Hub, monkeypat
         store.get(other)
     assert store.offline
     assert len(said) == 1
-    assert said[0].startswith("could not fetch test_vit.r160_in1k (http://127.0.0.1:1 does not answer")
-    assert said[0].endswith("; no more downloads are tried")
+    assert said[0].startswith("only weights on this machine are used (could not fetch test_vit.r160_in1k (http://127")
+    assert not store.reach()
+
+
+def test_a_store_asks_the_hub_once(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    store = Store(say=said.append)
+    assert store.reach()
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
+    assert store.reach()
+    lost = Store(say=said.append)
+    assert [lost.reach(), lost.reach()] == [False, False]
+    assert said == [
+        "only weights on this machine are used (http://127.0.0.1:1 does not answer: [Errno 111] Connection refused); "
+        "--weights-from DIR names a folder of others"
+    ]
 
 
 def test_a_repository_without_safetensors_has_its_older_file(hub: Hub) -> None:
