@@ -98,9 +98,10 @@ def train(
 ) -> None:
     """Train a network on images, from pretrained weights where there are any.
 
-    First a linear classifier is fitted to the frozen network (a probe), short trials choose the learning rate, then all
-    of it is trained; the better of the two is kept, by images held out of the training images. The accuracy told is on
-    the validation images, with the last epoch's weights or, where it is kept, the probe. The same command continues an
+    First a linear classifier is fitted to the frozen network (a probe), and short trials choose the learning rate, by
+    images held out of the training images. Where a trial is no worse than the probe, all of the network is then trained
+    on all of them; else without those held out, which choose the better of the two. The accuracy told is on the
+    validation images, with the last epoch's weights or, where it is kept, the probe. The same command continues an
     interrupted training where it was.
 
     Exit codes: 0 done, 1 the training or its ONNX file failed (weights of the last good epoch are kept) or the disk is

@@ -67,6 +67,9 @@ class Course:
     trials: list[Trial] = field(default_factory=list)
     lr: float | None = None
     """The highest learning rate that the trials chose."""
+    whole: bool | None = None
+    """Whether the tuning is on all images for training, also on those held out: the trials have spoken for it, and
+    nothing is left to choose."""
     epochs: int | None = None
     """Where a time was given for them."""
     tuned: Held | None = None

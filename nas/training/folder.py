@@ -147,6 +147,7 @@ class TrainFolder:
             probe=course.probe,
             trials=course.trials,
             tuned=course.tuned,
+            whole=course.whole,
             kept=course.kept,
             hardware=describe(Settings("torch", request.device, threads, trained.batch)),
             notes=self._job.state.notes,

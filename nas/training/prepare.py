@@ -12,7 +12,7 @@ from nas.errors import TrainingError
 from nas.training.course import Course, Held, Probed, Trial
 from nas.training.holdout import HELD
 from nas.training.processes import agreed
-from nas.training.rates import choose_trial
+from nas.training.rates import choose_trial, speak_for_tuning
 from nas.units import counted
 
 if TYPE_CHECKING:
@@ -54,6 +54,11 @@ class Preparation:
     """Of this process; the first one writes."""
     note: Callable[[str], None]
     stop: Callable[[], bool]
+
+    @property
+    def images(self) -> Images:
+        """Those that the network is tuned on."""
+        return self.inputs.data.train if self.course.whole else self.inputs.train
 
     def keep(self) -> None:
         if self.rank == 0:
@@ -185,33 +190,39 @@ class Preparation:
             self.course.kept = "tuned" if after.top1 >= before.top1 else "probe"
             kept = self.course.kept == "tuned"
             words = "tuned network is kept" if kept else "probe is kept, the tuned network is worse"
-            self.note(f"{words}: {after.top1:.1f}% of {HELD}, the probe {before.top1:.1f}%")
+            since = ", on which it was trained since" if self.course.whole else ""
+            self.note(f"{words}: {after.top1:.1f}% of {HELD}{since}, the probe {before.top1:.1f}%")
         self.keep()
 
     def first(self, like: nn.Module, ended: bool = True) -> nn.Module:
-        """The network that the tuning began with, its probe fitted to all images for training, now that the others have
-        chosen. like: one of the same kind. ended: False: its probe stays as it was."""
+        """The network that the tuning began with, its probe fitted to all images for training, now that nothing is left
+        to choose. like: one of the same kind. ended: False: its probe stays as it was."""
         from safetensors.torch import load_file
 
         network = copy.deepcopy(like).cpu()
         network.load_state_dict(load_file(self.job.kept / START))
-        whole = self.inputs.data.train.transformed(self.inputs.data.calibration.transform)
         probe = self.course.probe
-        if ended and probe is not None and not probe.own_head and len(self.inputs.train) < len(whole):
-            self._install_probe(network, whole)
+        if ended and probe is not None and not probe.own_head and not self.course.whole:
+            self._fit_to_all(network)
             self.note("the probe is fitted once more, to the held-out images too")
         return network
 
+    def _fit_to_all(self, model: nn.Module) -> None:
+        """Make a probe that is fitted to all images for training its classifier."""
+        self._install_probe(model, self.inputs.data.train.transformed(self.inputs.data.calibration.transform))
+
     # Learning rate
 
-    def choose_rate(
+    def try_rates(
         self, model: nn.Module, recipe: Recipe, brief: Callable[[nn.Module, Recipe, Images], Training]
     ) -> None:
-        """Train briefly with each of the recipe's rates, and keep the one that `choose_trial` finds on held-out images.
+        """Train briefly with each of the recipe's rates, and see on the held-out images whether tuning pays: then it is
+        to be on all images, and begins with a probe that is fitted to all.
 
         brief: gives a training of a network by a recipe on images, without checkpoint and judging.
         """
         from nas.data.images import sample
+        from nas.export.folder import save_weights
 
         images = sample(self.inputs.train, TRIED, self.request.seed)
         for lr in recipe.rates:
@@ -228,11 +239,30 @@ class Preparation:
             assert held is not None
             self.course.trials.append(Trial(lr=lr, top1=held.top1, top1_ci=held.top1_ci, images=held.images))
             self.keep()
-        best = choose_trial(self.course.trials, recipe.epochs)
+        probe = self.course.probe
+        assert probe is not None
+        assert probe.held is not None
+        whole = speak_for_tuning(self.course.trials, probe.held)
+        if whole and not probe.own_head:
+            if self.rank == 0:
+                self._fit_to_all(model)
+                save_weights(model, self.job.kept / START)
+            model.load_state_dict(agreed(model.state_dict()))
+        self.course.whole = whole
+        self.keep()
+
+    def choose_rate(self, epochs: int) -> None:
+        """Keep the rate that the trials speak for."""
+        best = choose_trial(self.course.trials, epochs)
         told = ", ".join(
             f"{trial.lr:g} {f'{trial.top1:.1f}%' if trial.top1_ci[1] else 'diverged'}" for trial in self.course.trials
         )
         self.note(f"learning rate {best.lr:g}, chosen by short trials on {HELD} ({told})")
+        self.note(
+            f"the best trial is no worse than the probe: trained on all {len(self.images):,} images, those held out too"
+            if self.course.whole
+            else "the best trial is worse than the probe: the images held out stay so, and choose between the two"
+        )
         self.course.lr = best.lr
         self.keep()
 
@@ -249,7 +279,8 @@ class Preparation:
                     raise
         warm = min(WARMUP, len(times) - 2)
         of_image = agreed((times[-1] - times[warm]) / (len(times) - 1 - warm) / trial.images)
-        epoch = of_image * (trial.updates * trial.images + JUDGING * len(self.inputs.data.val))
+        updates = len(self.images) // trial.images
+        epoch = of_image * (updates * trial.images + JUDGING * len(self.inputs.data.val))
         spent = agreed(sum(self.job.state.phases.values()))
         self.course.epochs = max(1, int((60 * minutes - spent) / epoch))
         self.note(f"--minutes {minutes:g}: {counted(self.course.epochs, 'epoch')}, one takes about {epoch:.0f} s")

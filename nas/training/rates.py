@@ -5,7 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from nas.training.course import Trial
+from nas.training.course import Held, Trial
+
+
+def standard_error(held: Held) -> float:
+    """Of an accuracy, in points."""
+    share = held.top1 / 100
+    return 100 * math.sqrt(share * (1 - share) / held.images)
+
+
+def speak_for_tuning(trials: Sequence[Trial], probe: Held) -> bool:
+    """Whether the best of short trials is not below the probe by more than its standard error.
+
+    Raises:
+        ValueError: no trial.
+    """
+    return max(trial.top1 for trial in trials) >= probe.top1 - standard_error(probe)
 
 
 def choose_trial(trials: Sequence[Trial], epochs: int) -> Trial:
@@ -21,6 +36,5 @@ def choose_trial(trials: Sequence[Trial], epochs: int) -> Trial:
     best = max(trials, key=lambda trial: trial.top1)
     if epochs == 1 or best.top1 == 0:  # of trials that have all diverged, the lowest rate
         return min((trial for trial in trials if trial.top1 == best.top1), key=lambda trial: trial.lr)
-    share = best.top1 / 100
-    error = 100 * math.sqrt(share * (1 - share) / best.images)
-    return max((trial for trial in trials if trial.top1 >= best.top1 - error), key=lambda trial: trial.lr)
+    least = best.top1 - standard_error(best)
+    return max((trial for trial in trials if trial.top1 >= least), key=lambda trial: trial.lr)

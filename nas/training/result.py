@@ -115,6 +115,8 @@ class TrainResult:
     """Of learning rates."""
     tuned: Held | None = None
     """The fine-tuned network on the images that the probe was judged on."""
+    whole: bool | None = None
+    """Whether it was trained on these, too: then `tuned` is too high, and only tells that nothing went wrong."""
     kept: str | None = None
     """The better of the two, "probe" or "tuned", whose weights these are; None: there was nothing to choose."""
     hardware: Mapping[str, Any]

@@ -157,7 +157,7 @@ class TrainingRun:
 
     def _probe(self, model: nn.Module) -> TrainResult | None:
         """A linear probe alone."""
-        self._begin(None)
+        self._begin()
         self.steps.probe(model, own_head=False)
         probe = self.course.probe
         assert probe is not None
@@ -179,20 +179,24 @@ class TrainingRun:
         probes = inputs.fine_tunes and course.probe is None
         tries = len(recipe.rates) > 1 and inputs.fine_tunes and course.lr is None
         if agreed(probes or tries or (minutes is not None and course.epochs is None)):
+            # before anything is written: whether such a training can be had
             checked = brief(copy.deepcopy(model), replace(recipe, lr=recipe.lr / 1e6), inputs.train)
-            self._begin(checked)
+            self._begin()
             if inputs.fine_tunes:
                 self.steps.probe(model, own_head)
             if tries:
-                self.steps.choose_rate(model, recipe, brief)
+                self.steps.try_rates(model, recipe, brief)
             if minutes is not None and course.epochs is None:
                 self.steps.choose_epochs(minutes, checked)
+            if tries:
+                self.steps.choose_rate(course.epochs or recipe.epochs)
         elif inputs.fine_tunes:
             self.steps.probe(model, own_head)
         recipe = replace(recipe, lr=course.lr or recipe.lr, epochs=course.epochs or recipe.epochs)
-        training = self._training(model, recipe, inputs.train, teacher, self.job.kept / "checkpoint")
+        training = self._training(model, recipe, self.steps.images, teacher, self.job.kept / "checkpoint")
         if self._queued is not None:
-            self._begin(training)
+            self._begin()
+        self._tell_left_out(training)
         if training.epoch or training.within.updates:
             self.job.say(f"going on after {self._done(training)}")
         return training
@@ -220,7 +224,7 @@ class TrainingRun:
             say=self._note,
         )
 
-    def _begin(self, training: Training | None) -> None:
+    def _begin(self) -> None:
         """Everything asked for can be had: from here on the folder is written and notes are told."""
         from nas.data.about import announce
 
@@ -230,18 +234,20 @@ class TrainingRun:
                 self._locks.enter_context(folder_lock(self.request.folder, say=self.job.say))
             if self._new and (self.job.kept / "state.json").is_file():
                 raise UserError(f"{self.request.folder} was begun by another command just now: give another --out")
-        images = len(self.inputs.train)
         announce(self.inputs.data, self.job.say, self.job.note)
         lines, self._queued = self._queued or (), None
         for line in lines:
             self._note(line)
-        left_out = images - training.updates * training.images if training is not None else 0
-        if training is not None and left_out and training.recipe.repeats == 1:
+        self.steps.keep()
+
+    def _tell_left_out(self, training: Training) -> None:
+        images = len(self.steps.images)
+        left_out = images - training.updates * training.images
+        if left_out and training.recipe.repeats == 1:
             self._note(
                 f"{left_out:,} of {images:,} images an epoch fill no batch of {training.images} and are left out "
                 "(others in each epoch)"
             )
-        self.steps.keep()
 
     def _evaluate(self, network: nn.Module) -> dict[str, Any]:
         from nas.training.evaluation import evaluate

@@ -24,7 +24,7 @@ from nas.data.dataset import open_data
 from nas.data.images import sample
 from nas.errors import TrainingError
 from nas.training.course import Held, Trial
-from nas.training.rates import choose_trial
+from nas.training.rates import choose_trial, speak_for_tuning
 from nas.training.recipes import FINETUNE, RECIPES
 from nas.training.request import TrainRequest, choose_recipe
 from nas.training.run import train
@@ -152,6 +152,41 @@ def test_the_better_one_is_kept(tune, tmp_path, monkeypatch):
     assert err.count("the probe is fitted once more, to the held-out images too") == 1
     held = found["probe"]["held"]["images"]
     assert fitted[-1] == found["data"]["train"] > found["data"]["train"] - held == fitted[-2]
+    assert "the best trial is worse than the probe: the images held out stay so" in err
+    assert found["whole"] is False
+
+
+def test_where_tuning_pays_it_is_on_all_images(tune, tmp_path, monkeypatch):
+    """Also on those that chose the rate; the probe that it begins with is fitted to all of them, too."""
+    judge = nas.training.prepare.Preparation.judge
+    trained, fitted = [], []
+
+    def kind(self, network) -> Held:
+        found = judge(self, network)
+        return found if self.course.probe is None else dataclasses.replace(found, top1=100.0)
+
+    class Watched(nas.training.engine.Training):
+        def __init__(self, model, data, *args, checkpoint, **kwargs) -> None:
+            trained.append((len(data), checkpoint is not None))
+            super().__init__(model, data, *args, checkpoint=checkpoint, **kwargs)
+
+    def fit(features, labels, *args):
+        fitted.append(len(labels))
+        return fit_probe(features, labels, *args)
+
+    fit_probe = nas.training.probe.fit_probe
+    monkeypatch.setattr(nas.training.probe, "fit_probe", fit)
+    monkeypatch.setattr(nas.training.engine, "Training", Watched)
+    monkeypatch.setattr(nas.training.prepare.Preparation, "judge", kind)
+    code, _, err = tune(*ARGS)
+    assert code == 0, err
+    found = metrics(tmp_path)
+    images, held = found["data"]["train"], found["probe"]["held"]["images"]
+    assert (found["kept"], found["whole"]) == ("tuned", True)
+    assert trained == [(images - held, False)] * 3 + [(images, True)], "what is checked, two trials, and the tuning"
+    assert fitted[-2:] == [images - held, images]
+    assert f"the best trial is no worse than the probe: trained on all {images} images, those held out too" in err
+    assert "of held-out training images, on which it was trained since, the probe" in err
 
 
 @pytest.mark.parametrize(("failing", "code"), [(TrainingError("the loss is nan"), 1), (KeyboardInterrupt(), 130)])
@@ -183,6 +218,7 @@ def test_of_a_finished_training_the_weights_may_be_gone(tune, weights, tmp_path)
 STEPS = {
     "probe": (nas.training.probe, "install"),
     "first trial": (nas.training.updater.Updater, "step"),
+    "probe of all images": (nas.training.prepare.Preparation, "_fit_to_all"),
     "choosing": (nas.training.prepare.Preparation, "choose"),
 }
 
@@ -245,6 +281,12 @@ def test_the_highest_rate_that_is_as_good_as_the_best(tops, epochs, lr):
         for rate, top1 in zip((1e-4, 3e-4, 1e-3), tops, strict=True)
     ]
     assert choose_trial(trials, epochs).lr == lr
+
+
+@pytest.mark.parametrize(("tops", "pays"), [((44.0, 30.0), True), ((42.0, 41.0), True), ((41.0, 41.0), False)])
+def test_tuning_pays_where_a_trial_is_within_a_standard_error_of_the_probe(tops, pays):
+    trials = [Trial(lr=1e-3, top1=top1, top1_ci=(0.0, 100.0), images=300) for top1 in tops]
+    assert speak_for_tuning(trials, Held(top1=44.3, top1_ci=(39.0, 50.0), images=300)) == pays
 
 
 def test_tuning_a_run_further_never_ends_below_it(vitnas, weights, tmp_path, monkeypatch):
