@@ -201,7 +201,7 @@ def attentions(documents: Iterable[Any], stage: int) -> Iterator[tuple[int, Any,
 def _empty(part: Any) -> bool:
     """Whether a part of a block's document holds no branch, and drops no token that one had ranked."""
     if isinstance(part, dict):
-        branches = [value for key, value in part.items() if key not in ("keep_rate", "fuse")]
+        branches = [value for key, value in part.items() if key not in ("keep_rate", "fuse", "merge")]
         return part.get("keep_rate", 1) == 1 and all(map(_empty, branches))
     return all(map(_empty, part)) if isinstance(part, list) else part is None or part is False
 

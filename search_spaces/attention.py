@@ -45,11 +45,12 @@ def qkv_axis(heads: Width, qk: Width, v: Width) -> Each:
     return Each(heads, Cat((qk, key(qk), v)))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """softmax(q k^T * scale) v for (..., tokens, dim) without a bias."""
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
+    """softmax(q k^T * scale + bias) v for (..., tokens, dim)."""
     if torch.onnx.is_in_onnx_export():
-        return ((q @ k.transpose(-2, -1)) * scale).softmax(-1) @ v
-    return F.scaled_dot_product_attention(q, k, v, scale=scale)
+        logits = (q @ k.transpose(-2, -1)) * scale
+        return (logits if bias is None else logits + bias).softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v, bias, scale=scale)
 
 
 def scale_rows(layer: nn.Module, rows: slice | Tensor, scale: float) -> None:

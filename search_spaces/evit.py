@@ -1,11 +1,13 @@
 """EViT (Liang et al., ICLR 2022, arXiv 2202.07800): DeiT that drops or fuses the tokens its class token heeds least.
 
-With every keep rate at 1 it is DeiT (Touvron et al., ICML 2021). Tokens are (B, N, C), the class token first.
+Or it merges those that are most alike (ToMe: Bolya et al., ICLR 2023, arXiv 2210.09461). With every keep rate at 1 it
+is DeiT (Touvron et al., ICML 2021), whose weights all forms take. Tokens are (B, N, C), the class token first.
 """
 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, Self
 
@@ -20,8 +22,14 @@ from search_spaces.layers import RGB, Axes, Conv, LayerNorm, Linear, mlp
 from search_spaces.network import Network
 from search_spaces.registry import Family, TokenReduction, Variant, register
 from search_spaces.space import KEEPS, Space, Values, per_stage, with_attention
-from search_spaces.tokens import foremost, take_tokens
+from search_spaces.tokens import foremost, match, merge, take_tokens
 from search_spaces.widths import Cat, Each, Width, fixed
+
+LEAST_MERGED = 0.5
+"""The lowest keep rate of merging: each token of one half is merged into one of the other at most."""
+
+Guide = Literal["class row", "keys"]
+"""What a reduction goes by: the class token's attention to the patches, or how alike their keys are."""
 
 
 class Mlp(Doc):
@@ -37,6 +45,9 @@ class EvitBlock(Doc):
     fuse: bool
     """Whether the dropped tokens leave one token behind, their sum weighted by the class token's attention."""
     ffn: Mlp | None
+    merge: Annotated[bool, Field(exclude_if=operator.not_)] = False
+    """Whether the patches beyond are merged into those most like them, and none is dropped or fused. Documents have it
+    where it is true."""
 
 
 class EvitArch(Arch, family="evit"):
@@ -52,6 +63,10 @@ class EvitArch(Arch, family="evit"):
         for i, block in enumerate(self.blocks):
             if block.keep_rate < 1 and block.attn is None:
                 raise ValueError(f"blocks.{i}.keep_rate: a block without attention cannot rank tokens")
+            if block.merge and block.fuse:
+                raise ValueError(f"blocks.{i}: tokens are either merged or fused")
+            if block.merge and block.keep_rate < LEAST_MERGED:
+                raise ValueError(f"blocks.{i}.keep_rate: merging keeps at least half of the tokens ({LEAST_MERGED})")
         return self
 
     def summary(self) -> list[StageSummary]:
@@ -81,7 +96,7 @@ def reduced(tokens: int, block: EvitBlock) -> int:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; also returns the class token's attention when the block reduces."""
+    """Multi-head self-attention; also returns what the block's reduction goes by."""
 
     def __init__(self, name: str, doc: Attn, embed: Width, tokens: int) -> None:
         super().__init__()
@@ -96,21 +111,29 @@ class Attention(nn.Module):
         self.v_gate = Gate(Each(heads, v), -1, heads=(heads, None))
         self.branch_gate = Gate(embed, -1, branch=name)
 
-    def forward(self, x: Tensor, scored: bool) -> tuple[Tensor, Tensor | None]:
-        """(B, N, C) -> (B, N, C) and, if asked for, the mean over heads of the class row, (B, N - 1)."""
+    def forward(self, x: Tensor, guide: Guide | None, sizes: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """(B, N, C) -> (B, N, C) and, if asked for, means over heads: of the class row, (B, N - 1), or of the patches'
+        keys, (B, N - 1, key_dim).
+
+        sizes: how many patches each token stands for, (B, N); it is attended to as so many equal tokens would be.
+        """
         parts = self.qkv(x).split(self.dims, dim=2)
         q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in parts)
-        q, scores = self.q_gate(q), None
-        if scored:
-            weights = ((q @ k.transpose(-2, -1)) * self.scale).softmax(-1)
-            scores, mixed = weights[:, :, 0, 1:].mean(1), weights @ v
+        q, found = self.q_gate(q), None
+        bias = None if sizes is None else sizes.log()[:, None, None]
+        if guide == "class row":
+            logits = (q @ k.transpose(-2, -1)) * self.scale
+            weights = (logits if bias is None else logits + bias).softmax(-1)
+            found, mixed = weights[:, :, 0, 1:].mean(1), weights @ v
         else:
-            mixed = attend(q, k, v, self.scale)
-        return self.branch_gate(self.proj(self.v_gate(mixed.transpose(1, 2).flatten(2)))), scores
+            mixed = attend(q, k, v, self.scale, bias)
+        if guide == "keys":
+            found = k[:, :, 1:].mean(1)
+        return self.branch_gate(self.proj(self.v_gate(mixed.transpose(1, 2).flatten(2)))), found
 
 
 class Block(nn.Module):
-    """(B, 1 + patches, C) -> (B, 1 + fewer, C)."""
+    """(B, 1 + patches, C) -> (B, 1 + fewer, C), and the sizes of the tokens as `Attention` takes them."""
 
     rank: Callable[[int, bool], Tensor] | None
     """(tokens kept, whether the others are fused) -> the tokens (B, kept or all) by falling rank: what ranks them in
@@ -118,25 +141,33 @@ class Block(nn.Module):
 
     def __init__(self, name: str, doc: EvitBlock, embed: Width, patches: int) -> None:
         super().__init__()
-        self.keep_rate, self.fuse = doc.keep_rate, doc.fuse
+        self.keep_rate, self.fuse, self.merge = doc.keep_rate, doc.fuse, doc.merge
         self.patches, self.keep = patches, kept(doc.keep_rate, patches)
         self.rank = None
         self.norm1 = LayerNorm(embed, patches + 1) if doc.attn else None
         self.attn = Attention(f"{name}.attn", doc.attn, embed, patches + 1) if doc.attn else None
+        if doc.attn and doc.merge and self.keep < patches:
+            even, odd = patches - patches // 2, patches // 2
+            _, qk, _ = attention_widths(f"{name}.attn", doc.attn)
+            self.products = ((qk, even * odd), (embed, even * (patches - self.keep)))
         left = reduced(patches, doc) + 1
         self.norm2 = LayerNorm(embed, left) if doc.ffn else None
         self.ffn = mlp(f"{name}.ffn", doc.ffn.hidden, embed, left) if doc.ffn else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        x, scores = self.attend(x, self.keep < self.patches)
-        return self.feed(x if scores is None else self._reduce(x, scores))
+    def forward(self, x: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        reduces = self.keep < self.patches
+        guide: Guide | None = None if not reduces else "keys" if self.merge else "class row"
+        x, found = self.attend(x, guide, sizes)
+        if found is not None:
+            x, sizes = self._merge(x, found, sizes) if self.merge else self._reduce(x, found, sizes)
+        return self.feed(x), sizes
 
-    def attend(self, x: Tensor, scored: bool) -> tuple[Tensor, Tensor | None]:
-        """Residual attention, where the block has it: (B, N, C) -> same, and the class row as `Attention` has it."""
+    def attend(self, x: Tensor, guide: Guide | None, sizes: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Residual attention, where the block has it: (B, N, C) -> same, and what `Attention` returns beside."""
         if self.attn is None or self.norm1 is None:
             return x, None
-        y, scores = self.attn(self.norm1(x), scored)
-        return x + y, scores
+        y, found = self.attn(self.norm1(x), guide, sizes)
+        return x + y, found
 
     def feed(self, x: Tensor) -> Tensor:
         """The residual MLP, where the block has one: (B, N, C) -> same."""
@@ -145,8 +176,8 @@ class Block(nn.Module):
         y: Tensor = self.ffn(self.norm2(x))
         return x + y
 
-    def _reduce(self, x: Tensor, scores: Tensor) -> Tensor:
-        """Paper section 3.2: keep the class token and the best tokens, by falling score; fuse the rest."""
+    def _reduce(self, x: Tensor, scores: Tensor, sizes: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """EViT, section 3.2: keep the class token and the best tokens, by falling score; fuse the rest into one."""
         if self.rank is not None and self.training:
             order = self.rank(self.keep, self.fuse)
         else:
@@ -155,7 +186,26 @@ class Block(nn.Module):
         if self.fuse:
             rest = order[:, self.keep :]
             parts.append(scores.gather(1, rest).unsqueeze(1) @ take_tokens(x, rest + 1))
-        return torch.cat(parts, 1)
+        if sizes is not None:
+            one = sizes[:, :1]
+            sizes = torch.cat((one, sizes.gather(1, order[:, : self.keep] + 1), *([one] if self.fuse else [])), 1)
+        return torch.cat(parts, 1), sizes
+
+    def _merge(self, x: Tensor, keys: Tensor, sizes: Tensor | None) -> tuple[Tensor, Tensor]:
+        """ToMe, section 3: the class token stays, patches are merged until `keep` are left."""
+        sizes = x.new_ones(x.shape[:2]) if sizes is None else sizes
+        patches, counts = merge(x[:, 1:], sizes[:, 1:], match(keys, self.patches, self.patches - self.keep))
+        return torch.cat((x[:, :1], patches), 1), torch.cat((sizes[:, :1], counts), 1)
+
+
+class Blocks(nn.Sequential):
+    """(B, 1 + patches, C) -> (B, 1 + fewer, C)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        sizes = None
+        for block in self:
+            x, sizes = block(x, sizes)
+        return x
 
 
 class Evit(Network):
@@ -186,7 +236,7 @@ class Evit(Network):
             "pos_embed": (one, Width("positions", tokens + 1, "resize"), embed),
         }
         self.entry_gate = Gate(embed, -1)
-        self.blocks = nn.Sequential()
+        self.blocks = Blocks()
         for i, doc in enumerate(arch.blocks):
             self.blocks.append(Block(f"blocks.{i}", doc, embed, tokens))
             tokens = reduced(tokens, doc)
@@ -234,9 +284,10 @@ def _arch(values: Values, num_classes: int) -> EvitArch:
         attn = Attn(heads=values[f"heads_s{s}"], key_dim=dim, value_dim=dim, scale=dim**-0.5)
         ffn = Mlp(hidden=int(values["width_s1"] * expansion))
         for i, has in enumerate(with_attention(depth, share)):
-            rate = values[f"keep_s{s}"] if s < 4 and i == depth - 1 else 1.0
-            fuse = rate < 1 and values["form"] == "fused"
-            blocks.append(EvitBlock(attn=attn if has else None, keep_rate=rate, fuse=fuse, ffn=ffn))
+            rate, form = values[f"keep_s{s}"] if s < 4 and i == depth - 1 else 1.0, values["form"]
+            fuse, merge = (rate < 1 and form == way for way in ("fused", "merged"))
+            rate = max(rate, LEAST_MERGED) if merge else rate
+            blocks.append(EvitBlock(attn=attn if has else None, keep_rate=rate, fuse=fuse, ffn=ffn, merge=merge))
     return EvitArch(
         version=1,
         family="evit",
@@ -254,7 +305,7 @@ HEADS = (2, 3, 4, 5, 6, 8, 12)
 SPACE = Space(
     options={
         "resolution": (128, 160, 192, 224, 256, 288, 304),
-        "form": ("fused", "dropped"),
+        "form": ("merged", "fused", "dropped"),
         "qk": (32, 64),
         "width_s1": (128, 192, 256, 320, 384, 576, 768),
         **per_stage("depth", (1, 2, 3, 4, 5), (1, 2, 3, 4), (1, 2, 3, 4), (1, 2, 3)),
@@ -325,13 +376,16 @@ def _variants() -> dict[str, Variant]:
 
 
 def _whole(arch: EvitArch) -> EvitArch:
-    blocks = tuple(block.model_copy(update={"keep_rate": 1.0, "fuse": False}) for block in arch.blocks)
+    blocks = tuple(block.model_copy(update={"keep_rate": 1.0, "fuse": False, "merge": False}) for block in arch.blocks)
     return arch.model_copy(update={"blocks": blocks})
 
 
 def _published_reductions(arch: EvitArch) -> list[str]:
-    """DeiT-S and its reductions, the only size that is published both ways at several keep rates."""
-    suffix = "" if any(block.fuse for block in arch.blocks) else "_drop"
+    """DeiT-S and its reductions, the only size that is published both ways at several keep rates.
+
+    Nothing is published for merging in three blocks: it counts as fusing.
+    """
+    suffix = "" if any(block.fuse or block.merge for block in arch.blocks) else "_drop"
     return ["deit_small", *(f"evit_small_keep{keep}{suffix}" for keep in KEPT)]
 
 

@@ -26,8 +26,8 @@ def with_oracle(model: nn.Module, oracle: nn.Module) -> Iterator[None]:
     copy made inside holds the oracle.
 
     Raises:
-        ArchError: one of the two is no EViT, they differ in depth, patches or resolution, or a block of the oracle
-            whose attention is needed has none.
+        ArchError: one of the two is no EViT, the network merges tokens, they differ in depth, patches or resolution, or
+            a block of the oracle whose attention is needed has none.
     """
     student, chooser = _evit(model, "the network"), _evit(oracle, "the oracle")
     chooser.eval()
@@ -66,7 +66,7 @@ def class_attention(network: Evit, images: Tensor, layers: Collection[int]) -> d
     """The class token's attention (B, patches) to every patch, mean over heads, in some blocks; no token is dropped."""
     x, rows = network.tokens(images), {}
     for i, block in enumerate(network.each_block()[: max(layers) + 1]):
-        x, scores = block.attend(x, i in layers)
+        x, scores = block.attend(x, "class row" if i in layers else None)
         if scores is not None:
             rows[i] = scores
         x = block.feed(x)
@@ -99,5 +99,7 @@ def _check(student: Evit, oracle: Evit) -> None:
     if (student.patches, student.patch_embed.kernel_size) != (oracle.patches, oracle.patch_embed.kernel_size):
         raise ArchError("the oracle's resolution or patches are not the network's")
     for i, (block, theirs) in enumerate(zip(student.each_block(), oracle.each_block(), strict=True)):
+        if block.merge and block.keep_rate < 1:
+            raise ArchError(f"blocks.{i} of the network merges the tokens that are alike: an oracle ranks none for it")
         if block.keep_rate < 1 and theirs.attn is None:
             raise ArchError(f"blocks.{i} of the oracle has no attention to rank tokens by")

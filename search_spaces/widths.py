@@ -101,7 +101,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Product:
-    """Attention's products q k^T and weights v."""
+    """Attention's products q k^T and weights v; where tokens merge, those of keys with keys and of merged tokens."""
 
     name: str
     """Path of the module that computes them."""
@@ -130,7 +130,7 @@ class Table:
         return self.product_macs() + sum(int(np.prod(e.shape)) * e.positions for e in self.entries)
 
     def product_macs(self) -> int:
-        """Multiply-accumulates of q k^T and of the weighted sums of v."""
+        """Multiply-accumulates of all `Product`s."""
         return sum(product.axis.size * product.times for product in self.products)
 
     def widths(self) -> dict[str, Width]:

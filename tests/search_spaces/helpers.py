@@ -250,11 +250,13 @@ def _evit(rng: random.Random) -> dict[str, Any]:
     blocks = []
     for i in range(rng.randint(1, 4)):
         attn = _maybe(rng, _attn(rng), chance=0.8 if i else 1.0)  # without any, the class token would see no image
+        rate, way = rng.choice(RATES) if attn else 1.0, rng.random()
         blocks.append(
             {
                 "attn": attn,
-                "keep_rate": rng.choice(RATES) if attn else 1.0,
-                "fuse": rng.random() < 0.5,
+                "keep_rate": rate,
+                "fuse": way < 0.5,
+                "merge": way > 0.7 and rate >= 0.5,
                 "ffn": _maybe(rng, {"hidden": rng.randint(4, 20)}),
             }
         )
@@ -383,12 +385,15 @@ class Subject:
     def unprovable(self) -> set[str]:
         """Widths whose units cannot go without a trace: what is left is normalised anew.
 
-        LayerNorm and GroupNorm over them; in EViT, the mean over heads of the attention that ranks tokens.
+        LayerNorm and GroupNorm over them; in EViT, the mean over heads of the attention that ranks tokens, or of the
+        keys that match them.
         """
         norms = [m for m in self.model.modules() if isinstance(m, nn.LayerNorm | nn.GroupNorm)]
         blocks = [(name, module) for name, module in self.model.named_modules() if isinstance(module, evit.Block)]
-        ranking = {f"{name}.attn.heads" for name, block in blocks if block.keep < block.patches}
-        return {width.name for norm in norms for width in widths_of(norm.axes["weight"][0])} | ranking
+        reducing = {name: block for name, block in blocks if block.keep < block.patches}
+        ranking = {f"{name}.attn.heads" for name in reducing}
+        matching = {f"{name}.attn.qk" for name, block in reducing.items() if block.merge}
+        return {width.name for norm in norms for width in widths_of(norm.axes["weight"][0])} | ranking | matching
 
     def provable(self) -> list[Knob]:
         """Knobs whose units can go without a trace."""

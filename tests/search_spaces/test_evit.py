@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import search_spaces
-from search_spaces import Arch
+from search_spaces import Arch, ArchError
 from search_spaces.arch import kept
 from search_spaces.network import set_keep_progress
 from search_spaces.registry import FAMILIES
@@ -37,7 +37,7 @@ def test_tokens_that_really_flow(keep: int, suffix: str) -> None:
     model = search_spaces.create_model(f"evit_tiny_keep{keep}{suffix}").eval()
     seen: list[int] = []
     for block in model.blocks:
-        block.register_forward_hook(lambda _module, _inputs, output: seen.append(output.shape[1] - 1))
+        block.register_forward_hook(lambda _module, _inputs, output: seen.append(output[0].shape[1] - 1))
     with torch.no_grad():
         model(torch.randn(1, 3, 224, 224))
     assert seen == model.arch.token_counts()
@@ -99,7 +99,7 @@ def flow(model: nn.Module, x: Tensor) -> list[int]:
     """Tokens leaving each block, the class token not counted."""
     seen: list[int] = []
     handles = [
-        block.register_forward_hook(lambda _module, _inputs, output: seen.append(output.shape[1] - 1))
+        block.register_forward_hook(lambda _module, _inputs, output: seen.append(output[0].shape[1] - 1))
         for block in model.blocks
     ]
     with torch.no_grad():
@@ -198,7 +198,7 @@ def softmax(logits: list[float]) -> list[float]:
 
 
 def reference(arch: Arch, state: dict[str, Tensor], pixels: Tensor) -> Tensor:
-    """Logits of one image (3, R, R)."""
+    """Logits of one image (3, R, R). Where tokens have merged, `sizes` says of how many patches each is."""
     size = arch.patch_size
     side = arch.resolution // size
     weight = state["patch_embed.weight"].flatten(1)
@@ -209,18 +209,27 @@ def reference(arch: Arch, state: dict[str, Tensor], pixels: Tensor) -> Tensor:
             tokens.append(weight @ patch.flatten() + state["patch_embed.bias"])
     tokens = [token + position for token, position in zip(tokens, state["pos_embed"][0], strict=True)]
 
+    sizes = [1] * len(tokens)
     for i, block in enumerate(arch.blocks):
         if block.attn is not None:
-            updates, scores = attention(tokens, block.attn, state, f"blocks.{i}")
+            updates, scores, keys = attention(tokens, sizes, block.attn, state, f"blocks.{i}")
             tokens = [token + update for token, update in zip(tokens, updates, strict=True)]
-            tokens = reduction(tokens, scores, block)
+            if block.merge:
+                tokens, sizes = merging(tokens, sizes, keys, block)
+            else:
+                tokens, sizes = reduction(tokens, sizes, scores, block)
         if block.ffn is not None:
             tokens = [t + mlp(layer_norm(t, state, f"blocks.{i}.norm2"), state, f"blocks.{i}.ffn") for t in tokens]
     return linear(layer_norm(tokens[0], state, "norm"), state, "head")
 
 
-def attention(tokens: list[Tensor], doc: Any, state: dict[str, Tensor], name: str) -> tuple[list[Tensor], list[float]]:
-    """What each token gains, and the class token's attention to each other token, averaged over heads."""
+def attention(
+    tokens: list[Tensor], sizes: list[int], doc: Any, state: dict[str, Tensor], name: str
+) -> tuple[list[Tensor], list[float], list[Tensor]]:
+    """What each token gains, the class token's attention to each other token, and each token's key: means over heads.
+
+    A token of n patches is attended to as n equal ones are.
+    """
     heads, key_dim, value_dim = doc.heads, doc.key_dim, doc.value_dim
     qkv = [linear(layer_norm(token, state, f"{name}.norm1"), state, f"{name}.attn.qkv") for token in tokens]
     queries = [row[: heads * key_dim] for row in qkv]
@@ -232,26 +241,55 @@ def attention(tokens: list[Tensor], doc: Any, state: dict[str, Tensor], name: st
         for head in range(heads):
             q = query[head * key_dim : (head + 1) * key_dim]
             logits = [float(q @ key[head * key_dim : (head + 1) * key_dim]) * doc.scale for key in keys]
-            weights = softmax(logits)
+            weights = softmax([logit + math.log(size) for logit, size in zip(logits, sizes, strict=True)])
             pairs = zip(weights, values, strict=True)
             mixed.append(sum(w * value[head * value_dim : (head + 1) * value_dim] for w, value in pairs))
             if i == 0:
                 scores = [score + weight / heads for score, weight in zip(scores, weights[1:], strict=True)]
         gains.append(linear(torch.cat(mixed), state, f"{name}.attn.proj"))
-    return gains, scores
+    return gains, scores, [key.view(heads, key_dim).mean(0) for key in keys]
 
 
-def reduction(tokens: list[Tensor], scores: list[float], block: Any) -> list[Tensor]:
+def reduction(
+    tokens: list[Tensor], sizes: list[int], scores: list[float], block: Any
+) -> tuple[list[Tensor], list[int]]:
     """The class token, the ceil(rate * others) best of the others, and the raw weighted sum of the rest."""
     others = tokens[1:]
     keep = math.ceil(Fraction(str(block.keep_rate)) * len(others))
     if keep == len(others):
-        return tokens
+        return tokens, sizes
     order = sorted(range(len(others)), key=lambda j: -scores[j])
-    reduced = [tokens[0]] + [others[j] for j in order[:keep]]
+    reduced, kept_sizes = [tokens[0]] + [others[j] for j in order[:keep]], [1] + [sizes[1 + j] for j in order[:keep]]
     if block.fuse:
         reduced.append(sum(scores[j] * others[j] for j in order[keep:]))
-    return reduced
+        kept_sizes.append(1)
+    return reduced, kept_sizes
+
+
+def merging(tokens: list[Tensor], sizes: list[int], keys: list[Tensor], block: Any) -> tuple[list[Tensor], list[int]]:
+    """ToMe: of the tokens 1, 2, 3, ... after the class token, 2, 4, ... are each linked to the one of 1, 3, ... whose
+    key is most like theirs; the closest links merge until ceil(rate * others) are left."""
+    others = len(tokens) - 1
+    count = others - math.ceil(Fraction(str(block.keep_rate)) * others)
+    if count == 0:
+        return tokens, sizes
+    links = []
+    for a in range(2, others + 1, 2):
+        alike = {b: float(keys[a] @ keys[b] / keys[a].norm() / keys[b].norm()) for b in range(1, others + 1, 2)}
+        b = max(alike, key=lambda b, alike=alike: alike[b])
+        links.append((alike[b], a, b))
+    links.sort(reverse=True)
+    into = {a: b for _, a, b in links[:count]}
+    totals = {b: sizes[b] * tokens[b] for b in range(1, others + 1, 2)}
+    merged = {b: sizes[b] for b in totals}
+    for a, b in into.items():
+        totals[b] = totals[b] + sizes[a] * tokens[a]
+        merged[b] += sizes[a]
+    left = [0] + [a for a in range(2, others + 1, 2) if a not in into]
+    return (
+        [tokens[j] for j in left] + [totals[b] / merged[b] for b in totals],
+        [sizes[j] for j in left] + list(merged.values()),
+    )
 
 
 @pytest.mark.parametrize("seed", range(25))
@@ -259,15 +297,20 @@ def test_equals_the_reference(seed: int, helpers: ModuleType) -> None:
     helpers.assert_equals_reference(reference, helpers.random_arch("evit", seed), seed)
 
 
-@pytest.mark.parametrize("fuse", [True, False])
+WAYS = {"dropped": {"fuse": False}, "fused": {"fuse": True}, "merged": {"fuse": False, "merge": True}}
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("rates", [(0.5, 0.5, 0.5), (0.9, 0.7, 0.3), (1.0, 0.55, 1.0), (0.35, 0.35, 0.05)])
 @pytest.mark.parametrize(("resolution", "embed", "heads"), [(32, 12, 1), (40, 16, 4)])
 def test_schedules_equal_the_reference(
-    fuse: bool, rates: tuple[float, ...], resolution: int, embed: int, heads: int, helpers: ModuleType
+    way: str, rates: tuple[float, ...], resolution: int, embed: int, heads: int, helpers: ModuleType
 ) -> None:
     """Uniform layers, repeated reductions: a fused token is an ordinary candidate at the next one."""
+    if way == "merged":
+        rates = tuple(max(rate, 0.5) for rate in rates)
     attn = {"heads": heads, "key_dim": embed // heads, "value_dim": embed // heads, "scale": (embed / heads) ** -0.5}
-    blocks = [{"attn": attn, "keep_rate": rate, "fuse": fuse, "ffn": {"hidden": 4 * embed}} for rate in (*rates, 1.0)]
+    blocks = [{"attn": attn, "keep_rate": r, "ffn": {"hidden": 4 * embed}, **WAYS[way]} for r in (*rates, 1.0)]
     arch = helpers.random_arch("evit", 0, resolution=resolution, patch_size=8, embed_dim=embed, blocks=blocks)
     helpers.assert_equals_reference(reference, arch, 5)
 
@@ -283,6 +326,114 @@ def test_of_tied_patches_the_first_are_kept(fuse: bool, helpers: ModuleType) -> 
     with torch.no_grad():
         tokens = model.tokens(helpers.image(arch, 2))
         whole, _ = model.blocks[0].attn(model.blocks[0].norm1(tokens), False)
-        found = model.blocks[0](tokens)
+        found, _ = model.blocks[0](tokens)
     assert torch.allclose(found[:, :129], (tokens + whole)[:, :129])
     assert found.shape[1] == 129 + fuse
+
+
+# Merging (ToMe)
+
+
+def merging_arch(helpers: ModuleType, *rates: float) -> Arch:
+    """64 patches; a last block attends to what is left."""
+    attn = {"heads": 2, "key_dim": 6, "value_dim": 5, "scale": 0.4}
+    blocks = [{"attn": attn, "keep_rate": rate, "ffn": {"hidden": 20}, **WAYS["merged"]} for rate in (*rates, 1.0)]
+    return helpers.random_arch("evit", 0, resolution=64, patch_size=8, embed_dim=12, num_classes=5, blocks=blocks)
+
+
+def whole_of(helpers: ModuleType, arch: Arch) -> Arch:
+    """The same blocks, all tokens kept."""
+    return helpers.read(helpers._replaced(helpers.document(arch), "keep_rate", 1.0))
+
+
+def test_merging_at_keep_one_is_deit(helpers: ModuleType) -> None:
+    arch = whole_of(helpers, merging_arch(helpers, 0.5))
+    plain = helpers.read(helpers._replaced(helpers.document(arch), "merge", False))
+    model, deit, x = helpers.build(arch), helpers.build(plain, 1), helpers.image(arch)
+    model.load_state_dict(deit.state_dict())
+    assert search_spaces.table(arch) == search_spaces.table(plain)
+    with torch.no_grad():
+        assert torch.equal(model(x), deit(x))
+
+
+@pytest.mark.parametrize("rates", [(0.6,), (0.8, 0.7)])
+def test_equal_tokens_merge_without_a_trace(rates: tuple[float, ...], helpers: ModuleType) -> None:
+    """Proportional attention is exact where what merges is equal: patches of four colours, positions that say nothing.
+
+    Of each colour 8 patches are on even and 8 on odd positions, more than either reduction takes of all.
+    """
+    arch = merging_arch(helpers, *rates)
+    model, whole = helpers.build(arch, 3), helpers.build(whole_of(helpers, arch))
+    model.pos_embed.data[:] = model.pos_embed.data[:, 1:2]
+    whole.load_state_dict(model.state_dict())
+    colours = torch.randn(2, 3, 2, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x = nn.functional.interpolate(colours, size=64)
+    with torch.no_grad():
+        assert helpers.error(model(x), whole(x)) < 1e-5
+        assert helpers.error(model(helpers.image(arch)), whole(helpers.image(arch))) > 1e-3
+
+
+def test_merging_counts_its_products(helpers: ModuleType) -> None:
+    """Of 64 patches 32 are on even positions and 25 merge: keys of 6 dims are compared, tokens of 12 added up."""
+    arch = merging_arch(helpers, 0.6)
+    dropped = helpers.read(helpers._replaced(helpers.document(arch), "merge", False))
+    more = search_spaces.table(arch).macs() - search_spaces.table(dropped).macs()
+    assert more == 32 * 32 * 6 + 32 * 25 * 12
+
+
+def test_images_merge_for_themselves(helpers: ModuleType) -> None:
+    arch = merging_arch(helpers, 0.7, 0.5)
+    model, x = helpers.build(arch, 1), helpers.image(arch, 4)
+    with torch.no_grad():
+        assert helpers.error(torch.cat([model(each[None]) for each in x]), model(x)) < 1e-10
+
+
+def test_documents_from_before_merging(helpers: ModuleType) -> None:
+    """They lack the field and mean what they meant: their text and digest are as they were."""
+    arch = search_spaces.get_arch("evit_tiny_keep70")
+    assert "merge" not in arch.to_json()
+    assert arch.digest().startswith("b2ebad78b344")
+    merging = merging_arch(helpers, 0.5)
+    assert helpers.document(merging)["blocks"][0]["merge"] is True
+    assert Arch.from_json(merging.to_json()) == merging
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"fuse": True}, "blocks.1: tokens are either merged or fused"),
+        ({"keep_rate": 0.49}, "blocks.1.keep_rate: merging keeps at least half"),
+    ],
+)
+def test_what_cannot_be_merged(changes: dict[str, Any], words: str, helpers: ModuleType) -> None:
+    raw = helpers.document(merging_arch(helpers, 1.0))
+    raw["blocks"][1] |= changes
+    with pytest.raises(ArchError, match=words):
+        helpers.read(raw)
+
+
+def test_the_space_merges_as_far_as_it_can() -> None:
+    """At a keep rate of 0.4 half of the tokens merge."""
+    space = FAMILIES["evit"].space
+    values = {name: options[0] for name, options in space.options.items()}
+    rates = {}
+    for form in space.options["form"]:
+        arch = space.arch(values | {"form": form}, 10)
+        reducing = [block for block in arch.blocks if block.keep_rate < 1]
+        rates[form] = [(block.keep_rate, block.fuse, block.merge) for block in reducing]
+    assert rates == {
+        "merged": [(0.5, False, True)] * 3,
+        "fused": [(0.4, True, False)] * 3,
+        "dropped": [(0.4, False, False)] * 3,
+    }
+
+
+def test_merging_trains_along_the_schedule(helpers: ModuleType) -> None:
+    arch = merging_arch(helpers, 0.5, 0.6)
+    model, x = helpers.build(arch, 1).train(), helpers.image(arch)
+    for progress in (0, 0.5, 1):
+        set_keep_progress(model, progress)
+        model.zero_grad()
+        model(x).square().sum().backward()
+        assert all(value.grad is not None and value.grad.isfinite().all() for value in model.parameters())
+    assert flow(model, x) == arch.token_counts() == [32, 20, 20]

@@ -145,6 +145,21 @@ def test_weights_start_from_the_oracle(helpers: ModuleType) -> None:
         assert torch.equal(value, source[name])
 
 
+def test_merging_takes_no_oracle(helpers: ModuleType) -> None:
+    """It may be one: what it would merge is not asked for."""
+    plain, raw = arch_of(helpers, (0.5, 1.0, 0.6, 1.0)), helpers.document(arch_of(helpers, (0.5, 1.0, 0.6, 1.0)))
+    merging = helpers.read(raw | {"blocks": [block | {"merge": True} for block in raw["blocks"]]})
+    x = helpers.image(plain)
+    with pytest.raises(ArchError, match="merges"), with_oracle(helpers.build(merging), helpers.build(plain)):
+        pass
+    found = []
+    for arch in (plain, merging):
+        model = helpers.build(plain, 1).train()
+        with with_oracle(model, helpers.build(arch, 2)), torch.no_grad():
+            found.append(model(x))
+    assert torch.equal(*found)
+
+
 def test_unfit_oracles(helpers: ModuleType) -> None:
     arch = arch_of(helpers, (1.0, 0.5, 1.0, 1.0))
     model = helpers.build(arch)

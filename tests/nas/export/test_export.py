@@ -98,6 +98,36 @@ def test_flat_areas_are_chosen_alike_in_onnx(family, seed, tmp_path, helpers):
     agreement(folded, path, arch.resolution, 2, on_white.numpy())
 
 
+def merging() -> Arch:
+    """36 patches: 36, 22 and 15 leave the blocks; attention then sees tokens of several sizes."""
+    attn, ffn = {"heads": 2, "key_dim": 4, "value_dim": 4, "scale": 0.5}, {"hidden": 16}
+    rates = (0.6, 0.65, 1.0)
+    blocks = [{"attn": attn, "keep_rate": rate, "fuse": False, "merge": True, "ffn": ffn} for rate in rates]
+    document = {"version": 1, "family": "evit", "resolution": 48, "num_classes": 5, "patch_size": 8, "embed_dim": 12}
+    return Arch.from_json(json.dumps(document | {"blocks": blocks}))
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_merged_tokens_are_the_same_in_other_runtimes(runtime, tmp_path):
+    """What merges is decided image by image, how much is not."""
+    arch, path = merging(), tmp_path / "model.onnx"
+    folded = fold(randomise(create_model(arch)))
+    to_onnx(folded, path, arch.resolution, 8)
+    graph = onnx.load(path).graph
+    assert [dim.dim_value for value in (*graph.input, *graph.output) for dim in value.type.tensor_type.shape.dim] == [
+        *(8, 3, 48, 48),
+        *(8, 5),
+    ]
+    pixels = check_images(arch.resolution, 8)
+    wanted = logits_of(folded, pixels, 8)
+    if runtime == "onnxruntime":
+        found = onnx_logits(path, pixels, 8)
+    else:
+        openvino = pytest.importorskip("openvino")
+        found = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(pixels.numpy())[0]
+    assert abs(found - wanted).max() < 1e-5 * abs(wanted).max()
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_irregular_networks_are_the_same_in_float64(family, seed, tmp_path, helpers, monkeypatch):
