@@ -13,6 +13,7 @@ from pruning.transfer import transfer
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from nas.quality.candidate import Candidate
     from nas.quality.trainer import CandidateTrainer
     from nas.training.recipes import Recipe
     from search_spaces import Arch
@@ -36,7 +37,7 @@ class InheritTier(HalvingTier):
         ).rstrip()
         self._teacher = cache(self._teacher_at)
 
-    def recipe(self, epochs: int) -> Recipe:
+    def recipe(self, epochs: int, candidate: Candidate | None = None) -> Recipe:
         """What inherited weights are fine-tuned with."""
         from nas.training.recipes import INHERITED
 

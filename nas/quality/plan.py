@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from nas.errors import UserError
 
-DEFAULT_EPOCHS = {"train": 9, "inherit": 3, "supernet": 30}
+DEFAULT_EPOCHS = {"train": 9, "race": 9, "inherit": 3, "supernet": 30}
 LEAST_VALIDATED = 6
 """Networks below which a rank correlation says nothing."""
 

@@ -16,6 +16,8 @@ import numpy as np
 from scipy.stats import kendalltau
 
 from nas.networks.counts import Counts
+from nas.networks.timm_network import TimmNetwork
+from nas.quality.candidate import Candidate, Kind
 from search_spaces import Arch
 from search_spaces.registry import FAMILIES
 
@@ -27,6 +29,15 @@ GAIN_SPREAD = 0.1
 """How far a gain from rung to rung differs between networks, as a share of it, until the trainings show it."""
 WIDE = 15.0
 """Standard deviation in points where there is nothing to learn from."""
+DESCRIBED = 9
+"""Features of any network, before those of its family and kind."""
+RUNG_0 = 1 / 3
+"""Where rung 0 stands among the epochs."""
+KINDS = (Kind.READY, Kind.DERIVED)
+"""A feature each; of a network from scratch both are 0, as of those that an older vitnas described."""
+SHAPE_OF_TIMM = (7.0, 4.0, 0.0, 0.0, 2.0, 1.0)
+"""Of a network of timm's, which tells nothing of its shape: log2 of width and depth, log2(1 + qk width), share of
+attention, FFN ratio and keep rate, as small CNNs have them."""
 
 Rungs = Mapping[int, float]
 """Top-1 in percent by epochs trained."""
@@ -41,28 +52,46 @@ class TrainedNetwork:
     rungs: Rungs
 
 
-def describe(arch: Arch, counts: Counts) -> np.ndarray:
-    """Features (13,): log2 of parameters, MACs, width, depth, qk width and resolution; share of attention, FFN ratio
-    and keep rate as means over blocks; and which of the families it is."""
+def describe(network: Arch | TimmNetwork, counts: Counts) -> np.ndarray:
+    """Features (9 + families,): log2 of parameters, MACs, width, depth, qk width and resolution; share of attention,
+    FFN ratio and keep rate as means over blocks; and which of the families it is, none of them for one of timm's."""
+    shape = SHAPE_OF_TIMM if isinstance(network, TimmNetwork) else _shape(network)
+    return np.array(
+        [
+            np.log2(counts.params),
+            np.log2(counts.macs),
+            *shape,
+            np.log2(network.resolution),
+            *(float(network.family == name) for name in FAMILIES),
+        ]
+    )
+
+
+def describe_candidate(candidate: Candidate, counts: Counts) -> np.ndarray:
+    """Features (9 + families + 2,): those of `describe`, and whether it is ready, or derived from a parent."""
+    return np.append(describe(candidate.network, counts), [float(candidate.kind == kind) for kind in KINDS])
+
+
+def kind_of(features: np.ndarray) -> Kind:
+    """The kind of a network with these features."""
+    told = features[DESCRIBED + len(FAMILIES) :]
+    return next((kind for kind, value in zip(KINDS, told, strict=False) if value), Kind.SCRATCH)
+
+
+def _shape(arch: Arch) -> tuple[float, ...]:
     stages = arch.summary()
     depth = np.array([stage.depth for stage in stages], dtype=float)
 
     def mean(values: Sequence[float]) -> float:
         return float(np.average(values, weights=depth))
 
-    return np.array(
-        [
-            np.log2(counts.params),
-            np.log2(counts.macs),
-            mean([np.log2(stage.embed_dim) for stage in stages]),
-            np.log2(depth.sum()),
-            mean([np.log2(1 + stage.heads * stage.key_dim) for stage in stages]),
-            mean([stage.attention_share for stage in stages]),
-            mean([stage.ffn_ratio for stage in stages]),
-            mean([stage.keep_rate for stage in stages]),
-            np.log2(arch.resolution),
-            *(float(arch.family == name) for name in FAMILIES),
-        ]
+    return (
+        mean([np.log2(stage.embed_dim) for stage in stages]),
+        float(np.log2(depth.sum())),
+        mean([np.log2(1 + stage.heads * stage.key_dim) for stage in stages]),
+        mean([stage.attention_share for stage in stages]),
+        mean([stage.ffn_ratio for stage in stages]),
+        mean([stage.keep_rate for stage in stages]),
     )
 
 
@@ -86,17 +115,25 @@ class Surrogate:
         if len(self.trained) >= LEAST:
             self._fit()
 
-    def predict(self, features: np.ndarray) -> Guess:
+    def predict(self, features: np.ndarray, rungs: Rungs | None = None) -> Guess:
         """Top-1 after `epochs` of a network trained once.
 
         For a network among those it was fitted to, its own training counts. Without enough networks it is their mean.
+
+        Args:
+            rungs: the network's own, of which rung 0 is a feature; None: it has none.
         """
         if len(self.trained) < LEAST:
             best = [max(each.rungs.values()) for each in self.trained]
             return Guess(float(np.mean(best)) if best else 0.0, WIDE)
-        mean, deviation = self._process.predict(self._scaled(features[None], [self.epochs]), return_std=True)
+        row = self._row(features, rungs or {})
+        mean, deviation = self._process.predict(self._scaled(row[None], [self.epochs]), return_std=True)
         error = float(np.hypot(deviation[0] * self._spread, self.noise))
         return Guess(float(mean[0]) * self._spread + self._centre, error)
+
+    def guess(self, network: TrainedNetwork) -> Guess:
+        """`predict` of a network with its own rungs."""
+        return self.predict(network.features, network.rungs)
 
     def held_out(self) -> tuple[float, float] | None:
         """Mean absolute error in points, and Kendall's tau, of top-1 after `epochs` predicted for every network that
@@ -122,7 +159,14 @@ class Surrogate:
         from sklearn.gaussian_process import GaussianProcessRegressor
         from sklearn.gaussian_process.kernels import RBF, ConstantKernel, DotProduct, WhiteKernel
 
-        rows = [(i, each.features, e, top1) for i, each in enumerate(self.trained) for e, top1 in each.rungs.items()]
+        self._width = max(len(each.features) for each in self.trained)
+        firsts = [each.rungs[0] for each in self.trained if 0 in each.rungs]
+        self._first = float(np.mean(firsts)) if firsts else 0.0
+        rows = [
+            (i, self._row(each.features, each.rungs), e, top1)
+            for i, each in enumerate(self.trained)
+            for e, top1 in each.rungs.items()
+        ]
         self._owner = np.array([i for i, *_ in rows])
         self._is_full = np.array([e == self.epochs for _, _, e, _ in rows])
         features = np.array([f for _, f, _, _ in rows])
@@ -130,7 +174,8 @@ class Surrogate:
         scale = features.std(0)
         self._scale = np.where(scale > 1e-9, scale, np.inf)
         gains = self._gains()
-        values = np.array([top1 + gains[e][0] for _, _, e, top1 in rows])
+        gained = [gains[kind_of(self.trained[i].features), e] for i, _, e, _ in rows]
+        values = np.array([top1 + gain for (*_, top1), (gain, _) in zip(rows, gained, strict=True)])
         self._centre, self._spread = float(values.mean()), float(values.std()) or 1.0
         self._targets = (values - self._centre) / self._spread
         self._inputs = self._scaled(features, [e for _, _, e, _ in rows])
@@ -139,30 +184,42 @@ class Surrogate:
             + ConstantKernel(1.0, (1e-3, 1e2)) * RBF(3.0, (1.0, 30.0))
             + WhiteKernel(0.1, (1e-3, 1.0))
         )
-        doubt = np.array([self.noise**2 + gains[e][1] for _, _, e, _ in rows]) / self._spread**2
+        doubt = np.array([self.noise**2 + variance for _, variance in gained]) / self._spread**2
         self._process = GaussianProcessRegressor(kernel, alpha=1e-8 + doubt, random_state=0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
             self._process.fit(self._inputs, self._targets)
 
-    def _gains(self) -> dict[int, tuple[float, float]]:
-        """What top-1 still gains from each rung to the last, and the variance of that, over the networks trained to
-        both, added up from rung to rung. With fewer than `LEAST` such networks the deviation is a share of the gain."""
+    def _gains(self) -> dict[tuple[Kind, int], tuple[float, float]]:
+        """By kind and rung, what top-1 still gains to the last rung, and the variance of that, over the networks of the
+        kind trained to both, added up from rung to rung. With fewer than `LEAST` such networks the deviation is a share
+        of the gain; with none, but some of other kinds, the gain is theirs and the deviation `WIDE`."""
         rungs = sorted({epochs for each in self.trained for epochs in each.rungs})
-        found = {rungs[-1]: (0.0, 0.0)}
+        found = {(kind, rungs[-1]): (0.0, 0.0) for kind in Kind}
         for epochs, following in reversed(list(itertools.pairwise(rungs))):
-            pairs = [
-                each.rungs[following] - each.rungs[epochs]
-                for each in self.trained
-                if epochs in each.rungs and following in each.rungs
-            ]
-            gain = float(np.mean(pairs)) if pairs else 0.0
-            variance = float(np.var(pairs, ddof=1)) if len(pairs) >= LEAST else (GAIN_SPREAD * gain) ** 2
-            later = found[following]
-            found[epochs] = later[0] + gain, later[1] + variance
+            pairs: dict[Kind, list[float]] = {kind: [] for kind in Kind}
+            for each in self.trained:
+                if epochs in each.rungs and following in each.rungs:
+                    pairs[kind_of(each.features)].append(each.rungs[following] - each.rungs[epochs])
+            every = [gain for gains in pairs.values() for gain in gains]
+            for kind, gains in pairs.items():
+                gain = float(np.mean(gains or every)) if every else 0.0
+                variance = float(np.var(gains, ddof=1)) if len(gains) >= LEAST else (GAIN_SPREAD * gain) ** 2
+                if every and not gains:
+                    variance = WIDE**2
+                later = found[kind, following]
+                found[kind, epochs] = later[0] + gain, later[1] + variance
         return found
+
+    def _row(self, features: np.ndarray, rungs: Rungs) -> np.ndarray:
+        """Features as wide as the widest, and the figure of rung 0, or its mean where there is none. What an older
+        vitnas did not describe is 0; what no network that was trained has is left out."""
+        row = np.zeros(self._width + 1)
+        row[: min(self._width, len(features))] = features[: self._width]
+        row[-1] = rungs.get(0, self._first)
+        return row
 
     def _scaled(self, features: np.ndarray, epochs: Sequence[int]) -> np.ndarray:
         """Standardised features, and the epochs in thirds of the last rung's (0 there)."""
-        steps = np.log(np.asarray(epochs, dtype=float) / self.epochs) / np.log(3)
+        steps = np.log(np.maximum(np.asarray(epochs, dtype=float), RUNG_0) / self.epochs) / np.log(3)
         return np.column_stack([(features - self._middle) / self._scale, steps])

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor, nn
 
+    from nas.data.dataset import ImageData
     from nas.data.images import Images
     from nas.networks.counts import Counts
     from nas.quality.candidate import Candidate
@@ -30,9 +31,9 @@ class TrainingRecord:
     """What a tier learnt of a network, as its trial keeps it."""
 
     features: tuple[float, ...]
-    """What the surrogate predicts from; shape (13,), see `nas.quality.surrogate.describe`."""
+    """What the surrogate predicts from; see `nas.quality.surrogate.describe_candidate`. An older vitnas kept fewer."""
     rungs: dict[int, float]
-    """Top-1 in percent by epochs trained; empty for a network that was not trained."""
+    """Top-1 in percent by epochs trained, 0 for a network judged before any; empty for one that was not judged."""
     seconds: float | None = None
     """Duration of the training; None where none was made."""
 
@@ -178,8 +179,16 @@ class TrainedTier(ABC):
         """A surrogate fitted to all trainings so far."""
         return self._fitted(self.trainer.results())
 
-    def recipe(self, epochs: int) -> Recipe:
-        """The recipe that networks are trained with, in the search and at its end."""
+    def data(self, candidate: Candidate) -> ImageData:
+        """The user's images as a network takes them: at its resolution, normalised as its weights want it."""
+        return self.trainer.data.at(candidate.network.resolution)
+
+    def recipe(self, epochs: int, candidate: Candidate | None = None) -> Recipe:
+        """The recipe that a network is trained with, in the search and at its end.
+
+        Args:
+            candidate: the network; None: most of the tier's.
+        """
         from nas.training.recipes import RECIPES
 
         return replace(RECIPES["quick"], epochs=epochs)

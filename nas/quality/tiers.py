@@ -24,6 +24,13 @@ def train(trainer: CandidateTrainer | None) -> Tier:
     return HalvingTier(_needed(trainer))
 
 
+def race(trainer: CandidateTrainer | None) -> Tier:
+    """The tier of pretrained networks, and those cut from them."""
+    from nas.quality.race import RaceTier
+
+    return RaceTier(_needed(trainer))
+
+
 def inherit(trainer: CandidateTrainer | None) -> Tier:
     """The tier that fine-tunes a parent's weights."""
     from nas.quality.inherit import InheritTier
@@ -47,6 +54,7 @@ def _needed(trainer: CandidateTrainer | None) -> CandidateTrainer:
 TIERS: dict[str, Callable[[CandidateTrainer | None], Tier]] = {
     "prior": prior,
     "train": train,
+    "race": race,
     "inherit": inherit,
     "supernet": supernet,
 }

@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,7 @@ from nas.errors import UserError
 from nas.files import replace_file
 from nas.intervals import joined, of_error, of_share
 from nas.quality.kept import Kept, keep
-from nas.quality.surrogate import Guess, Rungs, Surrogate, TrainedNetwork, describe
+from nas.quality.surrogate import Guess, Rungs, Surrogate, TrainedNetwork, describe_candidate
 from nas.quality.tier import Estimate, TrainedTier, with_training
 from nas.quality.trainer import ETA
 from nas.units import counted
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
 
     from nas.data.images import Images
     from nas.networks.counts import Counts
-    from nas.quality.candidate import Candidate
+    from nas.networks.timm_network import TimmNetwork
+    from nas.quality.candidate import Candidate, Kind
     from nas.quality.trainer import CandidateTrainer
     from nas.training.engine import Training
     from search_spaces import Arch
@@ -61,7 +63,7 @@ class HalvingTier(TrainedTier):
 
     def predict(self, candidate: Candidate, counts: Counts) -> Estimate:
         """The surrogate's prediction."""
-        return self._weighed(self.surrogate(), candidate.key, describe(candidate.arch, counts))
+        return self._weighed(self.surrogate(), candidate.key, describe_candidate(candidate, counts))
 
     def estimate(self, candidate: Candidate, counts: Counts) -> Estimate:
         """Train a network as far as the halving lets it go.
@@ -69,19 +71,19 @@ class HalvingTier(TrainedTier):
         Raises:
             TrainingError: the loss is no longer finite.
         """
-        key, features, surrogate = candidate.key, describe(candidate.arch, counts), self.surrogate()
+        key, features, surrogate = candidate.key, describe_candidate(candidate, counts), self.surrogate()
         known = surrogate.trained
         if any(each.key == key for each in known):
             return self._weighed(surrogate, key, features)
-        if len(known) >= SCREEN_FROM:
-            best, guess = max(surrogate.predict(each.features).value for each in known), surrogate.predict(features)
+        if len(known) >= SCREEN_FROM and self._screens(candidate):
+            best, guess = max(surrogate.guess(each).value for each in known), surrogate.predict(features)
             if guess.value + guess.error < best:
                 return self._weighed(surrogate, key, features)
-        return self._train(candidate, features, known, in_better_third)
+        return self._train(candidate, features, known, partial(self._goes_on, candidate.kind))
 
     def early(self, candidate: Candidate, counts: Counts, rungs: Mapping[int, float]) -> Estimate:
         """What `estimate` would say after the first of these rungs."""
-        key, features = candidate.key, describe(candidate.arch, counts)
+        key, features = candidate.key, describe_candidate(candidate, counts)
         first = min(rungs)
         others = [each for each in self.trainer.results() if each.key != key]
         return self._weighed(
@@ -91,7 +93,7 @@ class HalvingTier(TrainedTier):
     def complete(self, candidate: Candidate, counts: Counts, keeps: bool = True) -> Estimate:
         """Train a network to the last rung. keeps: it is a candidate, whose weights may be wanted."""
         others = [each for each in self.trainer.results() if each.key != candidate.key]
-        return self._train(candidate, describe(candidate.arch, counts), others, lambda *_: True, keeps)
+        return self._train(candidate, describe_candidate(candidate, counts), others, lambda *_: True, keeps)
 
     def review(self, networks: Sequence[tuple[str, Sequence[float]]]) -> list[Estimate]:
         """Estimates by all trainings so far of networks by digest and features."""
@@ -101,6 +103,14 @@ class HalvingTier(TrainedTier):
     def held_out(self) -> tuple[float, float] | None:
         """See `Surrogate.held_out`."""
         return self.surrogate().held_out()
+
+    def _screens(self, candidate: Candidate) -> bool:
+        """Whether a network may be left out without its first rung, because that costs a training."""
+        return True
+
+    def _goes_on(self, kind: Kind, surrogate: Surrogate, guess: Guess, epochs: int) -> bool:
+        """Whether a network that has been trained for so many epochs is trained for more."""
+        return in_better_third(surrogate, guess, epochs)
 
     def _train(
         self,
@@ -115,25 +125,31 @@ class HalvingTier(TrainedTier):
         path = folder / "rungs.json"
         judged = read_rungs(path)
         rungs: dict[int, float] = {}
+        untuned = None
         for epochs, shape, network, judges in self._rungs(candidate, folder):
             if epochs not in judged:
                 judged[epochs] = self.trainer.judge(network, judges).top1
+                folder.mkdir(parents=True, exist_ok=True)
                 replace_file(path, json.dumps(judged).encode())
-            rungs[epochs] = judged[epochs]
-            last = network if shape == candidate.arch else None  # at a lower resolution it is another network
+            untuned = network if epochs == 0 else untuned
+            worse = untuned is not None and judged[epochs] < judged[0]
+            rungs[epochs] = judged[0 if worse else epochs]
+            last = untuned if worse else network if shape == candidate.network else None  # of a lower resolution: none
             surrogate = self._fitted([*others, TrainedNetwork(key, features, dict(rungs))])
-            guess = surrogate.predict(features)
+            guess = surrogate.predict(features, rungs)
             if not goes_on(surrogate, guess, epochs):
                 break
         if keeps and last is not None:
-            scores = {each.key: self._bounded(surrogate.predict(each.features)).score for each in surrogate.trained}
-            facts = Kept(epochs, self.trainer.used, rungs[epochs], self.trainer.judged, scores[key])
+            scores = {each.key: self._bounded(surrogate.guess(each)).score for each in surrogate.trained}
+            facts = Kept(0 if worse else epochs, self.trainer.used, rungs[epochs], self.trainer.judged, scores[key])
             keep(self.trainer.kept, key, last, facts, scores)
         shutil.rmtree(folder, ignore_errors=True)
-        return with_training(self._bounded(guess), self._how(rungs), features, rungs, time.monotonic() - begun)
+        return with_training(
+            self._bounded(guess), self._how(rungs, features), features, rungs, time.monotonic() - begun
+        )
 
-    def _rungs(self, candidate: Candidate, folder: Path) -> Iterator[tuple[int, Arch, nn.Module, Images]]:
-        """Train from rung to rung: epochs, the network and its Arch there, and the images that judge it."""
+    def _rungs(self, candidate: Candidate, folder: Path) -> Iterator[tuple[int, Arch | TimmNetwork, nn.Module, Images]]:
+        """Train from rung to rung: epochs, what the network is there and itself, and the images that judge it."""
         trainer, arch = self.trainer, candidate.arch
         low, done = low_resolution(arch), 0
         weights = None
@@ -170,7 +186,7 @@ class HalvingTier(TrainedTier):
     def _weighed(self, surrogate: Surrogate, key: str, features: np.ndarray) -> Estimate:
         """A network's estimate, with its own training where it had one."""
         own = next((each.rungs for each in surrogate.trained if each.key == key), {})
-        return with_training(self._bounded(surrogate.predict(features)), self._how(own), features, own)
+        return with_training(self._bounded(surrogate.predict(features, own)), self._how(own, features), features, own)
 
     def _bounded(self, guess: Guess) -> Estimate:
         """A guess within 0 to 100: how far it lay outside is a miss, which its error holds. Its interval also holds the
@@ -181,7 +197,8 @@ class HalvingTier(TrainedTier):
             value, error, joined(value, of_error(value, error), of_share(value, self.trainer.judged))
         )
 
-    def _how(self, rungs: Rungs) -> str:
+    def _how(self, rungs: Rungs, features: np.ndarray) -> str:
+        """Where a network's estimate comes from, in words."""
         if not rungs:
             return "predicted from others' trainings"
         return f"trained {max(rungs)} of {counted(self.epochs, 'epoch')}"
@@ -203,7 +220,7 @@ def read_rungs(path: Path) -> dict[int, float]:
 
 def in_better_third(surrogate: Surrogate, guess: Guess, epochs: int) -> bool:
     """Whether a network is in the better third of those that came as far, by the surrogate fitted to all."""
-    peers = [surrogate.predict(each.features).value for each in surrogate.trained if epochs in each.rungs]
+    peers = [surrogate.guess(each).value for each in surrogate.trained if epochs in each.rungs]
     return sum(value > guess.value for value in peers) < math.ceil(len(peers) / ETA)
 
 

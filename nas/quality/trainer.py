@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nas.files import tell
+from nas.networks.store import Store
 from nas.quality.kept import FOLDER
 
 if TYPE_CHECKING:
@@ -81,6 +82,8 @@ class CandidateTrainer:
     """Input resolution of all networks in px; None where the search varies it."""
     seen: np.ndarray | None = None
     """Which training images the parent was trained on; a bool each, shape (training images,)."""
+    weights: Store = field(default_factory=Store)
+    """Pretrained weights that its networks may begin with."""
     loaders: list[Skips] = field(default_factory=list)
     """What every loader so far skipped."""
     say: Callable[[str], None] = tell

@@ -5,8 +5,21 @@ import pytest
 from scipy.stats import kendalltau
 
 from nas.networks.counts import counts_of
-from nas.quality.surrogate import LEAST, WIDE, Surrogate, TrainedNetwork, describe
+from nas.networks.timm_network import TimmNetwork
+from nas.quality.candidate import Candidate, Kind
+from nas.quality.surrogate import (
+    DESCRIBED,
+    KINDS,
+    LEAST,
+    WIDE,
+    Surrogate,
+    TrainedNetwork,
+    describe,
+    describe_candidate,
+    kind_of,
+)
 from search_spaces import get_arch, list_models
+from search_spaces.registry import FAMILIES
 
 LAST = 9
 
@@ -91,3 +104,51 @@ def test_features_tell_published_networks_apart():
         rows[name] = tuple(found)
     equal = {name for name, row in rows.items() if list(rows.values()).count(row) > 1}
     assert all("keep" in name for name in equal), "fused and dropped tokens are the same network but for the fusing"
+
+
+def of_kind(kind: Kind, name: str, size: float, rungs: dict[int, float]) -> TrainedNetwork:
+    described = np.zeros(DESCRIBED + len(FAMILIES))
+    described[0] = size
+    return TrainedNetwork(name, np.append(described, [float(kind == each) for each in KINDS]), rungs)
+
+
+def test_each_kind_gains_what_its_own_trainings_show():
+    """Ready networks gain 2 from the probe to the end, derived ones 10; a figure of 50 promises so much."""
+    some = [of_kind(Kind.READY, f"r{i}", i, {0: 44.0 + i, LAST: 46.0 + i}) for i in range(6)]
+    some += [of_kind(Kind.DERIVED, f"d{i}", i, {0: 36.0 + i, LAST: 46.0 + i}) for i in range(6)]
+    for kind, gain in ((Kind.READY, 2), (Kind.DERIVED, 10)):
+        one = of_kind(kind, "new", 5.5, {0: 50.0})
+        found = Surrogate([*some, one], LAST).guess(one)
+        assert found.value == pytest.approx(50 + gain, abs=2.5)
+
+
+def test_rung_0_tells_alike_networks_apart():
+    rng = np.random.default_rng(0)
+    starts = rng.uniform(30, 50, 20)
+    some = [of_kind(Kind.READY, str(i), 1.0, {0: top1, LAST: top1 / 2 + 40}) for i, top1 in enumerate(starts)]
+    surrogate = Surrogate(some, LAST)
+    features = some[0].features
+    assert surrogate.predict(features, {0: 48.0}).value > surrogate.predict(features, {0: 32.0}).value + 4
+    alone = surrogate.predict(features).value
+    assert alone == pytest.approx(np.mean(starts) / 2 + 40, abs=1.5), "without a rung 0 the mean stands in"
+
+
+def test_networks_that_an_older_vitnas_described_count():
+    """They lack the kind: they were from scratch."""
+    new = [of_kind(Kind.SCRATCH, str(i), i, {LAST: 40.0 + i}) for i in range(8)]
+    old = [TrainedNetwork(each.key, each.features[: -len(KINDS)], each.rungs) for each in new[:4]]
+    mixed, alone = Surrogate([*old, *new[4:]], LAST), Surrogate(old, LAST)
+    assert mixed.guess(new[5]).value == pytest.approx(Surrogate(new, LAST).guess(new[5]).value)
+    assert alone.guess(new[2]).value == pytest.approx(alone.guess(old[2]).value)
+    assert kind_of(old[0].features) == Kind.SCRATCH
+    assert kind_of(of_kind(Kind.DERIVED, "", 1, {}).features) == Kind.DERIVED
+
+
+def test_a_network_of_timm_is_described_without_its_shape():
+    network = TimmNetwork("lcnet_050", 64, 10)
+    found = describe_candidate(Candidate(network, Kind.READY), counts_of(network))
+    arch = get_arch("efficientvit_m0")
+    assert np.isfinite(found).all()
+    assert found.shape == describe_candidate(Candidate(arch), counts_of(arch)).shape
+    assert not found[DESCRIBED:-2].any(), "of none of the families"
+    assert kind_of(found) == Kind.READY

@@ -1,0 +1,286 @@
+"""Pretrained networks tuned on the user's images by the recipe `finetune`: their learning rate, and parents.
+
+The rate is tried once for all networks of a family, or of one of timm's names. A parent is a published network that is
+tuned once: a linear probe, then some epochs; the better of the two stays. At a second resolution the tuned weights go
+on, for a third of the epochs. All of it is kept in the folder of the run's trainings, so that a run that goes on, and
+workers on one folder, do it once.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from pydantic import FiniteFloat, TypeAdapter
+
+from nas.errors import TrainingError, UserError
+from nas.files import folder_lock, replace_file
+from nas.networks.timm_network import TimmNetwork
+from nas.quality.ready import give_probe, own_pixels, with_weights
+from nas.quality.trainer import ETA
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from nas.data.images import Images
+    from nas.networks.pretrained import Pretrained
+    from nas.quality.trainer import CandidateTrainer
+    from nas.training.recipes import Recipe
+    from search_spaces import Arch
+    from search_spaces.network import Network
+
+RATES, PARENTS = "rates", "parents"
+"""Folders in that of the run's trainings."""
+
+
+def tuning_recipe(epochs: int, lr: float) -> Recipe:
+    """What pretrained networks are tuned by. lr: the highest, at its batch size."""
+    from nas.training.recipes import FINETUNE
+
+    return replace(FINETUNE, epochs=epochs, lr=lr)
+
+
+# The learning rate
+
+
+@dataclass(frozen=True)
+class RateTried:
+    """An epoch with one learning rate."""
+
+    lr: FiniteFloat
+    top1: FiniteFloat
+    """Percent of the images that judge; 0 where it diverged."""
+
+
+def group_of(network: Arch | TimmNetwork) -> str:
+    """What networks of one learning rate are called: their family or, of timm's, their name; at any resolution."""
+    return network.name if isinstance(network, TimmNetwork) else network.family
+
+
+def choose_rate(
+    network: Arch | TimmNetwork,
+    trainer: CandidateTrainer,
+    start: Callable[[], tuple[nn.Module, Images, Images]],
+) -> float:
+    """The rate that an epoch with each of the recipe's speaks for; tried now where it has not been for its group.
+
+    Args:
+        start: gives what a tuning begins with, the images that it trains on and those that judge.
+    """
+    from nas.training.recipes import FINETUNE
+
+    group = group_of(network)
+    path = trainer.folder / RATES / f"{group}.json"
+    with _alone(path, trainer):
+        tried = _rates_in(path)
+        left = FINETUNE.rates[len(tried) :]
+        if left:
+            first, images, judges = start()
+            for lr in left:
+                what = f"trying the learning rate {lr:g} on {group}"
+                try:
+                    trained = _trained(copy.deepcopy(first), images, trainer, tuning_recipe(1, lr), what)
+                    top1 = trainer.judge(trained, judges).top1
+                except TrainingError:
+                    top1 = 0.0
+                tried.append(RateTried(lr, top1))
+                replace_file(path, json.dumps([asdict(each) for each in tried]).encode())
+            told = ", ".join(f"{each.lr:g} {each.top1:.1f}%" for each in tried)
+            trainer.say(f"learning rate of {group}: {_best(tried, trainer):g} (after an epoch with {told})")
+    return _best(tried, trainer)
+
+
+def _rates_in(path: Path) -> list[RateTried]:
+    if not path.is_file():
+        return []
+    try:
+        return TypeAdapter(list[RateTried]).validate_json(path.read_bytes())
+    except ValueError:
+        raise UserError(f"{path} is damaged: remove it, and the rates are tried again") from None
+
+
+def _best(tried: list[RateTried], trainer: CandidateTrainer) -> float:
+    from nas.training.course import Trial
+    from nas.training.rates import choose_trial
+
+    trials = [Trial(top1=each.top1, top1_ci=(0, 100), images=trainer.judged, lr=each.lr) for each in tried]
+    return choose_trial(trials, trainer.plan.epochs).lr
+
+
+# Parents
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """How a parent was tuned, as its document says it; None where a step is still to be made."""
+
+    name: str
+    """As it is published."""
+    resolution: int
+    digest: str
+    """Of the file of its published weights, as `nas.identity.file_digest`."""
+    images: int
+    """That it was tuned on."""
+    judged: int
+    """Others, that the figures are of."""
+    first: FiniteFloat | None = None
+    """Top-1 in percent of the network that its tuning began with: with a linear probe, or as it was tuned at another
+    resolution."""
+    tuned: FiniteFloat | None = None
+    """Top-1 in percent after the last epoch; 0 where the tuning diverged."""
+    lr: FiniteFloat | None = None
+    """The highest learning rate."""
+    seconds: FiniteFloat = 0.0
+
+    @classmethod
+    def read(cls, path: Path) -> Self | None:
+        """A document; None where there is none.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        if not path.is_file():
+            return None
+        try:
+            return TypeAdapter(cls).validate_json(path.read_bytes())
+        except ValueError:
+            raise UserError(f"{path} is damaged: remove it, and {path.stem} is tuned again") from None
+
+    @property
+    def top1(self) -> float:
+        """Percent, of the network that was kept."""
+        return max(self.first or 0.0, self.tuned or 0.0)
+
+    @property
+    def line(self) -> str:
+        """What became of it, in words."""
+        return (
+            f"parent {self.name}, tuned at {self.resolution} px on {self.images:,} images: {self.top1:.1f}% of "
+            f"{self.judged:,} others, {self.first:.1f}% before; {self.seconds:.0f} s"
+        )
+
+
+def tuned_in(folder: Path, name: str) -> Iterator[Tuned]:
+    """Every finished tuning of a parent in the folder of a run's trainings.
+
+    Raises:
+        UserError: a document is damaged.
+    """
+    for path in sorted((folder / PARENTS).glob(f"{name}-*px.json")):
+        found = Tuned.read(path)
+        if found is not None and found.tuned is not None:
+            yield found
+
+
+def tune(name: str, arch: Arch, published: Pretrained, trainer: CandidateTrainer) -> Network:
+    """A parent as it is tuned; from its folder where it is there.
+
+    Args:
+        name: as it is published.
+        arch: at the resolution and for the classes that it is wanted for.
+        published: its weights.
+
+    Raises:
+        TrainingError: it cannot be trained. UserError: its weights do not fit, or the folder has it tuned from others.
+    """
+    path = trainer.folder / PARENTS / f"{name}-{arch.resolution}px.json"
+    with _alone(path, trainer):
+        return _Tuning(name, arch, published, path, trainer).run()
+
+
+class _Tuning:
+    """One parent's, step by step."""
+
+    def __init__(self, name: str, arch: Arch, published: Pretrained, path: Path, trainer: CandidateTrainer) -> None:
+        self.arch, self.published, self.trainer, self.path = arch, published, trainer, path
+        found = Tuned.read(path)
+        if found is not None and found.digest != published.digest:
+            raise UserError(
+                f"{path} was tuned from weights with sha256 {found.digest}, not from {published.path} "
+                f"({published.digest}): give the same weights, or another --study"
+            )
+        self.found = found or Tuned(name, arch.resolution, published.digest, trainer.used, trainer.judged)
+        self._since = time.monotonic()
+
+    def run(self) -> Network:
+        from nas.export.folder import save_weights
+
+        weights, state = self.path.with_suffix(".safetensors"), self.path.with_suffix(".state")
+        if self.found.tuned is not None and weights.is_file():
+            return _load(self.arch, weights)
+        trainer, name = self.trainer, self.found.name
+        images, judges = trainer.split(self.arch.resolution, own_pixels(self.arch))
+        earlier = next(tuned_in(trainer.folder, name), None)
+        first = self._first(earlier, images)
+        if self.found.first is None:
+            self._keep(first=trainer.judge(first, judges).top1)
+        lr = choose_rate(self.arch, trainer, lambda: (first, images, judges))
+        epochs = trainer.plan.epochs if earlier is None else max(1, trainer.plan.epochs // ETA)
+        try:
+            tuned = _trained(
+                copy.deepcopy(first), images, trainer, tuning_recipe(epochs, lr), f"tuning the parent {name}", state
+            )
+            top1 = trainer.judge(tuned, judges).top1
+        except TrainingError as error:
+            trainer.say(f"the parent {name} stays as its tuning began: {error}")
+            tuned, top1 = first, 0.0
+        save_weights(tuned if top1 >= (self.found.first or 0.0) else first, weights)
+        self._keep(tuned=top1, lr=lr)
+        state.unlink(missing_ok=True)
+        trainer.say(self.found.line)
+        return _load(self.arch, weights)
+
+    def _first(self, earlier: Tuned | None, images: Images) -> nn.Module:
+        """What the tuning begins with."""
+        from pruning.transfer import transfer
+        from search_spaces import create_model
+
+        if earlier is None:
+            model = with_weights(self.arch, self.published.path)
+            give_probe(model, images, self.trainer, own_pixels(self.arch))
+            return model
+        before = self.arch.at(earlier.resolution)
+        source = _load(before, self.path.with_name(f"{earlier.name}-{earlier.resolution}px.safetensors"))
+        made = create_model(self.arch)
+        made.load_state_dict(transfer(before, source.state_dict(), self.arch))
+        return made
+
+    def _keep(self, **found: Any) -> None:
+        now = time.monotonic()
+        self.found = replace(self.found, seconds=self.found.seconds + now - self._since, **found)
+        self._since = now
+        replace_file(self.path, json.dumps(asdict(self.found)).encode())
+
+
+def _alone(path: Path, trainer: CandidateTrainer) -> AbstractContextManager[None]:
+    """Have a file in the run's folder for this process; another worker's end is waited for."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return folder_lock(path.parent, waiting=True, name=f".{path.stem}.lock", say=trainer.say)
+
+
+def _load(arch: Arch, weights: Path) -> Network:
+    from safetensors.torch import load_file
+
+    from search_spaces import create_model
+
+    model = create_model(arch)
+    model.load_state_dict(load_file(weights))
+    return model
+
+
+def _trained(
+    model: nn.Module, images: Images, trainer: CandidateTrainer, recipe: Recipe, what: str, state: Path | None = None
+) -> nn.Module:
+    """A model after all epochs. what: what a display says of it. state: of a training that may be interrupted."""
+    training = trainer.train(model, images, recipe, seed=trainer.seed, checkpoint=state)
+    try:
+        training.run(None, lambda done, total, _: trainer.progress(what, done, total))
+    finally:
+        training.loader.close()
+    return training.network

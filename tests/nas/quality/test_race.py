@@ -1,0 +1,165 @@
+"""The race: pretrained networks and those cut from them, from a linear probe to the last rung."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import quick
+import torch
+from torch import nn
+
+from nas.data.dataset import ImageData
+from nas.data.images import Images, plain_transform
+from nas.errors import UserError
+from nas.export.folder import save_weights
+from nas.networks.counts import counts_of
+from nas.networks.store import Store
+from nas.quality.candidate import Candidate, Kind
+from nas.quality.parents import Parents, covers, distance
+from nas.quality.plan import TrainingPlan
+from nas.quality.race import RaceTier
+from nas.quality.surrogate import TrainedNetwork
+from nas.quality.trainer import CandidateTrainer
+from nas.quality.tuning import tuning_recipe
+from search_spaces import create_model, get_arch
+
+PX = 32
+
+
+@pytest.fixture(scope="module")
+def images() -> Images:
+    """60 images of noise, red or blue."""
+    rng = np.random.default_rng(0)
+    labels = [i % 2 for i in range(60)]
+    colours = [np.array([(200, 40, 40), (40, 40, 200)][label]) for label in labels]
+    pictures = [np.clip(c + rng.normal(0, 60, (PX, PX, 3)), 0, 255).astype(np.uint8) for c in colours]
+    return Images(pictures, labels, plain_transform(PX))
+
+
+@pytest.fixture(autouse=True)
+def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with weights of a small shvit_s1; there are no others to be had."""
+    quick.small_shvit(monkeypatch)
+    monkeypatch.setattr("search_spaces.weights.unreachable", lambda: "no connection")
+    folder = tmp_path / "zoo"
+    folder.mkdir()
+    write_weights(folder, seed=0)
+    return folder
+
+
+def write_weights(folder: Path, seed: int) -> None:
+    torch.manual_seed(seed)
+    model = create_model(get_arch("shvit_s1").at(PX).replace(num_classes=10))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+    save_weights(model, folder / "shvit_s1.safetensors")
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def trainer(images: Images, published: Path, tmp_path: Path, said: list[str]) -> CandidateTrainer:
+    data = ImageData("colours", ["red", "blue"], images, images, images, demo=False)
+    plan = TrainingPlan("colours", epochs=1)
+    known: list[TrainedNetwork] = []
+    return CandidateTrainer(
+        data,
+        plan,
+        0,
+        "cpu",
+        tmp_path / "training",
+        lambda: known,
+        lambda *_: None,
+        weights=Store(published, said.append),
+        say=said.append,
+    )
+
+
+def ready(name: str = "shvit_s1") -> Candidate:
+    return Candidate(get_arch(name).at(PX).replace(num_classes=2), Kind.READY, name=name)
+
+
+def derived() -> Candidate:
+    arch = ready().arch
+    raw = json.loads(arch.to_json())
+    for block in raw["stages"][0]["blocks"]:
+        block["ffn"] = block["ffn"] // 2 if isinstance(block["ffn"], int) else block["ffn"]
+    stage = raw["stages"][-1]
+    stage["blocks"] = stage["blocks"][:1]
+    return Candidate(type(arch).from_json(json.dumps(raw)), Kind.DERIVED, "shvit_s1")
+
+
+def test_a_ready_network_begins_with_its_probe(trainer):
+    found = RaceTier(trainer).estimate(ready(), counts_of(ready().network))
+    assert set(found.training.rungs) == {0, 1}
+    assert found.training.rungs[1] >= found.training.rungs[0] == 100
+    assert found.how == "trained 1 of 1 epoch"
+    assert list(trainer.kept.glob("*.safetensors"))
+
+
+def test_a_parent_is_tuned_once_for_all_its_children(trainer, said, monkeypatch):
+    tier = RaceTier(trainer)
+    child = derived()
+    rungs = tier.estimate(child, counts_of(child.network)).training.rungs
+    assert set(rungs) == {0, 1}
+    told = [line for line in said if line.startswith("parent shvit_s1, tuned at 32 px")]
+    assert len(told) == 1
+    assert tier.parents.record("shvit_s1", PX).tuned is not None
+    monkeypatch.setattr("nas.quality.tuning._trained", None)
+    weights = Parents(trainer).child(child.arch, "shvit_s1", seed=0)
+    assert all(
+        torch.equal(value, weights[name]) for name, value in tier.parents.child(child.arch, "shvit_s1", 0).items()
+    )
+
+
+def test_a_parent_that_was_tuned_from_other_weights_is_refused(trainer, published, monkeypatch):
+    child = derived()
+    Parents(trainer).child(child.arch, "shvit_s1", seed=0)
+    before = trainer.weights.digests["shvit_s1"]
+    write_weights(published, seed=1)
+    trainer.__dict__["weights"] = Store(published)
+    with pytest.raises(UserError, match=f"sha256 {before}, not from .*shvit_s1.safetensors .*: give the same weights"):
+        Parents(trainer).child(child.arch, "shvit_s1", seed=0)
+
+
+def test_what_tuning_makes_worse_stays_as_it_began(trainer, monkeypatch):
+    figures = iter([80.0, 60.0])
+    tier = RaceTier(trainer)
+    monkeypatch.setattr(RaceTier, "recipe", lambda *_: tuning_recipe(1, 1e-3))
+    monkeypatch.setattr(CandidateTrainer, "judge", lambda *_: SimpleNamespace(top1=next(figures)))
+    saved = {}
+    monkeypatch.setattr(
+        "nas.quality.trained.keep",
+        lambda folder, key, network, facts, scores: saved.update(facts=facts, network=network),
+    )
+    found = tier.estimate(ready(), counts_of(ready().network))
+    assert found.training.rungs == {0: 80, 1: 80}
+    assert saved["facts"].epochs == 0
+    assert saved["facts"].top1 == 80
+    assert "a linear probe" in saved["facts"].words
+
+
+def test_the_nearest_parent_that_is_larger_in_every_axis_and_has_weights(trainer, said):
+    parents = Parents(trainer)
+    child, largest = derived().arch, get_arch("shvit_s4").at(PX).replace(num_classes=2)
+    assert covers(ready().arch, child)
+    assert not covers(child, ready().arch)
+    assert distance(child, child) == 0 < distance(ready().arch, child)
+    assert parents.available(["shvit", "sepvit"]) == ["shvit_s1"]
+    assert parents.parent_for(child) == "shvit_s1"
+    assert parents.parent_for(largest) is None
+    assert RaceTier(trainer).candidate_of(child) == derived()
+    assert RaceTier(trainer).candidate_of(largest) == Candidate(largest)
+    assert sum("only weights on this machine" in line for line in said) == 1
+
+
+def test_weights_that_cannot_be_had_are_told(trainer):
+    other = ready("shvit_s2")
+    with pytest.raises(UserError, match="shvit_s2"):
+        RaceTier(trainer).estimate(other, counts_of(other.network))
