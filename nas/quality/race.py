@@ -1,12 +1,13 @@
 """The tier that races: pretrained networks, those cut from larger ones, and those from scratch, on equal terms.
 
-It goes as successive halving does, with a rung 0 that costs forward passes only: a linear probe on a ready network, or
-on one just cut from a parent, whose BatchNorm then takes its statistics again. The better third of all is fine-tuned
-from there, rung by rung; a network that tuning makes worse stays as it was. Networks from scratch begin at rung 1.
+It goes as successive halving does, with a rung 0 that costs forward passes only: a linear probe on a ready network; a
+derived one right after it is cut from its parent. The better third of all is fine-tuned from there, rung by rung; a
+network that tuning makes worse stays as it was. Networks from scratch begin at rung 1.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -97,23 +98,38 @@ class RaceTier(HalvingTier):
         return self.trainer.train(model, images, recipe, seed=seed, checkpoint=checkpoint)
 
     def _start(self, candidate: Candidate, images: Images) -> nn.Module:
-        """A pretrained network with a linear probe on these images."""
+        """A pretrained network of the user's classes, before any epoch. images: what it learns them from."""
+        trainer = self.trainer
+        if candidate.kind == Kind.DERIVED:
+            return self._cut(candidate, images)
+        model = with_weights(candidate.network, trainer.weights.get(candidate.network).path)
+        give_probe(model, images, trainer, pixels_of(candidate))
+        return model
+
+    def _cut(self, candidate: Candidate, images: Images) -> nn.Module:
+        """A network cut from its parent; with BatchNorm's statistics taken again, and with a linear probe for a new
+        classifier, where each is better on the images that judge."""
         from nas.data.batches import loader
         from nas.data.images import sample
         from nas.training.statistics import take_statistics
         from search_spaces import create_model
 
-        trainer, network, pixels = self.trainer, candidate.network, pixels_of(candidate)
-        model: nn.Module
-        if candidate.kind == Kind.READY:
-            model = with_weights(network, trainer.weights.get(network).path)
-        else:
-            model = create_model(candidate.arch)
-            model.load_state_dict(self.parents.child(candidate.arch, candidate.parent, trainer.seed))
-            some = trainer.plain(sample(images, RESTATED, trainer.seed), network.resolution, pixels)
+        trainer, pixels, judges = self.trainer, pixels_of(candidate), self._split(candidate)[1]
+        best: nn.Module = create_model(candidate.arch)
+        best.load_state_dict(self.parents.child(candidate.arch, candidate.parent, trainer.seed))
+        top1 = trainer.judge(best, judges).top1
+
+        def restate(model: nn.Module) -> None:
+            some = trainer.plain(sample(images, RESTATED, trainer.seed), candidate.network.resolution, pixels)
             take_statistics(model, loader(some, BATCH, shuffle=True, seed=trainer.seed), trainer.device)
-        give_probe(model, images, trainer, pixels)
-        return model
+
+        for change in (restate, lambda model: give_probe(model, images, trainer, pixels)):
+            changed = copy.deepcopy(best)
+            change(changed)
+            found = trainer.judge(changed, judges).top1
+            if found > top1:
+                best, top1 = changed, found
+        return best
 
     def _split(self, candidate: Candidate) -> tuple[Images, Images]:
         return self.trainer.split(candidate.network.resolution, pixels_of(candidate))
@@ -144,7 +160,7 @@ class RaceTier(HalvingTier):
 
     def _how(self, rungs: Rungs, features: np.ndarray) -> str:
         if rungs and max(rungs) == 0:
-            return "linear probe" if kind_of(features) == Kind.READY else "linear probe, just cut"
+            return "linear probe" if kind_of(features) == Kind.READY else "just cut"
         return super()._how(rungs, features)
 
 

@@ -10,8 +10,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
 
+    from nas.quality.surrogate import TrainedNetwork
+
 GATE = "estimate, first rung"
 """The estimate that decides whether a tier may choose: most networks of a search end at their first rung."""
+LEAST = 3
+"""Networks below which a rung's ranking is not told."""
 RESAMPLES, BATCH = 2_000, 100
 """Bootstrap resamples: their total, and how many are in memory at once."""
 
@@ -28,6 +32,33 @@ class Tau:
     def to_json(self) -> dict[str, object]:
         """The record as JSON."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class RungRank:
+    """How well a rung ranked the networks that went on to the last one, which it has chosen itself."""
+
+    epochs: int
+    """0: before any."""
+    networks: int
+    """Trained from this rung to the last; `LEAST` or more."""
+    tau: Tau
+    """Of top-1 there with top-1 after the last rung."""
+    regret: float
+    """What the network that was best there is short of the best one after the last rung, in points."""
+
+
+def rung_ranks(trained: Sequence[TrainedNetwork], last: int) -> list[RungRank]:
+    """A row for each rung before the last that enough networks went on from. last: epochs of the last rung."""
+    full = [each.rungs for each in trained if last in each.rungs]
+    found = []
+    for epochs in sorted({epochs for rungs in full for epochs in rungs} - {last}):
+        both = [(rungs[epochs], rungs[last]) for rungs in full if epochs in rungs]
+        if len(both) >= LEAST:
+            there, after = zip(*both, strict=True)
+            leaders = [top1 for first, top1 in both if first == max(there)]
+            found.append(RungRank(epochs, len(both), tau(there, after), max(after) - sum(leaders) / len(leaders)))
+    return found
 
 
 def taus(estimates: Mapping[str, Sequence[float]], truth: Sequence[float]) -> dict[str, Tau]:

@@ -16,7 +16,7 @@ from nas.errors import TrainingError, UserError
 from nas.networks.counts import counts_of
 from nas.quality.candidate import Candidate
 from nas.quality.plan import TrainingPlan
-from nas.quality.ranking import GATE, RESAMPLES, Tau, selects, tau, taus
+from nas.quality.ranking import GATE, RESAMPLES, Tau, rung_ranks, selects, tau, taus
 from nas.quality.surrogate import Surrogate, TrainedNetwork, describe
 from nas.quality.trained import SCREEN_FROM, HalvingTier, low_resolution
 from nas.quality.trainer import ETA, CandidateTrainer
@@ -683,3 +683,18 @@ def test_a_parent_is_a_folder_with_weights(pictures, tmp_path, helpers):
         assert ("cannot teach" in said[-1]) == (classes == 7)
         assert len(said) == lines
         said.clear()
+
+
+def test_each_rung_is_ranked_by_the_networks_that_went_on():
+    def network(*top1: float) -> TrainedNetwork:
+        return TrainedNetwork(str(top1), np.zeros(3), dict(zip((0, 1, 9), top1, strict=False)))
+
+    some = [network(40, 45, 50), network(41, 44, 51), network(42, 46, 53), network(39, 47, 54), network(60, 70)]
+    zero, one = rung_ranks(some, last=9)
+    assert (zero.epochs, one.epochs) == (0, 1)
+    assert (zero.networks, one.networks) == (4, 4), "the last network did not come to the end"
+    assert zero.tau.tau == pytest.approx(0)
+    assert zero.regret == 1, "the best there ends at 53, the best of all at 54"
+    assert one.tau.tau == pytest.approx(2 / 3)
+    assert one.regret == 0
+    assert rung_ranks(some[3:], last=9) == []
