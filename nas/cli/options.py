@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shlex
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -26,6 +27,13 @@ Data = Annotated[
     typer.Option(
         help="Images: a folder (train/<class>/ beside val/<class>/, or <class>/), torch/NAME, hfds/NAME or "
         "wds/SHARDS.  [default: digits, a demo]"
+    ),
+]
+WeightsFrom = Annotated[
+    Path | None,
+    typer.Option(
+        help="A folder to look for published weights in, without internet: NAME.safetensors, NAME.pth or NAME.bin. "
+        " [default: $VITNAS_WEIGHTS, then timm's cache, then a download]"
     ),
 ]
 SEEDS = {"min": 0, "max": 2**32 - 1}  # as all generators in use take them

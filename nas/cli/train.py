@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from nas.cli.options import SEEDS, Data, Json, Quiet, TrainThreads, Verbose, command_line
+from nas.cli.options import SEEDS, Data, Json, Quiet, TrainThreads, Verbose, WeightsFrom, command_line
 from nas.errors import UserError
 
 app = typer.Typer()
@@ -58,13 +58,7 @@ def train(
             "published ones, where there are any]"
         ),
     ] = None,
-    weights_from: Annotated[
-        Path | None,
-        typer.Option(
-            help="A folder to look for published weights in, without internet: NAME.safetensors, NAME.pth or NAME.bin. "
-            " [default: $VITNAS_WEIGHTS, then timm's cache, then a download]"
-        ),
-    ] = None,
+    weights_from: WeightsFrom = None,
     from_scratch: Annotated[bool, typer.Option("--from-scratch", help="Start from random weights.")] = False,
     probe: Annotated[
         bool, typer.Option("--probe", help="Train a linear classifier on the frozen network alone: a minute.")

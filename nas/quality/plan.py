@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from nas.errors import UserError
 
@@ -31,6 +32,8 @@ class TrainingPlan:
     """The trained network that candidates inherit from, for the tier `inherit`."""
     num_classes: int | None = None
     """Classes that the images must have; None: as many as they have."""
+    weights_from: Path | None = None
+    """Folder that pretrained weights are looked for in first, for the tier `race`."""
 
     def check(self) -> None:
         """Raises: UserError: a number out of range."""

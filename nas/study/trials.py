@@ -99,13 +99,19 @@ def alone_in(study: optuna.Study, decide: Callable[[], T]) -> T:
     return alone(study._storage, decide)
 
 
-def ask(study: optuna.Study) -> optuna.Trial:
-    """A new trial, leased to this process.
+def ask(study: optuna.Study, enqueue_one: Callable[[], None] = lambda: None) -> optuna.Trial:
+    """A new trial, leased to this process: one that waits or, where none does, one that the sampler proposes.
 
-    Both are one decision: who decides next and finds a running trial without a lease knows that its worker died.
+    All of it is one decision: who decides next and finds a running trial without a lease knows that its worker died.
+
+    Args:
+        enqueue_one: called where no trial waits; what it enqueues is the new trial.
     """
+    from optuna.trial import TrialState
 
     def decide() -> optuna.Trial:
+        if not study.get_trials(deepcopy=False, states=[TrialState.WAITING]):
+            enqueue_one()
         trial = study.ask()
         lease(trial)
         return trial

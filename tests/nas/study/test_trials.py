@@ -128,6 +128,22 @@ def test_created_study_is_loaded_again(storage: str) -> None:
     assert len(again.trials) == 1
 
 
+def test_what_is_enqueued_where_none_waits_is_asked_next(tmp_path: Path) -> None:
+    study, called = start(tmp_path / "study.journal"), []
+
+    def enqueue_one() -> None:
+        called.append(1)
+        study.enqueue_trial({}, {"given": len(called)})
+
+    assert next_trial(study, enqueue_one).user_attrs["given"] == 1
+    study.enqueue_trial({}, {"given": "before"})
+    assert next_trial(study, enqueue_one).user_attrs["given"] == "before"
+    assert len(called) == 1
+    with pytest.raises(LookupError):
+        next_trial(study, lambda: {}["nothing"])
+    assert len(study.trials) == 2
+
+
 def test_only_the_creator_keeps_its_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def first_draw(path: Path) -> dict[str, int]:
         return ask(open_study("s", path, META, RandomSampler(seed=3))).params

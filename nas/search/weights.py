@@ -1,0 +1,47 @@
+"""Which pretrained weights a study was begun with: it goes on with the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nas.errors import UserError
+from nas.files import replace_file
+from nas.identity import differences
+
+if TYPE_CHECKING:
+    import optuna
+
+ATTRIBUTE, FILE = "weights", "weights.json"
+"""Of the study, and in the folder of its trainings: SHA-256 by the name of the network."""
+
+
+def agree_on_weights(study: optuna.Study, folder: Path, found: Mapping[str, str], missing: bool = False) -> None:
+    """Keep which weights the study and the trainings in its folder go by; such as were not there before are added.
+
+    Args:
+        found: SHA-256 of the weights that can be had, by the name of the network.
+        missing: whether those that were there before and are not found now cannot be had.
+
+    Raises:
+        UserError: the study, or a training, was made with others.
+    """
+    from nas.study.trials import alone_in
+
+    def decide() -> None:
+        path = folder / FILE
+        in_folder = json.loads(path.read_text()) if path.is_file() else {}
+        in_study = study.user_attrs.get(ATTRIBUTE, {})
+        for what, known in (("this study", in_study), (f"{folder} has trainings that", in_folder)):
+            compared = {name: found.get(name, "not found here") for name in known if name in found or missing}
+            if differs := differences({"weights": {n: known[n] for n in compared}}, {"weights": compared}):
+                raise UserError(f"{what} began with {differs}: give the same --weights-from, or another --study")
+        if {**in_study, **found} != in_study:
+            study.set_user_attr(ATTRIBUTE, {**in_study, **found})
+        if {**in_folder, **found} != in_folder:
+            folder.mkdir(parents=True, exist_ok=True)
+            replace_file(path, json.dumps({**in_folder, **found}, indent=1) + "\n")
+
+    alone_in(study, decide)

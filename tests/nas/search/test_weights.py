@@ -1,0 +1,34 @@
+"""A study goes on with the weights that it was begun with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from optuna.samplers import RandomSampler
+
+from nas.errors import UserError
+from nas.search.weights import FILE, agree_on_weights
+from nas.study.trials import open_study
+
+
+def test_other_weights_are_refused_and_new_ones_added(tmp_path: Path) -> None:
+    folder = tmp_path / "training"
+
+    def opened():
+        return open_study("s", tmp_path / "study.journal", {"a": 1}, RandomSampler())
+
+    agree_on_weights(opened(), folder, {"levit_128s": "1111"})
+    agree_on_weights(opened(), folder, {"levit_128s": "1111", "timm/lcnet_050": "2222"})
+    agree_on_weights(opened(), folder, {"timm/lcnet_050": "2222"})
+    assert json.loads((folder / FILE).read_text()) == {"levit_128s": "1111", "timm/lcnet_050": "2222"}
+    with pytest.raises(
+        UserError, match=r"^this study began with weights.levit_128s 1111, this command says 3333: give"
+    ):
+        agree_on_weights(opened(), folder, {"levit_128s": "3333"})
+    with pytest.raises(UserError, match=r"weights.levit_128s 1111, this command says not found here: give the same"):
+        agree_on_weights(opened(), folder, {"timm/lcnet_050": "2222"}, missing=True)
+    (tmp_path / "study.journal").unlink()
+    with pytest.raises(UserError, match=r"training has trainings that began with weights.levit_128s 1111, this"):
+        agree_on_weights(opened(), folder, {"levit_128s": "3333"})
