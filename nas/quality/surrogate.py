@@ -115,25 +115,18 @@ class Surrogate:
         if len(self.trained) >= LEAST:
             self._fit()
 
-    def predict(self, features: np.ndarray, rungs: Rungs | None = None) -> Guess:
+    def predict(self, features: np.ndarray) -> Guess:
         """Top-1 after `epochs` of a network trained once.
 
         For a network among those it was fitted to, its own training counts. Without enough networks it is their mean.
-
-        Args:
-            rungs: the network's own, of which rung 0 is a feature; None: it has none.
         """
         if len(self.trained) < LEAST:
             best = [max(each.rungs.values()) for each in self.trained]
             return Guess(float(np.mean(best)) if best else 0.0, WIDE)
-        row = self._row(features, rungs or {})
+        row = self._row(features, self._own.get(features.tobytes(), {}))
         mean, deviation = self._process.predict(self._scaled(row[None], [self.epochs]), return_std=True)
         error = float(np.hypot(deviation[0] * self._spread, self.noise))
         return Guess(float(mean[0]) * self._spread + self._centre, error)
-
-    def guess(self, network: TrainedNetwork) -> Guess:
-        """`predict` of a network with its own rungs."""
-        return self.predict(network.features, network.rungs)
 
     def held_out(self) -> tuple[float, float] | None:
         """Mean absolute error in points, and Kendall's tau, of top-1 after `epochs` predicted for every network that
@@ -159,6 +152,7 @@ class Surrogate:
         from sklearn.gaussian_process import GaussianProcessRegressor
         from sklearn.gaussian_process.kernels import RBF, ConstantKernel, DotProduct, WhiteKernel
 
+        self._own = {each.features.tobytes(): each.rungs for each in self.trained}
         self._width = max(len(each.features) for each in self.trained)
         firsts = [each.rungs[0] for each in self.trained if 0 in each.rungs]
         self._first = float(np.mean(firsts)) if firsts else 0.0

@@ -118,19 +118,20 @@ def test_each_kind_gains_what_its_own_trainings_show():
     some += [of_kind(Kind.DERIVED, f"d{i}", i, {0: 36.0 + i, LAST: 46.0 + i}) for i in range(6)]
     for kind, gain in ((Kind.READY, 2), (Kind.DERIVED, 10)):
         one = of_kind(kind, "new", 5.5, {0: 50.0})
-        found = Surrogate([*some, one], LAST).guess(one)
+        found = Surrogate([*some, one], LAST).predict(one.features)
         assert found.value == pytest.approx(50 + gain, abs=2.5)
 
 
 def test_rung_0_tells_alike_networks_apart():
+    """A figure at rung 0 promises half of itself, which the size does not tell."""
     rng = np.random.default_rng(0)
     starts = rng.uniform(30, 50, 20)
-    some = [of_kind(Kind.READY, str(i), 1.0, {0: top1, LAST: top1 / 2 + 40}) for i, top1 in enumerate(starts)]
-    surrogate = Surrogate(some, LAST)
-    features = some[0].features
-    assert surrogate.predict(features, {0: 48.0}).value > surrogate.predict(features, {0: 32.0}).value + 4
-    alone = surrogate.predict(features).value
-    assert alone == pytest.approx(np.mean(starts) / 2 + 40, abs=1.5), "without a rung 0 the mean stands in"
+    some = [of_kind(Kind.READY, str(i), i / 100, {0: top1, LAST: top1 / 2 + 40}) for i, top1 in enumerate(starts)]
+    high, low = (of_kind(Kind.READY, name, size, {0: top1}) for name, size, top1 in (("a", 0.5, 48), ("b", 0.51, 32)))
+    surrogate = Surrogate([*some, high, low], LAST)
+    assert surrogate.predict(high.features).value > surrogate.predict(low.features).value + 4
+    unseen = of_kind(Kind.READY, "", 0.105, {}).features
+    assert surrogate.predict(unseen).value == pytest.approx(np.mean(starts) / 2 + 40, abs=1.5), "the mean stands in"
 
 
 def test_networks_that_an_older_vitnas_described_count():
@@ -138,8 +139,8 @@ def test_networks_that_an_older_vitnas_described_count():
     new = [of_kind(Kind.SCRATCH, str(i), i, {LAST: 40.0 + i}) for i in range(8)]
     old = [TrainedNetwork(each.key, each.features[: -len(KINDS)], each.rungs) for each in new[:4]]
     mixed, alone = Surrogate([*old, *new[4:]], LAST), Surrogate(old, LAST)
-    assert mixed.guess(new[5]).value == pytest.approx(Surrogate(new, LAST).guess(new[5]).value)
-    assert alone.guess(new[2]).value == pytest.approx(alone.guess(old[2]).value)
+    assert mixed.predict(new[5].features).value == pytest.approx(Surrogate(new, LAST).predict(new[5].features).value)
+    assert alone.predict(new[2].features).value == pytest.approx(alone.predict(old[2].features).value)
     assert kind_of(old[0].features) == Kind.SCRATCH
     assert kind_of(of_kind(Kind.DERIVED, "", 1, {}).features) == Kind.DERIVED
 
