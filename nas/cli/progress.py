@@ -166,11 +166,12 @@ def drawn(line: Line, width: int) -> Table:
 
 
 @contextmanager
-def waiting(what: str, quiet: bool = False) -> Iterator[None]:
-    """A line in a terminal while the block runs; a pipe hears of it only where it takes long."""
+def waiting(what: str, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """A line in a terminal while the block runs; a pipe hears of it only where it takes long. Yields what counts (done,
+    total), where something does."""
     with Screen(quiet) as screen:
         screen.show(Line(what), at_once=True)
-        yield
+        yield lambda done, total: screen.show(Line(what, done, total))
 
 
 def load(module: str, quiet: bool = False) -> None:

@@ -119,13 +119,16 @@ def train(
     )
     from nas.training.run import train as run_train
     from nas.training.start import with_usual_recipe
+    from nas.units import listed
 
     if epochs is not None and minutes is not None:
         raise UserError("--epochs and --minutes: give one of them")
     if from_scratch and weights not in (None, RANDOM):
         raise UserError(f"--from-scratch and --weights {weights}: give one of them")
-    if probe and any(option is not None for option in (recipe, epochs, batch_size, lr, distillation)):
-        raise UserError("--probe trains a linear classifier alone: give it without recipe, epochs, batch size and rate")
+    of_recipe = {"recipe": recipe, "epochs": epochs, "batch-size": batch_size, "lr": lr, "distillation": distillation}
+    given = [f"--{name}" for name, value in of_recipe.items() if value is not None]
+    if probe and given:
+        raise UserError(f"--probe trains a linear classifier alone: leave out {listed(given)}")
     device = check_device(device)
 
     def by(name: str) -> Recipe:
@@ -153,14 +156,15 @@ def train(
         minutes=minutes,
     )
     request.check()
+    start = None
     if recipe is None and not probe:
-        with waiting("looking for weights", quiet):
-            request = with_usual_recipe(request, by, named=out is not None)
+        with waiting("looking for weights", quiet) as counted:
+            request, start = with_usual_recipe(request, by, out is not None, counted)
     with (
         watch_images(0 if minutes else request.recipe.epochs, quiet) as (progress, say),
         training_threads(train_threads, say, device),
     ):
-        result = run_train(request, progress, say, command=command_line())
+        result = run_train(request, progress, say, command=command_line(), start=start)
     if result is None:  # the first of torchrun's processes speaks for all
         return
     show_train(result, request.folder, to_stderr=as_json)

@@ -239,9 +239,17 @@ def split(
 
 def sample(images: Images, count: int, seed: int) -> Images:
     """At most `count` of the images, picked by `seed`."""
-    if len(images) <= count:
-        return images
-    return images.pick(np.sort(np.random.default_rng(seed).permutation(len(images))[:count]).tolist())
+    return images if len(images) <= count else images.pick(_sampled(images, count, seed)[:count])
+
+
+def sample_first(images: Images, count: int, seed: int) -> Images:
+    """All of the images, those of `sample` first."""
+    return images if len(images) <= count else images.pick(_sampled(images, count, seed))
+
+
+def _sampled(images: Images, count: int, seed: int) -> list[int]:
+    order = np.random.default_rng(seed).permutation(len(images))
+    return [*np.sort(order[:count]).tolist(), *np.sort(order[count:]).tolist()]
 
 
 def hold_out(images: Images, count: int, seed: int, seen: np.ndarray | None = None) -> tuple[Images, Images]:

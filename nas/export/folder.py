@@ -109,10 +109,9 @@ def export(
     if batch_size < 1:
         raise UserError(f"--batch-size is {batch_size}: give 1 or more")
     target = find_target(network)
-    if target.network is None:
-        raise UserError(f"{network} is {target.kind}: give a published name, an arch.json, a run's folder or timm/NAME")
+    found = target.require()
     given = weights or target.weights
-    return export_folder(target.network, Path(folder), str(given) if given else None, num_classes, batch_size)
+    return export_folder(found, Path(folder), str(given) if given else None, num_classes, batch_size)
 
 
 def export_folder(

@@ -44,6 +44,17 @@ class Target:
     def network(self) -> Arch | TimmNetwork | None:
         return self.arch or self.timm
 
+    def require(self) -> Arch | TimmNetwork:
+        """The network, for who builds it.
+
+        Raises:
+            UserError: there is only an ONNX file.
+        """
+        if self.network is None:
+            usual = f"a published name, an arch.json, a run's folder or {TIMM}NAME"
+            raise UserError(f"{self.label} is {self.kind}: give {usual}")
+        return self.network
+
     @property
     def kind(self) -> str:
         """What a message calls it."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from nas.errors import TrainingError, UserError
 from nas.export.card import LABELS, PREPROCESS, Card
@@ -16,17 +16,18 @@ from nas.job import Job, now
 from nas.networks.counts import counts_of
 from nas.networks.weights import load
 from nas.training.processes import ranks
+from nas.training.recipes import Recipe
+from nas.training.request import PROBE
 from nas.training.result import Epoch, Final, TrainResult
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from nas.data.batches import Loader, Skipping
+    from nas.data.batches import Skipping
     from nas.networks.timm_network import TimmModel
     from nas.training.course import Course
     from nas.training.engine import Training
     from nas.training.inputs import TrainInputs
-    from nas.training.recipes import Recipe
     from nas.training.request import TrainRequest
     from search_spaces.network import Network
 
@@ -39,8 +40,8 @@ class Trained:
     """A network as a training leaves it."""
 
     network: nn.Module
-    recipe: Recipe
-    """As used."""
+    recipe: Recipe | None
+    """As used; None: a linear probe alone."""
     epochs: list[Epoch]
     final: Final | None
     """None: no epoch was finished."""
@@ -54,8 +55,8 @@ class Trained:
     """What has read its images."""
 
     @classmethod
-    def of(cls, training: Training, judged_on: Loader) -> Trained:
-        """Of a training, however far it has come."""
+    def of(cls, training: Training, *others: Skipping) -> Trained:
+        """Of a training, however far it has come. others: what has read images besides."""
         last = training.history[-1] if training.history else None
         of = "moving average" if training.recipe.ema else "last weights"
         return cls(
@@ -66,7 +67,7 @@ class Trained:
             bool(training.epoch or training.within.updates),
             sum(row["seconds"] for row in training.history) + training.within.seconds,
             training.images,
-            [training.loader, judged_on],
+            [training.loader, *others],
         )
 
 
@@ -119,6 +120,13 @@ class TrainFolder:
 
         request, inputs = self._request, self._inputs
         last, course = trained.final, self._course
+        recipe: dict[str, Any] = {"name": PROBE, "source": "a linear probe on the frozen network", "epochs": 0}
+        options = request.identity()
+        if trained.recipe is not None:
+            recipe = asdict(trained.recipe) | {"peak_lr": trained.recipe.peak_lr}
+        else:
+            unused = {"recipe", *(field.name for field in fields(Recipe))}
+            options = {name: value for name, value in options.items() if name not in unused}
         counts = counts_of(inputs.network)
         threads = torch.get_num_threads()
         return TrainResult(
@@ -132,8 +140,8 @@ class TrainFolder:
             macs=counts.macs,
             data=asdict(summary(inputs.data)),
             seen=record(request.folder, inputs.data.train, *inputs.parents) if trained.started else None,
-            recipe=asdict(trained.recipe) | {"peak_lr": trained.recipe.peak_lr},
-            options=request.identity(),
+            recipe=recipe,
+            options=options,
             processes=ranks()[1],
             top1=last.top1 if last else None,
             top1_ci=last.top1_ci if last else None,

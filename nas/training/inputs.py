@@ -58,12 +58,14 @@ def open_inputs(
     note: Callable[[str], None],
     progress: Bytes | None = None,
     known: StartRecord | None = None,
+    start: Start | None = None,
 ) -> TrainInputs:
     """Find the network and its weights, and open the images.
 
     Args:
         progress: told of the bytes of a download.
         known: the weights that a finished training began with, which may be gone.
+        start: the weights, where they have been found.
 
     Raises:
         UserError: no such network, weights or images, or they do not go together.
@@ -74,14 +76,11 @@ def open_inputs(
     from nas.training.holdout import hold_out
 
     target = find_target(request.model)
-    if target.network is None:
-        raise UserError(
-            f"{request.model} is {target.kind}: give a published name, an arch.json, a folder or {TIMM}NAME"
-        )
-    size = request.resolution or target.network.resolution
-    network = target.network.at(size)
+    own = target.require()
+    size = request.resolution or own.resolution
+    network = own.at(size)
     try:
-        start = find_start(request, progress)
+        start = start or find_start(request, progress)
     except UserError:
         if known is None:
             raise
@@ -97,7 +96,7 @@ def open_inputs(
     data = open_data(request.data, size, request.num_classes, request.seed, *parents)
     if data.demo:
         note(f"no --data: trained and evaluated on {data.name}, as a demonstration")
-    pixels = pixels_of(target.network, "timm" if start.published else start.path)
+    pixels = pixels_of(own, "timm" if start.published else start.path)
     data = data.at(size, request.recipe.augmentation, pixels)
     fine_tunes = start.path is not None and request.recipe.from_probe and request.oracle is None
     network = network.replace(num_classes=len(data.classes))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from nas.job import Job
     from nas.training.engine import Training
     from nas.training.inputs import TrainInputs
-    from nas.training.probe import Probe
+    from nas.training.probe import Features, Probe
     from nas.training.recipes import Recipe
     from nas.training.request import TrainRequest
 
@@ -54,6 +54,8 @@ class Preparation:
     """Of this process; the first one writes."""
     note: Callable[[str], None]
     stop: Callable[[], bool]
+    skipped: list[str] = field(default_factory=list)
+    """Names of images that could not be used."""
 
     @property
     def images(self) -> Images:
@@ -88,11 +90,13 @@ class Preparation:
         model.load_state_dict(state)
 
     def _fit_probe(self, model: nn.Module, own_head: bool) -> None:
+        from nas.training.probe import install
+
         began = monotonic()
         before = copy.deepcopy(model.state_dict()) if own_head else None
         own = self.judge(model) if own_head else None
-        self._take_statistics(model)
-        probe = self._install_probe(model, self.inputs.plain)
+        probe = self._fit(self._better_features(model))
+        install(model, probe)
         found = probe.held_out
         held = None if found is None else Held(top1=found.top1, top1_ci=found.interval, images=found.images)
         if len(self.inputs.held):
@@ -108,21 +112,16 @@ class Preparation:
             self.note(f"its own classifier stays: {own}")
         self.course.probe = Probed(held=held, own_head=stays, strength=probe.strength, seconds=seconds)
 
-    def _install_probe(self, model: nn.Module, images: Images) -> Probe:
-        """Fit a probe to plain images, and make it the network's classifier."""
-        from nas.training.probe import install
-
-        probe = self._probe_of(model, images)
-        install(model, probe)
-        return probe
-
-    def _probe_of(self, model: nn.Module, images: Images) -> Probe:
-        from nas.training.probe import find_features, fit_probe
+    def _features(self, model: nn.Module, images: Images) -> Features:
+        from nas.training.probe import find_features
 
         with self.job.phase("probe") as taken:
-            features = find_features(
-                model, self._batches(images), self.device, progress=lambda done: taken(done, len(images))
-            )
+            batches = self._batches(images)
+            return find_features(model, batches, self.device, progress=lambda done: taken(done, len(images)))
+
+    def _fit(self, features: Features) -> Probe:
+        from nas.training.probe import fit_probe
+
         with self.job.phase("fitting the probe") as fitted:
 
             def step(done: int, most: int) -> None:
@@ -133,35 +132,45 @@ class Preparation:
             classes = len(self.inputs.data.classes)
             return fit_probe(features.values, features.labels, classes, self.request.seed, step)
 
-    def _take_statistics(self, model: nn.Module) -> None:
-        """Take BatchNorm's statistics again, where a probe on some of the images is better for it."""
-        from nas.data.images import sample
+    def _better_features(self, model: nn.Module) -> Features:
+        """Features of the plain images, with BatchNorm's statistics taken again where a probe on some of these is
+        better for it."""
+        from nas.data.images import sample_first
+        from nas.training.probe import Features
         from nas.training.statistics import take_statistics
 
-        images = sample(self.inputs.plain, COMPARED, self.request.seed)
-
+        images = sample_first(self.inputs.plain, COMPARED, self.request.seed)
+        features = self._features(model, images)
+        some = images.pick(list(range(min(COMPARED, len(images)))))
         other = copy.deepcopy(model)
         with self.job.phase("probe"):
-            taken = take_statistics(other, self._batches(images, shuffle=True), self.device)
+            taken = take_statistics(other, self._batches(some, shuffle=True), self.device)
         if not taken:
-            return
-        own, theirs = (self._probe_of(network, images).held_out for network in (model, other))
+            return features
+        retaken = self._features(other, some)
+        count = len(retaken.labels)
+        given = Features(features.values[:count], features.labels[:count])
+        own, theirs = self._fit(given).held_out, self._fit(retaken).held_out
         if own is None or theirs is None:
-            return
+            return features
         better = theirs.loss < own.loss and theirs.top1 > own.top1
-        if better:
-            model.load_state_dict(other.state_dict())
         self.note(
             f"BatchNorm's statistics {'are taken from these images' if better else 'stay the given ones'}: a probe on "
-            f"{len(images):,} images has {theirs.top1:.1f}% with those of these images, {own.top1:.1f}% with the given"
+            f"{count:,} images has {theirs.top1:.1f}% with those of these images, {own.top1:.1f}% with the given"
         )
+        if not better:
+            return features
+        model.load_state_dict(other.state_dict())
+        return self._features(model, images)
 
     def _batches(self, images: Images, shuffle: bool = False) -> Iterator[Batch]:
         from nas.data.batches import loader
 
         request = self.request
         at_once = min(JUDGED_AT_ONCE, request.recipe.batch_size)
-        return self.until_stopped(loader(images, at_once, shuffle=shuffle, seed=request.seed, workers=request.workers))
+        batches = loader(images, at_once, shuffle=shuffle, seed=request.seed, workers=request.workers)
+        yield from self.until_stopped(batches)
+        self.skipped += batches.skipped
 
     def judge(self, network: nn.Module) -> Held:
         """Accuracy on the held-out images."""
@@ -209,7 +218,10 @@ class Preparation:
 
     def _fit_to_all(self, model: nn.Module) -> None:
         """Make a probe that is fitted to all images for training its classifier."""
-        self._install_probe(model, self.inputs.data.train.transformed(self.inputs.data.calibration.transform))
+        from nas.training.probe import install
+
+        plain = self.inputs.data.train.transformed(self.inputs.data.calibration.transform)
+        install(model, self._fit(self._features(model, plain)))
 
     # Learning rate
 
@@ -225,11 +237,10 @@ class Preparation:
         from nas.export.folder import save_weights
 
         images = sample(self.inputs.train, TRIED, self.request.seed)
-        for lr in recipe.rates:
-            if any(trial.lr == lr for trial in self.course.trials):
-                continue
-            with self.job.phase(f"trying the learning rate {lr:g}") as progress:
-                trial = brief(copy.deepcopy(model), replace(recipe, epochs=1, lr=lr), images)
+        for lr in recipe.rates[len(self.course.trials) :]:
+            trial = brief(copy.deepcopy(model), replace(recipe, epochs=1, lr=lr), images)
+            peak = trial.recipe.peak_lr
+            with self.job.phase(f"trying the learning rate {peak:g}") as progress:
                 try:
                     trial.run(1, progress, self.stop)
                     found = self.judge(trial.network) if self.rank == 0 else None
@@ -237,7 +248,7 @@ class Preparation:
                     found = Held(top1=0.0, top1_ci=(0.0, 0.0), images=len(self.inputs.held))
             held = agreed(found)
             assert held is not None
-            self.course.trials.append(Trial(lr=lr, top1=held.top1, top1_ci=held.top1_ci, images=held.images))
+            self.course.trials.append(Trial(lr=peak, top1=held.top1, top1_ci=held.top1_ci, images=held.images))
             self.keep()
         probe = self.course.probe
         assert probe is not None
@@ -251,8 +262,8 @@ class Preparation:
         self.course.whole = whole
         self.keep()
 
-    def choose_rate(self, epochs: int) -> None:
-        """Keep the rate that the trials speak for."""
+    def choose_rate(self, recipe: Recipe, epochs: int) -> None:
+        """Keep the one of the recipe's rates that the trials speak for."""
         best = choose_trial(self.course.trials, epochs)
         told = ", ".join(
             f"{trial.lr:g} {f'{trial.top1:.1f}%' if trial.top1_ci[1] else 'diverged'}" for trial in self.course.trials
@@ -263,7 +274,7 @@ class Preparation:
             if self.course.whole
             else "the best trial is worse than the probe: the images held out stay so, and choose between the two"
         )
-        self.course.lr = best.lr
+        self.course.lr = recipe.rates[self.course.trials.index(best)]
         self.keep()
 
     # Time

@@ -107,8 +107,17 @@ class TrainRequest:
             raise UserError(f"{option} needs trained weights: give it without --from-scratch or --weights {RANDOM}")
         if self.weights not in (None, RANDOM, "timm") and self.weights_from is not None:
             raise UserError(f"--weights {self.weights} and --weights-from {self.weights_from}: give one of them")
-        if self.probe and (self.teacher or self.oracle or self.minutes):
-            raise UserError("--probe trains a linear classifier alone: leave out --teacher, --oracle and --minutes")
+        unused = {
+            "--teacher": self.teacher is not None,
+            "--oracle": self.oracle is not None,
+            "--minutes": self.minutes is not None,
+            "--precision": self.precision != "fp32",
+            "--accumulate": self.accumulate != 1,
+            "--compile": self.compiled,
+        }
+        given = [option for option, is_given in unused.items() if is_given]
+        if self.probe and given:
+            raise UserError(f"--probe trains a linear classifier alone: leave out {', '.join(given)}")
         if self.data is not None and os.path.isdir(self.data):
             images = Path(self.data).resolve()
             if self.folder.resolve() == images or images in self.folder.resolve().parents:

@@ -7,13 +7,13 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nas.errors import TrainingError, UserError
-from nas.files import folder_lock
+from nas.files import LOCK, folder_lock
 from nas.job import Job, Progress, Say
 from nas.training.begun import as_begun, defaults
 from nas.training.course import Course
@@ -21,7 +21,7 @@ from nas.training.folder import WEIGHTS, Trained, TrainFolder
 from nas.training.inputs import digests_of, first_network, lend_oracle, open_inputs, open_teacher
 from nas.training.prepare import JUDGED_AT_ONCE, Preparation
 from nas.training.processes import agreed, processes, ranks
-from nas.training.request import PROBE, check_device
+from nas.training.request import check_device
 from nas.training.result import LINEAR_PROBE, RESULT, Epoch, Final, TrainResult
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from nas.training.engine import Training
     from nas.training.recipes import Recipe
     from nas.training.request import TrainRequest
+    from nas.training.start import Start
 
 
 def train(
@@ -39,6 +40,7 @@ def train(
     say: Say = lambda _: None,
     *,
     command: str = "vitnas.train(...)",
+    start: Start | None = None,
 ) -> TrainResult | None:
     """Train a network as `request` says, and write its folder.
 
@@ -48,6 +50,7 @@ def train(
         progress: called with what goes on, how much of it is done and its total, 0 where it is not counted.
         say: called with each line that a person should read.
         command: how the results name this training.
+        start: the weights that it begins with, where they have been found.
 
     Returns:
         What metrics.json holds; None in the other processes.
@@ -62,7 +65,7 @@ def train(
     request = as_begun(request)
     with processes(request.device) as device, ExitStack() as locks:
         try:
-            return TrainingRun(request, device, command, say, progress, locks).run()
+            return TrainingRun(request, device, command, say, progress, locks, start).run()
         except ArchError as error:
             raise UserError(str(error)) from None
 
@@ -71,7 +74,14 @@ class TrainingRun:
     """One run of the command, from its folder's state to its results."""
 
     def __init__(
-        self, request: TrainRequest, device: str, command: str, say: Say, progress: Progress, locks: ExitStack
+        self,
+        request: TrainRequest,
+        device: str,
+        command: str,
+        say: Say,
+        progress: Progress,
+        locks: ExitStack,
+        start: Start | None = None,
     ) -> None:
         from nas.data.batches import loader
 
@@ -79,6 +89,7 @@ class TrainingRun:
         self.rank, self.processes = ranks()
         self._stop: Callable[[], bool] = lambda: False
         self._new = not request.folder.is_dir()
+        self._first = False
         if self.rank:
             say, progress = (lambda line: None), (lambda *_: None)
         elif not self._new:
@@ -88,7 +99,9 @@ class TrainingRun:
         self.course = Course.read(self.job.state.found, self.job.kept / "state.json")
         self._queued: list[str] | None = []
         known = self.course.start if self.job.finished else None
-        self.inputs = open_inputs(request, self._note, lambda done, total: progress("downloading", done, total), known)
+        self.inputs = open_inputs(
+            request, self._note, lambda done, total: progress("downloading", done, total), known, start
+        )
         at_once = min(JUDGED_AT_ONCE, request.recipe.batch_size)
         self._val = loader(self.inputs.data.val, at_once, shuffle=False, seed=request.seed, workers=request.workers)
         self.folder = TrainFolder(request, self.inputs, self.job, self.course, command)
@@ -104,6 +117,13 @@ class TrainingRun:
         return f"; `{command}` begins with its weights"
 
     def run(self) -> TrainResult | None:
+        try:
+            return self._run()
+        except UserError:
+            self._free()
+            raise
+
+    def _run(self) -> TrainResult | None:
         request, inputs = self.request, self.inputs
         self._agree()
         if agreed(self.job.finished):
@@ -162,9 +182,9 @@ class TrainingRun:
         probe = self.course.probe
         assert probe is not None
         final = None if self.rank else self._final_of_probe(model, probe.seconds)
-        recipe = replace(self.request.recipe, name=PROBE, source="a linear probe on the frozen network", epochs=0)
+        at_once = self.request.recipe.batch_size
         return self._written(
-            Trained(model, recipe, [], final, True, probe.seconds, recipe.batch_size, [self._val]), None
+            Trained(model, None, [], final, True, probe.seconds, at_once, (self._val, self.steps)), None
         )
 
     # Before the first epoch
@@ -189,7 +209,7 @@ class TrainingRun:
             if minutes is not None and course.epochs is None:
                 self.steps.choose_epochs(minutes, checked)
             if tries:
-                self.steps.choose_rate(course.epochs or recipe.epochs)
+                self.steps.choose_rate(recipe, course.epochs or recipe.epochs)
         elif inputs.fine_tunes:
             self.steps.probe(model, own_head)
         recipe = replace(recipe, lr=course.lr or recipe.lr, epochs=course.epochs or recipe.epochs)
@@ -234,6 +254,7 @@ class TrainingRun:
                 self._locks.enter_context(folder_lock(self.request.folder, say=self.job.say))
             if self._new and (self.job.kept / "state.json").is_file():
                 raise UserError(f"{self.request.folder} was begun by another command just now: give another --out")
+            self._first = not (self.job.kept / "state.json").is_file()
         announce(self.inputs.data, self.job.say, self.job.note)
         lines, self._queued = self._queued or (), None
         for line in lines:
@@ -271,7 +292,7 @@ class TrainingRun:
 
         ended: False of an interrupted training, which judges no probe and fits none again.
         """
-        trained, course = Trained.of(training, self._val), self.course
+        trained, course = Trained.of(training, self._val, self.steps), self.course
         if not self.inputs.fine_tunes:
             return trained
         assert course.probe is not None
@@ -319,6 +340,18 @@ class TrainingRun:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def _free(self) -> None:
+        """Leave the folder to another command, where this one was its first and nothing was done."""
+        kept = self.job.kept
+        if not self._first or self.course.probe is not None or list(kept.glob("checkpoint*")):
+            return
+        with suppress(OSError):
+            (kept / "state.json").unlink()
+            kept.rmdir()
+            if self._new:
+                (self.request.folder / LOCK).unlink()
+                self.request.folder.rmdir()
 
     def _leave(self, training: Training) -> None:
         """Write the network of an interrupted training: the last epoch's, or what there is of the first one."""

@@ -92,9 +92,10 @@ def asks_for_weights(request: TrainRequest) -> bool:
 
 def with_usual_recipe(
     request: TrainRequest, by: Callable[[str], Recipe], named: bool, progress: Bytes | None = None
-) -> TrainRequest:
+) -> tuple[TrainRequest, Start | None]:
     """A request for which no recipe was asked for, with its own: that of its folder's training; else `finetune`, where
-    it begins with weights, or `quick`. Digits, a demonstration, need no weights.
+    it begins with weights, or `quick`. Digits, a demonstration, need no weights. Also the weights, where they had to be
+    looked for.
 
     Args:
         by: gives the recipe of a name, with the user's changes.
@@ -105,16 +106,17 @@ def with_usual_recipe(
     """
     begun = begun_in(request.folder)
     if begun is not None and request.weights is None:
-        return replace(request, recipe=by(begun.recipe.name))
+        return replace(request, recipe=by(begun.recipe.name)), None
     older = (
         None if named or request.weights is not None or asks_for_weights(request) else left_by_an_older(request.model)
     )
     if older is not None:
-        return replace(request, recipe=by(QUICK.name), folder=older)
+        return replace(request, recipe=by(QUICK.name), folder=older), None
     needs_none = request.data is None and not asks_for_weights(request)
-    asked = replace(request, recipe=QUICK if needs_none else FINETUNE)
-    name = QUICK.name if find_start(asked, progress).path is None else FINETUNE.name
-    return replace(request, recipe=by(name), folder=request.folder if named else default_folder(request.model, name))
+    start = find_start(replace(request, recipe=QUICK if needs_none else FINETUNE), progress)
+    name = QUICK.name if start.path is None else FINETUNE.name
+    folder = request.folder if named else default_folder(request.model, name)
+    return replace(request, recipe=by(name), folder=folder), start
 
 
 def _writes_itself(folder: Path, weights: Path) -> bool:
@@ -131,11 +133,8 @@ def _writes_itself(folder: Path, weights: Path) -> bool:
 
 
 def _published(request: TrainRequest, target: Target, progress: Bytes | None) -> Start:
-    network = target.as_trained().network
-    if network is None:
-        raise UserError(f"{request.model} is {target.kind}: give a published name, an arch.json, a folder or timm/NAME")
     try:
-        found = find_pretrained(network, request.weights_from, progress)
+        found = find_pretrained(target.as_trained().require(), request.weights_from, progress)
     except NoPretrained as error:
         if asks_for_weights(request):
             what = f"--weights {TIMM}" if request.weights == TIMM else "--probe"

@@ -19,6 +19,7 @@ import nas.training.engine
 import nas.training.prepare
 import nas.training.probe
 import nas.training.run
+import nas.training.start
 import nas.training.updater
 from nas.data.dataset import open_data
 from nas.data.images import sample
@@ -81,6 +82,17 @@ def tune(vitnas, weights, tmp_path) -> Callable[..., tuple[int, str, str]]:
     return run
 
 
+def folder_of_images(folder: Path, **counts: int) -> Path:
+    """Noise, so many images of each of two classes."""
+    random = np.random.default_rng(0)
+    for part, count in counts.items():
+        for i, name in itertools.product(range(count), "ab"):
+            file = folder / part / name / f"{i}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(random.integers(0, 255, (8, 8), dtype=np.uint8)).save(file)
+    return folder
+
+
 def metrics(tmp_path: Path) -> dict:
     return json.loads((tmp_path / "out" / "metrics.json").read_text())
 
@@ -94,9 +106,9 @@ def test_a_fine_tuning_is_told_step_by_step(tune, vitnas, tmp_path):
     held = found["probe"]["held"]
     assert f"{held['top1']:.1f}% top-1 (95%: {held['top1_ci'][0]:.1f} to {held['top1_ci'][1]:.1f}" in probe
     assert held["images"] == found["tuned"]["images"] == sum(trial["images"] for trial in found["trials"]) / 2
-    assert [trial["lr"] for trial in found["trials"]] == [1e-4, 1e-3]
+    assert [trial["lr"] for trial in found["trials"]] == [5e-5, 5e-4], "what is used with 32 images an update"
     best = max(found["trials"], key=lambda trial: trial["top1"])
-    assert found["recipe"]["lr"] == best["lr"]
+    assert found["recipe"]["peak_lr"] == best["lr"]
     assert any(line.startswith(f"learning rate {best['lr']:g}, chosen by short trials") for line in lines)
     assert found["kept"] == ("tuned" if found["tuned"]["top1"] >= held["top1"] else "probe")
     assert found["start"]["source"] == "file"
@@ -111,7 +123,9 @@ def test_a_probe_alone_is_a_result_like_any_other(tune, vitnas, weights, tmp_pat
     code, text, err = tune("--probe", "--device", "cpu")
     assert code == 0, err
     found = metrics(tmp_path)
-    assert (found["final"]["of"], found["epochs"], found["recipe"]["name"]) == ("linear probe", [], "probe")
+    assert (found["final"]["of"], found["epochs"]) == ("linear probe", [])
+    assert found["recipe"] == {"name": "probe", "source": "a linear probe on the frozen network", "epochs": 0}
+    assert not {"recipe", "lr", "augmentation", "rates"} & found["options"].keys()
     assert text.startswith(f"{found['top1']:.1f}% top-1 (95%: ")
     assert (tmp_path / "out" / "model.onnx").is_file()
     given = torch.load(weights[1], weights_only=True)
@@ -123,6 +137,70 @@ def test_a_probe_alone_is_a_result_like_any_other(tune, vitnas, weights, tmp_pat
     code, text, _ = vitnas("show", out)
     assert (code, f"a linear probe of {weights[1]}" in " ".join(text.split())) == (0, True)
     assert vitnas("export", out, "--out", str(tmp_path / "exported"))[0] == 0
+
+
+def test_images_that_a_probe_cannot_use_are_told_once(vitnas, weights, tmp_path):
+    images = folder_of_images(tmp_path / "images", train=30, val=4)
+    (images / "train" / "a" / "0.png").write_bytes(b"none")
+    out = ("--weights", weights[1], "--data", str(images), "--device", "cpu", "--out", str(tmp_path / "out"))
+    code, _, err = vitnas("train", weights[0], *out, "--probe")
+    assert code == 0, err
+    assert err.count("skipped 1 image that cannot be decoded: ") == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--lr", "1e-3"), ("--epochs", "3"), ("--precision", "bf16"), ("--accumulate", "2"), ("--compile", None)],
+)
+def test_a_probe_refuses_what_it_does_not_use(tune, vitnas, option, value):
+    refused = tune("--probe", option, *([value] if value else []))
+    vitnas.refused(refused, f"--probe trains a linear classifier alone: leave out {option}")
+
+
+def test_each_image_is_looked_at_once_for_the_given_statistics(tune, monkeypatch):
+    """And some of them once more, for the others."""
+    taken: list[int] = []
+
+    def find(model, batches, *args, **kwargs):
+        found = find_features(model, batches, *args, **kwargs)
+        taken.append(len(found.labels))
+        return found
+
+    find_features = nas.training.probe.find_features
+    monkeypatch.setattr(nas.training.prepare, "COMPARED", 50)
+    monkeypatch.setattr(nas.training.probe, "find_features", find)
+    code, _, err = tune("--probe", "--device", "cpu")
+    assert code == 0, err
+    assert "a probe on 50 images has" in err
+    assert taken == [200, 50] + [200] * ("are taken from these images" in err)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_start_that_fails_leaves_the_folder_to_another(tune, tmp_path, monkeypatch, there):
+    def fail(*args, **kwargs):
+        raise TrainingError("taking features failed: no")
+
+    out = tmp_path / "out"
+    if there:
+        out.mkdir()
+    with monkeypatch.context() as patched:
+        patched.setattr(nas.training.probe, "find_features", fail)
+        code, _, err = tune("--probe", "--device", "cpu")
+    assert (code, err.splitlines()[-1]) == (2, "vitnas: taking features failed: no")
+    assert out.exists() == there
+    assert not (out / "state").exists()
+    assert tune(*ARGS)[0] == 0
+
+
+def test_where_one_epoch_fits_the_rate_is_chosen_for_one(tune, monkeypatch):
+    seen: list[int] = []
+    monkeypatch.setattr(
+        nas.training.prepare, "choose_trial", lambda trials, epochs: seen.append(epochs) or choose_trial(trials, epochs)
+    )
+    code, _, err = tune("--minutes", "0.0001", "--batch-size", "32", "--device", "cpu")
+    assert code == 0, err
+    assert "--minutes 0.0001: 1 epoch, " in err
+    assert seen == [1]
 
 
 def test_the_better_one_is_kept(tune, tmp_path, monkeypatch):
@@ -291,13 +369,8 @@ def test_tuning_pays_where_a_trial_is_within_a_standard_error_of_the_probe(tops,
 
 def test_tuning_a_run_further_never_ends_below_it(vitnas, weights, tmp_path, monkeypatch):
     """Where the weights were trained on all images, some of these choose, and it is said."""
-    random = np.random.default_rng(0)
-    for part, count in (("train", 60), ("val", 8)):
-        for i, name in itertools.product(range(count), "ab"):
-            file = tmp_path / "images" / part / name / f"{i}.png"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(random.integers(0, 255, (8, 8), dtype=np.uint8)).save(file)
-    first, out, args = tmp_path / "first", tmp_path / "further", ("--data", str(tmp_path / "images"), *ARGS)
+    images = folder_of_images(tmp_path / "images", train=60, val=8)
+    first, out, args = tmp_path / "first", tmp_path / "further", ("--data", str(images), *ARGS)
     assert vitnas("train", weights[0], "--out", str(first), *args, "--from-scratch")[0] == 0
     judge = nas.training.prepare.Preparation.judge
 
@@ -315,8 +388,8 @@ def test_tuning_a_run_further_never_ends_below_it(vitnas, weights, tmp_path, mon
     assert all(torch.equal(value, after[name]) for name, value in before.items() if not name.startswith("head."))
 
 
-def test_a_network_of_timm_s_from_a_folder_of_weights(vitnas, tmp_path):
-    """Its file is found by its name, its classifier replaced, and its run is one like any other."""
+def test_a_network_of_timm_s_from_a_folder_of_weights(vitnas, tmp_path, monkeypatch):
+    """Its file is found by its name, once, its classifier replaced, and its run is one like any other."""
     import timm
     from safetensors.torch import save_file
 
@@ -325,8 +398,11 @@ def test_a_network_of_timm_s_from_a_folder_of_weights(vitnas, tmp_path):
     torch.manual_seed(0)
     save_file(timm.create_model("test_efficientnet").state_dict(), folder / "test_efficientnet.safetensors")
     args = ("train", "timm/test_efficientnet", "--weights-from", str(folder), "--resolution", "32", "--out", str(out))
+    looked, find = [], nas.training.start.find_pretrained
+    monkeypatch.setattr(nas.training.start, "find_pretrained", lambda *given: looked.append(given) or find(*given))
     code, _, err = vitnas(*args, *ARGS, "--lr", "1e-3")
     assert code == 0, err
+    assert len(looked) == 1
     assert f"pretrained weights of timm/test_efficientnet: from {folder}" in err
     assert "has a classifier of 1000 classes: one for the 10 classes of these images begins untrained" in err
     found = metrics(tmp_path)

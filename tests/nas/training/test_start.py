@@ -53,11 +53,14 @@ def asked(**changes) -> TrainRequest:
 )
 def test_which_recipe_is_usual(looked, changes, recipe):
     """Published weights are looked for where there are images, or where they are asked for."""
-    request = with_usual_recipe(asked(**changes), choose_recipe, named=False)
+    request, start = with_usual_recipe(asked(**changes), choose_recipe, named=False)
     assert (request.recipe.name, request.folder) == (recipe, Path(f"runs/train-{request.model}-{recipe}"))
-    start = find_start(request)
-    assert (start.source, start.digest) == (("cache", "ab12") if recipe == "finetune" else ("random", None))
-    assert bool(looked) == (recipe == "finetune" or request.model == "sepvit_lite")
+    assert start is not None
+    assert len(looked) == (recipe == "finetune" or request.model == "sepvit_lite")
+    if looked and recipe == "quick":
+        assert start.line == "no pretrained weights of sepvit_lite: starts from random weights"
+    for found in (start, find_start(request)):
+        assert (found.source, found.digest) == (("cache", "ab12") if recipe == "finetune" else ("random", None))
 
 
 def test_what_is_said(looked):
@@ -100,7 +103,7 @@ def test_an_unfinished_training_of_an_older_vitnas_goes_on_from_random_weights(l
     options = {name: value for name, value in asked(recipe=QUICK).identity().items() if name not in ("probe", "rates")}
     state = {"options": options, "found": {"finished": True} if finished else {}}
     (folder / "state" / "state.json").write_text(json.dumps(state))
-    request = with_usual_recipe(asked(folder=default_folder("shvit_s1", "finetune")), choose_recipe, named=False)
+    request, _ = with_usual_recipe(asked(folder=default_folder("shvit_s1", "finetune")), choose_recipe, named=False)
     assert (request.recipe.name, request.folder) == (recipe, default_folder("shvit_s1", recipe))
     assert find_start(asked(folder=folder)).source == "random", "also where its folder is named, and its recipe"
 
