@@ -12,7 +12,7 @@ from torch import nn
 
 from nas.data.dataset import ImageData
 from nas.data.images import Images, plain_transform
-from nas.errors import UserError
+from nas.errors import TrainingError, UserError
 from nas.export.folder import save_weights
 from nas.networks.counts import counts_of
 from nas.networks.store import Store
@@ -20,9 +20,9 @@ from nas.quality.candidate import Candidate, Kind
 from nas.quality.parents import Parents, covers, distance
 from nas.quality.plan import TrainingPlan
 from nas.quality.race import RaceTier
-from nas.quality.surrogate import TrainedNetwork
+from nas.quality.surrogate import Guess, Surrogate, TrainedNetwork, describe_candidate
 from nas.quality.trainer import CandidateTrainer
-from nas.quality.tuning import tuning_recipe
+from nas.quality.tuning import choose_rate, tuning_recipe
 from search_spaces import create_model, get_arch
 
 PX = 32
@@ -163,3 +163,44 @@ def test_weights_that_cannot_be_had_are_told(trainer):
     other = ready("shvit_s2")
     with pytest.raises(UserError, match="shvit_s2"):
         RaceTier(trainer).estimate(other, counts_of(other.network))
+
+
+def test_the_first_of_each_kind_goes_on_and_then_the_better_third(trainer):
+    def known(candidate: Candidate, size: float, rungs: dict[int, float]) -> TrainedNetwork:
+        features = describe_candidate(candidate, counts_of(candidate.network))
+        features[0] = size
+        return TrainedNetwork(str(size), features, rungs)
+
+    tier = RaceTier(trainer)
+    some = [known(ready(), size, {0: 50.0 + size, 1: 60.0 + size}) for size in range(6)]
+    poor, first = Guess(20.0, 1.0), Surrogate(some, 1)
+    assert tier._goes_on(Kind.DERIVED, first, poor, 0)
+    assert not tier._goes_on(Kind.READY, first, poor, 0)
+    assert tier._goes_on(Kind.READY, first, Guess(90.0, 1.0), 0)
+    assert tier._goes_on(Kind.DERIVED, Surrogate([*some, known(derived(), 9, {0: 30.0})], 1), poor, 0)
+    later = Surrogate([*some, known(derived(), 9, {0: 30.0, 1: 40.0})], 1)
+    assert not tier._goes_on(Kind.DERIVED, later, poor, 0), "one has shown what its kind gains"
+
+
+def test_the_learning_rate_is_tried_once_for_a_family(trainer, said, monkeypatch):
+    tried: list[float] = []
+
+    def trained(model, images, trainer, recipe, what, state=None):
+        tried.append(recipe.lr)
+        if recipe.lr == 1e-3:
+            raise TrainingError("the loss is no longer finite")
+        if len(tried) == 2 and not said:
+            said.append("killed")
+            raise KeyboardInterrupt
+        return SimpleNamespace(top1=40 + 1e5 * recipe.lr)
+
+    monkeypatch.setattr("nas.quality.tuning._trained", trained)
+    monkeypatch.setattr(CandidateTrainer, "judge", lambda self, network, images: SimpleNamespace(top1=network.top1))
+    start = lambda: (None, None, None)  # noqa: E731
+    with pytest.raises(KeyboardInterrupt):
+        choose_rate(ready().network, trainer, start)
+    assert choose_rate(ready().network, trainer, start) == 3e-4
+    assert tried == [1e-4, 3e-4, 3e-4, 1e-3], "what was tried before the kill is not tried again"
+    assert choose_rate(derived().network.at(64), trainer, start) == 3e-4
+    assert len(tried) == 4
+    assert said[-1] == "learning rate of shvit: 0.0003 (after an epoch with 0.0001 50.0%, 0.0003 70.0%, 0.001 0.0%)"
