@@ -12,10 +12,11 @@ from rich.console import Console
 from nas.intervals import guessing
 from nas.measure.budget import Verdict
 from nas.networks.timm_network import TimmNetwork
+from nas.quality.candidate import Kind
 from nas.quality.tier import told_score
 from nas.report.tables import Column, console_of, print_table, prose
 from nas.search.outcome import OVERHEAD, Outcome
-from nas.search.rows import INTERRUPTED, ClosingRow, OutsideRow, Timed
+from nas.search.rows import INTERRUPTED, ClosingRow, OutsideRow, Timed, role_of
 from nas.search.words import interval_words, later_rounds, quality_words, validation_line
 from nas.units import counted
 
@@ -139,7 +140,7 @@ def show_final(console: Console, final: Sequence[ClosingRow], tier: str) -> None
     rows = [
         (
             row.label if row.name else f"{row.label} ({row.family})",
-            row.role,
+            row.role if row.role == role_of(row) or row.kind == Kind.SCRATCH else f"{row.role}, {row.kind}",
             row.verdict or "",
             str(row.resolution),
             f"{told_score(row.quality):.1f}",

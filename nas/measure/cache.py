@@ -23,6 +23,7 @@ from nas.measure.samples import SURE_ROUNDS, Measurement, quanta
 
 if TYPE_CHECKING:
     from nas.measure.runtime import Settings
+    from nas.networks.timm_network import TimmNetwork
     from search_spaces import Arch
 
 ENVIRONMENT = "VITNAS_CACHE"
@@ -95,30 +96,30 @@ class Cache:
             "result TEXT)"
         )
 
-    def get(self, arch: Arch, batch_size: int, reference_ms: float) -> tuple[str, Measurement] | None:
+    def get(self, network: Arch | TimmNetwork, batch_size: int, reference_ms: float) -> tuple[str, Measurement] | None:
         """When it was measured (ISO 8601), and the result; None where there is none from a machine at this speed.
 
         Args:
             reference_ms: the reference network's median now.
         """
-        found = self.last(arch, batch_size)
+        found = self.last(network, batch_size)
         then = found[1].reference_p50_ms if found else None
         return found if then is not None and abs(then / reference_ms - 1) <= SAME_SPEED else None
 
-    def last(self, arch: Arch, batch_size: int) -> tuple[str, Measurement] | None:
+    def last(self, network: Arch | TimmNetwork, batch_size: int) -> tuple[str, Measurement] | None:
         """As `get`, whatever the machine's speed is now: to be told with its date."""
         row = self._rows.execute(
-            "SELECT measured, result FROM latency WHERE key = ?", [self._key(arch, batch_size)]
+            "SELECT measured, result FROM latency WHERE key = ?", [self._key(network, batch_size)]
         ).fetchone()
         return row and (row[0], Measurement.from_dict(json.loads(row[1])))
 
-    def put(self, arch: Arch, batch_size: int, result: Measurement) -> None:
+    def put(self, network: Arch | TimmNetwork, batch_size: int, result: Measurement) -> None:
         """Keep a result, in place of an earlier one."""
         self._rows.execute(
             "INSERT OR REPLACE INTO latency VALUES (?, ?, ?, ?, ?)",
             [
-                self._key(arch, batch_size),
-                arch.to_json(),
+                self._key(network, batch_size),
+                network.to_json(),
                 json.dumps(self._machine, sort_keys=True),
                 datetime.now().astimezone().isoformat(timespec="seconds"),
                 json.dumps(result.to_dict()),
@@ -128,8 +129,8 @@ class Cache:
     def close(self) -> None:
         self._rows.close()
 
-    def _key(self, arch: Arch, batch_size: int) -> str:
-        document = [arch.digest(), batch_size, self._machine]
+    def _key(self, network: Arch | TimmNetwork, batch_size: int) -> str:
+        document = [network.digest(), batch_size, self._machine]
         return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
@@ -162,7 +163,7 @@ def opened(settings: Settings) -> Iterator[Cache]:
         raise UserError(f"{path}: {error}{': remove it, and latencies are measured again' * damaged}") from None
 
 
-def known(arch: Arch, settings: Settings) -> tuple[str, Measurement] | None:
+def known(network: Arch | TimmNetwork, settings: Settings) -> tuple[str, Measurement] | None:
     """When a network was last measured here with these settings, and the result (`p50_ms`, `ci_ms`); None if it never
     was, or in too few rounds for an interval of 95%, or while others used its CPUs (`quanta`).
 
@@ -175,5 +176,5 @@ def known(arch: Arch, settings: Settings) -> tuple[str, Measurement] | None:
     if not default_path().is_file():
         return None
     with opened(settings) as cache:
-        found = cache.last(arch, settings.batch_size)
+        found = cache.last(network, settings.batch_size)
     return found if found and len(found[1].rounds_ms) >= SURE_ROUNDS and not quanta(found[1]) else None

@@ -45,6 +45,10 @@ class PriorTier:
         self._shapes: dict[str, Neighbourhood] = {}
         self._token_cost: dict[tuple[str, ...], tuple[np.ndarray, np.ndarray]] = {}
 
+    def candidate_of(self, arch: Arch) -> Candidate:
+        """A network that the search made up."""
+        return Candidate(arch)
+
     def predict(self, candidate: Candidate, counts: Counts) -> Estimate:
         """As `estimate`."""
         return self.estimate(candidate, counts)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol, Self
 
 from nas.intervals import Interval
+from nas.quality.candidate import Candidate
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from nas.data.dataset import ImageData
     from nas.data.images import Images
     from nas.networks.counts import Counts
-    from nas.quality.candidate import Candidate
     from nas.quality.surrogate import Surrogate, TrainedNetwork
     from nas.quality.trainer import CandidateTrainer
     from nas.training.engine import Training
@@ -113,6 +113,9 @@ class Tier(Protocol):
     def failed(self) -> Mapping[str, str]:
         """Families that it cannot judge, with the reason."""
 
+    def candidate_of(self, arch: Arch) -> Candidate:
+        """A network that the search made up, with the weights that the tier gives it."""
+
     def predict(self, candidate: Candidate, counts: Counts) -> Estimate:
         """Estimate a network that will not be trained."""
 
@@ -178,6 +181,10 @@ class TrainedTier(ABC):
     def surrogate(self) -> Surrogate:
         """A surrogate fitted to all trainings so far."""
         return self._fitted(self.trainer.results())
+
+    def candidate_of(self, arch: Arch) -> Candidate:
+        """A network that the search made up, with the weights that the tier gives it."""
+        return Candidate(arch)
 
     def data(self, candidate: Candidate) -> ImageData:
         """The user's images as a network takes them: at its resolution, normalised as its weights want it."""

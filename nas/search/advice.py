@@ -7,10 +7,12 @@ import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from nas.errors import UserError
 from nas.measure.device import device_kind
 from nas.measure.hardware import CROWDED_CPUS, Hardware
 from nas.measure.runtime import RUNTIMES
-from nas.search.rows import ClosingRow, Network, Trial, arch_of, known
+from nas.networks.counts import counts_of
+from nas.search.rows import ClosingRow, Network, Trial, known, network_of
 
 if TYPE_CHECKING:
     from nas.search.log import SearchLog
@@ -60,7 +62,7 @@ def advice(
 def pruning(request: SearchRequest, row: Network) -> str:
     """The command that prunes a published network to the search's budget, measured as the search does."""
     settings = request.settings
-    words = ["vitnas", "prune", "--model", f"{row.name}@{row.resolution}"]
+    words = ["vitnas", "prune", "--model", f"{row.name.partition('@')[0]}@{row.resolution}"]
     words += ["--latency-budget", f"{request.budget_ms:g}ms", "--device", settings.device]
     words += ["--runtime", settings.runtime, "--threads", f"{settings.threads}"]
     words += ["--batch-size", f"{settings.batch_size}", "--precision", settings.precision]
@@ -102,19 +104,19 @@ def with_budget(command: str, budget_ms: float) -> str:
 
 def lower_resolution(fastest: Network, budget_ms: float) -> str | None:
     """The largest lower resolution at which the fastest network would fit by its MACs; None where there is none."""
-    from search_spaces import ArchError, table
+    from search_spaces import ArchError
 
-    arch = arch_of(fastest)
-    for px in range(arch.resolution - 32, 31, -32):
+    network = network_of(fastest)
+    for px in range(network.resolution - 32, 31, -32):
         try:
-            macs = table(arch.at(px)).macs()
-        except ArchError:
+            macs = counts_of(network.at(px)).macs
+        except (ArchError, UserError):
             continue
-        estimate = known(fastest.latency_ms) * macs / table(arch).macs()
+        estimate = known(fastest.latency_ms) * macs / counts_of(network).macs
         if estimate <= budget_ms:
             return (
                 f"--resolution {px}: an estimate of {estimate:.2g} ms for {fastest.label}, by its MACs "
-                f"({arch.resolution} px: {fastest.latency_ms:.2f} ms)"
+                f"({network.resolution} px: {fastest.latency_ms:.2f} ms)"
             )
     return None
 

@@ -16,16 +16,19 @@ from nas.export.folder import save_onnx
 from nas.export.onnx import label_onnx, write_onnx
 from nas.files import drafted, replace_file
 from nas.measure.runtime import RUNTIMES
+from nas.networks.weights import load
 from nas.quality.kept import Kept, path_of, read
 from nas.quality.parent import parent_weights
 from nas.search.final import FullTraining, result_path, weights_of
-from nas.search.rows import Network, arch_of, known
+from nas.search.rows import Network, candidate_of, known
 
 if TYPE_CHECKING:
     import numpy as np
 
     from nas.data.images import Images
-    from nas.quality.trainer import CandidateTrainer
+    from nas.networks.timm_network import TimmNetwork
+    from nas.quality.candidate import Candidate
+    from nas.quality.tier import TrainedTier
     from nas.search.log import SearchLog
     from nas.search.request import SearchRequest
     from search_spaces import Arch
@@ -51,8 +54,8 @@ class BestFolder:
 
     request: SearchRequest
     log: SearchLog
-    trainer: CandidateTrainer | None
-    """Of a tier that trains."""
+    tier: TrainedTier | None
+    """The tier of the search, if it trains."""
     step: Callable[[str], AbstractContextManager[None]]
     """Runs a block as a step of the search's end; one that fails is told, and the next goes on."""
 
@@ -72,24 +75,24 @@ class BestFolder:
         Returns:
             The weights; None where model.onnx has random ones.
         """
-        request, arch = self.request, arch_of(row)
-        weights = self._weights(arch)
+        request, candidate = self.request, candidate_of(row)
+        weights = self._weights(candidate)
         path = weights.path if weights else None
         with self.step("best/"):
-            start_best(arch, self.folder, path)
+            start_best(candidate.network, self.folder, path)
             if weights and request.plan:
                 record(self.folder, weights.images, parent_weights(request.plan.parent))
         converted = request.settings.precision in CONVERTED and RUNTIMES[request.settings.runtime].artifact == "onnx"
         with self.step("best/model.onnx"):
-            card = self._card(arch, weights)
+            card = self._card(candidate, weights)
             if not converted:
                 card = card.model_copy(update={"latency": self._latency(row)})
-            save_best(arch, self.folder, path, request.settings.batch_size, card, self._images(arch))
+            save_best(candidate.network, self.folder, path, request.settings.batch_size, card, self._images(candidate))
         if converted:
-            self._write_converted(row, arch, weights)
+            self._write_converted(row, candidate, weights)
         return weights
 
-    def _write_converted(self, row: Network, arch: Arch, weights: Weights | None) -> None:
+    def _write_converted(self, row: Network, candidate: Candidate, weights: Weights | None) -> None:
         """Write the file that was measured: its latency is known, and its accuracy is not."""
         settings, path = self.request.settings, self.folder / "model.onnx"
         lower = self.folder / f"model.{settings.precision}.onnx"
@@ -98,30 +101,32 @@ class BestFolder:
             with self.step(f"best/{lower.name}"), drafted(lower) as draft:
                 shutil.copyfile(path, draft)
                 lower_precision(draft, settings, self.log.calibration)
-                card = self._card(arch, weights).model_copy(update={"accuracy": None, "latency": self._latency(row)})
-                label_onnx(draft, arch, weights is not None, card)
+                card = self._card(candidate, weights).model_copy(
+                    update={"accuracy": None, "latency": self._latency(row)}
+                )
+                label_onnx(draft, candidate.network, weights is not None, card)
 
-    def _weights(self, arch: Arch) -> Weights | None:
-        if self.trainer is None:
+    def _weights(self, candidate: Candidate) -> Weights | None:
+        if self.tier is None:
             return None
-        full = weights_of(self.request, arch)
+        full, trainer = weights_of(self.request, candidate), self.tier.trainer
         if full:
-            return Weights(full, self.trainer.data.train, None)
-        short = path_of(self.trainer.kept, arch.digest())
+            return Weights(full, trainer.data.train, None)
+        short = path_of(trainer.kept, candidate.key)
         kept = read(short)
-        return Weights(short, self.trainer.taught(arch.resolution), kept) if kept else None
+        return Weights(short, trainer.taught(candidate.network.resolution), kept) if kept else None
 
-    def _card(self, arch: Arch, weights: Weights | None) -> Card:
+    def _card(self, candidate: Candidate, weights: Weights | None) -> Card:
         """What best/ says of its network; its accuracy is that of its own weights: the first seed's, or those that the
         search kept."""
-        if self.trainer is None:
-            return Card.untrained(arch.resolution)
-        data = self.trainer.data.at(arch.resolution)
+        if self.tier is None:
+            return Card.untrained(candidate.network.resolution)
+        data = self.tier.data(candidate)
         if weights is None:
             return Card(preprocess=Preprocess.of(data.val.transform, data.pixels))
         if weights.kept:
             return Card.of(data, weights.kept.top1, weights.kept.judged, HELD_OUT)
-        result = result_path(self.request, arch, seed=0)  # Ctrl-C while it is judged leaves weights alone
+        result = result_path(self.request, candidate, seed=0)  # Ctrl-C while it is judged leaves weights alone
         found = FullTraining.read(result) if result.is_file() else None
         return Card.of(data, found.top1, found.images) if found else Card.of(data)
 
@@ -141,17 +146,17 @@ class BestFolder:
             batch_size=settings.batch_size,
         )
 
-    def _images(self, arch: Arch) -> np.ndarray | None:
+    def _images(self, candidate: Candidate) -> np.ndarray | None:
         """Some validation images of a search that trains."""
         from nas.data.dataset import some_of
 
-        return some_of(self.trainer.data.at(arch.resolution).val) if self.trainer else None
+        return some_of(self.tier.data(candidate).val) if self.tier else None
 
 
-def start_best(arch: Arch, folder: Path, weights: Path | None) -> None:
+def start_best(network: Arch | TimmNetwork, folder: Path, weights: Path | None) -> None:
     """Write arch.json and the weights where they are trained; no file of other weights stays beside them."""
     folder.mkdir(exist_ok=True)
-    kept, document = folder / "arch.json", arch.to_json()
+    kept, document = folder / "arch.json", network.to_json()
     same = weights is not None and kept.is_file() and kept.read_text() == document
     for earlier in (*folder.glob("model.*"), folder / PREPROCESS, folder / LABELS):
         if not (same and earlier.name == "model.safetensors"):
@@ -162,15 +167,18 @@ def start_best(arch: Arch, folder: Path, weights: Path | None) -> None:
 
 
 def save_best(
-    arch: Arch, folder: Path, weights: Path | None, batch_size: int, card: Card, images: np.ndarray | None = None
+    network: Arch | TimmNetwork,
+    folder: Path,
+    weights: Path | None,
+    batch_size: int,
+    card: Card,
+    images: np.ndarray | None = None,
 ) -> None:
     """Write model.onnx and its card; trained, it is checked against PyTorch, on `images` too (see `save_onnx`)."""
-    from search_spaces import create_model
-
     if weights is not None:
-        save_onnx(create_model(arch, weights=weights), folder, batch_size, trained=True, card=card, images=images)
+        save_onnx(load(network, weights), folder, batch_size, trained=True, card=card, images=images)
         return
     card.write(folder)
     with drafted(folder / "model.onnx") as draft:
-        write_onnx(arch, draft, batch_size)
-        label_onnx(draft, arch, trained=False, card=card)
+        write_onnx(network, draft, batch_size)
+        label_onnx(draft, network, trained=False, card=card)

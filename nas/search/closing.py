@@ -15,7 +15,7 @@ from nas.measure.protocol import Interrupted
 from nas.measure.runtime import Settings
 from nas.measure.samples import MeasureError, Measurement, paired_ratio
 from nas.search.log import keep_samples
-from nas.search.rows import ClosingRow, OutsideRow, Trial, arch_of, best_of, choose, finalists_of, known, rank
+from nas.search.rows import ClosingRow, OutsideRow, Trial, best_of, choose, finalists_of, known, network_of, rank
 
 if TYPE_CHECKING:
     import numpy as np
@@ -96,7 +96,7 @@ class _ClosingRun:
     def __post_init__(self) -> None:
         self.results: Results = {}
         self.batches: Results = {}
-        self.networks: dict[str, Arch | TimmNetwork] = {label: arch_of(row) for label, row in self.finalists.items()}
+        self.networks = {label: network_of(row) for label, row in self.finalists.items()}
         self.outside, self.refused = outside_of(self.request.against, self.finalists)
 
     @cached_property
@@ -189,7 +189,7 @@ def outside_of(
         By their labels, those that are no finalists, and why others cannot run at that resolution.
     """
     best = best_of([row for row in finalists.values() if row.feasible] or list(finalists.values()))
-    networks = {label: arch_of(row) for label, row in finalists.items()}
+    networks = {label: network_of(row) for label, row in finalists.items()}
     found: dict[str, Arch | TimmNetwork] = {}
     refused: dict[str, str] = {}
     for target in against:

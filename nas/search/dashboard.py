@@ -22,6 +22,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from nas.errors import UserError
 from nas.quality.tier import told_score
+from nas.search.given import GIVEN
 from nas.search.latency import TrialLatency
 from nas.study.storage import open_storage
 from nas.study.trials import IDENTITY
@@ -54,7 +55,7 @@ class Searched:
 
 
 STUDY = re.compile(r"/api/studies/(\d+)/?")
-HIDDEN = ("arch", "detail")
+HIDDEN = ("arch", "detail", GIVEN)
 """Attributes of trials that their notes tell in words."""
 
 
@@ -181,19 +182,24 @@ def note(trial: FrozenTrial, searched: Searched) -> str:
     attrs = trial.user_attrs
     if "arch" not in attrs:
         return str(attrs.get("error", ""))
-    from search_spaces import Arch
+    from nas.networks.build import from_document
+    from nas.search.outcome import summary_of
     from search_spaces.arch import ArchError
 
-    lines = [f"**{attrs.get('name') or 'found'}** ({attrs['family']}), {attrs['resolution']} px", ""]
+    whose = f" from {attrs['parent']}" if "parent" in attrs else ""
+    kind = f", {attrs['kind']}{whose}" if "kind" in attrs else ""
+    lines = [f"**{attrs.get('name') or 'found'}** ({attrs['family']}), {attrs['resolution']} px{kind}", ""]
     latency = TrialLatency.read({**attrs.get("detail", {}), "latency_ms": attrs["latency_ms"]})
     lines += [latency_words(latency, attrs["budget_ms"]), "", score_words(trial), ""]
     try:
-        lines += [table(("parameter", "value"), values_of(trial.params, attrs["family"], searched)), ""]
-        stages = [stage.model_dump() for stage in Arch.from_json(json.dumps(attrs["arch"])).summary()]
-    except (ArchError, KeyError) as error:
+        if trial.params:
+            lines += [table(("parameter", "value"), values_of(trial.params, attrs["family"], searched)), ""]
+        stages = summary_of(from_document(json.dumps(attrs["arch"])))
+    except (ArchError, UserError, KeyError) as error:
         return "\n".join([*lines, f"The network cannot be read: another version of vitnas wrote it ({error})."])
     rows = [(i, *(f"{value:.3g}" for value in stage.values())) for i, stage in enumerate(stages, 1)]
-    lines += [table(("stage", *(name.replace("_", " ") for name in stages[0])), rows), ""]
+    if stages:
+        lines += [table(("stage", *(name.replace("_", " ") for name in stages[0])), rows), ""]
     return "\n".join([*lines, "```json", textwrap.fill(json.dumps(attrs["arch"]), 100), "```"])
 
 
@@ -242,11 +248,12 @@ def front_note(front: Sequence[FrozenTrial], searched: Searched) -> str:
             t["family"],
             f"{t['latency_ms']:.3f}",
             f"{told_score(trial.values[0]):.1f}",
+            t.get("kind", ""),
         )
         for trial in sorted(front, key=lambda trial: trial.user_attrs.get("latency_ms", 0))
         if "latency_ms" in (t := trial.user_attrs) and "family" in t
     ]
-    return "\n".join([*lines, table(("trial", "network", "family", "latency, ms", "score"), rows)])
+    return "\n".join([*lines, table(("trial", "network", "family", "latency, ms", "score", "kind"), rows)])
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

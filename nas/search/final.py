@@ -18,17 +18,16 @@ from pydantic import FiniteFloat, PositiveInt, TypeAdapter
 from nas.errors import TrainingError, UserError
 from nas.export.folder import save_weights
 from nas.files import replace_file
-from nas.quality.candidate import Candidate
 from nas.search.accuracy import Accuracies
-from nas.search.rows import Trial, arch_of, known
+from nas.search.rows import Trial, candidate_of, known
 from nas.search.trainings import COMPLETED, results_of
 
 if TYPE_CHECKING:
     import optuna
 
+    from nas.quality.candidate import Candidate
     from nas.quality.tier import TrainedTier
     from nas.search.request import SearchRequest
-    from search_spaces import Arch
 
 BEST = 3
 """How many of the best networks are trained to the last rung before one is chosen."""
@@ -37,7 +36,7 @@ BEST = 3
 def review(tier: TrainedTier, rows: Sequence[Trial], selects: bool) -> list[Trial]:
     """Trials with the estimates that all trainings of the study support; `selects` says whether these rank them."""
     described = [row for row in rows if row.features]
-    found = tier.review([(known(row.digest), known(row.features)) for row in described])
+    found = tier.review([(known(row.key), known(row.features)) for row in described])
     estimates = {row.trial: estimate for row, estimate in zip(described, found, strict=True)}
     reviewed = []
     for row in rows:
@@ -71,18 +70,18 @@ def settle(
         reviewed = review(tier, rows, selects)
         full = {each.key for each in results_of(study) if tier.epochs in each.rungs} | failed
         ranked = sorted((row for row in reviewed if row.feasible), key=lambda row: -known(row.quality_estimate))
-        best = list({row.digest: row for row in ranked}.values())[:BEST]
-        pending = [row for row in best if row.digest not in full]
+        best = list({row.key: row for row in ranked}.values())[:BEST]
+        pending = [row for row in best if row.key not in full]
         if not pending:
-            return [dataclasses.replace(row, feasible=row.feasible and row.digest not in failed) for row in reviewed]
-        arch = arch_of(pending[0])
+            return [dataclasses.replace(row, feasible=row.feasible and row.key not in failed) for row in reviewed]
+        candidate = candidate_of(pending[0])
         try:
-            training = tier.complete(Candidate(arch), counts_of(arch)).training
+            training = tier.complete(candidate, counts_of(candidate.network)).training
         except TrainingError as error:
             note(f"trial {pending[0].trial} could not be trained to the end: {error}")
-            failed.add(arch.digest())
+            failed.add(candidate.key)
             continue
-        study.set_user_attr(COMPLETED + arch.digest(), known(training).to_json()["rungs"])
+        study.set_user_attr(COMPLETED + candidate.key, known(training).to_json()["rungs"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,22 +107,22 @@ class FullTraining:
             raise UserError(f"{path} is damaged: remove it, and the network is trained again") from None
 
 
-def train_fully(request: SearchRequest, tier: TrainedTier, label: str, arch: Arch) -> Accuracies:
+def train_fully(request: SearchRequest, tier: TrainedTier, label: str, candidate: Candidate) -> Accuracies:
     """Train a network from every seed on all training images; weights of the first seed are kept beside the result.
 
     Raises:
         TrainingError: the loss is no longer finite.
     """
     trainer, plan = tier.trainer, known(request.plan)
-    data = trainer.data.at(arch.resolution)
-    recipe = tier.recipe(plan.final_epochs)
+    data = tier.data(candidate)
+    recipe = tier.recipe(plan.final_epochs, candidate)
     made: list[FullTraining] = []
     for seed in range(plan.seeds):
-        path = result_path(request, arch, seed)
+        path = result_path(request, candidate, seed)
         if not path.is_file():
             path.parent.mkdir(exist_ok=True)
             begun = time.monotonic()
-            training = tier.begin(Candidate(arch), data.train, recipe, seed, path.with_suffix(".state"))
+            training = tier.begin(candidate, data.train, recipe, seed, path.with_suffix(".state"))
             training.run(None, lambda d, t, *_, s=seed: trainer.progress(f"final training, {label}, seed {s}", d, t))
             training.loader.close()
             if seed == 0:
@@ -139,12 +138,12 @@ def train_fully(request: SearchRequest, tier: TrainedTier, label: str, arch: Arc
     return Accuracies(label, top1, made[0].images, seconds, answers if len(answers) == len(made) else [])
 
 
-def weights_of(request: SearchRequest, arch: Arch) -> Path | None:
+def weights_of(request: SearchRequest, candidate: Candidate) -> Path | None:
     """The weights that `train_fully` kept of a network."""
-    path = result_path(request, arch, seed=0).with_suffix(".safetensors")
+    path = result_path(request, candidate, seed=0).with_suffix(".safetensors")
     return path if path.is_file() else None
 
 
-def result_path(request: SearchRequest, arch: Arch, seed: int) -> Path:
+def result_path(request: SearchRequest, candidate: Candidate, seed: int) -> Path:
     """Where a final training's result is kept; its checkpoint and weights are beside it."""
-    return request.folder / "final" / f"{arch.digest()[:16]}-{known(request.plan).final_epochs}-seed{seed}.json"
+    return request.folder / "final" / f"{candidate.key[:16]}-{known(request.plan).final_epochs}-seed{seed}.json"

@@ -23,7 +23,7 @@ from nas.search.final import weights_of
 from nas.search.log import breakdown
 from nas.search.outcome import Fastest, Outcome, ShortTraining, TierFacts, Validation, Winner
 from nas.search.request import storage_of
-from nas.search.rows import ClosingRow, Network, OutsideRow, Trial, arch_of, best_of, choose, known, rows_of
+from nas.search.rows import ClosingRow, Network, OutsideRow, Trial, best_of, candidate_of, choose, known, rows_of
 from nas.search.words import protocol, skipped_lines, ties_of, winner_line
 from nas.study.errors import storage_errors
 
@@ -75,7 +75,7 @@ class _Finish:
         self.trained = cast("TrainedTier", self.tier) if self.tier.trained else None
         self.end = Ending(say)
         self.end.interrupted = log.interrupted
-        self.best = BestFolder(request, log, self.trained.trainer if self.trained else None, self._step)
+        self.best = BestFolder(request, log, self.trained, self._step)
         self.notes: list[str] = []
         self.rows = rows_of(study)
         kept = study.user_attrs.get("validation")
@@ -89,7 +89,7 @@ class _Finish:
             self._judge(self.trained)
         self._measure()
         if self.trained and self.final and self.winner and not self.end.interrupted:
-            if weights_of(self.request, arch_of(self.winner)) is None:
+            if weights_of(self.request, candidate_of(self.winner)) is None:
                 self._write()
             self._train(self.trained)
         return self._write()
@@ -160,7 +160,7 @@ class _Finish:
         found: dict[str, Accuracies] = {}
         for row in (winner, *([baseline] if baseline else [])):
             with self._step(f"final training of {row.label}"):
-                found[row.label] = train_fully(self.request, tier, row.label, arch_of(row))
+                found[row.label] = train_fully(self.request, tier, row.label, candidate_of(row))
                 self.final = [replace(each, accuracy=found.get(each.label)) for each in self.final]
             if self.end.interrupted:
                 return

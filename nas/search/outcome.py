@@ -5,17 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from pydantic import TypeAdapter
 
 from nas.data.about import Summary
 from nas.measure.budget import Verdict
 from nas.measure.runtime import Settings
+from nas.networks.timm_network import TimmNetwork
+from nas.quality.candidate import Kind
 from nas.quality.ranking import Tau
 from nas.search.accuracy import FinalTrainings
 from nas.search.latency import Pair, pair
 from nas.search.log import PhaseTime
-from nas.search.rows import ClosingRow, Network, OutsideRow, Trial, arch_of, front_of, known
+from nas.search.rows import ClosingRow, Network, OutsideRow, Trial, front_of, known, network_of
+
+if TYPE_CHECKING:
+    from search_spaces import Arch
 
 FORMAT = 1
 """The version of result.json."""
@@ -90,9 +96,9 @@ class Winner:
     """Ends of the latency's 95% interval; None where it was measured briefly."""
     ci_high_ms: float | None
     arch: Mapping[str, object]
-    """The document of its Arch."""
+    """The document of its network."""
     summary: tuple[Mapping[str, float], ...]
-    """A row a stage; see `search_spaces.arch.StageSummary`."""
+    """A row a stage; see `search_spaces.arch.StageSummary`. Empty for a network of timm's."""
     top1: float | None = None
     """Of its full trainings, percent, as the next four; None and empty without any."""
     top1_ci: Pair | None = None
@@ -101,6 +107,9 @@ class Winner:
     seeds: int | None = None
     accuracy: str = ""
     """All of that in words."""
+    kind: Kind = Kind.SCRATCH
+    parent: str = ""
+    """As `nas.quality.candidate.Candidate` has it, as the kind."""
 
     @classmethod
     def of(cls, row: Network) -> Winner:
@@ -118,17 +127,24 @@ class Winner:
             ci_low_ms=low,
             ci_high_ms=high,
             arch=known(row.arch),
-            summary=tuple(stage.model_dump() for stage in arch_of(row).summary()),
+            summary=summary_of(network_of(row)),
             top1=found.mean if found else None,
             top1_ci=found.ci if found else None,
             images=found.images if found else None,
             seeds=len(found.top1) if found else None,
             accuracy=found.words if found else "",
+            kind=row.kind,
+            parent=row.parent,
         )
 
     @property
     def latency_ci(self) -> Pair | None:
         return pair(self.ci_low_ms, self.ci_high_ms)
+
+
+def summary_of(network: Arch | TimmNetwork) -> tuple[Mapping[str, float], ...]:
+    """A row a stage; none for a network of timm's."""
+    return () if isinstance(network, TimmNetwork) else tuple(stage.model_dump() for stage in network.summary())
 
 
 @dataclass(frozen=True)

@@ -58,9 +58,9 @@ class Measured:
 
     family: str
     levels: Mapping[str, int]
-    """Its parameters by name, each 0 to LEVELS - 1."""
+    """Its parameters by name, each 0 to LEVELS - 1; none of a network that was given without."""
     digest: str
-    """Of its Arch."""
+    """Of its candidate: its key."""
     features: Sequence[float]
     """What the surrogates predict from."""
     latency_ms: float
@@ -78,9 +78,9 @@ class Measured:
         detail = trial.user_attrs["detail"]
         levels = dict(trial.params)
         return cls(
-            family=levels.pop("family"),
+            family=levels.pop("family", "") or trial.user_attrs["family"],
             levels=levels,
-            digest=detail["digest"],
+            digest=detail.get("key", detail["digest"]),
             features=detail["training"]["features"],
             latency_ms=detail["latency_ms"],
             feasible=bool(trial.user_attrs["feasible"]),
@@ -149,13 +149,14 @@ class Proposer(BaseSampler):
 
     def _pool(self, measured: Sequence[Measured], rng: np.random.Generator) -> list[Candidate]:
         """Random networks, and variations of the best within the budget, or of the best of all where none is."""
-        fitting = [each for each in measured if each.feasible] or measured
+        varied_ones = [each for each in measured if each.levels]
+        fitting = [each for each in varied_ones if each.feasible] or varied_ones
         now = self._tier.review([(each.digest, each.features) for each in fitting])
         order = sorted(range(len(fitting)), key=lambda i: -now[i].value)
         parents = [fitting[i] for i in order[:PARENTS]]
         found: list[Candidate] = []
         for i in range(POOL):
-            if i % 2:
+            if i % 2 and parents:
                 parent = parents[i // 2 % len(parents)]
                 family, levels = parent.family, varied(parent.family, parent.levels, rng)
             else:

@@ -19,6 +19,7 @@ from typing import TypeVar, cast
 
 from nas.export.card import CLASSIFY
 from nas.files import replace_file
+from nas.quality.candidate import Kind
 from nas.quality.tier import told_score
 from nas.report.page import render
 from nas.search.front import plot_front
@@ -28,7 +29,19 @@ from nas.search.words import later_rounds, quality_words, validation_line
 from nas.text import mask_url
 
 COLUMNS = (
-    *("trial", "family", "name", "state", "quality", "quality_estimate", "quality_low", "quality_high", "quality_how"),
+    *(
+        "trial",
+        "family",
+        "name",
+        "kind",
+        "parent",
+        "state",
+        "quality",
+        "quality_estimate",
+        "quality_low",
+        "quality_high",
+        "quality_how",
+    ),
     *(
         "latency_ms",
         "latency_p95_ms",
@@ -110,6 +123,7 @@ def _html(outcome: Outcome, plot: bytes) -> str:
         "best": _measured_winner(outcome) if winner else None,
         "front": outcome.front,
         "families": _families(outcome),
+        "raced": any(trial.kind != Kind.SCRATCH for trial in trials),
         "complete": [trial for trial in trials if trial.complete],
         "feasible": [trial for trial in trials if trial.feasible],
         "reasons": reasons[:REASONS_SHOWN],

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from nas.intervals import of_error
 from nas.measure.budget import Verdict
+from nas.networks.timm_network import TIMM
+from nas.quality.candidate import Candidate, Kind
 from nas.search.accuracy import Accuracies
 from nas.search.latency import Pair, TrialLatency, pair
 
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     import optuna
     from optuna.trial import FrozenTrial
 
+    from nas.networks.timm_network import TimmNetwork
     from search_spaces import Arch
 
 INTERRUPTED = "interrupted"
@@ -35,7 +38,10 @@ class Trial:
     """Its number in the study."""
     family: str
     name: str = ""
-    """Of a published variant; empty for a network that the search made up."""
+    """Of a ready network or a published variant; empty for a network that the search made up."""
+    kind: Kind = Kind.SCRATCH
+    parent: str = ""
+    """As `nas.quality.candidate.Candidate` has it, as the name and the kind."""
     state: str
     """complete, failed, or interrupted by Ctrl-C."""
     error: str = ""
@@ -80,11 +86,13 @@ class Trial:
     source: str = ""
     """Where the latency is from: measured, reused (of the same network), or cache with a date."""
     digest: str | None = None
-    """Of its Arch."""
+    """Of its network."""
+    key: str | None = None
+    """Of its candidate."""
     features: Sequence[float] | None = None
     """What the surrogate of a tier that trains goes by."""
     arch: Mapping[str, object] | None = None
-    """The document of its Arch."""
+    """The document of its network."""
 
     @property
     def label(self) -> str:
@@ -101,7 +109,7 @@ class Trial:
 
     def to_json(self) -> dict[str, object]:
         """All of it but the network."""
-        return _flat(self, leaving_out=("arch", "features"))
+        return _flat(self, leaving_out=("arch", "features", "key"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +152,8 @@ class ClosingRow(Timed):
     trial: int
     family: str
     name: str
+    kind: Kind = Kind.SCRATCH
+    parent: str = ""
     quality: float
     quality_estimate: float
     quality_ci: Pair
@@ -154,7 +164,7 @@ class ClosingRow(Timed):
     macs_m: float
     arch: Mapping[str, object] | None = None
     role: str
-    """winner, family winner, published or found."""
+    """winner, family winner, published or found, or a ready or derived network's kind."""
     published_top1: float | None = None
     """Percent, as its authors published it; None where this network is not exactly theirs."""
     accuracy: Accuracies | None = None
@@ -169,6 +179,8 @@ class ClosingRow(Timed):
             trial=trial.trial,
             family=trial.family,
             name=trial.name,
+            kind=trial.kind,
+            parent=trial.parent,
             quality=known(trial.quality),
             quality_estimate=known(trial.quality_estimate),
             quality_ci=known(trial.quality_ci),
@@ -178,7 +190,7 @@ class ClosingRow(Timed):
             params_m=known(trial.params_m),
             macs_m=known(trial.macs_m),
             arch=trial.arch,
-            role="published" if trial.name else "found",
+            role=role_of(trial),
             published_top1=published_top1(trial),
             **measured,
         )
@@ -202,6 +214,13 @@ class OutsideRow(Timed):
 
 Network = Trial | ClosingRow
 N = TypeVar("N", Trial, ClosingRow)
+
+
+def role_of(row: Network) -> str:
+    """The role of a network that is no winner."""
+    if row.kind != Kind.SCRATCH:
+        return row.kind
+    return "published" if row.name else "found"
 
 
 def known(value: T | None) -> T:
@@ -235,6 +254,8 @@ def trial_of(trial: FrozenTrial) -> Trial:
         trial=trial.number,
         family=attrs.get("family", trial.params.get("family", "")),
         name=attrs.get("name", ""),
+        kind=Kind(attrs.get("kind", Kind.SCRATCH)),
+        parent=attrs.get("parent", ""),
         state="complete" if complete else "interrupted" if attrs.get("error") == INTERRUPTED else "failed",
         error=attrs.get("error", ""),
         quality=trial.values[0] if complete else None,
@@ -249,6 +270,7 @@ def trial_of(trial: FrozenTrial) -> Trial:
         feasible=bool(complete and attrs.get("feasible")),
         verdict=latency.verdict(attrs["budget_ms"]) if complete and latency else None,
         digest=detail.get("digest"),
+        key=detail.get("key", detail.get("digest")),
         features=detail.get("training", {}).get("features"),
         arch=attrs.get("arch"),
     )
@@ -291,21 +313,26 @@ def front_of(rows: Sequence[Trial]) -> list[Trial]:
 
 
 def finalists_of(rows: Sequence[Trial], budget_ms: float) -> list[Trial]:
-    """Trials for the closing run: every published one that fits (the fastest one where none does), the best ones, the
-    best of each family, and the best with some margin, should the machine be slower in the closing run.
+    """Trials for the closing run: every published one that fits (of ready ones the best; the fastest one where none
+    does), the best ones, the best of each kind and family, and the best with some margin, should the machine be slower
+    in the closing run.
     """
     feasible = [row for row in rows if row.feasible]
     published = [row for row in rows if row.name and row.latency_ms is not None]
-    baselines = [row for row in published if row.feasible] or sorted(published, key=lambda r: known(r.latency_ms))[:1]
+    ready = sorted((row for row in feasible if row.kind == Kind.READY), key=rank)[:RESERVES]
+    variants = [row for row in published if row.feasible and row.kind != Kind.READY]
+    baselines = variants + ready or sorted(published, key=lambda r: known(r.latency_ms))[:1]
     ranked = sorted(feasible, key=rank)
     chosen: dict[str, Trial] = {}
 
     def add(row: Trial | None) -> None:
         if row is not None:
-            chosen.setdefault(json.dumps(row.arch, sort_keys=True), row)
+            chosen.setdefault(json.dumps([row.arch, row.parent], sort_keys=True), row)
 
     for row in baselines + ranked[:RESERVES]:
         add(row)
+    for kind in Kind:
+        add(best_of([row for row in feasible if row.kind == kind]))
     for family in dict.fromkeys(row.family for row in ranked):
         add(best_of([row for row in feasible if row.family == family]))
     for share in MARGINS:
@@ -313,18 +340,23 @@ def finalists_of(rows: Sequence[Trial], budget_ms: float) -> list[Trial]:
     return list(chosen.values())
 
 
-def arch_of(row: Network) -> Arch:
-    from search_spaces import Arch
+def network_of(row: Network) -> Arch | TimmNetwork:
+    from nas.networks.build import from_document
 
-    return Arch.from_json(json.dumps(row.arch))
+    return from_document(json.dumps(row.arch))
+
+
+def candidate_of(row: Network) -> Candidate:
+    return Candidate(network_of(row), row.kind, row.parent, row.name)
 
 
 def published_top1(row: Trial) -> float | None:
-    """What was published of a variant, percent, at its own resolution and number of classes."""
+    """What was published of a variant, percent, at its own resolution and number of classes; None of a network of
+    timm's."""
     from search_spaces.api import find_variant
 
-    if not row.name or row.arch is None:
+    if not row.name or row.name.startswith(TIMM) or row.arch is None:
         return None
-    _, variant = find_variant(row.name)
+    _, variant = find_variant(row.name.partition("@")[0])
     at_home = row.resolution == variant.values["resolution"] and row.arch["num_classes"] == 1000
     return variant.top1 if at_home else None

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from nas.quality.surrogate import TrainedNetwork
 
 COMPLETED = "completed "
-"""With a digest, the study attribute that holds the rungs of a training made after its trial had ended."""
+"""With a candidate's key, the study attribute that holds the rungs of a training made after its trial had ended."""
 
 
 def open_trainer(
@@ -83,7 +83,7 @@ def results_of(study: optuna.Study) -> list[TrainedNetwork]:
         detail = trial.user_attrs.get("detail", {})
         if not detail.get("training"):
             continue
-        key = detail["digest"]
+        key = detail.get("key", detail["digest"])
         kept = detail["training"] | ({"rungs": completed[key]} if key in completed else {})
         try:
             training = TrainingRecord.from_json(kept)

@@ -7,6 +7,7 @@ timed (`nas.lock`).
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from nas.measure.remote import LinkLost
 from nas.measure.samples import MeasureError, is_decided, quanta, quanta_line
 from nas.process import WorkerError
 from nas.quality.candidate import Candidate
+from nas.search.given import GIVEN, origin, parameters_of
 from nas.search.latency import TrialLatency
 from nas.search.log import Clock, keep_samples
 from nas.search.rows import INTERRUPTED
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from nas.measure.remote import RemoteMeasurer
     from nas.measure.samples import Measurement
     from nas.networks.counts import Counts
+    from nas.networks.timm_network import TimmNetwork
     from nas.quality.tier import Estimate, Tier
     from nas.search.log import SearchLog
     from nas.search.request import SearchRequest
@@ -119,8 +122,11 @@ class TrialRunner:
 
         raise UserError(quanta_line(describe(self.request.settings)))
 
-    def trial(self, log: SearchLog) -> None:
+    def trial(self, log: SearchLog, enqueue_one: Callable[[], None] = lambda: None) -> None:
         """Run one trial, and tell the study its result or why it failed.
+
+        Args:
+            enqueue_one: as `nas.study.trials.ask` calls it.
 
         Raises:
             UserError: what ends the search: a full disk, or a connection that does not come back. The trial is retried.
@@ -134,15 +140,15 @@ class TrialRunner:
         with ExitStack() as leased, ExitStack() as device:
             device.enter_context(device_lock(self.request.settings.device))
             clock.lap("waiting for the device")
-            trial = ask(self.study)
+            trial = ask(self.study, enqueue_one)
             self.stage.trial = trial.number
             leased.callback(setattr, self.stage, "trial", None)
             try:
                 leased.enter_context(heartbeat(trial))
                 clock.lap("storage")
-                arch = suggest(trial, self.request)
+                candidate = suggest(trial, self.request, self.tier)
                 clock.lap("sampler")
-                if not self._measure_and_tell(trial, arch, clock, device.close):
+                if not self._measure_and_tell(trial, candidate, clock, device.close):
                     log.notes.append(LEASE_EXPIRED.format(trial.number))
             except LinkLost as error:
                 clock.lap("timed runs")
@@ -175,7 +181,7 @@ class TrialRunner:
             raise error
 
     def _measure_and_tell(
-        self, trial: optuna.Trial, arch: Arch, clock: Clock, leave_device: Callable[[], None]
+        self, trial: optuna.Trial, candidate: Candidate, clock: Clock, leave_device: Callable[[], None]
     ) -> bool:
         """Measure a network, estimate its quality and tell the study.
 
@@ -191,18 +197,19 @@ class TrialRunner:
         from nas.study.trials import fail, finish
 
         try:
-            counts = counts_of(arch)
+            counts = counts_of(candidate.network)
         except UserError as error:  # this network's alone: the search goes on
             clock.lap("build and export")
             return fail(self.study, trial, reason(error))
         clock.lap("build and export")
-        latency = self._known(arch.digest()) or self._latency(trial, arch, clock)
+        network = candidate.network
+        latency = self._known(network.digest()) or self._latency(trial, network, clock)
         clock.lap("other")
         excess = latency.excess(self.request.budget_ms)
         if self.tier.trained:  # a family's shared weights are trained for whatever comes first
             leave_device()
         try:
-            estimate = (self.tier.estimate if excess <= 0 else self.tier.predict)(Candidate(arch), counts)
+            estimate = (self.tier.estimate if excess <= 0 else self.tier.predict)(candidate, counts)
         except UpdateFinishedTrialError:
             raise
         except FAULTS as error:  # this network's alone: it is not retried
@@ -218,13 +225,13 @@ class TrialRunner:
             quality=estimate.score,
             throughput=latency.throughput,
             constraint=excess,
-            attrs=attributes(arch, counts, latency, estimate, self.request.budget_ms),
+            attrs=attributes(candidate, counts, latency, estimate, self.request.budget_ms),
         )
         clock.lap("storage")
         return told
 
     def _known(self, digest: str) -> TrialLatency | None:
-        """What an earlier trial of this study measured for the same Arch, by the same code."""
+        """What an earlier trial of this study measured for the same network, by the same code."""
         from nas.measure.cache import code_digest
 
         for trial in self.study.get_trials(deepcopy=False):
@@ -233,15 +240,15 @@ class TrialRunner:
                 return TrialLatency.read({**detail, "source": "reused"})
         return None
 
-    def _latency(self, trial: optuna.Trial, arch: Arch, clock: Clock) -> TrialLatency:
+    def _latency(self, trial: optuna.Trial, network: Arch | TimmNetwork, clock: Clock) -> TrialLatency:
         """The latency of a network, and its throughput at the batch size that the search asks for."""
         batch_size, many = self.request.settings.batch_size, self.request.throughput_at
-        result, when = self._timed(trial, arch, batch_size, self.request.budget_ms, clock)
+        result, when = self._timed(trial, network, batch_size, self.request.budget_ms, clock)
         throughput = result.throughput(batch_size)
         if many is not None:
             goal = None if result.p50_ms <= self.request.budget_ms else 0.0  # over budget: a few rounds are enough
             try:
-                throughput = self._timed(trial, arch, many, goal, clock)[0].throughput(many)
+                throughput = self._timed(trial, network, many, goal, clock)[0].throughput(many)
             except LinkLost:
                 raise
             except MeasureError as error:
@@ -263,26 +270,28 @@ class TrialRunner:
             return None
 
     def _timed(
-        self, trial: optuna.Trial, arch: Arch, batch_size: int, budget_ms: float | None, clock: Clock
+        self, trial: optuna.Trial, network: Arch | TimmNetwork, batch_size: int, budget_ms: float | None, clock: Clock
     ) -> tuple[Measurement, str | None]:
         """A network's measurement and, where it is from the cache, when it was made."""
         when: str | None = None
-        found = self._cached(lambda cache: cache.get(arch, batch_size, self.reference_ms))
+        found = self._cached(lambda cache: cache.get(network, batch_size, self.reference_ms))
         if found is not None and not quanta(found[1]) and is_decided(found[1].rounds_ms, budget_ms):
             when, result = found
         else:
-            result = self._measured(arch, batch_size, budget_ms, clock)
+            result = self._measured(network, batch_size, budget_ms, clock)
         record = {"trial": trial.number, "batch_size": batch_size, "cached": when}
         keep_samples(self.request.folder, record | result.to_dict())
         return result, when
 
-    def _measured(self, arch: Arch, batch_size: int, budget_ms: float | None, clock: Clock) -> Measurement:
+    def _measured(
+        self, network: Arch | TimmNetwork, batch_size: int, budget_ms: float | None, clock: Clock
+    ) -> Measurement:
         """Export a network and measure it; the cache keeps the result, unless the machine was busy."""
         settings = replace(self.request.settings, batch_size=batch_size)
         if settings == self.request.settings:
             self.measurer.prepare()
         self.stage("exporting")
-        path = self._exporter.write(arch, settings, self._folder / "candidate")
+        path = self._exporter.write(network, settings, self._folder / "candidate")
         clock.lap("build and export")
         self.stage("measuring")
         result = self.measurer.measure(path, budget_ms, pause=self._exporter.running, batch_size=batch_size)
@@ -291,27 +300,30 @@ class TrialRunner:
         if result.reference_p50_ms is not None:
             self.reference_ms = result.reference_p50_ms
         if not quanta(result):
-            self._cached(lambda cache: cache.put(arch, batch_size, result))
+            self._cached(lambda cache: cache.put(network, batch_size, result))
         return result
 
 
 def attributes(
-    arch: Arch, counts: Counts, latency: TrialLatency, estimate: Estimate, budget_ms: float
+    candidate: Candidate, counts: Counts, latency: TrialLatency, estimate: Estimate, budget_ms: float
 ) -> dict[str, object]:
     """The attributes of a measured trial in its study: columns of the dashboard, and the rest as its detail."""
     from nas.measure.cache import code_digest
 
+    network = candidate.network
+    document: object = json.loads(network.to_json())
     return {
-        "family": arch.family,
+        **origin(candidate),
         "latency_ms": latency.latency_ms,
         "feasible": int(latency.excess(budget_ms) <= 0),
         "budget_ms": budget_ms,
         "params_m": counts.params / 1e6,
         "macs_m": counts.macs / 1e6,
-        "resolution": arch.resolution,
-        "arch": arch.model_dump(mode="json"),
+        "resolution": network.resolution,
+        "arch": document,
         "detail": {
-            "digest": arch.digest(),
+            "digest": network.digest(),
+            "key": candidate.key,
             **estimate.to_dict(),
             "training": estimate.training.to_json() if estimate.training else {},
             "code": code_digest(),
@@ -320,14 +332,36 @@ def attributes(
     }
 
 
-def suggest(trial: optuna.Trial, request: SearchRequest) -> Arch:
-    """Let the sampler choose every parameter of the shared vocabulary, and decode them to the family's Arch."""
+def suggest(trial: optuna.Trial, request: SearchRequest, tier: Tier | None = None) -> Candidate:
+    """The candidate of a trial: that which it was given, or what the sampler makes up.
+
+    The sampler chooses every parameter of the shared vocabulary, and they are decoded to the family's Arch. A given
+    candidate that has parameters brings them.
+
+    Args:
+        tier: says where the weights of what the sampler makes up are from; None: they are random.
+
+    Raises:
+        ValueError: a given candidate that cannot be read here.
+    """
     from search_spaces.registry import FAMILIES
     from search_spaces.space import LEVELS, PARAMETERS
 
+    given = trial.user_attrs.get(GIVEN)
+    if given is not None:
+        try:
+            candidate = Candidate.from_json(given)
+        except UserError as error:  # another version of timm's, say
+            raise ValueError(str(error)) from None
+        if not parameters_of(request, candidate):
+            return candidate
     family = trial.suggest_categorical("family", list(request.families))
     params = {name: trial.suggest_int(name, 0, LEVELS - 1) for name in PARAMETERS}
-    return FAMILIES[family].space.decode(params, request.num_classes, request.resolution)
+    if given is not None:
+        return candidate
+    arch = FAMILIES[family].space.decode(params, request.num_classes, request.resolution)
+    found = tier.candidate_of(arch) if tier else Candidate(arch)
+    return replace(found, name=trial.user_attrs.get("name", ""))
 
 
 def open_cache(request: SearchRequest, say: Callable[[str], None]) -> Cache | None:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from nas.errors import TrainingError
-from nas.quality.candidate import Candidate
 from nas.quality.plan import LEAST_VALIDATED
 from nas.quality.ranking import GATE, selects, taus
 from nas.search.outcome import Validation
@@ -157,14 +156,14 @@ def measure_one(tier: TrainedTier, arch: Arch) -> ValidatedNetwork:
     """One network's size, estimates and accuracy after a full training."""
     from nas.networks.counts import counts_of
 
-    candidate, counts = Candidate(arch), counts_of(arch)
+    candidate, counts = tier.candidate_of(arch), counts_of(arch)
     untrained = tier.predict(candidate, counts)
     estimate = tier.complete(candidate, counts, keeps=False)
     training_record = known(estimate.training)
     trainer = tier.trainer
     rest, judge = trainer.halves(arch.resolution)
-    folder = trainer.folder / f"{arch.digest()[:16]}-full"
-    training = tier.begin(candidate, rest, tier.recipe(trainer.plan.final_epochs), SEED, folder)
+    folder = trainer.folder / f"{candidate.key[:16]}-full"
+    training = tier.begin(candidate, rest, tier.recipe(trainer.plan.final_epochs, candidate), SEED, folder)
     try:
         training.run(None, lambda done, total, *_: trainer.progress("validation", done, total))
     finally:

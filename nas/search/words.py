@@ -90,7 +90,7 @@ def skipped_lines(request: SearchRequest, rows: Sequence[Trial]) -> Iterator[str
     """Published variants that were not tried, a line a family: farther from the budget, or the search ended first."""
     from search_spaces.registry import FAMILIES
 
-    tried = {row.name for row in rows}
+    tried = {row.name.partition("@")[0] for row in rows}
     for family in request.families:
         names = [name for name in FAMILIES[family].variants if name not in tried]
         if names:

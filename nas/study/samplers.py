@@ -8,7 +8,7 @@ Optuna (and torch, for the Gaussian process) is imported when a sampler is made 
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from nas.errors import unknown
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
     from optuna.trial import FrozenTrial, TrialState
 
+T = TypeVar("T")
 GP_TRIALS = 250  # "auto" thinks with the Gaussian process below this many finished trials
 POPULATION = 16  # NSGA-II: Optuna's default of 50 learns too late for a few hundred trials
 
@@ -43,7 +44,27 @@ def make_sampler(name: str, seed: int | None) -> BaseSampler:
     if name not in SAMPLERS:
         raise unknown("sampler", name, SAMPLERS)
     quiet_optuna()
-    return SAMPLERS[name](seed)
+    sampler = SAMPLERS[name](seed)
+    for method in ("before_trial", "infer_relative_search_space", "sample_relative", "sample_independent"):
+        setattr(sampler, method, _blind(getattr(sampler, method)))
+    return sampler
+
+
+def _blind(method: Callable[..., T]) -> Callable[..., T]:
+    """A sampler's method, called with a study that does not show finished trials without parameters: Optuna's samplers
+    would relate the parameters of no trial to the objectives, or fail."""
+    import copy
+
+    def call(study: optuna.Study, *more: Any) -> T:
+        def get_trials(*given: Any, **named: Any) -> list[FrozenTrial]:
+            trials = study._get_trials(*given, **named)
+            return [trial for trial in trials if trial.params or not trial.state.is_finished()]
+
+        shown = copy.copy(study)
+        shown._get_trials = get_trials  # type: ignore[method-assign]
+        return method(shown, *more)
+
+    return call
 
 
 def _gp(seed: int | None) -> BaseSampler:

@@ -344,8 +344,13 @@ def _owed(study: optuna.Study) -> list[FrozenTrial]:
     return [
         t
         for t in trials
-        if t.state == TrialState.FAIL and t.user_attrs.get("retry") and t.number not in paid and _params(t)
+        if t.state == TrialState.FAIL and t.user_attrs.get("retry") and t.number not in paid and _begun(t)
     ]
+
+
+def _begun(trial: FrozenTrial) -> bool:
+    """Whether a trial was enqueued, or has parameters: what another can try again."""
+    return "fixed_params" in trial.system_attrs or bool(trial.params)
 
 
 def _params(trial: FrozenTrial) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def replay(name: str, seed: int, enqueue: bool, world: "World", seconds: float) 
     while spent < seconds:
         started = time.perf_counter()
         trial = study.ask()
-        arch = suggest(trial, world.options)
+        arch = suggest(trial, world.options).arch
         spent += time.perf_counter() - started + world.trial_s
         quality, clean = world.look_up(arch)
         latency = clean * math.exp(0.02 * noise.standard_normal())

@@ -381,7 +381,7 @@ def test_the_closing_run_leaves_it_to_parameters_too(tmp_path, monkeypatch):
         arch = {"number": number}
         return dataclasses.replace(COMPLETE, trial=number, quality=quality, params_m=params, selects=selects, arch=arch)
 
-    monkeypatch.setattr(closing, "arch_of", lambda row: row.arch)
+    monkeypatch.setattr(closing, "network_of", lambda row: row.arch)
     exporter = SimpleNamespace(write=lambda network, settings, stem: stem)
     monkeypatch.setattr(closing, "Exporter", lambda images: nullcontext(exporter))
     monkeypatch.setattr(side_by_side, "device_lock", lambda device: nullcontext())

@@ -45,7 +45,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     found = Clock()
-    monkeypatch.setattr(closing, "arch_of", lambda row: row.arch)
+    monkeypatch.setattr(closing, "network_of", lambda row: row.arch)
     exporter = SimpleNamespace(write=lambda network, settings, stem: stem)
     monkeypatch.setattr(closing, "Exporter", lambda images: nullcontext(exporter))
     monkeypatch.setattr(side_by_side, "device_lock", lambda device: nullcontext())

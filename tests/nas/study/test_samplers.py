@@ -53,6 +53,22 @@ def test_every_sampler_runs_a_constrained_study_quietly(
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
+def test_trials_without_parameters_take_none_from_the_others(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(samplers, "POPULATION", 4)
+    study = start(tmp_path, name)
+    for _ in range(12):
+        study.enqueue_trial({}, {"given": True})
+        finish(study, study.ask(), 50.0, 1.0, 0.0, {})
+        run(study, 1)
+    assert capfd.readouterr() == ("", ""), "Optuna tells where parameters are sampled independently"
+    if name != "random":
+        space = study.sampler.infer_relative_search_space(study, study.ask())
+        assert space.keys() == CHOICES.keys()
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_same_seed_same_search(tmp_path: Path, name: str) -> None:
     found = []
     for folder in ("a", "b"):
