@@ -19,6 +19,7 @@ from nas.cli.options import (
     Threads,
     TrainThreads,
     Verbose,
+    WeightsFrom,
     command_line,
 )
 from nas.errors import UserError, unknown
@@ -31,8 +32,10 @@ TRAINING_OPTIONS = ("train_images", "epochs", "final_epochs", "seeds", "validate
 
 @app.command(
     short_help="Search networks that meet a latency budget.",
-    epilog="Example:  vitnas search --latency-budget 2ms --data ./images --resolution 128\n\n"
-    "Example:  vitnas search --latency-budget 2ms --family shvit --family levit --trials 200",
+    epilog="Examples:\n\n  vitnas search --latency-budget 2ms --data ./images\n\n"
+    "  vitnas search --latency-budget 2ms --data ./images --weights-from ./checkpoints --resolution 128\n\n"
+    "  vitnas search --latency-budget 2ms --data ./images --from-scratch\n\n"
+    "  vitnas search --latency-budget 2ms --family shvit --family levit --trials 200",
 )
 def search(
     context: typer.Context,
@@ -42,16 +45,21 @@ def search(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Images to train candidates on: a folder (train/<class>/ beside val/<class>/, or <class>/), "
+            help="Images to judge and train candidates on: a folder (train/<class>/ beside val/<class>/, or <class>/), "
             "torch/NAME, hfds/NAME or wds/SHARDS.  [default: none, and only size is judged]"
         ),
     ] = None,
     quality: Annotated[
         str,
         typer.Option(
-            help="How networks are judged: prior (by size), train, inherit (from --parent), supernet, or auto."
+            help="How networks are judged: prior (by size), race (pretrained ones first), train (from scratch), "
+            "inherit (from --parent), supernet, or auto."
         ),
     ] = "auto",
+    weights_from: WeightsFrom = None,
+    from_scratch: Annotated[
+        bool, typer.Option("--from-scratch", help="Train every candidate from random weights.")
+    ] = False,
     parent: Annotated[
         str | None, typer.Option(help="Trained network to inherit from: a folder with weights, or a published name.")
     ] = None,
@@ -109,8 +117,9 @@ def search(
 ) -> None:
     """Search networks that meet a latency budget on this device, as measured on it.
 
-    With --data candidates are trained on your images, and at the end the winner and a published network are trained
-    fully, by one recipe. The same command continues its study. Ctrl-C ends it cleanly, with the report written.
+    With --data pretrained networks come first: published ones, and smaller ones cut from them, are tuned on your
+    images; with --from-scratch all begin with random weights. At the end the best are trained fully, by one recipe. The
+    same command continues its study. Ctrl-C ends it cleanly, with the report written.
 
     Exit codes: 0 a network surely fits, 1 none does or a step at the end failed, 2 bad input, 130 Ctrl-C.
     """
@@ -121,7 +130,12 @@ def search(
     timeout_s = parse_duration(timeout) if timeout else None
     settings = settings_for(runtime, device, threads, batch_size, precision)
     families = families_of(family)
-    tier = tier_of(quality, data, parent)
+    tier = tier_of(quality, data, parent, from_scratch)
+    if weights_from is not None and tier != "race":
+        raise UserError(
+            "--weights-from gives pretrained networks their weights: give it with --data, and without --from-scratch, "
+            "--parent and another --quality than race"
+        )
     plan = None
     if tier == "prior":
         for name in TRAINING_OPTIONS:
@@ -131,7 +145,9 @@ def search(
         from nas.quality.plan import DEFAULT_EPOCHS, TrainingPlan
 
         last = DEFAULT_EPOCHS[tier] if epochs is None else epochs
-        plan = TrainingPlan(data or "", train_images, last, final_epochs, seeds, validate, parent, num_classes)
+        plan = TrainingPlan(
+            data or "", train_images, last, final_epochs, seeds, validate, parent, num_classes, weights_from
+        )
         families = inheriting(parent, families, family) if tier == "inherit" else families
 
     from nas.networks.targets import find_target
@@ -179,23 +195,35 @@ def search(
     raise typer.Exit(outcome.exit_code)
 
 
-def tier_of(quality: str, data: str | None, parent: str | None) -> str:
-    """The tier that `--quality` names, or that the data and the parent allow."""
+def tier_of(quality: str, data: str | None, parent: str | None, from_scratch: bool = False) -> str:
+    """The tier that `--quality` names, or that the data, the parent and --from-scratch allow."""
     from nas.quality.tiers import TIERS
 
     if quality not in ("auto", *TIERS):
         raise UserError(f"--quality {quality!r}: choose auto, {', '.join(TIERS)}")
-    if data is None and (parent is not None or quality not in ("auto", "prior")):
-        raise UserError(
-            f"{'--parent' if parent is not None else f'--quality {quality}'} needs --data: images to train on"
+    asked = [
+        option
+        for option, given in (
+            ("--parent", parent is not None),
+            ("--from-scratch", from_scratch),
+            (f"--quality {quality}", quality not in ("auto", "prior")),
         )
+        if given
+    ]
+    if data is None:
+        if asked:
+            raise UserError(f"{asked[0]} needs --data: images to train on")
+        return "prior"
+    if from_scratch and (parent is not None or quality not in ("auto", "train", "supernet")):
+        other = "--parent" if parent is not None else f"--quality {quality}"
+        raise UserError(f"--from-scratch and {other}: give one of them")
     if quality == "auto":
-        return "prior" if data is None else "train" if parent is None else "inherit"
+        return "inherit" if parent is not None else "train" if from_scratch else "race"
     if quality == "inherit" and parent is None:
         raise UserError("--quality inherit needs --parent: a folder with trained weights, or a published name")
     if parent is not None and quality != "inherit":
         raise UserError(f"--quality {quality} inherits nothing: leave out --parent, or give --quality inherit")
-    if quality == "prior" and data is not None:
+    if quality == "prior":
         raise UserError("--quality prior trains nothing: leave out --data, or give --num-classes alone")
     return quality
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from nas.data.dataset import ImageData
     from nas.quality.tier import Tier
+    from nas.search.ready import Entrant
     from nas.search.request import SearchRequest
     from nas.search.rows import Trial
 
@@ -90,6 +91,7 @@ class _Search:
         self.stage = Stage(phase)
         self.log = SearchLog(datetime.now().astimezone().isoformat(timespec="seconds"))
         self.deadline = math.inf
+        self.entrants: list[Entrant] = []
         self.study, self.created = open_run(request, data)
 
     def run(self) -> tuple[optuna.Study, SearchLog]:
@@ -145,9 +147,7 @@ class _Search:
             else:
                 self.log.calibration, skipped = calibration_images(self.data, self.request.resolution or 224)
                 lines.append(skipped)
-        for line in filter(None, lines):
-            self.say(line)
-            self.log.notes.append(line)
+        self._note(*filter(None, lines))
 
     def _run_trials(self) -> None:
         from nas.study.trials import due
@@ -163,18 +163,43 @@ class _Search:
             if cache is not None:
                 stack.callback(cache.close)
             runner = stack.enter_context(TrialRunner(request, study, tier, cache, log.calibration, self.stage))
-            enqueue_published(request, study, runner.reference_ms)
+            make_trial = self._trials(stack, runner, tier)
             starting.lap("start")
             while due(study, request.trials, self.say, self._late) and not self._late():
                 started = time.perf_counter()
                 try:
-                    runner.trial(log)
+                    if not make_trial():
+                        break
                 finally:
                     log.trial_s.append(time.perf_counter() - started)
                 refuse_hopeless(tier, request.families)
                 around = Clock(log.phases)
                 self.progress(state_of(study, request, log))
                 around.lap("other")
+
+    def _trials(self, stack: ExitStack, runner: TrialRunner, tier: Tier) -> Callable[[], bool]:
+        """What makes a trial; it returns False where nothing is left to try. stack: closed after the last one."""
+        request, study, log = self.request, self.study, self.log
+        if request.quality == "race":
+            from nas.quality.race import RaceTier
+            from nas.search.race import Race
+
+            assert isinstance(tier, RaceTier)
+            race = Race(request, study, tier, self.entrants, runner)
+            stack.callback(lambda: self._note(*race.lines()))
+            return lambda: race.trial(log)
+        enqueue_published(request, study, runner.reference_ms)
+
+        def one() -> bool:
+            runner.trial(log)
+            return True
+
+        return one
+
+    def _note(self, *lines: str) -> None:
+        for line in lines:
+            self.say(line)
+            self.log.notes.append(line)
 
     def _open_tier(self) -> Tier:
         """The quality tier; one that trains also proposes what the study tries, unless a sampler is named."""
@@ -186,6 +211,10 @@ class _Search:
         if request.plan is not None and self.data is not None:
             folder, seed, px = request.folder / "training", request.seed or 0, request.resolution
             trainer = open_trainer(request.plan, self.data, self.study, folder, seed, px, self.stage, self.say)
+            if request.quality == "race":
+                from nas.search.race import find_field
+
+                self.entrants = find_field(request, self.study, trainer, self._note)
         tier = TIERS[request.quality](trainer)
         if isinstance(tier, TrainedTier) and request.sampler == "auto":
             from nas.search.propose import Proposer

@@ -10,7 +10,7 @@ latency decides only what is tried: every network that is tried is measured.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
@@ -20,7 +20,7 @@ from optuna.samplers import BaseSampler, RandomSampler
 from scipy.stats import norm
 
 from nas.networks.counts import counts_of
-from nas.quality.surrogate import LEAST, Surrogate, TrainedNetwork, describe
+from nas.quality.surrogate import DESCRIBED, LEAST, Surrogate, TrainedNetwork, describe
 from search_spaces import Arch
 from search_spaces.registry import FAMILIES
 from search_spaces.space import LEVELS, PARAMETERS, random_params
@@ -87,6 +87,38 @@ class Measured:
         )
 
 
+class Promise:
+    """How much a network promises: the logarithm of its constrained expected improvement."""
+
+    def __init__(self, measured: Sequence[Measured], quality: Surrogate, budget_ms: float) -> None:
+        """quality: fitted to all trainings so far."""
+        self._latency = Surrogate(
+            [TrainedNetwork(one.digest, _shape(one.features), {1: math.log(one.latency_ms)}) for one in measured],
+            1,
+            noise=LATENCY_NOISE,
+        )
+        self._quality, self._limit = quality, math.log(budget_ms)
+        fitting = {one.digest for one in measured if one.feasible}
+        found = (quality.predict(each.features).value for each in quality.trained if each.key in fitting)
+        self._best = max(found, default=0.0)
+
+    def of(self, features: np.ndarray) -> float:
+        """Of a network that has not been trained; its features begin with log2 of its parameters, which stand for its
+        quality while too few are trained."""
+        time = self._latency.predict(_shape(features))
+        fits = float(norm.logcdf((self._limit - time.value) / time.error))
+        if len(self._quality.trained) < LEAST:
+            return fits + math.log(2) * float(features[0])
+        found = self._quality.predict(features)
+        gap = (found.value - self._best) / found.error
+        return fits + math.log(max(1e-300, found.error * (gap * norm.cdf(gap) + norm.pdf(gap))))
+
+
+def _shape(features: Sequence[float] | np.ndarray) -> np.ndarray:
+    """The features that a latency goes by: not where the weights are from."""
+    return np.asarray(features)[: DESCRIBED + len(FAMILIES)]
+
+
 class Proposer(BaseSampler):
     """See the module. With a seed, what a trial proposes depends only on the seed, its number and the trials before."""
 
@@ -115,37 +147,12 @@ class Proposer(BaseSampler):
         fresh = [pool[digest] for digest in pool.keys() - {each.digest for each in measured}]
         if not fresh:
             return {}
-        best = max(fresh, key=self._scorer(measured))
+        promise = Promise(measured, self._tier.surrogate(), self._request.budget_ms)
+        best = max(fresh, key=lambda each: promise.of(describe(each.arch, counts_of(each.arch))))
         return {"family": best.family, **best.levels}
 
     def sample_independent(self, study: optuna.Study, trial: FrozenTrial, param_name: str, distribution: Any) -> Any:
         return self._random.sample_independent(study, trial, param_name, distribution)
-
-    def _scorer(self, measured: Sequence[Measured]) -> Callable[[Candidate], float]:
-        """A function that rates a candidate: the logarithm of its constrained expected improvement."""
-        latency = Surrogate(
-            [TrainedNetwork(one.digest, np.array(one.features), {1: math.log(one.latency_ms)}) for one in measured],
-            1,
-            noise=LATENCY_NOISE,
-        )
-        quality = self._tier.surrogate()
-        known = quality.trained
-        fitting = {one.digest for one in measured if one.feasible}
-        best = max((quality.predict(each.features).value for each in known if each.key in fitting), default=0.0)
-        limit = math.log(self._request.budget_ms)
-
-        def rate(candidate: Candidate) -> float:
-            counts = counts_of(candidate.arch)
-            features = describe(candidate.arch, counts)
-            time = latency.predict(features)
-            fits = float(norm.logcdf((limit - time.value) / time.error))
-            if len(known) < LEAST:
-                return fits + math.log(counts.params)
-            found = quality.predict(features)
-            gap = (found.value - best) / found.error
-            return fits + math.log(max(1e-300, found.error * (gap * norm.cdf(gap) + norm.pdf(gap))))
-
-        return rate
 
     def _pool(self, measured: Sequence[Measured], rng: np.random.Generator) -> list[Candidate]:
         """Random networks, and variations of the best within the budget, or of the best of all where none is."""

@@ -127,13 +127,16 @@ class Field:
 
     def next(self, latencies: Mapping[str, float], tried: Collection[str]) -> list[Open]:
         """What is worth measuring, one a network, those nearest the budget first: of each group without one a network,
-        then further resolutions of networks that are measured, then other networks.
+        then further resolutions of networks that are measured, then other networks. Where all are surely over the
+        budget the fastest, as that is only a guess before anything is measured.
 
         Args:
             latencies: in ms, by `Entrant.label`.
             tried: labels of candidates that are waiting, running, or over, whatever became of them.
         """
         found = [each for entrant in self.entrants if (each := self._next(entrant, latencies, tried)) is not None]
+        if not found and not tried:
+            found = self._fastest()
         found.sort(key=lambda each: each.off)
         begun = {each.name for each in self.entrants if any(each.label(px) in tried for px in each.sizes)}
         stand = {each.group for each in self.entrants if self._stands(each, latencies, tried)}
@@ -176,6 +179,14 @@ class Field:
         """Whether a network is in the race: it fits at a resolution, or that is not known yet."""
         labels = [entrant.label(px) for px in entrant.sizes]
         return any(label in tried and latencies.get(label, 0.0) <= self._budget for label in labels)
+
+    def _fastest(self) -> list[Open]:
+        all_of_them = (
+            Open(entrant, px, True, abs(math.log(self.forecast(entrant, px, {}).likely / self._budget)))
+            for entrant in self.entrants
+            for px in entrant.sizes
+        )
+        return sorted(all_of_them, key=lambda each: each.off)[:1]
 
     def _next(self, entrant: Entrant, latencies: Mapping[str, float], tried: Collection[str]) -> Open | None:
         """The measurement of a network that is worth most: the highest resolution that likely fits; None where its best

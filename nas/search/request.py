@@ -54,7 +54,7 @@ class SearchRequest:
     """Classes of the networks' head, 1 to 100,000; with a plan, those of its images."""
     quality: str = "auto"
     """Name of the tier that estimates quality (`nas.quality.tiers.TIERS`); auto: `inherit` where the plan has a parent,
-    `train` with another plan, else `prior`."""
+    `race` with another plan, else `prior`."""
     resolution: int | None = None
     """Input resolution of all networks in px, a multiple of 32 from 32 to 512; None: it is searched."""
     plan: TrainingPlan | None = None
@@ -78,7 +78,7 @@ class SearchRequest:
         if not self.families:
             object.__setattr__(self, "families", tuple(FAMILIES))
         if self.quality == "auto":
-            tier = "prior" if self.plan is None else "train" if self.plan.parent is None else "inherit"
+            tier = "prior" if self.plan is None else "race" if self.plan.parent is None else "inherit"
             object.__setattr__(self, "quality", tier)
         if not self.study:
             object.__setattr__(self, "study", default_study(self))

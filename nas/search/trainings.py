@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from nas.data.lineage import seen_among, seen_by
 from nas.errors import UserError
+from nas.networks.store import Store
 from nas.quality.parent import find_parent, parent_weights
 from nas.quality.tier import TrainingRecord
 from nas.quality.trainer import CandidateTrainer
@@ -60,6 +61,7 @@ def open_trainer(
         progress,
         resolution=resolution,
         seen=None if known is None else seen_among(data.train, known),
+        weights=Store(plan.weights_from, say),
         say=say,
     )
     say(

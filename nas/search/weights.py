@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,28 +13,33 @@ from nas.identity import differences
 if TYPE_CHECKING:
     import optuna
 
+    from nas.networks.store import Store
+
 ATTRIBUTE, FILE = "weights", "weights.json"
 """Of the study, and in the folder of its trainings: SHA-256 by the name of the network."""
 
 
-def agree_on_weights(study: optuna.Study, folder: Path, found: Mapping[str, str], missing: bool = False) -> None:
+def agree_on_weights(study: optuna.Study, folder: Path, store: Store) -> None:
     """Keep which weights the study and the trainings in its folder go by; such as were not there before are added.
 
     Args:
-        found: SHA-256 of the weights that can be had, by the name of the network.
-        missing: whether those that were there before and are not found now cannot be had.
+        folder: of the trainings.
+        store: has looked up the weights of all networks that may race.
 
     Raises:
-        UserError: the study, or a training, was made with others.
+        UserError: the study, or a training, was made with others, or with some that cannot be had any more.
     """
     from nas.study.trials import alone_in
+
+    found = store.digests
 
     def decide() -> None:
         path = folder / FILE
         in_folder = json.loads(path.read_text()) if path.is_file() else {}
         in_study = study.user_attrs.get(ATTRIBUTE, {})
+        lost = not {**in_study, **in_folder}.keys() <= found.keys() and not store.reach()
         for what, known in (("this study", in_study), (f"{folder} has trainings that", in_folder)):
-            compared = {name: found.get(name, "not found here") for name in known if name in found or missing}
+            compared = {name: found.get(name, "not found here") for name in known if name in found or lost}
             if differs := differences({"weights": {n: known[n] for n in compared}}, {"weights": compared}):
                 raise UserError(f"{what} began with {differs}: give the same --weights-from, or another --study")
         if {**in_study, **found} != in_study:

@@ -109,7 +109,7 @@ def open_trainer(args: argparse.Namespace) -> CandidateTrainer:
 
 def contestants(args: argparse.Namespace, trainer: CandidateTrainer) -> dict[str, Any]:
     """Archs by role, and what finding each cost in CPU-seconds."""
-    searched = search(args, "train", "--data", args.data, *training_words(args))
+    searched = search(args, "train", "--data", args.data, "--from-scratch", *training_words(args))
     prior = search(args, "prior", "--num-classes", str(len(trainer.data.classes)))
     budget_ms = searched["budget_ms"]
     found = {"search (train)": searched["winner"]["arch"], "search (prior)": prior["winner"]["arch"]}

@@ -69,6 +69,12 @@ def test_bad_search_option(vitnas, tmp_path, option, value, words):
     assert not list((tmp_path / "runs").rglob("study.journal"))
 
 
+def test_a_folder_of_weights_is_for_pretrained_networks(vitnas, tmp_path):
+    words = ("search", "--latency-budget", "2ms", "--out", str(tmp_path / "runs"), "--weights-from", str(tmp_path))
+    vitnas.refused(vitnas(*words), "--weights-from", "--data")
+    vitnas.refused(vitnas(*words, "--data", "x", "--from-scratch"), "--weights-from", "--from-scratch")
+
+
 def test_unwritable_out(vitnas, tmp_path):
     blocker = tmp_path / "file"
     blocker.write_text("kept")

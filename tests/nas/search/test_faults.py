@@ -168,7 +168,7 @@ def command(out: Path, *words: str, trials: int = TRIALS, budget: str = "10ms") 
 
 def trained(out: Path, pictures: Path, *words: str) -> list[str]:
     short = ("--train-images", "100", "--epochs", "1", "--final-epochs", "1", "--seeds", "1", "--threads", "1")
-    return command(out, "--data", str(pictures), *short, "--json", *words)
+    return command(out, "--data", str(pictures), "--from-scratch", *short, "--json", *words)
 
 
 def study_of(out: Path) -> Any:

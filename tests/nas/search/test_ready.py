@@ -52,14 +52,14 @@ def test_the_highest_resolution_within_the_budget_is_found_with_few_measurements
     if fitting:
         assert one.label(max(fitting)) in latencies
     else:
-        assert tried == [], "it surely cannot fit"
+        assert tried == ["one@64"]
 
 
 def test_a_network_that_surely_cannot_fit_is_not_measured_but_listed() -> None:
     small, large = entrant("small", 100), entrant("large", 4000, "another")
     field = Field([small, large], 0.15, REFERENCE)
     tried, latencies = race([small, large], 0.15)
-    assert [label.partition("@")[0] for label in tried] == ["small"] * len(tried)
+    assert {label.partition("@")[0] for label in tried} == {"small"}
     assert "large@64 and more" in field.over(latencies)
     assert any(line.startswith("small@") for line in field.over(latencies)), "its higher resolutions"
     assert set(field.over({})) == {"large@64 and more", "small@96 and more"}

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from nas.cli.search import tier_of
 from nas.data.pixels import IMAGENET
 from nas.errors import UserError
 from nas.measure.runtime import Settings
@@ -99,6 +100,34 @@ def test_a_study_of_an_earlier_version_goes_on(tmp_path):
     assert [trial.values for trial in study.trials] == [[70.0, 500.0]]
     with pytest.raises(UserError, match="budget_ms"):
         open_run(replace(request, budget_ms=3.0), None)
+
+
+def test_with_images_pretrained_networks_race_unless_the_user_wants_otherwise() -> None:
+    plan = TrainingPlan("./images")
+    assert SearchRequest(2.0, plan=plan).quality == "race"
+    assert SearchRequest(2.0, plan=replace(plan, parent="levit_128s")).quality == "inherit"
+    assert SearchRequest(2.0).quality == "prior"
+    assert tier_of("auto", "./images", None) == "race"
+    assert tier_of("auto", "./images", None, from_scratch=True) == "train"
+    assert tier_of("supernet", "./images", None, from_scratch=True) == "supernet"
+    assert tier_of("auto", "./images", "levit_128s") == "inherit"
+    assert tier_of("auto", None, None) == "prior"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"from_scratch": True, "data": None}, "^--from-scratch needs --data: images to train on$"),
+        ({"parent": "levit_128s", "data": None}, "^--parent needs --data"),
+        ({"quality": "race", "data": None}, "^--quality race needs --data"),
+        ({"parent": "levit_128s", "from_scratch": True}, "^--from-scratch and --parent: give one of them$"),
+        ({"quality": "race", "from_scratch": True}, "^--from-scratch and --quality race: give one of them$"),
+        ({"quality": "race", "parent": "levit_128s"}, "^--quality race inherits nothing: leave out --parent"),
+    ],
+)
+def test_options_that_contradict_each_other_are_told(words: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        tier_of(**{"quality": "auto", "data": "./images", "parent": None} | words)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ FOLDER = "trained"
 def command(root: Path, *words: str, trials: int = 3) -> list[str]:
     return [
         *("search", "--latency-budget", "30ms", "--trials", str(trials)),
-        *("--study", FOLDER, "--out", str(root / "runs"), "--data", str(root / "images"), "--family", "shvit"),
+        *("--study", FOLDER, "--out", str(root / "runs"), "--data", str(root / "images"), "--from-scratch"),
+        *("--family", "shvit"),
         *("--resolution", "32", "--train-images", "100", "--epochs", "2", "--final-epochs", "1", "--seeds", "2"),
         *("--sampler", "random", "--seed", "1", "--threads", "1", *words),
     ]

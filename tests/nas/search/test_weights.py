@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from optuna.samplers import RandomSampler
@@ -19,16 +20,19 @@ def test_other_weights_are_refused_and_new_ones_added(tmp_path: Path) -> None:
     def opened():
         return open_study("s", tmp_path / "study.journal", {"a": 1}, RandomSampler())
 
-    agree_on_weights(opened(), folder, {"levit_128s": "1111"})
-    agree_on_weights(opened(), folder, {"levit_128s": "1111", "timm/lcnet_050": "2222"})
-    agree_on_weights(opened(), folder, {"timm/lcnet_050": "2222"})
+    def agree(found: dict[str, str], reach: bool = True) -> None:
+        agree_on_weights(opened(), folder, SimpleNamespace(digests=found, reach=lambda: reach))
+
+    agree({"levit_128s": "1111"})
+    agree({"levit_128s": "1111", "timm/lcnet_050": "2222"})
+    agree({"timm/lcnet_050": "2222"})
     assert json.loads((folder / FILE).read_text()) == {"levit_128s": "1111", "timm/lcnet_050": "2222"}
     with pytest.raises(
         UserError, match=r"^this study began with weights.levit_128s 1111, this command says 3333: give"
     ):
-        agree_on_weights(opened(), folder, {"levit_128s": "3333"})
+        agree({"levit_128s": "3333"})
     with pytest.raises(UserError, match=r"weights.levit_128s 1111, this command says not found here: give the same"):
-        agree_on_weights(opened(), folder, {"timm/lcnet_050": "2222"}, missing=True)
+        agree({"timm/lcnet_050": "2222"}, reach=False)
     (tmp_path / "study.journal").unlink()
     with pytest.raises(UserError, match=r"training has trainings that began with weights.levit_128s 1111, this"):
-        agree_on_weights(opened(), folder, {"levit_128s": "3333"})
+        agree({"levit_128s": "3333"})

@@ -1,0 +1,249 @@
+"""What a race tries next: ready networks first, then what promises most of all that can be made of them.
+
+Ready networks take up to half of the trials (`nas.search.ready.SHARE`). Parents are networks just over the budget: one
+is tuned once, then cut to the budget in many ways. A few networks are from scratch, of families without weights. What
+comes next is chosen as `nas.search.propose` does, by constrained expected improvement over all of these.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from nas.errors import TrainingError, UserError
+from nas.networks.counts import counts_of
+from nas.quality.candidate import Candidate, Kind
+from nas.quality.surrogate import describe_candidate
+from nas.search import ready
+from nas.search.derive import Cutter, levels_of, reduced, varied
+from nas.search.given import GIVEN
+from nas.search.propose import Measured, Promise
+from nas.search.ready import POWER
+from nas.search.rows import candidate_of, trial_of
+from search_spaces import Arch, ArchError
+from search_spaces.registry import FAMILIES
+from search_spaces.space import random_params
+
+if TYPE_CHECKING:
+    import optuna
+
+    from nas.quality.race import RaceTier
+    from nas.search.ready import Field
+    from nas.search.request import SearchRequest
+
+SCRATCH_SHARE = 0.1
+"""Of the networks that are made up, those from scratch, where other families have weights: they rarely win on few
+images, but a family without weights stays in sight."""
+PARENT_IN = 10
+"""Trials for each parent that is tuned, as that takes about as long as several trials; two parents at least."""
+FIRST = 3
+"""Networks cut from each parent before parents compete."""
+OVER = (1.0, 3.0)
+"""How many times the budget a parent's latency is, at least and at most: one that fits is in the race itself, and
+little is left of a much larger one."""
+NEAR = 1.3
+"""The best of these."""
+DRAWN = 6
+"""Random variations that each parent gets more of with every trial, and networks from scratch that are compared. To
+describe a network costs about 0.07 s of a CPU, so what was drawn once stays in the choice."""
+WINDOW = (1.8, 0.5)
+"""Cuts are tried from the first to the second power of the share that likely meets the budget."""
+BEST = 3
+"""Children whose parameters are varied beside the parent's."""
+OFFERED = 8
+"""Candidates that are offered, best first, should other workers take some."""
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A trial of a race, whatever became of it."""
+
+    candidate: Candidate
+    measured: Measured | None
+    """None: it failed, or is not measured yet."""
+
+
+@dataclass(frozen=True)
+class Sized:
+    """A parent at a resolution."""
+
+    name: str
+    group: str
+    px: int
+    over: float
+    """Its likely latency as a multiple of the budget."""
+
+
+class Chooser:
+    """Chooses the candidates of a race."""
+
+    def __init__(self, tier: RaceTier, request: SearchRequest, field: Field) -> None:
+        self._tier, self._request, self._field = tier, request, field
+        self._cutters: dict[tuple[str, int], Cutter] = {}
+        self._made: dict[tuple[str, int], dict[str, Candidate]] = {}
+        """Children by their keys, of each parent at a resolution."""
+        self._levels: dict[str, Mapping[str, int]] = {}
+        """Parameters of networks made up by this process, by the key of the candidate."""
+        self._described: dict[str, np.ndarray] = {}
+        self._impossible: set[str] = set()
+        """Labels of ready networks that take no images of that size."""
+
+    def offer(self, study: optuna.Study) -> list[Candidate]:
+        """Candidates that are worth trying, best first; none where nothing is left. A parent may be tuned for them.
+        Where the user has named a sampler, ready networks alone: the sampler makes up others.
+
+        Raises:
+            UserError: as `nas.quality.parents.Parents.tuned`.
+        """
+        tried = tried_in(study)
+        latencies = {each.candidate.name: each.measured.latency_ms for each in tried if each.measured}
+        open_ready = self._ready(tried, latencies)
+        urgent = [candidate for candidate, at_once in open_ready if at_once]
+        if urgent or self._request.sampler != "auto":
+            return urgent[:OFFERED]
+        rng = self._generator(len(tried))
+        promise = Promise(
+            [each.measured for each in tried if each.measured], self._tier.surrogate(), self._request.budget_ms
+        )
+        others = [candidate for candidate, _ in open_ready]
+        if self._scratch_is_due(tried):
+            return self._best(self._scratch(rng), tried, promise) or self._best(others, tried, promise)
+        pool = others
+        for parent in self._parents(latencies):
+            children = self._children(parent, tried, rng)
+            number = sum(_place_of(each.candidate) == (parent.name, parent.px) for each in tried)
+            if number < FIRST and (fresh := self._best(children, tried, promise)):
+                return fresh
+            pool += children
+        return self._best(pool, tried, promise)
+
+    def _generator(self, number: int) -> np.random.Generator:
+        seed = self._request.seed
+        return np.random.default_rng(None if seed is None else [seed, number])
+
+    def _best(self, pool: Iterable[Candidate], tried: Sequence[Tried], promise: Promise) -> list[Candidate]:
+        """The most promising that have not been tried."""
+        known = {each.candidate.key for each in tried}
+        fresh = {each.key: each for each in pool if each.key not in known}
+
+        return sorted(fresh.values(), key=lambda each: promise.of(self._features(each)), reverse=True)[:OFFERED]
+
+    def _features(self, candidate: Candidate) -> np.ndarray:
+        if candidate.key not in self._described:
+            self._described[candidate.key] = describe_candidate(candidate, counts_of(candidate.network))
+        return self._described[candidate.key]
+
+    # Ready networks
+
+    def _ready(self, tried: Sequence[Tried], latencies: Mapping[str, float]) -> list[tuple[Candidate, bool]]:
+        """Ready networks still open, and whether they come at once; none where they have had their share."""
+        mine = [each.candidate for each in tried if each.candidate.kind == Kind.READY]
+        if len(mine) >= math.ceil(ready.SHARE * self._request.trials):
+            return []
+        found = []
+        for each in self._field.next(latencies, {candidate.name for candidate in mine} | self._impossible):
+            try:
+                found.append((each.entrant.at(each.px), each.urgent))
+            except (ArchError, UserError):
+                self._impossible.add(each.entrant.label(each.px))
+        return found
+
+    # Networks cut from a parent
+
+    def _parents(self, latencies: Mapping[str, float]) -> list[Sized]:
+        """Parents: the best of each family, then others."""
+        low, high = OVER
+        found: list[Sized] = []
+        for entrant in self._field.entrants:
+            if not isinstance(entrant.network, Arch) or entrant.name in self._tier.parents.failed:
+                continue
+            for px in entrant.sizes:
+                over = self._field.forecast(entrant, px, latencies).likely / self._request.budget_ms
+                if low < over <= high and entrant.label(px) not in self._impossible:
+                    found.append(Sized(entrant.name, entrant.group, px, over))
+        found.sort(key=lambda each: abs(math.log(each.over / NEAR)))
+        first = {each.group: each for each in reversed(found)}
+        leading = [each for each in found if first[each.group] is each]
+        ordered = [*leading, *(each for each in found if first[each.group] is not each)]
+        return ordered[: max(2, self._request.trials // PARENT_IN)]
+
+    def _children(self, parent: Sized, tried: Sequence[Tried], rng: np.random.Generator) -> list[Candidate]:
+        """Networks cut from a parent, which is tuned where it is not yet; none where it cannot be."""
+        place = parent.name, parent.px
+        if place not in self._cutters:
+            try:
+                self._cutters[place] = Cutter(self._tier.parents.tuned(parent.name, parent.px))
+            except TrainingError:  # told by the parents
+                return []
+        likely = parent.over ** (-1 / POWER)
+        for arch in self._cutters[place].cuts(likely ** WINDOW[0], likely ** WINDOW[1]):
+            self._keep(place, arch)
+        whole, own = self._cutters[place].parent.arch, levels_of(parent.name)
+        bases = [own, *self._best_levels(place, tried)]
+        reduces = FAMILIES[whole.family].reduction is not None
+        for i in range(DRAWN):
+            made = reduced(whole, own, rng) if reduces and i % 2 else varied(whole, bases, rng)
+            if made is not None:
+                arch, levels = made
+                self._levels[self._keep(place, arch)] = levels
+        return list(self._made[place].values())
+
+    def _keep(self, place: tuple[str, int], arch: Arch) -> str:
+        """Add a child to those of its parent, and give its key."""
+        candidate = Candidate(arch, Kind.DERIVED, place[0])
+        self._made.setdefault(place, {})[candidate.key] = candidate
+        return candidate.key
+
+    def _best_levels(self, place: tuple[str, int], tried: Sequence[Tried]) -> list[Mapping[str, int]]:
+        """Parameters of a parent's best children within the budget, of those that this process has made up."""
+        surrogate = self._tier.surrogate()
+        found = [
+            (surrogate.predict(np.array(each.measured.features)).value, self._levels[each.candidate.key])
+            for each in tried
+            if each.measured
+            and each.measured.feasible
+            and _place_of(each.candidate) == place
+            and each.candidate.key in self._levels
+        ]
+        return [levels for _, levels in sorted(found, key=lambda each: -each[0])[:BEST]]
+
+    # Networks from scratch
+
+    def _without_weights(self) -> list[str]:
+        """The families that nothing is ready of."""
+        groups = {entrant.group for entrant in self._field.entrants}
+        return [family for family in self._request.families if family not in groups]
+
+    def _scratch_is_due(self, tried: Sequence[Tried]) -> bool:
+        families = self._without_weights()
+        if len(families) == len(self._request.families) or not families:
+            return bool(families)
+        made = [each.candidate.kind for each in tried if each.candidate.kind != Kind.READY]
+        return made.count(Kind.SCRATCH) + 1 <= SCRATCH_SHARE * (len(made) + 1)
+
+    def _scratch(self, rng: np.random.Generator) -> Iterator[Candidate]:
+        families = self._without_weights()
+        for _ in range(DRAWN):
+            family = families[rng.integers(len(families))]
+            space = FAMILIES[family].space
+            yield Candidate(space.decode(random_params(rng), self._request.num_classes, self._request.resolution))
+
+
+def tried_in(study: optuna.Study) -> list[Tried]:
+    """The candidates of a study's trials, those that wait or run included; not of trials that a sampler has begun."""
+    found = []
+    for trial in study.get_trials(deepcopy=False):
+        measured = Measured.of(trial) if "detail" in trial.user_attrs else None
+        if GIVEN in trial.user_attrs:
+            found.append(Tried(Candidate.from_json(trial.user_attrs[GIVEN]), measured))
+        elif measured is not None:
+            found.append(Tried(candidate_of(trial_of(trial)), measured))
+    return found
+
+
+def _place_of(candidate: Candidate) -> tuple[str, int]:
+    return candidate.parent, candidate.network.resolution

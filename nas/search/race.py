@@ -1,0 +1,123 @@
+"""A search that races: which networks with which weights, and one trial after another until nothing is left to try."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from nas.networks.counts import counts_of
+from nas.quality.candidate import Candidate, Kind
+from nas.search.choose import Chooser, tried_in
+from nas.search.given import enqueue_candidate
+from nas.search.log import Clock
+from nas.search.ready import Entrant, Field, find_entrants
+from nas.search.trial import reference_arch
+from nas.search.weights import agree_on_weights
+from nas.units import listed
+
+if TYPE_CHECKING:
+    import optuna
+
+    from nas.quality.race import RaceTier
+    from nas.quality.trainer import CandidateTrainer
+    from nas.search.log import SearchLog
+    from nas.search.request import SearchRequest
+    from nas.search.trial import TrialRunner
+
+NO_WEIGHTS = (
+    "no pretrained weights were found: every network begins with random ones, which on some thousand images costs many "
+    "points of accuracy; --weights-from DIR gives weights"
+)
+
+
+class NothingLeft(Exception):
+    """Every candidate that was offered has been tried."""
+
+
+def find_field(
+    request: SearchRequest, study: optuna.Study, trainer: CandidateTrainer, note: Callable[[str], None]
+) -> list[Entrant]:
+    """The networks that race, which is told; the study keeps which weights they have.
+
+    Raises:
+        UserError: as `nas.search.ready.find_entrants` and `nas.search.weights.agree_on_weights`.
+    """
+    store = trainer.weights
+    entrants, lacking = find_entrants(request.families, request.resolution, request.num_classes, store)
+    agree_on_weights(study, trainer.folder, store)
+    if not entrants:
+        note(NO_WEIGHTS)
+        return entrants
+    note(f"pretrained networks in the race: {', '.join(each.name for each in entrants)}")
+    if lacking:
+        note(f"left out, as their weights cannot be had: {listed(lacking)}")
+    return entrants
+
+
+class Race:
+    """Makes the trials of a race."""
+
+    def __init__(
+        self,
+        request: SearchRequest,
+        study: optuna.Study,
+        tier: RaceTier,
+        entrants: Sequence[Entrant],
+        runner: TrialRunner,
+    ) -> None:
+        self._request, self._study, self._tier, self._runner = request, study, tier, runner
+        reference = counts_of(reference_arch()).macs, runner.reference_ms
+        self._field = Field(entrants, request.budget_ms, reference)
+        self._chooser = Chooser(tier, request, self._field)
+        self._weights = tier.trainer.weights.digests
+
+    def trial(self, log: SearchLog) -> bool:
+        """Make a trial; False where nothing is left to try, which the log notes.
+
+        Raises:
+            UserError: as `TrialRunner.trial`, `Chooser.offer` and `agree_on_weights`.
+            KeyboardInterrupt: as `TrialRunner.trial`.
+        """
+        clock = Clock(log.phases)
+        self._runner.stage("choosing a network")
+        offered = self._chooser.offer(self._study)
+        clock.lap("sampler")
+        try:
+            self._runner.trial(log, lambda: self._enqueue_one(offered))
+        except NothingLeft:
+            if offered:  # other workers have taken them
+                return True
+            log.notes.append("nothing is left to try: every network that may meet the budget has been")
+            return False
+        store = self._tier.trainer.weights
+        if store.digests != self._weights:  # some were downloaded
+            agree_on_weights(self._study, self._tier.trainer.folder, store)
+            self._weights = store.digests
+        return True
+
+    def lines(self) -> list[str]:
+        """What a reader should know of the ready networks: which were not measured, and that none fits."""
+        budget_ms = self._request.budget_ms
+        ready = [each for each in tried_in(self._study) if each.candidate.kind == Kind.READY]
+        latencies = {each.candidate.name: each.measured.latency_ms for each in ready if each.measured}
+        lines = []
+        if over := self._field.over(latencies):
+            lines.append(f"surely over {budget_ms:g} ms, and so not measured: {', '.join(over)}")
+        if latencies and min(latencies.values()) > budget_ms:
+            name = min(latencies, key=latencies.__getitem__)
+            lines.append(
+                f"no ready network meets {budget_ms:g} ms: the fastest, {name}, takes {latencies[name]:.3g} ms"
+            )
+        return lines
+
+    def _enqueue_one(self, offered: Sequence[Candidate]) -> None:
+        """Enqueue the first candidate that is in no trial, while no other process of the study decides; none where the
+        user's sampler makes one up.
+
+        Raises:
+            NothingLeft: all are in a trial.
+        """
+        if not offered and self._request.sampler != "auto":
+            return
+        if not any(enqueue_candidate(self._request, self._study, candidate) for candidate in offered):
+            raise NothingLeft

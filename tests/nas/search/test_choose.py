@@ -1,0 +1,155 @@
+"""What a race tries next: ready networks first, then cut ones of tuned parents, nothing twice."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from nas.errors import TrainingError
+from nas.networks.counts import counts_of
+from nas.quality.candidate import Candidate, Kind
+from nas.quality.surrogate import describe_candidate
+from nas.quality.trainer import Parent
+from nas.search import choose, derive
+from nas.search.choose import Chooser
+from nas.search.given import GIVEN
+from nas.search.ready import Entrant, Field
+from pruning.units import anatomy, equal_scores
+from search_spaces import get_arch
+
+PX, BUDGET_MS, PER_MAC = 64, 0.6, 0.05e-6
+"""EfficientViT-M0 at 64 px takes 0.31 ms, M1 0.68, M2 0.81."""
+NAMES = ("efficientvit_m0", "efficientvit_m1", "efficientvit_m2")
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(derive, "SHARES", (0.9, 0.8, 0.6))
+    monkeypatch.setattr(choose, "DRAWN", 2)
+    monkeypatch.setattr(choose, "Promise", Promise)
+
+
+class Promise:
+    """The larger the better, within the budget. `tests/nas/search/test_propose.py` tests the real one."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def of(self, features: np.ndarray) -> float:
+        macs = 2 ** features[1]
+        return macs if macs * PER_MAC <= BUDGET_MS else -macs
+
+
+class Bench:
+    """A race whose trials are made up."""
+
+    def __init__(self, trials: int = 40, families: tuple[str, ...] = ("efficientvit",), sampler: str = "auto") -> None:
+        self.trials: list[SimpleNamespace] = []
+        self.tuned: list[tuple[str, int]] = []
+        self.parents = SimpleNamespace(failed={}, tuned=self._tune)
+        surrogate = SimpleNamespace(predict=lambda features: SimpleNamespace(value=features[1]))
+        tier = SimpleNamespace(parents=self.parents, surrogate=lambda: surrogate)
+        request = SimpleNamespace(
+            trials=trials, budget_ms=BUDGET_MS, seed=0, families=families, sampler=sampler, num_classes=5, resolution=PX
+        )
+        entrants = [
+            Entrant(name, "efficientvit", get_arch(name).replace(num_classes=5), (PX,))
+            for name in NAMES
+            if "efficientvit" in families
+        ]
+        self.chooser = Chooser(tier, request, Field(entrants, BUDGET_MS, (6e6, 0.3)))
+
+    def study(self) -> SimpleNamespace:
+        return SimpleNamespace(get_trials=lambda deepcopy: self.trials)
+
+    def offer(self) -> list[Candidate]:
+        return self.chooser.offer(self.study())
+
+    def run(self, candidate: Candidate, fails: bool = False) -> None:
+        counts = counts_of(candidate.network)
+        ms = counts.macs * PER_MAC
+        features = describe_candidate(candidate, counts)
+        detail = {
+            "digest": candidate.network.digest(),
+            "key": candidate.key,
+            "latency_ms": ms,
+            "training": {"features": features.tolist(), "rungs": {}},
+        }
+        attributes = {GIVEN: candidate.to_json(), "family": candidate.network.family}
+        if not fails:
+            attributes |= {"detail": detail, "feasible": int(ms <= BUDGET_MS)}
+        self.trials.append(SimpleNamespace(number=len(self.trials), params={}, user_attrs=attributes))
+
+    def _tune(self, name: str, px: int) -> Parent:
+        self.tuned.append((name, px))
+        if name in self.parents.failed:
+            raise TrainingError("no")
+        arch = get_arch(name).replace(num_classes=5).at(px)
+        return Parent(name, arch, {}, equal_scores(anatomy(arch)))
+
+
+def test_a_race_tries_ready_networks_then_those_cut_from_the_parents_just_over_the_budget() -> None:
+    bench = Bench(trials=20)
+    order = []
+    for _ in range(10):
+        first = bench.offer()[0]
+        order.append(first)
+        bench.run(first)
+    keys = [each.key for each in order]
+    assert len(set(keys)) == len(keys), "nothing twice"
+    assert "efficientvit_m0@64" in {each.name for each in order}
+    kinds = [each.kind for each in order]
+    assert kinds.index(Kind.DERIVED) <= 3
+    derived = [each for each in order if each.kind == Kind.DERIVED]
+    assert {each.parent for each in derived} == {"efficientvit_m1", "efficientvit_m2"}
+    assert sorted(bench.tuned) == [("efficientvit_m1", PX), ("efficientvit_m2", PX)], "each once"
+    assert len({each.parent for each in derived[: choose.FIRST]}) == 1
+    assert len({each.parent for each in derived[: 2 * choose.FIRST]}) == 2
+    ms = [counts_of(each.network).macs * PER_MAC for each in derived]
+    assert sum(each <= BUDGET_MS for each in ms) >= len(ms) * 0.6
+    assert max(each for each in ms if each <= BUDGET_MS) > 0.85 * BUDGET_MS, "just within the budget"
+
+
+def test_ready_networks_have_a_share_of_the_trials_at_most() -> None:
+    bench = Bench(trials=2)
+    bench.run(bench.offer()[0])
+    assert all(each.kind == Kind.DERIVED for each in bench.offer())
+
+
+def test_what_waits_or_has_failed_is_not_offered_again() -> None:
+    bench = Bench()
+    first = bench.offer()[0]
+    bench.run(first, fails=True)
+    assert first.key not in {each.key for each in bench.offer()}
+
+
+def test_a_parent_that_cannot_be_had_makes_room_for_the_next() -> None:
+    bench = Bench(trials=20)
+    bench.parents.failed["efficientvit_m2"] = "damaged"
+    while (first := bench.offer()[0]).kind == Kind.READY:
+        bench.run(first)
+    assert first.parent == "efficientvit_m1"
+
+
+def test_without_weights_networks_are_from_scratch_and_with_some_a_few_are() -> None:
+    bench = Bench(families=("sepvit",))
+    assert {(each.kind, each.network.family) for each in bench.offer()} == {(Kind.SCRATCH, "sepvit")}
+    bench = Bench(trials=60, families=("efficientvit", "sepvit"))
+    order = []
+    for _ in range(14):
+        order.append(bench.offer()[0])
+        bench.run(order[-1])
+    made_up = [each for each in order if each.kind != Kind.READY]
+    assert 1 <= sum(each.kind == Kind.SCRATCH for each in made_up) <= math.ceil(choose.SCRATCH_SHARE * len(made_up))
+
+
+def test_with_a_sampler_only_ready_networks_are_offered() -> None:
+    bench = Bench(sampler="nsga2")
+    while offered := bench.offer():
+        assert offered[0].kind == Kind.READY
+        bench.run(offered[0])
+    assert bench.trials
+    assert bench.tuned == []
