@@ -65,7 +65,11 @@ def train(
     ] = False,
     num_classes: Annotated[int | None, typer.Option(help="Classes the data must have.")] = None,
     teacher: Annotated[
-        str | None, typer.Option(help="Distil from timm/NAME, a published name, or a folder with weights.")
+        str | None,
+        typer.Option(
+            help="Distil from timm/NAME, a published name, or a folder with weights, where a short trial shows that it "
+            "helps. One of other classes is fine-tuned on the images first."
+        ),
     ] = None,
     teacher_weights: Annotated[
         str | None, typer.Option(help="The teacher's weights, a file.  [default: timm's, or the folder's own]")

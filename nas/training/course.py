@@ -67,6 +67,8 @@ class Course:
     trials: list[Trial] = field(default_factory=list)
     lr: float | None = None
     """The highest learning rate that the trials chose."""
+    taught: Trial | None = None
+    """The trial with a teacher, at a rate that was tried without; the teacher is left out unless it is better."""
     whole: bool | None = None
     """Whether the tuning is on all images for training, also on those held out: the trials have spoken for it, and
     nothing is left to choose."""
@@ -76,6 +78,12 @@ class Course:
     """The fine-tuned network."""
     kept: str | None = None
     """Which one is the result, "probe" or "tuned"."""
+
+    @property
+    def teaches(self) -> bool:
+        """Whether the trial with the teacher is better than that without, where there was one."""
+        taught = self.taught
+        return taught is None or all(taught.top1 > trial.top1 for trial in self.trials if trial.lr == taught.lr)
 
     @classmethod
     def read(cls, found: dict[str, Any], place: object) -> Course:

@@ -154,6 +154,7 @@ class TrainFolder:
             start=course.start,
             probe=course.probe,
             trials=course.trials,
+            taught=course.taught,
             tuned=course.tuned,
             whole=course.whole,
             kept=course.kept,

@@ -12,7 +12,7 @@ from nas.errors import UserError
 from nas.networks.timm_network import TIMM
 from nas.networks.weights import load
 from nas.training.start import Start, find_start
-from nas.training.teachers import find_teacher, own_teacher
+from nas.training.teachers import OtherClassesError, find_teacher, own_teacher, tuning_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -186,14 +186,25 @@ def _source(inputs: TrainInputs, weights: Path) -> Network | TimmModel:
     return load(own, weights, what="--weights")
 
 
-def open_teacher(request: TrainRequest, data: ImageData, note: Callable[[str], None]) -> nn.Module | None:
-    """The network that the training learns from, (B, 3, R, R) -> (B, classes); None without one."""
+def open_teacher(
+    request: TrainRequest, data: ImageData, note: Callable[[str], None], tune: Callable[[TrainRequest], None]
+) -> nn.Module | None:
+    """The network that the training learns from, (B, 3, R, R) -> (B, classes); None without one.
+
+    tune: trains one of other classes on the images.
+    """
     recipe = request.recipe
     if request.teacher is None:
         if recipe.teacher is not None:
             note(f"the recipe {recipe.name} has the teacher {recipe.teacher}: without one it differs from it")
         return None
-    teacher = find_teacher(request.teacher, request.teacher_weights, data.classes, data.pixels)
+    try:
+        teacher = find_teacher(request.teacher, request.teacher_weights, data.classes, data.pixels)
+    except OtherClassesError:
+        own = tuning_of(request)
+        note(f"the teacher {request.teacher} is of other classes: it is fine-tuned on these images, in {own.folder}")
+        tune(own)
+        teacher = own_teacher("--teacher", str(own.folder), None, data.classes, data.pixels)
     note(f"{recipe.distillation} distillation from {request.teacher}")
     return teacher
 

@@ -41,6 +41,10 @@ TRIED = 3000
 """Images that a trial of a learning rate trains on, at most."""
 
 
+Brief = Callable[["nn.Module", "Recipe", "Images"], "Training"]
+"""Gives a training of a network by a recipe on images, without checkpoint and judging."""
+
+
 @dataclass
 class Preparation:
     """The steps before the first epoch, each of which is kept and so done once, and the choice after the last."""
@@ -225,35 +229,33 @@ class Preparation:
 
     # Learning rate
 
-    def try_rates(
-        self, model: nn.Module, recipe: Recipe, brief: Callable[[nn.Module, Recipe, Images], Training]
-    ) -> None:
-        """Train briefly with each of the recipe's rates, and see on the held-out images whether tuning pays: then it is
-        to be on all images, and begins with a probe that is fitted to all.
+    def try_rates(self, model: nn.Module, recipe: Recipe, brief: Brief, taught: Brief | None) -> None:
+        """Train briefly with each of the recipe's rates, and see on the held-out images whether a teacher helps and
+        whether tuning pays: then it is to be on all images, and begins with a probe that is fitted to all.
 
-        brief: gives a training of a network by a recipe on images, without checkpoint and judging.
+        taught: `brief` with a teacher; None without one.
         """
         from nas.data.images import sample
         from nas.export.folder import save_weights
 
         images = sample(self.inputs.train, TRIED, self.request.seed)
         for lr in recipe.rates[len(self.course.trials) :]:
-            trial = brief(copy.deepcopy(model), replace(recipe, epochs=1, lr=lr), images)
-            peak = trial.recipe.peak_lr
-            with self.job.phase(f"trying the learning rate {peak:g}") as progress:
-                try:
-                    trial.run(1, progress, self.stop)
-                    found = self.judge(trial.network) if self.rank == 0 else None
-                except TrainingError:
-                    found = Held(top1=0.0, top1_ci=(0.0, 0.0), images=len(self.inputs.held))
-            held = agreed(found)
-            assert held is not None
-            self.course.trials.append(Trial(lr=peak, top1=held.top1, top1_ci=held.top1_ci, images=held.images))
+            trial = brief(*_one_epoch(model, recipe, lr), images)
+            with self.job.phase(f"trying the learning rate {trial.recipe.peak_lr:g}") as progress:
+                self.course.trials.append(self._try(trial, progress))
             self.keep()
+        trials = self.course.trials
+        if taught is not None and self.course.taught is None:
+            lr = recipe.rates[trials.index(choose_trial(trials, recipe.epochs))]
+            with self.job.phase("trying the teacher") as progress:
+                self.course.taught = self._try(taught(*_one_epoch(model, recipe, lr), images), progress)
+            self.keep()
+        if self.course.taught is not None and self.course.teaches:
+            trials = [*trials, self.course.taught]
         probe = self.course.probe
         assert probe is not None
         assert probe.held is not None
-        whole = speak_for_tuning(self.course.trials, probe.held)
+        whole = speak_for_tuning(trials, probe.held)
         if whole and not probe.own_head:
             if self.rank == 0:
                 self._fit_to_all(model)
@@ -261,6 +263,16 @@ class Preparation:
             model.load_state_dict(agreed(model.state_dict()))
         self.course.whole = whole
         self.keep()
+
+    def _try(self, trial: Training, progress: Callable[..., None]) -> Trial:
+        try:
+            trial.run(1, progress, self.stop)
+            found = self.judge(trial.network) if self.rank == 0 else None
+        except TrainingError:
+            found = Held(top1=0.0, top1_ci=(0.0, 0.0), images=len(self.inputs.held))
+        held = agreed(found)
+        assert held is not None
+        return Trial(lr=trial.recipe.peak_lr, top1=held.top1, top1_ci=held.top1_ci, images=held.images)
 
     def choose_rate(self, recipe: Recipe, epochs: int) -> None:
         """Keep the one of the recipe's rates that the trials speak for."""
@@ -274,6 +286,12 @@ class Preparation:
             if self.course.whole
             else "the best trial is worse than the probe: the images held out stay so, and choose between the two"
         )
+        if taught := self.course.taught:
+            (other,) = (trial for trial in self.course.trials if trial.lr == taught.lr)
+            self.note(
+                f"the teacher {'helps' if self.course.teaches else 'does not help and is left out'}: "
+                f"{taught.top1:.1f}% of {HELD} in a short trial with it, {other.top1:.1f}% without"
+            )
         self.course.lr = recipe.rates[self.course.trials.index(best)]
         self.keep()
 
@@ -296,3 +314,7 @@ class Preparation:
         self.course.epochs = max(1, int((60 * minutes - spent) / epoch))
         self.note(f"--minutes {minutes:g}: {counted(self.course.epochs, 'epoch')}, one takes about {epoch:.0f} s")
         self.keep()
+
+
+def _one_epoch(model: nn.Module, recipe: Recipe, lr: float) -> tuple[nn.Module, Recipe]:
+    return copy.deepcopy(model), replace(recipe, epochs=1, lr=lr)

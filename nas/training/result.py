@@ -113,6 +113,8 @@ class TrainResult:
     """The linear probe on held-out images, of a fine-tuning."""
     trials: list[Trial] = field(default_factory=list)
     """Of learning rates."""
+    taught: Trial | None = None
+    """With a teacher, which was left out unless this is better than the trial of the same rate without it."""
     tuned: Held | None = None
     """The fine-tuned network on the images that the probe was judged on."""
     whole: bool | None = None

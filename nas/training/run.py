@@ -86,6 +86,7 @@ class TrainingRun:
         from nas.data.batches import loader
 
         self.request, self.device, self._locks = request, device, locks
+        self._command, self._progress = command, progress
         self.rank, self.processes = ranks()
         self._stop: Callable[[], bool] = lambda: False
         self._new = not request.folder.is_dir()
@@ -131,7 +132,7 @@ class TrainingRun:
         model, own_head = first_network(request, inputs, self._note)
         if request.probe or (inputs.fine_tunes and not len(inputs.held)):
             return self._probe(model)
-        teacher = open_teacher(request, inputs.data, self._note)
+        teacher = open_teacher(request, inputs.data, self._note, self._tune_teacher)
         guided = lend_oracle(request, model, inputs.data, self.device, self._note)
         training = self._prepared(model, own_head, teacher)
         error = None
@@ -148,6 +149,10 @@ class TrainingRun:
                 self._leave(training)
             raise
         return self._written(trained, error)
+
+    def _tune_teacher(self, request: TrainRequest) -> None:
+        with self.job.phase("the teacher"), ExitStack() as locks:
+            TrainingRun(request, self.device, self._command, self.job.say, self._progress, locks).run()
 
     def _agree(self) -> None:
         """Go on only with what the folder's training was begun with."""
@@ -194,18 +199,21 @@ class TrainingRun:
         recipe, course, inputs, minutes = self.request.recipe, self.course, self.inputs, self.request.minutes
 
         def brief(network: nn.Module, by: Recipe, images: Images) -> Training:
+            return self._training(network, by, images, None, None)
+
+        def taught(network: nn.Module, by: Recipe, images: Images) -> Training:
             return self._training(network, by, images, teacher, None)
 
         probes = inputs.fine_tunes and course.probe is None
         tries = len(recipe.rates) > 1 and inputs.fine_tunes and course.lr is None
         if agreed(probes or tries or (minutes is not None and course.epochs is None)):
             # before anything is written: whether such a training can be had
-            checked = brief(copy.deepcopy(model), replace(recipe, lr=recipe.lr / 1e6), inputs.train)
+            checked = taught(copy.deepcopy(model), replace(recipe, lr=recipe.lr / 1e6), inputs.train)
             self._begin()
             if inputs.fine_tunes:
                 self.steps.probe(model, own_head)
             if tries:
-                self.steps.try_rates(model, recipe, brief)
+                self.steps.try_rates(model, recipe, brief, None if teacher is None else taught)
             if minutes is not None and course.epochs is None:
                 self.steps.choose_epochs(minutes, checked)
             if tries:
@@ -213,6 +221,7 @@ class TrainingRun:
         elif inputs.fine_tunes:
             self.steps.probe(model, own_head)
         recipe = replace(recipe, lr=course.lr or recipe.lr, epochs=course.epochs or recipe.epochs)
+        teacher = teacher if course.teaches else None
         training = self._training(model, recipe, self.steps.images, teacher, self.job.kept / "checkpoint")
         if self._queued is not None:
             self._begin()

@@ -1,7 +1,11 @@
-"""Trained networks that teach another one."""
+"""Trained networks that teach another one.
+
+One that does not know the classes of the images is fine-tuned on them first.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from nas.data.pixels import IMAGENET, Pixels
@@ -14,31 +18,42 @@ from nas.networks.weights import load
 if TYPE_CHECKING:
     from torch import nn
 
+    from nas.training.request import TrainRequest
+
+TEACHER = "teacher"
+"""What the folder of a teacher's own training is called, in that of its student."""
+
+
+class OtherClassesError(UserError):
+    """A teacher that does not know the classes of the images."""
+
 
 def find_teacher(text: str, weights: str | None, classes: list[str], pixels: Pixels = IMAGENET) -> nn.Module:
     """A trained network that takes the student's images, made with `pixels`: (B, 3, R, R) -> (B, classes).
 
     Raises:
-        UserError: no such network, weights that cannot be had, random ones, or another number of classes.
+        UserError: no such network, weights that cannot be had, or random ones. OtherClassesError: it has another number
+            of classes.
     """
     if not text.startswith(TIMM):
         return own_teacher("--teacher", text, weights, classes, pixels)
     import timm
 
-    name = text.removeprefix(TIMM)
+    name, _, _ = text.removeprefix(TIMM).partition("@")
     if not timm.is_model(name):
         near = ", ".join(timm.list_models(f"*{name.split('.')[0][:8]}*")[:3])
         raise UserError(f"--teacher {text}: timm has no such network" + (f", but {near}" if near else ""))
-    network = TimmNetwork(name)
+    target = find_target(text)
+    network = cast(TimmNetwork, target.timm)
     if weights is None:
         model = load(network, "timm", what=f"--teacher {text}")
     else:
         network = network.replace(num_classes=len(classes))
         model = load(network, weights, what="--teacher-weights")
         if model.untrained:
-            raise UserError(f"--teacher-weights: {weights}: another classifier, which would teach nothing")
+            raise OtherClassesError(f"--teacher-weights: {weights}: another classifier, which would teach nothing")
     config = cast("dict[str, Any]", model.pretrained_cfg)
-    fixed = network.resolution if config.get("fixed_input_size") else None
+    fixed = network.resolution if target.resolution or config.get("fixed_input_size") else None
     own = pixels_of(network, weights or "timm")
     return _fitting(f"--teacher {text}", model, (network.num_classes, len(classes)), fixed, own, pixels)
 
@@ -46,11 +61,11 @@ def find_teacher(text: str, weights: str | None, classes: list[str], pixels: Pix
 def own_teacher(
     option: str, text: str, weights: str | None, classes: list[str], pixels: Pixels = IMAGENET
 ) -> nn.Module:
-    """A network of ours that teaches."""
+    """A network that teaches, of ours or in a folder; errors as in `find_teacher`."""
     target = find_target(text)
     model = load(target, weights, what=f"{option} {text}")
     if model.untrained:
-        raise UserError(f"{option} {text}: weights with another classifier, which would teach nothing")
+        raise OtherClassesError(f"{option} {text}: weights with another classifier, which would teach nothing")
     counts = model.arch.num_classes, len(classes)
     own = pixels_of(model.arch, weights or target.weights or "timm")
     return _fitting(f"{option} {text}", model, counts, model.arch.resolution, own, pixels)
@@ -70,7 +85,9 @@ def _fitting(
     from torchvision.transforms.v2 import Normalize, Resize
 
     if classes[0] != classes[1]:
-        raise UserError(f"{option} has {classes[0]} classes and the data {classes[1]}: fine-tune it on the data first")
+        raise OtherClassesError(
+            f"{option} has {classes[0]} classes and the data {classes[1]}: fine-tune it on the data first"
+        )
     first: list[nn.Module] = []
     if resolution is not None:
         first.append(Resize((resolution, resolution)))
@@ -78,3 +95,24 @@ def _fitting(
         pairs = list(zip(own.mean, own.std, given.mean, given.std, strict=True))
         first.append(Normalize([(m - m0) / s0 for m, _, m0, s0 in pairs], [s / s0 for _, s, _, s0 in pairs]))
     return nn.Sequential(*first, model)
+
+
+def tuning_of(request: TrainRequest) -> TrainRequest:
+    """The fine-tuning of a student's teacher on the student's images: a run of its own in the student's folder, for the
+    student's epochs, ten at most, or half of its minutes."""
+    from nas.training.recipes import FINETUNE
+    from nas.training.request import choose_recipe
+
+    assert request.teacher is not None
+    return replace(
+        request,
+        model=request.teacher,
+        weights=request.teacher_weights,
+        recipe=choose_recipe(FINETUNE.name, min(FINETUNE.epochs, request.recipe.epochs)),
+        folder=request.folder / TEACHER,
+        resolution=None,
+        teacher=None,
+        teacher_weights=None,
+        oracle=None,
+        minutes=None if request.minutes is None else request.minutes / 2,
+    )

@@ -1,0 +1,115 @@
+"""A teacher: fine-tuned first where it is of other classes, and left out where a short trial with it is no better."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import nas.data.dataset
+import nas.training.engine
+import nas.training.inputs
+from nas.data.dataset import open_data
+from nas.data.images import sample
+from nas.training.course import Course, Trial
+from nas.training.prepare import Preparation
+from nas.training.recipes import FINETUNE, RECIPES
+from nas.training.teachers import OtherClassesError, find_teacher
+from search_spaces import Arch, create_model
+
+ARGS = ("--epochs", "1", "--batch-size", "32", "--device", "cpu")
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few digits, and two rates."""
+
+    def open_few(*args: Any) -> nas.data.dataset.ImageData:
+        data = open_data(*args)
+        return dataclasses.replace(data, train=sample(data.train, 100, 0), val=sample(data.val, 32, 0))
+
+    monkeypatch.setattr(nas.data.dataset, "open_data", open_few)
+    monkeypatch.setitem(RECIPES, "finetune", dataclasses.replace(FINETUNE, rates=(1e-4, 1e-3)))
+
+
+@pytest.fixture
+def of_seven(helpers: Any, tmp_path: Path) -> tuple[str, str]:
+    """A tiny SHViT for ten classes, and weights for it, of seven."""
+    arch = helpers.random_arch("shvit", 3, num_classes=10, resolution=32)
+    (tmp_path / "arch.json").write_text(arch.to_json())
+    torch.manual_seed(0)
+    torch.save(create_model(arch.replace(num_classes=7)).state_dict(), tmp_path / "seven.pth")
+    return str(tmp_path / "arch.json"), str(tmp_path / "seven.pth")
+
+
+def metrics(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def trial(lr: float, top1: float) -> Trial:
+    return Trial(lr=lr, top1=top1, top1_ci=(40.0, 60.0), images=100)
+
+
+def test_one_of_other_classes_is_fine_tuned_first(
+    vitnas: Any, of_seven: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a folder of its own; a short trial with it is no better here, so it is left out."""
+    has: dict[int, bool] = {}
+    trained: list[bool] = []
+
+    class Peek(nas.training.engine.Training):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            has[id(self)] = kwargs["teacher"] is not None
+            if kwargs["checkpoint"] is not None:
+                trained.append(kwargs["teacher"] is not None)
+
+    monkeypatch.setattr(nas.training.engine, "Training", Peek)
+    monkeypatch.setattr(Preparation, "_try", lambda _, each, __: trial(each.recipe.lr, 49.0 if has[id(each)] else 50.0))
+    asked = []
+    find = nas.training.inputs.own_teacher
+    monkeypatch.setattr(nas.training.inputs, "own_teacher", lambda *args: asked.append(args[:3]) or find(*args))
+    out, (model, seven) = tmp_path / "out", of_seven
+    args = ("train", model, "--weights", seven, "--teacher", model, "--teacher-weights", seven, "--out", str(out))
+    code, _, err = vitnas(*args, *ARGS)
+    assert code == 0, err
+    own = metrics(out / "teacher")
+    assert (own["recipe"]["name"], own["recipe"]["epochs"], len(own["classes"])) == ("finetune", 1, 10)
+    assert own["taught"] is None
+    assert f"is fine-tuned on these images, in {out / 'teacher'}" in err
+    assert "soft distillation from" in err
+    assert asked == [("--teacher", str(out / "teacher"), None)]
+    assert trained == [False, False], "the teacher's own, then the student's"
+    assert "the teacher does not help and is left out: 49.0% of " in err
+    assert "in a short trial with it, 50.0% without" in err
+    found = metrics(out)
+    assert found["taught"]["top1"] == 49.0
+    assert found["phases"]["the teacher"] > 0
+
+
+@pytest.mark.parametrize(("top1", "helps"), [(51.0, True), (50.0, False), (49.0, False)])
+def test_it_teaches_where_its_trial_is_better(top1: float, helps: bool) -> None:
+    """Than that of the same rate without it."""
+    course = Course(trials=[trial(1e-4, 60.0), trial(1e-3, 50.0)], taught=trial(1e-3, top1))
+    assert course.teaches == helps
+
+
+def test_without_a_trial_it_teaches() -> None:
+    """As in folders from before there was one."""
+    assert Course.read({"course": {"lr": 1e-4}}, "").teaches
+
+
+def test_other_classes_are_told_apart_from_no_weights(of_seven: tuple[str, str], tmp_path: Path) -> None:
+    """Of a network of as many classes as its weights, and of one of as many as the images."""
+    model, seven = of_seven
+    arch = Arch.from_json(Path(model).read_bytes()).replace(num_classes=7)
+    (tmp_path / "own.json").write_text(arch.to_json())
+    classes = ["class"] * 10
+    with pytest.raises(OtherClassesError, match="has 7 classes and the data 10"):
+        find_teacher(str(tmp_path / "own.json"), seven, classes)
+    with pytest.raises(OtherClassesError, match="another classifier"):
+        find_teacher(model, seven, classes)
