@@ -27,7 +27,7 @@ SHARE = 0.5
 first; at least as many trials are left to beat them."""
 SIZES = range(64, 513, 32)
 """Resolutions in px that a network is tried at, up to that of its checkpoint."""
-GUESSED, ALIKE, LINE = 2.5, 1.6, 1.15
+GUESSED, ALIKE, LINE = 2.5, 2.0, 1.15
 """A latency that is foretold from another network's is wrong by less than these factors, either way: from the reference
 network's, from that of a network of the same group, and from the same network's at two other resolutions."""
 POWER = 0.7
