@@ -391,19 +391,14 @@ def _mhsa_share(row: PapersRow) -> PapersRow:
 
 def _head_similarity(row: PapersRow) -> PapersRow:
     """Mean over blocks of `head_similarity` of the trained DeiT-Tiny on scikit-learn's two photographs."""
-    import timm
-
     from nas.bench.papers.blocks import head_similarity, photographs
-    from search_spaces import get_arch
-    from search_spaces.checkpoints import WeightsError
-    from search_spaces.weights import timm_state
+    from nas.networks.timm_network import TimmNetwork
+    from nas.networks.weights import load
 
     try:
-        state = timm_state(get_arch("deit_tiny"))
-    except WeightsError as error:
+        model = load(TimmNetwork("deit_tiny_patch16_224"), "timm").eval()
+    except UserError as error:
         raise MeasureError("needs timm's trained deit_tiny_patch16_224, which could not be downloaded") from error
-    model = timm.create_model("deit_tiny_patch16_224").eval()
-    model.load_state_dict(state)
     found = head_similarity(model, photographs(model))
     return replace(
         row,

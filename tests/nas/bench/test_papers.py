@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 
@@ -32,7 +33,6 @@ from nas.errors import UserError
 from nas.machine import default_threads
 from nas.measure.runtime import Settings
 from nas.measure.samples import MeasureError, Measurement
-from search_spaces import weights
 
 ORT = Settings(threads=2)
 CLAIM = {claim.id: claim for claim in CLAIMS}
@@ -332,14 +332,14 @@ def test_head_similarity_against_a_plain_loop():
         x = block(x)
 
 
-def test_head_similarity_needs_weights(monkeypatch):
-    def refuse(arch):
-        raise weights.WeightsError("timm could not fetch it")
-
-    monkeypatch.setattr(weights, "timm_state", refuse)
+def test_head_similarity_needs_weights(monkeypatch, tmp_path):
+    monkeypatch.setattr("search_spaces.weights.unreachable", lambda: "no connection")
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *args, **kwargs: None)
     (row,) = run_papers(ORT, only=["deit-head-similarity"]).to_json()["rows"]
     assert row["error"] == "needs timm's trained deit_tiny_patch16_224, which could not be downloaded"
-    monkeypatch.setattr(weights, "timm_state", lambda arch: timm.create_model("deit_tiny_patch16_224").state_dict())
+    model = timm.create_model("deit_tiny_patch16_224")
+    save_file(model.state_dict(), tmp_path / "deit_tiny_patch16_224.safetensors")
+    monkeypatch.setenv("VITNAS_WEIGHTS", str(tmp_path))
     result = run_papers(ORT, only=["deit-head-similarity"])
     (row,) = result.to_json()["rows"]
     assert row["error"] is None
