@@ -177,7 +177,7 @@ def test_a_network_that_does_not_end_in_a_linear_layer_is_refused() -> None:
     model.add_module("head", nn.Linear(3, 2))
     model.add_module("softmax", nn.Softmax(1))
     model.arch = get_arch("shvit_s1")
-    with pytest.raises(UserError, match="does not end in a linear layer"):
+    with pytest.raises(UserError, match=r"does not end in a linear layer.*: choose another network"):
         find_features(model, [(torch.rand(4, 3, 1, 1), torch.zeros(4, dtype=torch.int64))])
 
 
