@@ -32,10 +32,10 @@ TRAINING_OPTIONS = ("train_images", "epochs", "final_epochs", "seeds", "validate
 
 @app.command(
     short_help="Search networks that meet a latency budget.",
-    epilog="Examples:\n\n  vitnas search --latency-budget 2ms --data ./images\n\n"
-    "  vitnas search --latency-budget 2ms --data ./images --weights-from ./checkpoints --resolution 128\n\n"
-    "  vitnas search --latency-budget 2ms --data ./images --from-scratch\n\n"
-    "  vitnas search --latency-budget 2ms --family shvit --family levit --trials 200",
+    epilog="Example:  vitnas search --latency-budget 2ms --data ./images\n\n"
+    "Example:  vitnas search --latency-budget 2ms --data ./images --weights-from ./checkpoints --resolution 128\n\n"
+    "Example:  vitnas search --latency-budget 2ms --data ./images --from-scratch\n\n"
+    "Example:  vitnas search --latency-budget 2ms --family shvit --family levit --trials 200",
 )
 def search(
     context: typer.Context,
