@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+from nas.units import counted
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -46,6 +48,12 @@ class RungRank:
     """Of top-1 there with top-1 after the last rung."""
     regret: float
     """What the network that was best there is short of the best one after the last rung, in points."""
+
+    @property
+    def words(self) -> str:
+        when = f"after {counted(self.epochs, 'epoch')}" if self.epochs else "before any epoch"
+        tau = "unknown" if self.tau.tau is None else f"{self.tau.tau:.2f}"
+        return f"{when} tau {tau}, regret {self.regret:.1f} points ({self.networks} networks)"
 
 
 def rung_ranks(trained: Sequence[TrainedNetwork], last: int) -> list[RungRank]:

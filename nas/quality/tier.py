@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from nas.data.dataset import ImageData
     from nas.data.images import Images
     from nas.networks.counts import Counts
+    from nas.quality.ranking import RungRank
     from nas.quality.surrogate import Surrogate, TrainedNetwork
     from nas.quality.trainer import CandidateTrainer
     from nas.training.engine import Training
@@ -177,6 +178,12 @@ class TrainedTier(ABC):
     @abstractmethod
     def held_out(self) -> tuple[float, float] | None:
         """Error of the surrogate; see `Surrogate.held_out`. None for a tier that does not use it."""
+
+    def rung_ranks(self) -> list[RungRank]:
+        """How well each rung has ranked the networks that went on to the last one."""
+        from nas.quality.ranking import rung_ranks
+
+        return rung_ranks(self.trainer.results(), self.epochs)
 
     def surrogate(self) -> Surrogate:
         """A surrogate fitted to all trainings so far."""

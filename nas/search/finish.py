@@ -254,7 +254,8 @@ class _Finish:
 
     def _tier_facts(self) -> TierFacts:
         tier, held_out = self.tier, self.trained.held_out() if self.trained else None
-        return TierFacts(tier.name, tier.label, tier.note, tier.trained, held_out)
+        rungs = self.trained.rung_ranks() if self.trained else ()
+        return TierFacts(tier.name, tier.label, tier.note, tier.trained, held_out, tuple(rungs))
 
     def _remarks(self, weights: Weights | None) -> Iterator[str]:
         """What a reader of the figures should know. weights: those in best/."""

@@ -14,7 +14,7 @@ from nas.measure.budget import Verdict
 from nas.measure.runtime import Settings
 from nas.networks.timm_network import TimmNetwork
 from nas.quality.candidate import Kind
-from nas.quality.ranking import Tau
+from nas.quality.ranking import RungRank, Tau
 from nas.search.accuracy import FinalTrainings
 from nas.search.latency import Pair, pair
 from nas.search.log import PhaseTime
@@ -56,6 +56,8 @@ class TierFacts:
     """Whether it judges by trainings on the user's images."""
     held_out: Pair | None = None
     """Of its surrogate on networks left out: mean absolute error in points, and Kendall's tau."""
+    rungs: tuple[RungRank, ...] = ()
+    """How well each rung ranked those that went on to the last."""
 
 
 @dataclass(frozen=True)

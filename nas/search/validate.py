@@ -127,15 +127,21 @@ def validate(
 
 
 def estimates_of(rows: Sequence[ValidatedNetwork]) -> dict[str, list[float]]:
-    """What may rank the networks, by name: estimates, sizes and the accuracy after each rung."""
+    """What may rank the networks, by name: estimates, sizes and the accuracy after each rung that all of them had."""
+    common = set.intersection(*(set(row.rungs) for row in rows))
     return {
         GATE: [row.first_rung for row in rows],
         "estimate, last rung": [row.last_rung for row in rows],
         "params": [row.params for row in rows],
         "macs": [row.macs for row in rows],
         "surrogate alone": [row.predicted for row in rows],
-        **{f"after {epochs} epochs": [row.rungs[epochs] for row in rows] for epochs in rows[0].rungs},
+        **{rung_words(epochs): [row.rungs[epochs] for row in rows] for epochs in rows[0].rungs if epochs in common},
     }
+
+
+def rung_words(epochs: str) -> str:
+    """A rung by its epochs, as a table calls it."""
+    return "before any epoch" if epochs == "0" else f"after {epochs} epochs"
 
 
 def draw(request: SearchRequest, low: float, high: float) -> Iterator[Arch]:
@@ -161,7 +167,7 @@ def measure_one(tier: TrainedTier, arch: Arch) -> ValidatedNetwork:
     estimate = tier.complete(candidate, counts, keeps=False)
     training_record = known(estimate.training)
     trainer = tier.trainer
-    rest, judge = trainer.halves(arch.resolution)
+    rest, judge = trainer.halves(arch.resolution, tier.data(candidate).pixels)
     folder = trainer.folder / f"{candidate.key[:16]}-full"
     training = tier.begin(candidate, rest, tier.recipe(trainer.plan.final_epochs, candidate), SEED, folder)
     try:

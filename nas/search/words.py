@@ -34,6 +34,16 @@ def quality_words(winner: Winner) -> str:
 
 def validation_line(tier: TierFacts, validation: Validation | None) -> str:
     """How far a trained tier's estimates can be trusted."""
+    return " ".join(filter(None, (_validated(tier, validation), _rungs(tier))))
+
+
+def _rungs(tier: TierFacts) -> str:
+    """How well rungs ranked; "" where that is not known."""
+    told = "; ".join(rung.words for rung in tier.rungs)
+    return f"How its rungs ranked those that went on to the last: {told}." if told else ""
+
+
+def _validated(tier: TierFacts, validation: Validation | None) -> str:
     if validation is None:
         text = "The tier has not been validated on this data (--validate N)."
         held = tier.held_out

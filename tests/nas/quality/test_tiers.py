@@ -257,6 +257,7 @@ def test_the_best_are_settled_by_training_them_to_the_end(trainer):
                 COMPLETE,
                 trial=i,
                 digest=arch.digest(),
+                key=arch.digest(),
                 features=describe(arch, counts_of(arch)).tolist(),
                 feasible=i != 5,
                 quality=0.0,
@@ -334,7 +335,8 @@ def test_machines_keep_each_others_trainings(trainer, tmp_path, monkeypatch):
         features = describe(arch, counts_of(arch)).tolist()
         found = {"digest": arch.digest(), "training": {"features": features, "rungs": {"1": 40.0}}}
         finish(mine, mine.ask(), 40.0, 1.0, -0.5, {"detail": found})
-        found = {"trial": i, "digest": arch.digest(), "features": features, "arch": arch.model_dump(mode="json")}
+        found = {"trial": i, "digest": arch.digest(), "key": arch.digest(), "features": features}
+        found["arch"] = arch.model_dump(mode="json")
         rows.append(dataclasses.replace(COMPLETE, quality=0.0, **found))
     store = mine.set_user_attr
 

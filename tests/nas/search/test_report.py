@@ -138,6 +138,7 @@ def invent(trials: int = 100, budget: float = 2.0, seed: int = 0) -> dict[str, A
             "note": "The prior knows only size: it favours the largest network that fits the budget.",
             "trained": False,
             "held_out": None,
+            "rungs": [],
         },
         "validation": None,
         "accuracy": None,
@@ -496,11 +497,9 @@ def trained(data: dict, **more) -> dict:
     told = {key: rows[0][key] for key in ("top1_ci", "images", "seeds")}
     winner = data["winner"] | told | {"top1": 70.5, "accuracy": rows[0]["words"]}
     accuracy = {"rows": rows, "epochs": 30, "recipe": "quick", "verdict": "a tie <of> two"}
-    return (
-        data
-        | {"quality_tier": tier | {"held_out": [1.25, 0.5]}, "accuracy": accuracy, "winner": winner, "untrained": False}
-        | more
-    )
+    rung = {"epochs": 0, "networks": 5, "tau": {"tau": 0.6, "ci": [0.1, 0.9]}, "regret": 1.5}
+    tier |= {"held_out": [1.25, 0.5], "rungs": [rung, rung | {"epochs": 1}]}
+    return data | {"quality_tier": tier, "accuracy": accuracy, "winner": winner, "untrained": False} | more
 
 
 def test_final_trainings_and_the_tier_s_worth_are_told(tmp_path: Path) -> None:
@@ -512,6 +511,7 @@ def test_final_trainings_and_the_tier_s_worth_are_told(tmp_path: Path) -> None:
     assert "a tie &lt;of&gt; two" in page
     assert "not been validated" in page
     assert "1.2 points" in page or "1.3 points" in page
+    assert "before any epoch tau 0.60, regret 1.5 points (5 networks); after 1 epoch tau 0.60" in page
     assert "untrained" not in page.lower()
     assert escape(CLASSIFY) in page
     taus = {"estimate": {"tau": 0.6, "ci": [0.2, 0.9]}, "params": {"tau": None, "ci": None}}
