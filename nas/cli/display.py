@@ -80,6 +80,8 @@ def show_answer(console: Console, outcome: Outcome) -> None:
         f"{counted(settings.threads, 'thread')}, batch {settings.batch_size}"
     )
     fastest, winner = outcome.fastest, outcome.winner
+    if outcome.contest:
+        prose(console, f"{outcome.contest.line}.")
     if fastest is None:
         prose(console, "No trial was measured.")
     elif winner is None:

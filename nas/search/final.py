@@ -18,6 +18,7 @@ from pydantic import FiniteFloat, PositiveInt, TypeAdapter
 from nas.errors import TrainingError, UserError
 from nas.export.folder import save_weights
 from nas.files import replace_file
+from nas.quality.candidate import Candidate, Kind
 from nas.search.accuracy import Accuracies
 from nas.search.rows import Trial, candidate_of, known
 from nas.search.trainings import COMPLETED, results_of
@@ -25,7 +26,6 @@ from nas.search.trainings import COMPLETED, results_of
 if TYPE_CHECKING:
     import optuna
 
-    from nas.quality.candidate import Candidate
     from nas.quality.tier import TrainedTier
     from nas.search.request import SearchRequest
 
@@ -62,7 +62,8 @@ def settle(
     selects: bool,
     note: Callable[[str], None],
 ) -> list[Trial]:
-    """Train the best to the last rung, until the first `BEST` all are; trials reviewed by what it showed."""
+    """Train the best to the last rung, until the first `BEST`, and the first ready and derived one, all are; trials
+    reviewed by what it showed."""
     from nas.networks.counts import counts_of
 
     failed: set[str | None] = set()
@@ -70,7 +71,9 @@ def settle(
         reviewed = review(tier, rows, selects)
         full = {each.key for each in results_of(study) if tier.epochs in each.rungs} | failed
         ranked = sorted((row for row in reviewed if row.feasible), key=lambda row: -known(row.quality_estimate))
-        best = list({row.key: row for row in ranked}.values())[:BEST]
+        each = list({row.key: row for row in ranked}.values())
+        of_kinds = (next((row for row in each if row.kind == kind), None) for kind in (Kind.READY, Kind.DERIVED))
+        best = [*each[:BEST], *(row for row in of_kinds if row and row not in each[:BEST])]
         pending = [row for row in best if row.key not in full]
         if not pending:
             return [dataclasses.replace(row, feasible=row.feasible and row.key not in failed) for row in reviewed]

@@ -19,6 +19,7 @@ from nas.search.accuracy import Accuracies, FinalTrainings
 from nas.search.advice import advice, latencies
 from nas.search.best import BestFolder, Weights
 from nas.search.closing import ClosingInterrupted, closing_run
+from nas.search.contest import RACE, contest_of, contestants, crowned, opponents, winner_of
 from nas.search.final import weights_of
 from nas.search.log import breakdown
 from nas.search.outcome import Fastest, Outcome, ShortTraining, TierFacts, Validation, Winner
@@ -100,6 +101,11 @@ class _Finish:
             yield
 
     @property
+    def races(self) -> bool:
+        """Whether the search compares what it found with ready networks."""
+        return self.tier.name == RACE
+
+    @property
     def feasible(self) -> list[Trial]:
         return [row for row in self.rows if row.feasible]
 
@@ -152,20 +158,45 @@ class _Finish:
             )
 
     def _train(self, tier: TrainedTier) -> None:
-        """Full trainings of the winner and of the published network nearest it, by one recipe, over the same seeds."""
+        """Full trainings over the same seeds: of the winner and of the published network nearest it by one recipe; in a
+        race of the networks that are compared, the best of which is then the winner."""
         from nas.search.final import train_fully
 
         winner = next(row for row in self.final if row.role == "winner")
-        baseline = baseline_of(self.final, winner)
+        baseline = None if self.races else baseline_of(self.final, winner)
+        rows = contestants(self.final) if self.races else [winner, *([baseline] if baseline else [])]
         found: dict[str, Accuracies] = {}
-        for row in (winner, *([baseline] if baseline else [])):
+        for row in rows:
             with self._step(f"final training of {row.label}"):
                 found[row.label] = train_fully(self.request, tier, row.label, candidate_of(row))
                 self.final = [replace(each, accuracy=found.get(each.label)) for each in self.final]
             if self.end.interrupted:
                 return
-        if winner.label in found:
+        if self.races and found:
+            self._crown(tier, len(found) == len(rows))
+        elif winner.label in found:
             self.accuracy = self._trainings(tier, winner, baseline, list(found.values()))
+
+    def _crown(self, tier: TrainedTier, whole: bool) -> None:
+        """Make the most accurate of the fully trained networks the winner. whole: none of the trainings has failed."""
+        from nas.search.accuracy import compare_means, verdict
+
+        winner = winner_of(self.final)
+        self.final = crowned(self.final, winner)
+        made, ready = opponents(self.final)
+        rows = sorted(
+            (row.accuracy for row in self.final if row.accuracy),
+            key=lambda each: (each.label != winner.label, -each.mean),
+        )
+        epochs = known(self.request.plan).final_epochs
+        told = FinalTrainings(tuple(rows), epochs, tier.recipe(epochs, candidate_of(winner)).name, "")
+        if made and ready and made.accuracy and ready.accuracy:
+            comparison = compare_means(made.accuracy, ready.accuracy)
+            told = replace(told, comparison=comparison, verdict=verdict(comparison, made.accuracy, ready.accuracy))
+        else:
+            why = "no ready network is within the budget" if ready is None else "nothing else is within the budget"
+            told = replace(told, verdict=why if whole else "a training failed")
+        self.accuracy = told
 
     def _trainings(
         self, tier: TrainedTier, winner: ClosingRow, baseline: ClosingRow | None, found: Sequence[Accuracies]
@@ -235,7 +266,8 @@ class _Finish:
             against=tuple(self.outside),
             winner=Winner.of(winner) if winner else None,
             fastest=Fastest.of(fastest) if fastest else None,
-            ties=tuple(ties_of(self.final)),
+            contest=contest_of(self.final) if self.races and self.final and winner else None,
+            ties=() if self.races and self.accuracy else tuple(ties_of(self.final)),
             advice=tuple(advice(request, log, rows, self.final, self.command)) if winner is None else (),
             notes=(*log.notes, *self.notes, *self._remarks(weights)),
             skipped=tuple(skipped_lines(request, rows)),
@@ -284,8 +316,12 @@ class _Finish:
             yield "every trial that had met the budget was over it in the closing side-by-side run"
             if (self.best.folder / "model.safetensors").is_file():
                 yield "best/ is left as it was: a trained network that met the budget in an earlier run"
-        elif self.final and first and winner and first.trial != winner.trial:
+        elif self.final and first and winner and not self._stands(first, winner):
             yield f"{first.label} ranked first in the search but not among those that fit in the closing run"
+
+    def _stands(self, first: Trial, winner: Network) -> bool:
+        """Whether what ranked first in the search is within the budget in the closing run as surely as the winner."""
+        return any(row.trial == first.trial and row.verdict == winner.verdict for row in self.final)
 
 
 def remarks_on_latency(rows: Sequence[Trial]) -> Iterator[str]:

@@ -16,6 +16,7 @@ from nas.networks.timm_network import TimmNetwork
 from nas.quality.candidate import Kind
 from nas.quality.ranking import RungRank, Tau
 from nas.search.accuracy import FinalTrainings
+from nas.search.contest import Contest
 from nas.search.latency import Pair, pair
 from nas.search.log import PhaseTime
 from nas.search.rows import ClosingRow, Network, OutsideRow, Trial, front_of, known, network_of
@@ -210,6 +211,8 @@ class Outcome:
     against: tuple[OutsideRow, ...]
     winner: Winner | None
     """None where nothing fits."""
+    contest: Contest | None = None
+    """Of a race with a winner."""
     fastest: Fastest | None
     """None where nothing was measured."""
     ties: tuple[str, ...]
@@ -264,7 +267,8 @@ class Outcome:
             "pareto": self.front_json(),
             "final": [row.to_json() for row in self.final],
             "against": [row.to_json() for row in self.against],
-            "winner": self.winner and asdict(self.winner),
+            "winner": self.winner and asdict(self.winner) | (asdict(self.contest.winner) if self.contest else {}),
+            **(self.contest.to_json() if self.contest else {}),
             "fastest": self.fastest and asdict(self.fastest),
             "ties": self.ties,
             "advice": self.advice,

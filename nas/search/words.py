@@ -63,6 +63,8 @@ def winner_line(outcome: Outcome) -> str:
         return f"nothing fits {outcome.budget_ms:g} ms"
     how = "within" if winner.verdict == Verdict.FITS else "may be within"
     accuracy = f", {winner.accuracy}" if winner.accuracy else ""
+    gain = outcome.contest.gain_over_ready if outcome.contest else None
+    accuracy += f"; found against ready: {gain.words}" if gain else ""
     return f"{winner.label} ({winner.family}) {how} {outcome.budget_ms:g} ms{accuracy}"
 
 

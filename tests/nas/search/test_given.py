@@ -34,7 +34,7 @@ from search_spaces import get_arch
 STUDY = "given"
 READY = Candidate(TimmNetwork("test_byobnet", 32, 2), Kind.READY, name="timm/test_byobnet@32")
 COMMAND = (
-    *("search", "--latency-budget", "30ms", "--trials", "2", "--study", STUDY, "--family", "shvit"),
+    *("search", "--latency-budget", "1000ms", "--trials", "2", "--study", STUDY, "--family", "shvit"),
     *("--quality", "train", "--resolution", "32", "--train-images", "100", "--epochs", "1", "--final-epochs", "1"),
     *("--seeds", "1", "--sampler", "random", "--seed", "1", "--threads", "1", "--no-cache", "--json"),
 )
@@ -82,7 +82,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory, exports: Path) -> tuple[P
 
 def test_a_given_network_comes_out(searched: tuple[Path, dict[str, Any]]) -> None:
     folder, found = searched
-    assert (found["winner"]["label"], found["winner"]["kind"]) == (READY.name, "ready")
+    assert (found["winner"]["label"], found["winner"]["kind"]) == (READY.name, "ready"), "of equal ones"
     assert TimmNetwork.from_json((folder / "best" / "arch.json").read_text()) == READY.network
     files = {"arch.json", "model.onnx", "model.safetensors", "model.seen.npy", "preprocess.json", "labels.txt"}
     assert {path.name for path in (folder / "best").iterdir()} == files
@@ -99,6 +99,25 @@ def test_a_given_network_comes_out(searched: tuple[Path, dict[str, Any]]) -> Non
     assert "shvit, scratch" in page
 
 
+def test_what_was_found_is_compared_with_the_best_ready_network(searched: tuple[Path, dict[str, Any]]) -> None:
+    """Both are trained fully and judged on the same images; the more accurate one is in best/."""
+    folder, found = searched
+    assert (found["best_ready"]["name"], found["best_derived"]) == (READY.name, None)
+    rows = {row["label"]: row for row in found["accuracy"]["rows"]}
+    assert len(rows) == 2
+    first = found["accuracy"]["rows"][0]
+    assert first["mean"] == max(row["mean"] for row in rows.values())
+    keys = ("name", "kind", "resolution", "accuracy", "interval", "latency_ms")
+    told = {key: found["winner"][key] for key in keys}
+    assert (told["name"], told["accuracy"], told["interval"]) == (first["label"], first["mean"], first["top1_ci"])
+    made = next(row["mean"] for label, row in rows.items() if label != READY.name)
+    gain = found["gain_over_ready"]
+    assert gain["points"] == pytest.approx(made - rows[READY.name]["mean"])
+    assert gain["low"] <= gain["points"] <= gain["high"]
+    assert gain["verdict"] in ("gain", "tie", "loss")
+    assert f"{gain['points']:+.1f} points" in (folder / "report.html").read_text().split("<h1>")[1]
+
+
 def test_the_dashboard_tells_its_kind(searched: tuple[Path, dict[str, Any]]) -> None:
     import optuna
 
@@ -107,8 +126,8 @@ def test_the_dashboard_tells_its_kind(searched: tuple[Path, dict[str, Any]]) -> 
     storage = open_storage(searched[0] / "study.journal", read_only=True)
     given, made = optuna.load_study(study_name=STUDY, storage=storage).trials
     assert given.params == {}
-    assert "**timm/test_byobnet@32** (timm), 32 px, ready" in note(given, Searched(30.0))
-    assert "**found** (shvit), 32 px, scratch" in note(made, Searched(30.0))
+    assert "**timm/test_byobnet@32** (timm), 32 px, ready" in note(given, Searched(1000.0))
+    assert "**found** (shvit), 32 px, scratch" in note(made, Searched(1000.0))
 
 
 def test_parameters_are_those_of_exactly_the_same_network() -> None:

@@ -1,0 +1,102 @@
+"""The closing table of a race: who is trained fully, who wins, and what is said of it."""
+
+from dataclasses import replace
+
+import pytest
+from records import COMPLETE
+
+from nas.measure.budget import Verdict
+from nas.quality.candidate import Kind
+from nas.search.accuracy import Accuracies
+from nas.search.closing import ordered
+from nas.search.contest import contest_of, contestants, crowned, winner_of
+from nas.search.rows import ClosingRow
+
+
+def row(number: int, kind: Kind, quality: float, verdict: Verdict = Verdict.FITS) -> ClosingRow:
+    """Of a network with an estimate; ready ones have names."""
+    trial = replace(
+        COMPLETE,
+        trial=number,
+        kind=kind,
+        name=f"ready{number}" if kind == Kind.READY else "",
+        parent="larger" if kind == Kind.DERIVED else "",
+        quality=quality,
+        quality_estimate=quality + 1,
+        quality_ci=(quality - 3, quality + 5),
+    )
+    return ClosingRow.of(trial, latency_ms=1.0, verdict=verdict)
+
+
+def trained(rows: list[ClosingRow], top1: dict[str, float]) -> list[ClosingRow]:
+    """The table after full trainings from three seeds on 1,000 images. top1: in percent, by labels."""
+
+    def accuracy(label: str) -> Accuracies:
+        hits = [[i < 10 * top1[label] for i in range(1000)]] * 3
+        return Accuracies(label, [top1[label] - 0.2, top1[label], top1[label] + 0.2], 1000, 1.0, hits)
+
+    return [replace(each, accuracy=accuracy(each.label) if each.label in top1 else None) for each in rows]
+
+
+TABLE = ordered(
+    [
+        row(1, Kind.SCRATCH, 40),
+        row(2, Kind.READY, 48),
+        row(3, Kind.READY, 47),
+        row(4, Kind.DERIVED, 50),
+        row(5, Kind.DERIVED, 49),
+        row(6, Kind.READY, 60, Verdict.OVER),
+    ]
+)
+
+
+def test_the_winner_the_best_ready_and_the_best_derived_one_are_trained_fully() -> None:
+    assert [each.label for each in contestants(TABLE)] == ["trial 4", "ready2"]
+    alone = ordered([row(1, Kind.SCRATCH, 40), row(2, Kind.READY, 48)])
+    assert [each.label for each in contestants(alone)] == ["ready2", "trial 1"]
+    scratch = ordered([row(1, Kind.SCRATCH, 70), row(2, Kind.READY, 48), row(4, Kind.DERIVED, 50)])
+    assert [each.label for each in contestants(scratch)] == ["trial 1", "ready2", "trial 4"]
+
+
+@pytest.mark.parametrize(
+    ("made", "winner", "verdict"), [(53.0, "trial 4", "gain"), (48.1, "trial 4", "tie"), (40.0, "ready2", "loss")]
+)
+def test_the_most_accurate_wins(made: float, winner: str, verdict: str) -> None:
+    table = trained(TABLE, {"trial 4": made, "ready2": 48.0})
+    found = contest_of(crowned(table, winner_of(table)))
+    assert (found.winner.name, found.winner.kind) == (winner, "ready" if winner == "ready2" else "derived")
+    assert found.best_ready is not None
+    assert found.best_derived is not None
+    assert (found.best_ready.accuracy, found.best_derived.accuracy) == (48.0, made)
+    assert found.gain_over_ready is not None
+    assert found.gain_over_ready.points == pytest.approx(made - 48)
+    assert found.gain_over_ready.verdict == verdict
+    assert f"{made - 48:+.1f} points" in found.line
+    assert ("The best ready network wins" in found.line) == (winner == "ready2")
+
+
+def test_of_equal_ones_the_ready_network_wins() -> None:
+    table = trained(TABLE, {"trial 4": 48.0, "ready2": 48.0})
+    assert winner_of(table).label == "ready2"
+    roles = {each.label: each.role for each in crowned(table, winner_of(table))}
+    assert (roles["ready2"], roles["trial 4"]) == ("winner", "derived")
+
+
+def test_without_a_ready_network_that_is_said() -> None:
+    table = trained(ordered([row(4, Kind.DERIVED, 50), row(6, Kind.READY, 60, Verdict.OVER)]), {"trial 4": 50.0})
+    found = contest_of(table)
+    assert (found.best_ready, found.gain_over_ready) == (None, None)
+    assert found.line.startswith("No ready network is within the budget")
+
+
+def test_one_ready_network_alone_wins() -> None:
+    table = trained(ordered([row(2, Kind.READY, 48)]), {"ready2": 48.0})
+    found = contest_of(table)
+    assert (found.winner.name, found.best_derived, found.gain_over_ready) == ("ready2", None, None)
+    assert "nothing else" in found.line
+
+
+def test_before_the_trainings_nothing_is_claimed() -> None:
+    found = contest_of(TABLE)
+    assert (found.winner.accuracy, found.gain_over_ready) == (None, None)
+    assert found.line.startswith("Not compared")
