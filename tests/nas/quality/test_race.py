@@ -1,5 +1,6 @@
 """The race: pretrained networks and those cut from them, from a linear probe to the last rung."""
 
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -66,7 +67,7 @@ def said() -> list[str]:
 @pytest.fixture
 def trainer(images: Images, published: Path, tmp_path: Path, said: list[str]) -> CandidateTrainer:
     data = ImageData("colours", ["red", "blue"], images, images, images, demo=False)
-    plan = TrainingPlan("colours", epochs=1)
+    plan = TrainingPlan("colours", epochs=1, final_epochs=1)
     known: list[TrainedNetwork] = []
     return CandidateTrainer(
         data,
@@ -204,3 +205,21 @@ def test_the_learning_rate_is_tried_once_for_a_family(trainer, said, monkeypatch
     assert choose_rate(derived().network.at(64), trainer, start) == 3e-4
     assert len(tried) == 4
     assert said[-1] == "learning rate of shvit: 0.0003 (after an epoch with 0.0001 50.0%, 0.0003 70.0%, 0.001 0.0%)"
+
+
+def test_a_parent_is_tuned_as_long_as_a_final_training_or_as_time_allows(trainer, monkeypatch):
+    tunings: list[int] = []
+
+    def trained(model, images, trainer, recipe, what, state=None):
+        if state is not None:
+            tunings.append(recipe.epochs)
+        return model
+
+    monkeypatch.setattr("nas.quality.tuning._trained", trained)
+    trainer.__dict__["plan"] = dataclasses.replace(trainer.plan, final_epochs=9)
+    tier = RaceTier(trainer)
+    tier.parents.tuned("shvit_s1", PX)
+    assert tunings == [9]
+    monkeypatch.setattr("nas.quality.tuning.PASSED", 7 * trainer.used)
+    tier.parents.tuned("shvit_s1", 64)
+    assert tunings == [9, 2], "at a second resolution a third of them"
