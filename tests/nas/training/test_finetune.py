@@ -236,17 +236,11 @@ def test_the_better_one_is_kept(tune, tmp_path, monkeypatch):
 
 def test_where_tuning_pays_it_is_on_all_images(tune, tmp_path, monkeypatch):
     """Also on those that chose the rate; the probe that it begins with is fitted to all of them, too."""
-    judge = nas.training.prepare.Preparation.judge
-    trained, fitted = [], []
+    judge, trained, fitted = nas.training.prepare.Preparation.judge, images_trained_on(monkeypatch), []
 
     def kind(self, network) -> Held:
         found = judge(self, network)
         return found if self.course.probe is None else dataclasses.replace(found, top1=100.0)
-
-    class Watched(nas.training.engine.Training):
-        def __init__(self, model, data, *args, checkpoint, **kwargs) -> None:
-            trained.append((len(data), checkpoint is not None))
-            super().__init__(model, data, *args, checkpoint=checkpoint, **kwargs)
 
     def fit(features, labels, *args):
         fitted.append(len(labels))
@@ -254,7 +248,6 @@ def test_where_tuning_pays_it_is_on_all_images(tune, tmp_path, monkeypatch):
 
     fit_probe = nas.training.probe.fit_probe
     monkeypatch.setattr(nas.training.probe, "fit_probe", fit)
-    monkeypatch.setattr(nas.training.engine, "Training", Watched)
     monkeypatch.setattr(nas.training.prepare.Preparation, "judge", kind)
     code, _, err = tune(*ARGS)
     assert code == 0, err
@@ -265,6 +258,39 @@ def test_where_tuning_pays_it_is_on_all_images(tune, tmp_path, monkeypatch):
     assert fitted[-2:] == [images - held, images]
     assert f"the best trial is no worse than the probe: trained on all {images} images, those held out too" in err
     assert "of held-out training images, on which it was trained since, the probe" in err
+
+
+def images_trained_on(monkeypatch) -> list[tuple[int, bool]]:
+    """The number of images of each training, and whether it is kept."""
+    found: list[tuple[int, bool]] = []
+
+    class Watched(nas.training.engine.Training):
+        def __init__(self, model, data, *args, checkpoint, **kwargs) -> None:
+            found.append((len(data), checkpoint is not None))
+            super().__init__(model, data, *args, checkpoint=checkpoint, **kwargs)
+
+    monkeypatch.setattr(nas.training.engine, "Training", Watched)
+    return found
+
+
+def test_a_rate_that_an_older_vitnas_chose_is_trained_with_as_then(tune, tmp_path, monkeypatch):
+    """On the images that were not held out."""
+    with monkeypatch.context() as patched:
+        patched.setattr(nas.training.run.TrainingRun, "_epochs", interrupt)
+        assert tune(*ARGS)[0] == 130
+    path = tmp_path / "out" / "state" / "state.json"
+    kept = json.loads(path.read_text())
+    del kept["found"]["course"]["whole"]
+    path.write_text(json.dumps(kept))
+    trained = images_trained_on(monkeypatch)
+    code, _, err = tune(*ARGS)
+    assert code == 0, err
+    found = metrics(tmp_path)
+    assert trained == [(found["data"]["train"] - found["probe"]["held"]["images"], True)]
+
+
+def interrupt(*args, **kwargs) -> None:
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(("failing", "code"), [(TrainingError("the loss is nan"), 1), (KeyboardInterrupt(), 130)])
@@ -305,10 +331,6 @@ STEPS = {
 def test_what_is_done_is_not_done_again(tune, whole, tmp_path, monkeypatch, step):
     """Killed at any step, the same command ends with the same weights, and with no step done twice."""
     owner, name = STEPS[step]
-
-    def dies(*args, **kwargs):
-        raise KeyboardInterrupt
-
     done: list[str] = []
     monkeypatch.setattr(
         nas.training.prepare.Preparation,
@@ -316,7 +338,7 @@ def test_what_is_done_is_not_done_again(tune, whole, tmp_path, monkeypatch, step
         lambda self, keep=nas.training.prepare.Preparation.keep: (done.append(state(self)), keep(self)),
     )
     with monkeypatch.context() as patched:
-        patched.setattr(owner, name, dies)
+        patched.setattr(owner, name, interrupt)
         assert tune(*ARGS)[0] == 130
     code, _, err = tune(*ARGS)
     assert code == 0, err
