@@ -189,7 +189,8 @@ class _Finish:
             key=lambda each: (each.label != winner.label, -each.mean),
         )
         epochs = known(self.request.plan).final_epochs
-        told = FinalTrainings(tuple(rows), epochs, tier.recipe(epochs, candidate_of(winner)).name, "")
+        recipes = dict.fromkeys(tier.recipe(epochs, candidate_of(row)).name for row in self.final if row.accuracy)
+        told = FinalTrainings(tuple(rows), epochs, " or ".join(recipes), "")
         if made and ready and made.accuracy and ready.accuracy:
             comparison = compare_means(made.accuracy, ready.accuracy)
             told = replace(told, comparison=comparison, verdict=verdict(comparison, made.accuracy, ready.accuracy))
