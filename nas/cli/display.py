@@ -54,7 +54,7 @@ def show_result(
     for line in (*outcome.ties, *outcome.notes, *outcome.failures):
         prose(console, line)
     if outcome.skipped:
-        prose(console, "Some published networks, farther from the budget, were not tried: report.html lists them.")
+        prose(console, "Some published networks were not tried: report.html lists them.")
     if outcome.interrupted and any(trial.state == INTERRUPTED for trial in outcome.trials):
         prose(console, "An interrupted trial is made again by the same command.")
     failed = sum(trial.state == "failed" for trial in outcome.trials)

@@ -8,7 +8,7 @@ comes next is chosen as `nas.search.propose` does, by constrained expected impro
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ import numpy as np
 from nas.errors import TrainingError, UserError
 from nas.networks.counts import counts_of
 from nas.quality.candidate import Candidate, Kind
-from nas.quality.surrogate import describe_candidate
+from nas.quality.surrogate import LEAST, describe_candidate
 from nas.search import ready
 from nas.search.derive import Cutter, levels_of, reduced, varied
 from nas.search.given import GIVEN
@@ -38,15 +38,16 @@ if TYPE_CHECKING:
 SCRATCH_SHARE = 0.1
 """Of the networks that are made up, those from scratch, where other families have weights: they rarely win on few
 images, but a family without weights stays in sight."""
-PARENT_IN = 10
-"""Trials for each parent that is tuned, as that takes about as long as several trials; two parents at least."""
+PARENT_IN = 20
+"""Trials for each parent that is tuned, which takes as long as a full training; two parents at least."""
 FIRST = 3
 """Networks cut from each parent before parents compete."""
-OVER = (1.0, 3.0)
+OVER = (1.0, 4.0)
 """How many times the budget a parent's latency is, at least and at most: one that fits is in the race itself, and
 little is left of a much larger one."""
-NEAR = 1.3
-"""The best of these."""
+LOSS = 4.0
+"""Points of top-1 that a parent is taken to lose with each halving of its latency, where parents are compared. By hand
+two have lost about 0.5 points when cut to 0.8 of it."""
 DRAWN = 6
 """Random variations that each parent gets more of with every trial, and networks from scratch that are compared. To
 describe a network costs about 0.07 s of a CPU, so what was drawn once stays in the choice."""
@@ -113,7 +114,7 @@ class Chooser:
         if self._scratch_is_due(tried):
             return self._best(self._scratch(rng), tried, promise) or self._best(others, tried, promise)
         pool = others
-        for parent in self._parents(latencies):
+        for parent in self._parents(latencies, tried):
             children = self._children(parent, tried, rng)
             number = sum(_place_of(each.candidate) == (parent.name, parent.px) for each in tried)
             if number < FIRST and (fresh := self._best(children, tried, promise)):
@@ -154,8 +155,8 @@ class Chooser:
 
     # Networks cut from a parent
 
-    def _parents(self, latencies: Mapping[str, float]) -> list[Sized]:
-        """Parents: the best of each family, then others."""
+    def _parents(self, latencies: Mapping[str, float], tried: Sequence[Tried]) -> list[Sized]:
+        """Parents that children are cut from: those that have been, then the best of each family, then others."""
         low, high = OVER
         found: list[Sized] = []
         for entrant in self._field.entrants:
@@ -165,11 +166,26 @@ class Chooser:
                 over = self._field.forecast(entrant, px, latencies).likely / self._request.budget_ms
                 if low < over <= high and entrant.label(px) not in self._impossible:
                     found.append(Sized(entrant.name, entrant.group, px, over))
-        found.sort(key=lambda each: abs(math.log(each.over / NEAR)))
+        begun = {_place_of(each.candidate) for each in tried} | self._cutters.keys()
+        found.sort(key=self._loss())
         first = {each.group: each for each in reversed(found)}
-        leading = [each for each in found if first[each.group] is each]
-        ordered = [*leading, *(each for each in found if first[each.group] is not each)]
-        return ordered[: max(2, self._request.trials // PARENT_IN)]
+        found.sort(key=lambda each: ((each.name, each.px) not in begun, first[each.group] is not each))
+        return found[: max(2, self._request.trials // PARENT_IN)]
+
+    def _loss(self) -> Callable[[Sized], float]:
+        """Points of top-1 that a parent is taken to lose when it is cut, less those that it is expected to have."""
+        surrogate = self._tier.surrogate()
+        entrants = {entrant.name: entrant for entrant in self._field.entrants}
+        known = len(surrogate.trained) >= LEAST
+
+        def of(parent: Sized) -> float:
+            loss = LOSS * math.log2(parent.over)
+            if not known:
+                return loss
+            candidate = entrants[parent.name].at(parent.px)
+            return loss - surrogate.predict(self._features(candidate)).value
+
+        return of
 
     def _children(self, parent: Sized, tried: Sequence[Tried], rng: np.random.Generator) -> list[Candidate]:
         """Networks cut from a parent, which is tuned where it is not yet; none where it cannot be."""
@@ -190,7 +206,7 @@ class Chooser:
             if made is not None:
                 arch, levels = made
                 self._levels[self._keep(place, arch)] = levels
-        return list(self._made[place].values())
+        return list(self._made.get(place, {}).values())
 
     def _keep(self, place: tuple[str, int], arch: Arch) -> str:
         """Add a child to those of its parent, and give its key."""

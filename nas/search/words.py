@@ -99,7 +99,8 @@ def ties_of(final: Sequence[ClosingRow]) -> list[str]:
 
 
 def skipped_lines(request: SearchRequest, rows: Sequence[Trial]) -> Iterator[str]:
-    """Published variants that were not tried, a line a family: farther from the budget, or the search ended first."""
+    """Published variants that were not tried, a line a family: farther from the budget, without weights where these are
+    wanted, or the search ended first."""
     from search_spaces.registry import FAMILIES
 
     tried = {row.name.partition("@")[0] for row in rows}
