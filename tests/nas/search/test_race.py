@@ -1,0 +1,132 @@
+"""A race's trials: no candidate twice, also with two workers; what ends it, and what is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import optuna
+import pytest
+from optuna.samplers import RandomSampler
+
+from nas.errors import UserError
+from nas.networks.counts import counts_of
+from nas.quality.candidate import Candidate, Kind
+from nas.quality.surrogate import describe_candidate
+from nas.search.given import GIVEN
+from nas.search.log import SearchLog
+from nas.search.race import Race, find_field
+from nas.search.ready import Entrant
+from nas.study.trials import ask, finish, open_study
+from search_spaces import get_arch
+
+BUDGET_MS = 0.6
+NAMES = ("efficientvit_m0", "efficientvit_m1")
+
+
+def entrants() -> list[Entrant]:
+    return [Entrant(name, "efficientvit", get_arch(name).replace(num_classes=5), (64,)) for name in NAMES]
+
+
+class Runner:
+    """Measures as it is told."""
+
+    reference_ms = 1.0
+
+    def __init__(self, study: optuna.Study, ms: float) -> None:
+        self.study, self.ms = study, ms
+        self.stage = lambda *_: None
+        self.made: list[Candidate] = []
+
+    def trial(self, log: SearchLog, enqueue_one) -> None:
+        trial = ask(self.study, enqueue_one)
+        candidate = Candidate.from_json(trial.user_attrs[GIVEN])
+        self.made.append(candidate)
+        features = describe_candidate(candidate, counts_of(candidate.network)).tolist()
+        detail = {
+            "digest": candidate.network.digest(),
+            "key": candidate.key,
+            "latency_ms": self.ms,
+            "training": {"features": features, "rungs": {}},
+        }
+        attrs = {"family": "efficientvit", "detail": detail, "feasible": int(self.ms <= BUDGET_MS)}
+        finish(self.study, trial, 50.0, 1.0, self.ms - BUDGET_MS, attrs)
+
+
+def race(folder: Path, ms: float = 0.5, digests: dict[str, str] | None = None) -> tuple[Race, Runner]:
+    study = open_study("s", folder / "study.journal", {"a": 1}, RandomSampler(seed=0))
+    runner = Runner(study, ms)
+    store = SimpleNamespace(digests=digests or {}, reach=lambda: True)
+    parents = SimpleNamespace(failed={"efficientvit_m0": "no", "efficientvit_m1": "no"})
+    surrogate = SimpleNamespace(trained=[])
+    tier = SimpleNamespace(
+        parents=parents, surrogate=lambda: surrogate, trainer=SimpleNamespace(weights=store, folder=folder / "training")
+    )
+    request = SimpleNamespace(
+        budget_ms=BUDGET_MS, trials=8, seed=0, families=("efficientvit",), sampler="auto", resolution=64, num_classes=5
+    )
+    return Race(request, study, tier, entrants(), runner), runner
+
+
+def test_trials_go_on_until_nothing_is_left(tmp_path: Path) -> None:
+    made, runner = race(tmp_path)
+    log = SearchLog("now")
+    assert [made.trial(log) for _ in range(3)] == [True, True, False]
+    assert sorted(each.name for each in runner.made) == ["efficientvit_m0@64", "efficientvit_m1@64"]
+    assert log.notes == ["nothing is left to try: every network that may meet the budget has been"]
+    assert made.lines() == []
+
+
+def test_two_workers_do_not_try_the_same(tmp_path: Path) -> None:
+    (first, one), (second, other) = race(tmp_path), race(tmp_path)
+    offered = [each.at(64) for each in entrants()]
+    first._chooser.offer = second._chooser.offer = lambda study: offered
+    log = SearchLog("now")
+    assert first.trial(log)
+    assert second.trial(log)
+    assert one.made[0].key != other.made[0].key
+    assert first.trial(log), "the others have taken what was offered: it looks again"
+    assert len(one.made) == 1
+
+
+def test_that_no_ready_network_fits_is_told(tmp_path: Path) -> None:
+    made, runner = race(tmp_path, ms=100.0)
+    log = SearchLog("now")
+    while made.trial(log):
+        pass
+    assert runner.made, "one is measured, whatever its size says"
+    lines = made.lines()
+    assert lines[-1] == f"no ready network meets 0.6 ms: the fastest, {runner.made[0].name}, takes 100 ms"
+    assert all(line.startswith("surely over 0.6 ms, and so not measured: efficientvit_m") for line in lines[:-1])
+
+
+def test_weights_that_are_downloaded_belong_to_the_study(tmp_path: Path) -> None:
+    made, _ = race(tmp_path)
+    made._tier.trainer.weights.digests = {"efficientvit_m0": "1111"}
+    made.trial(SearchLog("now"))
+    assert made._study.user_attrs["weights"] == {"efficientvit_m0": "1111"}
+
+
+def test_who_races_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, _ = race(tmp_path, digests={"efficientvit_m0": "1111"})
+    trainer, told = made._tier.trainer, []
+    monkeypatch.setattr("nas.search.race.find_entrants", lambda *_: (entrants(), ["a", "b", "c", "d"]))
+    assert [each.name for each in find_field(made._request, made._study, trainer, told.append)] == list(NAMES)
+    assert told == [
+        "pretrained networks in the race: efficientvit_m0, efficientvit_m1",
+        "left out, as their weights cannot be had: a, b, c and 1 more",
+    ]
+    trainer.weights.digests = {"efficientvit_m0": "2222"}
+    with pytest.raises(UserError, match=r"began with weights\.efficientvit_m0 1111, this command says 2222"):
+        find_field(made._request, made._study, trainer, told.append)
+    monkeypatch.setattr("nas.search.race.find_entrants", lambda *_: ([], ["a"]))
+    trainer.weights.digests = {}
+    find_field(made._request, made._study, trainer, told.append)
+    assert told[-1].startswith("no pretrained weights were found: every network begins with random ones")
+
+
+def test_kinds_are_told_apart(tmp_path: Path) -> None:
+    made, runner = race(tmp_path)
+    made.trial(SearchLog("now"))
+    (trial,) = made._study.trials
+    assert (trial.user_attrs["kind"], runner.made[0].kind) == ("ready", Kind.READY)
