@@ -155,11 +155,11 @@ def contest_of(final: Sequence[ClosingRow]) -> Contest:
 
 
 def opponents(final: Sequence[ClosingRow]) -> tuple[ClosingRow | None, ClosingRow | None]:
-    """The best network that was found, and the best ready one; None for one that is not there, or of the found ones
-    not trained."""
+    """The best network that the search made up, and the best ready one; None where none is within the budget."""
     winner = next(row for row in final if row.role == "winner")
-    made = [row for row in final if row.kind != Kind.READY and row.accuracy]
-    found = winner if winner.kind != Kind.READY else max(made, key=_mean, default=None)
+    made = [row for row in final if row.kind != Kind.READY and row.verdict in (Verdict.FITS, Verdict.UNSURE)]
+    best = max((row for row in made if row.accuracy), key=_mean, default=next(iter(made), None))
+    found = winner if winner.kind != Kind.READY else best
     return found, best_within(final, Kind.READY)
 
 
@@ -183,12 +183,13 @@ def _mean(row: ClosingRow) -> float:
 def _line(winner: ClosingRow, ready: ClosingRow | None, found: ClosingRow | None, gain: Gain | None) -> str:
     best = Standing.of(winner).words
     if ready is None:
-        return f"No ready network is within the budget to compare with: {best} is the best that was found"
-    if gain is None or found is None:
-        if winner.kind == Kind.READY and found is None:
-            return f"The best ready network wins: {best}; nothing else that is within the budget was trained fully"
+        return f"No ready network is within the budget to compare with; the best that was found is {best}"
+    if found is None:
+        return f"The best ready network wins: {best}; nothing that the search made up is within the budget"
+    if gain is None:
         return f"Not compared with the best ready network, {Standing.of(ready).words}: not both are trained fully"
-    other = Standing.of(ready if winner is found else found).words
-    against = f"{Standing.of(found).name} against the best ready network: {gain.words}"
-    wins = "The best ready network wins" if winner is not found else "Found"
-    return f"{against}. {wins}: {best}; {other}"
+    if winner.kind == Kind.READY:
+        return (
+            f"The best ready network wins: {best}; the best that was found is {Standing.of(found).words}: {gain.words}"
+        )
+    return f"Found against the best ready network: {gain.words}: {best} beside {Standing.of(ready).words}"

@@ -195,8 +195,8 @@ class _Finish:
             comparison = compare_means(made.accuracy, ready.accuracy)
             told = replace(told, comparison=comparison, verdict=verdict(comparison, made.accuracy, ready.accuracy))
         else:
-            why = "no ready network is within the budget" if ready is None else "nothing else is within the budget"
-            told = replace(told, verdict=why if whole else "a training failed")
+            why = f"no {'ready network' if ready is None else 'network that the search made up'} is within the budget"
+            told = replace(told, verdict=why if whole else "not compared: a training failed")
         self.accuracy = told
 
     def _trainings(

@@ -93,10 +93,15 @@ def test_one_ready_network_alone_wins() -> None:
     table = trained(ordered([row(2, Kind.READY, 48)]), {"ready2": 48.0})
     found = contest_of(table)
     assert (found.winner.name, found.best_derived, found.gain_over_ready) == ("ready2", None, None)
-    assert "nothing else" in found.line
+    assert "nothing that the search made up" in found.line
 
 
 def test_before_the_trainings_nothing_is_claimed() -> None:
     found = contest_of(TABLE)
     assert (found.winner.accuracy, found.gain_over_ready) == (None, None)
     assert found.line.startswith("Not compared")
+    ready_first = ordered([row(2, Kind.READY, 60), row(4, Kind.DERIVED, 50)])
+    assert contest_of(ready_first).line.startswith("Not compared")
+    half = contest_of(trained(ready_first, {"ready2": 48.0}))
+    assert (half.winner.accuracy, half.gain_over_ready) == (48.0, None)
+    assert half.line.startswith("Not compared"), "the other training failed"
