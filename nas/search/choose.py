@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -112,7 +113,7 @@ class Chooser:
         )
         others = [candidate for candidate, _ in open_ready]
         if self._scratch_is_due(tried):
-            return self._best(self._scratch(rng), tried, promise) or self._best(others, tried, promise)
+            return self._best(self._scratch(rng), tried, promise)
         pool = others
         for parent in self._parents(latencies, tried):
             children = self._children(parent, tried, rng)
@@ -120,7 +121,10 @@ class Chooser:
             if number < FIRST and (fresh := self._best(children, tried, promise)):
                 return fresh
             pool += children
-        return self._best(pool, tried, promise)
+        if found := self._best(pool, tried, promise):
+            return found
+        alone = self._scratch(rng) if self._scratch_may(tried) else ()
+        return self._best(alone, tried, promise)
 
     def _generator(self, number: int) -> np.random.Generator:
         seed = self._request.seed
@@ -229,20 +233,25 @@ class Chooser:
 
     # Networks from scratch
 
+    @cached_property
     def _without_weights(self) -> list[str]:
         """The families that nothing is ready of."""
         groups = {entrant.group for entrant in self._field.entrants}
         return [family for family in self._request.families if family not in groups]
 
     def _scratch_is_due(self, tried: Sequence[Tried]) -> bool:
-        families = self._without_weights()
-        if len(families) == len(self._request.families) or not families:
-            return bool(families)
+        """Whether a network from scratch is next; all are where nothing has weights."""
         made = [each.candidate.kind for each in tried if each.candidate.kind != Kind.READY]
-        return made.count(Kind.SCRATCH) + 1 <= SCRATCH_SHARE * (len(made) + 1)
+        share = made.count(Kind.SCRATCH) + 1 <= SCRATCH_SHARE * (len(made) + 1)
+        return not self._field.entrants or (share and self._scratch_may(tried))
+
+    def _scratch_may(self, tried: Sequence[Tried]) -> bool:
+        """Whether networks from scratch have not had their share of all trials."""
+        number = sum(each.candidate.kind == Kind.SCRATCH for each in tried)
+        return bool(self._without_weights) and number < SCRATCH_SHARE * self._request.trials
 
     def _scratch(self, rng: np.random.Generator) -> Iterator[Candidate]:
-        families = self._without_weights()
+        families = self._without_weights
         for _ in range(DRAWN):
             family = families[rng.integers(len(families))]
             space = FAMILIES[family].space
@@ -254,10 +263,13 @@ def tried_in(study: optuna.Study) -> list[Tried]:
     found = []
     for trial in study.get_trials(deepcopy=False):
         measured = Measured.of(trial) if "detail" in trial.user_attrs else None
-        if GIVEN in trial.user_attrs:
-            found.append(Tried(Candidate.from_json(trial.user_attrs[GIVEN]), measured))
-        elif measured is not None:
-            found.append(Tried(candidate_of(trial_of(trial)), measured))
+        try:
+            if GIVEN in trial.user_attrs:
+                found.append(Tried(Candidate.from_json(trial.user_attrs[GIVEN]), measured))
+            elif measured is not None:
+                found.append(Tried(candidate_of(trial_of(trial)), measured))
+        except (ValueError, UserError):  # of another worker's timm: it cannot be offered here either
+            continue
     return found
 
 

@@ -162,6 +162,18 @@ def test_without_weights_networks_are_from_scratch_and_with_some_a_few_are() -> 
     assert 1 <= sum(each.kind == Kind.SCRATCH for each in made_up) <= math.ceil(choose.SCRATCH_SHARE * len(made_up))
 
 
+def test_where_only_networks_of_other_families_have_weights_a_few_are_from_scratch() -> None:
+    bench = Bench(trials=20, families=("sepvit",))
+    bench.chooser._field.entrants = [
+        Entrant("timm/one", "one", get_arch("efficientvit_m0").replace(num_classes=5), (PX,))
+    ]
+    order = []
+    while offered := bench.offer():
+        order.append(offered[0].kind)
+        bench.run(offered[0])
+    assert order == [Kind.READY, Kind.SCRATCH, Kind.SCRATCH]
+
+
 def test_with_a_sampler_only_ready_networks_are_offered() -> None:
     bench = Bench(sampler="nsga2")
     while offered := bench.offer():
