@@ -170,11 +170,14 @@ class Chooser:
                 over = self._field.forecast(entrant, px, latencies).likely / self._request.budget_ms
                 if low < over <= high and entrant.label(px) not in self._impossible:
                     found.append(Sized(entrant.name, entrant.group, px, over))
-        begun = {_place_of(each.candidate) for each in tried} | self._cutters.keys()
+        children = (each.candidate for each in tried if each.candidate.kind == Kind.DERIVED)
+        begun = {_place_of(child) for child in children} | self._cutters.keys()
         found.sort(key=self._loss())
         first = {each.group: each for each in reversed(found)}
-        found.sort(key=lambda each: ((each.name, each.px) not in begun, first[each.group] is not each))
-        return found[: max(2, self._request.trials // PARENT_IN)]
+        more = max(2, self._request.trials // PARENT_IN) - len(begun)
+        others = [each for each in found if (each.name, each.px) not in begun]
+        others.sort(key=lambda each: first[each.group] is not each)
+        return [*(each for each in found if (each.name, each.px) in begun), *others[: max(0, more)]]
 
     def _loss(self) -> Callable[[Sized], float]:
         """Points of top-1 that a parent is taken to lose when it is cut, less those that it is expected to have."""
