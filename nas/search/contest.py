@@ -192,4 +192,5 @@ def _line(winner: ClosingRow, ready: ClosingRow | None, found: ClosingRow | None
         return (
             f"The best ready network wins: {best}; the best that was found is {Standing.of(found).words}: {gain.words}"
         )
-    return f"Found against the best ready network: {gain.words}: {best} beside {Standing.of(ready).words}"
+    over = ", which may be over the budget" if ready.verdict == Verdict.UNSURE else ""
+    return f"Found against the best ready network: {gain.words}: {best} beside {Standing.of(ready).words}{over}"

@@ -7,6 +7,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,8 +28,9 @@ from nas.quality.tier import TrainedTier
 from nas.quality.tiers import TIERS
 from nas.search import loop
 from nas.search.dashboard import Searched, note
-from nas.search.given import enqueue_candidate, parameters_of
+from nas.search.given import GIVEN, enqueue_candidate, parameters_of
 from nas.search.request import SearchRequest
+from nas.search.trial import suggest
 from search_spaces import get_arch
 
 STUDY = "given"
@@ -128,6 +130,14 @@ def test_the_dashboard_tells_its_kind(searched: tuple[Path, dict[str, Any]]) -> 
     assert given.params == {}
     assert "**timm/test_byobnet@32** (timm), 32 px, ready" in note(given, Searched(1000.0))
     assert "**found** (shvit), 32 px, scratch" in note(made, Searched(1000.0))
+
+
+def test_a_given_network_that_timm_does_not_know_fails_its_trial_alone() -> None:
+    """A `UserError` would end the search."""
+    document = READY.to_json() | {"network": {"timm": "nothing_like_it", "resolution": 32, "num_classes": 2}}
+    request = SearchRequest(1.0, Settings())
+    with pytest.raises(ValueError, match="timm has no network"):
+        suggest(SimpleNamespace(user_attrs={GIVEN: document}), request)
 
 
 def test_parameters_are_those_of_exactly_the_same_network() -> None:

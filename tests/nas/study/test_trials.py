@@ -277,6 +277,14 @@ def test_trial_without_parameters_yet_is_failed_and_neither_retried_nor_counted(
     assert remaining(study, 1) == 1
 
 
+def test_a_trial_that_was_given_something_else_than_parameters_runs_again(tmp_path: Path) -> None:
+    study = start(tmp_path / "study.journal")
+    study.enqueue_trial({}, {"given": "this"})
+    assert fail(study, next_trial(study), "interrupted", retry=True)
+    again = next_trial(study)
+    assert (again.user_attrs["given"], again.user_attrs["retry_of"]) == ("this", 0)
+
+
 def test_lease_is_extended_whatever_the_worker_does(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layer, "BEAT_S", 0.01)
     study = start(storage)
