@@ -75,7 +75,14 @@ def train(
         str | None, typer.Option(help="The teacher's weights, a file.  [default: timm's, or the folder's own]")
     ] = None,
     distillation: Annotated[
-        str | None, typer.Option(help="hard (the teacher's choice) or soft (its logits).  [default: the recipe's]")
+        str | None,
+        typer.Option(
+            help="hard (the teacher's choice), soft (its logits) or features (which need no fine-tuned teacher).  "
+            "[default: the recipe's]"
+        ),
+    ] = None,
+    unlabelled: Annotated[
+        str | None, typer.Option(help="A folder of more images, without labels, for --distillation features.")
     ] = None,
     oracle: Annotated[
         str | None, typer.Option(help="For EViT: a trained DeiT of its depth that lends weights and chooses tokens.")
@@ -151,6 +158,7 @@ def train(
         probe=probe,
         teacher=teacher,
         teacher_weights=teacher_weights,
+        unlabelled=unlabelled,
         oracle=oracle,
         precision=precision,
         accumulate=accumulate,

@@ -201,6 +201,18 @@ def _scan(root: Path, left_out: LeftOut) -> Scan:
     return Scan(root, images, deep, suffixes)
 
 
+def images_below(name: str) -> list[Path]:
+    """All images in a folder and in those below it, in order of their paths.
+
+    Raises:
+        UserError: it cannot be read, or holds none.
+    """
+    found = sorted(_images(Path(name), os.path.realpath(name), LeftOut(), set()))
+    if not found:
+        raise UserError(f"{shown(name)} holds no images")
+    return found
+
+
 def _images(folder: Path, above: str, left_out: LeftOut, visited: set[str]) -> Iterator[Path]:
     """All images below a folder; each real folder once."""
     for entry in _visible(folder, left_out):

@@ -25,6 +25,7 @@ from nas.data.images import Images
 from nas.errors import TrainingError, UserError
 from nas.files import replace_file
 from nas.training.device import failing_as, out_of_memory, to_stderr
+from nas.training.lessons import FeatureTeacher
 from nas.training.processes import agreed, ranks
 from nas.training.recipes import Recipe
 from nas.training.updater import Updater, to_training
@@ -76,7 +77,7 @@ class Training:
         seed: int = 0,
         device: str = "cpu",
         precision: str = "fp32",
-        teacher: nn.Module | None = None,
+        teacher: nn.Module | FeatureTeacher | None = None,
         checkpoint: Path | None = None,
         workers: int = 0,
         accumulate: int = 1,
@@ -90,7 +91,7 @@ class Training:
             model: (B, 3, R, R) -> (B, classes).
             data: the training images, augmented as the recipe wants.
             precision: fp32, or bf16 or fp16 by autocast.
-            teacher: (B, 3, R, R) -> (B, classes), what the recipe's distillation learns from.
+            teacher: (B, 3, R, R) -> (B, classes), what the recipe's distillation learns from; or one of features.
             checkpoint: the file that holds the training after each epoch; beside it, the one that holds it within a
                 long one.
             workers: processes that decode images.
@@ -107,6 +108,17 @@ class Training:
         self.epoch, self.judged, self.within = 0, True, Within()
         self.history: list[dict[str, Any]] = []
         self.rank, world = ranks()
+        self._lessons, logits = None, None
+        if isinstance(teacher, FeatureTeacher):
+            if world > 1 or compiled or recipe.mixup or recipe.cutmix:
+                raise UserError(
+                    "--distillation features needs one process, no --compile, and a recipe without mixup and cutmix, "
+                    "such as finetune"
+                )
+            self._lessons = teacher.lessons(model, data, device, workers)
+            data = self._lessons.images
+        else:
+            logits = teacher
         batch = min(recipe.batch_size, len(data)) // (world * accumulate)
         if batch < 2:
             raise UserError(
@@ -144,9 +156,10 @@ class Training:
             self.updates * recipe.epochs,
             device,
             precision,
-            teacher,
+            logits,
             compiled,
             say,
+            self._lessons,
         )
         set_drop_path(model, recipe.drop_path)
         self._ema = ModelEmaV3(model, recipe.ema, use_warmup=True) if recipe.ema else None
@@ -202,6 +215,8 @@ class Training:
     ) -> dict[str, Any]:
         at, begun = self.within, time.monotonic() - self.within.seconds
         saved = time.monotonic()
+        if self._lessons is not None:
+            self._lessons.begin(fresh=not (self.epoch or at.updates))
         self.loader.set_epoch(self.epoch, at.batches)
         to_training(self.model, self.recipe)
         device = next(self.model.parameters()).device

@@ -12,7 +12,7 @@ from nas.errors import UserError
 from nas.networks.timm_network import TIMM
 from nas.networks.weights import load
 from nas.training.start import Start, find_start
-from nas.training.teachers import OtherClassesError, find_teacher, own_teacher, tuning_of
+from nas.training.teachers import OtherClassesError, find_feature_teacher, find_teacher, own_teacher, tuning_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from nas.networks.targets import Target
     from nas.networks.timm_network import TimmModel, TimmNetwork
     from nas.training.course import StartRecord
+    from nas.training.lessons import FeatureTeacher
     from nas.training.request import TrainRequest
     from search_spaces import Arch
     from search_spaces.network import Network
@@ -188,16 +189,21 @@ def _source(inputs: TrainInputs, weights: Path) -> Network | TimmModel:
 
 def open_teacher(
     request: TrainRequest, data: ImageData, note: Callable[[str], None], tune: Callable[[TrainRequest], None]
-) -> nn.Module | None:
-    """The network that the training learns from, (B, 3, R, R) -> (B, classes); None without one.
+) -> nn.Module | FeatureTeacher | None:
+    """The network that the training learns from: (B, 3, R, R) -> (B, classes), or its features; None without one.
 
-    tune: trains one of other classes on the images.
+    tune: trains one of other classes on the images, whose logits are to be learnt.
     """
     recipe = request.recipe
     if request.teacher is None:
         if recipe.teacher is not None:
             note(f"the recipe {recipe.name} has the teacher {recipe.teacher}: without one it differs from it")
         return None
+    if recipe.distillation == "features":
+        found = find_feature_teacher(request.teacher, request.teacher_weights, data, request.unlabelled)
+        more = f", on {len(found.unlabelled):,} unlabelled images too" if found.unlabelled is not None else ""
+        note(f"features of {request.teacher} are matched{more}")
+        return found
     try:
         teacher = find_teacher(request.teacher, request.teacher_weights, data.classes, data.pixels)
     except OtherClassesError:

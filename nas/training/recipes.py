@@ -45,8 +45,8 @@ class Recipe:
     """Highest chance that a residual branch is left out, 0 to 1."""
     ema: float | None = None
     """Decay of the weights' moving average, which grows to it (timm's ModelEmaV3 with warm-up); None: no average."""
-    distillation: Literal["hard", "soft"] = "hard"
-    """What a teacher's logits are used for, where there is one: its choice, or their softmax."""
+    distillation: Literal["hard", "soft", "features"] = "hard"
+    """What of a teacher is learnt, where there is one: its choice, the softmax of its logits, or its features."""
     teacher: str | None = None
     """The teacher of the published recipe, which the user must name."""
     keep_warmup: tuple[float, float] | None = None

@@ -51,6 +51,8 @@ class TrainRequest:
     """A network to distil from: as `model`, or timm/NAME."""
     teacher_weights: str | None = None
     """A file, or "timm"; None: the teacher's own."""
+    unlabelled: str | None = None
+    """A folder of more images, without labels, for a teacher of features."""
     oracle: str | None = None
     """For EViT: a trained DeiT of its depth, as `model`."""
     precision: str = "fp32"
@@ -124,6 +126,8 @@ class TrainRequest:
                 raise UserError(f"--out {self.folder} is in the folder of the images, {self.data}: give another")
         if self.teacher is None and self.teacher_weights is not None:
             raise UserError("--teacher-weights needs --teacher")
+        if self.unlabelled is not None and (self.teacher is None or recipe.distillation != "features"):
+            raise UserError("--unlabelled needs --teacher and --distillation features")
 
 
 def choose_recipe(
@@ -142,8 +146,8 @@ def choose_recipe(
 
     if name not in RECIPES:
         raise UserError(f"unknown --recipe {name!r}: choose from {', '.join(RECIPES)}")
-    if distillation not in (None, "hard", "soft"):
-        raise UserError(f"--distillation {distillation!r}: choose hard or soft")
+    if distillation not in (None, "hard", "soft", "features"):
+        raise UserError(f"--distillation {distillation!r}: choose hard, soft or features")
     recipe = RECIPES[name]
     size = batch_size or recipe.batch_size
     changes: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, "distillation": distillation}

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from nas.data.images import Images
     from nas.training.engine import Training
+    from nas.training.lessons import FeatureTeacher
     from nas.training.recipes import Recipe
     from nas.training.request import TrainRequest
     from nas.training.start import Start
@@ -194,7 +195,7 @@ class TrainingRun:
 
     # Before the first epoch
 
-    def _prepared(self, model: nn.Module, own_head: bool, teacher: nn.Module | None) -> Training:
+    def _prepared(self, model: nn.Module, own_head: bool, teacher: nn.Module | FeatureTeacher | None) -> Training:
         """The training, when everything that comes before its first epoch is done."""
         recipe, course, inputs, minutes = self.request.recipe, self.course, self.inputs, self.request.minutes
 
@@ -231,7 +232,12 @@ class TrainingRun:
         return training
 
     def _training(
-        self, model: nn.Module, recipe: Recipe, images: Images, teacher: nn.Module | None, checkpoint: Path | None
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        images: Images,
+        teacher: nn.Module | FeatureTeacher | None,
+        checkpoint: Path | None,
     ) -> Training:
         """checkpoint: None of a short one, which is not judged on the validation images either."""
         from nas.training.engine import Training

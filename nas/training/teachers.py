@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
+from nas.data.images import Images, plain_transform
 from nas.data.pixels import IMAGENET, Pixels
 from nas.errors import UserError
 from nas.export.card import pixels_of
@@ -18,6 +19,8 @@ from nas.networks.weights import load
 if TYPE_CHECKING:
     from torch import nn
 
+    from nas.data.dataset import ImageData
+    from nas.training.lessons import FeatureTeacher
     from nas.training.request import TrainRequest
 
 TEACHER = "teacher"
@@ -56,6 +59,29 @@ def find_teacher(text: str, weights: str | None, classes: list[str], pixels: Pix
     fixed = network.resolution if target.resolution or config.get("fixed_input_size") else None
     own = pixels_of(network, weights or "timm")
     return _fitting(f"--teacher {text}", model, (network.num_classes, len(classes)), fixed, own, pixels)
+
+
+def find_feature_teacher(text: str, weights: str | None, data: ImageData, unlabelled: str | None) -> FeatureTeacher:
+    """A trained network of any classes, whose features of the student's images teach. unlabelled: a folder of more.
+
+    Raises:
+        UserError: no such network, weights that cannot be had, no linear classifier, or a folder without images.
+    """
+    from nas.data.folders import images_below
+    from nas.networks.build import classifier_of
+    from nas.training.lessons import UNLABELLED, FeatureTeacher
+
+    target = find_target(text)
+    given = weights or ("timm" if text.startswith(TIMM) else None)
+    model = load(target, given, what=f"--teacher {text}")
+    classifier_of(model)
+    pixels = pixels_of(model.arch, given or target.weights or "timm")
+    plain = plain_transform(model.arch.resolution, pixels.whole() if data.demo else pixels)
+    more = None
+    if unlabelled is not None:
+        paths = images_below(unlabelled)
+        more = Images(paths, [UNLABELLED] * len(paths), plain)
+    return FeatureTeacher(model, plain, data.calibration.transform, more)
 
 
 def own_teacher(

@@ -20,6 +20,7 @@ from torch import distributed as dist
 from nas.data.batches import Batch
 from nas.errors import TrainingError, UserError
 from nas.training.device import empty_cache, out_of_memory, to_device, to_stderr
+from nas.training.lessons import UNLABELLED, Lessons
 from nas.training.recipes import Recipe
 from search_spaces.network import heads_of
 
@@ -32,7 +33,7 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Updater:
     """Loss, optimizer and schedule of a network in training: one update at a time.
 
-    total: where the schedule ends, in the unit of `step`'s first argument.
+    lessons: the labels are their rows. total: where the schedule ends, in the unit of `step`'s first argument.
     """
 
     def __init__(
@@ -45,8 +46,10 @@ class Updater:
         teacher: nn.Module | None = None,
         compiled: bool = False,
         say: Callable[[str], None] = to_stderr,
+        lessons: Lessons | None = None,
     ) -> None:
         self._model, self._recipe, self._teacher, self._say = model, recipe, teacher, say
+        self._lessons = lessons
         self._device = torch.device(device)
         if teacher is not None:
             teacher.to(device).eval()
@@ -61,6 +64,8 @@ class Updater:
         self._optimizer = create_optimizer_v2(
             model, "adamw", lr=lr, weight_decay=recipe.weight_decay, param_group_fn=_groups(recipe.weight_decay)
         )
+        if lessons is not None:
+            self._optimizer.add_param_group({"params": [*lessons.match.parameters()]})
         self._schedule = CosineLRScheduler(
             self._optimizer,
             t_initial=total,
@@ -148,6 +153,8 @@ class Updater:
         return zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True)
 
     def _loss(self, images: Tensor, targets: Tensor) -> Tensor:
+        if self._lessons is not None:
+            return self._loss_of_lessons(self._lessons, images, targets)
         if self._teacher is None:
             return F.cross_entropy(self._forward(images), targets, label_smoothing=self._smoothing)
         heads = [logits.float() for logits in heads_of(self._forward, images)]
@@ -158,13 +165,27 @@ class Updater:
             return distillation_loss(label_loss, heads[-1], wanted)
         return (label_loss + F.cross_entropy(heads[-1], wanted.argmax(1))) / 2
 
+    def _loss_of_lessons(self, lessons: Lessons, images: Tensor, rows: Tensor) -> Tensor:
+        """Of the labels that there are, and of the teacher's features."""
+        with lessons.watching():
+            logits = self._forward(images)
+        labels = lessons.labels[rows]
+        told = labels != UNLABELLED
+        loss = lessons.distance(rows)
+        if told.any():
+            loss = loss + F.cross_entropy(logits[told], labels[told], label_smoothing=self._smoothing)
+        return loss
+
     def state(self) -> dict[str, Any]:
-        return {"optimizer": self._optimizer.state_dict(), "scaler": self._scaler.state_dict(), "parts": self._parts}
+        found = {"optimizer": self._optimizer.state_dict(), "scaler": self._scaler.state_dict(), "parts": self._parts}
+        return found if self._lessons is None else found | {"match": self._lessons.match.state_dict()}
 
     def load(self, state: Mapping[str, Any]) -> None:
         self._optimizer.load_state_dict(state["optimizer"])
         self._scaler.load_state_dict(state["scaler"])
         self._parts = state["parts"]
+        if self._lessons is not None:
+            self._lessons.match.load_state_dict(state["match"])
 
 
 def to_training(model: nn.Module, recipe: Recipe) -> None:

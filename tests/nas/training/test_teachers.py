@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 import nas.data.dataset
 import nas.training.engine
@@ -113,3 +114,21 @@ def test_other_classes_are_told_apart_from_no_weights(of_seven: tuple[str, str],
         find_teacher(str(tmp_path / "own.json"), seven, classes)
     with pytest.raises(OtherClassesError, match="another classifier"):
         find_teacher(model, seven, classes)
+
+
+def test_features_of_any_classes_teach(vitnas: Any, of_seven: tuple[str, str], tmp_path: Path) -> None:
+    """Without a fine-tuning of the teacher, and of images without labels."""
+    more, out, (model, seven) = tmp_path / "more" / "below", tmp_path / "out", of_seven
+    more.mkdir(parents=True)
+    for i in range(4):
+        Image.new("RGB", (16, 16), (60 * i, 0, 0)).save(more / f"{i}.png")
+    args = ("train", model, "--from-scratch", "--teacher", model, "--teacher-weights", seven, "--out", str(out), *ARGS)
+    unlabelled = ("--unlabelled", str(more.parent))
+    vitnas.refused(vitnas(*args, *unlabelled), "--unlabelled needs --teacher and --distillation features")
+    code, _, err = vitnas(*args, "--distillation", "features", *unlabelled)
+    assert code == 0, err
+    assert f"features of {model} are matched, on 4 unlabelled images too" in err
+    found = metrics(out)
+    assert found["recipe"]["distillation"] == "features"
+    assert found["options"]["unlabelled"] == str(more.parent)
+    assert not (out / "teacher").exists()
