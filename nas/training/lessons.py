@@ -19,6 +19,7 @@ from torchvision.transforms import Compose
 from nas.data.batches import loader
 from nas.data.images import Images
 from nas.networks.build import classifier_of
+from nas.training.probe import Features, find_features
 
 UNLABELLED = -1
 """The label of an image that has none."""
@@ -71,24 +72,22 @@ class Lessons:
         if self.wanted is not None:
             return
         found = self._features_of(self._teacher.model, self._teacher.transform)
-        deviation, mean = torch.std_mean(found, 0, correction=0)
-        self.wanted = ((found - mean) / torch.where(deviation > 0, deviation, 1.0)).to(self._device)
+        deviation, mean = torch.std_mean(found.values, 0, correction=0)
+        values = (found.values - mean) / torch.where(deviation > 0, deviation, 1.0)
+        wanted = values.new_zeros(len(self.images), values.shape[1])
+        wanted[found.labels] = values
+        self.wanted = wanted.to(self._device)
         if fresh:
-            weight, bias = ridge(self._features_of(self._student, self._teacher.student), self.wanted.cpu())
+            own = self._features_of(self._student, self._teacher.student).values[:, : self._layer.in_features]
+            weight, bias = ridge(own, values)
             with torch.no_grad():
                 self.match.weight.copy_(weight)
                 self.match.bias.copy_(bias)
 
-    def _features_of(self, model: nn.Module, transform: Compose) -> Tensor:
-        """(N, F), in the images' order; zeros where one cannot be decoded, which no training sees either."""
-        from nas.training.probe import find_features
-
+    def _features_of(self, model: nn.Module, transform: Compose) -> Features:
+        """Features, and as their labels the rows of their images: those that can be decoded, which are trained on."""
         batches = loader(self.images.transformed(transform), AT_ONCE, shuffle=False, seed=0, workers=self._workers)
-        found = find_features(model, batches, self._device)
-        values = found.values[:, : self._layer.in_features] if model is self._student else found.values
-        whole = values.new_zeros(len(self.images), values.shape[1])
-        whole[found.labels] = values
-        return whole
+        return find_features(model, batches, self._device)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
