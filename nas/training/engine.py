@@ -216,7 +216,7 @@ class Training:
         at, begun = self.within, time.monotonic() - self.within.seconds
         saved = time.monotonic()
         if self._lessons is not None:
-            self._lessons.begin(fresh=not (self.epoch or at.updates))
+            self._lessons.begin(fresh=self.recipe.batch_norm == "frozen" and not (self.epoch or at.updates))
         self.loader.set_epoch(self.epoch, at.batches)
         to_training(self.model, self.recipe)
         device = next(self.model.parameters()).device

@@ -64,11 +64,14 @@ class Lessons:
         self._layer = classifier_of(student)[0]
         width = sum(layer.in_features for layer in classifier_of(teacher.model))
         self.match = nn.Linear(self._layer.in_features, width).to(device)
+        nn.init.zeros_(self.match.weight)
+        nn.init.zeros_(self.match.bias)
         self.wanted: Tensor | None = None
         self.seen = torch.empty(0)
 
     def begin(self, fresh: bool) -> None:
-        """Let the teacher see all images, once. fresh: match the student as it is now."""
+        """Let the teacher see all images, once. fresh: begin with the match that suits the student best as it is in
+        eval mode; else it begins with the teacher's mean."""
         if self.wanted is not None:
             return
         found = self._features_of(self._teacher.model, self._teacher.transform)
