@@ -118,8 +118,8 @@ def search(
     """Search networks that meet a latency budget on this device, as measured on it.
 
     With --data pretrained networks come first: published ones, and smaller ones cut from them, are tuned on your
-    images; with --from-scratch all begin with random weights. At the end the best are trained fully, by one recipe. The
-    same command continues its study. Ctrl-C ends it cleanly, with the report written.
+    images; with --from-scratch all begin with random weights. At the end the best are trained fully. The same command
+    continues its study. Ctrl-C ends it cleanly, with the report written.
 
     Exit codes: 0 a network surely fits, 1 none does or a step at the end failed, 2 bad input, 130 Ctrl-C.
     """
@@ -132,9 +132,11 @@ def search(
     families = families_of(family)
     tier = tier_of(quality, data, parent, from_scratch)
     if weights_from is not None and tier != "race":
+        without = f"--quality {quality}" if quality != "auto" else "--from-scratch" if from_scratch else "--parent"
         raise UserError(
-            "--weights-from gives pretrained networks their weights: give it with --data, and without --from-scratch, "
-            "--parent and another --quality than race"
+            "--weights-from needs --data: images to tune pretrained networks on"
+            if data is None
+            else f"--weights-from and {without}: give one of them"
         )
     plan = None
     if tier == "prior":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from nas.errors import UserError
 from nas.files import tell
@@ -13,6 +13,8 @@ from nas.networks.pretrained import OPTION, Bytes, Pretrained, Unreached, find_h
 if TYPE_CHECKING:
     from nas.networks.timm_network import TimmNetwork
     from search_spaces import Arch
+
+Found = TypeVar("Found", Pretrained, Pretrained | None)
 
 
 class Store:
@@ -27,6 +29,8 @@ class Store:
         self._folder, self._say = folder, say
         self._found: dict[str, Pretrained | None] = {}
         self._asked = False
+        self.begun: dict[str, str] = {}
+        """SHA-256 of the weights that a run began with, by the name of their network: others are refused."""
 
     @property
     def digests(self) -> dict[str, str]:
@@ -47,18 +51,18 @@ class Store:
         """A network's weights on this machine; None where it has none.
 
         Raises:
-            UserError: a folder that is missing or without weights.
+            UserError: a folder that is missing or without weights, or others than a run began with.
         """
         label = label_of(network)
         if label not in self._found:
-            self._found[label] = find_here(network, self._folder)
+            self._found[label] = self._agreed(find_here(network, self._folder))
         return self._found[label]
 
     def get(self, network: Arch | TimmNetwork, progress: Bytes | None = None) -> Pretrained:
         """A network's weights, downloaded where they are not on this machine.
 
         Raises:
-            UserError: they cannot be had. DiskFull: there is no room for them.
+            UserError: they cannot be had, or are others than a run began with. DiskFull: there is no room for them.
         """
         found = self.here(network)
         if found is not None:
@@ -66,11 +70,19 @@ class Store:
         if self.offline:
             raise UserError(f"no weights of {label_of(network)}: nothing is downloaded after a failed connection")
         try:
-            found = find_pretrained(network, self._folder, progress)
+            found = self._agreed(find_pretrained(network, self._folder, progress))
         except Unreached as error:
             self._lose(str(error))
             raise
         self._found[label_of(network)] = found
+        return found
+
+    def _agreed(self, found: Found) -> Found:
+        if found is not None and self.begun.get(found.name, found.digest) != found.digest:
+            raise UserError(
+                f"{found.path}: not the weights of {found.name} that this study began with (sha256 "
+                f"{self.begun[found.name]}): give the same {OPTION}, or another --study"
+            )
         return found
 
     def _lose(self, why: str) -> None:

@@ -7,6 +7,7 @@ comes next is chosen as `nas.search.propose` does, by constrained expected impro
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from nas.networks.counts import counts_of
 from nas.quality.candidate import Candidate, Kind
 from nas.quality.surrogate import LEAST, describe_candidate
 from nas.search import ready
-from nas.search.derive import Cutter, levels_of, reduced, varied
+from nas.search.derive import Cutter, levels_of, reduced, within
 from nas.search.given import GIVEN
 from nas.search.propose import Measured, Promise
 from nas.search.ready import POWER
@@ -33,12 +34,12 @@ if TYPE_CHECKING:
     import optuna
 
     from nas.quality.race import RaceTier
-    from nas.search.ready import Field
+    from nas.search.ready import Entrant, Field, Open
     from nas.search.request import SearchRequest
 
 SCRATCH_SHARE = 0.1
 """Of the networks that are made up, those from scratch, where other families have weights: they rarely win on few
-images, but a family without weights stays in sight."""
+images, but a family without weights stays in sight. With nothing else to try, they have the trials that are left."""
 PARENT_IN = 20
 """Trials for each parent that is tuned, which takes as long as a full training; two parents at least."""
 FIRST = 3
@@ -67,6 +68,7 @@ class Tried:
     candidate: Candidate
     measured: Measured | None
     """None: it failed, or is not measured yet."""
+    failed: bool
 
 
 @dataclass(frozen=True)
@@ -90,9 +92,9 @@ class Chooser:
         """Children by their keys, of each parent at a resolution."""
         self._levels: dict[str, Mapping[str, int]] = {}
         """Parameters of networks made up by this process, by the key of the candidate."""
-        self._described: dict[str, np.ndarray] = {}
-        self._impossible: set[str] = set()
-        """Labels of ready networks that take no images of that size."""
+        self._described: dict[str, np.ndarray | None] = {}
+        self._ready_ones: dict[str, Candidate | None] = {}
+        """By label; None: it takes no images of that size."""
 
     def offer(self, study: optuna.Study) -> list[Candidate]:
         """Candidates that are worth trying, best first; none where nothing is left. A parent may be tuned for them.
@@ -104,27 +106,23 @@ class Chooser:
         tried = tried_in(study)
         latencies = {each.candidate.name: each.measured.latency_ms for each in tried if each.measured}
         open_ready = self._ready(tried, latencies)
-        urgent = [candidate for candidate, at_once in open_ready if at_once]
+        urgent = self._built(each for each in open_ready if each.urgent)
         if urgent or self._request.sampler != "auto":
-            return urgent[:OFFERED]
+            return urgent
         rng = self._generator(len(tried))
         promise = Promise(
             [each.measured for each in tried if each.measured], self._tier.surrogate(), self._request.budget_ms
         )
-        others = [candidate for candidate, _ in open_ready]
         if self._scratch_is_due(tried):
             return self._best(self._scratch(rng), tried, promise)
-        pool = others
+        pool = self._built(open_ready)
         for parent in self._parents(latencies, tried):
             children = self._children(parent, tried, rng)
             number = sum(_place_of(each.candidate) == (parent.name, parent.px) for each in tried)
             if number < FIRST and (fresh := self._best(children, tried, promise)):
                 return fresh
             pool += children
-        if found := self._best(pool, tried, promise):
-            return found
-        alone = self._scratch(rng) if self._scratch_may(tried) else ()
-        return self._best(alone, tried, promise)
+        return self._best(pool, tried, promise) or self._best(self._scratch(rng), tried, promise)
 
     def _generator(self, number: int) -> np.random.Generator:
         seed = self._request.seed
@@ -133,29 +131,49 @@ class Chooser:
     def _best(self, pool: Iterable[Candidate], tried: Sequence[Tried], promise: Promise) -> list[Candidate]:
         """The most promising that have not been tried."""
         known = {each.candidate.key for each in tried}
-        fresh = {each.key: each for each in pool if each.key not in known}
+        found: dict[str, tuple[float, Candidate]] = {}
+        for candidate in pool:
+            features = None if candidate.key in known | found.keys() else self._features(candidate)
+            if features is not None:
+                found[candidate.key] = promise.of(features), candidate
+        ordered = sorted(found.values(), key=lambda each: each[0], reverse=True)
+        return [candidate for _, candidate in ordered[:OFFERED]]
 
-        return sorted(fresh.values(), key=lambda each: promise.of(self._features(each)), reverse=True)[:OFFERED]
-
-    def _features(self, candidate: Candidate) -> np.ndarray:
+    def _features(self, candidate: Candidate) -> np.ndarray | None:
+        """None: it cannot run."""
         if candidate.key not in self._described:
-            self._described[candidate.key] = describe_candidate(candidate, counts_of(candidate.network))
+            try:
+                self._described[candidate.key] = describe_candidate(candidate, counts_of(candidate.network))
+            except UserError:
+                self._described[candidate.key] = None
         return self._described[candidate.key]
 
     # Ready networks
 
-    def _ready(self, tried: Sequence[Tried], latencies: Mapping[str, float]) -> list[tuple[Candidate, bool]]:
-        """Ready networks still open, and whether they come at once; none where they have had their share."""
-        mine = [each.candidate for each in tried if each.candidate.kind == Kind.READY]
+    def _ready(self, tried: Sequence[Tried], latencies: Mapping[str, float]) -> list[Open]:
+        """Ready networks still to measure; none where they have had their share."""
+        mine = [each for each in tried if each.candidate.kind == Kind.READY]
         if len(mine) >= math.ceil(ready.SHARE * self._request.trials):
             return []
-        found = []
-        for each in self._field.next(latencies, {candidate.name for candidate in mine} | self._impossible):
+        labels = {each.candidate.name for each in mine}
+        failed = {each.candidate.name for each in mine if each.failed}
+        impossible = {label for label, candidate in self._ready_ones.items() if candidate is None}
+        return self._field.next(latencies, labels | impossible, failed | impossible)
+
+    def _built(self, measurements: Iterable[Open]) -> list[Candidate]:
+        """The first of them as candidates."""
+        found = (self._ready_one(each.entrant, each.px) for each in measurements)
+        return list(itertools.islice((candidate for candidate in found if candidate is not None), OFFERED))
+
+    def _ready_one(self, entrant: Entrant, px: int) -> Candidate | None:
+        """A ready network at a resolution; None where it takes no such images."""
+        label = entrant.label(px)
+        if label not in self._ready_ones:
             try:
-                found.append((each.entrant.at(each.px), each.urgent))
+                self._ready_ones[label] = entrant.at(px)
             except (ArchError, UserError):
-                self._impossible.add(each.entrant.label(each.px))
-        return found
+                self._ready_ones[label] = None
+        return self._ready_ones[label]
 
     # Networks cut from a parent
 
@@ -168,7 +186,7 @@ class Chooser:
                 continue
             for px in entrant.sizes:
                 over = self._field.forecast(entrant, px, latencies).likely / self._request.budget_ms
-                if low < over <= high and entrant.label(px) not in self._impossible:
+                if low < over <= high and self._ready_one(entrant, px) is not None:
                     found.append(Sized(entrant.name, entrant.group, px, over))
         children = (each.candidate for each in tried if each.candidate.kind == Kind.DERIVED)
         begun = {_place_of(child) for child in children} | self._cutters.keys()
@@ -187,10 +205,9 @@ class Chooser:
 
         def of(parent: Sized) -> float:
             loss = LOSS * math.log2(parent.over)
-            if not known:
-                return loss
-            candidate = entrants[parent.name].at(parent.px)
-            return loss - surrogate.predict(self._features(candidate)).value
+            candidate = self._ready_one(entrants[parent.name], parent.px) if known else None
+            features = None if candidate is None else self._features(candidate)
+            return loss if features is None else loss - surrogate.predict(features).value
 
         return of
 
@@ -209,7 +226,7 @@ class Chooser:
         bases = [own, *self._best_levels(place, tried)]
         reduces = FAMILIES[whole.family].reduction is not None
         for i in range(DRAWN):
-            made = reduced(whole, own, rng) if reduces and i % 2 else varied(whole, bases, rng)
+            made = reduced(whole, own, rng) if reduces and i % 2 else within(whole, bases, rng)
             if made is not None:
                 arch, levels = made
                 self._levels[self._keep(place, arch)] = levels
@@ -246,16 +263,11 @@ class Chooser:
         """Whether a network from scratch is next; all are where nothing has weights."""
         made = [each.candidate.kind for each in tried if each.candidate.kind != Kind.READY]
         share = made.count(Kind.SCRATCH) + 1 <= SCRATCH_SHARE * (len(made) + 1)
-        return not self._field.entrants or (share and self._scratch_may(tried))
-
-    def _scratch_may(self, tried: Sequence[Tried]) -> bool:
-        """Whether networks from scratch have not had their share of all trials."""
-        number = sum(each.candidate.kind == Kind.SCRATCH for each in tried)
-        return bool(self._without_weights) and number < SCRATCH_SHARE * self._request.trials
+        return not self._field.entrants or (share and bool(self._without_weights))
 
     def _scratch(self, rng: np.random.Generator) -> Iterator[Candidate]:
         families = self._without_weights
-        for _ in range(DRAWN):
+        for _ in range(DRAWN if families else 0):
             family = families[rng.integers(len(families))]
             space = FAMILIES[family].space
             yield Candidate(space.decode(random_params(rng), self._request.num_classes, self._request.resolution))
@@ -263,14 +275,17 @@ class Chooser:
 
 def tried_in(study: optuna.Study) -> list[Tried]:
     """The candidates of a study's trials, those that wait or run included; not of trials that a sampler has begun."""
+    from optuna.trial import TrialState
+
     found = []
     for trial in study.get_trials(deepcopy=False):
+        failed = trial.state == TrialState.FAIL
         measured = Measured.of(trial) if "detail" in trial.user_attrs else None
         try:
             if GIVEN in trial.user_attrs:
-                found.append(Tried(Candidate.from_json(trial.user_attrs[GIVEN]), measured))
+                found.append(Tried(Candidate.from_json(trial.user_attrs[GIVEN]), measured, failed))
             elif measured is not None:
-                found.append(Tried(candidate_of(trial_of(trial)), measured))
+                found.append(Tried(candidate_of(trial_of(trial)), measured, failed))
         except (ValueError, UserError):  # of another worker's timm: it cannot be offered here either
             continue
     return found

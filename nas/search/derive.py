@@ -67,7 +67,7 @@ def levels_of(name: str) -> dict[str, int]:
     return FAMILIES[family].space.encode(variant.values)
 
 
-def varied(
+def within(
     parent: Arch, bases: Sequence[Mapping[str, int]], rng: np.random.Generator
 ) -> tuple[Arch, dict[str, int]] | None:
     """A network within its parent, and its parameters; None where this draw gives none.

@@ -63,6 +63,15 @@ def training_inputs(folder: Path, agreed: Mapping[str, object]) -> str:
     return json.dumps(wanted, indent=1)
 
 
+def quality_in(folder: Path) -> str | None:
+    """The tier that a folder's trainings were begun with; None where it has none, or they cannot be read."""
+    try:
+        found = json.loads((folder / TRAINING_INPUTS).read_text())
+    except (OSError, ValueError):
+        return None
+    return found.get("quality") if isinstance(found, dict) else None
+
+
 def make_folder(folder: Path) -> bool:
     """Create a run's folder and see that it can be written; returns whether it was not there.
 

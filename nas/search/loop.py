@@ -11,17 +11,17 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import TYPE_CHECKING
 
 from nas.errors import UserError
 from nas.files import replace_file, sweep_drafts
 from nas.measure.device import device_lock
-from nas.search.folder import TRAINING_INPUTS, make_folder, training_inputs, withdraw, write_hardware
+from nas.search.folder import TRAINING_INPUTS, make_folder, quality_in, training_inputs, withdraw, write_hardware
 from nas.search.log import Clock, SearchLog
 from nas.search.published import enqueue_published
-from nas.search.request import storage_of
+from nas.search.request import default_study, storage_of
 from nas.search.trial import Stage, TrialRunner, open_cache
 
 if TYPE_CHECKING:
@@ -148,6 +148,8 @@ class _Search:
                 self.log.calibration, skipped = calibration_images(self.data, self.request.resolution or 224)
                 lines.append(skipped)
         self._note(*filter(None, lines))
+        if self.created and (line := left_by_an_older(self.request)):
+            self.say(line)
 
     def _run_trials(self) -> None:
         from nas.study.trials import due
@@ -244,6 +246,7 @@ def open_run(request: SearchRequest, data: ImageData | None) -> tuple[optuna.Stu
     sweep_drafts(request.folder)
     try:
         identity = request.identity(data)
+        refuse_from_scratch(request)
         inputs = training_inputs(request.folder, identity) if request.plan else None
         study = open_study(request.study, storage_of(request), identity, sampler)
     except UserError:
@@ -254,6 +257,22 @@ def open_run(request: SearchRequest, data: ImageData | None) -> tuple[optuna.Stu
     if inputs is not None:
         replace_file(request.folder / TRAINING_INPUTS, inputs)
     return study, created
+
+
+def refuse_from_scratch(request: SearchRequest) -> None:
+    """Raises: UserError: the folder of a race holds a search from scratch, as --data alone was in earlier versions."""
+    if request.quality == "race" and quality_in(request.folder) == "train":
+        raise UserError(
+            f"{request.folder} holds a search from scratch: --from-scratch continues it; or use --study for a new one"
+        )
+
+
+def left_by_an_older(request: SearchRequest) -> str:
+    """A line on a search from scratch that the same command began in an earlier version; "" where there is none."""
+    earlier = replace(request, quality="train", study="")
+    if request.quality != "race" or request.study != default_study(request) or quality_in(earlier.folder) != "train":
+        return ""
+    return f"{earlier.folder} holds a search from scratch: --from-scratch continues that; this is a new search"
 
 
 def complete(study: optuna.Study) -> bool:

@@ -59,9 +59,9 @@ class Entrant:
     name: str
     """efficientvit_m0, timm/lcnet_050."""
     group: str
-    """What it is a size of: its family or, of timm's, what its name begins with."""
+    """What it is a size of: its family or, of timm's, the paper that it is from."""
     network: Arch | TimmNetwork
-    """At its checkpoint's resolution, with the user's classes."""
+    """At the resolution that it was published for, with the user's classes."""
     sizes: tuple[int, ...]
     """Resolutions in px that it may be tried at, ascending; one at least."""
 
@@ -82,7 +82,7 @@ class Entrant:
         return Candidate(self.network.at(px), Kind.READY, name=self.label(px))
 
     def label(self, px: int) -> str:
-        """efficientvit_m0@96; without the resolution where it is the checkpoint's."""
+        """efficientvit_m0@96; without the resolution where it is the published one."""
         return self.name if px == self.network.resolution else f"{self.name}@{px}"
 
     def forecast(self, px: int, measured: Mapping[int, float]) -> Forecast:
@@ -125,7 +125,7 @@ class Field:
         """reference: the reference network's multiply-accumulates, and its latency in ms."""
         self.entrants, self._budget, self._reference = entrants, budget_ms, reference
 
-    def next(self, latencies: Mapping[str, float], tried: Collection[str]) -> list[Open]:
+    def next(self, latencies: Mapping[str, float], tried: Collection[str], failed: Collection[str] = ()) -> list[Open]:
         """What is worth measuring, one a network, those nearest the budget first: of each group without one a network,
         then further resolutions of networks that are measured, then other networks. Where all are surely over the
         budget the fastest, as that is only a guess before anything is measured.
@@ -133,13 +133,14 @@ class Field:
         Args:
             latencies: in ms, by `Entrant.label`.
             tried: labels of candidates that are waiting, running, or over, whatever became of them.
+            failed: labels of those that have failed.
         """
         found = [each for entrant in self.entrants if (each := self._next(entrant, latencies, tried)) is not None]
         if not found and not tried:
             found = self._fastest()
         found.sort(key=lambda each: each.off)
         begun = {each.name for each in self.entrants if any(each.label(px) in tried for px in each.sizes)}
-        stand = {each.group for each in self.entrants if self._stands(each, latencies, tried)}
+        stand = {each.group for each in self.entrants if self._stands(each, latencies, {*tried} - {*failed})}
         further = [each for each in found if each.entrant.name in begun]
         leaders: list[Open] = []
         rest: list[Open] = []
@@ -254,7 +255,7 @@ def _entrant(ready: Ready, resolution: int | None, num_classes: int, store: Stor
     if ready.name.startswith(TIMM):
         network = TimmNetwork(ready.timm, num_classes=num_classes)
         name = ready.name.partition(".")[0]
-        group = name.removeprefix(TIMM).partition("_")[0]
+        group = ready.source
     else:
         name, network = ready.name, get_arch(ready.name).replace(num_classes=num_classes)
         group = network.family

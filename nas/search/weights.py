@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import TypeAdapter
+
 from nas.errors import UserError
 from nas.files import replace_file
 from nas.identity import differences
@@ -24,7 +26,7 @@ def agree_on_weights(study: optuna.Study, folder: Path, store: Store) -> None:
 
     Args:
         folder: of the trainings.
-        store: has looked up the weights of all networks that may race.
+        store: has looked up the weights of all networks that may race; from now on it refuses others.
 
     Raises:
         UserError: the study, or a training, was made with others, or with some that cannot be had any more.
@@ -35,13 +37,14 @@ def agree_on_weights(study: optuna.Study, folder: Path, store: Store) -> None:
 
     def decide() -> None:
         path = folder / FILE
-        in_folder = json.loads(path.read_text()) if path.is_file() else {}
+        in_folder = _read(path)
         in_study = study.user_attrs.get(ATTRIBUTE, {})
         lost = not {**in_study, **in_folder}.keys() <= found.keys() and not store.reach()
         for what, known in (("this study", in_study), (f"{folder} has trainings that", in_folder)):
             compared = {name: found.get(name, "not found here") for name in known if name in found or lost}
             if differs := differences({"weights": {n: known[n] for n in compared}}, {"weights": compared}):
                 raise UserError(f"{what} began with {differs}: give the same --weights-from, or another --study")
+        store.begun = {**in_study, **in_folder, **found}
         if {**in_study, **found} != in_study:
             study.set_user_attr(ATTRIBUTE, {**in_study, **found})
         if {**in_folder, **found} != in_folder:
@@ -49,3 +52,17 @@ def agree_on_weights(study: optuna.Study, folder: Path, store: Store) -> None:
             replace_file(path, json.dumps({**in_folder, **found}, indent=1) + "\n")
 
     alone_in(study, decide)
+
+
+def _read(path: Path) -> dict[str, str]:
+    """What the folder keeps; nothing where there is no file.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        return TypeAdapter(dict[str, str]).validate_json(path.read_bytes())
+    except ValueError:
+        raise UserError(f"{path} is damaged: remove it, to go on with the weights of today") from None

@@ -123,6 +123,18 @@ def test_a_store_looks_once_and_downloads_what_is_asked_for(hub: Hub) -> None:
     assert len(hub.asked) == 1
 
 
+def test_other_weights_than_a_run_began_with_are_refused_before_they_are_used(hub: Hub) -> None:
+    refused = r"not the weights of timm/test_vit that this study began with \(sha256 1111\): give the same"
+    for look in (Store.get, Store.here):  # a download, and the cache
+        store = Store()
+        store.begun = {"timm/test_vit": "1111"}
+        with pytest.raises(UserError, match=refused):
+            look(store, NETWORK)
+    store = Store()
+    store.begun = {"timm/test_vit": DIGEST[:16]}
+    assert store.get(NETWORK).source == "cache"
+
+
 def test_one_failed_connection_ends_the_downloads_of_a_store(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     store, other = Store(say=said.append), TimmNetwork("test_vit2")

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from optuna.trial import TrialState
 
-from nas.errors import TrainingError
+from nas.errors import TrainingError, UserError
 from nas.networks.counts import counts_of
 from nas.quality.candidate import Candidate, Kind
 from nas.quality.surrogate import describe_candidate
@@ -79,9 +80,10 @@ class Bench:
             "training": {"features": features.tolist(), "rungs": {}},
         }
         attributes = {GIVEN: candidate.to_json(), "family": candidate.network.family}
+        state = TrialState.FAIL if fails else TrialState.COMPLETE
         if not fails:
             attributes |= {"detail": detail, "feasible": int(ms <= BUDGET_MS)}
-        self.trials.append(SimpleNamespace(number=len(self.trials), params={}, user_attrs=attributes))
+        self.trials.append(SimpleNamespace(number=len(self.trials), params={}, user_attrs=attributes, state=state))
 
     def _tune(self, name: str, px: int) -> Parent:
         self.tuned.append((name, px))
@@ -162,16 +164,29 @@ def test_without_weights_networks_are_from_scratch_and_with_some_a_few_are() -> 
     assert 1 <= sum(each.kind == Kind.SCRATCH for each in made_up) <= math.ceil(choose.SCRATCH_SHARE * len(made_up))
 
 
-def test_where_only_networks_of_other_families_have_weights_a_few_are_from_scratch() -> None:
+def test_where_nothing_else_is_left_networks_are_from_scratch() -> None:
     bench = Bench(trials=20, families=("sepvit",))
     bench.chooser._field.entrants = [
         Entrant("timm/one", "one", get_arch("efficientvit_m0").replace(num_classes=5), (PX,))
     ]
     order = []
-    while offered := bench.offer():
-        order.append(offered[0].kind)
-        bench.run(offered[0])
-    assert order == [Kind.READY, Kind.SCRATCH, Kind.SCRATCH]
+    for _ in range(5):
+        order.append(bench.offer()[0].kind)
+        bench.run(bench.offer()[0])
+    assert order == [Kind.READY] + [Kind.SCRATCH] * 4
+
+
+def test_a_network_that_cannot_run_is_not_offered(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(trials=20)
+    while bench.offer()[0].kind == Kind.READY:
+        bench.run(bench.offer()[0])
+
+    def refuse(network: object) -> None:
+        raise UserError("it cannot run")
+
+    monkeypatch.setattr(choose, "counts_of", refuse)
+    bench.chooser._described.clear()
+    assert bench.offer() == []
 
 
 def test_with_a_sampler_only_ready_networks_are_offered() -> None:

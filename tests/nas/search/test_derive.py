@@ -8,7 +8,7 @@ import pytest
 from nas.quality.parents import covers
 from nas.quality.trainer import Parent
 from nas.search import derive
-from nas.search.derive import Cutter, levels_of, reduced, varied
+from nas.search.derive import Cutter, levels_of, reduced, within
 from pruning.units import anatomy, equal_scores
 from search_spaces import get_arch, table
 
@@ -41,12 +41,12 @@ def test_a_parent_that_cannot_be_cut_so_far_gives_fewer(monkeypatch) -> None:
 @pytest.mark.parametrize("name", ["efficientvit_m1", "shvit_s1", "levit_128s"])
 def test_variations_stay_within_the_parent(name: str) -> None:
     whole, own, rng = parent(name, 64).arch, levels_of(name), np.random.default_rng(0)
-    made = [each for each in (varied(whole, [own], rng) for _ in range(60)) if each is not None]
+    made = [each for each in (within(whole, [own], rng) for _ in range(60)) if each is not None]
     assert len({arch.digest() for arch, _ in made}) > 15
     assert all(covers(whole, arch) and arch != whole for arch, _ in made)
     assert all(levels["form"] == own["form"] for _, levels in made)
     small = next(levels for arch, levels in made if table(arch).macs() < 0.9 * table(whole).macs())
-    again = [each for each in (varied(whole, [own, small], rng) for _ in range(60)) if each is not None]
+    again = [each for each in (within(whole, [own, small], rng) for _ in range(60)) if each is not None]
     near = [sum(levels[axis] != small[axis] for axis in small) for _, levels in again]
     assert min(near) <= derive.CHANGES, "a child is varied, too"
 

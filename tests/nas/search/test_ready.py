@@ -86,6 +86,8 @@ def test_a_group_whose_first_network_is_over_the_budget_sends_another() -> None:
     label = larger.label(64)
     (then,) = field.next({label: 0.5}, [label])
     assert (then.entrant.name, then.urgent) == ("smaller", True)
+    (then,) = field.next({}, [label], failed=[label])
+    assert (then.entrant.name, then.urgent) == ("smaller", True)
     (then,) = field.next({label: 0.3}, [label])
     assert (then.entrant.name, then.urgent) == ("smaller", False)
 
@@ -130,7 +132,7 @@ def test_networks_whose_weights_are_here_race_at_their_checkpoints_sizes(
     assert not any(name.startswith("shvit") for name in lacking), "its family is not searched"
     assert by_name["levit_128s"].sizes == (64, 96), "its position biases are those of 96 px"
     assert by_name["timm/lcnet_050"].sizes == SIZES
-    assert (by_name["levit_128s"].group, by_name["timm/lcnet_050"].group) == ("levit", "lcnet")
+    assert (by_name["levit_128s"].group, by_name["timm/lcnet_050"].group) == ("levit", "PP-LCNet (arXiv 2109.15099)")
     made = by_name["timm/lcnet_050"].at(96)
     assert (made.kind, made.name, made.network.resolution) == (Kind.READY, "timm/lcnet_050@96", 96)
     assert made.network.num_classes == 7

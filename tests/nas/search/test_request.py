@@ -16,7 +16,7 @@ from nas.measure.runtime import Settings
 from nas.networks.targets import Target
 from nas.quality.plan import TrainingPlan
 from nas.search.folder import TRAINING_INPUTS, training_inputs
-from nas.search.loop import open_run
+from nas.search.loop import left_by_an_older, open_run
 from nas.search.request import SearchRequest
 from nas.study.samplers import make_sampler
 from nas.study.trials import ask, finish, open_study
@@ -112,6 +112,21 @@ def test_with_images_pretrained_networks_race_unless_the_user_wants_otherwise() 
     assert tier_of("supernet", "./images", None, from_scratch=True) == "supernet"
     assert tier_of("auto", "./images", "levit_128s") == "inherit"
     assert tier_of("auto", None, None) == "prior"
+
+
+def test_a_search_from_scratch_of_an_earlier_version_is_told(tmp_path: Path) -> None:
+    plan = TrainingPlan("./images")
+    request = SearchRequest(2.0, out=tmp_path, plan=plan)
+    assert left_by_an_older(request) == ""
+    earlier = SearchRequest(2.0, out=tmp_path, plan=plan, quality="train").folder
+    earlier.mkdir()
+    (earlier / TRAINING_INPUTS).write_text(KEPT_INPUTS)
+    assert left_by_an_older(request) == (
+        f"{earlier} holds a search from scratch: --from-scratch continues that; this is a new search"
+    )
+    assert left_by_an_older(replace(request, study="mine")) == ""
+    with pytest.raises(UserError, match="holds a search from scratch: --from-scratch continues it; or use --study"):
+        open_run(replace(request, study=earlier.name), IMAGES)
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,10 @@ def test_other_weights_are_refused_and_new_ones_added(tmp_path: Path) -> None:
         agree({"levit_128s": "3333"})
     with pytest.raises(UserError, match=r"weights.levit_128s 1111, this command says not found here: give the same"):
         agree({"timm/lcnet_050": "2222"}, reach=False)
+    (folder / FILE).write_text("{")
+    with pytest.raises(UserError, match=r"weights\.json is damaged: remove it"):
+        agree({"levit_128s": "1111"})
+    (folder / FILE).write_text('{"levit_128s": "1111"}')
     (tmp_path / "study.journal").unlink()
     with pytest.raises(UserError, match=r"training has trainings that began with weights.levit_128s 1111, this"):
         agree({"levit_128s": "3333"})
