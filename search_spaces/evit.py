@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
 import torch
@@ -399,6 +400,7 @@ register(
         name="evit",
         build=Evit,
         space=SPACE,
+        earlier=replace(SPACE, options={**SPACE.options, "form": ("fused", "dropped")}),
         rename=RENAME,
         variants=_variants(),
         reduction=TokenReduction(_whole, _published_reductions),

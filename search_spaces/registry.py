@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from search_spaces.arch import Arch
@@ -68,6 +68,8 @@ class Family(Generic[A]):
     """Published networks by name."""
     space: Space
     """The search axes."""
+    earlier: Space | None = None
+    """Those of studies that were begun before they changed."""
     rename: Rules = ()
     """From timm's names of tensors to ours."""
     official: Callable[[A], Rules] = no_rules
@@ -89,9 +91,24 @@ class Family(Generic[A]):
 
 
 FAMILIES: dict[str, Family[Any]] = {}
+_TODAY: dict[str, Family[Any]] = {}
+"""As they were registered, those whose axes have changed."""
 
 
 def register(family: Family[A]) -> Family[A]:
     """Enter a family under its name."""
     FAMILIES[family.name] = family
+    if family.earlier is not None:
+        _TODAY[family.name] = family
     return family
+
+
+def use_spaces(earlier: bool) -> None:
+    """Search every family, in this process, along the axes of today or along the earlier ones."""
+    for name, family in _TODAY.items():
+        FAMILIES[name] = replace(family, space=family.earlier) if earlier and family.earlier else family
+
+
+def with_earlier_space() -> list[str]:
+    """The families that are searched along earlier axes."""
+    return [name for name, family in _TODAY.items() if FAMILIES[name].space is not family.space]

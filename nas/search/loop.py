@@ -130,9 +130,15 @@ class _Search:
         """Say what is known of the machine, the images and the precision; the log notes what limits the result."""
         from nas.export.quantize import NOISE, calibration_images
         from nas.measure.hardware import busy_line
+        from search_spaces.registry import with_earlier_space
 
         precision = self.request.settings.precision
         lines = [busy_line(self.log.hardware)]
+        lines += [
+            f"the study was begun when {family} had fewer options: it goes on with these"
+            for family in with_earlier_space()
+            if family in self.request.families
+        ]
         if self.data is not None:
             from nas.data.about import describe
             from nas.data.look import oddities
@@ -229,7 +235,8 @@ class _Search:
 
 
 def open_run(request: SearchRequest, data: ImageData | None) -> tuple[optuna.Study, bool]:
-    """Open the study in its folder, both made where they are missing.
+    """Open the study in its folder, both made where they are missing. Families are searched along the axes that the
+    study was begun with.
 
     Returns:
         The study, and whether its folder is new.
@@ -239,8 +246,12 @@ def open_run(request: SearchRequest, data: ImageData | None) -> tuple[optuna.Stu
             folder that was made is removed.
     """
     from nas.study.samplers import make_sampler
-    from nas.study.trials import open_study
+    from nas.study.trials import IDENTITY, open_study
+    from search_spaces.registry import use_spaces
 
+    use_spaces(earlier=True)
+    earlier = {"space": request.space()}
+    use_spaces(earlier=False)
     sampler = make_sampler(request.sampler, request.seed)
     created = make_folder(request.folder)
     sweep_drafts(request.folder)
@@ -248,12 +259,13 @@ def open_run(request: SearchRequest, data: ImageData | None) -> tuple[optuna.Stu
         identity = request.identity(data)
         refuse_from_scratch(request)
         inputs = training_inputs(request.folder, identity) if request.plan else None
-        study = open_study(request.study, storage_of(request), identity, sampler)
+        study = open_study(request.study, storage_of(request), identity, sampler, earlier)
     except UserError:
         with suppress(OSError):  # it holds something
             if created:
                 request.folder.rmdir()
         raise
+    use_spaces(earlier=study.user_attrs[IDENTITY]["space"] != identity["space"])
     if inputs is not None:
         replace_file(request.folder / TRAINING_INPUTS, inputs)
     return study, created

@@ -111,6 +111,13 @@ class SearchRequest:
         if self.throughput_at is not None:
             check_settings(replace(self.settings, batch_size=self.throughput_at))
 
+    def space(self) -> str:
+        """A digest of the axes that its families are searched along."""
+        from search_spaces.registry import FAMILIES
+        from search_spaces.space import fingerprint
+
+        return fingerprint({name: FAMILIES[name].space for name in self.families})
+
     def identity(self, data: ImageData | None = None) -> dict[str, JsonValue]:
         """What must agree for a command to continue a study, as the study stores it.
 
@@ -123,13 +130,11 @@ class SearchRequest:
             UserError: weights of the parent that cannot be read.
         """
         from nas.measure.hardware import fingerprint
-        from search_spaces.registry import FAMILIES
-        from search_spaces.space import fingerprint as space_fingerprint
 
         agreed: dict[str, JsonValue] = {
             "budget_ms": self.budget_ms,
             "families": [*sorted(self.families)],
-            "space": space_fingerprint({name: FAMILIES[name].space for name in self.families}),
+            "space": self.space(),
             "num_classes": self.num_classes,
             "quality": self.quality,
             "hardware": cast("dict[str, JsonValue]", fingerprint(self.settings)),

@@ -44,7 +44,13 @@ LOOK_S = 2.0  # between two looks at other machines' leases
 _BOOKKEEPING = {"lease", "error", "retry", "retry_of"}  # attributes that a retry does not inherit
 
 
-def open_study(name: str, storage: str | Path, identity: Mapping[str, Any], sampler: BaseSampler) -> optuna.Study:
+def open_study(
+    name: str,
+    storage: str | Path,
+    identity: Mapping[str, Any],
+    sampler: BaseSampler,
+    earlier: Mapping[str, Any] | None = None,
+) -> optuna.Study:
     """Create the study `name` in `storage`, or load it to continue it.
 
     Any number of processes may do so at the same moment: one creates it, the others load it. Loading reseeds the
@@ -54,6 +60,7 @@ def open_study(name: str, storage: str | Path, identity: Mapping[str, Any], samp
     Args:
         storage: path of a journal file, or a postgresql://, mysql:// or sqlite:/// URL.
         identity: what must agree to continue the study; JSON values by name. Inner mappings are compared key by key.
+        earlier: values of it that an older study has instead, and goes on with.
         sampler: an Optuna sampler.
 
     Raises:
@@ -75,6 +82,7 @@ def open_study(name: str, storage: str | Path, identity: Mapping[str, Any], samp
                 directions=["maximize"] * len(METRICS),
             )
         stored = study.user_attrs.get(IDENTITY)
+        accepted = {key: value for key, value in (earlier or {}).items() if stored and stored.get(key) == value}
         if stored is None:
             if study.get_trials(deepcopy=False):
                 raise UserError(
@@ -84,8 +92,8 @@ def open_study(name: str, storage: str | Path, identity: Mapping[str, Any], samp
             study.set_user_attr(IDENTITY, given)
         elif older(stored, given):
             raise UserError("this study was begun by an older vitnas; use --study for a new one")
-        elif stored != given:
-            raise UserError(f"this study has {differences(stored, given)}; use --study for a new one")
+        elif stored != given | accepted:
+            raise UserError(f"this study has {differences(stored, given | accepted)}; use --study for a new one")
         return study
 
     with storage_errors(storage):
