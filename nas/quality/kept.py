@@ -24,8 +24,8 @@ KEY = "vitnas.kept"
 
 @dataclass(frozen=True)
 class Kept:
-    """One of them. epochs and images: of its training; 0 epochs of a linear probe. top1: percent of `judged` training
-    images held out from it. score: what it was ranked by when it ended."""
+    """One of them. epochs and images: of its training; 0 epochs where it is as that begins. top1: percent of `judged`
+    training images held out from it. score: what it was ranked by when it ended."""
 
     epochs: int
     images: int
@@ -38,7 +38,7 @@ class Kept:
         what = (
             f"the search's own training of {counted(self.epochs, 'epoch')} of {self.images:,} images, not a full one"
             if self.epochs
-            else "a network with a linear probe, not a tuned one"
+            else "a pretrained network as its tuning begins, with no epoch of its own"
         )
         judged = f"its accuracy there is on {self.judged:,} training images held out, which also chose it"
         return f"best/ holds {what}; {judged}"

@@ -5,16 +5,14 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from nas.errors import DiskFull, TrainingError, UserError
+from nas.errors import FAULTS, DiskFull, TrainingError, UserError, is_full, reason
 from nas.quality.ready import own_pixels
 from nas.quality.trainer import Parent
-from nas.quality.tuning import Tuned, tune, tuned_in
+from nas.quality.tuning import Tuned, check_weights, tune, tuned_in
 from search_spaces import ArchError, get_arch
 from search_spaces.registry import FAMILIES
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from torch import Tensor
 
     from nas.networks.pretrained import Pretrained
@@ -31,24 +29,22 @@ class Parents:
     def __init__(self, trainer: CandidateTrainer) -> None:
         self.trainer = trainer
         self.failed: dict[str, str] = {}
-        """Those that cannot be had or cut, with the reason."""
+        """Those whose weights cannot be had, with the reason."""
+        self.uncut: dict[tuple[str, int], str] = {}
+        """Names and resolutions in px at which a parent cannot be tuned or cut, with the reason."""
         self._tuned: dict[tuple[str, int], Parent] = {}
 
-    def available(self, families: Sequence[str] = tuple(FAMILIES)) -> list[str]:
-        """Published networks whose weights are on this machine.
-
-        Raises:
-            UserError: the user's folder of weights is missing or empty.
-        """
-        names = [name for family in families for name in FAMILIES[family].variants if name not in self.failed]
-        return [name for name in names if self.trainer.weights.here(get_arch(name)) is not None]
-
     def parent_for(self, arch: Arch) -> str | None:
-        """The nearest parent by shape and size of those that are at least as large in every axis, whose weights are
-        downloaded where they must be; None: there is none."""
-        sized = [(name, self.arch(name, arch.resolution)) for name in FAMILIES[arch.family].variants]
-        larger = [(distance(each, arch), name) for name, each in sized if each is not None and covers(each, arch)]
-        return next((name for _, name in sorted(larger) if self.published(name) is not None), None)
+        """The nearest parent by shape and size of those that are larger, and in no axis smaller; None: there is none.
+        One that is tuned already goes before others. Weights are downloaded where they must be."""
+        px = arch.resolution
+        sized = [(name, self.arch(name, px)) for name in FAMILIES[arch.family].variants if (name, px) not in self.uncut]
+        larger = [
+            ((name, px) not in self._tuned, distance(each, arch), name)
+            for name, each in sized
+            if each is not None and each != arch and covers(each, arch)
+        ]
+        return next((name for *_, name in sorted(larger) if self.published(name) is not None), None)
 
     def published(self, name: str) -> Pretrained | None:
         """A parent's published weights; None where they cannot be had, which is told once."""
@@ -82,11 +78,17 @@ class Parents:
             published = self.published(name)
             if published is None:
                 raise TrainingError(f"its parent {name}: {self.failed[name]}")
+            if key in self.uncut:
+                raise TrainingError(f"its parent {name}: {self.uncut[key]}")
+            check_weights(name, resolution, published, self.trainer)
             try:
                 self._tuned[key] = self._open(name, resolution, published)
-            except TrainingError as error:
-                self._fail(name, error)
-                raise
+            except FAULTS as error:
+                if is_full(error):
+                    raise
+                self.uncut[key] = reason(error)
+                self.trainer.say(f"{name} is no parent at {resolution} px: {reason(error)}")
+                raise TrainingError(f"its parent {name}: {reason(error)}") from error
         return self._tuned[key]
 
     def record(self, name: str, resolution: int) -> Tuned | None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from nas.quality.ranking import RungRank
     from nas.quality.surrogate import Surrogate, TrainedNetwork
     from nas.quality.trainer import CandidateTrainer
+    from nas.quality.tuning import Tuned
     from nas.training.engine import Training
     from nas.training.recipes import Recipe
     from search_spaces import Arch
@@ -206,6 +207,14 @@ class TrainedTier(ABC):
         from nas.training.recipes import RECIPES
 
         return replace(RECIPES["quick"], epochs=epochs)
+
+    def tuning_pays(self, candidate: Candidate) -> bool:
+        """Whether a final training makes a network better than what it begins with."""
+        return True
+
+    def parent_tuning(self, candidate: Candidate) -> Tuned | None:
+        """How the parent was tuned that a network is cut from; None where it is not cut from one."""
+        return None
 
     def begin(
         self,

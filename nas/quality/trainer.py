@@ -35,7 +35,7 @@ JUDGED_SHARE = 0.2
 JUDGED_IMAGES = 5_000
 JUDGED_BATCH = 64
 KEPT_SPLITS = 2
-"""Resolutions whose decoded images stay in memory."""
+"""Pairs of a resolution and a normalisation whose decoded images stay in memory."""
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from nas.files import folder_lock, replace_file
 from nas.networks.timm_network import TimmNetwork
 from nas.quality.ready import give_probe, own_pixels, with_weights
 from nas.quality.trainer import ETA
+from nas.units import counted
 
 if TYPE_CHECKING:
     from torch import nn
@@ -140,7 +141,11 @@ class Tuned:
     """Top-1 in percent after the last epoch; 0 where the tuning diverged."""
     lr: FiniteFloat | None = None
     """The highest learning rate."""
+    epochs: int | None = None
+    began: int = 0
+    """The resolution in px of the tuning that it goes on from; 0: it begins with the published weights."""
     seconds: FiniteFloat = 0.0
+    """That it took, the trials of the learning rate included where they were made for it."""
 
     @classmethod
     def read(cls, path: Path) -> Self | None:
@@ -165,8 +170,9 @@ class Tuned:
     def line(self) -> str:
         """What became of it, in words."""
         return (
-            f"parent {self.name}, tuned at {self.resolution} px on {self.images:,} images: {self.top1:.1f}% of "
-            f"{self.judged:,} others, {self.first:.1f}% before; {self.seconds:.0f} s"
+            f"parent {self.name}, tuned at {self.resolution} px for {counted(self.epochs or 0, 'epoch')} of "
+            f"{self.images:,} images: {self.top1:.1f}% of {self.judged:,} others, {self.first:.1f}% before; "
+            f"{self.seconds:.0f} s"
         )
 
 
@@ -176,14 +182,35 @@ def tuned_in(folder: Path, name: str) -> Iterator[Tuned]:
     Raises:
         UserError: a document is damaged.
     """
+    return (found for found in _begun_in(folder, name) if found.tuned is not None)
+
+
+def _begun_in(folder: Path, name: str = "*") -> Iterator[Tuned]:
     for path in sorted((folder / PARENTS).glob(f"{name}-*px.json")):
         found = Tuned.read(path)
-        if found is not None and found.tuned is not None:
+        if found is not None:
             yield found
+
+
+def check_weights(name: str, resolution: int, published: Pretrained, trainer: CandidateTrainer) -> None:
+    """See that a parent has not been tuned from other weights.
+
+    Raises:
+        UserError: it has been.
+    """
+    path = _document(name, resolution, trainer)
+    found = Tuned.read(path)
+    if found is not None and found.digest != published.digest:
+        raise UserError(
+            f"{path} was tuned from weights with sha256 {found.digest}, not from {published.path} "
+            f"({published.digest}): give the same weights, or another --study"
+        )
 
 
 def tune(name: str, arch: Arch, published: Pretrained, trainer: CandidateTrainer) -> Network:
     """A parent as it is tuned; from its folder where it is there.
+
+    A tuning that was begun goes on with its own epochs and rate.
 
     Args:
         name: as it is published.
@@ -191,11 +218,15 @@ def tune(name: str, arch: Arch, published: Pretrained, trainer: CandidateTrainer
         published: its weights.
 
     Raises:
-        TrainingError: it cannot be trained. UserError: its weights do not fit, or the folder has it tuned from others.
+        TrainingError: it cannot be trained. UserError: its weights do not fit.
     """
-    path = trainer.folder / PARENTS / f"{name}-{arch.resolution}px.json"
+    path = _document(name, arch.resolution, trainer)
     with _alone(path, trainer):
         return _Tuning(name, arch, published, path, trainer).run()
+
+
+def _document(name: str, resolution: int, trainer: CandidateTrainer) -> Path:
+    return trainer.folder / PARENTS / f"{name}-{resolution}px.json"
 
 
 class _Tuning:
@@ -204,11 +235,6 @@ class _Tuning:
     def __init__(self, name: str, arch: Arch, published: Pretrained, path: Path, trainer: CandidateTrainer) -> None:
         self.arch, self.published, self.trainer, self.path = arch, published, trainer, path
         found = Tuned.read(path)
-        if found is not None and found.digest != published.digest:
-            raise UserError(
-                f"{path} was tuned from weights with sha256 {found.digest}, not from {published.path} "
-                f"({published.digest}): give the same weights, or another --study"
-            )
         self.found = found or Tuned(name, arch.resolution, published.digest, trainer.used, trainer.judged)
         self._since = time.monotonic()
 
@@ -220,14 +246,19 @@ class _Tuning:
             return _load(self.arch, weights)
         trainer, name = self.trainer, self.found.name
         images, judges = trainer.split(self.arch.resolution, own_pixels(self.arch))
-        earlier = next(tuned_in(trainer.folder, name), None)
-        first = self._first(earlier, images)
+        if self.found.epochs is None:
+            earlier = next(tuned_in(trainer.folder, name), None)
+            epochs = self._usual_epochs()
+            if earlier is not None:
+                self._keep(began=earlier.resolution, epochs=max(1, epochs // ETA))
+            else:
+                self._keep(epochs=epochs)
+        first = self._first(images)
         if self.found.first is None:
             self._keep(first=trainer.judge(first, judges).top1)
-        lr = choose_rate(self.arch, trainer, lambda: (first, images, judges))
-        plan = trainer.plan
-        epochs = max(plan.epochs, min(plan.final_epochs, PASSED // trainer.used))
-        epochs = epochs if earlier is None else max(1, epochs // ETA)
+        if self.found.lr is None:
+            self._keep(lr=choose_rate(self.arch, trainer, lambda: (first, images, judges)))
+        epochs, lr = self.found.epochs or 1, self.found.lr or 0.0
         try:
             tuned = _trained(
                 copy.deepcopy(first), images, trainer, tuning_recipe(epochs, lr), f"tuning the parent {name}", state
@@ -237,24 +268,31 @@ class _Tuning:
             trainer.say(f"the parent {name} stays as its tuning began: {error}")
             tuned, top1 = first, 0.0
         save_weights(tuned if top1 >= (self.found.first or 0.0) else first, weights)
-        self._keep(tuned=top1, lr=lr)
+        self._keep(tuned=top1)
         state.unlink(missing_ok=True)
         trainer.say(self.found.line)
         return _load(self.arch, weights)
 
-    def _first(self, earlier: Tuned | None, images: Images) -> nn.Module:
+    def _usual_epochs(self) -> int:
+        """Those of the parents that the folder has, whatever is asked for now: children of all compete."""
+        known = (each.epochs for each in _begun_in(self.trainer.folder) if not each.began)
+        plan = self.trainer.plan
+        usual = max(plan.epochs, min(plan.final_epochs, PASSED // self.trainer.used))
+        return next((epochs for epochs in known if epochs is not None), usual)
+
+    def _first(self, images: Images) -> nn.Module:
         """What the tuning begins with."""
         from pruning.transfer import transfer
         from search_spaces import create_model
 
-        if earlier is None:
+        if not self.found.began:
             model = with_weights(self.arch, self.published.path)
             give_probe(model, images, self.trainer, own_pixels(self.arch))
             return model
-        before = self.arch.at(earlier.resolution)
-        source = _load(before, self.path.with_name(f"{earlier.name}-{earlier.resolution}px.safetensors"))
+        before = self.arch.at(self.found.began)
+        weights = _document(self.found.name, self.found.began, self.trainer).with_suffix(".safetensors")
         made = create_model(self.arch)
-        made.load_state_dict(transfer(before, source.state_dict(), self.arch))
+        made.load_state_dict(transfer(before, _load(before, weights).state_dict(), self.arch))
         return made
 
     def _keep(self, **found: Any) -> None:

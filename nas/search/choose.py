@@ -186,7 +186,8 @@ class Chooser:
                 continue
             for px in entrant.sizes:
                 over = self._field.forecast(entrant, px, latencies).likely / self._request.budget_ms
-                if low < over <= high and self._ready_one(entrant, px) is not None:
+                able = (entrant.name, px) not in self._tier.parents.uncut
+                if able and low < over <= high and self._ready_one(entrant, px) is not None:
                     found.append(Sized(entrant.name, entrant.group, px, over))
         children = (each.candidate for each in tried if each.candidate.kind == Kind.DERIVED)
         begun = {_place_of(child) for child in children} | self._cutters.keys()

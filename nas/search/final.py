@@ -126,7 +126,12 @@ def train_fully(request: SearchRequest, tier: TrainedTier, label: str, candidate
             path.parent.mkdir(exist_ok=True)
             begun = time.monotonic()
             training = tier.begin(candidate, data.train, recipe, seed, path.with_suffix(".state"))
-            training.run(None, lambda d, t, *_, s=seed: trainer.progress(f"final training, {label}, seed {s}", d, t))
+            if tier.tuning_pays(candidate):
+                training.run(
+                    None, lambda d, t, *_, s=seed: trainer.progress(f"final training, {label}, seed {s}", d, t)
+                )
+            else:
+                trainer.say(f"{label} stays as its training begins: in the search, tuning did not make it better")
             training.loader.close()
             if seed == 0:
                 save_weights(training.network, path.with_suffix(".safetensors"))

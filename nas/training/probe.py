@@ -41,7 +41,8 @@ STEPS = 200
 TOLERANCE = 1e-5
 """Nats that a step must gain."""
 VARIES = 1e-5
-"""A feature's standard deviation, over its largest value, below which it is constant."""
+"""A feature's standard deviation, over its largest value or the largest deviation of all, below which it is constant:
+what is left is the rounding of a dead channel."""
 PRIOR = 1.0
 """The penalty on a bias's distance from the logarithm of its class's share: that share counts as an image or so."""
 SPREAD = 1e-6
@@ -228,7 +229,7 @@ class _Problem:
                 "numbers: its weights are damaged, or do not suit these images"
             )
         self.mean, deviation = features.mean(0), features.std(0, correction=0)
-        varies = deviation > VARIES * features.abs().amax(0)
+        varies = (deviation > VARIES * features.abs().amax(0)) & (deviation > VARIES * deviation.max())
         if not varies.any():
             raise UserError(
                 "the network's features are the same for every image: a probe has nothing to tell classes by; "

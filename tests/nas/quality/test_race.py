@@ -130,7 +130,7 @@ def test_a_parent_that_was_tuned_from_other_weights_is_refused(trainer, publishe
 
 
 def test_what_tuning_makes_worse_stays_as_it_began(trainer, monkeypatch):
-    figures = iter([80.0, 60.0])
+    figures = iter([70.0, 70.0, 80.0, 60.0])  # with other statistics, with its own, at rung 0, at rung 1
     tier = RaceTier(trainer)
     monkeypatch.setattr(RaceTier, "recipe", lambda *_: tuning_recipe(1, 1e-3))
     monkeypatch.setattr(CandidateTrainer, "judge", lambda *_: SimpleNamespace(top1=next(figures)))
@@ -143,7 +143,7 @@ def test_what_tuning_makes_worse_stays_as_it_began(trainer, monkeypatch):
     assert found.training.rungs == {0: 80, 1: 80}
     assert saved["facts"].epochs == 0
     assert saved["facts"].top1 == 80
-    assert "a linear probe" in saved["facts"].words
+    assert "as its tuning begins" in saved["facts"].words
 
 
 def test_the_nearest_parent_that_is_larger_in_every_axis_and_has_weights(trainer, said):
@@ -152,12 +152,85 @@ def test_the_nearest_parent_that_is_larger_in_every_axis_and_has_weights(trainer
     assert covers(ready().arch, child)
     assert not covers(child, ready().arch)
     assert distance(child, child) == 0 < distance(ready().arch, child)
-    assert parents.available(["shvit", "sepvit"]) == ["shvit_s1"]
+    assert parents.parent_for(ready().arch) is None, "no network is cut from itself"
     assert parents.parent_for(child) == "shvit_s1"
     assert parents.parent_for(largest) is None
     assert RaceTier(trainer).candidate_of(child) == derived()
     assert RaceTier(trainer).candidate_of(largest) == Candidate(largest)
     assert sum("only weights on this machine" in line for line in said) == 1
+
+
+def test_a_cut_chooses_by_images_that_no_final_training_has_shown_it(trainer, monkeypatch):
+    """A final training has the images that judge among its own: what it begins with is what the search judged."""
+    tier, child = RaceTier(trainer), derived()
+    everything = tier.data(child).train
+    assert len(everything) > len(tier._split(child)[0])
+    found, again = tier._start(child, tier._split(child)[0]).state_dict(), tier._start(child, everything).state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in found.items())
+
+
+def test_a_dead_channel_keeps_a_share_of_its_variance(trainer):
+    tier, candidate = RaceTier(trainer), ready()
+    model = tier._own(candidate)
+    norm = next(module for module in model.modules() if isinstance(module, nn.BatchNorm2d))
+    before = norm.running_var.clone()
+    convolution = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    nn.init.zeros_(convolution.weight)
+    tier._restate(model, candidate)
+    assert torch.allclose(norm.running_var, 0.01 * before)
+
+
+def test_a_network_that_tuning_did_not_make_better_is_left_as_it_begins(trainer):
+    tier, candidate = RaceTier(trainer), ready()
+    assert tier.tuning_pays(candidate), "nothing is known of it"
+    features = describe_candidate(candidate, counts_of(candidate.network))
+    known = trainer.results()
+    for last, pays in ((50.0, False), (51.0, True)):
+        known[:] = [TrainedNetwork(candidate.key, features, {0: 50.0, 1: last})]
+        assert tier.tuning_pays(candidate) == pays
+
+
+def test_a_published_network_with_weights_is_ready(trainer):
+    found = RaceTier(trainer).candidate_of(ready().arch)
+    assert found == dataclasses.replace(ready(), name="shvit_s1@32")
+
+
+def test_a_parent_that_cannot_be_tuned_at_a_resolution_is_told_once(trainer, said, monkeypatch):
+    def tune(name, arch, published, trainer):
+        if arch.resolution == PX:
+            raise ValueError("features that are no numbers")
+        return create_model(arch)
+
+    monkeypatch.setattr("nas.quality.parents.tune", tune)
+    parents = Parents(trainer)
+    for _ in range(2):
+        with pytest.raises(TrainingError, match="features that are no numbers"):
+            parents.tuned("shvit_s1", PX)
+    assert [line for line in said if "no parent" in line] == [
+        "shvit_s1 is no parent at 32 px: ValueError: features that are no numbers"
+    ]
+    assert parents.parent_for(derived().arch) is None
+    assert "shvit_s1" not in parents.failed
+
+
+def test_a_tuning_goes_on_with_the_epochs_that_it_was_begun_with(trainer, monkeypatch):
+    epochs: list[int] = []
+
+    def trained(model, images, trainer, recipe, what, state=None):
+        if state is not None:
+            epochs.append(recipe.epochs)
+            if len(epochs) == 1:
+                raise KeyboardInterrupt
+        return model
+
+    monkeypatch.setattr("nas.quality.tuning._trained", trained)
+    for final_epochs in (9, 30):
+        trainer.__dict__["plan"] = dataclasses.replace(trainer.plan, final_epochs=final_epochs)
+        try:
+            Parents(trainer).tuned("shvit_s1", PX)
+        except KeyboardInterrupt:
+            continue
+    assert epochs == [9, 9]
 
 
 def test_weights_that_cannot_be_had_are_told(trainer):
@@ -217,9 +290,8 @@ def test_a_parent_is_tuned_as_long_as_a_final_training_or_as_time_allows(trainer
 
     monkeypatch.setattr("nas.quality.tuning._trained", trained)
     trainer.__dict__["plan"] = dataclasses.replace(trainer.plan, final_epochs=9)
-    tier = RaceTier(trainer)
-    tier.parents.tuned("shvit_s1", PX)
-    assert tunings == [9]
     monkeypatch.setattr("nas.quality.tuning.PASSED", 7 * trainer.used)
-    tier.parents.tuned("shvit_s1", 64)
-    assert tunings == [9, 2], "at a second resolution a third of them"
+    parents = Parents(trainer)
+    parents.tuned("shvit_s1", PX)
+    parents.tuned("shvit_s1", 64)
+    assert tunings == [7, 2], "at a second resolution a third of them"

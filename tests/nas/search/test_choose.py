@@ -50,7 +50,7 @@ class Bench:
     def __init__(self, trials: int = 40, families: tuple[str, ...] = ("efficientvit",), sampler: str = "auto") -> None:
         self.trials: list[SimpleNamespace] = []
         self.tuned: list[tuple[str, int]] = []
-        self.parents = SimpleNamespace(failed={}, tuned=self._tune)
+        self.parents = SimpleNamespace(failed={}, uncut={}, tuned=self._tune)
         self.surrogate = SimpleNamespace(trained=[], predict=lambda features: SimpleNamespace(value=features[1]))
         tier = SimpleNamespace(parents=self.parents, surrogate=lambda: self.surrogate)
         request = SimpleNamespace(

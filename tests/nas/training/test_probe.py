@@ -185,3 +185,11 @@ def test_a_probe_of_other_classes_is_not_installed() -> None:
     model = network("test_efficientnet")
     with pytest.raises(ValueError, match="a probe of"):
         install(model, fit_probe(*clusters(20, 5, 2), 2, seed=0))
+
+
+def test_the_rounding_of_a_dead_channel_is_no_feature() -> None:
+    x, y = clusters(60, 8, 3)
+    dead = 1e-9 * torch.randn(60, 4, generator=torch.Generator().manual_seed(1))
+    found = fit_probe(torch.cat([x, dead], 1), y, 3, seed=0)
+    assert not found.weight[:, 8:].any()
+    assert found.weight[:, :8].abs().max() < 100
