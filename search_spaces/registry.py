@@ -109,6 +109,14 @@ def use_spaces(earlier: bool) -> None:
         FAMILIES[name] = replace(family, space=family.earlier) if earlier and family.earlier else family
 
 
+def spaces_of(names: Sequence[str], digest: str) -> dict[str, Space]:
+    """The axes of some families, `space.fingerprint` of which is `digest`: the earlier ones, else those in use."""
+    from search_spaces.space import fingerprint
+
+    earlier = {name: FAMILIES[name].earlier or FAMILIES[name].space for name in names}
+    return earlier if fingerprint(earlier) == digest else {name: FAMILIES[name].space for name in names}
+
+
 def with_earlier_space() -> list[str]:
     """The families that are searched along earlier axes."""
     return [name for name, family in _TODAY.items() if FAMILIES[name].space is not family.space]

@@ -44,6 +44,9 @@ class Searched:
     """Name of the tier that estimates quality."""
     resolution: int | None = None
     """Pixels a side of all networks; None where it is searched."""
+    families: tuple[str, ...] = ()
+    space: str = ""
+    """Digest of the axes that they are searched along."""
 
     @classmethod
     def of(cls, study_id: int, storage: BaseStorage) -> Self | None:
@@ -51,7 +54,8 @@ class Searched:
         found = storage.get_study_user_attrs(study_id).get(IDENTITY)
         if found is None:
             return None
-        return cls(found["budget_ms"], found.get("quality", "prior"), found.get("resolution"))
+        resolution, families = found.get("resolution"), tuple(found.get("families", ()))
+        return cls(found["budget_ms"], found.get("quality", "prior"), resolution, families, found.get("space", ""))
 
 
 STUDY = re.compile(r"/api/studies/(\d+)/?")
@@ -228,10 +232,10 @@ def score_words(trial: FrozenTrial) -> str:
 
 def values_of(params: Mapping[str, int], family: str, searched: Searched) -> list[tuple[str, Any]]:
     """What a trial's indices stand for in its family; those that it has no use for are left out."""
-    from search_spaces.registry import FAMILIES
+    from search_spaces.registry import spaces_of
     from search_spaces.space import LEVELS
 
-    options = FAMILIES[family].space.options
+    options = spaces_of(searched.families or (family,), searched.space)[family].options
     found = {name: values[params[name] * len(values) // LEVELS] for name, values in options.items() if name in params}
     if searched.resolution is not None:
         found["resolution"] = searched.resolution

@@ -10,6 +10,7 @@ import pytest
 
 from nas.errors import UserError
 from nas.measure.runtime import Settings
+from nas.search.dashboard import Searched, values_of
 from nas.search.loop import open_run
 from nas.search.request import SearchRequest, storage_of
 from nas.study.samplers import make_sampler
@@ -64,3 +65,15 @@ def test_other_families_have_no_earlier_axes(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="budget_ms"):
         open_run(replace(request, budget_ms=3.0), None)
     assert with_earlier_space() == []
+
+
+def test_the_dashboard_tells_what_levels_meant_then() -> None:
+    params = {"form": 0, "width_s1": 3}
+    for families, space, form in (
+        (("evit",), "e6de4adbc287", "fused"),
+        (tuple(FAMILIES), "64b4b8736ab0", "fused"),
+        (("evit",), "", "merged"),
+        ((), "", "merged"),
+    ):
+        searched = Searched(2.0, families=families, space=space)
+        assert dict(values_of(params, "evit", searched)) == {"form": form, "width_s1": 320}
