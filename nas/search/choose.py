@@ -96,6 +96,11 @@ class Chooser:
         self._ready_ones: dict[str, Candidate | None] = {}
         """By label; None: it takes no images of that size."""
 
+    @property
+    def opened(self) -> int:
+        """How many parents have been opened, and so tuned where no run had tuned them."""
+        return len(self._cutters)
+
     def offer(self, study: optuna.Study) -> list[Candidate]:
         """Candidates that are worth trying, best first; none where nothing is left. A parent may be tuned for them.
         Where the user has named a sampler, ready networks alone: the sampler makes up others.

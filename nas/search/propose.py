@@ -43,7 +43,7 @@ LATENCY_NOISE = 0.02
 
 
 @dataclass(frozen=True)
-class Candidate:
+class Proposal:
     """A network that may be proposed."""
 
     family: str
@@ -154,14 +154,14 @@ class Proposer(BaseSampler):
     def sample_independent(self, study: optuna.Study, trial: FrozenTrial, param_name: str, distribution: Any) -> Any:
         return self._random.sample_independent(study, trial, param_name, distribution)
 
-    def _pool(self, measured: Sequence[Measured], rng: np.random.Generator) -> list[Candidate]:
+    def _pool(self, measured: Sequence[Measured], rng: np.random.Generator) -> list[Proposal]:
         """Random networks, and variations of the best within the budget, or of the best of all where none is."""
         varied_ones = [each for each in measured if each.levels]
         fitting = [each for each in varied_ones if each.feasible] or varied_ones
         now = self._tier.review([(each.digest, each.features) for each in fitting])
         order = sorted(range(len(fitting)), key=lambda i: -now[i].value)
         parents = [fitting[i] for i in order[:PARENTS]]
-        found: list[Candidate] = []
+        found: list[Proposal] = []
         for i in range(POOL):
             if i % 2 and parents:
                 parent = parents[i // 2 % len(parents)]
@@ -170,7 +170,7 @@ class Proposer(BaseSampler):
                 family = self._request.families[rng.integers(len(self._request.families))]
                 levels = random_params(rng)
             arch = FAMILIES[family].space.decode(levels, self._request.num_classes, self._request.resolution)
-            found.append(Candidate(family, levels, arch))
+            found.append(Proposal(family, levels, arch))
         return found
 
 

@@ -80,8 +80,9 @@ class Race:
         """
         clock = Clock(log.phases)
         self._runner.stage("choosing a network")
+        before = self._chooser.opened
         offered = self._chooser.offer(self._study)
-        clock.lap("sampler")
+        clock.lap("sampler" if self._chooser.opened == before else "training")  # of a parent
         try:
             self._runner.trial(log, lambda: self._enqueue_one(offered))
         except NothingLeft:
