@@ -12,7 +12,6 @@ from rich.console import Console
 from nas.intervals import guessing
 from nas.measure.budget import Verdict
 from nas.networks.timm_network import TimmNetwork
-from nas.quality.candidate import Kind
 from nas.quality.tier import told_score
 from nas.report.tables import Column, console_of, print_table, prose
 from nas.search.outcome import OVERHEAD, Outcome
@@ -142,7 +141,7 @@ def show_final(console: Console, final: Sequence[ClosingRow], tier: str) -> None
     rows = [
         (
             row.label if row.name else f"{row.label} ({row.family})",
-            row.role if row.role == role_of(row) or row.kind == Kind.SCRATCH else f"{row.role}, {row.kind}",
+            row.role if row.role == role_of(row) or row.kind is None else f"{row.role}, {row.kind}",
             row.verdict or "",
             str(row.resolution),
             f"{told_score(row.quality):.1f}",

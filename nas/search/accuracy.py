@@ -78,11 +78,13 @@ class Comparison:
 
 @dataclass(frozen=True)
 class FinalTrainings:
-    """The winner's full trainings, and those of the published network beside it."""
+    """The winner's full trainings, and those of what it is compared with: a published network, or in a race the best
+    of other kinds."""
 
     rows: tuple[Accuracies, ...]
     epochs: int
     recipe: str
+    """Its name; of several networks' that differ, the names."""
     verdict: str
     """How the two compare, or why there is one alone, in one line."""
     comparison: Comparison | None = None

@@ -32,25 +32,29 @@ class Standing:
     """Mean top-1 in percent over the seeds of its full trainings; None where these are not finished, as the next."""
     interval: Pair | None
     """Its 95% interval in percent."""
+    verdict: Verdict
+    """What the interval of its latency says of the budget."""
 
     @classmethod
     def of(cls, row: ClosingRow) -> Self:
         found = row.accuracy
         return cls(
             name=row.label,
-            kind=row.kind,
+            kind=row.kind or Kind.SCRATCH,
             parent=row.parent,
             resolution=known(row.resolution),
             latency_ms=known(row.latency_ms),
             accuracy=found.mean if found else None,
             interval=found.ci if found else None,
+            verdict=known(row.verdict),
         )
 
     @property
     def words(self) -> str:
         origin = f"derived from {self.parent}" if self.parent else str(self.kind)
         told = "" if self.accuracy is None else f"{self.accuracy:.1f}%, "
-        return f"{self.name} ({origin}, {self.resolution} px, {told}{self.latency_ms:.2f} ms)"
+        over = ", which may be over the budget" * (self.verdict == Verdict.UNSURE)
+        return f"{self.name} ({origin}, {self.resolution} px, {told}{self.latency_ms:.2f} ms{over})"
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ class Contest:
     """None where no ready network is within the budget."""
     best_derived: Standing | None
     gain_over_ready: Gain | None
-    """None where one of the two is missing, or not trained fully."""
+    """Of the best that the search made up; None where one of the two is missing, or not trained fully."""
     line: str
     """What was found against the best ready network, in one line."""
 
@@ -95,42 +99,54 @@ class Contest:
 
 
 def contestants(final: Sequence[ClosingRow]) -> list[ClosingRow]:
-    """The networks that are trained fully: the winner so far, the best ready network and the best derived one; where
-    none of these was found by the search, the best from scratch.
+    """The networks that are trained fully: the best ready one, the best that the search made up, and the best derived
+    one, all by the search's own ranking; the winner so far first.
 
     Args:
         final: the closing run's table, best first, with a winner.
     """
     first = next(row for row in final if row.role == "winner")
-    rows = [first]
-    for kind in Kind:
-        best = best_within(final, kind)
-        found = any(row.kind != Kind.READY for row in rows)
-        if best and best.label != first.label and not (kind == Kind.SCRATCH and found):
-            rows.append(best)
-    return rows
+    rows = [first, *opponents(final), best_within(final, Kind.DERIVED)]
+    return list({row.label: row for row in rows if row is not None}.values())
 
 
-def best_within(final: Sequence[ClosingRow], kind: Kind) -> ClosingRow | None:
-    """The best of a kind that surely fits; where none does, the best that may. Full trainings come before estimates."""
-    for verdict in (Verdict.FITS, Verdict.UNSURE):
-        rows = [row for row in final if row.kind == kind and row.verdict == verdict]
-        trained = [row for row in rows if row.accuracy]
-        if rows:
-            return max(trained, key=_mean, default=rows[0])
-    return None
+def opponents(final: Sequence[ClosingRow]) -> tuple[ClosingRow | None, ClosingRow | None]:
+    """The best network that the search made up, and the best ready one, by the search's own ranking; None where none is
+    within the budget."""
+    return best_within(final, Kind.DERIVED, Kind.SCRATCH), best_within(final, Kind.READY)
+
+
+def best_within(final: Sequence[ClosingRow], *kinds: Kind) -> ClosingRow | None:
+    """The best of some kinds that surely fits; where none does, the best that may."""
+    rows = [row for row in final if row.kind in kinds]
+    sure = (row for verdict in (Verdict.FITS, Verdict.UNSURE) for row in rows if row.verdict == verdict)
+    return next(sure, None)
 
 
 def winner_of(final: Sequence[ClosingRow]) -> ClosingRow:
-    """The most accurate of the networks that were trained fully, within the budget as surely as the winner so far; of
-    equal ones a ready network.
+    """The winner after the full trainings: the ready network, unless the gain of what the search made up is real.
+
+    Where only one of the two surely fits, it stays the winner. So does the winner so far where one of the two is not
+    there, or not trained; where that is the winner so far, the other wins.
 
     Args:
-        final: the closing run's table with a winner that was trained fully.
+        final: the closing run's table with a winner.
     """
     first = next(row for row in final if row.role == "winner")
-    trained = [row for row in final if row.accuracy and row.verdict == first.verdict]
-    return max(trained, key=lambda row: (_mean(row), row.kind == Kind.READY))
+    found, ready = opponents(final)
+    if found is None or ready is None or found.verdict != ready.verdict:
+        return first
+    gain = gain_of(found, ready)
+    if gain is not None:
+        return found if gain.verdict == "gain" else ready
+    return next((row for row in (first, found, ready) if row.accuracy), first)
+
+
+def gain_of(found: ClosingRow | None, ready: ClosingRow | None) -> Gain | None:
+    """How the two compare; None where one is not there, or not trained."""
+    if found is None or ready is None or found.accuracy is None or ready.accuracy is None:
+        return None
+    return Gain.of(compare_means(found.accuracy, ready.accuracy))
 
 
 def contest_of(final: Sequence[ClosingRow]) -> Contest:
@@ -140,30 +156,18 @@ def contest_of(final: Sequence[ClosingRow]) -> Contest:
         final: the closing run's table with a winner.
     """
     winner = next(row for row in final if row.role == "winner")
-    found, ready = opponents(final)
-    derived = best_within(final, Kind.DERIVED)
-    gain = None
-    if found and ready and found.accuracy and ready.accuracy:
-        gain = Gain.of(compare_means(found.accuracy, ready.accuracy))
+    (found, ready), derived = opponents(final), best_within(final, Kind.DERIVED)
+    gain = gain_of(found, ready)
     return Contest(
         Standing.of(winner),
         Standing.of(ready) if ready else None,
         Standing.of(derived) if derived else None,
         gain,
-        _line(winner, ready, found, gain),
+        _line(winner, found, ready, gain),
     )
 
 
-def opponents(final: Sequence[ClosingRow]) -> tuple[ClosingRow | None, ClosingRow | None]:
-    """The best network that the search made up, and the best ready one; None where none is within the budget."""
-    winner = next(row for row in final if row.role == "winner")
-    made = [row for row in final if row.kind != Kind.READY and row.verdict in (Verdict.FITS, Verdict.UNSURE)]
-    best = max((row for row in made if row.accuracy), key=_mean, default=next(iter(made), None))
-    found = winner if winner.kind != Kind.READY else best
-    return found, best_within(final, Kind.READY)
-
-
-def crowned(final: Sequence[ClosingRow], winner: ClosingRow) -> list[ClosingRow]:
+def with_winner(final: Sequence[ClosingRow], winner: ClosingRow) -> list[ClosingRow]:
     """The closing run's table with another winner."""
 
     def role(row: ClosingRow) -> str:
@@ -176,11 +180,7 @@ def crowned(final: Sequence[ClosingRow], winner: ClosingRow) -> list[ClosingRow]
     return [replace(row, role=role(row)) for row in final]
 
 
-def _mean(row: ClosingRow) -> float:
-    return known(row.accuracy).mean
-
-
-def _line(winner: ClosingRow, ready: ClosingRow | None, found: ClosingRow | None, gain: Gain | None) -> str:
+def _line(winner: ClosingRow, found: ClosingRow | None, ready: ClosingRow | None, gain: Gain | None) -> str:
     best = Standing.of(winner).words
     if ready is None:
         return f"No ready network is within the budget to compare with; the best that was found is {best}"
@@ -188,9 +188,7 @@ def _line(winner: ClosingRow, ready: ClosingRow | None, found: ClosingRow | None
         return f"The best ready network wins: {best}; nothing that the search made up is within the budget"
     if gain is None:
         return f"Not compared with the best ready network, {Standing.of(ready).words}: not both are trained fully"
+    made = Standing.of(found).words
     if winner.kind == Kind.READY:
-        return (
-            f"The best ready network wins: {best}; the best that was found is {Standing.of(found).words}: {gain.words}"
-        )
-    over = ", which may be over the budget" if ready.verdict == Verdict.UNSURE else ""
-    return f"Found against the best ready network: {gain.words}: {best} beside {Standing.of(ready).words}{over}"
+        return f"The best ready network wins: {best}; the best that was found is {made}: {gain.words}"
+    return f"Found against the best ready network: {gain.words}: {made} beside {Standing.of(ready).words}"

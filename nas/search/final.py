@@ -1,4 +1,5 @@
-"""The end of a search with images: the best are trained to the last rung, the winner and a published network fully.
+"""The end of a search with images: the best are trained to the last rung, the winner and what it is compared with
+fully.
 
 Every finished training is a file in the run's folder, every unfinished one a checkpoint there, so the same command goes
 on where it was interrupted.

@@ -19,7 +19,7 @@ from nas.search.accuracy import Accuracies, FinalTrainings
 from nas.search.advice import advice, latencies
 from nas.search.best import BestFolder, Weights
 from nas.search.closing import ClosingInterrupted, closing_run
-from nas.search.contest import RACE, contest_of, contestants, crowned, opponents, winner_of
+from nas.search.contest import RACE, contest_of, contestants, opponents, winner_of, with_winner
 from nas.search.final import weights_of
 from nas.search.log import breakdown
 from nas.search.outcome import Fastest, Outcome, ShortTraining, TierFacts, Validation, Winner
@@ -159,7 +159,7 @@ class _Finish:
 
     def _train(self, tier: TrainedTier) -> None:
         """Full trainings over the same seeds: of the winner and of the published network nearest it by one recipe; in a
-        race of the networks that are compared, the best of which is then the winner."""
+        race of the networks that are compared, which settle the winner."""
         from nas.search.final import train_fully
 
         winner = next(row for row in self.final if row.role == "winner")
@@ -178,11 +178,11 @@ class _Finish:
             self.accuracy = self._trainings(tier, winner, baseline, list(found.values()))
 
     def _crown(self, tier: TrainedTier, whole: bool) -> None:
-        """Make the most accurate of the fully trained networks the winner. whole: none of the trainings has failed."""
+        """Settle the winner by the full trainings. whole: none of them has failed."""
         from nas.search.accuracy import compare_means, verdict
 
         winner = winner_of(self.final)
-        self.final = crowned(self.final, winner)
+        self.final = with_winner(self.final, winner)
         made, ready = opponents(self.final)
         rows = sorted(
             (row.accuracy for row in self.final if row.accuracy),
@@ -302,6 +302,11 @@ class _Finish:
             told = guessing(self.accuracy.rows[0].ci, self.request.num_classes)
             if told:
                 yield f"{self.accuracy.rows[0].label}: {told}"
+        if self.accuracy and self.accuracy.comparison and self.races:
+            yield (
+                "which of the two best networks wins was decided on the validation images that their accuracy is of: "
+                "the ready one, unless the gain of the other is real"
+            )
         yield from self._remarks_on_winner(weights)
         yield from remarks_on_latency(self.rows)
 

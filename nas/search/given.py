@@ -52,7 +52,7 @@ def parameters_of(request: SearchRequest, candidate: Candidate) -> dict[str, int
 
 
 def origin(candidate: Candidate) -> dict[str, str]:
-    """What a trial's attributes say of where its network is from, also where it fails."""
+    """What a trial's attributes say in a race of where its network is from, also where it fails."""
     found = {"family": candidate.network.family, "kind": str(candidate.kind)}
     more = {"parent": candidate.parent, "name": candidate.name}
     return found | {key: value for key, value in more.items() if value}

@@ -24,7 +24,7 @@ from nas.search.rows import ClosingRow, Network, OutsideRow, Trial, front_of, kn
 if TYPE_CHECKING:
     from search_spaces import Arch
 
-FORMAT = 1
+FORMAT = 2
 """The version of result.json."""
 OVERHEAD = ("start", "estimate", "storage", "other")
 """Phases outside sampling, export, session creation and timed runs."""
@@ -108,11 +108,13 @@ class Winner:
     images: int | None = None
     """Validation images."""
     seeds: int | None = None
-    accuracy: str = ""
+    words: str = ""
     """All of that in words."""
-    kind: Kind = Kind.SCRATCH
+    kind: Kind | None = None
+    """As `nas.quality.candidate.Candidate` has it, as the next; None outside of a race."""
     parent: str = ""
-    """As `nas.quality.candidate.Candidate` has it, as the kind."""
+    resolution: int | None = None
+    """Height and width of the input in pixels."""
 
     @classmethod
     def of(cls, row: Network) -> Winner:
@@ -135,10 +137,15 @@ class Winner:
             top1_ci=found.ci if found else None,
             images=found.images if found else None,
             seeds=len(found.top1) if found else None,
-            accuracy=found.words if found else "",
+            words=found.words if found else "",
             kind=row.kind,
             parent=row.parent,
+            resolution=row.resolution,
         )
+
+    def to_json(self) -> dict[str, object]:
+        """With the fields of `nas.search.contest.Standing`, too."""
+        return asdict(self) | {"name": self.label, "accuracy": self.top1, "interval": self.top1_ci}
 
     @property
     def latency_ci(self) -> Pair | None:
@@ -267,7 +274,7 @@ class Outcome:
             "pareto": self.front_json(),
             "final": [row.to_json() for row in self.final],
             "against": [row.to_json() for row in self.against],
-            "winner": self.winner and asdict(self.winner) | (asdict(self.contest.winner) if self.contest else {}),
+            "winner": self.winner and self.winner.to_json(),
             **(self.contest.to_json() if self.contest else {}),
             "fastest": self.fastest and asdict(self.fastest),
             "ties": self.ties,

@@ -19,7 +19,6 @@ from typing import TypeVar, cast
 
 from nas.export.card import CLASSIFY
 from nas.files import replace_file
-from nas.quality.candidate import Kind
 from nas.quality.tier import told_score
 from nas.report.page import render
 from nas.search.front import plot_front
@@ -123,7 +122,7 @@ def _html(outcome: Outcome, plot: bytes) -> str:
         "best": _measured_winner(outcome) if winner else None,
         "front": outcome.front,
         "families": _families(outcome),
-        "raced": any(trial.kind != Kind.SCRATCH for trial in trials),
+        "raced": any(trial.kind for trial in trials),
         "complete": [trial for trial in trials if trial.complete],
         "feasible": [trial for trial in trials if trial.feasible],
         "reasons": reasons[:REASONS_SHOWN],

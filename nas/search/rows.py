@@ -39,9 +39,9 @@ class Trial:
     family: str
     name: str = ""
     """Of a ready network or a published variant; empty for a network that the search made up."""
-    kind: Kind = Kind.SCRATCH
+    kind: Kind | None = None
+    """As `nas.quality.candidate.Candidate` has it, as the next and the name; None outside of a race."""
     parent: str = ""
-    """As `nas.quality.candidate.Candidate` has it, as the name and the kind."""
     state: str
     """complete, failed, or interrupted by Ctrl-C."""
     error: str = ""
@@ -152,7 +152,7 @@ class ClosingRow(Timed):
     trial: int
     family: str
     name: str
-    kind: Kind = Kind.SCRATCH
+    kind: Kind | None = None
     parent: str = ""
     quality: float
     quality_estimate: float
@@ -218,7 +218,7 @@ N = TypeVar("N", Trial, ClosingRow)
 
 def role_of(row: Network) -> str:
     """The role of a network that is no winner."""
-    if row.kind != Kind.SCRATCH:
+    if row.kind in (Kind.READY, Kind.DERIVED):
         return row.kind
     return "published" if row.name else "found"
 
@@ -254,7 +254,7 @@ def trial_of(trial: FrozenTrial) -> Trial:
         trial=trial.number,
         family=attrs.get("family", trial.params.get("family", "")),
         name=attrs.get("name", ""),
-        kind=Kind(attrs.get("kind", Kind.SCRATCH)),
+        kind=Kind(attrs["kind"]) if "kind" in attrs else None,
         parent=attrs.get("parent", ""),
         state="complete" if complete else "interrupted" if attrs.get("error") == INTERRUPTED else "failed",
         error=attrs.get("error", ""),
@@ -347,7 +347,7 @@ def network_of(row: Network) -> Arch | TimmNetwork:
 
 
 def candidate_of(row: Network) -> Candidate:
-    return Candidate(network_of(row), row.kind, row.parent, row.name)
+    return Candidate(network_of(row), row.kind or Kind.SCRATCH, row.parent, row.name)
 
 
 def published_top1(row: Trial) -> float | None:

@@ -25,6 +25,7 @@ from nas.measure.remote import LinkLost
 from nas.measure.samples import MeasureError, is_decided, quanta, quanta_line
 from nas.process import WorkerError
 from nas.quality.candidate import Candidate
+from nas.search.contest import RACE
 from nas.search.given import GIVEN, origin, parameters_of
 from nas.search.latency import TrialLatency
 from nas.search.log import Clock, keep_samples
@@ -219,13 +220,14 @@ class TrialRunner:
             logger.debug("trial %d failed", trial.number, exc_info=True)
             return fail(self.study, trial, reason(error))
         clock.lap("training" if self.tier.trained else "estimate")
+        more = origin(candidate) if self.tier.name == RACE else {}
         told = finish(
             self.study,
             trial,
             quality=estimate.score,
             throughput=latency.throughput,
             constraint=excess,
-            attrs=attributes(candidate, counts, latency, estimate, self.request.budget_ms),
+            attrs=attributes(candidate, counts, latency, estimate, self.request.budget_ms) | more,
         )
         clock.lap("storage")
         return told
@@ -313,7 +315,7 @@ def attributes(
     network = candidate.network
     document: object = json.loads(network.to_json())
     return {
-        **origin(candidate),
+        "family": network.family,
         "latency_ms": latency.latency_ms,
         "feasible": int(latency.excess(budget_ms) <= 0),
         "budget_ms": budget_ms,

@@ -29,7 +29,7 @@ def score_words(row: Trial | ClosingRow | Winner) -> str:
 
 def quality_words(winner: Winner) -> str:
     """How good the winner is: its accuracy where it was trained fully, else what the tier says of it."""
-    return winner.accuracy or f"score {score_words(winner)}"
+    return winner.words or f"score {score_words(winner)}"
 
 
 def validation_line(tier: TierFacts, validation: Validation | None) -> str:
@@ -62,7 +62,7 @@ def winner_line(outcome: Outcome) -> str:
     if winner is None:
         return f"nothing fits {outcome.budget_ms:g} ms"
     how = "within" if winner.verdict == Verdict.FITS else "may be within"
-    accuracy = f", {winner.accuracy}" if winner.accuracy else ""
+    accuracy = f", {winner.words}" if winner.words else ""
     gain = outcome.contest.gain_over_ready if outcome.contest else None
     accuracy += f"; found against ready: {gain.words}" if gain else ""
     return f"{winner.label} ({winner.family}) {how} {outcome.budget_ms:g} ms{accuracy}"

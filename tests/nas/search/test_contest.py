@@ -1,4 +1,4 @@
-"""The closing table of a race: who is trained fully, who wins, and what is said of it."""
+"""The closing table of a race: what is trained fully, what wins, and what is said of it."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ from nas.measure.budget import Verdict
 from nas.quality.candidate import Kind
 from nas.search.accuracy import Accuracies
 from nas.search.closing import ordered
-from nas.search.contest import contest_of, contestants, crowned, winner_of
+from nas.search.contest import contest_of, contestants, winner_of, with_winner
 from nas.search.rows import ClosingRow
 
 
@@ -56,14 +56,16 @@ def test_the_winner_the_best_ready_and_the_best_derived_one_are_trained_fully() 
     assert [each.label for each in contestants(alone)] == ["ready2", "trial 1"]
     scratch = ordered([row(1, Kind.SCRATCH, 70), row(2, Kind.READY, 48), row(4, Kind.DERIVED, 50)])
     assert [each.label for each in contestants(scratch)] == ["trial 1", "ready2", "trial 4"]
+    ready = ordered([row(1, Kind.SCRATCH, 40), row(2, Kind.READY, 60), row(4, Kind.DERIVED, 30)])
+    assert [each.label for each in contestants(ready)] == ["ready2", "trial 1", "trial 4"]
 
 
 @pytest.mark.parametrize(
-    ("made", "winner", "verdict"), [(53.0, "trial 4", "gain"), (48.1, "trial 4", "tie"), (40.0, "ready2", "loss")]
+    ("made", "winner", "verdict"), [(53.0, "trial 4", "gain"), (48.1, "ready2", "tie"), (40.0, "ready2", "loss")]
 )
-def test_the_most_accurate_wins(made: float, winner: str, verdict: str) -> None:
+def test_a_ready_network_wins_unless_the_gain_is_real(made: float, winner: str, verdict: str) -> None:
     table = trained(TABLE, {"trial 4": made, "ready2": 48.0})
-    found = contest_of(crowned(table, winner_of(table)))
+    found = contest_of(with_winner(table, winner_of(table)))
     assert (found.winner.name, found.winner.kind) == (winner, "ready" if winner == "ready2" else "derived")
     assert found.best_ready is not None
     assert found.best_derived is not None
@@ -75,11 +77,33 @@ def test_the_most_accurate_wins(made: float, winner: str, verdict: str) -> None:
     assert ("The best ready network wins" in found.line) == (winner == "ready2")
 
 
-def test_of_equal_ones_the_ready_network_wins() -> None:
-    table = trained(TABLE, {"trial 4": 48.0, "ready2": 48.0})
-    assert winner_of(table).label == "ready2"
-    roles = {each.label: each.role for each in crowned(table, winner_of(table))}
-    assert (roles["ready2"], roles["trial 4"]) == ("winner", "derived")
+def test_the_final_images_name_no_network() -> None:
+    """Two were found; that which ranked first is compared, whatever the other has."""
+    table = ordered([row(1, Kind.SCRATCH, 50), row(4, Kind.DERIVED, 49), row(2, Kind.READY, 48)])
+    table = trained(table, {"trial 1": 48.0, "trial 4": 60.0, "ready2": 48.0})
+    found = contest_of(with_winner(table, winner_of(table)))
+    assert (found.winner.name, found.gain_over_ready.points) == ("ready2", 0)
+    roles = {each.label: each.role for each in with_winner(table, winner_of(table))}
+    assert (roles["ready2"], roles["trial 4"], roles["trial 1"]) == ("winner", "derived", "found")
+
+
+@pytest.mark.parametrize("made", [60.0, 30.0])
+@pytest.mark.parametrize("sure", ["ready2", "trial 4"])
+def test_what_surely_fits_wins_over_what_may(made: float, sure: str) -> None:
+    ready, derived = (Verdict.FITS if label == sure else Verdict.UNSURE for label in ("ready2", "trial 4"))
+    table = ordered([row(2, Kind.READY, 48, ready), row(4, Kind.DERIVED, 50, derived)])
+    for top1 in ({"trial 4": made, "ready2": 48.0}, {"trial 4" if sure == "ready2" else "ready2": 50.0}):
+        rows = trained(table, top1)
+        found = contest_of(with_winner(rows, winner_of(rows)))
+        assert found.winner.name == sure
+        assert ("which may be over the budget" in found.line) == (len(top1) == 2 or sure == "trial 4")
+
+
+def test_where_one_training_failed_the_other_wins() -> None:
+    for label in ("ready2", "trial 4"):
+        rows = trained(TABLE, {label: 48.0})
+        assert winner_of(rows).label == label
+    assert winner_of(TABLE).label == "trial 4", "the winner so far, untrained"
 
 
 def test_without_a_ready_network_that_is_said() -> None:

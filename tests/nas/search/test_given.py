@@ -84,7 +84,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory, exports: Path) -> tuple[P
 
 def test_a_given_network_comes_out(searched: tuple[Path, dict[str, Any]]) -> None:
     folder, found = searched
-    assert (found["winner"]["label"], found["winner"]["kind"]) == (READY.name, "ready"), "of equal ones"
+    assert (found["winner"]["label"], found["winner"]["kind"]) == (READY.name, "ready")
     assert TimmNetwork.from_json((folder / "best" / "arch.json").read_text()) == READY.network
     files = {"arch.json", "model.onnx", "model.safetensors", "model.seen.npy", "preprocess.json", "labels.txt"}
     assert {path.name for path in (folder / "best").iterdir()} == files
@@ -102,13 +102,12 @@ def test_a_given_network_comes_out(searched: tuple[Path, dict[str, Any]]) -> Non
 
 
 def test_what_was_found_is_compared_with_the_best_ready_network(searched: tuple[Path, dict[str, Any]]) -> None:
-    """Both are trained fully and judged on the same images; the more accurate one is in best/."""
+    """Both are trained fully and judged on the same images."""
     folder, found = searched
     assert (found["best_ready"]["name"], found["best_derived"]) == (READY.name, None)
     rows = {row["label"]: row for row in found["accuracy"]["rows"]}
     assert len(rows) == 2
     first = found["accuracy"]["rows"][0]
-    assert first["mean"] == max(row["mean"] for row in rows.values())
     keys = ("name", "kind", "resolution", "accuracy", "interval", "latency_ms")
     told = {key: found["winner"][key] for key in keys}
     assert (told["name"], told["accuracy"], told["interval"]) == (first["label"], first["mean"], first["top1_ci"])

@@ -167,7 +167,7 @@ def invent(trials: int = 100, budget: float = 2.0, seed: int = 0) -> dict[str, A
             "ci_high_ms": winner["latency_ci_high_ms"],
             "arch": {"family": winner["family"]},
             **dict.fromkeys(("top1", "top1_ci", "images", "seeds")),
-            "accuracy": "",
+            "words": "",
             "latency_ms": winner["latency_ms"],
             "quality_estimate": winner["quality_estimate"],
             "quality": winner["quality"],
@@ -495,7 +495,7 @@ def trained(data: dict, **more) -> dict:
     }
     rows = [Accuracies(entry["label"], [70.0, 71.0], 500, 9.0).to_json() for entry in data["final"][:2]]
     told = {key: rows[0][key] for key in ("top1_ci", "images", "seeds")}
-    winner = data["winner"] | told | {"top1": 70.5, "accuracy": rows[0]["words"]}
+    winner = data["winner"] | told | {"top1": 70.5, "words": rows[0]["words"]}
     accuracy = {"rows": rows, "epochs": 30, "recipe": "quick", "verdict": "a tie <of> two"}
     rung = {"epochs": 0, "networks": 5, "tau": {"tau": 0.6, "ci": [0.1, 0.9]}, "regret": 1.5}
     tier |= {"held_out": [1.25, 0.5], "rungs": [rung, rung | {"epochs": 1}]}
@@ -526,7 +526,7 @@ def test_the_trained_accuracy_is_the_headline(tmp_path: Path, capsys: pytest.Cap
     from nas.search.words import winner_line
 
     data = trained(invent(20))
-    words = data["winner"]["accuracy"]
+    words = data["winner"]["words"]
     assert words.startswith("70.5% top-1 (95%: ")
     assert words.endswith(", 500 images, 2 seeds)")
     page = report(tmp_path, data)

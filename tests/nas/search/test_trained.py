@@ -86,6 +86,7 @@ def test_a_trained_network_comes_out_with_its_baseline(searched):
     assert "Kendall" in page
     for row in csv.DictReader((folder / "trials.csv").open()):
         assert row["state"] == "complete"
+        assert row["kind"] == "", "outside of a race"
     assert not list((folder / "training").glob("*")), "no checkpoint of a finished training is left"
 
 
