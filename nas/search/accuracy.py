@@ -3,12 +3,31 @@
 from __future__ import annotations
 
 import statistics
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from nas.intervals import LEVEL, Interval, agreement, joined, of_accuracies, of_difference, of_share, top1_words
 from nas.units import counted
 
 ONE_SEED = "one seed: the spread of seeds is not in it"
+ONE_PARENT = "the parent was tuned once: how much another tuning would change is not in it"
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What a network's parent was tuned for beforehand, on images of the user's."""
+
+    parent: str
+    epochs: int
+    images: int
+    """Of each epoch."""
+    seconds: float
+
+    @property
+    def words(self) -> str:
+        return (
+            f"its parent {self.parent} had been tuned for {counted(self.epochs, 'epoch')} of {self.images:,} images "
+            f"({self.seconds:.0f} s)"
+        )
 
 
 @dataclass(frozen=True)
@@ -24,6 +43,8 @@ class Accuracies:
     """All trainings took."""
     hits: list[list[bool]] = field(default_factory=list, repr=False)
     """A row a seed, of whether each image was classified correctly; empty where an earlier version trained."""
+    before: Tuning | None = None
+    """Of a network whose parent was tuned, in addition to `seconds`."""
 
     @property
     def mean(self) -> float:
@@ -59,6 +80,7 @@ class Accuracies:
             "top1_ci": list(self.ci),
             "seeds": len(self.top1),
             "words": self.words,
+            **({"parent_tuning": asdict(self.before)} if self.before else {}),
         }
 
 
@@ -105,7 +127,9 @@ def compare_means(first: Accuracies, second: Accuracies) -> Comparison:
     one, other = of_share(first.mean, first.images), of_share(second.mean, second.images)
     by_images = of_difference(first.mean, one, second.mean, other, agreement(first.hits, second.hits))
     found = joined(difference, by_images, seeds_spread(first, second)).clipped(-100.0, 100.0)
-    leaves_out = "" if min(len(first.top1), len(second.top1)) > 1 else ONE_SEED
+    one_seed = ONE_SEED if min(len(first.top1), len(second.top1)) == 1 else ""
+    one_parent = ONE_PARENT if first.before or second.before else ""
+    leaves_out = "; ".join(filter(None, (one_seed, one_parent)))
     return Comparison(difference, (found.low, found.high), found.holds(0.0), leaves_out)
 
 

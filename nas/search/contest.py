@@ -11,6 +11,7 @@ from nas.quality.candidate import Kind
 from nas.search.accuracy import Comparison, compare_means
 from nas.search.latency import Pair
 from nas.search.rows import ClosingRow, known, role_of
+from nas.units import counted
 
 RACE = "race"
 """The name of the tier whose closing table this is."""
@@ -34,6 +35,10 @@ class Standing:
     """Its 95% interval in percent."""
     verdict: Verdict
     """What the interval of its latency says of the budget."""
+    parent_epochs: int | None = None
+    """That its parent had been tuned for before its own training; None where it has none, or is not trained."""
+    parent_seconds: float | None = None
+    """That this took."""
 
     @classmethod
     def of(cls, row: ClosingRow) -> Self:
@@ -47,11 +52,14 @@ class Standing:
             accuracy=found.mean if found else None,
             interval=found.ci if found else None,
             verdict=known(row.verdict),
+            parent_epochs=found.before.epochs if found and found.before else None,
+            parent_seconds=found.before.seconds if found and found.before else None,
         )
 
     @property
     def words(self) -> str:
-        origin = f"derived from {self.parent}" if self.parent else str(self.kind)
+        tuned = f" after its {counted(self.parent_epochs, 'epoch')} of tuning" if self.parent_epochs else ""
+        origin = f"derived from {self.parent}{tuned}" if self.parent else str(self.kind)
         told = "" if self.accuracy is None else f"{self.accuracy:.1f}%, "
         over = ", which may be over the budget" * (self.verdict == Verdict.UNSURE)
         return f"{self.name} ({origin}, {self.resolution} px, {told}{self.latency_ms:.2f} ms{over})"

@@ -20,7 +20,7 @@ from nas.errors import TrainingError, UserError
 from nas.export.folder import save_weights
 from nas.files import replace_file
 from nas.quality.candidate import Candidate, Kind
-from nas.search.accuracy import Accuracies
+from nas.search.accuracy import Accuracies, Tuning
 from nas.search.rows import Trial, candidate_of, known
 from nas.search.trainings import COMPLETED, results_of
 
@@ -144,7 +144,9 @@ def train_fully(request: SearchRequest, tier: TrainedTier, label: str, candidate
         made.append(FullTraining.read(path))
     answers = [[digit == "1" for digit in each.hits] for each in made if each.hits is not None]
     top1, seconds = [each.top1 for each in made], sum(each.seconds for each in made)
-    return Accuracies(label, top1, made[0].images, seconds, answers if len(answers) == len(made) else [])
+    tuned = tier.parent_tuning(candidate)
+    before = None if tuned is None else Tuning(tuned.name, tuned.epochs or 0, tuned.images, tuned.seconds)
+    return Accuracies(label, top1, made[0].images, seconds, answers if len(answers) == len(made) else [], before)
 
 
 def weights_of(request: SearchRequest, candidate: Candidate) -> Path | None:

@@ -307,6 +307,9 @@ class _Finish:
                 "which of the two best networks wins was decided on the validation images that their accuracy is of: "
                 "the ready one, unless the gain of the other is real"
             )
+        for row in self.accuracy.rows if self.accuracy else ():
+            if row.before:
+                yield f"{row.label}: {row.before.words}, which its own training and seconds do not count"
         yield from self._remarks_on_winner(weights)
         yield from remarks_on_latency(self.rows)
 

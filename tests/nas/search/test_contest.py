@@ -7,7 +7,7 @@ from records import COMPLETE
 
 from nas.measure.budget import Verdict
 from nas.quality.candidate import Kind
-from nas.search.accuracy import Accuracies
+from nas.search.accuracy import Accuracies, Tuning, compare_means
 from nas.search.closing import ordered
 from nas.search.contest import contest_of, contestants, winner_of, with_winner
 from nas.search.rows import ClosingRow
@@ -129,3 +129,21 @@ def test_before_the_trainings_nothing_is_claimed() -> None:
     half = contest_of(trained(ready_first, {"ready2": 48.0}))
     assert (half.winner.accuracy, half.gain_over_ready) == (48.0, None)
     assert half.line.startswith("Not compared"), "the other training failed"
+
+
+def test_the_tuning_of_a_parent_is_told_beside_its_childs_own_training() -> None:
+    before = Tuning("larger", 30, 1600, 240.0)
+    rows = trained(TABLE, {"trial 4": 52.0, "ready2": 48.0})
+    rows = [
+        replace(each, accuracy=replace(each.accuracy, before=before)) if each.label == "trial 4" else each
+        for each in rows
+    ]
+    found = contest_of(rows)
+    derived = found.to_json()["best_derived"]
+    assert (derived["parent_epochs"], derived["parent_seconds"]) == (30, 240.0)
+    assert found.to_json()["best_ready"]["parent_epochs"] is None
+    assert "derived from larger after its 30 epochs of tuning" in found.line
+    told = next(each.accuracy for each in rows if each.label == "trial 4")
+    assert told.to_json()["parent_tuning"]["epochs"] == 30
+    compared = compare_means(told, next(each.accuracy for each in rows if each.label == "ready2"))
+    assert "the parent was tuned once" in compared.leaves_out
