@@ -1,8 +1,8 @@
 """What a race tries next: ready networks first, then what promises most of all that can be made of them.
 
-Ready networks take up to half of the trials (`nas.search.ready.SHARE`). Parents are a few networks over the budget: each is
-tuned once, then cut to the budget in many ways. A few networks are from scratch, of families without weights. What comes
-next is chosen as `nas.search.propose` does, by constrained expected improvement over all of these.
+Ready networks take up to half of the trials (`nas.search.ready.SHARE`). Parents are a few networks over the budget:
+each is tuned once, then cut to the budget in many ways. A few networks are from scratch, of families without weights.
+What comes next is chosen as `nas.search.propose` does, by constrained expected improvement over all of these.
 """
 
 from __future__ import annotations
