@@ -11,8 +11,9 @@ from nas.data.images import Images, plain_transform
 from nas.data.pixels import Pixels
 from nas.export.folder import save_weights
 from nas.quality.plan import TrainingPlan
-from nas.quality.ready import give_probe, own_pixels, with_weights
+from nas.quality.ready import give_probe, own_pixels, with_weights, without_dead
 from nas.quality.trainer import CandidateTrainer
+from nas.training.probe import fit_probe
 from search_spaces import create_model, get_arch
 
 HALF = Pixels(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
@@ -59,3 +60,13 @@ def test_a_probe_tells_the_users_classes_apart(trainer):
     used, judges = trainer.split(64, own_pixels(arch))
     give_probe(model, used, trainer, own_pixels(arch))
     assert trainer.judge(model, judges).top1 == 100
+
+
+def test_a_channel_that_is_all_but_dead_has_no_weight_in_a_probe():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(60) % 3
+    live = torch.eye(3)[labels] + torch.randn(60, 3, generator=generator)
+    dead = 1e-4 * torch.randn(60, 4, generator=generator)
+    found = fit_probe(without_dead(torch.cat([live, dead], 1)), labels, 3, seed=0)
+    assert not found.weight[:, 3:].any()
+    assert found.weight[:, :3].all()
