@@ -115,15 +115,18 @@ class Surrogate:
         if len(self.trained) >= LEAST:
             self._fit()
 
-    def predict(self, features: np.ndarray) -> Guess:
+    def predict(self, features: np.ndarray, key: str = "") -> Guess:
         """Top-1 after `epochs` of a network trained once.
 
         For a network among those it was fitted to, its own training counts. Without enough networks it is their mean.
+
+        Args:
+            key: of such a network, whose figure of rung 0 is one of its features; others have its mean.
         """
         if len(self.trained) < LEAST:
             best = [max(each.rungs.values()) for each in self.trained]
             return Guess(float(np.mean(best)) if best else 0.0, WIDE)
-        row = self._row(features, self._own.get(features.tobytes(), {}))
+        row = self._row(features, self._own.get(key, {}))
         mean, deviation = self._process.predict(self._scaled(row[None], [self.epochs]), return_std=True)
         error = float(np.hypot(deviation[0] * self._spread, self.noise))
         return Guess(float(mean[0]) * self._spread + self._centre, error)
@@ -152,7 +155,7 @@ class Surrogate:
         from sklearn.gaussian_process import GaussianProcessRegressor
         from sklearn.gaussian_process.kernels import RBF, ConstantKernel, DotProduct, WhiteKernel
 
-        self._own = {each.features.tobytes(): each.rungs for each in self.trained}
+        self._own = {each.key: each.rungs for each in self.trained}
         self._width = max(len(each.features) for each in self.trained)
         firsts = [each.rungs[0] for each in self.trained if 0 in each.rungs]
         self._first = float(np.mean(firsts)) if firsts else 0.0

@@ -76,7 +76,10 @@ class HalvingTier(TrainedTier):
         if any(each.key == key for each in known):
             return self._weighed(surrogate, key, features)
         if len(known) >= SCREEN_FROM and self._screens(candidate):
-            best, guess = max(surrogate.predict(each.features).value for each in known), surrogate.predict(features)
+            best, guess = (
+                max(surrogate.predict(each.features, each.key).value for each in known),
+                surrogate.predict(features),
+            )
             if guess.value + guess.error < best:
                 return self._weighed(surrogate, key, features)
         return self._train(candidate, features, known, partial(self._goes_on, candidate.kind))
@@ -136,11 +139,13 @@ class HalvingTier(TrainedTier):
             rungs[epochs] = judged[0 if worse else epochs]
             last = untuned if worse else network if shape == candidate.network else None  # of a lower resolution: none
             surrogate = self._fitted([*others, TrainedNetwork(key, features, dict(rungs))])
-            guess = surrogate.predict(features)
+            guess = surrogate.predict(features, key)
             if not goes_on(surrogate, guess, epochs):
                 break
         if keeps and last is not None:
-            scores = {each.key: self._bounded(surrogate.predict(each.features)).score for each in surrogate.trained}
+            scores = {
+                each.key: self._bounded(surrogate.predict(each.features, each.key)).score for each in surrogate.trained
+            }
             facts = Kept(0 if worse else epochs, self.trainer.used, rungs[epochs], self.trainer.judged, scores[key])
             keep(self.trainer.kept, key, last, facts, scores)
         shutil.rmtree(folder, ignore_errors=True)
@@ -186,7 +191,7 @@ class HalvingTier(TrainedTier):
     def _weighed(self, surrogate: Surrogate, key: str, features: np.ndarray) -> Estimate:
         """A network's estimate, with its own training where it had one."""
         own = next((each.rungs for each in surrogate.trained if each.key == key), {})
-        return with_training(self._bounded(surrogate.predict(features)), self._how(own, features), features, own)
+        return with_training(self._bounded(surrogate.predict(features, key)), self._how(own, features), features, own)
 
     def _bounded(self, guess: Guess) -> Estimate:
         """A guess within 0 to 100: how far it lay outside is a miss, which its error holds. Its interval also holds the
@@ -220,7 +225,7 @@ def read_rungs(path: Path) -> dict[int, float]:
 
 def in_better_third(surrogate: Surrogate, guess: Guess, epochs: int) -> bool:
     """Whether a network is in the better third of those that came as far, by the surrogate fitted to all."""
-    peers = [surrogate.predict(each.features).value for each in surrogate.trained if epochs in each.rungs]
+    peers = [surrogate.predict(each.features, each.key).value for each in surrogate.trained if epochs in each.rungs]
     return sum(value > guess.value for value in peers) < math.ceil(len(peers) / ETA)
 
 

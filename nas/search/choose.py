@@ -213,7 +213,9 @@ class Chooser:
             loss = LOSS * math.log2(parent.over)
             candidate = self._ready_one(entrants[parent.name], parent.px) if known else None
             features = None if candidate is None else self._features(candidate)
-            return loss if features is None else loss - surrogate.predict(features).value
+            if candidate is None or features is None:
+                return loss
+            return loss - surrogate.predict(features, candidate.key).value
 
         return of
 
@@ -248,7 +250,10 @@ class Chooser:
         """Parameters of a parent's best children within the budget, of those that this process has made up."""
         surrogate = self._tier.surrogate()
         found = [
-            (surrogate.predict(np.array(each.measured.features)).value, self._levels[each.candidate.key])
+            (
+                surrogate.predict(np.array(each.measured.features), each.candidate.key).value,
+                self._levels[each.candidate.key],
+            )
             for each in tried
             if each.measured
             and each.measured.feasible

@@ -99,7 +99,7 @@ class Promise:
         )
         self._quality, self._limit = quality, math.log(budget_ms)
         fitting = {one.digest for one in measured if one.feasible}
-        found = (quality.predict(each.features).value for each in quality.trained if each.key in fitting)
+        found = (quality.predict(each.features, each.key).value for each in quality.trained if each.key in fitting)
         self._best = max(found, default=0.0)
 
     def of(self, features: np.ndarray) -> float:

@@ -118,7 +118,7 @@ def test_each_kind_gains_what_its_own_trainings_show():
     some += [of_kind(Kind.DERIVED, f"d{i}", i, {0: 36.0 + i, LAST: 46.0 + i}) for i in range(6)]
     for kind, gain in ((Kind.READY, 2), (Kind.DERIVED, 10)):
         one = of_kind(kind, "new", 5.5, {0: 50.0})
-        found = Surrogate([*some, one], LAST).predict(one.features)
+        found = Surrogate([*some, one], LAST).predict(one.features, one.key)
         assert found.value == pytest.approx(50 + gain, abs=2.5)
 
 
@@ -129,8 +129,8 @@ def test_rung_0_tells_alike_networks_apart():
     some = [of_kind(Kind.READY, str(i), i / 100, {0: top1, LAST: top1 / 2 + 40}) for i, top1 in enumerate(starts)]
     high, low = (of_kind(Kind.READY, name, size, {0: top1}) for name, size, top1 in (("a", 0.5, 48), ("b", 0.51, 32)))
     surrogate = Surrogate([*some, high, low], LAST)
-    assert surrogate.predict(high.features).value > surrogate.predict(low.features).value + 4
-    unseen = of_kind(Kind.READY, "", 0.105, {}).features
+    assert surrogate.predict(high.features, high.key).value > surrogate.predict(low.features, low.key).value + 4
+    unseen = of_kind(Kind.READY, "", 0.5, {}).features  # as one that was trained, cut from another parent
     assert surrogate.predict(unseen).value == pytest.approx(np.mean(starts) / 2 + 40, abs=1.5), "the mean stands in"
 
 

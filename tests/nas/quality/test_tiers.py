@@ -146,7 +146,7 @@ def test_estimates_stay_within_0_and_100(trainer, monkeypatch, raw):
     """How far a guess lies outside is its error: a network that nothing like it was trained of cannot rank first."""
     from nas.quality.surrogate import Guess
 
-    monkeypatch.setattr(Surrogate, "predict", lambda self, features: Guess(raw, 2.0))
+    monkeypatch.setattr(Surrogate, "predict", lambda self, features, key="": Guess(raw, 2.0))
     found = Stub(trainer).predict(Candidate(arch_at(0)), counts_of(arch_at(0)))
     assert 0 <= found.interval.low <= found.value <= found.interval.high <= 100
     assert found.score < found.value
@@ -160,14 +160,14 @@ def test_an_interval_holds_the_noise_of_the_images_that_judge(trainer, monkeypat
     from nas.intervals import of_share
     from nas.quality.surrogate import Guess
 
-    monkeypatch.setattr(Surrogate, "predict", lambda self, features: Guess(60.0, 0.01))
+    monkeypatch.setattr(Surrogate, "predict", lambda self, features, key="": Guess(60.0, 0.01))
     found = Stub(trainer).predict(Candidate(arch_at(0)), counts_of(arch_at(0)))
     assert trainer.judged == 200
     alone = of_share(60.0, 200)
     assert found.interval.low == pytest.approx(alone.low, abs=0.01)
     assert found.interval.high == pytest.approx(alone.high, abs=0.01)
     assert found.score == pytest.approx(59.99), "the same images judge all, so they do not rank"
-    monkeypatch.setattr(Surrogate, "predict", lambda self, features: Guess(60.0, 4.0))
+    monkeypatch.setattr(Surrogate, "predict", lambda self, features, key="": Guess(60.0, 4.0))
     wide = Stub(trainer).predict(Candidate(arch_at(0)), counts_of(arch_at(0))).interval
     assert wide.low < 60 - 1.96 * 4 < 60 + 1.96 * 4 < wide.high
 

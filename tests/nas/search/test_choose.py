@@ -51,7 +51,9 @@ class Bench:
         self.trials: list[SimpleNamespace] = []
         self.tuned: list[tuple[str, int]] = []
         self.parents = SimpleNamespace(failed={}, uncut={}, tuned=self._tune)
-        self.surrogate = SimpleNamespace(trained=[], predict=lambda features: SimpleNamespace(value=features[1]))
+        self.surrogate = SimpleNamespace(
+            trained=[], predict=lambda features, key="": SimpleNamespace(value=features[1])
+        )
         tier = SimpleNamespace(parents=self.parents, surrogate=lambda: self.surrogate)
         request = SimpleNamespace(
             trials=trials, budget_ms=BUDGET_MS, seed=0, families=families, sampler=sampler, num_classes=5, resolution=PX
@@ -144,7 +146,7 @@ def test_parents_are_few_and_those_of_which_most_is_expected() -> None:
     bench = Bench(trials=20)
     better = {counts_of(get_arch(name).replace(num_classes=5).at(PX)).macs: name for name in NAMES}
     bench.surrogate.trained = [None] * 3
-    bench.surrogate.predict = lambda features: SimpleNamespace(
+    bench.surrogate.predict = lambda features, key="": SimpleNamespace(
         value=50 if better.get(round(2 ** features[1])) == "efficientvit_m2" else 30
     )
     while bench.offer()[0].kind == Kind.READY:
