@@ -45,6 +45,8 @@ class Accuracies:
     """A row a seed, of whether each image was classified correctly; empty where an earlier version trained."""
     before: Tuning | None = None
     """Of a network whose parent was tuned, in addition to `seconds`."""
+    as_begun: bool = False
+    """Whether it had no epoch, as in the search tuning had not made it better."""
 
     @property
     def mean(self) -> float:
@@ -81,6 +83,7 @@ class Accuracies:
             "seeds": len(self.top1),
             "words": self.words,
             **({"parent_tuning": asdict(self.before)} if self.before else {}),
+            **({"as_begun": True} if self.as_begun else {}),
         }
 
 

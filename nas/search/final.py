@@ -121,18 +121,17 @@ def train_fully(request: SearchRequest, tier: TrainedTier, label: str, candidate
     data = tier.data(candidate)
     recipe = tier.recipe(plan.final_epochs, candidate)
     made: list[FullTraining] = []
+    pays = tier.tuning_pays(candidate)
     for seed in range(plan.seeds):
         path = result_path(request, candidate, seed)
         if not path.is_file():
             path.parent.mkdir(exist_ok=True)
             begun = time.monotonic()
             training = tier.begin(candidate, data.train, recipe, seed, path.with_suffix(".state"))
-            if tier.tuning_pays(candidate):
+            if pays:
                 training.run(
                     None, lambda d, t, *_, s=seed: trainer.progress(f"final training, {label}, seed {s}", d, t)
                 )
-            else:
-                trainer.say(f"{label} stays as its training begins: in the search, tuning did not make it better")
             training.loader.close()
             if seed == 0:
                 save_weights(training.network, path.with_suffix(".safetensors"))
@@ -146,7 +145,9 @@ def train_fully(request: SearchRequest, tier: TrainedTier, label: str, candidate
     top1, seconds = [each.top1 for each in made], sum(each.seconds for each in made)
     tuned = tier.parent_tuning(candidate)
     before = None if tuned is None else Tuning(tuned.name, tuned.epochs or 0, tuned.images, tuned.seconds)
-    return Accuracies(label, top1, made[0].images, seconds, answers if len(answers) == len(made) else [], before)
+    return Accuracies(
+        label, top1, made[0].images, seconds, answers if len(answers) == len(made) else [], before, not pays
+    )
 
 
 def weights_of(request: SearchRequest, candidate: Candidate) -> Path | None:

@@ -310,6 +310,8 @@ class _Finish:
         for row in self.accuracy.rows if self.accuracy else ():
             if row.before:
                 yield f"{row.label}: {row.before.words}, which its own training and seconds do not count"
+            if row.as_begun:
+                yield f"{row.label} is as its final training begins: in the search, tuning did not make it better"
         yield from self._remarks_on_winner(weights)
         yield from remarks_on_latency(self.rows)
 

@@ -24,6 +24,7 @@ from nas.quality.race import RaceTier
 from nas.quality.surrogate import Guess, Surrogate, TrainedNetwork, describe_candidate
 from nas.quality.trainer import CandidateTrainer
 from nas.quality.tuning import choose_rate, tuning_recipe
+from nas.search.final import train_fully
 from search_spaces import create_model, get_arch
 
 PX = 32
@@ -295,3 +296,15 @@ def test_a_parent_is_tuned_as_long_as_a_final_training_or_as_time_allows(trainer
     parents.tuned("shvit_s1", PX)
     parents.tuned("shvit_s1", 64)
     assert tunings == [7, 2], "at a second resolution a third of them"
+
+
+def test_a_final_training_is_left_out_where_tuning_did_not_pay(trainer, tmp_path, monkeypatch):
+    candidate = ready()
+    features = describe_candidate(candidate, counts_of(candidate.network))
+    trainer.results().append(TrainedNetwork(candidate.key, features, {0: 50.0, 1: 50.0}))
+    monkeypatch.setattr("nas.quality.race.choose_rate", lambda *_: 1e-3)
+    monkeypatch.setattr("nas.training.engine.Training.run", None)
+    request = SimpleNamespace(folder=tmp_path, plan=dataclasses.replace(trainer.plan, seeds=1))
+    found = train_fully(request, RaceTier(trainer), "x", candidate)
+    assert found.as_begun
+    assert found.mean == 100
