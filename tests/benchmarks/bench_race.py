@@ -46,16 +46,16 @@ class Found:
     """Percent of the test images, one for each seed of the final trainings."""
 
     @classmethod
-    def of(cls, document: dict[str, Any] | None) -> Found | None:
-        if document is None or not document.get("accuracy"):
+    def of(cls, result: dict[str, Any], which: str) -> Found | None:
+        """A network of result.json; None where it was not trained fully."""
+        standing, accuracy = result.get(which), result["accuracy"] or {"rows": []}
+        if standing is None:
             return None
-        return cls(
-            document["name"],
-            document["kind"],
-            document["resolution"],
-            document["latency_ms"],
-            document["accuracy"]["top1"],
-        )
+        top1 = next((row["top1"] for row in accuracy["rows"] if row["label"] == standing["name"]), None)
+        if top1 is None:
+            return None
+        kind = standing.get("kind") or "scratch"
+        return cls(standing["name"], kind, standing["resolution"], standing["latency_ms"], top1)
 
 
 @dataclass(frozen=True)
@@ -127,10 +127,11 @@ def run(args: argparse.Namespace) -> None:
             seed=seed,
             cpu_s=round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1),
             wall_s=round(time.monotonic() - begun, 1),
-            trials=len(result["trials"]),
-            winner=Found.of(result["winner"]),
-            best_ready=Found.of(result.get("best_ready")),
-            best_derived=Found.of(result.get("best_derived")),
+            trials=len((args.out / study / "trials.csv").read_text().splitlines()) - 1,
+            winner=Found.of(result, "winner"),
+            best_ready=Found.of(result, "best_ready"),
+            best_derived=Found.of(result, "best_derived"),
+            tau={str(rung["epochs"]): rung["tau"]["tau"] for rung in result["quality_tier"].get("rungs", [])},
             commit=commit,
         )
         with (args.out / "race.jsonl").open("a") as file:
