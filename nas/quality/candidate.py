@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Self
 
-from pydantic import TypeAdapter
-
 from nas.networks.build import from_document
 from nas.networks.timm_network import TimmNetwork
 
@@ -79,6 +77,8 @@ class Candidate:
             ValueError: something else.
             ArchError, UserError: as `nas.networks.build.from_document`.
         """
+        from pydantic import TypeAdapter
+
         found = TypeAdapter(dict[str, object]).validate_python(kept)
         told = TypeAdapter(_Told).validate_python({key: value for key, value in found.items() if key != "network"})
         return cls(from_document(json.dumps(found.get("network"))), told.kind, told.parent, told.name)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol, Self
 
 from nas.intervals import Interval
-from nas.quality.candidate import Candidate
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from nas.data.dataset import ImageData
     from nas.data.images import Images
     from nas.networks.counts import Counts
+    from nas.quality.candidate import Candidate
     from nas.quality.ranking import RungRank
     from nas.quality.surrogate import Surrogate, TrainedNetwork
     from nas.quality.trainer import CandidateTrainer
@@ -192,6 +192,8 @@ class TrainedTier(ABC):
 
     def candidate_of(self, arch: Arch) -> Candidate:
         """A network that the search made up, with the weights that the tier gives it."""
+        from nas.quality.candidate import Candidate
+
         return Candidate(arch)
 
     def data(self, candidate: Candidate) -> ImageData:

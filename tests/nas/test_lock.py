@@ -14,6 +14,7 @@ from nas.intervals import Interval
 from nas.lock import DeviceLock, ProcessLock, in_turn
 from nas.measure import device
 from nas.measure.device import device_lock
+from nas.quality.candidate import Candidate
 from nas.quality.tier import Estimate
 from nas.search.latency import TrialLatency
 from nas.search.trial import TrialRunner
@@ -234,16 +235,16 @@ def test_a_search_leaves_the_device_before_it_trains(latency, monkeypatch):
     left = []
     estimate = Estimate.within(1.0, 1.0, Interval(0.0, 2.0))
 
-    def train(arch, counts):
+    def train(candidate, counts):
         left.append("trained")
         return estimate
 
     runner = object.__new__(TrialRunner)
     runner.request, runner.study = SimpleNamespace(budget_ms=2.0), None
-    runner.tier = SimpleNamespace(trained=True, estimate=train, predict=train)
+    runner.tier = SimpleNamespace(name="train", trained=True, estimate=train, predict=train)
     told = TrialLatency.read({"latency_ms": latency, "throughput": 1.0})
     monkeypatch.setattr(runner, "_known", lambda digest: told)
     monkeypatch.setattr("nas.study.trials.finish", lambda *_, **__: True)
     clock = SimpleNamespace(lap=lambda name: None)
-    assert runner._measure_and_tell(None, get_arch("shvit_s1"), clock, lambda: left.append("left"))
+    assert runner._measure_and_tell(None, Candidate(get_arch("shvit_s1")), clock, lambda: left.append("left"))
     assert left == ["left", "trained"], "over the budget too: shared weights may have to be trained first"
