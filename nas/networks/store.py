@@ -31,6 +31,8 @@ class Store:
         self._asked = False
         self.begun: dict[str, str] = {}
         """SHA-256 of the weights that a run began with, by the name of their network: others are refused."""
+        self.left_out: dict[str, str] = {}
+        """Why files of the user's folder are not used, by the name of their network."""
 
     @property
     def digests(self) -> dict[str, str]:
@@ -58,6 +60,11 @@ class Store:
             self._found[label] = self._agreed(find_here(network, self._folder))
         return self._found[label]
 
+    def leave_out(self, network: Arch | TimmNetwork, why: str) -> None:
+        """Have no weights of a network from now on, as its file in the user's folder cannot be used."""
+        self.left_out[label_of(network)] = why
+        self._found[label_of(network)] = None
+
     def get(self, network: Arch | TimmNetwork, progress: Bytes | None = None) -> Pretrained:
         """A network's weights, downloaded where they are not on this machine.
 
@@ -67,6 +74,8 @@ class Store:
         found = self.here(network)
         if found is not None:
             return found
+        if why := self.left_out.get(label_of(network)):
+            raise UserError(why)
         if self.offline:
             raise UserError(f"no weights of {label_of(network)}: nothing is downloaded after a failed connection")
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from nas.errors import UserError
 from nas.networks.timm_network import TimmNetwork
 
 if TYPE_CHECKING:
@@ -37,12 +38,16 @@ def with_weights(network: Arch | TimmNetwork, weights: Path) -> nn.Module:
     from nas.networks.build import create
     from nas.networks.weights import load
     from pruning.transfer import transfer
-    from search_spaces.weights import published_name, resolution_of
+    from search_spaces.weights import WeightsError, published_name, resolution_of
 
     if isinstance(network, TimmNetwork):
         return load(network, weights, what=f"timm/{network.name}")
-    px = resolution_of(network, weights, (network.resolution,)) or network.resolution
-    source = load(network.at(px), weights, what=published_name(network))
+    name = published_name(network)
+    try:
+        px = resolution_of(network, weights, (network.resolution,)) or network.resolution
+    except WeightsError as error:
+        raise UserError(f"{name}: {error}") from None
+    source = load(network.at(px), weights, what=name)
     if px == network.resolution:
         return source
     model = create(network)

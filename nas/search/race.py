@@ -51,6 +51,8 @@ def find_field(
     note(f"pretrained networks in the race: {', '.join(each.name for each in entrants)}")
     if lacking:
         note(f"left out, as their weights cannot be had: {listed(lacking)}")
+    for why in store.left_out.values():
+        note(f"left out: {why}")
     return entrants
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Self
 
 from nas.errors import UserError
 from nas.networks.counts import counts_of
+from nas.networks.pretrained import label_of
 from nas.networks.ready import Ready, ready_networks
 from nas.networks.timm_network import TIMM, TimmNetwork
 from nas.quality.candidate import Candidate, Kind
@@ -221,19 +222,38 @@ def find_entrants(
         store: knows whose weights can be had.
 
     Returns:
-        Those whose weights are here or can be downloaded, and the names of the others.
+        Those whose weights are here or can be downloaded, and the names of the others, but those that the store
+        has left out.
 
     Raises:
-        UserError: a folder of weights that is missing or empty, or a damaged file in it.
+        UserError: a folder of weights that is missing or empty, or files in it of which none can be used.
     """
     found, lacking = [], []
     for ready in _published(families):
         entrant = _entrant(ready, resolution, num_classes, store)
         if store.here(entrant.network) is not None or (ready.timm and store.reach()):
             found.append(entrant)
-        else:
+        elif label_of(entrant.network) not in store.left_out:
             lacking.append(entrant.name)
+    if store.left_out and not found:
+        raise UserError(f"{'; '.join(store.left_out.values())}: replace or remove {_it(store.left_out)}")
     return found, lacking
+
+
+def _it(things: Collection[object]) -> str:
+    return "it" if len(things) == 1 else "them"
+
+
+def _check_file(network: Arch | TimmNetwork, store: Store) -> None:
+    """Have the store leave out a file in the user's folder that is damaged or of another network."""
+    from nas.quality.ready import with_weights
+
+    found = store.here(network)
+    if found is not None and found.source == "folder":
+        try:
+            with_weights(network, found.path)
+        except UserError as error:
+            store.leave_out(network, str(error))
 
 
 def _published(families: Iterable[str]) -> Iterator[Ready]:
@@ -259,6 +279,7 @@ def _entrant(ready: Ready, resolution: int | None, num_classes: int, store: Stor
     else:
         name, network = ready.name, get_arch(ready.name).replace(num_classes=num_classes)
         group = network.family
+    _check_file(network, store)
     if resolution is not None:
         return Entrant(name, group, network, (resolution,))
     native = native_size(network, store)
@@ -267,17 +288,11 @@ def _entrant(ready: Ready, resolution: int | None, num_classes: int, store: Stor
 
 
 def native_size(network: Arch | TimmNetwork, store: Store) -> int:
-    """The resolution in px that a checkpoint was trained at, where its tensors' shapes show it; else the published.
-
-    Raises:
-        UserError: the user's file is damaged.
-    """
-    from search_spaces.weights import WeightsError, resolution_of
+    """The resolution in px that a checkpoint, whose file can be read, was trained at, where its tensors' shapes show
+    it; else the published."""
+    from search_spaces.weights import resolution_of
 
     found = store.here(network)
     if found is None or found.source != "folder" or isinstance(network, TimmNetwork):
         return network.resolution
-    try:
-        return resolution_of(network, found.path, (network.resolution,)) or network.resolution
-    except WeightsError as error:
-        raise UserError(f"{error}: replace or remove it") from None
+    return resolution_of(network, found.path, (network.resolution,)) or network.resolution

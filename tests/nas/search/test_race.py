@@ -56,7 +56,7 @@ class Runner:
 def race(folder: Path, ms: float = 0.5, digests: dict[str, str] | None = None) -> tuple[Race, Runner]:
     study = open_study("s", folder / "study.journal", {"a": 1}, RandomSampler(seed=0))
     runner = Runner(study, ms)
-    store = SimpleNamespace(digests=digests or {}, reach=lambda: True)
+    store = SimpleNamespace(digests=digests or {}, reach=lambda: True, left_out={})
     parents = SimpleNamespace(failed={"efficientvit_m0": "no", "efficientvit_m1": "no"})
     surrogate = SimpleNamespace(trained=[])
     tier = SimpleNamespace(
@@ -116,6 +116,9 @@ def test_who_races_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         "pretrained networks in the race: efficientvit_m0, efficientvit_m1",
         "left out, as their weights cannot be had: a, b, c and 1 more",
     ]
+    trainer.weights.left_out = {"b": "zoo/b.safetensors: no"}
+    find_field(made._request, made._study, trainer, told.append)
+    assert told[-1] == "left out: zoo/b.safetensors: no"
     trainer.weights.digests = {"efficientvit_m0": "2222"}
     with pytest.raises(UserError, match=r"began with weights\.efficientvit_m0 1111, this command says 2222"):
         find_field(made._request, made._study, trainer, told.append)

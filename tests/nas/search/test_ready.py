@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from nas.errors import UserError
+from nas.networks.build import create
 from nas.networks.store import Store
 from nas.networks.timm_network import TimmNetwork
 from nas.quality.candidate import Kind
 from nas.search import ready
 from nas.search.ready import Entrant, Field, find_entrants
-from search_spaces import get_arch
-from search_spaces.registry import FAMILIES
+from search_spaces import create_model, get_arch
 
 REFERENCE = (300e6, 4.0)
 SIZES = (64, 96, 128, 160, 192, 224)
@@ -107,14 +107,14 @@ def test_two_resolutions_foretell_a_third_on_a_line() -> None:
 def zoo(folder: Path, *names: str) -> Store:
     from safetensors.torch import save_file
 
-    from search_spaces import create_model
-
     folder.mkdir()
     for name in names:
-        if name in FAMILIES["levit"].variants:
-            save_file(create_model(get_arch(name).at(96)).state_dict(), folder / f"{name}.safetensors")
+        path = folder / f"{name}.safetensors"
+        if name == "lcnet_050":
+            save_file(create(TimmNetwork(name)).state_dict(), path)
         else:
-            save_file({"head.weight": torch.zeros(7, 3)}, folder / f"{name}.safetensors")
+            arch = get_arch(name)
+            save_file(create_model(arch.at(96) if arch.family == "levit" else arch).state_dict(), path)
     return Store(folder, lambda _: None)
 
 
@@ -144,9 +144,27 @@ def test_networks_whose_weights_are_here_race_at_their_checkpoints_sizes(
     assert lacking == ["sepvit_tiny", "sepvit_small", "sepvit_base"], "nobody published any"
 
 
-def test_a_damaged_file_of_weights_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("resolution", [None, 64])
+def test_a_damaged_file_of_weights_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resolution: int | None
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    monkeypatch.setattr("search_spaces.weights.unreachable", lambda: "no internet")
     monkeypatch.delenv("VITNAS_WEIGHTS", raising=False)
-    store = zoo(tmp_path / "zoo", "shvit_s1")
-    (tmp_path / "zoo" / "shvit_s1.safetensors").write_bytes(b"weights")
+    monkeypatch.setattr("nas.networks.pretrained._cached", lambda *_: None)
+    store = zoo(tmp_path / "zoo", "shvit_s1", "levit_128s")
+    file = tmp_path / "zoo" / "shvit_s1.safetensors"
+    weights = load_file(file)
+    next(value for value in weights.values() if value.is_floating_point()).fill_(torch.nan)
+    save_file(weights, file)
+    found, lacking = find_entrants(["levit", "shvit"], resolution, 7, store)
+    assert ([each.name for each in found], "shvit_s1" in lacking) == (["levit_128s"], False)
+    assert store.digests.keys() == {"levit_128s"}, "a study does not begin with it"
+    assert list(store.left_out) == ["shvit_s1"]
+    assert f"{file}: the weights are not finite" in store.left_out["shvit_s1"]
+    with pytest.raises(UserError, match="the weights are not finite"):
+        store.get(get_arch("shvit_s1"))
+    file.write_bytes(b"weights")
     with pytest.raises(UserError, match=r"shvit_s1\.safetensors: neither .*: replace or remove it"):
-        find_entrants(["shvit"], None, 7, store)
+        find_entrants(["shvit"], resolution, 7, Store(tmp_path / "zoo", lambda _: None))
