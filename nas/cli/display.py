@@ -128,9 +128,8 @@ def show_accuracy(console: Console, outcome: Outcome) -> None:
     found = outcome.accuracy
     if found:
         for row in found.rows:
-            prose(console, f"Trained fully, {row.label}: {row.words}.")
-        epochs = counted(found.epochs, "epoch")
-        prose(console, f"{epochs} of the recipe {found.recipe}, judged on validation images.")
+            prose(console, f"{row.line}.")
+        prose(console, f"{found.how}, judged on validation images.")
         prose(console, f"{found.verdict[:1].upper()}{found.verdict[1:]}.")
     if outcome.quality_tier.trained:
         prose(console, validation_line(outcome.quality_tier, outcome.validation))

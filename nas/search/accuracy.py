@@ -45,8 +45,8 @@ class Accuracies:
     """A row a seed, of whether each image was classified correctly; empty where an earlier version trained."""
     before: Tuning | None = None
     """Of a network whose parent was tuned, in addition to `seconds`."""
-    as_begun: bool = False
-    """Whether it had no epoch, as in the search tuning had not made it better."""
+    epochs: int | None = None
+    """That its own trainings had; 0 where it was left as they begin; None in results of an older vitnas."""
 
     @property
     def mean(self) -> float:
@@ -61,6 +61,26 @@ class Accuracies:
     def interval(self) -> Interval:
         """The mean's 95% interval: the images' noise and, of several seeds, theirs."""
         return of_accuracies(self.top1, self.images)
+
+    @property
+    def as_begun(self) -> bool:
+        """Whether it had no epoch, as in the search tuning had not made it better."""
+        return self.epochs == 0
+
+    @property
+    def start(self) -> str:
+        """Of a network that had no epoch: what it is, and why."""
+        weights = "a linear probe on pretrained weights"
+        if self.before:
+            weights = f"the weights of its tuned parent {self.before.parent}, cut"
+        return f"{weights}; tuning did not make it better in the search"
+
+    @property
+    def line(self) -> str:
+        """How it was trained, and its accuracy."""
+        if self.as_begun:
+            return f"Not trained, {self.label} as it begins ({self.start}): {self.words}"
+        return f"Trained fully, {self.label}: {self.words}"
 
     @property
     def words(self) -> str:
@@ -83,7 +103,7 @@ class Accuracies:
             "seeds": len(self.top1),
             "words": self.words,
             **({"parent_tuning": asdict(self.before)} if self.before else {}),
-            **({"as_begun": True} if self.as_begun else {}),
+            **({} if self.epochs is None else {"epochs": self.epochs}),
         }
 
 
@@ -108,11 +128,26 @@ class FinalTrainings:
 
     rows: tuple[Accuracies, ...]
     epochs: int
+    """Of a full training; what each network had is in its row."""
     recipe: str
     """Its name; of several networks' that differ, the names."""
     verdict: str
     """How the two compare, or why there is one alone, in one line."""
     comparison: Comparison | None = None
+
+    @property
+    def trained(self) -> bool:
+        """Whether a network had an epoch."""
+        return not all(row.as_begun for row in self.rows)
+
+    @property
+    def how(self) -> str:
+        """What they were trained with, in words."""
+        if not self.trained:
+            return "No epoch of training"
+        without = " and ".join(row.label for row in self.rows if row.as_begun)
+        words = f"{counted(self.epochs, 'epoch')} of the recipe {self.recipe}"
+        return f"{words} ({without} had none)" if without else words
 
     def to_json(self) -> dict[str, object]:
         found = self.comparison

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from pydantic import FiniteFloat, PositiveInt, TypeAdapter
+from pydantic import FiniteFloat, NonNegativeInt, PositiveInt, TypeAdapter
 
 from nas.errors import TrainingError, UserError
 from nas.export.folder import save_weights
@@ -91,12 +91,13 @@ def settle(
 @dataclasses.dataclass(frozen=True)
 class FullTraining:
     """A network's training from one seed, as its file has it. top1: percent of `images`. seconds: it took. hits: a
-    digit an image, 1 where it was right; None in files of an older vitnas."""
+    digit an image, 1 where it was right; None in files of an older vitnas. epochs: it had; as hits."""
 
     top1: FiniteFloat
     images: PositiveInt
     seconds: FiniteFloat
     hits: str | None = None
+    epochs: NonNegativeInt | None = None
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -137,7 +138,7 @@ def train_fully(request: SearchRequest, tier: TrainedTier, label: str, candidate
                 save_weights(training.network, path.with_suffix(".safetensors"))
             found = trainer.judge(training.network, data.val)
             hits = "".join("01"[hit] for hit in found.hits)
-            row = FullTraining(found.top1, found.total, time.monotonic() - begun, hits)
+            row = FullTraining(found.top1, found.total, time.monotonic() - begun, hits, training.epoch)
             replace_file(path, json.dumps(dataclasses.asdict(row)).encode())
             path.with_suffix(".state").unlink(missing_ok=True)
         made.append(FullTraining.read(path))
@@ -145,8 +146,15 @@ def train_fully(request: SearchRequest, tier: TrainedTier, label: str, candidate
     top1, seconds = [each.top1 for each in made], sum(each.seconds for each in made)
     tuned = tier.parent_tuning(candidate)
     before = None if tuned is None else Tuning(tuned.name, tuned.epochs or 0, tuned.images, tuned.seconds)
+    epochs = made[0].epochs
     return Accuracies(
-        label, top1, made[0].images, seconds, answers if len(answers) == len(made) else [], before, not pays
+        label,
+        top1,
+        made[0].images,
+        seconds,
+        answers if len(answers) == len(made) else [],
+        before,
+        epochs if epochs is not None else recipe.epochs if pays else 0,
     )
 
 

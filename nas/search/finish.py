@@ -189,7 +189,8 @@ class _Finish:
             key=lambda each: (each.label != winner.label, -each.mean),
         )
         epochs = known(self.request.plan).final_epochs
-        recipes = dict.fromkeys(tier.recipe(epochs, candidate_of(row)).name for row in self.final if row.accuracy)
+        trained = [row for row in self.final if row.accuracy and not row.accuracy.as_begun]
+        recipes = dict.fromkeys(tier.recipe(epochs, candidate_of(row)).name for row in trained)
         told = FinalTrainings(tuple(rows), epochs, " or ".join(recipes), "")
         if made and ready and made.accuracy and ready.accuracy:
             comparison = compare_means(made.accuracy, ready.accuracy)
@@ -311,7 +312,7 @@ class _Finish:
             if row.before:
                 yield f"{row.label}: {row.before.words}, which its own training and seconds do not count"
             if row.as_begun:
-                yield f"{row.label} is as its final training begins: in the search, tuning did not make it better"
+                yield f"{row.label} is as its final training begins: {row.start}"
         yield from self._remarks_on_winner(weights)
         yield from remarks_on_latency(self.rows)
 

@@ -307,4 +307,10 @@ def test_a_final_training_is_left_out_where_tuning_did_not_pay(trainer, tmp_path
     request = SimpleNamespace(folder=tmp_path, plan=dataclasses.replace(trainer.plan, seeds=1))
     found = train_fully(request, RaceTier(trainer), "x", candidate)
     assert found.as_begun
+    trainer.results().clear()
+    assert train_fully(request, RaceTier(trainer), "x", candidate).epochs == 0, "its file has it"
+    file = next((tmp_path / "final").glob("*.json"))
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "epochs"}))
+    older = train_fully(request, RaceTier(trainer), "x", candidate)
+    assert older.epochs == trainer.plan.final_epochs, "a file of an older vitnas"
     assert found.mean == 100

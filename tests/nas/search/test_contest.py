@@ -145,7 +145,9 @@ def test_the_tuning_of_a_parent_is_told_beside_its_childs_own_training() -> None
     assert "derived from larger after its 30 epochs of tuning" in found.line
     told = next(each.accuracy for each in rows if each.label == "trial 4")
     assert told.to_json()["parent_tuning"]["epochs"] == 30
-    assert "as_begun" not in told.to_json()
-    assert replace(told, as_begun=True).to_json()["as_begun"]
+    assert "epochs" not in told.to_json()
+    assert not told.as_begun
+    assert replace(told, epochs=0).as_begun
+    assert replace(told, epochs=0).to_json()["epochs"] == 0
     compared = compare_means(told, next(each.accuracy for each in rows if each.label == "ready2"))
     assert "the parent was tuned once" in compared.leaves_out

@@ -109,6 +109,7 @@ class Taught(HalvingTier):
                 checkpoint.parent.mkdir(parents=True, exist_ok=True)
                 if fault is not None:
                     raise fault
+                self.epoch = until or recipe.epochs
 
         return Training()
 

@@ -539,6 +539,34 @@ def test_the_trained_accuracy_is_the_headline(tmp_path: Path, capsys: pytest.Cap
     assert words in winner_line(outcome_of(data))
 
 
+@pytest.mark.parametrize("begun", [1, 2])
+def test_a_network_that_had_no_epoch_is_not_told_as_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], begun: int
+) -> None:
+    from nas.cli.display import show_result
+
+    data = trained(invent(20))
+    rows = [row | {"epochs": 0 if i < begun else 30} for i, row in enumerate(data["accuracy"]["rows"])]
+    data["accuracy"]["rows"] = rows
+    first, other = (row["label"] for row in rows)
+    final = next(row for row in data["final"] if row["role"] == "winner")
+    final["accuracy"] = rows[0]
+    outcome = outcome_of(data)
+    page = report(tmp_path, data)
+    assert "top-1 after full training" not in page.text
+    assert ("Trained fully" in page.text) == (begun == 1)
+    show_result(outcome, tmp_path, to_stderr=False)
+    out = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert f"Trained fully, {first}" not in out
+    assert f"Not trained, {first} as it begins (a linear probe on pretrained weights; tuning did not" in out
+    assert (f"Trained fully, {other}: {rows[1]['words']}" in out) == (begun == 1)
+    told = f"30 epochs of the recipe quick ({first} had none)" if begun == 1 else "No epoch of training"
+    assert told in out
+    assert told in page.text
+    written = json.loads((tmp_path / "result.json").read_text())["accuracy"]["rows"]
+    assert [row["epochs"] for row in written] == [row["epochs"] for row in rows]
+
+
 def test_a_refused_network_has_no_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from nas.cli.display import show_result
 
