@@ -36,7 +36,7 @@ class TrainingPlan:
     """Folder that pretrained weights are looked for in first, for the tier `race`."""
 
     def check(self) -> None:
-        """Raises: UserError: a number out of range."""
+        """Raises: UserError: a number out of range, or a file where a folder is wanted."""
         for name, value, least in (
             ("train-images", self.images, 100),
             ("epochs", self.epochs, 1),
@@ -46,6 +46,8 @@ class TrainingPlan:
         ):
             if value < least:
                 raise UserError(f"--{name} is {value}: give {least} or more")
+        if self.weights_from is not None and self.weights_from.expanduser().is_file():
+            raise UserError(f"--weights-from {self.weights_from} is a file: give the folder that holds it")
         if 0 < self.validate < LEAST_VALIDATED:
             raise UserError(
                 f"--validate is {self.validate}: a rank correlation needs {LEAST_VALIDATED} or more networks"

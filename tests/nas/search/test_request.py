@@ -161,6 +161,10 @@ def test_options_that_contradict_each_other_are_told(words: dict, message: str) 
         ({"study": "a/b"}, "cannot be a folder's name"),
         ({"against": (Target("x.onnx", onnx=Path("x.onnx")),)}, "--against x.onnx: give a published name"),
         ({"plan": TrainingPlan("./images", 10_000, 0, 30, 3, 0)}, "--epochs is 0"),
+        (
+            {"plan": TrainingPlan("./images", 10_000, 9, 30, 3, 0, weights_from=Path(__file__))},
+            r"--weights-from .*test_request\.py is a file: give the folder that holds it$",
+        ),
         ({"settings": Settings("onnxruntime", "cpu", 0)}, "threads"),
         ({"throughput_at": 0}, "batch size is 0"),
     ],
