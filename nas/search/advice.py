@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from nas.search.log import SearchLog
     from nas.search.request import SearchRequest
 
+PRUNED = 10.0
+"""Times that a pruning can make a network faster at most: little is left of it then."""
+
 
 def latencies(rows: Sequence[Trial], final: Sequence[ClosingRow]) -> list[Network]:
     """What was measured, fastest first: in the closing run where there was one, else by the trials."""
@@ -46,7 +49,8 @@ def advice(
     smaller = lower_resolution(fastest, request.budget_ms)
     if smaller:
         lines.append(smaller)
-    published = next((row for row in measured if row.name and known(row.latency_ms) > request.budget_ms), None)
+    near = (row for row in measured if row.name and 1 < known(row.latency_ms) / request.budget_ms <= PRUNED)
+    published = next(near, None)
     if published:
         lines.append(f"a smaller network out of a trained one: {pruning(request, published)}")
     device, most = device_kind(request.settings.device), log.hardware.get("physical_cores", 1)
@@ -56,7 +60,7 @@ def advice(
     others = [name for name in others if name != request.settings.runtime]
     if others:
         lines.append(f"--runtime: {', '.join(others)} may be faster")
-    return lines + unsearched(request)
+    return lines + unsearched(request, log.exhausted)
 
 
 def pruning(request: SearchRequest, row: Network) -> str:
@@ -71,14 +75,16 @@ def pruning(request: SearchRequest, row: Network) -> str:
     return shlex.join(words)
 
 
-def unsearched(request: SearchRequest) -> list[str]:
-    """Families and shapes that the search left out."""
+def unsearched(request: SearchRequest, exhausted: bool) -> list[str]:
+    """Families and shapes that the search left out. exhausted: nothing was left to try."""
     from search_spaces.registry import FAMILIES
 
     lines = []
     left_out = sorted(set(FAMILIES) - set(request.families))
     if left_out and not (request.plan and request.plan.parent):
         lines.append(f"--family: {', '.join(left_out)} were not searched")
+    if exhausted:
+        return lines
     lowest = min(FAMILIES[family].space.options["resolution"][0] for family in request.families)
     smaller = "" if request.resolution else f"lower resolutions (down to {lowest} px) and "
     return [*lines, f"more --trials: {smaller}smaller widths are in the space"]

@@ -129,6 +129,35 @@ class Chooser:
             pool += children
         return self._best(pool, tried, promise) or self._best(self._scratch(rng), tried, promise)
 
+    def why_none(self, study: optuna.Study) -> str:
+        """Why nothing is left to try, and what may help, where no sampler is named."""
+        tried = tried_in(study)
+        latencies = {each.candidate.name: each.measured.latency_ms for each in tried if each.measured}
+        low, high = OVER
+        over = [
+            self._field.forecast(entrant, px, latencies).likely / self._request.budget_ms
+            for entrant in self._field.entrants
+            if isinstance(entrant.network, Arch)
+            for px in entrant.sizes
+        ]
+        parents = sorted({each.candidate.parent for each in tried if each.candidate.kind == Kind.DERIVED})
+        why, helps = "every ready network that may meet the budget has been", []
+        if self._open(tried, latencies):
+            why, helps = "ready networks have had their half of the trials", ["more --trials, for other ready networks"]
+        if parents:
+            why += f", and what can be cut from {', '.join(parents)} has been tried"
+        elif all(each <= low for each in over):
+            why += ", and no pretrained network of these families is over it, to cut smaller ones from"
+            helps += ["a smaller --latency-budget", "--weights-from DIR with weights of larger networks"]
+        elif not any(low < each <= high for each in over):
+            why += (
+                f", and the pretrained networks over it take more than {high:g} times as long, too long to be cut to it"
+            )
+            helps += ["a larger --latency-budget"]
+        else:
+            why += ", and of the pretrained networks over it none could be cut"
+        return f"{why}; may help: {', '.join([*helps, '--from-scratch'])}"
+
     def _generator(self, number: int) -> np.random.Generator:
         seed = self._request.seed
         return np.random.default_rng(None if seed is None else [seed, number])
@@ -157,9 +186,14 @@ class Chooser:
 
     def _ready(self, tried: Sequence[Tried], latencies: Mapping[str, float]) -> list[Open]:
         """Ready networks still to measure; none where they have had their share."""
-        mine = [each for each in tried if each.candidate.kind == Kind.READY]
-        if len(mine) >= math.ceil(ready.SHARE * self._request.trials):
+        number = sum(each.candidate.kind == Kind.READY for each in tried)
+        if number >= math.ceil(ready.SHARE * self._request.trials):
             return []
+        return self._open(tried, latencies)
+
+    def _open(self, tried: Sequence[Tried], latencies: Mapping[str, float]) -> list[Open]:
+        """Ready networks still to measure, whatever their share."""
+        mine = [each for each in tried if each.candidate.kind == Kind.READY]
         labels = {each.candidate.name for each in mine}
         failed = {each.candidate.name for each in mine if each.failed}
         impossible = {label for label, candidate in self._ready_ones.items() if candidate is None}

@@ -47,6 +47,8 @@ class SearchLog:
     """Seconds of each of `PHASES`."""
     interrupted: bool = False
     """Whether Ctrl-C or a failure ended it early."""
+    exhausted: bool = False
+    """Whether nothing was left to try."""
     notes: list[str] = field(default_factory=list)
     """Lines that a reader of the result should know."""
     failures: list[str] = field(default_factory=list)

@@ -90,7 +90,8 @@ class Race:
         except NothingLeft:
             if offered:  # other workers have taken them
                 return True
-            log.notes.append("nothing is left to try: every network that may meet the budget has been")
+            log.notes.append(f"nothing is left to try: {self._chooser.why_none(self._study)}")
+            log.exhausted = True
             return False
         store = self._tier.trainer.weights
         if store.digests != self._weights:  # some were downloaded

@@ -22,6 +22,7 @@ def lines(
     threads: int = 1,
     plan: SimpleNamespace | None = None,
     closing: dict | None = None,
+    exhausted: bool = False,
 ) -> list[str]:
     row = replace(
         COMPLETE,
@@ -37,7 +38,7 @@ def lines(
     settings = SimpleNamespace(device="cpu", threads=threads, runtime="onnxruntime", batch_size=2, precision="fp32")
     options = SimpleNamespace(settings=settings, budget_ms=1.0, families=("shvit",), plan=plan, resolution=None)
     final = [] if closing is None else [ClosingRow.of(row, **{"latency_ms": latency} | closing)]
-    return advice(options, SimpleNamespace(hardware=hardware), [row], final, COMMAND)
+    return advice(options, SimpleNamespace(hardware=hardware, exhausted=exhausted), [row], final, COMMAND)
 
 
 def test_it_names_the_budget_that_would_work_and_what_makes_networks_faster():
@@ -78,6 +79,12 @@ def test_no_budget_below_the_one_given_is_advised():
 
 def test_a_lower_resolution_is_named_only_where_it_would_fit():
     assert not any(line.startswith("--resolution") for line in lines(QUIET, latency=3000.0))
+
+
+def test_what_cannot_help_is_not_advised():
+    assert any(line.startswith("more --trials") for line in lines(QUIET))
+    assert not any(line.startswith("more --trials") for line in lines(QUIET, exhausted=True))
+    assert not any("vitnas prune" in line for line in lines(QUIET, latency=25.0))
 
 
 def test_more_threads_are_advised_where_their_cpus_are_idle():

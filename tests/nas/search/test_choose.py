@@ -111,6 +111,7 @@ def test_a_race_tries_ready_networks_then_those_cut_from_the_parents_just_over_t
     assert {each.parent for each in derived} == {"efficientvit_m1", "efficientvit_m2"}
     assert sorted(bench.tuned) == [("efficientvit_m1", PX), ("efficientvit_m2", PX)], "each once"
     assert len({each.parent for each in derived[: choose.FIRST]}) == 1
+    assert f"and what can be cut from {derived[0].parent}" in bench.chooser.why_none(bench.study())
     assert len({each.parent for each in derived[: 2 * choose.FIRST]}) == 2
     ms = [counts_of(each.network).macs * PER_MAC for each in derived]
     assert sum(each <= BUDGET_MS for each in ms) >= len(ms) * 0.6

@@ -73,8 +73,39 @@ def test_trials_go_on_until_nothing_is_left(tmp_path: Path) -> None:
     log = SearchLog("now")
     assert [made.trial(log) for _ in range(3)] == [True, True, False]
     assert sorted(each.name for each in runner.made) == ["efficientvit_m0@64", "efficientvit_m1@64"]
-    assert log.notes == ["nothing is left to try: every network that may meet the budget has been"]
+    assert log.notes == [
+        "nothing is left to try: every ready network that may meet the budget has been, and no pretrained network of "
+        "these families is over it, to cut smaller ones from; may help: a smaller --latency-budget, --weights-from DIR "
+        "with weights of larger networks, --from-scratch"
+    ]
+    assert log.exhausted
     assert made.lines() == []
+
+
+@pytest.mark.parametrize(
+    ("ms", "said"),
+    [
+        (100.0, ", and the pretrained networks over it take more than 4 times as long, too long to be cut to it"),
+        (0.7, ", and of the pretrained networks over it none could be cut"),
+    ],
+)
+def test_why_nothing_is_left_is_told(tmp_path: Path, ms: float, said: str) -> None:
+    made, _ = race(tmp_path, ms)
+    log = SearchLog("now")
+    while made.trial(log):
+        pass
+    assert said in log.notes[0]
+
+
+def test_that_other_ready_networks_are_left_is_told(tmp_path: Path) -> None:
+    made, runner = race(tmp_path)
+    made._request.trials = 2
+    log = SearchLog("now")
+    while made.trial(log):
+        pass
+    assert len(runner.made) == 1
+    assert "try: ready networks have had their half of the trials, and no" in log.notes[0]
+    assert "may help: more --trials, for other ready networks, a smaller" in log.notes[0]
 
 
 def test_two_workers_do_not_try_the_same(tmp_path: Path) -> None:
