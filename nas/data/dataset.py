@@ -164,7 +164,8 @@ def _classes(found: FoundImages, num_classes: int | None) -> list[str]:
         classes = list(found.classes)
     if len(set(found.train.labels)) < 2:
         only = classes[found.train.labels[0]]
-        raise UserError(f"{found.name} has one class ({only!r}): give two or more, or train/ beside val/")
+        beside = "" if found.val else ", or train/ beside val/"
+        raise UserError(f"{found.name} has one class ({only!r}): give two or more{beside}")
     if num_classes is not None and num_classes != len(classes):
         raise UserError(f"{found.name} has {len(classes)} classes but --num-classes is {num_classes}")
     return classes

@@ -73,6 +73,14 @@ def test_splits_whatever_they_are_called(tmp_path: Path, train: str, val: str, o
     assert data.left_out == tuple(f"{name}/" for name in sorted(others))
 
 
+def test_one_class_is_refused(tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        fill(tmp_path / "split" / part, "cat")
+    assert message(tmp_path / "split").endswith("has one class ('cat'): give two or more")
+    fill(tmp_path / "whole", "cat")
+    assert message(tmp_path / "whole").endswith("has one class ('cat'): give two or more, or train/ beside val/")
+
+
 def test_folders_that_could_be_several_things_are_refused(tmp_path: Path) -> None:
     for part in ("train", "val", "valid"):
         fill(tmp_path / "a" / part, "cat", "dog")
