@@ -39,6 +39,11 @@ class Store:
         """SHA-256 of the weights found so far, by the name of their network."""
         return {name: found.digest for name, found in sorted(self._found.items()) if found is not None}
 
+    @property
+    def files(self) -> dict[str, Path]:
+        """Where the weights found so far are, by the name of their network."""
+        return {name: found.path for name, found in self._found.items() if found is not None}
+
     def reach(self) -> bool:
         """Whether weights can be downloaded: no connection has failed. The hub is asked once."""
         from search_spaces.weights import unreachable

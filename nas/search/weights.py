@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 from nas.errors import UserError
 from nas.files import replace_file
 from nas.identity import differences
+from nas.units import listed
 
 if TYPE_CHECKING:
     import optuna
@@ -43,7 +44,9 @@ def agree_on_weights(study: optuna.Study, folder: Path, store: Store) -> None:
         for what, known in (("this study", in_study), (f"{folder} has trainings that", in_folder)):
             compared = {name: found.get(name, "not found here") for name in known if name in found or lost}
             if differs := differences({"weights": {n: known[n] for n in compared}}, {"weights": compared}):
-                raise UserError(f"{what} began with {differs}: give the same --weights-from, or another --study")
+                changed = listed([str(store.files[n]) for n in known if n in found and known[n] != found[n]])
+                told = f"; it has changed, or is another file: {changed}" if changed else ""
+                raise UserError(f"{what} began with {differs}: give the same --weights-from, or another --study{told}")
         store.begun = {**in_study, **in_folder, **found}
         if {**in_study, **found} != in_study:
             study.set_user_attr(ATTRIBUTE, {**in_study, **found})

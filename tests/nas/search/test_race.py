@@ -56,7 +56,7 @@ class Runner:
 def race(folder: Path, ms: float = 0.5, digests: dict[str, str] | None = None) -> tuple[Race, Runner]:
     study = open_study("s", folder / "study.journal", {"a": 1}, RandomSampler(seed=0))
     runner = Runner(study, ms)
-    store = SimpleNamespace(digests=digests or {}, reach=lambda: True, left_out={})
+    store = SimpleNamespace(digests=digests or {}, files={}, reach=lambda: True, left_out={})
     parents = SimpleNamespace(failed={"efficientvit_m0": "no", "efficientvit_m1": "no"})
     surrogate = SimpleNamespace(trained=[])
     tier = SimpleNamespace(
@@ -151,6 +151,7 @@ def test_who_races_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     find_field(made._request, made._study, trainer, told.append)
     assert told[-1] == "left out: zoo/b.safetensors: no"
     trainer.weights.digests = {"efficientvit_m0": "2222"}
+    trainer.weights.files = {"efficientvit_m0": Path("zoo/m0.safetensors")}
     with pytest.raises(UserError, match=r"began with weights\.efficientvit_m0 1111, this command says 2222"):
         find_field(made._request, made._study, trainer, told.append)
     monkeypatch.setattr("nas.search.race.find_entrants", lambda *_: ([], ["a"]))
