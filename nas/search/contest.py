@@ -150,6 +150,17 @@ def winner_of(final: Sequence[ClosingRow]) -> ClosingRow:
     return next((row for row in (first, found, ready) if row.accuracy), first)
 
 
+def decision(found: ClosingRow, ready: ClosingRow) -> str:
+    """What `winner_of` went by, in a line."""
+    if found.verdict == ready.verdict:
+        return (
+            "which of the two best networks wins was decided on the validation images that their accuracy is of: the "
+            "ready one, unless the gain of the other is real"
+        )
+    sure, other = (found, ready) if found.verdict == Verdict.FITS else (ready, found)
+    return f"{sure.label} wins because it surely fits; {other.label} may be over the budget"
+
+
 def gain_of(found: ClosingRow | None, ready: ClosingRow | None) -> Gain | None:
     """How the two compare; None where one is not there, or not trained."""
     if found is None or ready is None or found.accuracy is None or ready.accuracy is None:

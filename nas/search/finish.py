@@ -19,7 +19,7 @@ from nas.search.accuracy import Accuracies, FinalTrainings
 from nas.search.advice import advice, latencies
 from nas.search.best import BestFolder, Weights
 from nas.search.closing import ClosingInterrupted, closing_run
-from nas.search.contest import RACE, contest_of, contestants, opponents, winner_of, with_winner
+from nas.search.contest import RACE, contest_of, contestants, decision, opponents, winner_of, with_winner
 from nas.search.final import weights_of
 from nas.search.log import breakdown
 from nas.search.outcome import Fastest, Outcome, ShortTraining, TierFacts, Validation, Winner
@@ -304,10 +304,8 @@ class _Finish:
             if told:
                 yield f"{self.accuracy.rows[0].label}: {told}"
         if self.accuracy and self.accuracy.comparison and self.races:
-            yield (
-                "which of the two best networks wins was decided on the validation images that their accuracy is of: "
-                "the ready one, unless the gain of the other is real"
-            )
+            found, ready = opponents(self.final)
+            yield decision(known(found), known(ready))
         for row in self.accuracy.rows if self.accuracy else ():
             if row.before:
                 yield f"{row.label}: {row.before.words}, which its own training and seconds do not count"

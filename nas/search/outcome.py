@@ -115,11 +115,16 @@ class Winner:
     parent: str = ""
     resolution: int | None = None
     """Height and width of the input in pixels."""
+    parent_epochs: int | None = None
+    """That a derived network's parent was tuned for before its own training, as the next; None without one."""
+    parent_seconds: float | None = None
+    """That this took."""
 
     @classmethod
     def of(cls, row: Network) -> Winner:
         low, high = row.latency_ci or (None, None)
         found = row.accuracy if isinstance(row, ClosingRow) else None
+        before = found.before if found else None
         return cls(
             label=row.label,
             family=row.family,
@@ -141,6 +146,8 @@ class Winner:
             kind=row.kind,
             parent=row.parent,
             resolution=row.resolution,
+            parent_epochs=before.epochs if before else None,
+            parent_seconds=before.seconds if before else None,
         )
 
     def to_json(self) -> dict[str, object]:

@@ -110,7 +110,8 @@ class Race:
         if latencies and min(latencies.values()) > budget_ms:
             name = min(latencies, key=latencies.__getitem__)
             lines.append(
-                f"no ready network meets {budget_ms:g} ms: the fastest, {name}, takes {latencies[name]:.3g} ms"
+                f"no ready network met {budget_ms:g} ms in its trial: the fastest, {name}, "
+                f"took {latencies[name]:.3g} ms"
             )
         return lines
 

@@ -9,7 +9,7 @@ from nas.measure.budget import Verdict
 from nas.quality.candidate import Kind
 from nas.search.accuracy import Accuracies, Tuning, compare_means
 from nas.search.closing import ordered
-from nas.search.contest import contest_of, contestants, winner_of, with_winner
+from nas.search.contest import contest_of, contestants, decision, winner_of, with_winner
 from nas.search.rows import ClosingRow
 
 
@@ -85,6 +85,13 @@ def test_the_final_images_name_no_network() -> None:
     assert (found.winner.name, found.gain_over_ready.points) == ("ready2", 0)
     roles = {each.label: each.role for each in with_winner(table, winner_of(table))}
     assert (roles["ready2"], roles["trial 4"], roles["trial 1"]) == ("winner", "derived", "found")
+
+
+def test_what_decided_is_said() -> None:
+    made, ready = row(4, Kind.DERIVED, 50), row(2, Kind.READY, 48)
+    assert "validation images" in decision(made, ready)
+    unsure = row(2, Kind.READY, 48, Verdict.UNSURE)
+    assert decision(made, unsure) == "trial 4 wins because it surely fits; ready2 may be over the budget"
 
 
 @pytest.mark.parametrize("made", [60.0, 30.0])
