@@ -167,6 +167,8 @@ def train(
         seed=seed,
         minutes=minutes,
     )
+    if distillation is not None and teacher is None:
+        raise UserError(f"--distillation {distillation} needs --teacher")
     request.check()
     start = None
     if recipe is None and not probe:

@@ -92,6 +92,9 @@ def open_study(
             study.set_user_attr(IDENTITY, given)
         elif older(stored, given):
             raise UserError("this study was begun by an older vitnas; use --study for a new one")
+        elif stored.get("quality") != given.get("quality"):
+            was, now = (_tier(identity) for identity in (stored, given))
+            raise UserError(f"this study was begun with {was}, this command says {now}; use --study for a new one")
         elif stored != given | accepted:
             raise UserError(f"this study has {differences(stored, given | accepted)}; use --study for a new one")
         return study
@@ -100,6 +103,11 @@ def open_study(
         with exclusive(storage):
             backend = open_storage(storage)
         return alone(backend, load_or_create)
+
+
+def _tier(identity: Mapping[str, Any]) -> str:
+    """How a study estimates quality, as options of a command."""
+    return f"--quality {identity.get('quality')} {'and' if 'training' in identity else 'without'} --data"
 
 
 def alone_in(study: optuna.Study, decide: Callable[[], T]) -> T:

@@ -170,6 +170,15 @@ def test_study_that_disagrees_is_refused_with_every_difference(storage: str) -> 
     start(storage)
 
 
+def test_study_of_another_tier_is_refused_in_words(tmp_path: Path) -> None:
+    """Not with everything that only one of the two tiers depends on."""
+    start(tmp_path / "j", quality="prior")
+    with pytest.raises(UserError) as error:
+        start(tmp_path / "j", quality="race", training={"epochs": 1}, parent=None)
+    begun, now = "--quality prior without --data", "--quality race and --data"
+    assert one_line(error) == f"this study was begun with {begun}, this command says {now}; use --study for a new one"
+
+
 def test_tuples_and_lists_are_the_same_to_a_resumed_study(tmp_path: Path) -> None:
     start(tmp_path / "j", families=("levit", "shvit"))
     start(tmp_path / "j", families=["levit", "shvit"])

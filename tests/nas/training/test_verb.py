@@ -837,6 +837,7 @@ def test_an_oracle_lends_weights_and_chooses_tokens(vitnas, small, deit, tmp_pat
         (("--precision", "int8"), ("--precision 'int8'", "bf16")),
         (("--device", "tpu"), ("--device 'tpu'",)),
         (("--distillation", "firm"), ("--distillation 'firm'",)),
+        (("--distillation", "features"), ("--distillation features needs --teacher",)),
         (("--num-classes", "12"), ("--num-classes",)),
         (("--data", "/no/such/folder"), ("/no/such/folder",)),
         (("--resolution", "33"), ("33",)),
