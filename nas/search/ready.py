@@ -236,12 +236,10 @@ def find_entrants(
         elif label_of(entrant.network) not in store.left_out:
             lacking.append(entrant.name)
     if store.left_out and not found:
-        raise UserError(f"{'; '.join(store.left_out.values())}: replace or remove {_it(store.left_out)}")
+        why, *more = store.left_out.values()
+        others = f" (nor can the weights of {', '.join([*store.left_out][1:])} be used)" if more else ""
+        raise UserError(f"{why}{others}: replace or remove {'them' if more else 'it'}")
     return found, lacking
-
-
-def _it(things: Collection[object]) -> str:
-    return "it" if len(things) == 1 else "them"
 
 
 def _check_file(network: Arch | TimmNetwork, store: Store) -> None:

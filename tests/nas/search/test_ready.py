@@ -166,5 +166,11 @@ def test_a_damaged_file_of_weights_is_told(
     with pytest.raises(UserError, match="the weights are not finite"):
         store.get(get_arch("shvit_s1"))
     file.write_bytes(b"weights")
+    (tmp_path / "zoo" / "shvit_s2.safetensors").write_bytes(b"weights")
+    with pytest.raises(
+        UserError, match=r"neither .* \(nor can the weights of shvit_s2 be used\): replace or remove them$"
+    ):
+        find_entrants(["shvit"], resolution, 7, Store(tmp_path / "zoo", lambda _: None))
+    (tmp_path / "zoo" / "shvit_s2.safetensors").unlink()
     with pytest.raises(UserError, match=r"shvit_s1\.safetensors: neither .*: replace or remove it"):
         find_entrants(["shvit"], resolution, 7, Store(tmp_path / "zoo", lambda _: None))
