@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast, overload
@@ -74,6 +75,15 @@ def load(
         raise
     except (ArchError, WeightsError, UserError) as error:
         raise UserError(f"{named}: {error}" if named else str(error)) from None
+
+
+def load_as_trained(arch: Arch, weights: str | Path, *likely: int, what: str) -> Network:
+    """As `load`, with a file, at the resolution that its weights were trained at; `likely` ones are tried first."""
+    from search_spaces.weights import WeightsError, resolution_of
+
+    with suppress(WeightsError):  # which `load` tells
+        arch = arch.at(resolution_of(arch, Path(weights), likely) or arch.resolution)
+    return load(arch, weights, what)
 
 
 def _network_of(target: Target, named: str) -> Arch | TimmNetwork:

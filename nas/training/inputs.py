@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nas.errors import UserError
 from nas.networks.timm_network import TIMM
-from nas.networks.weights import load
+from nas.networks.weights import load, load_as_trained
 from nas.training.start import Start, find_start
-from nas.training.teachers import OtherClassesError, find_feature_teacher, find_teacher, own_teacher, tuning_of
+from nas.training.teachers import (
+    OtherClassesError,
+    find_feature_teacher,
+    find_teacher,
+    own_teacher,
+    teacher_in_folder,
+    tuning_of,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -127,10 +134,12 @@ def digests_of(request: TrainRequest, inputs: TrainInputs, known: Mapping[str, s
         target = find_target(text)
         return target.network or text, weights or target.weights or "timm"
 
+    goes_on = known.get("the weights of --teacher") == "timm" and request.weights_from is None
+    taught_by = request.teacher_weights if goes_on else teacher_in_folder(request) or request.teacher_weights
     found = identity(
         inputs.data,
         model=(inputs.target.network, None) if inputs.target.network is not None else None,
-        teacher=network(request.teacher, request.teacher_weights),
+        teacher=network(request.teacher, taught_by),
         oracle=network(request.oracle, None),
     )
     key = "the weights of --model"
@@ -175,16 +184,11 @@ def first_network(
 
 def _source(inputs: TrainInputs, weights: Path) -> Network | TimmModel:
     """The network that weights were trained as, at their own resolution; timm itself resizes those of its networks."""
-    from search_spaces.weights import WeightsError, resolution_of
-
     given, own, wanted = inputs.target.arch, inputs.target.as_trained().arch, inputs.network
     if given is None or own is None:
         return load(wanted, weights, what="--weights")
-    own = own.replace(num_classes=wanted.num_classes)
-    with suppress(WeightsError):  # which `load` tells
-        px = resolution_of(own, weights, (own.resolution, wanted.resolution, given.resolution))
-        own = own.at(px or own.resolution)
-    return load(own, weights, what="--weights")
+    likely = own.resolution, wanted.resolution, given.resolution
+    return load_as_trained(own.replace(num_classes=wanted.num_classes), weights, *likely, what="--weights")
 
 
 def open_teacher(
@@ -200,12 +204,14 @@ def open_teacher(
             note(f"the recipe {recipe.name} has the teacher {recipe.teacher}: without one it differs from it")
         return None
     if recipe.distillation == "features":
-        found = find_feature_teacher(request.teacher, request.teacher_weights, data, request.unlabelled)
+        found = find_feature_teacher(request, data, note)
         more = f", on {len(found.unlabelled):,} unlabelled images too" if found.unlabelled is not None else ""
         note(f"features of {request.teacher} are matched{more}")
         return found
     try:
-        teacher = find_teacher(request.teacher, request.teacher_weights, data.classes, data.pixels)
+        teacher = find_teacher(
+            request.teacher, request.teacher_weights, data.classes, data.pixels, request.weights_from, note
+        )
     except OtherClassesError:
         own = tuning_of(request)
         note(f"the teacher {request.teacher} is of other classes: it is fine-tuned on these images, in {own.folder}")

@@ -5,23 +5,29 @@ One that does not know the classes of the images is fine-tuned on them first.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from nas.data.images import Images, plain_transform
 from nas.data.pixels import IMAGENET, Pixels
-from nas.errors import UserError
+from nas.errors import DiskFull, UserError
 from nas.export.card import pixels_of
-from nas.networks.targets import find_target
+from nas.networks.pretrained import find_here, find_pretrained
+from nas.networks.targets import Target, find_target
 from nas.networks.timm_network import TIMM, TimmNetwork
-from nas.networks.weights import load
+from nas.networks.weights import load, load_as_trained
 
 if TYPE_CHECKING:
     from torch import nn
 
     from nas.data.dataset import ImageData
+    from nas.networks.timm_network import TimmModel
     from nas.training.lessons import FeatureTeacher
     from nas.training.request import TrainRequest
+    from search_spaces import Arch
+    from search_spaces.network import Network
 
 TEACHER = "teacher"
 """What the folder of a teacher's own training is called, in that of its student."""
@@ -31,15 +37,26 @@ class OtherClassesError(UserError):
     """A teacher that does not know the classes of the images."""
 
 
-def find_teacher(text: str, weights: str | None, classes: list[str], pixels: Pixels = IMAGENET) -> nn.Module:
+def find_teacher(
+    text: str,
+    weights: str | None,
+    classes: list[str],
+    pixels: Pixels = IMAGENET,
+    weights_from: Path | None = None,
+    note: Callable[[str], None] = lambda _: None,
+) -> nn.Module:
     """A trained network that takes the student's images, made with `pixels`: (B, 3, R, R) -> (B, classes).
+
+    Args:
+        weights_from: a folder where published weights are looked for first.
+        note: told where they are found, and what is resized.
 
     Raises:
         UserError: no such network, weights that cannot be had, or random ones. OtherClassesError: it has another number
             of classes.
     """
     if not text.startswith(TIMM):
-        return own_teacher("--teacher", text, weights, classes, pixels)
+        return own_teacher("--teacher", text, weights, classes, pixels, weights_from, note)
     import timm
 
     name, _, _ = text.removeprefix(TIMM).partition("@")
@@ -48,21 +65,22 @@ def find_teacher(text: str, weights: str | None, classes: list[str], pixels: Pix
         raise UserError(f"--teacher {text}: timm has no such network" + (f", but {near}" if near else ""))
     target = find_target(text)
     network = cast(TimmNetwork, target.timm)
-    if weights is None:
-        model = load(network, "timm", what=f"--teacher {text}")
+    if _is_published(target, weights):
+        found, _ = _with_weights(f"--teacher {text}", target, weights, weights_from, note)
+        model = cast("TimmModel", found)
     else:
         network = network.replace(num_classes=len(classes))
-        model = load(network, weights, what="--teacher-weights")
-        if model.untrained:
-            raise OtherClassesError(f"--teacher-weights: {weights}: another classifier, which would teach nothing")
+        model = load(network, cast(str, weights), what="--teacher-weights")
+    if model.untrained:
+        raise OtherClassesError(f"--teacher {text}: weights with another classifier, which would teach nothing")
     config = cast("dict[str, Any]", model.pretrained_cfg)
     fixed = network.resolution if target.resolution or config.get("fixed_input_size") else None
     own = pixels_of(network, weights or "timm")
     return _fitting(f"--teacher {text}", model, (network.num_classes, len(classes)), fixed, own, pixels)
 
 
-def find_feature_teacher(text: str, weights: str | None, data: ImageData, unlabelled: str | None) -> FeatureTeacher:
-    """A trained network of any classes, whose features of the student's images teach. unlabelled: a folder of more.
+def find_feature_teacher(request: TrainRequest, data: ImageData, note: Callable[[str], None]) -> FeatureTeacher:
+    """A trained network of any classes, whose features of the student's images teach, and of `unlabelled` ones.
 
     Raises:
         UserError: no such network, weights that cannot be had, no linear classifier, or a folder without images.
@@ -71,11 +89,11 @@ def find_feature_teacher(text: str, weights: str | None, data: ImageData, unlabe
     from nas.networks.build import classifier_of
     from nas.training.lessons import UNLABELLED, FeatureTeacher
 
-    target = find_target(text)
-    given = weights or ("timm" if text.startswith(TIMM) else None)
-    model = load(target, given, what=f"--teacher {text}")
+    text, unlabelled = cast(str, request.teacher), request.unlabelled
+    what, target = f"--teacher {text}", find_target(text)
+    model, source = _with_weights(what, target, request.teacher_weights, request.weights_from, note)
     classifier_of(model)
-    pixels = pixels_of(model.arch, given or target.weights or "timm")
+    pixels = pixels_of(model.arch, source)
     plain = plain_transform(model.arch.resolution, pixels.whole() if data.demo else pixels)
     more = None
     if unlabelled is not None:
@@ -85,16 +103,76 @@ def find_feature_teacher(text: str, weights: str | None, data: ImageData, unlabe
 
 
 def own_teacher(
-    option: str, text: str, weights: str | None, classes: list[str], pixels: Pixels = IMAGENET
+    option: str,
+    text: str,
+    weights: str | None,
+    classes: list[str],
+    pixels: Pixels = IMAGENET,
+    weights_from: Path | None = None,
+    note: Callable[[str], None] = lambda _: None,
 ) -> nn.Module:
     """A network that teaches, of ours or in a folder; errors as in `find_teacher`."""
-    target = find_target(text)
-    model = load(target, weights, what=f"{option} {text}")
+    model, source = _with_weights(f"{option} {text}", find_target(text), weights, weights_from, note)
     if model.untrained:
         raise OtherClassesError(f"{option} {text}: weights with another classifier, which would teach nothing")
     counts = model.arch.num_classes, len(classes)
-    own = pixels_of(model.arch, weights or target.weights or "timm")
+    own = pixels_of(model.arch, source)
     return _fitting(f"{option} {text}", model, counts, model.arch.resolution, own, pixels)
+
+
+def teacher_in_folder(request: TrainRequest) -> str | None:
+    """The file of a teacher's published weights in a folder of the user's; None where none of them is used."""
+    if request.teacher is None:
+        return None
+    target = find_target(request.teacher)
+    if not _is_published(target, request.teacher_weights):
+        return None
+    found = find_here(target.as_trained().require(), request.weights_from)
+    return str(found.path) if found is not None and found.source == "folder" else None
+
+
+def _is_published(target: Target, weights: str | None) -> bool:
+    """Whether a teacher has its published weights."""
+    return target.network is not None and (weights == "timm" or (weights is None and target.folder is None))
+
+
+def _with_weights(
+    what: str, target: Target, weights: str | None, weights_from: Path | None, note: Callable[[str], None]
+) -> tuple[Network | TimmModel, str | Path]:
+    """A network with its weights, at the target's resolution, and where they are from, as `pixels_of` takes it."""
+    if not _is_published(target, weights):
+        source = file = weights or target.weights
+    else:
+        try:
+            pretrained = find_pretrained(target.as_trained().require(), weights_from)
+        except DiskFull:
+            raise
+        except UserError as error:
+            raise type(error)(f"{what}: {error}") from None
+        note(pretrained.line)
+        file, source = pretrained.path, "timm"
+    if file is None or source is None or target.arch is None:
+        return load(target, file, what), source or "timm"
+    return _resized(what, target.arch, target.as_trained().require().resolution, file, note), source
+
+
+def _resized(what: str, arch: Arch, own: int, file: str | Path, note: Callable[[str], None]) -> Network:
+    """A network with the weights of a file, brought to its resolution; own: that of what was published, in px."""
+    from nas.networks.build import create
+    from pruning.transfer import transfer
+
+    found = load_as_trained(arch, file, arch.resolution, own, what=what)
+    trained = found.arch
+    if trained.resolution == arch.resolution:
+        return found
+    note(
+        f"{what}: weights of {trained.resolution} px, resized to {arch.resolution} px (@{trained.resolution} behind "
+        "its name takes them as they are)"
+    )
+    model = create(arch)
+    model.load_state_dict(transfer(trained, found.state_dict(), arch))
+    model.loaded, model.untrained = found.loaded, found.untrained
+    return model
 
 
 def _fitting(

@@ -19,8 +19,9 @@ from nas.data.images import sample
 from nas.training.course import Course, Trial
 from nas.training.prepare import Preparation
 from nas.training.recipes import FINETUNE, RECIPES
-from nas.training.teachers import OtherClassesError, find_teacher
-from search_spaces import Arch, create_model
+from nas.training.request import TrainRequest
+from nas.training.teachers import OtherClassesError, find_feature_teacher, find_teacher, teacher_in_folder
+from search_spaces import Arch, create_model, get_arch
 
 ARGS = ("--epochs", "1", "--batch-size", "32", "--device", "cpu")
 
@@ -132,3 +133,28 @@ def test_features_of_any_classes_teach(vitnas: Any, of_seven: tuple[str, str], t
     assert found["recipe"]["distillation"] == "features"
     assert found["options"]["unlabelled"] == str(more.parent)
     assert not (out / "teacher").exists()
+
+
+@pytest.mark.parametrize("option", [True, False])
+def test_published_weights_in_a_folder_of_the_user_s_teach(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: bool
+) -> None:
+    """That of --weights-from, or of $VITNAS_WEIGHTS; those of another resolution are resized."""
+    folder, told = tmp_path / "weights", list[str]()
+    folder.mkdir()
+    network = create_model(get_arch("efficientvit_m0", 7).at(64))
+    torch.save(network.state_dict(), folder / "efficientvit_m0.pth")
+    if not option:
+        monkeypatch.setenv("VITNAS_WEIGHTS", str(folder))
+    request = TrainRequest("shvit_s1", FINETUNE, "cpu", tmp_path / "out", weights_from=folder if option else None)
+    data = open_data(None, 32, None, 0)
+    for px in (64, 96):
+        asked = dataclasses.replace(request, teacher=f"efficientvit_m0@{px}")
+        assert teacher_in_folder(asked) == str(folder / "efficientvit_m0.pth")
+        teacher = find_feature_teacher(asked, data, told.append).model
+        assert teacher.arch.resolution == px
+        found = teacher.state_dict()
+        assert torch.equal(found["stem.0.linear.weight"], network.state_dict()["stem.0.linear.weight"])
+        assert any("resized to 96 px (@64 behind its name" in line for line in told) == (px == 96)
+    with pytest.raises(OtherClassesError, match="--teacher efficientvit_m0@64: weights with another classifier"):
+        find_teacher("efficientvit_m0@64", None, data.classes, weights_from=request.weights_from)
