@@ -57,13 +57,7 @@ def find_teacher(
     """
     if not text.startswith(TIMM):
         return own_teacher("--teacher", text, weights, classes, pixels, weights_from, note)
-    import timm
-
-    name, _, _ = text.removeprefix(TIMM).partition("@")
-    if not timm.is_model(name):
-        near = ", ".join(timm.list_models(f"*{name.split('.')[0][:8]}*")[:3])
-        raise UserError(f"--teacher {text}: timm has no such network" + (f", but {near}" if near else ""))
-    target = find_target(text)
+    target = _target_of(text)
     network = cast(TimmNetwork, target.timm)
     if _is_published(target, weights):
         found, _ = _with_weights(f"--teacher {text}", target, weights, weights_from, note)
@@ -90,7 +84,7 @@ def find_feature_teacher(request: TrainRequest, data: ImageData, note: Callable[
     from nas.training.lessons import UNLABELLED, FeatureTeacher
 
     text, unlabelled = cast(str, request.teacher), request.unlabelled
-    what, target = f"--teacher {text}", find_target(text)
+    what, target = f"--teacher {text}", _target_of(text)
     model, source = _with_weights(what, target, request.teacher_weights, request.weights_from, note)
     classifier_of(model)
     pixels = pixels_of(model.arch, source)
@@ -124,11 +118,22 @@ def teacher_in_folder(request: TrainRequest) -> str | None:
     """The file of a teacher's published weights in a folder of the user's; None where none of them is used."""
     if request.teacher is None:
         return None
-    target = find_target(request.teacher)
+    target = _target_of(request.teacher)
     if not _is_published(target, request.teacher_weights):
         return None
     found = find_here(target.as_trained().require(), request.weights_from)
     return str(found.path) if found is not None and found.source == "folder" else None
+
+
+def _target_of(text: str) -> Target:
+    """As `find_target`; raises UserError, with names that are near, for a network that timm has not."""
+    import timm
+
+    name, _, _ = text.removeprefix(TIMM).partition("@")
+    if text.startswith(TIMM) and not timm.is_model(name):
+        near = ", ".join(timm.list_models(f"*{name.split('.')[0][:8]}*")[:3])
+        raise UserError(f"--teacher {text}: timm has no such network" + (f", but {near}" if near else ""))
+    return find_target(text)
 
 
 def _is_published(target: Target, weights: str | None) -> bool:
