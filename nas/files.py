@@ -20,8 +20,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 from nas.errors import DiskFull, UserError, free_space, is_full
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
+T = TypeVar("T")
 
 LOCK = ".lock"
 FULL_BELOW = 1 << 16  # free bytes: libraries in C++ do not say why a write failed
@@ -47,6 +53,23 @@ def replace_file(path: Path, data: str | bytes) -> None:
     data = data.encode() if isinstance(data, str) else data
     with drafted(path, needed=len(data)) as draft:
         draft.write_bytes(data)
+
+
+def read_kept(path: Path, kind: TypeAdapter[T], otherwise: str) -> T | None:
+    """A JSON document that an earlier run kept; None where there is none.
+
+    Args:
+        otherwise: what happens once a damaged one is removed, after "remove it, ".
+
+    Raises:
+        UserError: it is damaged.
+    """
+    if not path.is_file():
+        return None
+    try:
+        return kind.validate_json(path.read_bytes())
+    except ValueError:
+        raise UserError(f"{path} is damaged: remove it, {otherwise}") from None
 
 
 @contextmanager

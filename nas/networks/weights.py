@@ -86,6 +86,17 @@ def load_as_trained(arch: Arch, weights: str | Path, *likely: int, what: str) ->
     return load(arch, weights, what)
 
 
+def resized(trained: Network, arch: Arch) -> Network:
+    """A network of an Arch that differs from a trained one's in resolution alone, with its weights."""
+    from pruning.transfer import transfer
+    from search_spaces import create_model
+
+    model = create_model(arch)
+    model.load_state_dict(transfer(trained.arch, trained.state_dict(), arch))
+    model.loaded, model.untrained = trained.loaded, trained.untrained
+    return model
+
+
 def _network_of(target: Target, named: str) -> Arch | TimmNetwork:
     if target.network is None:
         raise UserError(f"{named} is {target.kind}: give a folder with model.safetensors, or a published name")

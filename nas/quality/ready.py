@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from nas.errors import UserError
 from nas.networks.timm_network import TimmNetwork
 
 if TYPE_CHECKING:
@@ -35,24 +34,13 @@ def with_weights(network: Arch | TimmNetwork, weights: Path) -> nn.Module:
     Raises:
         UserError: they do not fit.
     """
-    from nas.networks.build import create
-    from nas.networks.weights import load
-    from pruning.transfer import transfer
-    from search_spaces.weights import WeightsError, published_name, resolution_of
+    from nas.networks.weights import load, load_as_trained, resized
+    from search_spaces.weights import published_name
 
     if isinstance(network, TimmNetwork):
         return load(network, weights, what=f"timm/{network.name}")
-    name = published_name(network)
-    try:
-        px = resolution_of(network, weights, (network.resolution,)) or network.resolution
-    except WeightsError as error:
-        raise UserError(f"{name}: {error}") from None
-    source = load(network.at(px), weights, what=name)
-    if px == network.resolution:
-        return source
-    model = create(network)
-    model.load_state_dict(transfer(source.arch, source.state_dict(), network))
-    return model
+    trained = load_as_trained(network, weights, network.resolution, what=published_name(network) or "")
+    return trained if trained.arch == network else resized(trained, network)
 
 
 def give_probe(model: nn.Module, images: Images, trainer: CandidateTrainer, pixels: Pixels) -> None:

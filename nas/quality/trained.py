@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from pydantic import FiniteFloat, TypeAdapter
 
-from nas.errors import UserError
-from nas.files import replace_file
+from nas.files import read_kept, replace_file
 from nas.intervals import joined, of_error, of_share
 from nas.quality.kept import Kept, keep
 from nas.quality.surrogate import Guess, Rungs, Surrogate, TrainedNetwork, describe_candidate
@@ -215,12 +214,7 @@ def read_rungs(path: Path) -> dict[int, float]:
     Raises:
         UserError: the file is damaged.
     """
-    if not path.is_file():
-        return {}
-    try:
-        return TypeAdapter(dict[int, FiniteFloat]).validate_json(path.read_bytes())
-    except ValueError:
-        raise UserError(f"{path} is damaged: remove it, and the network is judged again") from None
+    return read_kept(path, TypeAdapter(dict[int, FiniteFloat]), "and the network is judged again") or {}
 
 
 def in_better_third(surrogate: Surrogate, guess: Guess, epochs: int) -> bool:

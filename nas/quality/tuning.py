@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any, Self
 from pydantic import FiniteFloat, TypeAdapter
 
 from nas.errors import TrainingError, UserError
-from nas.files import folder_lock, replace_file
+from nas.files import folder_lock, read_kept, replace_file
 from nas.networks.timm_network import TimmNetwork
+from nas.networks.weights import resized
 from nas.quality.ready import give_probe, own_pixels, with_weights
 from nas.quality.trainer import ETA
 from nas.units import counted
@@ -102,12 +103,7 @@ def choose_rate(
 
 
 def _rates_in(path: Path) -> list[RateTried]:
-    if not path.is_file():
-        return []
-    try:
-        return TypeAdapter(list[RateTried]).validate_json(path.read_bytes())
-    except ValueError:
-        raise UserError(f"{path} is damaged: remove it, and the rates are tried again") from None
+    return read_kept(path, TypeAdapter(list[RateTried]), "and the rates are tried again") or []
 
 
 def _best(tried: list[RateTried], trainer: CandidateTrainer) -> float:
@@ -154,12 +150,7 @@ class Tuned:
         Raises:
             UserError: it is damaged.
         """
-        if not path.is_file():
-            return None
-        try:
-            return TypeAdapter(cls).validate_json(path.read_bytes())
-        except ValueError:
-            raise UserError(f"{path} is damaged: remove it, and {path.stem} is tuned again") from None
+        return read_kept(path, TypeAdapter(cls), f"and {path.stem} is tuned again")
 
     @property
     def top1(self) -> float:
@@ -282,18 +273,13 @@ class _Tuning:
 
     def _first(self, images: Images) -> nn.Module:
         """What the tuning begins with."""
-        from pruning.transfer import transfer
-        from search_spaces import create_model
-
         if not self.found.began:
             model = with_weights(self.arch, self.published.path)
             give_probe(model, images, self.trainer, own_pixels(self.arch))
             return model
         before = self.arch.at(self.found.began)
         weights = _document(self.found.name, self.found.began, self.trainer).with_suffix(".safetensors")
-        made = create_model(self.arch)
-        made.load_state_dict(transfer(before, _load(before, weights).state_dict(), self.arch))
-        return made
+        return resized(_load(before, weights), self.arch)
 
     def _keep(self, **found: Any) -> None:
         now = time.monotonic()

@@ -109,7 +109,7 @@ class Chooser:
             UserError: as `nas.quality.parents.Parents.tuned`.
         """
         tried = tried_in(study)
-        latencies = {each.candidate.name: each.measured.latency_ms for each in tried if each.measured}
+        latencies = latencies_of(tried)
         open_ready = self._ready(tried, latencies)
         urgent = self._built(each for each in open_ready if each.urgent)
         if urgent or self._request.sampler != "auto":
@@ -132,7 +132,7 @@ class Chooser:
     def why_none(self, study: optuna.Study) -> str:
         """Why nothing is left to try, and what may help, where no sampler is named."""
         tried = tried_in(study)
-        latencies = {each.candidate.name: each.measured.latency_ms for each in tried if each.measured}
+        latencies = latencies_of(tried)
         low, high = OVER
         over = [
             self._field.forecast(entrant, px, latencies).likely / self._request.budget_ms
@@ -334,6 +334,15 @@ def tried_in(study: optuna.Study) -> list[Tried]:
         except (ValueError, UserError):  # of another worker's timm: it cannot be offered here either
             continue
     return found
+
+
+def latencies_of(tried: Iterable[Tried]) -> dict[str, float]:
+    """In ms, of the ready networks that are measured, by their labels."""
+    return {
+        each.candidate.name: each.measured.latency_ms
+        for each in tried
+        if each.measured and each.candidate.kind == Kind.READY
+    }
 
 
 def _place_of(candidate: Candidate) -> tuple[str, int]:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from nas.networks.counts import counts_of
-from nas.quality.candidate import Candidate, Kind
-from nas.search.choose import Chooser, tried_in
+from nas.quality.candidate import Candidate
+from nas.search.choose import Chooser, latencies_of, tried_in
 from nas.search.given import enqueue_candidate
 from nas.search.log import Clock
 from nas.search.ready import Entrant, Field, find_entrants
@@ -102,8 +102,7 @@ class Race:
     def lines(self) -> list[str]:
         """What a reader should know of the ready networks: which were not measured, and that none fits."""
         budget_ms = self._request.budget_ms
-        ready = [each for each in tried_in(self._study) if each.candidate.kind == Kind.READY]
-        latencies = {each.candidate.name: each.measured.latency_ms for each in ready if each.measured}
+        latencies = latencies_of(tried_in(self._study))
         lines = []
         if over := self._field.over(latencies):
             lines.append(f"surely over {budget_ms:g} ms, and so not measured: {', '.join(over)}")

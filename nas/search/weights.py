@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from pydantic import TypeAdapter
 
 from nas.errors import UserError
-from nas.files import replace_file
+from nas.files import read_kept, replace_file
 from nas.identity import differences
 from nas.units import listed
 
@@ -38,7 +38,7 @@ def agree_on_weights(study: optuna.Study, folder: Path, store: Store) -> None:
 
     def decide() -> None:
         path = folder / FILE
-        in_folder = _read(path)
+        in_folder = read_kept(path, TypeAdapter(dict[str, str]), "to go on with the weights of today") or {}
         in_study = study.user_attrs.get(ATTRIBUTE, {})
         lost = not {**in_study, **in_folder}.keys() <= found.keys() and not store.reach()
         for what, known in (("this study", in_study), (f"{folder} has trainings that", in_folder)):
@@ -55,17 +55,3 @@ def agree_on_weights(study: optuna.Study, folder: Path, store: Store) -> None:
             replace_file(path, json.dumps({**in_folder, **found}, indent=1) + "\n")
 
     alone_in(study, decide)
-
-
-def _read(path: Path) -> dict[str, str]:
-    """What the folder keeps; nothing where there is no file.
-
-    Raises:
-        UserError: it is damaged.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        return TypeAdapter(dict[str, str]).validate_json(path.read_bytes())
-    except ValueError:
-        raise UserError(f"{path} is damaged: remove it, to go on with the weights of today") from None

@@ -17,7 +17,7 @@ from nas.export.card import pixels_of
 from nas.networks.pretrained import find_here, find_pretrained
 from nas.networks.targets import Target, find_target
 from nas.networks.timm_network import TIMM, TimmNetwork
-from nas.networks.weights import load, load_as_trained
+from nas.networks.weights import load, load_as_trained, resized
 
 if TYPE_CHECKING:
     from torch import nn
@@ -163,9 +163,6 @@ def _with_weights(
 
 def _resized(what: str, arch: Arch, own: int, file: str | Path, note: Callable[[str], None]) -> Network:
     """A network with the weights of a file, brought to its resolution; own: that of what was published, in px."""
-    from nas.networks.build import create
-    from pruning.transfer import transfer
-
     found = load_as_trained(arch, file, arch.resolution, own, what=what)
     trained = found.arch
     if trained.resolution == arch.resolution:
@@ -174,10 +171,7 @@ def _resized(what: str, arch: Arch, own: int, file: str | Path, note: Callable[[
         f"{what}: weights of {trained.resolution} px, resized to {arch.resolution} px (@{trained.resolution} behind "
         "its name takes them as they are)"
     )
-    model = create(arch)
-    model.load_state_dict(transfer(trained, found.state_dict(), arch))
-    model.loaded, model.untrained = found.loaded, found.untrained
-    return model
+    return resized(found, arch)
 
 
 def _fitting(
