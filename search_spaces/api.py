@@ -11,12 +11,13 @@ from torch import Tensor
 
 from search_spaces import efficientvit, evit, levit, sepvit, shvit  # noqa: F401  (each registers its family)
 from search_spaces.arch import Arch, ArchError
+from search_spaces.counting import Tally, total
 from search_spaces.network import Network, fold
 from search_spaces.registry import FAMILIES, Variant
 from search_spaces.weights import load_weights
 from search_spaces.widths import Table, width_table
 
-__all__ = ["create_model", "find_variant", "fold", "get_arch", "list_models", "table"]
+__all__ = ["count", "create_model", "find_variant", "fold", "get_arch", "list_models", "stage_counts", "table"]
 
 MAX_PARAMS = 500_000_000
 
@@ -59,8 +60,34 @@ def table(arch: Arch) -> Table:
     """
     with torch.device("meta"):
         found = width_table(FAMILIES[arch.family].build(arch))
-    if found.params() > MAX_PARAMS:
-        raise ArchError(f"{found.params():,} parameters are more than the {MAX_PARAMS:,} this tool builds")
+    _check_params(found.params())
+    return found
+
+
+def _check_params(params: int) -> None:
+    if params > MAX_PARAMS:
+        raise ArchError(f"{params:,} parameters are more than the {MAX_PARAMS:,} this tool builds")
+
+
+def stage_counts(arch: Arch) -> list[Tally]:
+    """Parameters and MACs of each stage (a row of `Arch.summary`): the stem's count to the first, the classifier's to
+    the last. A family that does not count from the document has one entry for all.
+    """
+    count = FAMILIES[arch.family].count
+    if count is not None:
+        return list(count(arch))
+    found = table(arch)
+    return [Tally(found.params(), found.macs())]
+
+
+def count(arch: Arch) -> Tally:
+    """Parameters and MACs of an Arch: those of its `table`, without a build.
+
+    Raises:
+        ArchError: more parameters than fit an ONNX file (2 GB).
+    """
+    found = total(stage_counts(arch))
+    _check_params(found.params)
     return found
 
 

@@ -31,8 +31,18 @@ from search_spaces.arch import (
     summarise,
 )
 from search_spaces.attention import AttentionBias, key, scale_rows
+from search_spaces.counting import Tally
 from search_spaces.gates import Gate
-from search_spaces.grid import OFFICIAL, ConvMixer, Merge, Mixer, Pyramid, published_merge
+from search_spaces.grid import (
+    OFFICIAL,
+    ConvMixer,
+    Merge,
+    Mixer,
+    Pyramid,
+    count_mixer,
+    count_pyramid,
+    published_merge,
+)
 from search_spaces.layers import ConvNorm
 from search_spaces.registry import Family, Variant, register
 from search_spaces.space import KEEPS, Space, Values, per_stage
@@ -246,6 +256,22 @@ class Block(nn.Module):
         return y
 
 
+def _count_block(tally: Tally, doc: EfficientVitBlock, embed: int, grid: int) -> None:
+    for mixer in (*doc.before, *doc.after):
+        count_mixer(tally, mixer, embed, grid)
+    if doc.attn is None:
+        return
+    window = min(doc.attn.window, grid)
+    tokens = window * window
+    positions = tokens * (-(-grid // window)) ** 2
+    for head in doc.attn.heads:
+        tally.conv_norm(head.dim, 2 * head.key_dim + head.value_dim, positions)
+        tally.depthwise_norm(head.key_dim, positions, head.kernel)
+        tally.macs += (head.key_dim + head.value_dim) * positions * tokens
+    tally.conv_norm(sum(head.value_dim for head in doc.attn.heads), embed, positions)
+    tally.weights(0, others=len(doc.attn.heads) * tokens)
+
+
 RENAME = (
     (r"^patch_embed\.conv(\d)\.", lambda m: f"stem.{2 * int(m[1]) - 2}."),
     (r"\.downsample\.res1\.0\.m\.", ".downsample.before.conv.branch."),
@@ -388,6 +414,7 @@ register(
     Family(
         name="efficientvit",
         build=lambda arch: Pyramid(arch, Block),
+        count=lambda arch: count_pyramid(arch, _count_block),
         space=SPACE,
         rename=RENAME,
         official=lambda arch: (*OFFICIAL, *RENAME),

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from search_spaces.arch import MAX_BLOCKS, Arch, ArchError, Attn, Dim, Doc, Rate, StageSummary, kept, summarise
 from search_spaces.attention import attend, attention_widths, key
+from search_spaces.counting import Tally
 from search_spaces.gates import Gate
 from search_spaces.layers import RGB, Axes, Conv, LayerNorm, Linear, mlp
 from search_spaces.network import Network
@@ -272,6 +273,31 @@ class Evit(Network):
             tokens = block.keep + (block.fuse and block.keep < tokens)
 
 
+def _count(arch: EvitArch) -> list[Tally]:
+    """One row per run of blocks, as `EvitArch.summary`."""
+    embed, tokens, tally = arch.embed_dim, (arch.resolution // arch.patch_size) ** 2, Tally()
+    tally.weights(3 * arch.patch_size**2 * embed, tokens, embed * (tokens + 3))
+    found = [tally]
+    for i, doc in enumerate(arch.blocks):
+        keep, left = kept(doc.keep_rate, tokens), reduced(tokens, doc)
+        if doc.attn is not None:
+            heads, qk, v = doc.attn.heads, doc.attn.key_dim, doc.attn.value_dim
+            tally.norm_linear(embed, heads * (2 * qk + v), tokens + 1)
+            tally.linear(heads * v, embed, tokens + 1)
+            tally.macs += heads * (qk + v) * (tokens + 1) ** 2
+            if doc.merge and keep < tokens:
+                even, odd = tokens - tokens // 2, tokens // 2
+                tally.macs += qk * even * odd + embed * even * (tokens - keep)
+        if doc.ffn is not None:
+            tally.norm_mlp(doc.ffn.hidden, embed, left + 1)
+        tokens = left
+        if doc.keep_rate < 1 and i < len(arch.blocks) - 1:
+            tally = Tally()
+            found.append(tally)
+    tally.norm_linear(embed, arch.num_classes, 1)
+    return found
+
+
 RENAME = ((r"^patch_embed\.proj\.", "patch_embed."), (r"\.mlp\.", ".ffn."))
 
 
@@ -399,6 +425,7 @@ register(
     Family(
         name="evit",
         build=Evit,
+        count=_count,
         space=SPACE,
         earlier=replace(SPACE, options={**SPACE.options, "form": ("fused", "dropped")}),
         rename=RENAME,

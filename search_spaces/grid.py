@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from search_spaces.arch import Dim, Doc, Ffn
+from search_spaces.counting import Tally
 from search_spaces.gates import Gate
 from search_spaces.layers import ONE, Classifier, ConvNorm, FeedForward, Residual, SqueezeExcite, halved, stem
 from search_spaces.network import Network
@@ -160,6 +161,42 @@ class Stage(nn.Module):
             x = self.downsample(x)
         y: Tensor = self.blocks(x)
         return y
+
+
+def count_mixer(tally: Tally, doc: Mixer, embed: int, grid: int) -> None:
+    """Add a `ConvMixer`."""
+    if doc.conv:
+        tally.depthwise_norm(embed, grid * grid)
+    tally.feed_forward(doc.ffn, embed, grid * grid)
+
+
+def _count_merge(tally: Tally, doc: Merge, inp: int, out: int, grid: int) -> None:
+    half = halved(grid)
+    count_mixer(tally, doc.before, inp, grid)
+    tally.conv_norm(inp, doc.hidden, grid * grid)
+    tally.depthwise_norm(doc.hidden, half * half)
+    if doc.squeezed:
+        tally.linear(doc.hidden, doc.squeezed, 1)
+        tally.linear(doc.squeezed, doc.hidden, 1)
+    tally.conv_norm(doc.hidden, out, half * half)
+    count_mixer(tally, doc.after, out, half)
+
+
+def count_pyramid(arch: PyramidArch, count_block: Callable[[Tally, Any, int, int], None]) -> list[Tally]:
+    """Count a `Pyramid`. count_block: (tally, document, the stage's width, side of the grid), adds a block."""
+    tally, embed = Tally(), arch.stages[0].embed_dim
+    grid, found = tally.stem(arch.stem, embed, arch.resolution), []
+    for stage in arch.stages:
+        if stage.downsample is not None:
+            _count_merge(tally, stage.downsample, embed, stage.embed_dim, grid)
+            grid = halved(grid)
+        embed = stage.embed_dim
+        for block in stage.blocks:
+            count_block(tally, block, embed, grid)
+        found.append(tally)
+        tally = Tally()
+    found[-1].classifier(embed, arch.num_classes, arch.distilled)
+    return found
 
 
 class Pyramid(Network):

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from search_spaces.arch import Ffn, kept
+from search_spaces.counting import NORM_MACS
 from search_spaces.gates import Gate
 from search_spaces.tokens import on_strongest
 from search_spaces.widths import Axis, Width, fixed
@@ -23,8 +24,6 @@ Form = Literal["linear", "conv"]
 """Tokens as (B, N, C), or as (B, C, H, W)."""
 RGB = fixed(3)
 ONE = fixed(1)
-NORM_MACS = 5
-"""Multiply-accumulates per element of a norm that cannot fold away (fvcore's count, in the published figures)."""
 
 Axes = dict[str, tuple[Axis, ...]]
 """The axes of a layer's own parameters and buffers, by their names."""

@@ -27,6 +27,7 @@ from search_spaces.arch import (
     summarise,
 )
 from search_spaces.attention import AttentionBias, attention_widths, key, qkv_axis, scale_rows
+from search_spaces.counting import Tally
 from search_spaces.gates import Gate
 from search_spaces.layers import Classifier, ConvNorm, FeedForward, Form, LinearNorm, halved, pointwise, stem
 from search_spaces.network import Network
@@ -307,6 +308,39 @@ def _official(arch: LevitArch) -> Rules:
     )
 
 
+def _count(arch: LevitArch) -> list[Tally]:
+    tally, embed = Tally(), arch.stages[0].embed_dim
+    grid, found = tally.stem(arch.stem, embed, arch.resolution), []
+    for stage in arch.stages:
+        if stage.downsample is not None:
+            _count_strided(tally, stage.downsample, embed, stage.embed_dim, grid)
+            grid = halved(grid)
+        embed, tokens = stage.embed_dim, kept(stage.keep_rate, grid * grid)
+        for block in stage.blocks:
+            if block.attn is not None:
+                heads, qk, v = block.attn.heads, block.attn.key_dim, block.attn.value_dim
+                tally.conv_norm(embed, heads * (2 * qk + v), tokens)
+                tally.conv_norm(heads * v, embed, tokens)
+                tally.weights(0, others=heads * grid * grid)
+                tally.macs += heads * (qk + v) * tokens * tokens
+            tally.feed_forward(block.ffn, embed, tokens)
+        found.append(tally)
+        tally = Tally()
+    found[-1].classifier(embed, arch.num_classes, arch.distilled)
+    return found
+
+
+def _count_strided(tally: Tally, doc: LevitDownsample, inp: int, out: int, grid: int) -> None:
+    heads, qk, v = doc.attn.heads, doc.attn.key_dim, doc.attn.value_dim
+    tokens, queries = grid * grid, halved(grid) ** 2
+    tally.conv_norm(inp, heads * qk, queries)
+    tally.conv_norm(inp, heads * (qk + v), tokens)
+    tally.conv_norm(heads * v, out, queries)
+    tally.weights(0, others=heads * tokens)
+    tally.macs += heads * (qk + v) * queries * tokens
+    tally.feed_forward(doc.ffn, out, queries)
+
+
 def _arch(values: Values, num_classes: int) -> LevitArch:
     """Paper section 3: V twice (strided: four times) as wide as K, strided heads = width / key_dim."""
     key_dim = values["qk"]
@@ -397,6 +431,7 @@ register(
     Family(
         name="levit",
         build=Levit,
+        count=_count,
         space=SPACE,
         rename=RENAME,
         official=_official,

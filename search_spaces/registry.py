@@ -16,6 +16,7 @@ from search_spaces.arch import Arch
 if TYPE_CHECKING:
     import numpy as np
 
+    from search_spaces.counting import Tally
     from search_spaces.network import Network
     from search_spaces.space import Space
 
@@ -68,6 +69,9 @@ class Family(Generic[A]):
     """Published networks by name."""
     space: Space
     """The search axes."""
+    count: Callable[[A], Sequence[Tally]] | None = None
+    """Arch -> parameters and MACs of each stage, from its document: the stem's are the first's, the classifier's the
+    last's. None: they are counted in the built network, which takes a hundred times as long."""
     earlier: Space | None = None
     """Those of studies that were begun before they changed."""
     rename: Rules = ()

@@ -33,6 +33,7 @@ from search_spaces.arch import (
     summarise,
 )
 from search_spaces.attention import attend, attention_widths, key
+from search_spaces.counting import Tally
 from search_spaces.gates import Gate
 from search_spaces.layers import RGB, Axes, Conv, LayerNorm, Linear, Residual, halved, mlp
 from search_spaces.network import Network
@@ -336,6 +337,38 @@ class SepVit(Network):
         return logits
 
 
+def _count(arch: SepVitArch) -> list[Tally]:
+    found, inp, kernel = list[Tally](), 3, 7
+    for stage, grid in zip(arch.stages, grids(arch.resolution, len(arch.stages)), strict=True):
+        found.append(tally := Tally())
+        embed, positions = stage.embed_dim, grid * grid
+        tally.linear(inp * kernel * kernel, embed, positions)
+        tally.norm(embed, positions)
+        if stage.blocks:
+            tally.linear(9, embed, positions)
+        for block in stage.blocks:
+            if block.attn is not None:
+                _count_attention(tally, block.attn, embed, grid)
+            if block.ffn is not None:
+                tally.norm_mlp(block.ffn.hidden, embed, kept(block.ffn.keep_rate, positions))
+        inp, kernel = embed, 3
+    found[-1].norm(inp, positions)
+    found[-1].linear(inp, arch.num_classes, 1)
+    return found
+
+
+def _count_attention(tally: Tally, doc: SepAttn, embed: int, grid: int) -> None:
+    count, area, inner = (grid // doc.window) ** 2, doc.window**2, doc.heads * doc.value_dim
+    keep, tokens = kept(doc.keep_rate, count), area + (count > 1)
+    tally.norm_linear(embed, 2 * doc.heads * doc.key_dim + inner, keep * tokens)
+    tally.linear(inner, embed, keep * area)
+    tally.macs += doc.heads * (doc.key_dim + doc.value_dim) * keep * tokens * tokens
+    if count > 1:
+        tally.weights(0, others=count * embed)
+        tally.norm_linear(inner, 2 * doc.heads * doc.point_key_dim, keep)
+        tally.macs += (doc.heads * doc.point_key_dim + inner * area) * keep * keep
+
+
 OFFICIAL = (
     (r"^patch_embeds\.(\d+)\.proj\.", r"stages.\1.patch_embed."),
     (r"^patch_embeds\.(\d+)\.norm\.", r"stages.\1.norm."),
@@ -353,8 +386,7 @@ OFFICIAL = (
 
 def _arch(values: Values, num_classes: int) -> SepVitArch:
     """Windows of resolution / 32 (7 at 224); grouped attention doubles them where the grid allows."""
-    small = values["resolution"] // 32
-    dim = values["qk"]
+    small, dim = values["resolution"] // 32, values["qk"]
     stages: list[SepVitStage] = []
     for s, grid in enumerate(grids(values["resolution"], 4), 1):
         expansion, pattern = values[f"mix_s{s}"]
@@ -451,6 +483,7 @@ register(
     Family(
         name="sepvit",
         build=SepVit,
+        count=_count,
         space=SPACE,
         official=lambda arch: OFFICIAL,
         tokens=("window_token",),

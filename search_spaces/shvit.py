@@ -30,8 +30,9 @@ from search_spaces.arch import (
     summarise,
 )
 from search_spaces.attention import attention_widths, qkv_axis, scale_rows
+from search_spaces.counting import Tally
 from search_spaces.gates import Gate
-from search_spaces.grid import OFFICIAL, Merge, Pyramid, published_merge
+from search_spaces.grid import OFFICIAL, Merge, Pyramid, count_pyramid, published_merge
 from search_spaces.layers import ConvNorm, FeedForward, GroupNorm, Residual
 from search_spaces.registry import Family, Variant, register
 from search_spaces.space import KEEPS, Space, Values, per_stage, with_attention
@@ -163,6 +164,19 @@ class Block(nn.Module):
         return x
 
 
+def _count_block(tally: Tally, doc: ShvitBlock, embed: int, grid: int) -> None:
+    tokens = grid * grid
+    if doc.conv:
+        tally.depthwise_norm(embed, tokens)
+    if doc.attn is not None:
+        heads, qk, v = doc.attn.heads, doc.attn.key_dim, doc.attn.value_dim
+        tally.norm(doc.attn.dim, tokens)
+        tally.conv_norm(doc.attn.dim, heads * (2 * qk + v), tokens)
+        tally.conv_norm(heads * v + embed - doc.attn.dim, embed, tokens)
+        tally.macs += heads * (qk + v) * tokens * tokens
+    tally.feed_forward(doc.ffn, embed, tokens)
+
+
 RENAME = (
     (r"^patch_embed\.(\d)\.", r"stem.\1."),
     (r"\.downsample\.0\.m\.", ".downsample.before.conv.branch."),
@@ -274,6 +288,7 @@ register(
     Family(
         name="shvit",
         build=lambda arch: Pyramid(arch, Block),
+        count=lambda arch: count_pyramid(arch, _count_block),
         space=SPACE,
         rename=RENAME,
         official=lambda arch: (*OFFICIAL, *RENAME),

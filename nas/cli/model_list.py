@@ -41,20 +41,20 @@ def list_rows(networks: dict[str, Arch], settings: Settings) -> list[Row]:
         UserError: the cache of latencies cannot be read.
     """
     from nas.measure.cache import known
-    from search_spaces import table
+    from search_spaces import count
     from search_spaces.api import find_variant
 
     rows = []
     for name, arch in networks.items():
         family, variant = find_variant(name)
-        counts = table(arch)
+        counts = count(arch)
         found = known(arch, settings)
         rows.append(
             {
                 "name": name,
                 "family": family,
-                "params": counts.params(),
-                "macs": counts.macs(),
+                "params": counts.params,
+                "macs": counts.macs,
                 "resolution": arch.resolution,
                 "top1": variant.top1,
                 "latency_ms": found and found[1].p50_ms,

@@ -31,12 +31,12 @@ def published_order(request: SearchRequest, reference_ms: float) -> list[str]:
     """
     import math
 
-    from search_spaces import get_arch, table
+    from search_spaces import count, get_arch
     from search_spaces.registry import FAMILIES
 
-    per_mac = reference_ms / table(reference_arch()).macs()
+    per_mac = reference_ms / count(reference_arch()).macs
     distance = {
-        name: abs(math.log(table(get_arch(name)).macs() * per_mac / request.budget_ms))
+        name: abs(math.log(count(get_arch(name)).macs * per_mac / request.budget_ms))
         for family in request.families
         for name in FAMILIES[family].variants
     }

@@ -146,7 +146,7 @@ def rung_words(epochs: str) -> str:
 
 def draw(request: SearchRequest, low: float, high: float) -> Iterator[Arch]:
     """Networks of the searched spaces with `low` to `high` million MACs, in an order that the study's seed fixes."""
-    from search_spaces import table
+    from search_spaces import count
     from search_spaces.registry import FAMILIES
     from search_spaces.space import random_params
 
@@ -154,7 +154,7 @@ def draw(request: SearchRequest, low: float, high: float) -> Iterator[Arch]:
     for _ in range(TRIES * known(request.plan).validate):
         family = request.families[rng.integers(len(request.families))]
         arch = FAMILIES[family].space.decode(random_params(rng), request.num_classes, request.resolution)
-        if low <= table(arch).macs() / 1e6 <= high:
+        if low <= count(arch).macs / 1e6 <= high:
             yield arch
 
 

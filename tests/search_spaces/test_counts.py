@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from fvcore.nn import FlopCountAnalysis
@@ -13,6 +15,7 @@ from torch import nn
 
 import search_spaces
 from search_spaces.registry import FAMILIES
+from search_spaces.space import random_params
 
 # name: (parameters, MACs in millions with BatchNorm folded and attention counted)
 PUBLISHED = {
@@ -158,3 +161,38 @@ def test_irregular_macs_against_fvcore(family: str, seed: int, helpers: ModuleTy
     table = search_spaces.table(arch)
     assert table.macs() == counted
     assert table.params() == module_params(helpers.build(arch))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_documents_count_as_the_built_network(family: str, helpers: ModuleType) -> None:
+    """Every axis at random, and irregular documents, in which a width counted in place of another shows."""
+    rng = np.random.default_rng(0)
+    archs = [FAMILIES[family].space.decode(random_params(rng), 10) for _ in range(4)]
+    archs += [helpers.random_arch(family, seed) for seed in range(4)]
+    for arch in archs:
+        table, stages = search_spaces.table(arch), search_spaces.stage_counts(arch)
+        found = search_spaces.count(arch)
+        assert (found.params, found.macs) == (table.params(), table.macs()), arch
+        assert len(stages) == len(arch.summary())
+        assert (sum(s.params for s in stages), sum(s.macs for s in stages)) == (found.params, found.macs)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_documents_count_as_published(name: str) -> None:
+    params, macs = PUBLISHED[name]
+    found = search_spaces.count(search_spaces.get_arch(name))
+    assert found.params == params
+    assert macs is None or found.macs == pytest.approx(macs * 1e6, rel=0.005)
+
+
+def test_a_family_that_does_not_count_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    arch = search_spaces.get_arch("shvit_s1")
+    counted = search_spaces.count(arch)
+    monkeypatch.setitem(FAMILIES, "shvit", replace(FAMILIES["shvit"], count=None))
+    assert search_spaces.count(arch) == counted
+
+
+def test_more_parameters_than_can_be_built_are_refused() -> None:
+    arch = search_spaces.get_arch("deit_base").replace(embed_dim=8192)
+    with pytest.raises(search_spaces.ArchError, match="are more than the 500,000,000 this tool builds"):
+        search_spaces.count(arch)
