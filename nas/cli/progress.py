@@ -216,11 +216,12 @@ def plan_of(options: SearchRequest, images: ImageData | None) -> Plan:
     if plan is None or images is None:
         return Plan(options.trials, timeout_s=options.timeout_s)
     every = len(images.train)
+    plan = plan.settled(options.quality, every)
     return Plan(
         options.trials,
-        final_images=plan.final_epochs * every,
+        final_images=plan.full_epochs * every,
         seeds=plan.seeds,
-        validation_images=plan.final_epochs * every,
+        validation_images=plan.full_epochs * every,
         validated=plan.validate,
         timeout_s=options.timeout_s,
     )

@@ -105,7 +105,10 @@ def search(
     epochs: Annotated[
         int | None, typer.Option(help="Maximum number of epochs of a candidate.  [default: 9; inherit 3, supernet 30]")
     ] = None,
-    final_epochs: Annotated[int, typer.Option(help="Epochs of the final trainings.")] = 30,
+    final_epochs: Annotated[
+        int | None,
+        typer.Option(help="Epochs of the final trainings.  [default: 30; a race 3 to 30, for about 24,000 images]"),
+    ] = None,
     seeds: Annotated[int, typer.Option(help="Number of seeds of the final trainings.")] = 3,
     train_threads: TrainThreads = None,
     validate: Annotated[
@@ -136,7 +139,7 @@ def search(
         raise UserError(
             "--weights-from needs --data: images to tune pretrained networks on"
             if data is None
-            else f"--weights-from and {without}: give one of them"
+            else f"--weights-from gives pretrained weights, which {without} does not use: leave out one of them"
         )
     plan = None
     if tier == "prior":

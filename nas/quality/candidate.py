@@ -84,6 +84,11 @@ class Candidate:
         return cls(from_document(json.dumps(found.get("network"))), told.kind, told.parent, told.name)
 
 
+def label_at(name: str, px: int, published_px: int) -> str:
+    """What a ready network is called at a resolution: efficientvit_m0@96; without it at that it was published for."""
+    return name if px == published_px else f"{name}@{px}"
+
+
 @dataclass(frozen=True)
 class _Told:
     kind: Kind

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 from nas.errors import UserError
 
 DEFAULT_EPOCHS = {"train": 9, "race": 9, "inherit": 3, "supernet": 30}
+FINAL_EPOCHS = 30
+RACED = 24_000
+"""Images that each final training of a race goes through, repeats counted, as far as `LEAST_RACED` and `FINAL_EPOCHS`
+allow: it begins with pretrained weights."""
+LEAST_RACED = 3
 LEAST_VALIDATED = 6
 """Networks below which a rank correlation says nothing."""
 
@@ -22,8 +28,8 @@ class TrainingPlan:
     """Training images that a search uses at most; 100 or more."""
     epochs: int = DEFAULT_EPOCHS["train"]
     """Epochs of its last rung; 1 or more."""
-    final_epochs: int = 30
-    """Epochs of the trainings at its end; 1 or more."""
+    final_epochs: int | None = None
+    """Epochs of the trainings at its end, 1 or more; None: `FINAL_EPOCHS`, in a race fewer (see `settled`)."""
     seeds: int = 3
     """Seeds of the trainings at its end; 1 or more."""
     validate: int = 0
@@ -35,12 +41,23 @@ class TrainingPlan:
     weights_from: Path | None = None
     """Folder that pretrained weights are looked for in first, for the tier `race`."""
 
+    @property
+    def full_epochs(self) -> int:
+        """Epochs of the trainings at its end."""
+        return FINAL_EPOCHS if self.final_epochs is None else self.final_epochs
+
+    def settled(self, tier: str, images: int) -> Self:
+        """The plan with the epochs of its final trainings: in a race without such by the number of training images."""
+        if self.final_epochs is not None or tier != "race":
+            return self
+        return replace(self, final_epochs=min(max(RACED // images, LEAST_RACED), FINAL_EPOCHS))
+
     def check(self) -> None:
         """Raises: UserError: a number out of range, or a file where a folder is wanted."""
         for name, value, least in (
             ("train-images", self.images, 100),
             ("epochs", self.epochs, 1),
-            ("final-epochs", self.final_epochs, 1),
+            ("final-epochs", self.full_epochs, 1),
             ("seeds", self.seeds, 1),
             ("validate", self.validate, 0),
         ):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nas.data.pixels import IMAGENET, Pixels
-from nas.quality.candidate import Candidate, Kind
+from nas.quality.candidate import Candidate, Kind, label_at
 from nas.quality.parents import Parents
 from nas.quality.ready import give_probe, own_pixels, with_weights
 from nas.quality.surrogate import kind_of
@@ -75,8 +75,7 @@ class RaceTier(HalvingTier):
         parent; else from scratch."""
         name = published_name(arch)
         if name is not None and self.parents.published(name) is not None:
-            at_home = arch.resolution == get_arch(name).resolution
-            return Candidate(arch, Kind.READY, name=name if at_home else f"{name}@{arch.resolution}")
+            return Candidate(arch, Kind.READY, name=label_at(name, arch.resolution, get_arch(name).resolution))
         parent = self.parents.parent_for(arch)
         return Candidate(arch) if parent is None else Candidate(arch, Kind.DERIVED, parent)
 

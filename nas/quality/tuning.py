@@ -268,7 +268,7 @@ class _Tuning:
         """Those of the parents that the folder has, whatever is asked for now: children of all compete."""
         known = (each.epochs for each in _begun_in(self.trainer.folder) if not each.began)
         plan = self.trainer.plan
-        usual = max(plan.epochs, min(plan.final_epochs, PASSED // self.trainer.used))
+        usual = max(plan.epochs, min(plan.full_epochs, PASSED // self.trainer.used))
         return next((epochs for epochs in known if epochs is not None), usual)
 
     def _first(self, images: Images) -> nn.Module:

@@ -120,7 +120,7 @@ def train_fully(request: SearchRequest, tier: TrainedTier, label: str, candidate
     """
     trainer, plan = tier.trainer, known(request.plan)
     data = tier.data(candidate)
-    recipe = tier.recipe(plan.final_epochs, candidate)
+    recipe = tier.recipe(plan.full_epochs, candidate)
     made: list[FullTraining] = []
     pays = tier.tuning_pays(candidate)
     for seed in range(plan.seeds):
@@ -166,4 +166,4 @@ def weights_of(request: SearchRequest, candidate: Candidate) -> Path | None:
 
 def result_path(request: SearchRequest, candidate: Candidate, seed: int) -> Path:
     """Where a final training's result is kept; its checkpoint and weights are beside it."""
-    return request.folder / "final" / f"{candidate.key[:16]}-{known(request.plan).final_epochs}-seed{seed}.json"
+    return request.folder / "final" / f"{candidate.key[:16]}-{known(request.plan).full_epochs}-seed{seed}.json"

@@ -188,7 +188,7 @@ class _Finish:
             (row.accuracy for row in self.final if row.accuracy),
             key=lambda each: (each.label != winner.label, -each.mean),
         )
-        epochs = known(self.request.plan).final_epochs
+        epochs = known(self.request.plan).full_epochs
         trained = [row for row in self.final if row.accuracy and not row.accuracy.as_begun]
         recipes = dict.fromkeys(tier.recipe(epochs, candidate_of(row)).name for row in trained)
         told = FinalTrainings(tuple(rows), epochs, " or ".join(recipes), "")
@@ -206,7 +206,7 @@ class _Finish:
         """The winner's full trainings, and how they compare with those of the published network."""
         from nas.search.accuracy import compare_means, verdict
 
-        epochs = known(self.request.plan).final_epochs
+        epochs = known(self.request.plan).full_epochs
         told = FinalTrainings(tuple(found), epochs, tier.recipe(epochs).name, "")
         if len(found) < 2 or baseline is None:
             why = "the winner is itself a published network" if winner.name else "no published network beside it"

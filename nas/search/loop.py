@@ -161,8 +161,8 @@ class _Search:
         from nas.study.trials import due
 
         request, study, log, starting = self.request, self.study, self.log, Clock(self.log.phases)
-        self.progress(state_of(study, request, log))
         log.tier = tier = self._open_tier()
+        self.progress(state_of(study, request, log))
         if not due(study, request.trials, self.say, self._late):
             self.say("all trials are done: only the final steps are run again (raise --trials for more)")
             return

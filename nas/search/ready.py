@@ -17,7 +17,7 @@ from nas.networks.counts import counts_of
 from nas.networks.pretrained import label_of
 from nas.networks.ready import Ready, ready_networks
 from nas.networks.timm_network import TIMM, TimmNetwork
-from nas.quality.candidate import Candidate, Kind
+from nas.quality.candidate import Candidate, Kind, label_at
 
 if TYPE_CHECKING:
     from nas.networks.store import Store
@@ -83,8 +83,8 @@ class Entrant:
         return Candidate(self.network.at(px), Kind.READY, name=self.label(px))
 
     def label(self, px: int) -> str:
-        """efficientvit_m0@96; without the resolution where it is the published one."""
-        return self.name if px == self.network.resolution else f"{self.name}@{px}"
+        """Its candidate's name at a resolution."""
+        return label_at(self.name, px, self.network.resolution)
 
     def forecast(self, px: int, measured: Mapping[int, float]) -> Forecast:
         """Its latency at a resolution.
@@ -242,18 +242,6 @@ def find_entrants(
     return found, lacking
 
 
-def _check_file(network: Arch | TimmNetwork, store: Store) -> None:
-    """Have the store leave out a file in the user's folder that is damaged or of another network."""
-    from nas.quality.ready import with_weights
-
-    found = store.here(network)
-    if found is not None and found.source == "folder":
-        try:
-            with_weights(network, found.path)
-        except UserError as error:
-            store.leave_out(network, str(error))
-
-
 def _published(families: Iterable[str]) -> Iterator[Ready]:
     """Every published network of the families, also one that timm has no weights for (the user may), then timm's."""
     from search_spaces.registry import FAMILIES
@@ -277,20 +265,27 @@ def _entrant(ready: Ready, resolution: int | None, num_classes: int, store: Stor
     else:
         name, network = ready.name, get_arch(ready.name).replace(num_classes=num_classes)
         group = network.family
-    _check_file(network, store)
+    native = native_size(network, store)
     if resolution is not None:
         return Entrant(name, group, network, (resolution,))
-    native = native_size(network, store)
     sizes = tuple(px for px in SIZES if px <= native) or (native,)
     return Entrant(name, group, network, sizes)
 
 
 def native_size(network: Arch | TimmNetwork, store: Store) -> int:
-    """The resolution in px that a checkpoint, whose file can be read, was trained at, where its tensors' shapes show
-    it; else the published."""
-    from search_spaces.weights import resolution_of
+    """The resolution in px of a checkpoint: as the tensors of a file in the user's folder show it, else
+    the published. The store leaves such a file out if it is damaged or of another network."""
+    from nas.networks.weights import load, load_as_trained
 
     found = store.here(network)
-    if found is None or found.source != "folder" or isinstance(network, TimmNetwork):
+    if found is None or found.source != "folder":
         return network.resolution
-    return resolution_of(network, found.path, (network.resolution,)) or network.resolution
+    what = label_of(network)
+    try:
+        if isinstance(network, TimmNetwork):
+            load(network, found.path, what)
+            return network.resolution
+        return load_as_trained(network, found.path, network.resolution, what=what).arch.resolution
+    except UserError as error:
+        store.leave_out(network, str(error))
+        return network.resolution

@@ -68,7 +68,8 @@ def search(
     request.check()
     images = images or read_images(request)
     if images is not None:
-        request = replace(request, num_classes=len(images.classes))
+        plan = request.plan and request.plan.settled(request.quality, len(images.train))
+        request = replace(request, num_classes=len(images.classes), plan=plan)
     study, log = run_trials(request, progress, say, phase, images)
     with storage_errors(storage_of(request)), interruptible():
         outcome = finish_run(request, study, log, command, phase, say)

@@ -104,7 +104,7 @@ def validate(
     seen = {row.digest for row in rows}
 
     for arch in draw(request, min(within), max(within)):
-        if len(ValidatedNetwork.all_of(study, plan.final_epochs)) >= wanted:
+        if len(ValidatedNetwork.all_of(study, plan.full_epochs)) >= wanted:
             break
         if arch.digest() in seen or arch.digest() in collected(study, RUN):
             continue
@@ -114,7 +114,7 @@ def validate(
             note(f"a network of the validation could not be trained: {error}")
             row = {}
         study.set_user_attr(RUN + arch.digest(), row)
-    found = ValidatedNetwork.all_of(study, plan.final_epochs)
+    found = ValidatedNetwork.all_of(study, plan.full_epochs)
     if len(found) < wanted:
         note(f"the validation found only {len(found)} of {wanted} networks of the budget's size")
     if len(found) < LEAST_VALIDATED:
@@ -169,7 +169,7 @@ def measure_one(tier: TrainedTier, arch: Arch) -> ValidatedNetwork:
     trainer = tier.trainer
     rest, judge = trainer.halves(arch.resolution, tier.data(candidate).pixels)
     folder = trainer.folder / f"{candidate.key[:16]}-full"
-    training = tier.begin(candidate, rest, tier.recipe(trainer.plan.final_epochs, candidate), SEED, folder)
+    training = tier.begin(candidate, rest, tier.recipe(trainer.plan.full_epochs, candidate), SEED, folder)
     try:
         training.run(None, lambda done, total, *_: trainer.progress("validation", done, total))
     finally:
@@ -180,7 +180,7 @@ def measure_one(tier: TrainedTier, arch: Arch) -> ValidatedNetwork:
         family=arch.family,
         params=counts.params,
         macs=counts.macs,
-        final_epochs=trainer.plan.final_epochs,
+        final_epochs=trainer.plan.full_epochs,
         predicted=untrained.value,
         first_rung=tier.early(candidate, counts, training_record.rungs).value,
         last_rung=estimate.value,

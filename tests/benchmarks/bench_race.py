@@ -1,6 +1,6 @@
 """What a search that starts from pretrained weights finds, beside the ready network that a user would fine-tune.
 
-    python tests/benchmarks/bench_race.py latencies ZOO OUT           (once, on a quiet machine: budgets to choose from)
+    python tests/benchmarks/bench_race.py latencies OUT            (once, on a quiet machine: budgets to choose from)
     python tests/benchmarks/bench_race.py run DATA ZOO OUT --budget 0.6 --budget 0.75 [--px 64] [--minutes 60]
     python tests/benchmarks/bench_race.py table OUT
 
@@ -92,9 +92,12 @@ def rows_of(out: Path) -> list[Row]:
 
 def latencies(args: argparse.Namespace) -> None:
     """Measure the ready networks side by side at one thread."""
+    subprocess.run([sys.executable, "-m", "nas.cli", *bench_command(args.out)], check=True)
+
+
+def bench_command(out: Path) -> list[str]:
     networks = [f"{name}@{px}" for name in (*READY, *CNNS) for px in (64, 96, 128)]
-    command = [sys.executable, "-m", "nas.cli", "bench", *networks, "--threads", "1", "--out", str(args.out / "bench")]
-    subprocess.run(command, check=True)
+    return ["bench", *networks, "--threads", "1", "--csv", str(out / "latencies.csv")]
 
 
 def run(args: argparse.Namespace) -> None:
@@ -109,11 +112,7 @@ def run(args: argparse.Namespace) -> None:
         if time.monotonic() > until:
             return
         study = f"{args.data.name}-{budget:g}ms-{method}-{seed}"
-        command = [sys.executable, "-m", "nas.cli", "search", "--latency-budget", f"{budget}ms", "--threads", "1"]
-        command += ["--data", str(args.data), "--weights-from", str(args.zoo), "--seed", str(seed)]
-        command += ["--out", str(args.out), "--study", study, *METHODS[method], *args.options]
-        if args.px:
-            command += ["--resolution", str(args.px)]
+        command = [sys.executable, "-m", "nas.cli", *search_command(args, budget, method, seed), "--study", study]
         begun, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
         code = subprocess.run(command).returncode
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -138,6 +137,13 @@ def run(args: argparse.Namespace) -> None:
             file.write(json.dumps(asdict(row)) + "\n")
         print(row, flush=True)
         shutil.rmtree(args.out / study / "training", ignore_errors=True)
+
+
+def search_command(args: argparse.Namespace, budget: float, method: str, seed: int) -> list[str]:
+    command = ["search", "--latency-budget", f"{budget}ms", "--threads", "1", "--data", str(args.data)]
+    command += [] if method == "scratch" else ["--weights-from", str(args.zoo)]
+    command += ["--seed", str(seed), "--out", str(args.out), *METHODS[method], *args.options]
+    return command + (["--resolution", str(args.px)] if args.px else [])
 
 
 def difference(one: Sequence[float], other: Sequence[float]) -> str:
@@ -184,8 +190,7 @@ def main() -> None:
     verbs = parser.add_subparsers(dest="verb", required=True)
     measuring, running, telling = (verbs.add_parser(name) for name in ("latencies", "run", "table"))
     running.add_argument("data", type=Path)
-    for each in (measuring, running):
-        each.add_argument("zoo", type=Path)
+    running.add_argument("zoo", type=Path)
     for each in (measuring, running, telling):
         each.add_argument("out", type=Path)
     running.add_argument("--budget", type=float, action="append", required=True, help="ms; repeatable")

@@ -524,6 +524,13 @@ def test_a_training_plan_out_of_range(change, word):
         replace(PLAN, **change).check()
 
 
+def test_final_trainings_of_a_race_go_through_as_many_images_whatever_their_number():
+    plan = TrainingPlan("images")
+    assert plan.full_epochs == plan.settled("train", 2_000).full_epochs == 30
+    assert [plan.settled("race", images).full_epochs for images in (100, 2_000, 50_000)] == [30, 12, 3]
+    assert PLAN.settled("race", 2_000) == PLAN, "as the user said"
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

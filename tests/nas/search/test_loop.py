@@ -308,3 +308,20 @@ def test_the_same_arch_is_measured_once(tmp_path, exports_here):
     assert (first.source, second.source) == ("measured", "reused")
     assert first.latency_ms == second.latency_ms
     assert statistics.median([first.params_m, second.params_m]) == pytest.approx(6.330808)
+
+
+def test_no_count_of_trials_is_shown_before_a_refusal(tmp_path, monkeypatch):
+    from nas.errors import UserError
+    from nas.measure.runtime import Settings
+    from nas.search.loop import _Search
+    from nas.search.request import SearchRequest
+
+    def refuse(self):
+        raise UserError("no weights")
+
+    monkeypatch.setattr(_Search, "_open_tier", refuse)
+    shown = []
+    options = SearchRequest(50.0, Settings(threads=1), ("shvit",), 2, study=STUDY, out=tmp_path, num_classes=10)
+    with pytest.raises(UserError, match="no weights"):
+        _Search(options, shown.append, lambda line: None, lambda *_: None, None).run()
+    assert not shown

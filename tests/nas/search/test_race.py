@@ -120,6 +120,19 @@ def test_two_workers_do_not_try_the_same(tmp_path: Path) -> None:
     assert len(one.made) == 1
 
 
+def test_workers_that_tuned_a_parent_meanwhile_make_no_trial_too_many(tmp_path: Path) -> None:
+    (first, one), (second, other) = race(tmp_path), race(tmp_path)
+    first._request.trials = second._request.trials = 1
+    offered = [each.at(64) for each in entrants()]
+    first._chooser.offer = second._chooser.offer = lambda study: offered
+    log = SearchLog("now")
+    assert first.trial(log)
+    assert second.trial(log)
+    assert (len(one.made), len(other.made)) == (1, 0)
+    assert not log.notes
+    assert not log.exhausted
+
+
 def test_that_no_ready_network_fits_is_told(tmp_path: Path) -> None:
     made, runner = race(tmp_path, ms=100.0)
     log = SearchLog("now")

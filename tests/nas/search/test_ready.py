@@ -150,6 +150,8 @@ def test_a_damaged_file_of_weights_is_told(
 ) -> None:
     from safetensors.torch import load_file, save_file
 
+    from search_spaces import create_model as create
+
     monkeypatch.setattr("search_spaces.weights.unreachable", lambda: "no internet")
     monkeypatch.delenv("VITNAS_WEIGHTS", raising=False)
     monkeypatch.setattr("nas.networks.pretrained._cached", lambda *_: None)
@@ -158,9 +160,14 @@ def test_a_damaged_file_of_weights_is_told(
     weights = load_file(file)
     next(value for value in weights.values() if value.is_floating_point()).fill_(torch.nan)
     save_file(weights, file)
+    built: list[str] = []
+    monkeypatch.setattr(
+        "search_spaces.create_model", lambda arch, **options: built.append(arch.family) or create(arch, **options)
+    )
     found, lacking = find_entrants(["levit", "shvit"], resolution, 7, store)
     assert ([each.name for each in found], "shvit_s1" in lacking) == (["levit_128s"], False)
     assert store.digests.keys() == {"levit_128s"}, "a study does not begin with it"
+    assert sorted(built) == ["levit", "shvit"], "each file is loaded once"
     assert list(store.left_out) == ["shvit_s1"]
     assert f"{file}: the weights are not finite" in store.left_out["shvit_s1"]
     with pytest.raises(UserError, match="the weights are not finite"):
