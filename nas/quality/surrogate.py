@@ -11,14 +11,15 @@ import itertools
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from scipy.stats import kendalltau
 
-from nas.networks.counts import Counts
+from nas.networks.counts import Counts, counts_of
 from nas.networks.timm_network import TimmNetwork
 from nas.quality.candidate import Candidate, Kind
-from search_spaces import Arch
+from search_spaces import Arch, get_arch
 from search_spaces.registry import FAMILIES
 
 LEAST = 3
@@ -68,8 +69,18 @@ def describe(network: Arch | TimmNetwork, counts: Counts) -> np.ndarray:
 
 
 def describe_candidate(candidate: Candidate, counts: Counts) -> np.ndarray:
-    """Features (9 + families + 2,): those of `describe`, and whether it is ready, or derived from a parent."""
-    return np.append(describe(candidate.network, counts), [float(candidate.kind == kind) for kind in KINDS])
+    """Features (9 + families + 3,): those of `describe`, whether it is ready, whether it is derived, and log2 of the
+    share that it has of its parent's MACs, 0 where it has no parent."""
+    kinds = [float(candidate.kind == kind) for kind in KINDS]
+    network = candidate.network
+    share = counts.macs / _macs(candidate.parent, network.resolution, network.num_classes) if candidate.parent else 1.0
+    return np.append(describe(network, counts), [*kinds, np.log2(share)])
+
+
+@cache
+def _macs(name: str, px: int, classes: int) -> int:
+    """Of a published network."""
+    return counts_of(get_arch(name).replace(num_classes=classes).at(px)).macs
 
 
 def kind_of(features: np.ndarray) -> Kind:

@@ -159,7 +159,8 @@ class TrainedTier(ABC):
 
     @abstractmethod
     def early(self, candidate: Candidate, counts: Counts, rungs: Mapping[int, float]) -> Estimate:
-        """What `estimate` would say after the first of these rungs (top-1 in percent by epochs)."""
+        """What `estimate` would say after the first of these rungs (top-1 in percent by epochs); of none, what others'
+        trainings say of the network."""
 
     @abstractmethod
     def complete(self, candidate: Candidate, counts: Counts, keeps: bool = True) -> Estimate:

@@ -86,11 +86,10 @@ class HalvingTier(TrainedTier):
     def early(self, candidate: Candidate, counts: Counts, rungs: Mapping[int, float]) -> Estimate:
         """What `estimate` would say after the first of these rungs."""
         key, features = candidate.key, describe_candidate(candidate, counts)
-        first = min(rungs)
-        others = [each for each in self.trainer.results() if each.key != key]
-        return self._weighed(
-            self._fitted([*others, TrainedNetwork(key, features, {first: rungs[first]})]), key, features
-        )
+        known = [each for each in self.trainer.results() if each.key != key]
+        if rungs:
+            known.append(TrainedNetwork(key, features, {min(rungs): rungs[min(rungs)]}))
+        return self._weighed(self._fitted(known), key, features)
 
     def complete(self, candidate: Candidate, counts: Counts, keeps: bool = True) -> Estimate:
         """Train a network to the last rung. keeps: it is a candidate, whose weights may be wanted."""

@@ -5,7 +5,17 @@ from __future__ import annotations
 import statistics
 from dataclasses import asdict, dataclass, field
 
-from nas.intervals import LEVEL, Interval, agreement, joined, of_accuracies, of_difference, of_share, top1_words
+from nas.intervals import (
+    LEVEL,
+    Interval,
+    agreement,
+    joined,
+    of_accuracies,
+    of_difference,
+    of_mean,
+    of_share,
+    top1_words,
+)
 from nas.units import counted
 
 ONE_SEED = "one seed: the spread of seeds is not in it"
@@ -36,7 +46,7 @@ class Accuracies:
 
     label: str
     top1: list[float]
-    """Percent on the validation images, one a seed."""
+    """Percent on the validation images, one a seed; of a network as it begins one, as all seeds have the same."""
     images: int
     """How many validation images there are."""
     seconds: float
@@ -84,7 +94,7 @@ class Accuracies:
 
     @property
     def words(self) -> str:
-        return top1_words(self.mean, self.ci, self.images, len(self.top1))
+        return top1_words(self.mean, self.ci, self.images, None if self.as_begun else len(self.top1))
 
     @property
     def ci(self) -> tuple[float, float]:
@@ -165,18 +175,25 @@ def compare_means(first: Accuracies, second: Accuracies) -> Comparison:
     one, other = of_share(first.mean, first.images), of_share(second.mean, second.images)
     by_images = of_difference(first.mean, one, second.mean, other, agreement(first.hits, second.hits))
     found = joined(difference, by_images, seeds_spread(first, second)).clipped(-100.0, 100.0)
-    one_seed = ONE_SEED if min(len(first.top1), len(second.top1)) == 1 else ""
+    trained = [each for each in (first, second) if not each.as_begun]
+    one_seed = ONE_SEED if any(len(each.top1) == 1 for each in trained) else ""
     one_parent = ONE_PARENT if first.before or second.before else ""
     leaves_out = "; ".join(filter(None, (one_seed, one_parent)))
     return Comparison(difference, (found.low, found.high), found.holds(0.0), leaves_out)
 
 
 def seeds_spread(first: Accuracies, second: Accuracies) -> Interval | None:
-    """Welch's 95% interval of the difference over seeds; None where a network has a single one, or nothing varies."""
+    """The 95% interval of the difference over seeds: Welch's or, where one of them is as it begins, which no seed
+    changes, Student's of the other. None where one was trained from a single seed, or nothing varies."""
     from scipy.stats import ttest_ind
 
-    if not (first.deviation or second.deviation) or None in (first.deviation, second.deviation):
+    trained = [each for each in (first, second) if not each.as_begun]
+    if not any(each.deviation for each in trained) or any(each.deviation is None for each in trained):
         return None
+    if first.as_begun:
+        return of_mean([first.mean - top1 for top1 in second.top1])
+    if second.as_begun:
+        return of_mean([top1 - second.mean for top1 in first.top1])
     found = ttest_ind(first.top1, second.top1, equal_var=False).confidence_interval(LEVEL)
     return Interval(float(found.low), float(found.high))
 
@@ -185,8 +202,8 @@ def verdict(found: Comparison, first: Accuracies, second: Accuracies) -> str:
     """The comparison in one line."""
     low, high = found.ci
     kind = "a tie" if found.tie else "a gain" if low > 0 else "a loss"
-    seeds = min(len(first.top1), len(second.top1))
-    of = f"the same {first.images:,} images, {counted(seeds, 'seed')}"
+    seeds = [len(each.top1) for each in (first, second) if not each.as_begun]
+    of = f"the same {first.images:,} images" + (f", {counted(min(seeds), 'seed')}" if seeds else "")
     by = f"{found.difference:+.1f} points (95%: {low:+.1f} to {high:+.1f}, {of})"
     line = f"{first.label} against {second.label}: {by}: {kind}"
     return f"{line} ({found.leaves_out})" if found.leaves_out else line

@@ -14,6 +14,7 @@ from nas.measure.budget import LatencyBudget, Verdict
 from nas.measure.protocol import Interrupted
 from nas.measure.runtime import Settings
 from nas.measure.samples import MeasureError, Measurement, paired_ratio
+from nas.quality.candidate import Kind
 from nas.search.log import keep_samples
 from nas.search.rows import ClosingRow, OutsideRow, Trial, best_of, choose, finalists_of, known, network_of, rank
 
@@ -118,15 +119,15 @@ class _ClosingRun:
         )
 
     def unsure(self, results: Mapping[str, Measurement | MeasureError]) -> list[str]:
-        """Those that may fit and rank before all that surely do, best first."""
-        found = {}
+        """Those that may fit and rank before all that surely do, best first; of ready networks also those that rank
+        before all ready ones that surely do: the best is what others are compared with."""
+        found = []
         for label, row in self.finalists.items():
             result = results[label]
             timed = {"verdict": None} if isinstance(result, MeasureError) else self._latency(result)
-            found[label] = replace(row, **timed)
-        sure = choose([row for row in found.values() if row.verdict == Verdict.FITS])
-        open_ones = [label for label, row in found.items() if row.verdict == Verdict.UNSURE]
-        return [label for label in open_ones if sure is None or rank(found[label]) < rank(sure)]
+            found.append(replace(row, **timed))
+        ready = [row for row in found if row.kind == Kind.READY]
+        return list(dict.fromkeys([*_open(found), *_open(ready)]))
 
     def tell_unsure(self) -> None:
         for label in self.unsure(self.results):
@@ -178,6 +179,12 @@ class _ClosingRun:
             "rounds_alone": max(0, len(result.rounds_ms) - CLOSING_ROUNDS),
             "throughput": throughput,
         }
+
+
+def _open(rows: Sequence[Trial]) -> list[str]:
+    """Labels of those that may fit and rank before all that surely do."""
+    sure = choose([row for row in rows if row.verdict == Verdict.FITS])
+    return [row.label for row in rows if row.verdict == Verdict.UNSURE and (sure is None or rank(row) < rank(sure))]
 
 
 def outside_of(

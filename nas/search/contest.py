@@ -10,7 +10,7 @@ from nas.measure.budget import Verdict
 from nas.quality.candidate import Kind
 from nas.search.accuracy import Comparison, compare_means
 from nas.search.latency import Pair
-from nas.search.rows import ClosingRow, known, role_of
+from nas.search.rows import ClosingRow, known, rank, role_of
 from nas.units import counted
 
 RACE = "race"
@@ -106,7 +106,7 @@ class Contest:
         return told | {"gain_over_ready": self.gain_over_ready and asdict(self.gain_over_ready)}
 
 
-def contestants(final: Sequence[ClosingRow]) -> list[ClosingRow]:
+def contestants(final: Sequence[ClosingRow], budget_ms: float) -> list[ClosingRow]:
     """The networks that are trained fully: the best ready one, the best that the search made up, and the best derived
     one, all by the search's own ranking; the winner so far first.
 
@@ -114,14 +114,24 @@ def contestants(final: Sequence[ClosingRow]) -> list[ClosingRow]:
         final: the closing run's table, best first, with a winner.
     """
     first = next(row for row in final if row.role == "winner")
-    rows = [first, *opponents(final), best_within(final, Kind.DERIVED)]
+    rows = [first, *opponents(final, budget_ms), best_within(final, Kind.DERIVED)]
     return list({row.label: row for row in rows if row is not None}.values())
 
 
-def opponents(final: Sequence[ClosingRow]) -> tuple[ClosingRow | None, ClosingRow | None]:
+def opponents(final: Sequence[ClosingRow], budget_ms: float) -> tuple[ClosingRow | None, ClosingRow | None]:
     """The best network that the search made up, and the best ready one, by the search's own ranking; None where none is
-    within the budget."""
-    return best_within(final, Kind.DERIVED, Kind.SCRATCH), best_within(final, Kind.READY)
+    within the budget. A ready one may be at it: see `is_at`."""
+    ready = next((row for row in final if row.kind == Kind.READY and is_at(row, budget_ms)), None)
+    sure = best_within(final, Kind.READY)
+    if ready and (sure is None or sure.verdict != Verdict.FITS or rank(ready) < rank(sure)):
+        sure = ready
+    return best_within(final, Kind.DERIVED, Kind.SCRATCH), sure
+
+
+def is_at(row: ClosingRow, budget_ms: float) -> bool:
+    """Whether a network's median latency is within the budget, but its interval holds the budget: as where the latency
+    of a ready network was taken for the budget."""
+    return row.verdict == Verdict.UNSURE and known(row.latency_ms) <= budget_ms
 
 
 def best_within(final: Sequence[ClosingRow], *kinds: Kind) -> ClosingRow | None:
@@ -131,33 +141,45 @@ def best_within(final: Sequence[ClosingRow], *kinds: Kind) -> ClosingRow | None:
     return next(sure, None)
 
 
-def winner_of(final: Sequence[ClosingRow]) -> ClosingRow:
+def winner_of(final: Sequence[ClosingRow], budget_ms: float) -> ClosingRow:
     """The winner after the full trainings: the ready network, unless the gain of what the search made up is real.
 
-    Where only one of the two surely fits, it stays the winner. So does the winner so far where one of the two is not
-    there, or not trained; where that is the winner so far, the other wins.
+    Where only one of the two surely fits, it stays the winner, unless the other is a ready network at the budget and
+    really better. The winner so far stays where one of the two is not there, or not trained; where that is the winner
+    so far, the other wins.
 
     Args:
         final: the closing run's table with a winner.
     """
     first = next(row for row in final if row.role == "winner")
-    found, ready = opponents(final)
-    if found is None or ready is None or found.verdict != ready.verdict:
+    found, ready = opponents(final, budget_ms)
+    if found is None or ready is None:
         return first
     gain = gain_of(found, ready)
+    if found.verdict != ready.verdict:
+        if ready.verdict == Verdict.FITS:
+            return first
+        if is_at(ready, budget_ms) and gain is not None and gain.verdict == "loss":
+            return ready
+        return winner_of([row for row in final if row is not ready], budget_ms)
     if gain is not None:
         return found if gain.verdict == "gain" else ready
     return next((row for row in (first, found, ready) if row.accuracy), first)
 
 
-def decision(found: ClosingRow, ready: ClosingRow) -> str:
-    """What `winner_of` went by, in a line."""
+def decision(found: ClosingRow, ready: ClosingRow, winner: str) -> str:
+    """What `winner_of` went by, in a line. winner: its label."""
     if found.verdict == ready.verdict:
         return (
             "which of the two best networks wins was decided on the validation images that their accuracy is of: the "
             "ready one, unless the gain of the other is real"
         )
     sure, other = (found, ready) if found.verdict == Verdict.FITS else (ready, found)
+    if winner == other.label:
+        return (
+            f"{other.label} wins because its median latency is within the budget and it is really better; whether it "
+            f"surely fits could not be told; {sure.label} surely fits"
+        )
     return f"{sure.label} wins because it surely fits; {other.label} may be over the budget"
 
 
@@ -168,14 +190,14 @@ def gain_of(found: ClosingRow | None, ready: ClosingRow | None) -> Gain | None:
     return Gain.of(compare_means(found.accuracy, ready.accuracy))
 
 
-def contest_of(final: Sequence[ClosingRow]) -> Contest:
+def contest_of(final: Sequence[ClosingRow], budget_ms: float) -> Contest:
     """The contest as far as its networks are trained.
 
     Args:
         final: the closing run's table with a winner.
     """
     winner = next(row for row in final if row.role == "winner")
-    (found, ready), derived = opponents(final), best_within(final, Kind.DERIVED)
+    (found, ready), derived = opponents(final, budget_ms), best_within(final, Kind.DERIVED)
     gain = gain_of(found, ready)
     return Contest(
         Standing.of(winner),

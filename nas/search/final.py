@@ -113,7 +113,8 @@ class FullTraining:
 
 
 def train_fully(request: SearchRequest, tier: TrainedTier, label: str, candidate: Candidate) -> Accuracies:
-    """Train a network from every seed on all training images; weights of the first seed are kept beside the result.
+    """Train a network from every seed on all training images; weights of the first seed are kept beside the result. One
+    that stays as it begins is judged once: no seed changes it.
 
     Raises:
         TrainingError: the loss is no longer finite.
@@ -123,7 +124,7 @@ def train_fully(request: SearchRequest, tier: TrainedTier, label: str, candidate
     recipe = tier.recipe(plan.full_epochs, candidate)
     made: list[FullTraining] = []
     pays = tier.tuning_pays(candidate)
-    for seed in range(plan.seeds):
+    for seed in range(plan.seeds if pays else 1):
         path = result_path(request, candidate, seed)
         if not path.is_file():
             path.parent.mkdir(exist_ok=True)

@@ -164,7 +164,11 @@ class _Finish:
 
         winner = next(row for row in self.final if row.role == "winner")
         baseline = None if self.races else baseline_of(self.final, winner)
-        rows = contestants(self.final) if self.races else [winner, *([baseline] if baseline else [])]
+        rows = (
+            contestants(self.final, self.request.budget_ms)
+            if self.races
+            else [winner, *([baseline] if baseline else [])]
+        )
         found: dict[str, Accuracies] = {}
         for row in rows:
             with self._step(f"final training of {row.label}"):
@@ -181,9 +185,9 @@ class _Finish:
         """Settle the winner by the full trainings. whole: none of them has failed."""
         from nas.search.accuracy import compare_means, verdict
 
-        winner = winner_of(self.final)
+        winner = winner_of(self.final, self.request.budget_ms)
         self.final = with_winner(self.final, winner)
-        made, ready = opponents(self.final)
+        made, ready = opponents(self.final, self.request.budget_ms)
         rows = sorted(
             (row.accuracy for row in self.final if row.accuracy),
             key=lambda each: (each.label != winner.label, -each.mean),
@@ -268,7 +272,7 @@ class _Finish:
             against=tuple(self.outside),
             winner=Winner.of(winner) if winner else None,
             fastest=Fastest.of(fastest) if fastest else None,
-            contest=contest_of(self.final) if self.races and self.final and winner else None,
+            contest=contest_of(self.final, request.budget_ms) if self.races and self.final and winner else None,
             ties=() if self.races and self.accuracy else tuple(ties_of(self.final)),
             advice=tuple(advice(request, log, rows, self.final, self.command)) if winner is None else (),
             notes=(*log.notes, *self.notes, *self._remarks(weights)),
@@ -304,8 +308,8 @@ class _Finish:
             if told:
                 yield f"{self.accuracy.rows[0].label}: {told}"
         if self.accuracy and self.accuracy.comparison and self.races:
-            found, ready = opponents(self.final)
-            yield decision(known(found), known(ready))
+            found, ready = opponents(self.final, self.request.budget_ms)
+            yield decision(known(found), known(ready), known(self.winner).label)
         for row in self.accuracy.rows if self.accuracy else ():
             if row.before:
                 yield f"{row.label}: {row.before.words}, which its own training and seconds do not count"

@@ -81,5 +81,9 @@ class TrialLatency:
         """How far the latency is above a budget, as a share of the budget; at most 0 where it is met."""
         return self.latency_ms / budget_ms - 1
 
+    def holds(self, budget_ms: float) -> bool:
+        """Whether the interval of the median holds a budget, so that it cannot be told whether the budget is met."""
+        return self.ci_ms is not None and self.verdict(budget_ms) == Verdict.UNSURE
+
     def to_json(self) -> dict[str, float | str | None]:
         return asdict(self)

@@ -54,6 +54,11 @@ def find_field(
         note(f"left out, as their weights cannot be had: {listed(lacking)}")
     for why in store.left_out.values():
         note(f"left out: {why}")
+    if request.sampler != "auto":
+        note(
+            f"--sampler {request.sampler} makes up networks of any family and resolution: a parent is tuned for each "
+            "pair of these that comes up, which takes as long as a final training; without --sampler few parents are"
+        )
     return entrants
 
 

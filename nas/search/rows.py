@@ -80,7 +80,7 @@ class Trial:
     resolution: int | None = None
     """Height and width of the input in pixels."""
     feasible: bool = False
-    """Whether its median latency meets the budget."""
+    """Whether its median latency meets the budget; of a ready network in a race, whether its latency may."""
     verdict: Verdict | None = None
     """What the interval of its latency says of the budget."""
     source: str = ""

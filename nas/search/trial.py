@@ -24,7 +24,7 @@ from nas.measure.device import device_lock, open_measurer
 from nas.measure.remote import LinkLost
 from nas.measure.samples import MeasureError, is_decided, quanta, quanta_line
 from nas.process import WorkerError
-from nas.quality.candidate import Candidate
+from nas.quality.candidate import Candidate, Kind
 from nas.search.contest import RACE
 from nas.search.given import GIVEN, origin, parameters_of
 from nas.search.latency import TrialLatency
@@ -206,11 +206,13 @@ class TrialRunner:
         network = candidate.network
         latency = self._known(network.digest()) or self._latency(trial, network, clock)
         clock.lap("other")
-        excess = latency.excess(self.request.budget_ms)
+        budget_ms = self.request.budget_ms
+        excess = latency.excess(budget_ms)
+        fits = excess <= 0 or (candidate.kind == Kind.READY and latency.holds(budget_ms))
         if self.tier.trained:  # a family's shared weights are trained for whatever comes first
             leave_device()
         try:
-            estimate = (self.tier.estimate if excess <= 0 else self.tier.predict)(candidate, counts)
+            estimate = (self.tier.estimate if fits else self.tier.predict)(candidate, counts)
         except UpdateFinishedTrialError:
             raise
         except FAULTS as error:  # this network's alone: it is not retried
@@ -227,7 +229,7 @@ class TrialRunner:
             quality=estimate.score,
             throughput=latency.throughput,
             constraint=excess,
-            attrs=attributes(candidate, counts, latency, estimate, self.request.budget_ms) | more,
+            attrs=attributes(candidate, counts, latency, estimate, budget_ms, fits) | more,
         )
         clock.lap("storage")
         return told
@@ -307,7 +309,7 @@ class TrialRunner:
 
 
 def attributes(
-    candidate: Candidate, counts: Counts, latency: TrialLatency, estimate: Estimate, budget_ms: float
+    candidate: Candidate, counts: Counts, latency: TrialLatency, estimate: Estimate, budget_ms: float, fits: bool
 ) -> dict[str, object]:
     """The attributes of a measured trial in its study: columns of the dashboard, and the rest as its detail."""
     from nas.measure.cache import code_digest
@@ -317,7 +319,7 @@ def attributes(
     return {
         "family": network.family,
         "latency_ms": latency.latency_ms,
-        "feasible": int(latency.excess(budget_ms) <= 0),
+        "feasible": int(fits),
         "budget_ms": budget_ms,
         "params_m": counts.params / 1e6,
         "macs_m": counts.macs / 1e6,

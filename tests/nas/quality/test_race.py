@@ -304,9 +304,11 @@ def test_a_final_training_is_left_out_where_tuning_did_not_pay(trainer, tmp_path
     trainer.results().append(TrainedNetwork(candidate.key, features, {0: 50.0, 1: 50.0}))
     monkeypatch.setattr("nas.quality.race.choose_rate", lambda *_: 1e-3)
     monkeypatch.setattr("nas.training.engine.Training.run", None)
-    request = SimpleNamespace(folder=tmp_path, plan=dataclasses.replace(trainer.plan, seeds=1))
+    request = SimpleNamespace(folder=tmp_path, plan=dataclasses.replace(trainer.plan, seeds=3))
     found = train_fully(request, RaceTier(trainer), "x", candidate)
     assert found.as_begun
+    assert len(found.top1) == 1, "no seed changes it"
+    request.plan = dataclasses.replace(trainer.plan, seeds=1)
     trainer.results().clear()
     assert train_fully(request, RaceTier(trainer), "x", candidate).epochs == 0, "its file has it"
     file = next((tmp_path / "final").glob("*.json"))

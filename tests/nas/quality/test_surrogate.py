@@ -151,5 +151,18 @@ def test_a_network_of_timm_is_described_without_its_shape():
     arch = get_arch("efficientvit_m0")
     assert np.isfinite(found).all()
     assert found.shape == describe_candidate(Candidate(arch), counts_of(arch)).shape
-    assert not found[DESCRIBED:-2].any(), "of none of the families"
+    assert not found[DESCRIBED : DESCRIBED + len(FAMILIES)].any(), "of none of the families"
     assert kind_of(found) == Kind.READY
+
+
+def test_the_parent_is_told_apart():
+    """A network that has nearly all of its parent is another candidate than one that has a third of a larger one."""
+    arch = get_arch("efficientvit_m0")
+    found = [
+        describe_candidate(Candidate(arch, Kind.DERIVED, name), counts_of(arch))
+        for name in ("efficientvit_m1", "efficientvit_m2")
+    ]
+    shares = [counts_of(arch).macs / counts_of(get_arch(f"efficientvit_m{i}")).macs for i in (1, 2)]
+    assert np.exp2([each[-1] for each in found]) == pytest.approx(shares)
+    assert describe_candidate(Candidate(arch, Kind.READY), counts_of(arch))[-1] == 0
+    assert kind_of(found[0]) == Kind.DERIVED

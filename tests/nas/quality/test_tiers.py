@@ -479,6 +479,20 @@ def test_one_seed_is_compared_by_its_images_and_says_so():
     assert "one seed" in gain.leaves_out
 
 
+def test_what_no_seed_changes_has_no_spread():
+    """A network that is left as it begins has one accuracy; the other's seeds alone vary."""
+    begun, trained = Accuracies("a", [50.0], 10**6, 1.0, epochs=0), Accuracies("b", [52.0, 53.0, 54.0], 10**6, 1.0)
+    for one, other, points in ((trained, begun, 3), (begun, trained, -3)):
+        found = compare_means(one, other)
+        low, high = found.ci
+        assert (low + high) / 2 == pytest.approx(points, abs=0.01)
+        assert (high - low) / 2 == pytest.approx(4.303 / 3**0.5, abs=0.01), "Student's t of two degrees of freedom"
+        assert not found.leaves_out
+        assert "images, 3 seeds)" in verdict(found, one, other)
+    assert "seed" not in begun.words
+    assert "seed" not in verdict(compare_means(begun, begun), begun, begun)
+
+
 def test_the_same_images_are_compared_one_by_one():
     """Newcombe's interval of paired shares (1998, method 10): narrower the more the answers agree."""
     nearly = Accuracies("b", [70.0], 100, 1.0, [answers(70)]), Accuracies("a", [66.0], 100, 1.0, [answers(66)])

@@ -12,6 +12,9 @@ from nas.search.closing import ordered
 from nas.search.contest import contest_of, contestants, decision, winner_of, with_winner
 from nas.search.rows import ClosingRow
 
+BUDGET_MS = 0.99
+"""The networks take 1 ms: what is unsure has its median over the budget."""
+
 
 def row(number: int, kind: Kind, quality: float, verdict: Verdict = Verdict.FITS) -> ClosingRow:
     """Of a network with an estimate; ready ones have names."""
@@ -51,13 +54,13 @@ TABLE = ordered(
 
 
 def test_the_winner_the_best_ready_and_the_best_derived_one_are_trained_fully() -> None:
-    assert [each.label for each in contestants(TABLE)] == ["trial 4", "ready2"]
+    assert [each.label for each in contestants(TABLE, BUDGET_MS)] == ["trial 4", "ready2"]
     alone = ordered([row(1, Kind.SCRATCH, 40), row(2, Kind.READY, 48)])
-    assert [each.label for each in contestants(alone)] == ["ready2", "trial 1"]
+    assert [each.label for each in contestants(alone, BUDGET_MS)] == ["ready2", "trial 1"]
     scratch = ordered([row(1, Kind.SCRATCH, 70), row(2, Kind.READY, 48), row(4, Kind.DERIVED, 50)])
-    assert [each.label for each in contestants(scratch)] == ["trial 1", "ready2", "trial 4"]
+    assert [each.label for each in contestants(scratch, BUDGET_MS)] == ["trial 1", "ready2", "trial 4"]
     ready = ordered([row(1, Kind.SCRATCH, 40), row(2, Kind.READY, 60), row(4, Kind.DERIVED, 30)])
-    assert [each.label for each in contestants(ready)] == ["ready2", "trial 1", "trial 4"]
+    assert [each.label for each in contestants(ready, BUDGET_MS)] == ["ready2", "trial 1", "trial 4"]
 
 
 @pytest.mark.parametrize(
@@ -65,7 +68,7 @@ def test_the_winner_the_best_ready_and_the_best_derived_one_are_trained_fully() 
 )
 def test_a_ready_network_wins_unless_the_gain_is_real(made: float, winner: str, verdict: str) -> None:
     table = trained(TABLE, {"trial 4": made, "ready2": 48.0})
-    found = contest_of(with_winner(table, winner_of(table)))
+    found = contest_of(with_winner(table, winner_of(table, BUDGET_MS)), BUDGET_MS)
     assert (found.winner.name, found.winner.kind) == (winner, "ready" if winner == "ready2" else "derived")
     assert found.best_ready is not None
     assert found.best_derived is not None
@@ -81,17 +84,18 @@ def test_the_final_images_name_no_network() -> None:
     """Two were found; that which ranked first is compared, whatever the other has."""
     table = ordered([row(1, Kind.SCRATCH, 50), row(4, Kind.DERIVED, 49), row(2, Kind.READY, 48)])
     table = trained(table, {"trial 1": 48.0, "trial 4": 60.0, "ready2": 48.0})
-    found = contest_of(with_winner(table, winner_of(table)))
+    found = contest_of(with_winner(table, winner_of(table, BUDGET_MS)), BUDGET_MS)
     assert (found.winner.name, found.gain_over_ready.points) == ("ready2", 0)
-    roles = {each.label: each.role for each in with_winner(table, winner_of(table))}
+    roles = {each.label: each.role for each in with_winner(table, winner_of(table, BUDGET_MS))}
     assert (roles["ready2"], roles["trial 4"], roles["trial 1"]) == ("winner", "derived", "found")
 
 
 def test_what_decided_is_said() -> None:
     made, ready = row(4, Kind.DERIVED, 50), row(2, Kind.READY, 48)
-    assert "validation images" in decision(made, ready)
+    assert "validation images" in decision(made, ready, "trial 4")
     unsure = row(2, Kind.READY, 48, Verdict.UNSURE)
-    assert decision(made, unsure) == "trial 4 wins because it surely fits; ready2 may be over the budget"
+    assert decision(made, unsure, "trial 4") == "trial 4 wins because it surely fits; ready2 may be over the budget"
+    assert decision(made, unsure, "ready2").startswith("ready2 wins because its median latency is within the budget")
 
 
 @pytest.mark.parametrize("made", [60.0, 30.0])
@@ -101,39 +105,58 @@ def test_what_surely_fits_wins_over_what_may(made: float, sure: str) -> None:
     table = ordered([row(2, Kind.READY, 48, ready), row(4, Kind.DERIVED, 50, derived)])
     for top1 in ({"trial 4": made, "ready2": 48.0}, {"trial 4" if sure == "ready2" else "ready2": 50.0}):
         rows = trained(table, top1)
-        found = contest_of(with_winner(rows, winner_of(rows)))
+        found = contest_of(with_winner(rows, winner_of(rows, BUDGET_MS)), BUDGET_MS)
         assert found.winner.name == sure
         assert ("which may be over the budget" in found.line) == (len(top1) == 2 or sure == "trial 4")
+
+
+@pytest.mark.parametrize(("made", "winner"), [(53.0, "trial 4"), (48.1, "trial 4"), (40.0, "ready2")])
+def test_a_ready_network_at_the_budget_wins_where_what_surely_fits_is_really_worse(made: float, winner: str) -> None:
+    """Its median is the budget itself. A lesser ready one surely fits."""
+    table = ordered(
+        [
+            row(2, Kind.READY, 48, Verdict.UNSURE),
+            row(3, Kind.READY, 30),
+            row(4, Kind.DERIVED, 50),
+            row(5, Kind.READY, 20),
+        ]
+    )
+    assert [each.label for each in contestants(table, 1.0)] == ["trial 4", "ready2"]
+    rows = trained(table, {"trial 4": made, "ready2": 48.0})
+    found = contest_of(with_winner(rows, winner_of(rows, 1.0)), 1.0)
+    assert found.winner.name == winner
+    assert found.best_ready.name == "ready2", "what others are compared with"
+    assert winner_of(rows, BUDGET_MS).label == "trial 4", "over the budget, if little"
 
 
 def test_where_one_training_failed_the_other_wins() -> None:
     for label in ("ready2", "trial 4"):
         rows = trained(TABLE, {label: 48.0})
-        assert winner_of(rows).label == label
-    assert winner_of(TABLE).label == "trial 4", "the winner so far, untrained"
+        assert winner_of(rows, BUDGET_MS).label == label
+    assert winner_of(TABLE, BUDGET_MS).label == "trial 4", "the winner so far, untrained"
 
 
 def test_without_a_ready_network_that_is_said() -> None:
     table = trained(ordered([row(4, Kind.DERIVED, 50), row(6, Kind.READY, 60, Verdict.OVER)]), {"trial 4": 50.0})
-    found = contest_of(table)
+    found = contest_of(table, BUDGET_MS)
     assert (found.best_ready, found.gain_over_ready) == (None, None)
     assert found.line.startswith("No ready network is within the budget")
 
 
 def test_one_ready_network_alone_wins() -> None:
     table = trained(ordered([row(2, Kind.READY, 48)]), {"ready2": 48.0})
-    found = contest_of(table)
+    found = contest_of(table, BUDGET_MS)
     assert (found.winner.name, found.best_derived, found.gain_over_ready) == ("ready2", None, None)
     assert "nothing that the search made up" in found.line
 
 
 def test_before_the_trainings_nothing_is_claimed() -> None:
-    found = contest_of(TABLE)
+    found = contest_of(TABLE, BUDGET_MS)
     assert (found.winner.accuracy, found.gain_over_ready) == (None, None)
     assert found.line.startswith("Not compared")
     ready_first = ordered([row(2, Kind.READY, 60), row(4, Kind.DERIVED, 50)])
-    assert contest_of(ready_first).line.startswith("Not compared")
-    half = contest_of(trained(ready_first, {"ready2": 48.0}))
+    assert contest_of(ready_first, BUDGET_MS).line.startswith("Not compared")
+    half = contest_of(trained(ready_first, {"ready2": 48.0}), BUDGET_MS)
     assert (half.winner.accuracy, half.gain_over_ready) == (48.0, None)
     assert half.line.startswith("Not compared"), "the other training failed"
 
@@ -145,7 +168,7 @@ def test_the_tuning_of_a_parent_is_told_beside_its_childs_own_training() -> None
         replace(each, accuracy=replace(each.accuracy, before=before)) if each.label == "trial 4" else each
         for each in rows
     ]
-    found = contest_of(rows)
+    found = contest_of(rows, BUDGET_MS)
     derived = found.to_json()["best_derived"]
     assert (derived["parent_epochs"], derived["parent_seconds"]) == (30, 240.0)
     assert found.to_json()["best_ready"]["parent_epochs"] is None

@@ -10,13 +10,18 @@ import pytest
 from optuna.samplers import RandomSampler
 
 from nas.errors import UserError
+from nas.intervals import Interval
 from nas.networks.counts import counts_of
 from nas.quality.candidate import Candidate, Kind
 from nas.quality.surrogate import describe_candidate
+from nas.quality.tier import Estimate
 from nas.search.given import GIVEN
-from nas.search.log import SearchLog
+from nas.search.latency import TrialLatency
+from nas.search.log import Clock, SearchLog
 from nas.search.race import Race, find_field
 from nas.search.ready import Entrant
+from nas.search.rows import trial_of
+from nas.search.trial import TrialRunner
 from nas.study.trials import ask, finish, open_study
 from search_spaces import get_arch
 
@@ -160,6 +165,10 @@ def test_who_races_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         "pretrained networks in the race: efficientvit_m0, efficientvit_m1",
         "left out, as their weights cannot be had: a, b, c and 1 more",
     ]
+    made._request.sampler = "random"
+    find_field(made._request, made._study, trainer, told.append)
+    assert told.pop().startswith("--sampler random makes up networks of any family and resolution: a parent is tuned")
+    made._request.sampler = "auto"
     trainer.weights.left_out = {"b": "zoo/b.safetensors: no"}
     find_field(made._request, made._study, trainer, told.append)
     assert told[-1] == "left out: zoo/b.safetensors: no"
@@ -178,3 +187,31 @@ def test_kinds_are_told_apart(tmp_path: Path) -> None:
     made.trial(SearchLog("now"))
     (trial,) = made._study.trials
     assert (trial.user_attrs["kind"], runner.made[0].kind) == ("ready", Kind.READY)
+
+
+@pytest.mark.parametrize(
+    ("kind", "ms", "estimated"),
+    [(Kind.READY, 0.602, True), (Kind.READY, 0.62, False), (Kind.DERIVED, 0.602, False), (Kind.DERIVED, 0.59, True)],
+)
+def test_a_ready_network_that_may_meet_the_budget_is_in_the_race(
+    tmp_path: Path, kind: Kind, ms: float, estimated: bool
+) -> None:
+    """Its latency may be what the budget was taken from."""
+    study = open_study("s", tmp_path / "study.journal", {"a": 1}, RandomSampler(seed=0))
+    parent = "efficientvit_m1" if kind == Kind.DERIVED else ""
+    candidate = Candidate(get_arch("efficientvit_m0").at(64), kind, parent)
+    asked = []
+
+    def judge(what: str) -> Estimate:
+        asked.append(what)
+        return Estimate(50.0, Interval(48.0, 52.0), 49.0)
+
+    tier = SimpleNamespace(
+        name="race", trained=True, estimate=lambda *_: judge("estimate"), predict=lambda *_: judge("predict")
+    )
+    runner = TrialRunner(SimpleNamespace(budget_ms=BUDGET_MS), study, tier)
+    latency = TrialLatency(ms, ms, ms - 0.005, ms + 0.005, 100, 20, 1.0, 0.0, 1.0, "measured")
+    runner._known = lambda digest: latency
+    assert runner._measure_and_tell(ask(study), candidate, Clock(SearchLog("now").phases), lambda: None)
+    assert asked == ["estimate" if estimated else "predict"]
+    assert trial_of(study.trials[0]).feasible == estimated
