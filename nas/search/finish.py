@@ -309,7 +309,7 @@ class _Finish:
                 yield f"{self.accuracy.rows[0].label}: {told}"
         if self.accuracy and self.accuracy.comparison and self.races:
             found, ready = opponents(self.final, self.request.budget_ms)
-            yield decision(known(found), known(ready), known(self.winner).label)
+            yield decision(known(found), known(ready), self.accuracy.rows[0].label)
         for row in self.accuracy.rows if self.accuracy else ():
             if row.before:
                 yield f"{row.label}: {row.before.words}, which its own training and seconds do not count"
