@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,6 +13,18 @@ from torch import Tensor
 
 from search_spaces import Arch, table
 from search_spaces.widths import NEW_POSITIVE, NEW_ZERO, Axis, Select, Width, indices
+
+
+@dataclass(frozen=True, eq=False)
+class Origin:
+    """What the units along a tensor's first axis were in the larger network."""
+
+    name: str
+    """The larger network's tensor."""
+    rows: np.ndarray
+    """(units,) int64: its units; below 0 for a new one."""
+    factor: np.ndarray | None = None
+    """(units,): what each was multiplied by; None: nothing."""
 
 
 def slice_weights(
@@ -67,6 +80,21 @@ def slice_weights(
                 grow(tensor, entry.name, dim, chosen, weights[name].std().item(), generator)
         cut[entry.name] = tensor.reshape(entry.shape).clone()
     return cut
+
+
+def origins_of(
+    parent: Arch, child: Arch, select: Select | None = None, blocks: Mapping[str, str] | None = None
+) -> dict[str, Origin]:
+    """Where `slice_weights` takes the units of every tensor of the child from; as it is called."""
+    sources = {entry.name: entry for entry in table(parent).entries}
+    found = {}
+    for entry in table(child).entries:
+        name = _in_parent(entry.name, blocks or {})
+        if entry.axes and not _is(entry.axes[0], "classes"):
+            found[entry.name] = Origin(name, indices(entry.axes[0], sources[name].axes[0], select or {}))
+        elif entry.axes and entry.axes[0].size == sources[name].axes[0].size:
+            found[entry.name] = Origin(name, np.arange(entry.axes[0].size))
+    return found
 
 
 def _in_parent(name: str, blocks: Mapping[str, str]) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -160,6 +161,18 @@ def keep_rates(part: object) -> Iterator[float]:
     elif isinstance(part, list):
         for value in part:
             yield from keep_rates(value)
+
+
+def with_all_tokens(arch: Arch) -> Arch:
+    """The same network, which takes the same weights, with no token dropped or merged."""
+    return Arch.from_json(json.dumps(_all_kept(arch.model_dump(mode="json"))))
+
+
+def _all_kept(part: Any) -> Any:
+    if isinstance(part, dict):
+        known = {"keep_rate": 1.0, "fuse": False, "merge": False}
+        return {key: known[key] if key in known else _all_kept(value) for key, value in part.items()}
+    return [_all_kept(value) for value in part] if isinstance(part, list) else part
 
 
 def equal_scores(parts: Anatomy) -> Scores:

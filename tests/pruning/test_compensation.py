@@ -1,0 +1,135 @@
+"""Compensation: what other units can say of those that were cut is made good, and nothing else is touched."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from pruning.compensation import compensate
+from pruning.slicing import origins_of, slice_weights
+from search_spaces import Arch, table
+from search_spaces.widths import places
+
+State = dict[str, Tensor]
+
+HEADS, EMBED = 3, 12
+ATTN = {"heads": HEADS, "key_dim": 5, "value_dim": 6, "scale": 0.55}
+FFN = {"hidden": 14, "keep_rate": 1.0}
+MIXER = {"conv": True, "ffn": FFN}
+MERGE = {"before": MIXER, "hidden": 16, "squeezed": 4, "after": MIXER}
+
+
+def staged(block: dict[str, Any], downsample: dict[str, Any], **more: Any) -> dict[str, Any]:
+    first = {"embed_dim": EMBED, "downsample": None, "blocks": [block], **more}
+    return {"stages": [first, {**first, "downsample": downsample}], "resolution": 32}
+
+
+def cascade() -> dict[str, Any]:
+    heads = [{"offset": 4 * j, "dim": 4, "key_dim": 5, "value_dim": 4, "kernel": 3, "scale": 0.55} for j in range(3)]
+    return {"before": [MIXER], "attn": {"window": 2, "heads": heads}, "after": []}
+
+
+def documents() -> dict[str, dict[str, Any]]:
+    shvit = {"conv": True, "attn": {"dim": 5, **ATTN}, "ffn": FFN}
+    evit = {"attn": ATTN, "keep_rate": 1.0, "fuse": False, "ffn": {"hidden": 14}}
+    sepvit = {**ATTN, "window": 8, "point_key_dim": 5, "point_scale": 0.4, "keep_rate": 1.0, "residual": [-1] * 18}
+    return {
+        "levit": staged({"attn": ATTN, "ffn": FFN}, {"attn": ATTN, "ffn": FFN}, keep_rate=1.0) | {"form": "linear"},
+        "efficientvit": staged(cascade(), MERGE),
+        "shvit": staged(shvit, MERGE),
+        "evit": {"blocks": [evit] * 2, "resolution": 32, "patch_size": 8, "embed_dim": EMBED},
+        "sepvit": {"stages": [{"embed_dim": EMBED, "blocks": [{"attn": sepvit, "ffn": FFN}] * 2}], "resolution": 32},
+    }
+
+
+def parent_of(family: str, helpers: ModuleType) -> tuple[Arch, State, Tensor]:
+    arch = helpers.random_arch(family, 0, num_classes=5, **documents()[family])
+    model, images = helpers.build(arch, 3), helpers.image(arch, 24, 4)
+    helpers.calibrate(model, images, 5)
+    return arch, model.state_dict(), images
+
+
+CASES = {
+    "levit": ("ffn.hidden", "attn.qk", "attn.v", "attn.heads", "stages.1.embed", "stem"),
+    "efficientvit": ("ffn.hidden", "heads.1.qk", "heads.2.v", "stem", "downsample.hidden", "downsample.squeezed"),
+    "shvit": ("ffn.hidden", "attn.qk", "attn.v", "attn.heads", "stem", "downsample.hidden"),
+    "evit": ("ffn.hidden", "attn.qk", "attn.v", "attn.heads"),
+    "sepvit": ("ffn.hidden", "attn.qk", "attn.v", "attn.heads"),
+}
+"""By family the widths, by a part of their names. Stage widths under a LayerNorm or GroupNorm change its statistics."""
+
+
+def double(arch: Arch, state: State, part: str) -> dict[str, np.ndarray]:
+    """Make the last unit of each such width do what its first does, in place; returns the widths without the last."""
+    parents = table(arch)
+    names = [name for name in parents.widths() if part in name and not name.endswith(("kernel", "dim"))]
+    for name in names:
+        last = parents.widths()[name].size - 1
+        for entry in parents.entries:
+            if not entry.axes:
+                continue
+            rows, units = places(entry.axes[0], name)
+            for row in np.unique(rows):
+                first, twin = (np.flatnonzero((units == unit) & (rows == row)) for unit in (0, last))
+                state[entry.name][twin] = state[entry.name][first].clone()
+    assert names
+    return {name: np.arange(parents.widths()[name].size - 1) for name in names}
+
+
+@pytest.mark.parametrize(("family", "part"), [(family, part) for family, parts in CASES.items() for part in parts])
+def test_units_that_others_can_stand_in_for_are_no_loss(family: str, part: str, helpers: ModuleType) -> None:
+    arch, state, images = parent_of(family, helpers)
+    select = double(arch, state, part)
+    child = arch.resized(select)
+    sliced = slice_weights(arch, state, child, select)
+    repaired, changed = compensate(arch, state, child, sliced, origins_of(arch, child, select), images)
+
+    def outputs(of: Arch, weights: State) -> Tensor:
+        model = helpers.build(of)
+        model.load_state_dict(weights)
+        with torch.no_grad():
+            return model(helpers.image(arch, 8, 9))
+
+    wanted = outputs(arch, state)
+    assert helpers.error(outputs(child, sliced), wanted) > 1e-4, "the cut did nothing: the comparison shows nothing"
+    assert helpers.error(outputs(child, repaired), wanted) < 1e-5
+    assert changed
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_a_network_that_lost_nothing_stays_as_it_is(family: str, helpers: ModuleType) -> None:
+    arch, state, images = parent_of(family, helpers)
+    repaired, changed = compensate(arch, state, arch, state, origins_of(arch, arch), images)
+    assert changed == 0
+    assert all(torch.equal(repaired[name], state[name]) for name in state)
+
+
+def test_layers_before_the_cut_stay_as_they_are(helpers: ModuleType) -> None:
+    arch, state, images = parent_of("evit", helpers)
+    select = {"blocks.1.ffn.hidden": np.arange(9)}
+    child = arch.resized(select)
+    sliced = slice_weights(arch, state, child, select)
+    repaired, _ = compensate(arch, state, child, sliced, origins_of(arch, child, select), images)
+    changed = {name.rpartition(".")[0] for name in sliced if not torch.equal(sliced[name], repaired[name])}
+    assert changed == {"blocks.1.ffn.fc2", "head"}
+
+
+def test_tokens_that_are_dropped_do_not_disturb_it(helpers: ModuleType) -> None:
+    blocks = [{"attn": ATTN, "keep_rate": 0.6, "fuse": True, "ffn": {"hidden": 14}}] * 2
+    arch = helpers.random_arch("evit", 0, blocks=blocks, resolution=32, patch_size=8, embed_dim=EMBED, num_classes=5)
+    state, images = helpers.build(arch, 3).state_dict(), helpers.image(arch, 24, 4)
+    select = double(arch, state, "ffn.hidden")
+    child = arch.resized(select)
+    sliced = slice_weights(arch, state, child, select)
+    repaired, _ = compensate(arch, state, child, sliced, origins_of(arch, child, select), images)
+    models = [helpers.build(each) for each in (arch, child)]
+    for model, weights in zip(models, (state, repaired), strict=True):
+        model.load_state_dict(weights)
+    with torch.no_grad():
+        wanted, found = (model(helpers.image(arch, 8, 9)) for model in models)
+    assert helpers.error(found, wanted) < 1e-5
