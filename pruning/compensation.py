@@ -40,6 +40,10 @@ CLOSE = 1.05
 HELD_OUT = 4
 """One image in so many chooses the penalty."""
 KEY_RIDGE = 1e-6
+DEAD = 1e-4
+"""A channel whose variance is below this share of what BatchNorm knows of it keeps its scale."""
+LEAST_VARIANCE = 0.01
+"""Of a channel's known variance that is left to it: a training would blow up what is dead."""
 SAME = 1e-5
 """A layer that misses what it wrote by less, over the size of that, stays as it is."""
 BATCH = 32
@@ -364,7 +368,7 @@ def _fit_weight(module: nn.Linear | nn.Conv2d, x: Tensor, wanted: Tensor, known:
     missed = wanted - x @ weight.T
     constant = None if module.bias is None else aim - weight @ middle - module.bias[known]
     worst = missed.square().mean() + (0 if constant is None else constant.square().mean())
-    if worst <= SAME**2 * (wanted.square().mean() + aim.square().mean()):
+    if not worst.isfinite() or worst <= SAME**2 * (wanted.square().mean() + aim.square().mean()):
         return False
     step = _ridge(x, missed, len(x) // images * (images // HELD_OUT))
     weight = weight + step
@@ -405,11 +409,14 @@ def _fit_norm(norm: nn.BatchNorm1d | nn.BatchNorm2d, x: Tensor, wanted: Tensor, 
         return False
     scale = (norm.weight / (var_now + norm.eps).sqrt())[known]
     missed = wanted - (x - mean_now[known]) * scale - norm.bias[known]
-    if missed.square().mean() <= SAME**2 * wanted.square().mean():
+    worst = missed.square().mean()
+    if not worst.isfinite() or worst <= SAME**2 * wanted.square().mean():
         return False
     var, mean = torch.var_mean(x, 0, correction=0)
-    aim = wanted.mean(0)
-    slope = torch.where(var > 0, ((x - mean) * (wanted - aim)).mean(0) / var.clamp(min=1e-30), 0.0)
+    aim, known_var = wanted.mean(0), var_now[known].double()
+    slope = ((x - mean) * (wanted - aim)).mean(0) / var.clamp(min=1e-30)
+    slope = torch.where(var > DEAD * known_var, slope, scale.double())
+    var = var.maximum(LEAST_VARIANCE * known_var)
     mean_now[known], var_now[known] = mean.to(mean_now), var.to(var_now)
     norm.weight[known] = (slope * (var + norm.eps).sqrt()).to(norm.weight)
     norm.bias[known] = aim.to(norm.bias)

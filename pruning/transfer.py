@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pruning.slicing import grow, resize, significant
+from pruning.slicing import Origin, grow, resize, significant
 from pruning.units import Scores, cascades
 from search_spaces import Arch
 from search_spaces.gates import gates_of
@@ -82,6 +82,26 @@ def transfer(
     _silence(state, ours, theirs, names)
     _rescale(state, ours, theirs, names)
     return state
+
+
+def transfer_origins(parent: Arch, child: Arch, scores: Scores | None = None) -> dict[str, Origin]:
+    """Where `transfer` takes the units of the child's tensors from; those that the parent has nothing of are left out,
+    and so are layers whose input is the sum of another number of terms."""
+    ours, theirs = _layout(child), _layout(parent)
+    names = _sources(ours, theirs)
+    units, found = _Units(ours, theirs, names, scores or {}), {}
+    for name, entry in ours.entries.items():
+        source = theirs.entries.get(names[name])
+        if source is None or not entry.axes or ours.terms.get(name) != theirs.terms.get(source.name):
+            continue
+        axis, parents = entry.axes[0], source.axes[0]
+        if isinstance(axis, Width) and axis.rule != "slice" and axis.size != parents.size:
+            continue
+        gather = units.gather(axis, parents)
+        ratio = theirs.scales.get(source.name, 1.0) / ours.scales.get(name, theirs.scales.get(source.name, 1.0))
+        factor = None if ratio == 1 else np.where(_queries(axis), ratio, 1.0)
+        found[name] = Origin(source.name, np.arange(axis.size) if gather is None else gather[1], factor)
+    return found
 
 
 Block = tuple[frozenset[str], Mapping[str, Any]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from nas.errors import FAULTS, DiskFull, TrainingError, UserError, is_full, reason
@@ -111,6 +112,22 @@ class Parents:
             return transfer(given.arch, given.weights, arch, given.scores, torch.Generator().manual_seed(seed))
         except ValueError as error:
             raise TrainingError(f"it cannot be cut from {name}: {error}") from None
+
+    def repaired(self, arch: Arch, name: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weights that `child` gave, refitted so that the network does what its parent does; without labels."""
+        import torch
+
+        from nas.data.images import sample
+        from pruning.compensation import compensate, images_for
+        from pruning.transfer import transfer_origins
+
+        trainer, resolution, pixels = self.trainer, arch.resolution, own_pixels(get_arch(name))
+        given = self.tuned(name, resolution)
+        images = sample(trainer.split(resolution, pixels)[0], images_for(resolution), trainer.seed)
+        batches = trainer.batches(trainer.plain(images, resolution, pixels))
+        inputs = torch.cat([x for x, _ in batches]).to(trainer.device)
+        origins = transfer_origins(given.arch, arch, given.scores)
+        return compensate(given.arch, given.weights, arch, weights, origins, inputs)[0]
 
     def _fail(self, name: str, why: UserError, silent: bool = False) -> None:
         self.failed[name] = str(why)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pruning import slice_weights
 from pruning.importance import score
-from pruning.transfer import matched, transfer
+from pruning.transfer import matched, transfer, transfer_origins
 from pruning.units import anatomy, cut
 from search_spaces import Arch, get_arch
 from search_spaces.registry import FAMILIES
@@ -263,6 +263,21 @@ def test_what_only_grew_computes_the_same(more: Callable[[Doc], None], family: s
             assert helpers.error(grown(x), before) < 1e-6, f"seed {seed}"  # the requirement is 1e-5
         shown += 1
     assert shown == 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("seed", range(4))
+def test_origins_tell_where_units_were_taken_from(family: str, seed: int, helpers: ModuleType) -> None:
+    parent, child = (helpers.random_arch(family, number) for number in (seed, seed + 50))
+    weights = helpers.build(parent, seed).state_dict()
+    state, found = transfer(parent, weights, child), transfer_origins(parent, child)
+    vectors = {name: origin for name, origin in found.items() if state[name].ndim == 1}
+    assert vectors
+    for name, origin in vectors.items():
+        taken = torch.from_numpy(origin.rows >= 0)
+        wanted = weights[origin.name][torch.from_numpy(origin.rows)[taken]]
+        factor = 1.0 if origin.factor is None else torch.from_numpy(origin.factor)[taken]
+        assert torch.allclose(state[name][taken], wanted * factor), name
 
 
 # Narrower: by importance, as slicing does; and back

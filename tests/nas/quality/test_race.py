@@ -170,6 +170,18 @@ def test_a_cut_chooses_by_images_that_no_final_training_has_shown_it(trainer, mo
     assert all(torch.equal(value, again[name]) for name, value in found.items())
 
 
+def test_a_cut_is_repaired_where_that_is_better(trainer, monkeypatch):
+    tier, child = RaceTier(trainer), derived()
+    weights = tier.parents.child(child.arch, "shvit_s1", seed=0)
+    repaired = tier.parents.repaired(child.arch, "shvit_s1", weights)
+    assert any(not torch.equal(value, repaired[name]) for name, value in weights.items())
+    for top1, wanted in ((51.0, repaired), (49.0, weights)):
+        figures = iter([50.0, top1, 0.0])  # as cut, repaired, with a new probe
+        monkeypatch.setattr(CandidateTrainer, "judge", lambda *_, left=figures: SimpleNamespace(top1=next(left)))
+        found = tier._cut(child).state_dict()
+        assert all(torch.equal(value, wanted[name]) for name, value in found.items())
+
+
 def test_a_dead_channel_keeps_a_share_of_its_variance(trainer):
     tier, candidate = RaceTier(trainer), ready()
     model = tier._own(candidate)
