@@ -103,7 +103,8 @@ def search(
         int, typer.Option(help="Maximum number of images of --data to train candidates on.")
     ] = 10_000,
     epochs: Annotated[
-        int | None, typer.Option(help="Maximum number of epochs of a candidate.  [default: 9; inherit 3, supernet 30]")
+        int | None,
+        typer.Option(help="Maximum number of epochs of a candidate.  [default: 3; from scratch 9, supernet 30]"),
     ] = None,
     final_epochs: Annotated[
         int | None,

@@ -8,7 +8,7 @@ from typing import Self
 
 from nas.errors import UserError
 
-DEFAULT_EPOCHS = {"train": 9, "race": 9, "inherit": 3, "supernet": 30}
+DEFAULT_EPOCHS = {"train": 9, "race": 3, "inherit": 3, "supernet": 30}
 FINAL_EPOCHS = 30
 RACED = 24_000
 """Images that each final training of a race goes through, repeats counted, as far as `LEAST_RACED` and `FINAL_EPOCHS`

@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from nas.errors import TrainingError
+from nas.quality.candidate import Candidate, Kind
 from nas.quality.plan import LEAST_VALIDATED
 from nas.quality.ranking import GATE, selects, taus
+from nas.search.contest import RACE
+from nas.search.derive import levels_of, within
 from nas.search.outcome import Validation
-from nas.search.rows import Trial, known
+from nas.search.rows import Trial, candidate_of, known, rank
 from nas.search.trainings import collected
 
 if TYPE_CHECKING:
@@ -90,30 +93,35 @@ def validate(
     rows: Sequence[Trial],
     note: Callable[[str], None],
 ) -> Validation | None:
-    """Train `request.plan.validate` Archs fully that the search has not trained, and rank them by every estimate.
+    """Train `request.plan.validate` networks fully, and rank them by every estimate.
 
-    They are drawn at random among networks with no more and no fewer MACs than the search found within its budget;
-    full trainings have another seed, all training images but those that judge, and are judged by those.
+    They are drawn at random among networks with no more and no fewer MACs than the search found within its budget, and
+    the search has not trained them; of a race see `raced`. Full trainings have another seed, all training images but
+    those that judge, and are judged by those.
     """
     plan = known(request.plan)
     wanted = plan.validate
-    within = [known(row.macs_m) for row in rows if row.feasible]
-    if not wanted or not within:
+    sizes = [known(row.macs_m) for row in rows if row.feasible]
+    if not wanted or not sizes:
         kept = study.user_attrs.get(RESULT)
         return None if kept is None else Validation.from_json(kept)
-    seen = {row.digest for row in rows}
-
-    for arch in draw(request, min(within), max(within)):
+    seen = {row.key for row in rows if row.kind != Kind.READY}
+    limits = min(sizes), max(sizes)
+    if tier.name == RACE:
+        drawn = raced(request, rows, *limits)
+    else:
+        drawn = (tier.candidate_of(arch) for arch in draw(request, *limits))
+    for candidate in drawn:
         if len(ValidatedNetwork.all_of(study, plan.full_epochs)) >= wanted:
             break
-        if arch.digest() in seen or arch.digest() in collected(study, RUN):
+        if candidate.key in seen or candidate.key in collected(study, RUN):
             continue
         try:
-            row = measure_one(tier, arch).to_json()
+            row = measure_one(tier, candidate).to_json()
         except TrainingError as error:
             note(f"a network of the validation could not be trained: {error}")
             row = {}
-        study.set_user_attr(RUN + arch.digest(), row)
+        study.set_user_attr(RUN + candidate.key, row)
     found = ValidatedNetwork.all_of(study, plan.full_epochs)
     if len(found) < wanted:
         note(f"the validation found only {len(found)} of {wanted} networks of the budget's size")
@@ -158,16 +166,34 @@ def draw(request: SearchRequest, low: float, high: float) -> Iterator[Arch]:
             yield arch
 
 
-def measure_one(tier: TrainedTier, arch: Arch) -> ValidatedNetwork:
+def raced(request: SearchRequest, rows: Sequence[Trial], low: float, high: float) -> Iterator[Candidate]:
+    """The best ready networks within the budget, half of all at most, which are judged as if no trial had shown them;
+    then new ones with `low` to `high` million MACs that are cut from parents which are tuned already."""
+    from search_spaces import count, get_arch
+
+    wanted = known(request.plan).validate
+    ready = sorted((row for row in rows if row.kind == Kind.READY and row.feasible), key=rank)
+    yield from (candidate_of(row) for row in ready[: wanted // 2])
+    tuned = sorted({(row.parent, known(row.resolution)) for row in rows if row.kind == Kind.DERIVED and row.complete})
+    rng = np.random.default_rng([SEED, request.seed or 0])
+    for _ in range(TRIES * wanted if tuned else 0):
+        name, px = tuned[rng.integers(len(tuned))]
+        parent = get_arch(name).replace(num_classes=request.num_classes).at(px)
+        made = within(parent, [levels_of(name)], rng)
+        if made is not None and low <= count(made[0]).macs / 1e6 <= high:
+            yield Candidate(made[0], Kind.DERIVED, name)
+
+
+def measure_one(tier: TrainedTier, candidate: Candidate) -> ValidatedNetwork:
     """One network's size, estimates and accuracy after a full training."""
     from nas.networks.counts import counts_of
 
-    candidate, counts = tier.candidate_of(arch), counts_of(arch)
-    untrained = tier.predict(candidate, counts)
+    network, counts = candidate.network, counts_of(candidate.network)
+    untrained = tier.early(candidate, counts, {})
     estimate = tier.complete(candidate, counts, keeps=False)
     training_record = known(estimate.training)
     trainer = tier.trainer
-    rest, judge = trainer.halves(arch.resolution, tier.data(candidate).pixels)
+    rest, judge = trainer.halves(network.resolution, tier.data(candidate).pixels)
     folder = trainer.folder / f"{candidate.key[:16]}-full"
     training = tier.begin(candidate, rest, tier.recipe(trainer.plan.full_epochs, candidate), SEED, folder)
     try:
@@ -177,7 +203,7 @@ def measure_one(tier: TrainedTier, arch: Arch) -> ValidatedNetwork:
     found = trainer.judge(training.network, judge)
     folder.unlink(missing_ok=True)
     return ValidatedNetwork(
-        family=arch.family,
+        family=network.family,
         params=counts.params,
         macs=counts.macs,
         final_epochs=trainer.plan.full_epochs,

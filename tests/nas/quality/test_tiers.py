@@ -349,9 +349,9 @@ def test_machines_keep_each_others_trainings(trainer, tmp_path, monkeypatch):
         settle(mine, tier, rows[:1], True, print)
     assert [sorted(one.rungs) for one in results_of(mine)] == [[1, 3, 9]] * 2
 
-    def measure_one(tier, arch):
+    def measure_one(tier, candidate):
         trained = validated(top1=50.0, first=50.0, surrogate=50.0, size=1)
-        if arch is drawn[0]:
+        if candidate.arch is drawn[0]:
             theirs.set_user_attr(validation.RUN + drawn[1].digest(), trained.to_json())
         return trained
 
