@@ -26,6 +26,8 @@ from nas.quality.kept import Kept, keep
 from nas.quality.surrogate import Guess, Rungs, Surrogate, TrainedNetwork, describe_candidate
 from nas.quality.tier import Estimate, TrainedTier, with_training
 from nas.quality.trainer import ETA
+from nas.training.course import Held
+from nas.training.rates import standard_error
 from nas.units import counted
 
 if TYPE_CHECKING:
@@ -133,7 +135,7 @@ class HalvingTier(TrainedTier):
                 folder.mkdir(parents=True, exist_ok=True)
                 replace_file(path, json.dumps(judged).encode())
             untuned = network if epochs == 0 else untuned
-            worse = untuned is not None and judged[epochs] < judged[0]
+            worse = untuned is not None and judged[epochs] < judged[0] - self._doubt(judged[0])
             rungs[epochs] = judged[0 if worse else epochs]
             last = untuned if worse else network if shape == candidate.network else None  # of a lower resolution: none
             surrogate = self._fitted([*others, TrainedNetwork(key, features, dict(rungs))])
@@ -199,6 +201,10 @@ class HalvingTier(TrainedTier):
         return Estimate.within(
             value, error, joined(value, of_error(value, error), of_share(value, self.trainer.judged))
         )
+
+    def _doubt(self, top1: float) -> float:
+        """One standard error, in points, of a top-1 in percent on the images that judge."""
+        return standard_error(Held(top1=top1, top1_ci=(0, 100), images=self.trainer.judged))
 
     def _how(self, rungs: Rungs, features: np.ndarray) -> str:
         """Where a network's estimate comes from, in words."""
