@@ -83,7 +83,7 @@ class Accuracies:
         weights = "a linear probe on pretrained weights"
         if self.before:
             weights = f"the weights of its tuned parent {self.before.parent}, cut"
-        return f"{weights}; tuning made it worse in the search"
+        return f"{weights}; tuning did not make it better in the search"
 
     @property
     def line(self) -> str:

@@ -21,12 +21,11 @@ from nas.networks.counts import counts_of
 from nas.quality.candidate import Candidate, Kind
 from nas.quality.surrogate import LEAST, describe_candidate
 from nas.search import ready
-from nas.search.derive import Cutter, levels_of, reduced, within
+from nas.search.derive import SHARES, Cutter, levels_of, reduced, within
 from nas.search.given import GIVEN
 from nas.search.propose import Measured, Promise
-from nas.search.ready import POWER
 from nas.search.rows import candidate_of, trial_of
-from search_spaces import Arch, ArchError
+from search_spaces import Arch, ArchError, count
 from search_spaces.registry import FAMILIES
 from search_spaces.space import random_params
 
@@ -50,11 +49,19 @@ little is left of a much larger one."""
 LOSS = 4.0
 """Points of top-1 that a parent is taken to lose with each halving of its latency, where parents are compared. By hand
 two have lost about 0.5 points when cut to 0.8 of it."""
+RIVAL = 3.0
+"""Points that a further parent may promise less than the best; else its tuning is not worth its time."""
 DRAWN = 6
 """Random variations that each parent gets more of with every trial, and networks from scratch that are compared. To
 describe a network costs about 0.07 s of a CPU, so what was drawn once stays in the choice."""
-WINDOW = (1.8, 0.5)
-"""Cuts are tried from the first to the second power of the share that likely meets the budget."""
+NEAR = (0.75, 1.15)
+"""Networks are cut from a parent to a latency that is likely so many times the budget: one that is much faster loses
+more than it must, and one that is slower is measured in vain."""
+CUT_POWER, POWERS = 0.6, (0.2, 1.2)
+"""A child's latency is about its parent's times this power of the share of MACs that it has left; and within which that
+is taken from children that are measured."""
+TELLING = 0.9
+"""Children with less than this share of their parent's MACs tell that power."""
 BEST = 3
 """Children whose parameters are varied beside the parent's."""
 OFFERED = 8
@@ -121,7 +128,10 @@ class Chooser:
         if self._scratch_is_due(tried):
             return self._best(self._scratch(rng), tried, promise)
         pool = self._built(open_ready)
-        for parent in self._parents(latencies, tried):
+        parents = self._parents(latencies, tried)
+        if (whole := self._unmeasured(parents, tried)) and not self._ready_have_had_theirs(tried):
+            return whole
+        for parent in parents:
             children = self._children(parent, tried, rng)
             number = sum(_place_of(each.candidate) == (parent.name, parent.px) for each in tried)
             if number < FIRST and (fresh := self._best(children, tried, promise)):
@@ -186,10 +196,11 @@ class Chooser:
 
     def _ready(self, tried: Sequence[Tried], latencies: Mapping[str, float]) -> list[Open]:
         """Ready networks still to measure; none where they have had their share."""
+        return [] if self._ready_have_had_theirs(tried) else self._open(tried, latencies)
+
+    def _ready_have_had_theirs(self, tried: Sequence[Tried]) -> bool:
         number = sum(each.candidate.kind == Kind.READY for each in tried)
-        if number >= math.ceil(ready.SHARE * self._request.trials):
-            return []
-        return self._open(tried, latencies)
+        return number >= math.ceil(ready.SHARE * self._request.trials)
 
     def _open(self, tried: Sequence[Tried], latencies: Mapping[str, float]) -> list[Open]:
         """Ready networks still to measure, whatever their share."""
@@ -225,17 +236,27 @@ class Chooser:
                 continue
             for px in entrant.sizes:
                 over = self._field.forecast(entrant, px, latencies).likely / self._request.budget_ms
-                able = (entrant.name, px) not in self._tier.parents.uncut
+                able = (entrant.name, px) not in self._tier.parents.uncut and over ** (-1 / CUT_POWER) >= SHARES[-1]
                 if able and low < over <= high and self._ready_one(entrant, px) is not None:
                     found.append(Sized(entrant.name, entrant.group, px, over))
         children = (each.candidate for each in tried if each.candidate.kind == Kind.DERIVED)
         begun = {_place_of(child) for child in children} | self._cutters.keys()
-        found.sort(key=self._loss())
+        loss = self._loss()
+        found.sort(key=loss)
         first = {each.group: each for each in reversed(found)}
         more = max(2, self._request.trials // PARENT_IN) - len(begun)
-        others = [each for each in found if (each.name, each.px) not in begun]
+        worst = loss(found[0]) + RIVAL if found else 0.0
+        others = [each for each in found if (each.name, each.px) not in begun and loss(each) <= worst]
         others.sort(key=lambda each: first[each.group] is not each)
         return [*(each for each in found if (each.name, each.px) in begun), *others[: max(0, more)]]
+
+    def _unmeasured(self, parents: Sequence[Sized], tried: Sequence[Tried]) -> list[Candidate]:
+        """Parents whose latency is only foretold so far, as ready networks: one is measured before anything is cut from
+        it, so that it is known how much must be cut."""
+        known = {each.candidate.key for each in tried}
+        entrants = {entrant.name: entrant for entrant in self._field.entrants}
+        found = (self._ready_one(entrants[parent.name], parent.px) for parent in parents)
+        return [candidate for candidate in found if candidate is not None and candidate.key not in known]
 
     def _loss(self) -> Callable[[Sized], float]:
         """Points of top-1 that a parent is taken to lose when it is cut, less those that it is expected to have."""
@@ -261,10 +282,11 @@ class Chooser:
                 self._cutters[place] = Cutter(self._tier.parents.tuned(parent.name, parent.px))
             except TrainingError:  # told by the parents
                 return []
-        likely = parent.over ** (-1 / POWER)
-        for arch in self._cutters[place].cuts(likely ** WINDOW[0], likely ** WINDOW[1]):
-            self._keep(place, arch)
         whole, own = self._cutters[place].parent.arch, levels_of(parent.name)
+        power, macs = _power_of(place, tried), count(whole).macs
+        least, most = ((times / parent.over) ** (1 / power) for times in NEAR)
+        for arch in self._cutters[place].cuts(least, most):
+            self._keep(place, arch)
         bases = [own, *self._best_levels(place, tried)]
         reduces = FAMILIES[whole.family].reduction is not None
         for i in range(DRAWN):
@@ -272,7 +294,8 @@ class Chooser:
             if made is not None:
                 arch, levels = made
                 self._levels[self._keep(place, arch)] = levels
-        return list(self._made.get(place, {}).values())
+        found = self._made.get(place, {}).values()
+        return [each for each in found if least <= count(each.arch).macs / macs <= most]
 
     def _keep(self, place: tuple[str, int], arch: Arch) -> str:
         """Add a child to those of its parent, and give its key."""
@@ -343,6 +366,24 @@ def latencies_of(tried: Iterable[Tried]) -> dict[str, float]:
         for each in tried
         if each.measured and each.candidate.kind == Kind.READY
     }
+
+
+def _power_of(place: tuple[str, int], tried: Sequence[Tried]) -> float:
+    """Of a parent at a resolution: with which power of their share of MACs its children's latencies fall; the median of
+    those that are measured, where the parent is."""
+    name, px = place
+    known = [each for each in tried if each.measured is not None and each.candidate.network.resolution == px]
+    whole = next((each for each in known if each.candidate.name.partition("@")[0] == name), None)
+    if whole is None or whole.measured is None:
+        return CUT_POWER
+    found = [
+        math.log(each.measured.latency_ms / whole.measured.latency_ms) / math.log(share)
+        for each in known
+        if each.measured is not None
+        and _place_of(each.candidate) == place
+        and (share := count(each.candidate.arch).macs / count(whole.candidate.arch).macs) < TELLING
+    ]
+    return min(max(float(np.median(found)), POWERS[0]), POWERS[1]) if found else CUT_POWER
 
 
 def _place_of(candidate: Candidate) -> tuple[str, int]:

@@ -15,8 +15,9 @@ from nas.quality.candidate import Candidate, Kind
 from nas.quality.surrogate import describe_candidate
 from nas.quality.trainer import Parent
 from nas.search import choose, derive
-from nas.search.choose import Chooser
+from nas.search.choose import Chooser, Sized, Tried
 from nas.search.given import GIVEN
+from nas.search.propose import Measured
 from nas.search.ready import Entrant, Field
 from pruning.units import anatomy, equal_scores
 from search_spaces import get_arch
@@ -199,3 +200,47 @@ def test_with_a_sampler_only_ready_networks_are_offered() -> None:
         bench.run(offered[0])
     assert bench.trials
     assert bench.tuned == []
+
+
+def test_a_parent_is_measured_before_it_is_tuned() -> None:
+    bench = Bench(trials=20)
+    bench.chooser._field = Field(bench.chooser._field.entrants[:2], BUDGET_MS, (6e6, 0.4))
+    bench.chooser._ready = lambda tried, latencies: []
+    first = bench.offer()[0]
+    assert (first.kind, first.name, bench.tuned) == (Kind.READY, "efficientvit_m1@64", [])
+    bench.run(first)
+    assert bench.offer()[0].parent == "efficientvit_m1"
+
+
+def test_children_are_as_far_from_the_budget_as_those_before_them_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(derive, "SHARES", tuple(0.9**i for i in range(14)))
+    bench, place = Bench(), ("efficientvit_m2", PX)
+    whole = Candidate(get_arch("efficientvit_m2").replace(num_classes=5).at(PX), Kind.READY, name="efficientvit_m2@64")
+    macs = counts_of(whole.network).macs
+
+    def shares(tried: list[Tried]) -> list[float]:
+        rng = np.random.default_rng(0)
+        made = bench.chooser._children(Sized("efficientvit_m2", "efficientvit", PX, 1.5), tried, rng)
+        return [counts_of(each.network).macs / macs for each in made]
+
+    def tried(candidate: Candidate, ms: float) -> Tried:
+        return Tried(candidate, Measured("efficientvit", {}, "", [], ms, True), False)
+
+    low, high = (0.75 / 1.5) ** (1 / 0.6), (1.15 / 1.5) ** (1 / 0.6)
+    assert low <= min(shares([])) < 0.45 < max(shares([])) <= high
+    child = next(iter(bench.chooser._made[place].values()))
+    left = counts_of(child.network).macs / macs
+    known = [tried(whole, 0.9), tried(child, 0.9 * left**1.1)]
+    assert min(shares(known)) >= (0.75 / 1.5) ** (1 / 1.1), "its latency fell faster: less need be cut"
+    assert max(shares(known)) > high
+
+
+def test_a_parent_that_promises_much_less_or_cannot_be_cut_so_far_is_not_tuned() -> None:
+    bench = Bench(trials=40)
+    latencies = {"efficientvit_m0@64": 0.5, "efficientvit_m1@64": 0.8, "efficientvit_m2@64": 1.0}
+    assert [each.name for each in bench.chooser._parents(latencies, [])] == ["efficientvit_m1", "efficientvit_m2"]
+    for over in (1.5, 2.0):
+        latencies["efficientvit_m2@64"] = over
+        assert [each.name for each in bench.chooser._parents(latencies, [])] == ["efficientvit_m1"]
+    latencies["efficientvit_m1@64"] = 2.0
+    assert bench.chooser._parents(latencies, []) == []
