@@ -29,7 +29,7 @@ from search_spaces.widths import Axis, Cat, Width, width_table
 
 PIXELS = 512 * 64 * 64
 """Of all images together that a network is repaired on: 512 images of 64 px, 128 of 128."""
-LEAST_IMAGES = 64
+LEAST_IMAGES = 128
 ROWS = 4096
 """Positions of all images that a layer is fitted on, as far as there are so many; and at least `ROWS_PER_INPUT`."""
 ROWS_PER_INPUT = 8
@@ -132,7 +132,7 @@ def sources(whole: nn.Module, cut: nn.Module, origins: Mapping[str, Origin]) -> 
     modules, found = dict(cut.named_modules()), {}
     for name, origin in origins.items():
         path, _, last = name.rpartition(".")
-        if last == "weight" and _is_fitted(modules[path]):
+        if last == "weight" and is_fitted(modules[path]):
             rows = torch.from_numpy(origin.rows).long().clamp(min=-1)
             keys = _keys(ours[name].axes[0], theirs[origin.name].axes[0], rows, gates)
             factor = 1.0 if origin.factor is None else torch.from_numpy(origin.factor)
@@ -140,10 +140,19 @@ def sources(whole: nn.Module, cut: nn.Module, origins: Mapping[str, Origin]) -> 
     return found
 
 
-def _is_fitted(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | nn.BatchNorm1d | nn.BatchNorm2d) or (
-        isinstance(module, nn.Conv2d) and module.groups == 1
-    )
+def is_fitted(module: nn.Module) -> bool:
+    """Whether `refit` can fit a layer."""
+    if isinstance(module, nn.Linear):
+        return type(module).forward is nn.Linear.forward
+    if isinstance(module, nn.Conv2d):
+        plain = type(module).forward is nn.Conv2d.forward and module.padding_mode == "zeros"
+        return plain and module.groups == 1 and not isinstance(module.padding, str)
+    return isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and module.affine and module.running_mean is not None
+
+
+def outputs_of(module: nn.Module) -> int:
+    """How many outputs a layer that `refit` can fit has."""
+    return len(module.get_parameter("weight"))
 
 
 def _keys(ours: Axis, theirs: Axis, rows: Tensor, gates: Mapping[str, str]) -> tuple[Keys, ...]:
@@ -197,7 +206,8 @@ def refit(whole: nn.Module, cut: nn.Module, sources: Mapping[str, Source], image
             return
         x = inputs[0]
         known = (sources[path].rows >= 0).to(x.device)
-        if _layout_of(module, x, len(images)) == target.layout and known.any():
+        whole_of = sum(map(len, target.parts)) == len(images)  # not where a layer is called more than once
+        if whole_of and _layout_of(module, x, len(images)) == target.layout and known.any():
             fitted = _fit(module, _read(module, x, target.index), target.values[:, known], known, len(images))
             changed.extend([path] * fitted)
 
@@ -221,6 +231,10 @@ def _observe(whole: nn.Module, cut: nn.Module, sources: Mapping[str, Source], im
 
     def after(path: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         source, part = sources[path], min(BATCH, len(images) - start)
+        if len(output) % part:
+            return  # nothing of images
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            output = _normed(module, inputs[0])  # timm's have an activation behind
         rows = _rows(_units_last(module, output), part)
         if path not in targets:
             wanted = max(ROWS, ROWS_PER_INPUT * _inputs(modules[path]))
@@ -321,8 +335,13 @@ def _layout_of(module: nn.Module, x: Tensor, images: int) -> tuple[int, ...]:
     """`_beside` of what a layer writes for an input."""
     if not isinstance(module, nn.Conv2d):
         return _beside(module, x, images)
-    sides = zip(x.shape[2:], module.kernel_size, module.stride, _padding(module), strict=True)
-    return len(x) // images, *((side + 2 * pad - kernel) // stride + 1 for side, kernel, stride, pad in sides)
+    sides = zip(x.shape[2:], module.kernel_size, module.dilation, module.stride, _padding(module), strict=True)
+    return len(x) // images, *((n + 2 * pad - d * (kernel - 1) - 1) // s + 1 for n, kernel, d, s, pad in sides)
+
+
+def _normed(norm: nn.BatchNorm1d | nn.BatchNorm2d, x: Tensor) -> Tensor:
+    """What a BatchNorm makes of its input in eval mode."""
+    return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
 
 
 def _padding(module: nn.Conv2d) -> tuple[int, ...]:
@@ -336,13 +355,13 @@ def _read(module: nn.Module, x: Tensor, index: Tensor) -> Tensor:
     images = len(index)
     if not isinstance(module, nn.Conv2d):
         return _taken(_rows(_units_last(module, x), images), index).flatten(0, 1)
-    if module.kernel_size == (1, 1):
+    if module.kernel_size == (1, 1) and not any(_padding(module)):
         strided = x[..., :: module.stride[0], :: module.stride[1]]
         return _taken(_rows(_units_last(module, strided), images), index).flatten(0, 1)
     found, joined = [], len(x) // images
     for start in range(0, images, BATCH):
         part = x[start * joined : (start + BATCH) * joined]
-        patches = F.unfold(part, module.kernel_size, 1, _padding(module), module.stride).transpose(1, 2)
+        patches = F.unfold(part, module.kernel_size, module.dilation, _padding(module), module.stride).transpose(1, 2)
         found.append(_taken(_rows(patches, len(part) // joined), index[start : start + BATCH]))
     return torch.cat(found).flatten(0, 1)
 

@@ -5,6 +5,7 @@ A probe in a child process (`outside_probe`) comes first; `outside_graph` does t
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 import torch_pruning as tp
 from torch import Tensor, nn
 
+from pruning.compensation import refit
 from pruning.macs import count_macs
 from pruning.outside_graph import (
     CutNetwork,
@@ -81,6 +83,8 @@ class OutsideResult:
     """None, or why only inner widths were cut (see `outside_probe.Probe`)."""
     layers: tuple[LayerChange, ...]
     """Every convolution and linear layer, cut or not."""
+    refitted: int = 0
+    """Layers that were refitted after the cuts."""
 
 
 def load_outside(name: str, num_classes: int | None) -> tuple[nn.Module, int]:
@@ -118,6 +122,7 @@ def prune_outside(
     rounds: int,
     time_limit_s: float = 60,
     progress: Callable[[int, int, int], None] = lambda *_: None,
+    inputs: Tensor | None = None,
 ) -> OutsideResult:
     """Cut a model of `load_outside`, in place, until it has `target_macs` MACs or fewer.
 
@@ -143,6 +148,8 @@ def prune_outside(
         rounds: scores are computed again in each; the MACs to cut are shared evenly among them.
         time_limit_s: for the probe in a child process, interpreter and imports included.
         progress: called after each round with (round, rounds, MACs).
+        inputs: images (B, 3, R, R) that the layers are refitted on after all cuts (see `pruning.compensation`); None:
+            they are not.
 
     Raises:
         OutsideError: the probe failed or took too long, the target is not below the model's MACs or is below the
@@ -162,6 +169,7 @@ def prune_outside(
             f"{probe.minimum_macs / 1e6:.1f} M with widths of {multiple_of}"
             + (f" where only inner widths can be cut ({probe.inner_only})" if probe.inner_only else "")
         )
+    dense = None if inputs is None else copy.deepcopy(fresh(model))
     network = CutNetwork(model, images, multiple_of, inner=probe.inner_only is not None)
     now, importance = before, chosen.importance()
     for done in range(1, rounds + 1):
@@ -175,11 +183,14 @@ def prune_outside(
             now = after
         progress(done, rounds, now)
     model.zero_grad(set_to_none=True)
+    refitted = 0 if dense is None or inputs is None else refit(dense, fresh(model), network.sources(), inputs)
     changes = tuple(
         LayerChange(layer, shapes[layer][0], channels, 1 - weights / shapes[layer][1])
         for layer, (channels, weights) in _shapes(model).items()
     )
-    return OutsideResult(before, now, params_before, _params(model), probe.minimum_macs, probe.inner_only, changes)
+    return OutsideResult(
+        before, now, params_before, _params(model), probe.minimum_macs, probe.inner_only, changes, refitted
+    )
 
 
 def resize_outside(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:

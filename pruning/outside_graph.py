@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from timm.layers.attention import Attention
 from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 
+from pruning.compensation import Source, is_fitted, outputs_of
 from pruning.macs import count_macs
 
 LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
@@ -80,6 +81,8 @@ class CutNetwork:
         tables = [table for module in with_heads for table in module.parameters(recurse=False)]
         self.graph = tp.DependencyGraph().build_dependency(model, (images,), ignored_params=tables, verbose=False)
         self.initial = {group.root: group.size for group in self.groups()}
+        self.kept = {m: torch.arange(outputs_of(m)) for m in model.modules() if is_fitted(m)}
+        self.dims = {attention: head_dim(attention) for attention in self.attentions.values()}
 
     def groups(self) -> list[Group]:
         """What can be cut, at the present widths."""
@@ -114,7 +117,9 @@ class CutNetwork:
         """Remove units from every layer coupled to them."""
         dims = {attention: head_dim(attention) for attention in self.attentions.values()}
         with torch.no_grad():
-            self.graph.get_pruning_group(group.root, group.prune, group.indices(units)).prune()
+            coupled = self.graph.get_pruning_group(group.root, group.prune, group.indices(units))
+            self._note(coupled)
+            coupled.prune()
             for attention, before in dims.items():
                 if (after := head_dim(attention)) != before:
                     _scale_queries(attention, math.sqrt(after / before))
@@ -163,6 +168,27 @@ class CutNetwork:
         for parameter, value in reversed(saved):
             parameter.copy_(value)
         return output
+
+    def sources(self) -> dict[str, Source]:
+        """What each layer that can be refitted should write, in terms of the network before any cut."""
+        found = {self.names[module]: Source(self.names[module], kept) for module, kept in self.kept.items()}
+        for attention, before in self.dims.items():
+            name, rows = self.names[attention.qkv], torch.ones(attention.qkv.out_features)
+            rows[: len(rows) // 3] = math.sqrt(head_dim(attention) / before)
+            found[name] = replace(found[name], factor=rows)
+        return found
+
+    def _note(self, coupled: tp.dependency.Group) -> None:
+        """Remember which outputs of each layer stay."""
+        gone: dict[nn.Module, set[int]] = {}
+        for dep, indices in coupled:
+            module = dep.target.module
+            if module in self.kept and (self._outputs(dep) or isinstance(module, NORMS)):
+                gone.setdefault(module, set()).update(indices)
+        for module, units in gone.items():
+            stays = torch.ones(len(self.kept[module]), dtype=torch.bool)
+            stays[list(units)] = False
+            self.kept[module] = self.kept[module][stays]
 
     def _outputs(self, dep: tp.dependency.Dependency) -> bool:
         """Whether output channels of a convolution or linear layer go."""

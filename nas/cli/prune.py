@@ -53,6 +53,10 @@ def prune(
     ] = "taylor",
     multiple_of: Annotated[int, typer.Option(help="Widths stay multiples of this.")] = 8,
     rounds: Annotated[int, typer.Option(help="Rounds of scoring and cutting.")] = 3,
+    compensate: Annotated[
+        bool,
+        typer.Option("--compensate/--no-compensate", help="Refit what a cut leaves to what the network wrote before."),
+    ] = True,
     finetune: Annotated[float, typer.Option(help="Epochs of fine-tuning afterwards; 0 for none.")] = 1.0,
     distill: Annotated[bool, typer.Option("--distill", help="Fine-tune with the unpruned network as teacher.")] = False,
     control: Annotated[
@@ -100,6 +104,7 @@ def prune(
         criterion=criterion,
         multiple_of=multiple_of,
         rounds=rounds,
+        compensate=compensate,
         finetune=finetune,
         distill=distill,
         control=control,

@@ -42,7 +42,7 @@ class PruneJob(Job):
     seed: int
 
     def __init__(self, folder: Path, options: dict[str, JsonValue], say: Say, progress: Progress, device: str) -> None:
-        super().__init__(folder, options, say, progress, device)
+        super().__init__(folder, options, say, progress, device, defaults={"compensate": options.get("compensate")})
         self._loaders: list[Loader] = []
 
     def open_data(

@@ -34,6 +34,7 @@ from nas.prune.records import Kept, LayerRow, NetworkRow, Parts, PruneResult, Ro
 from nas.prune.request import PruneRequest, show
 from nas.prune.results import write_results
 from nas.text import first_line
+from nas.units import counted
 
 if TYPE_CHECKING:
     from torch import nn
@@ -217,10 +218,12 @@ def _cut(request: PruneRequest, job: PruneJob, target: int, resolution: int) -> 
     """Cut the unpruned network to the target, and keep the result."""
     import torch
 
+    from pruning.compensation import images_for
     from pruning.outside import prune_outside as cut
 
     model = _kept(request, job, "dense")
     batches = [(x.to(job.device), y.to(job.device)) for x, y in job.batches(job.calibration)]
+    inputs = torch.cat([x for x, _ in batches])[: images_for(resolution)] if request.compensate else None
     torch.manual_seed(request.seed)  # the criterion "random" draws from it
     with job.phase("cutting") as progress:
         found = cut(
@@ -232,11 +235,15 @@ def _cut(request: PruneRequest, job: PruneJob, target: int, resolution: int) -> 
             request.multiple_of,
             request.rounds,
             progress=progress,
+            inputs=inputs,
         )
     if found.inner_only:
         job.note(f"only inner widths could be cut: {found.inner_only}")
     job.note("torch-pruning's graph decides what can be cut here: --axes and reallocation do not apply")
-    job.state.rounds.append(Round(request.rounds, found.macs_after, found.macs_after).to_json())
+    if request.compensate:
+        job.say(f"{counted(found.refitted, 'layer')} refitted to what the unpruned network wrote")
+    row = Round(request.rounds, found.macs_after, found.macs_after, refitted=found.refitted)
+    job.state.rounds.append(row.to_json())
     job.state.found["cut"] = asdict(found)
     _keep(job, "pruned", model)
 

@@ -113,10 +113,14 @@ class Round:
     """None outside the families, as the following ones: there one row tells of all rounds."""
     reallocated: bool | None = None
     params: int | None = None
+    refitted: int = 0
+    """Layers that were refitted after the cut."""
 
     def to_json(self) -> dict[str, JsonValue]:
         found: dict[str, JsonValue] = asdict(self)
-        return found if self.target is not None else {key: found[key] for key in ("round", "reached", "macs")}
+        return (
+            found if self.target is not None else {key: found[key] for key in ("round", "reached", "macs", "refitted")}
+        )
 
 
 @dataclass(frozen=True)
@@ -311,7 +315,11 @@ class PruneResult:
         options = document.get("options")
         if not isinstance(options, dict):
             raise ValueError("a result of a pruning holds its options")
-        return _READER.validate_python({**document, "options": options | {"folder": folder}, "parts": document})
+        return _READER.validate_python(
+            {**document, "options": {**NEWER, **options, "folder": folder}, "parts": document}
+        )
 
 
+NEWER: Mapping[str, bool] = {"compensate": False}
+"""What an earlier version did, by the options that it had not."""
 _READER = TypeAdapter(PruneResult)

@@ -74,6 +74,8 @@ class PruneRequest:
     """Widths stay multiples of this."""
     rounds: int = 3
     """Rounds of scoring and cutting, 1 or more."""
+    compensate: bool = True
+    """Refit what each cut leaves to what the network wrote before it (see `pruning.compensation`)."""
     finetune: float = 1.0
     """Epochs of fine-tuning afterwards; 0 for none."""
     distill: bool = False

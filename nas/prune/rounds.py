@@ -22,6 +22,7 @@ from nas.prune.request import PruneRequest, show
 from nas.prune.savings import Saving, left_alone, measure_savings, rates
 from nas.prune.widths import Importance, group_of, importance_rows
 from nas.text import first_line
+from nas.units import counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -169,8 +170,9 @@ class Rounds:
         """Cut the network to an estimated cost of `target`, keep it as a round; returns its cost (ms: measured)."""
         import torch
 
-        from pruning import slice_weights
         from pruning.allocation import allocate
+        from pruning.compensation import compensate
+        from pruning.slicing import origins_of, slice_weights
         from pruning.units import cut
         from search_spaces import create_model, table
 
@@ -182,22 +184,37 @@ class Rounds:
             generator = torch.Generator().manual_seed(request.seed)
             state = {name: value.cpu() for name, value in model.state_dict().items()}
             weights = slice_weights(parts.arch, state, found.arch, found.select, found.blocks, generator)
-            child = create_model(found.arch)
-            child.load_state_dict(weights)
+        refitted = 0
+        if request.compensate:
+            with job.phase("compensating"):
+                units = origins_of(parts.arch, found.arch, found.select, found.blocks)
+                images = self._inputs(parts.arch.resolution)
+                weights, refitted = compensate(parts.arch, state, found.arch, weights, units, images)
+        child = create_model(found.arch)
+        child.load_state_dict(weights)
         counts = table(found.arch)
         latency = self.metric == "latency"
         reached = self._latency(child.arch) if latency else self._count(child.arch)
         origins = job.state.origins
         job.state.origins = {ours: origins.get(theirs, theirs) for ours, theirs in found.blocks.items()}
         number = len(job.state.rounds) + 1
-        row = Round(number, reached, counts.macs(), target, reallocate, counts.params())
+        row = Round(number, reached, counts.macs(), target, reallocate, counts.params(), refitted)
         job.state.rounds.append(row.to_json())
         keep_network(job, f"round-{number}", child)
         job.say(
             f"round {number}: {show('macs', counts.macs())}, {show('params', counts.params())}"
             + (f", {show('latency', reached)}" if latency else "")
+            + (f", {counted(refitted, 'layer')} refitted" if request.compensate else "")
         )
         return reached
+
+    def _inputs(self, resolution: int) -> Tensor:
+        """Calibration images to refit layers on, (B, 3, R, R)."""
+        import torch
+
+        from pruning.compensation import images_for
+
+        return torch.cat([images for images, _ in self._batches])[: images_for(resolution)]
 
     def _costs(self, parts: Anatomy) -> Costs:
         from pruning.allocation import Costs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -81,6 +82,9 @@ class Pruning:
         self.request, self.command = request, command
         self.job = PruneJob(request.folder, request.identity(), say, progress, compute_device(request.settings))
         self.state, self.end = self.job.state, Ending(say)
+        if request.compensate and "compensate" not in self.state.options:
+            self.request = replace(request, compensate=False)
+            say("begun by an older vitnas: layers are not refitted after the cuts")
 
     def run(self) -> PruneResult:
         from pruning.units import anatomy

@@ -83,6 +83,7 @@ def invent() -> dict[str, Any]:
         "started": "2026-01-02T10:00:00+00:00",
         "finished": "2026-01-02T10:04:41+00:00",
         "options": {
+            "compensate": True,
             "reallocate": True,
             "kinds": ["ffn", "qk"],
             "criterion": "taylor",
@@ -133,8 +134,24 @@ def invent() -> dict[str, Any]:
         "waiting": None,
         "seen": None,
         "rounds": [
-            {"round": 1, "target": 212e6, "reached": 211e6, "reallocated": False, "params": 7e6, "macs": 211_000_000},
-            {"round": 2, "target": 15e7, "reached": 149e6, "reallocated": True, "params": 5.5e6, "macs": 149_000_000},
+            {
+                "round": 1,
+                "target": 212e6,
+                "reached": 211e6,
+                "reallocated": False,
+                "params": 7e6,
+                "macs": 211_000_000,
+                "refitted": 0,
+            },
+            {
+                "round": 2,
+                "target": 15e7,
+                "reached": 149e6,
+                "reallocated": True,
+                "params": 5.5e6,
+                "macs": 149_000_000,
+                "refitted": 3,
+            },
         ],
         "blocks": [
             {"block": "stages.0.blocks.0", "before": widths(64, 4, 16, 16, 256), "after": widths(64, 4, 8, 24, 128)},

@@ -558,3 +558,35 @@ def test_tuning_that_harms_is_not_kept(vitnas, images, tmp_path, fake_clock, mon
     assert "fine-tuning lowered the accuracy" in said
     plain, kept = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("plain", "tuned"))
     assert plain == kept
+
+
+def test_layers_are_refitted_after_a_cut(vitnas, images, tmp_path, fake_clock):
+    cut = ("--data", str(images), "--finetune", "0", "--rounds", "1", "--no-reallocate", "--axes", "ffn")
+    weights = {}
+    trained(images, tmp_path / "net")
+    for name, more in (("with", ()), ("without", ("--no-compensate",))):
+        out = tmp_path / name
+        code, _, said = vitnas(*words(tmp_path / "net", out, *cut, "--macs", "0.8x", *more))
+        assert code == 0, said
+        weights[name] = (out / "model.safetensors").read_bytes()
+        assert (result(out)["rounds"][0]["refitted"] > 0) == (not more)
+        assert ("layers refitted" in said) == (not more)
+    assert weights["with"] != weights["without"]
+
+
+def test_a_folder_of_an_older_vitnas_goes_on_without_refitting(vitnas, images, tmp_path, fake_clock, monkeypatch):
+    cut = ("--data", str(images), "--finetune", "0", "--rounds", "1", "--no-reallocate", "--axes", "ffn")
+    trained(images, tmp_path / "net")
+    command = words(tmp_path / "net", tmp_path / "out", *cut, "--macs", "0.8x")
+    with monkeypatch.context() as stopped:
+        stopped.setattr(nas.prune.rounds.Rounds, "run", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert vitnas(*command)[0] == 130
+    path = tmp_path / "out" / "state" / "state.json"
+    state = json.loads(path.read_text())
+    del state["options"]["compensate"]
+    path.write_text(json.dumps(state))
+    code, _, said = vitnas(*command)
+    assert code == 0, said
+    assert "begun by an older vitnas: layers are not refitted" in said
+    assert result(tmp_path / "out")["options"]["compensate"] is False
+    assert result(tmp_path / "out")["rounds"][0]["refitted"] == 0
