@@ -226,7 +226,7 @@ def test_children_are_as_far_from_the_budget_as_those_before_them_say(monkeypatc
     def tried(candidate: Candidate, ms: float) -> Tried:
         return Tried(candidate, Measured("efficientvit", {}, "", [], ms, True), False)
 
-    low, high = (0.75 / 1.5) ** (1 / 0.6), (1.15 / 1.5) ** (1 / 0.6)
+    low, high = ((times / 1.5) ** (1 / choose.CUT_POWER) for times in choose.NEAR)
     assert low <= min(shares([])) < 0.45 < max(shares([])) <= high
     child = next(iter(bench.chooser._made[place].values()))
     left = counts_of(child.network).macs / macs
@@ -235,12 +235,14 @@ def test_children_are_as_far_from_the_budget_as_those_before_them_say(monkeypatc
     assert max(shares(known)) > high
 
 
-def test_a_parent_that_promises_much_less_or_cannot_be_cut_so_far_is_not_tuned() -> None:
+@pytest.mark.parametrize(("other", "rivals"), [(49.0, True), (45.0, False)])
+def test_a_parent_that_promises_much_less_is_not_tuned(other: float, rivals: bool) -> None:
     bench = Bench(trials=40)
+    macs = counts_of(get_arch("efficientvit_m2").replace(num_classes=5).at(PX)).macs
+    bench.surrogate.trained = [None] * 3
+    bench.surrogate.predict = lambda features, key="": SimpleNamespace(
+        value=other if round(2 ** features[1]) == macs else 50.0
+    )
     latencies = {"efficientvit_m0@64": 0.5, "efficientvit_m1@64": 0.8, "efficientvit_m2@64": 1.0}
-    assert [each.name for each in bench.chooser._parents(latencies, [])] == ["efficientvit_m1", "efficientvit_m2"]
-    for over in (1.5, 2.0):
-        latencies["efficientvit_m2@64"] = over
-        assert [each.name for each in bench.chooser._parents(latencies, [])] == ["efficientvit_m1"]
-    latencies["efficientvit_m1@64"] = 2.0
-    assert bench.chooser._parents(latencies, []) == []
+    found = [each.name for each in bench.chooser._parents(latencies, [])]
+    assert found == ["efficientvit_m1", "efficientvit_m2"][: 1 + rivals]
