@@ -1,35 +1,53 @@
-"""The size prior: a family's published top-1 against log2 MACs, with an error that grows away from what was published.
+"""The size prior: ImageNet-1k top-1 from a network's size, with an error that grows away from what was published.
 
-It is no accuracy. A line is fitted per family, because families were trained by different recipes. Where a family
-published networks with dropped tokens, the line is that of its networks that keep all tokens, and what dropping them
-costs is read off the others.
+It is no accuracy. `size_fit` predicts from published networks of all families. What dropping tokens costs is read off
+the networks that were published with and without. Shapes that are unlike their family's published ones are more
+doubtful: a doubling away from them, as much as another family is.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
-from nas.intervals import joined, of_error
-from nas.networks.counts import Counts
+from nas.networks.counts import Counts, counts_of
 from nas.quality.candidate import Candidate
+from nas.quality.published import Published, published
+from nas.quality.scale import interval_of, odds_of, percent_of
+from nas.quality.size_fit import OFFSETS, SizeFit
 from nas.quality.tier import Estimate
-from search_spaces import Arch, get_arch, table
+from search_spaces import Arch, count, get_arch
 from search_spaces.api import find_variant
 from search_spaces.arch import StageSummary
 from search_spaces.registry import FAMILIES
 
 SAMPLES = 12
-SHAPE_SD = 1.87
-"""Points of top-1 that size leaves unexplained: residual spread of 129 published ViTs and hybrids in timm (up to 6
-GMACs, ImageNet-1k only) around a fit on log MACs and log parameters."""
-SHAPE_FREEDOM = 126
+QK, SHARE = 2, 3
+"""Columns of `features`."""
+CLASSES = 1000
+"""Of ImageNet-1k: what a network is predicted for, whatever its own number."""
+
+
+@dataclass(frozen=True)
+class Sized:
+    """The size of a network as it would be published, with 1000 classes and all tokens kept."""
+
+    params: int
+    macs: int
+    resolution: int
+    distilled: bool
 
 
 class PriorTier:
-    """The default tier of a search without data. An estimate costs one build on the meta device at most."""
+    """The default tier of a search without data. An estimate builds nothing.
+
+    recipes: whether what families' published recipes are worth counts, which is so where they will be trained by those;
+    networks that are all trained by one recipe differ by size alone.
+    """
 
     name = "prior"
     label = "score (prior: ImageNet top-1 predicted from size, with that family's published recipe)"
@@ -40,10 +58,10 @@ class PriorTier:
     trained = False
     failed: Mapping[str, str] = {}
 
-    def __init__(self) -> None:
-        self._lines: dict[str, Line] = {}
+    def __init__(self, recipes: bool = True) -> None:
+        self.recipes = recipes
+        self._fit = fitted()
         self._shapes: dict[str, Neighbourhood] = {}
-        self._token_cost: dict[tuple[str, ...], tuple[np.ndarray, np.ndarray]] = {}
 
     def candidate_of(self, arch: Arch) -> Candidate:
         """A network that the search made up."""
@@ -56,92 +74,92 @@ class PriorTier:
     def estimate(self, candidate: Candidate, counts: Counts) -> Estimate:
         """Predicted ImageNet-1k top-1 of an Arch.
 
-        Its interval is the prediction interval of the family's line (Student's t: few networks are published) and, in
-        quadrature, `SHAPE_SD` per unit of distance from the nearest published shape. Its score is below the value by
-        the leave-one-out error and the same.
+        Its error is that of `SizeFit` and, in quadrature, the spread of families for each doubling of distance from
+        the nearest published shape. Its interval is the 95% prediction interval, its score one error below the value.
         """
         arch = candidate.arch
-        line, macs = self.line(arch.family), counts.macs
-        reduction, cost = FAMILIES[arch.family].reduction, 0.0
+        reduction = FAMILIES[arch.family].reduction
+        whole, left = arch, 1.0
         if reduction is not None and (whole := reduction.whole(arch)) != arch:
-            left, macs = macs, table(whole).macs()
-            cost = self._reduction_cost(tuple(reduction.published(arch)), left / macs)
-        value = line.at(macs) - cost
-        unlike = SHAPE_SD * self._neighbourhood(arch.family).distance(arch)
-        by_size = of_error(value, line.doubt(macs), line.freedom)
-        interval = joined(value, by_size, of_error(value, unlike, SHAPE_FREEDOM))
-        return Estimate.within(value, math.hypot(line.error, unlike), interval)
-
-    def line(self, family: str) -> Line:
-        """Published top-1 against MACs of a family."""
-        if family not in self._lines:
-            points = [(table(get_arch(name)).macs(), published_top1(name)) for name in sizes(family)]
-            self._lines[family] = Line(points)
-        return self._lines[family]
+            left = counts.macs / count(whole).macs
+        found = self._fit.predict(sized(whole, self.recipes), arch.family if self.recipes else None)
+        mean = found.mean
+        if reduction is not None and left < 1:
+            mean = odds_of(percent_of(mean) * (1 - _share_lost(tuple(reduction.published(arch)), left)))
+        error = math.hypot(found.error, OFFSETS * self._neighbourhood(arch.family).distance(arch))
+        return Estimate(percent_of(mean), interval_of(mean, error), percent_of(mean - error))
 
     def _neighbourhood(self, family: str) -> Neighbourhood:
         if family not in self._shapes:
-            published = {name: get_arch(name) for name in FAMILIES[family].variants}
-            self._shapes[family] = Neighbourhood(published.values(), [published[name] for name in sizes(family)])
+            self._shapes[family] = Neighbourhood(map(get_arch, FAMILIES[family].variants))
         return self._shapes[family]
 
-    def _reduction_cost(self, published: tuple[str, ...], ratio: float) -> float:
-        """Points lost when `ratio` of the MACs is left, interpolated in published networks, the whole one first."""
-        if published not in self._token_cost:
-            rows = [(table(get_arch(name)).macs(), published_top1(name)) for name in published]
-            whole, best = rows[0]
-            points = sorted((macs / whole, best - top1) for macs, top1 in rows)
-            ratios, costs = np.array(points).T
-            self._token_cost[published] = ratios, costs
-        ratios, costs = self._token_cost[published]
-        if ratio < ratios[0]:
-            slope = (costs[1] - costs[0]) / (ratios[1] - ratios[0])
-            return float(costs[0] + slope * (ratio - ratios[0]))
-        return float(np.interp(ratio, ratios, costs))
+
+@functools.cache
+def fitted() -> SizeFit:
+    """The fit that predicts."""
+    return SizeFit(fitted_to())
 
 
-class Line:
-    """Least squares of top-1 on log2 MACs.
+def fitted_to() -> list[Published]:
+    """The networks of the table that keep all tokens."""
+    return [row for row in published() if not _reduced(row.name)]
 
-    error: root mean square of the leave-one-out residuals. freedom: degrees of freedom of the fit's residuals.
-    """
 
-    def __init__(self, points: Sequence[tuple[int, float]]) -> None:
-        self.x = np.log2([macs for macs, _ in points])
-        self.y = np.array([top1 for _, top1 in points])
-        self.slope, self.offset = np.polyfit(self.x, self.y, 1)
-        self.residuals = np.array([self._without(i) for i in range(len(points))])
-        self.error = float(np.sqrt(np.mean(self.residuals**2)))
-        self.freedom = len(points) - 2
-        around = self.y - self.slope * self.x - self.offset
-        self.spread = float(np.sqrt((around**2).sum() / self.freedom))
+def sized(arch: Arch, distilled: bool = True) -> Sized:
+    """The size of an Arch with 1000 classes. distilled: whether one that has a head for it counts as distilled."""
+    counts = counts_of(arch if arch.num_classes == CLASSES else arch.model_copy(update={"num_classes": CLASSES}))
+    return Sized(counts.params, counts.macs, arch.resolution, distilled and getattr(arch, "distilled", False))
 
-    def at(self, macs: int) -> float:
-        return float(self.slope * math.log2(macs) + self.offset)
 
-    def doubt(self, macs: int) -> float:
-        """Standard error of a new network's top-1 by the line; it grows away from the published sizes."""
-        away = (math.log2(macs) - self.x.mean()) ** 2 / ((self.x - self.x.mean()) ** 2).sum()
-        return self.spread * math.sqrt(1 + 1 / len(self.x) + float(away))
+@functools.cache
+def _lost(names: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Shares of MACs left, ascending, and of top-1 lost, of published networks, the whole one first."""
+    rows = [(count(get_arch(name)).macs, published_top1(name)) for name in names]
+    whole, best = rows[0]
+    ratios, lost = np.array(sorted((macs / whole, 1 - top1 / best) for macs, top1 in rows)).T
+    return ratios, lost
 
-    def _without(self, left_out: int) -> float:
-        rest = np.arange(len(self.x)) != left_out
-        slope, offset = np.polyfit(self.x[rest], self.y[rest], 1)
-        return float(self.y[left_out] - slope * self.x[left_out] - offset)
+
+def _share_lost(names: tuple[str, ...], left: float) -> float:
+    """Share of top-1 lost when a share `left` of the MACs is left, interpolated in published networks."""
+    ratios, lost = _lost(names)
+    if left < ratios[0]:
+        slope = (lost[1] - lost[0]) / (ratios[1] - ratios[0])
+        return float(lost[0] + slope * (left - ratios[0]))
+    return float(np.interp(left, ratios, lost))
 
 
 class Neighbourhood:
-    """Distance from the nearest published shape, in units of the median distance between neighbouring sizes."""
+    """Distance from the nearest of a family's published shapes, in doublings.
 
-    def __init__(self, published: Iterable[Arch], ladder: Sequence[Arch]) -> None:
-        self.published = [features(arch) for arch in published]
-        rungs = [features(arch) for arch in ladder]
-        nearest = [min(_apart(one, other) for other in rungs if other is not one) for one in rungs]
-        self.unit = float(np.median(nearest))
+    Networks of one family are 0.3 to 0.9 apart, those of two families 1.2 at least (medians 0.6 and 1.2). It is the
+    root mean square over stages of the distance between their rows of `features`. Stages with and without
+    attention differ by that, and by no width of it. Unequal numbers of stages compare by relative depth.
+    """
+
+    def __init__(self, published: Iterable[Arch]) -> None:
+        found = {shape.tobytes(): shape for shape in map(features, published)}.values()
+        counts = {len(shape) for shape in found}
+        self._alike = {count: np.array([shape for shape in found if len(shape) == count]) for count in counts}
+        self._unlike = {
+            count: np.array([_by_depth(shape) for shape in found if len(shape) != count]) for count in counts
+        }
+        self._all = np.array([_by_depth(shape) for shape in found])
 
     def distance(self, arch: Arch) -> float:
         own = features(arch)
-        return min(_apart(own, other) for other in self.published) / self.unit
+        alike, unlike = self._alike.get(len(own)), self._unlike.get(len(own), self._all)
+        nearest = math.inf if alike is None else _nearest(own, alike)
+        if len(unlike):
+            nearest = min(nearest, _nearest(_by_depth(own), unlike))
+        return nearest
+
+
+def _nearest(own: np.ndarray, shapes: np.ndarray) -> float:
+    steps = shapes - own
+    steps[..., QK] *= np.minimum(shapes[..., SHARE], own[..., SHARE])
+    return math.sqrt(float((steps * steps).sum((1, 2)).min()) / len(own))
 
 
 def published_top1(name: str) -> float:
@@ -154,6 +172,11 @@ def published_top1(name: str) -> float:
     if top1 is None:
         raise ValueError(f"{name} has no published top-1, which the prior is fitted to")
     return top1
+
+
+def _reduced(name: str) -> bool:
+    """Whether one of ours is another published network with fewer tokens."""
+    return any(name in family.variants and family.variants[name].reduced for family in FAMILIES.values())
 
 
 def sizes(family: str) -> list[str]:
@@ -178,13 +201,6 @@ def _row(stage: StageSummary) -> list[float]:
     ]
 
 
-def _apart(a: np.ndarray, b: np.ndarray) -> float:
-    """Root mean square over stages of the distance between their rows; unequal stage counts compare by depth."""
-    if len(a) != len(b):
-        a, b = _by_depth(a), _by_depth(b)
-    return float(np.sqrt(((a - b) ** 2).sum(axis=1).mean()))
-
-
 def _by_depth(rows: np.ndarray) -> np.ndarray:
     """Rows sampled at equal steps of relative depth; the depth column becomes the whole depth."""
     depths = np.exp2(rows[:, 1]) - 1
@@ -192,9 +208,3 @@ def _by_depth(rows: np.ndarray) -> np.ndarray:
     picked = rows[np.searchsorted(ends, (np.arange(SAMPLES) + 0.5) / SAMPLES)].copy()
     picked[:, 1] = math.log2(1 + depths.sum())
     return picked
-
-
-def references() -> Mapping[str, float]:
-    """Each family's leave-one-out error in points, for results pages and reports."""
-    prior = PriorTier()
-    return {family: prior.line(family).error for family in FAMILIES}

@@ -1,0 +1,116 @@
+"""Top-1 from size, fitted to published networks: how the prior predicts.
+
+Log odds of top-1 are a quadratic in log2 MACs and log2 parameters, linear in log2 resolution, with a step for
+distillation. Each family has an offset and a slope of its own, pooled partially: the less of a family is published, the
+nearer both are to the mean of all families (0), and a family of which nothing is published has the mean, and the whole
+spread of families as its doubt. All of it is one Bayesian linear regression, so that the doubt of every part counts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from nas.quality.scale import odds_of
+
+OFFSETS = 0.098
+"""Standard deviation over families of their offsets, in log odds: what design and recipe are worth at a size."""
+SLOPES = 0.026
+"""Of their slopes, in log odds per doubling of MACs and parameters."""
+NOISE = 0.0535
+"""Standard deviation in log odds of a network about its family's curve, from 250 MMACs and 2.5 M parameters up."""
+NOISE_OF_SMALL = 0.15
+"""How fast the logarithm of `NOISE` grows below, per halving of MACs and parameters.
+
+These four are near those under which the table is likeliest, and those whose intervals hold what they state of networks
+and families that were left out (`bench_prior.py`)."""
+COEFFICIENTS = (9.0, 9.0, 9.0, 0.05, 0.05, 0.05, 0.1, 0.1)
+"""Standard deviations of the coefficients before the table is seen: wide for the level and both slopes; curvature,
+resolution at equal MACs, and distillation are small unless it shows otherwise."""
+
+
+class Size(Protocol):
+    """What the prior sees of a network, as `Published` has it."""
+
+    @property
+    def params(self) -> int: ...
+    @property
+    def macs(self) -> int: ...
+    @property
+    def resolution(self) -> int: ...
+    @property
+    def distilled(self) -> bool: ...
+
+
+class Point(Size, Protocol):
+    """A network to fit to, as `Published` has it."""
+
+    @property
+    def family(self) -> str: ...
+    @property
+    def top1(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Normally distributed log odds of top-1."""
+
+    mean: float
+    error: float
+    """Standard deviation, for one network."""
+
+
+class SizeFit:
+    """Fitted to some networks. families: those it has an offset of."""
+
+    def __init__(self, points: Sequence[Point]) -> None:
+        self.families = {name: i for i, name in enumerate(sorted({point.family for point in points}))}
+        rows = np.array([_row(point) for point in points])
+        sizes = np.array([_size(point) for point in points])
+        own = np.eye(len(self.families))[[self.families[point.family] for point in points]]
+        inputs = np.hstack([rows, own, own * sizes[:, None]])
+        count = len(self.families)
+        spread = np.concatenate([COEFFICIENTS, np.full(count, OFFSETS), np.full(count, SLOPES)])
+        weights = 1 / np.array([_noise(size) for size in sizes]) ** 2
+        self._covariance = np.linalg.inv(inputs.T @ (inputs * weights[:, None]) + np.diag(spread**-2))
+        self._mean = self._covariance @ (inputs.T @ (weights * np.array([odds_of(point.top1) for point in points])))
+        self._parts = {name: self._part(i) for name, i in self.families.items()} | {None: self._part(None)}
+
+    def predict(self, network: Size, family: str | None) -> Prediction:
+        """Predict one network's log odds. family: None, or one that is not in the fit, has the mean of all."""
+        row, size = _row(network), _size(network)
+        known = family if family in self.families else None
+        mean, covariance = self._parts[known]
+        inputs = np.array([*row, 1.0, size] if known is not None else row)
+        variance = float(inputs @ covariance @ inputs) + _noise(size) ** 2
+        if known is None:
+            variance += OFFSETS**2 + (SLOPES * size) ** 2
+        return Prediction(float(inputs @ mean), math.sqrt(variance))
+
+    def _part(self, family: int | None) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and covariance of the coefficients that a family's networks have."""
+        common = len(COEFFICIENTS)
+        own = [] if family is None else [common + family, common + len(self.families) + family]
+        chosen = np.array([*range(common), *own])
+        return self._mean[chosen], self._covariance[np.ix_(chosen, chosen)]
+
+
+def _row(network: Size) -> list[float]:
+    """1, log2 of MACs and parameters about 500 M and 5 M, their squares and product, log2 of resolution about 224, and
+    whether it was distilled."""
+    macs, params = math.log2(network.macs / 5e8), math.log2(network.params / 5e6)
+    resolution = math.log2(network.resolution / 224)
+    return [1.0, macs, params, macs * macs, params * params, macs * params, resolution, float(network.distilled)]
+
+
+def _size(network: Size) -> float:
+    """Doublings of MACs and parameters (their mean) about 500 M and 5 M."""
+    return (math.log2(network.macs / 5e8) + math.log2(network.params / 5e6)) / 2
+
+
+def _noise(size: float) -> float:
+    return NOISE * math.exp(NOISE_OF_SMALL * max(0.0, -1 - size))

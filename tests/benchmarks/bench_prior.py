@@ -1,0 +1,117 @@
+"""How far the size prior can be trusted: python tests/benchmarks/bench_prior.py
+
+Of the published networks that it is fitted to, each is predicted by a fit without it, and by one without its whole
+family. Printed per class of MACs: how often the stated 90% and 95% intervals hold the published top-1, the mean error
+in points, and the mean half-width of the 90% interval. Then the four spreads that maximise the likelihood of the table,
+beside those in `nas.quality.size_fit`, and what each family is worth. A minute.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import mean
+
+import numpy as np
+from scipy.optimize import minimize
+from scipy.special import ndtri
+
+from nas.quality import size_fit
+from nas.quality.prior import fitted_to
+from nas.quality.published import Published
+from nas.quality.scale import odds_of, percent_of
+from nas.quality.size_fit import COEFFICIENTS, NOISE, NOISE_OF_SMALL, OFFSETS, SLOPES, Prediction, SizeFit
+from search_spaces.registry import FAMILIES
+
+CLASSES = ((30, 100), (100, 300), (300, 1000), (1000, 6000))
+"""MMACs, from and below."""
+LEVELS = (0.90, 0.95)
+
+
+def left_out(points: Sequence[Published], whole_family: bool) -> list[Prediction]:
+    """Each network predicted from the others, or from those of other families."""
+    fits: dict[str, SizeFit] = {}
+    found = []
+    for point in points:
+        key = point.family if whole_family else point.name
+        if key not in fits:
+            fits[key] = SizeFit([other for other in points if key != (other.family if whole_family else other.name)])
+        found.append(fits[key].predict(point, point.family))
+    return found
+
+
+def holds(point: Published, told: Prediction, level: float) -> bool:
+    return abs(odds_of(point.top1) - told.mean) <= float(ndtri((1 + level) / 2)) * told.error
+
+
+def half_width(told: Prediction, level: float) -> float:
+    reach = float(ndtri((1 + level) / 2)) * told.error
+    return (percent_of(told.mean + reach) - percent_of(told.mean - reach)) / 2
+
+
+def rows_of(points: Sequence[Published], told: Sequence[Prediction]) -> list[list[str]]:
+    """One row a class of MACs, and one for all."""
+    rows = []
+    for low, high in (*CLASSES, (CLASSES[0][0], CLASSES[-1][1])):
+        here = [(p, t) for p, t in zip(points, told, strict=True) if low <= p.macs / 1e6 < high]
+        rows.append(
+            [
+                f"{low:,} to {high:,}",
+                str(len(here)),
+                *(f"{100 * mean(holds(p, t, level) for p, t in here):.0f}%" for level in LEVELS),
+                f"{mean(abs(p.top1 - percent_of(t.mean)) for p, t in here):.1f}",
+                f"{mean(half_width(t, LEVELS[0]) for _, t in here):.1f}",
+            ]
+        )
+    return rows
+
+
+def likeliest(points: Sequence[Published]) -> np.ndarray:
+    """The spreads (offsets, slopes, noise, noise of small) under which the table is likeliest."""
+    names = sorted({point.family for point in points})
+    rows = np.array([size_fit._row(point) for point in points])
+    sizes = np.array([size_fit._size(point) for point in points])
+    own = np.array([[float(point.family == name) for name in names] for point in points])
+    odds = np.array([odds_of(point.top1) for point in points])
+    common = (rows * np.square(COEFFICIENTS)) @ rows.T
+    alike = own @ own.T
+
+    def cost(values: np.ndarray) -> float:
+        offsets, slopes, noise = np.exp(values[:3])
+        deviations = noise * np.exp(values[3] * np.maximum(0, -1 - sizes))
+        covariance = common + alike * (offsets**2 + slopes**2 * np.outer(sizes, sizes)) + np.diag(deviations**2)
+        factor = np.linalg.cholesky(covariance)
+        return float(np.log(np.diag(factor)).sum() + np.square(np.linalg.solve(factor, odds)).sum() / 2)
+
+    start = np.array([math.log(OFFSETS), math.log(SLOPES), math.log(NOISE), NOISE_OF_SMALL])
+    found = minimize(cost, start, method="Nelder-Mead", options={"maxiter": 300, "xatol": 1e-3, "fatol": 1e-3}).x
+    return np.array([*np.exp(found[:3]), found[3]])
+
+
+def worth(points: Sequence[Published]) -> list[list[str]]:
+    """Points of top-1 that a family's design and recipe are worth at 500 MMACs, 5 M parameters and 224 px."""
+    fit = SizeFit(points)
+    rows = []
+    for family in FAMILIES:
+        distilled = any(point.distilled for point in points if point.family == family and point.source != "timm")
+        size = Published("", family, 5_000_000, 500_000_000, 224, distilled, 0, "")
+        usual = percent_of(fit.predict(Published("", "", size.params, size.macs, 224, False, 0, ""), None).mean)
+        rows.append([family, f"{percent_of(fit.predict(size, family).mean) - usual:+.1f}"])
+    return rows
+
+
+def main() -> None:
+    points = fitted_to()
+    print(f"{len(points)} networks, {len({point.family for point in points})} families")
+    columns = ["MMACs", "networks", "90% holds", "95% holds", "mean error", "half-width of 90%"]
+    for title, whole_family in (("without the network itself", False), ("without its family", True)):
+        print(f"\n{title}: {', '.join(columns)}")
+        for row in rows_of(points, left_out(points, whole_family)):
+            print(" | ".join(row))
+    print("\noffsets, slopes, noise, noise of small: likeliest, and in use")
+    print(likeliest(points).round(4), (OFFSETS, SLOPES, NOISE, NOISE_OF_SMALL))
+    print("\nwhat a family is worth, in points:", worth(points))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""Write the table of published facts that the size prior is fitted to: python tests/benchmarks/write_published.py TIMM
+
+TIMM is a CSV of timm's own results on ImageNet-1k (columns name with tag, mmacs, resolution, top1, distilled). Of each
+network the recipe that timm takes by default is kept, at the resolution it was trained for, and of each family at most
+six networks, evenly over their sizes, so that no family outweighs others. The published variants of the five families
+are added from their own papers; timm's figures of the same networks are left out. MACs and parameters are counted here:
+fvcore's conventions, attention's products counted, BatchNorm not. What has not 30 MMACs to 6 GMACs is left out.
+Ten minutes.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from fvcore.nn import FlopCountAnalysis
+from fvcore.nn.jit_handles import get_shape
+
+from nas.networks.counts import counts_of
+from search_spaces import get_arch
+from search_spaces.registry import FAMILIES
+
+LEAST, MOST = 30e6, 6e9
+"""MACs of the networks that are kept."""
+OURS = ("levit", "shvit", "efficientvit_m", "deit_tiny_patch", "deit_small_patch", "deit_base_patch")
+"""First letters of timm's names of the five families' networks."""
+STARTS = {
+    "mobilenetv3_small": "mobilenetv3_small",
+    "efficientvit_": "efficientvit_mit",
+    "deit_": "evit",
+    "vit_": "vit",
+} | {start: start for start in ("efficientnetv2", "efficientnet_lite", "deit3")}
+PARTS = ("resn", "densenet", "dla", "dpn", "selecsls", "halo", "botnet", "cspres", "cs3")
+EACH = 6
+"""Networks of a family, at most."""
+NO_TOP1_OF_ITS_OWN = ("sepvit",)
+"""Families whose published figures were not checked against a table of the authors."""
+COLUMNS = ("name", "family", "params", "macs", "resolution", "distilled", "top1", "source")
+
+
+def family_of(name: str) -> str:
+    """What timm's networks of one design have in common."""
+    name = name.removeprefix("tf_").removeprefix("legacy_").removeprefix("gc_")
+    if name.startswith("test_"):
+        return "_".join(name.split("_")[:2]).rstrip("0123456789")
+    for start, family in STARTS.items():
+        if name.startswith(start):
+            return family
+    for part in PARTS:
+        if part in name:
+            return "resnet" if part == "resn" else part
+    return name.split("_")[0]
+
+
+def count(name: str, resolution: int) -> tuple[int, int]:
+    """Parameters and MACs of one of timm's networks."""
+
+    def attention(inputs: list[Any], outputs: list[Any]) -> int:
+        *batch, queries, key_dim = get_shape(inputs[0])
+        *_, keys, value_dim = get_shape(inputs[2])
+        return int(torch.tensor(batch).prod()) * queries * keys * (key_dim + value_dim)
+
+    try:
+        model = timm.create_model(name, img_size=resolution)
+    except TypeError:
+        model = timm.create_model(name)
+    model.eval()
+    counter = FlopCountAnalysis(model, torch.zeros(1, 3, resolution, resolution))
+    counter.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
+    counter.set_op_handle("aten::scaled_dot_product_attention", attention)
+    counter.set_op_handle("aten::batch_norm", None)
+    return sum(each.numel() for each in model.parameters()), int(counter.total())
+
+
+def chosen(path: Path) -> list[dict[str, str]]:
+    """The rows of timm's results that are kept, with the name of their family."""
+    found: dict[str, dict[str, list[dict[str, str]]]] = {}
+    for row in csv.DictReader(path.open()):
+        name, _, tag = row["name"].partition(".")
+        if not name.startswith(OURS):
+            found.setdefault(name, {}).setdefault(tag, []).append(row)
+    families: dict[str, list[dict[str, str]]] = {}
+    for name, tags in sorted(found.items()):
+        default = timm.get_pretrained_cfg(name)
+        tag = default.tag if default is not None and default.tag in tags else sorted(tags)[0]
+        size = timm.get_pretrained_cfg(f"{name}.{tag}").input_size[-1]
+        row = min(tags[tag], key=lambda each: (int(each["resolution"]) != size, int(each["resolution"])))
+        families.setdefault(family_of(name), []).append(row | {"family": family_of(name)})
+    kept = []
+    for _, rows in sorted(families.items()):
+        rows.sort(key=lambda row: float(row["mmacs"]))
+        steps = {round(i * (len(rows) - 1) / (EACH - 1)) for i in range(EACH)} if len(rows) > EACH else range(len(rows))
+        kept += [rows[i] for i in sorted(steps)]
+    return kept
+
+
+def rows_of_timm(path: Path) -> list[tuple[Any, ...]]:
+    rows = []
+    for row in chosen(path):
+        name, resolution = row["name"], int(row["resolution"])
+        try:
+            params, macs = count(name.partition(".")[0], resolution)
+        except Exception as error:  # timm's networks raise whatever their authors thought of
+            print(f"{name} at {resolution} px is left out: {str(error)[:120]}", file=sys.stderr)
+            continue
+        rows.append((name, row["family"], params, macs, resolution, row["distilled"], row["top1"], "timm"))
+    return rows
+
+
+def rows_of_ours() -> list[tuple[Any, ...]]:
+    rows = []
+    for family, entry in FAMILIES.items():
+        for name, variant in entry.variants.items():
+            if variant.top1 is not None and family not in NO_TOP1_OF_ITS_OWN:
+                arch = get_arch(name)
+                counts = counts_of(arch)
+                distilled = int(getattr(arch, "distilled", False))
+                rows.append(
+                    (name, family, counts.params, counts.macs, arch.resolution, distilled, variant.top1, variant.source)
+                )
+    return rows
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    rows = [row for row in (*rows_of_ours(), *rows_of_timm(Path(sys.argv[1]))) if LEAST <= row[3] <= MOST]
+    target = Path(__file__).parents[2] / "nas/quality/published.csv"
+    with target.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
