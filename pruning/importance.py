@@ -9,6 +9,7 @@ which are summed with their sign, per sample, before the magnitude is taken.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from pruning.units import Anatomy, Scores
 from search_spaces.gates import Gate, gates_of
-from search_spaces.widths import Axis, Width, places, widths_of
+from search_spaces.widths import Axis, Entry, Width, places, widths_of
 
 if TYPE_CHECKING:
     from torch_pruning.dependency import Group
@@ -79,6 +80,36 @@ def taylor2(model: nn.Module, parts: Anatomy, batches: Batches, seed: int) -> di
     return _over_samples(model, batches, Tensor.square)
 
 
+@criterion("features")
+def features(model: nn.Module, parts: Anatomy, batches: Batches, seed: int) -> dict[str, np.ndarray]:
+    """How much the classifier's inputs change when a unit goes, to first order and without labels: the mean over
+    samples of |v . df/dm|, where v has random signs, which is on average in proportion to the length of df/dm."""
+    generator = torch.Generator().manual_seed(seed)
+    paths = [e.name.rpartition(".")[0] for e in parts.table.entries if e.trainable and _is_classifier(e)]
+    read: dict[str, Tensor] = {}
+
+    def keep(path: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        read[path] = inputs[0]
+
+    def signed(images: Tensor, _: Tensor) -> Tensor:
+        read.clear()
+        model(images)
+        found = torch.cat(list(read.values()), 1)
+        signs = torch.randint(2, found.shape, generator=generator).to(found) * 2 - 1
+        return (found * signs).sum()
+
+    handles = [model.get_submodule(path).register_forward_pre_hook(partial(keep, path)) for path in paths]
+    try:
+        return _over_samples(model, batches, Tensor.abs, signed)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _is_classifier(entry: Entry) -> bool:
+    return len(entry.axes) == 2 and isinstance(entry.axes[0], Width) and entry.axes[0].name == "classes"
+
+
 @criterion("magnitude")
 def magnitude(model: nn.Module, parts: Anatomy, batches: Batches, seed: int) -> dict[str, np.ndarray]:
     """L2 norm of all weights a unit indexes (biases and norms apart), or that a branch holds."""
@@ -124,10 +155,15 @@ def _taylor_of_weight(weight: Tensor) -> Tensor:
     return torch.zeros_like(weight) if weight.grad is None else (weight * weight.grad).abs()
 
 
-def gate_gradients(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+def gate_gradients(
+    model: nn.Module, images: Tensor, labels: Tensor, total: Callable[[Tensor, Tensor], Tensor] | None = None
+) -> dict[str, Tensor]:
     """dL/dm of every unit for each sample: width name -> (B, units) or (B, heads, units), branch path -> (B).
 
-    L is the sample's cross-entropy. The model is in eval mode, so that samples do not meet in BatchNorm.
+    The model is in eval mode, so that samples do not meet in BatchNorm.
+
+    Args:
+        total: (images, labels) -> L summed over the samples, by one forward pass; None: their cross-entropy.
     """
     gates = gates_of(model)
     masks = []
@@ -139,7 +175,7 @@ def gate_gradients(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str
     try:
         for parameter in trainable:
             parameter.requires_grad_(False)
-        loss = F.cross_entropy(model(images), labels, reduction="sum")
+        loss = F.cross_entropy(model(images), labels, reduction="sum") if total is None else total(images, labels)
         gradients = torch.autograd.grad(loss, masks)
     finally:
         for gate in gates.values():
@@ -170,11 +206,16 @@ def _shares(gate: Gate, gradient: Tensor, sizes: Mapping[str, int]) -> Iterable[
         yield gate.branch, gradient.sum(-1)
 
 
-def _over_samples(model: nn.Module, batches: Batches, magnitude: Callable[[Tensor], Tensor]) -> dict[str, np.ndarray]:
+def _over_samples(
+    model: nn.Module,
+    batches: Batches,
+    magnitude: Callable[[Tensor], Tensor],
+    total: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> dict[str, np.ndarray]:
     totals: dict[str, Tensor] = {}
     count = 0
     for images, labels in batches:
-        for name, values in gate_gradients(model, images, labels).items():
+        for name, values in gate_gradients(model, images, labels, total).items():
             share = magnitude(values.double()).sum(0)
             totals[name] = totals[name] + share if name in totals else share
         count += len(images)

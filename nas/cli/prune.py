@@ -49,7 +49,8 @@ def prune(
     ] = True,
     axes: Annotated[str, typer.Option(help="Axes that may change.")] = "ffn,qk,v,heads,embed,blocks",
     criterion: Annotated[
-        str, typer.Option(help="Importance: taylor, taylor2, magnitude, random or torch-pruning.")
+        str,
+        typer.Option(help="taylor, taylor2, features (without labels), magnitude, random or torch-pruning."),
     ] = "taylor",
     multiple_of: Annotated[int, typer.Option(help="Widths stay multiples of this.")] = 8,
     rounds: Annotated[int, typer.Option(help="Rounds of scoring and cutting.")] = 3,

@@ -12,7 +12,12 @@ from nas.errors import UserError
 from nas.quality.trainer import Parent
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from nas.data.images import Images
     from nas.quality.trainer import CandidateTrainer
+    from search_spaces import Arch
+    from search_spaces.network import Network
 
 SCORED_IMAGES = 512
 """Images that the importance of its units is measured on."""
@@ -44,15 +49,29 @@ def find_parent(text: str, trainer: CandidateTrainer, say: Callable[[str], None]
     if arch.num_classes != classes:
         say(
             f"{text} has {arch.num_classes} classes and your images {classes}: it cannot teach, and which of its units "
-            f"matter is judged by magnitude; `vitnas train {text} --data ... ` first makes a better parent"
+            f"matter is judged with a linear probe; `vitnas train {text} --data ... ` first makes a better parent"
         )
-        return Parent(text, arch, model.state_dict(), score(model, anatomy(arch), [], "magnitude"), seen)
     images = sample(trainer.halves(arch.resolution)[0], SCORED_IMAGES, trainer.seed)
+    judged, shape = model, arch.replace(num_classes=classes)
+    if shape != arch:
+        judged = _probed(model, shape, images, trainer)
     try:
-        scores = score(model, anatomy(arch), loader(images, 32, shuffle=False, seed=trainer.seed), "taylor")
+        scores = score(judged, anatomy(shape), loader(images, 32, shuffle=False, seed=trainer.seed), "taylor")
     except ImportanceError as error:
         raise UserError(f"--parent {text}: {error}") from None
     return Parent(text, arch, model.state_dict(), scores, seen)
+
+
+def _probed(model: nn.Module, arch: Arch, images: Images, trainer: CandidateTrainer) -> Network:
+    """A copy with a linear probe. arch: its own, for the user's classes."""
+    from nas.quality.ready import give_probe
+    from search_spaces import create_model
+
+    probed = create_model(arch)
+    own, given = probed.state_dict(), model.state_dict()
+    probed.load_state_dict({name: given[name] if given[name].shape == own[name].shape else own[name] for name in own})
+    give_probe(probed, images, trainer, trainer.data.pixels)
+    return probed.cpu()
 
 
 def parent_weights(name: str | None) -> str | Path | None:

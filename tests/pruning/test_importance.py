@@ -363,3 +363,34 @@ def test_weights_that_are_not_finite_are_refused(criterion: str, value: float, h
     with pytest.raises(ImportanceError, match="not finite") as caught:
         score(model, subject.parts, [(subject.x, subject.labels)], criterion)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_change_of_the_features_needs_no_labels(family: str, helpers: ModuleType) -> None:
+    """Of many draws of signs, the mean square is the length of the first-order change of the classifier's inputs."""
+    subject = helpers.subject(family, 0)
+    one = (subject.x[:1], subject.labels[:1])
+    draws = [score(subject.model, subject.parts, [one], "features", seed) for seed in range(60)]
+    other = score(subject.model, subject.parts, [(one[0], one[1] * 0)], "features", 0)
+    assert all(np.array_equal(draws[0][width], values) for width, values in other.items())
+    heads = [
+        subject.model.get_submodule(entry.name.removesuffix(".weight"))
+        for entry in subject.parts.table.entries
+        if len(entry.axes) == 2 and getattr(entry.axes[0], "name", "") == "classes"
+    ]
+    seen: list[Tensor] = []
+    handles = [head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])) for head in heads]
+    branch = next(gate for gate in gates_of(subject.model).values() if gate.branch is not None)
+    ends = []
+    for step in (1 + STEP, 1 - STEP):
+        seen.clear()
+        branch.mask = torch.full((1, *branch.units), step, dtype=subject.x.dtype)
+        with torch.no_grad():
+            subject.model(one[0])
+        ends.append(torch.cat(seen, 1))
+    branch.mask = None
+    for handle in handles:
+        handle.remove()
+    wanted = ((ends[0] - ends[1]) / (2 * STEP)).norm().item()
+    found = np.mean([draw[branch.branch] ** 2 for draw in draws]) ** 0.5
+    assert found == pytest.approx(wanted, rel=0.35)
