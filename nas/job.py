@@ -17,7 +17,7 @@ from nas.errors import UserError
 from nas.files import replace_file, sweep_drafts, unwritable
 from nas.identity import PIXELS, changed, older
 
-NAMED = ("model", "weights", "data", "teacher", "teacher_weights", "oracle")
+NAMED = ("model", "weights", "data", "unlabelled", "teacher", "teacher_weights", "oracle")
 """Options that name what a run reads: its content must be equal (`Job.agree`), not its name."""
 
 Say = Callable[[str], None]

@@ -39,6 +39,10 @@ def prune(
     params: Annotated[str | None, typer.Option(help="Budget: 0.5x of its parameters, or 4M.")] = None,
     latency_budget: Annotated[str | None, typer.Option(help="Budget as measured here: 1.5ms or 0.6x.")] = None,
     data: Data = None,
+    unlabelled: Annotated[
+        str | None,
+        typer.Option(help="In place of --data, a folder of images without labels: the network's own answers count."),
+    ] = None,
     weights: Annotated[
         str | None,
         typer.Option(help="timm, or a PyTorch or safetensors file.  [default: the folder's own, or timm's]"),
@@ -49,9 +53,12 @@ def prune(
     ] = True,
     axes: Annotated[str, typer.Option(help="Axes that may change.")] = "ffn,qk,v,heads,embed,blocks",
     criterion: Annotated[
-        str,
-        typer.Option(help="taylor, taylor2, features (without labels), magnitude, random or torch-pruning."),
-    ] = "taylor",
+        str | None,
+        typer.Option(
+            help="taylor, taylor2, features (without labels), magnitude, random or torch-pruning.  "
+            "[default: taylor, or features with --unlabelled]"
+        ),
+    ] = None,
     multiple_of: Annotated[int, typer.Option(help="Widths stay multiples of this.")] = 8,
     rounds: Annotated[int, typer.Option(help="Rounds of scoring and cutting.")] = 3,
     compensate: Annotated[
@@ -102,14 +109,15 @@ def prune(
         folder=out or default_folder(model, budget),
         reallocate=reallocate,
         kinds=kinds_of(axes),
-        criterion=criterion,
+        criterion=criterion or ("features" if unlabelled else "taylor"),
         multiple_of=multiple_of,
         rounds=rounds,
         compensate=compensate,
         finetune=finetune,
-        distill=distill,
+        distill=distill or bool(unlabelled),
         control=control,
         data=data,
+        unlabelled=unlabelled,
         weights=weights,
         num_classes=num_classes,
         seed=seed,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +12,7 @@ from pydantic import JsonValue, TypeAdapter
 
 from nas.data.pixels import IMAGENET, Pixels
 from nas.errors import UserError
+from nas.files import read_kept, replace_file
 from nas.job import Job, Progress, Say
 from nas.prune.records import Accuracy, ImagesRow, PruneResult
 
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
 CALIBRATION_IMAGES = 512
 EVALUATED_IMAGES = 5_000
 BATCH = 32
+ANSWERS = "answers.json"
+"""In state/: the labels that the unpruned network gave, of the images that train and of those that validate."""
 
 
 def compute_device(settings: Settings) -> str:
@@ -56,12 +61,48 @@ class PruneJob(Job):
     ) -> None:
         """Open the images. weights, pixels: of the network."""
         from nas.data.dataset import open_data
-        from nas.data.images import sample
 
         self.seed = seed
-        self.data = open_data(name, resolution, num_classes, seed, weights).at(resolution, pixels=pixels)
-        self.evaluated = sample(self.data.val, EVALUATED_IMAGES, seed)
-        self.calibration = sample(self.data.calibration, CALIBRATION_IMAGES, seed)
+        self._take(open_data(name, resolution, num_classes, seed, weights).at(resolution, pixels=pixels))
+
+    def open_unlabelled(
+        self, folder: str, classes: Sequence[str], resolution: int, seed: int, pixels: Pixels = IMAGENET
+    ) -> None:
+        """Open images without labels; `label` gives them some. pixels: of the network."""
+        from nas.data.unlabelled import open_unlabelled
+
+        self.seed = seed
+        self._take(open_unlabelled(folder, classes, resolution, seed).at(resolution, pixels=pixels))
+
+    def _take(self, data: ImageData) -> None:
+        from nas.data.images import sample
+
+        self.data = data
+        self.evaluated = sample(data.val, EVALUATED_IMAGES, self.seed)
+        self.calibration = sample(data.calibration, CALIBRATION_IMAGES, self.seed)
+
+    def label(self, model: nn.Module) -> None:
+        """Label the images of `open_unlabelled` with a network's answers, which are kept in state/."""
+        from nas.data.unlabelled import with_answers
+
+        path = self.kept / ANSWERS
+        kept = read_kept(path, TypeAdapter(tuple[list[int], list[int]]), "and the images are labelled again")
+        if kept is None:
+            with self.phase("labelling"):
+                kept = self._answers(model, self.data.calibration), self._answers(model, self.data.val)
+            replace_file(path, json.dumps(kept))
+        self._take(with_answers(self.data, *kept))
+        self.note("no labels: accuracies are agreement with the unpruned network's own answers")
+
+    def _answers(self, model: nn.Module, images: Images) -> list[int]:
+        """A network's answers for images that have their numbers for labels; 0 for broken ones, which nothing uses."""
+        from nas.training.evaluation import each_batch
+
+        found = [0] * len(images)
+        for logits, numbers in each_batch(model, self.batches(images), self.device):
+            for number, answer in zip(numbers.tolist(), logits.argmax(1).tolist(), strict=True):
+                found[number] = answer
+        return found
 
     def batches(self, images: Images) -> Loader:
         """The images in order."""

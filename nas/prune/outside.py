@@ -61,6 +61,8 @@ def prune_outside(request: PruneRequest, command: str, say: Say, progress: Progr
 
 def _check(request: PruneRequest, criteria: Collection[str]) -> None:
     """Refuse what only networks of the families can do."""
+    if request.unlabelled:
+        raise UserError("--unlabelled: networks outside the five families take --data")
     if request.budget.metric != "macs":
         raise UserError(f"--{request.budget.option}: networks outside the five families take --macs")
     if request.budget.relative and request.budget.amount == 1:

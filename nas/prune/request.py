@@ -84,6 +84,8 @@ class PruneRequest:
     """Fine-tune the unpruned network alike, to compare with."""
     data: str | None = None
     """Images to train and judge on (see `nas.data.dataset.open_data`); None for scikit-learn's digits."""
+    unlabelled: str | None = None
+    """A folder of images without labels, in place of `data`: the unpruned network's answers are their labels."""
     weights: str | None = None
     """"timm" or a file; None for the folder's own, or timm's."""
     num_classes: int | None = None
@@ -113,6 +115,10 @@ class PruneRequest:
             raise UserError(f"--axes {','.join(self.kinds)!r}: choose from {','.join(KNOB_KINDS)}")
         if self.criterion not in CRITERIA:
             raise UserError(f"unknown --criterion {self.criterion!r}: choose from {', '.join(CRITERIA)}")
+        if self.unlabelled and self.data:
+            raise UserError("give --data, or --unlabelled: images with labels, or without")
+        if self.unlabelled and not self.distill:
+            raise UserError("--unlabelled without --distill: only the unpruned network can teach")
         if self.budget.relative and self.budget.amount == 1 and not self.reallocate:
             raise UserError(f"--{self.budget.option} 1x with --no-reallocate leaves nothing to do: lower the budget")
         for name, value, least in (("rounds", self.rounds, 1), ("multiple-of", self.multiple_of, 1)):

@@ -24,7 +24,7 @@ from nas.prune.records import Kept, NetworkRow, Parts, PruneResult
 from nas.prune.request import PruneRequest, show
 from nas.prune.results import write_results
 from nas.prune.rounds import Rounds, export_untrained, keep_network, load_network
-from nas.prune.source import find_source, load_source
+from nas.prune.source import classes_of, find_source, load_source
 from nas.prune.widths import block_rows
 
 if TYPE_CHECKING:
@@ -92,7 +92,11 @@ class Pruning:
         job, request = self.job, self.request
         arch, weights = find_source(job, request)
         pixels = pixels_of(arch, weights)
-        job.open_data(request.data, arch.resolution, request.num_classes, request.seed, weights, pixels)
+        if request.unlabelled:
+            names = classes_of(request.model, arch.num_classes)
+            job.open_unlabelled(request.unlabelled, names, arch.resolution, request.seed, pixels)
+        else:
+            job.open_data(request.data, arch.resolution, request.num_classes, request.seed, weights, pixels)
         job.agree(identity(job.data, model=(arch, weights)))
         if job.finished:
             job.say(f"{request.folder} is finished: these are its results")
@@ -117,9 +121,14 @@ class Pruning:
         """The network to prune, trained: with weights that fit, or briefly on the data."""
         job = self.job
         if self.state.network:
+            dense = load_network(job, "dense")
+            if self.request.unlabelled:
+                job.label(dense)
             announce(job.data, job.say, job.note)
-            return load_network(job, "dense")
+            return dense
         model, untrained = load_source(job, self.request, arch, weights)
+        if self.request.unlabelled:
+            job.label(model.eval().to(job.device))
         announce(job.data, job.say, job.note)
         steps.say_plan(job, self.request, untrained)
         if untrained:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nas.errors import UserError
+from nas.export.card import LABELS
 from nas.networks.targets import find_target
 from nas.networks.weights import load
 from nas.prune import steps
@@ -25,7 +26,8 @@ def find_source(job: PruneJob, request: PruneRequest) -> tuple[Arch, str | Path 
         UserError: there is no such network, or it has no Arch.
     """
     target = find_target(request.model)
-    if target.folder is not None and request.data is None and (known := trained_on(target.folder)):
+    given = request.data or request.unlabelled
+    if target.folder is not None and given is None and (known := trained_on(target.folder)):
         job.note(f"{request.model} was trained on {known}: --data {known} prunes it on those images")
     if target.arch is None:
         usual = "give a published name, an arch.json or a folder"
@@ -35,7 +37,7 @@ def find_source(job: PruneJob, request: PruneRequest) -> tuple[Arch, str | Path 
         return target.arch, request.weights
     if target.weights is not None:
         return target.arch, target.weights
-    return target.arch, "timm" if request.data is not None and target.folder is None else None
+    return target.arch, "timm" if given is not None and target.folder is None else None
 
 
 def load_source(job: PruneJob, request: PruneRequest, arch: Arch, weights: str | Path | None) -> tuple[Network, bool]:
@@ -50,14 +52,20 @@ def load_source(job: PruneJob, request: PruneRequest, arch: Arch, weights: str |
 
     torch.manual_seed(request.seed)
     what = steps.brief_line(job)
+    if request.unlabelled and weights is None:
+        raise UserError(f"{request.model} has no weights: --unlabelled needs a trained network")
     if weights is None:
         job.note(f"no weights given{'' if request.data else ' and no --data'}; {what}")
         job.state.found["weights"] = None
         return create_model(arch), True
     found = steps.find_published(job, request, arch) if weights == "timm" else None
+    if request.unlabelled and weights == "timm" and found is None:
+        raise UserError(f"{request.model}'s weights cannot be had: --unlabelled needs a trained network")
     if weights == "timm" and found is None:
         return create_model(arch), True
     model = load(arch, found.path if found else weights)
+    if request.unlabelled and model.untrained:
+        raise UserError(f"weights {weights} have another classifier or none: --unlabelled needs the network's own")
     if model.untrained:
         job.note(f"weights {weights} have another classifier or none; {what}")
     elif job.data.demo:
@@ -66,6 +74,14 @@ def load_source(job: PruneJob, request: PruneRequest, arch: Arch, weights: str |
         job.note(f"{weights}: {model.loaded.note}")
     job.state.found["weights"] = str(weights)
     return model, bool(model.untrained)
+
+
+def classes_of(model: str, count: int) -> list[str]:
+    """Names of a network's classes, as its folder has them; else their numbers."""
+    folder = find_target(model).folder
+    path = None if folder is None else folder / LABELS
+    names = path.read_text().splitlines() if path is not None and path.is_file() else []
+    return names if len(names) == count else [str(number) for number in range(count)]
 
 
 def trained_on(folder: Path) -> str | None:

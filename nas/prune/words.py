@@ -46,6 +46,9 @@ def next_steps(folder: Path, result: PruneResult) -> list[tuple[str, str]]:
         return [("Measure both again, side by side", bench), *[demo] * result.data.demo]
     steps = [("Measure both again, side by side", f"vitnas bench {model} {here} {on}")]
     weights = f"--weights {here}/model.safetensors"
+    if result.options.unlabelled:
+        unseen = f" --unlabelled {shlex.quote(result.options.unlabelled)}"
+        return [*steps, ("Cut it further", f"vitnas prune --model {here}{unseen} --macs 0.8x")]
     images = f" --data {shlex.quote(result.options.data)}" if result.options.data and not result.data.demo else ""
     if result.data.demo:
         steps.append(demo)

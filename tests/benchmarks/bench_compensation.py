@@ -16,7 +16,7 @@ On a free core: 15 seconds a row, of which compensation is 1 to 6; with four net
 import argparse
 import copy
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -34,7 +34,7 @@ from nas.training.statistics import take_statistics
 from pruning.compensation import compensate
 from pruning.importance import score
 from pruning.slicing import origins_of, slice_weights
-from pruning.units import anatomy, cut
+from pruning.units import Scores, anatomy, cut
 from search_spaces import Arch, create_model, get_arch, table
 
 NETWORKS = ("efficientvit_m0", "efficientvit_m1", "efficientvit_m2", "shvit_s1")
@@ -58,6 +58,8 @@ class Subject:
     scored: Batches
     judges: Batches
     top1: float
+    scores: dict[tuple[str, int], Scores] = field(default_factory=dict)
+    """By criterion and seed, those that are known."""
 
 
 def batches(images: Images) -> Batches:
@@ -87,7 +89,10 @@ def cells(of: Subject, share: float, name: str, seed: int, counts: tuple[int, ..
     """A row for each number of images."""
     method: Method = METHODS[name]
     parts = anatomy(of.arch)
-    scores = score(of.model, parts, of.scored, method.criterion, seed)
+    key = method.criterion, seed
+    if key not in of.scores:
+        of.scores[key] = score(of.model, parts, of.scored, method.criterion, seed)
+    scores = of.scores[key]
     found = cut(parts, scores, method.choose(parts, scores, share * table(of.arch).macs(), True))
     state = of.model.state_dict()
     sliced = slice_weights(of.arch, state, found.arch, found.select, found.blocks)
@@ -128,6 +133,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, help="folder of NAME.safetensors, trained at 64 pixels")
     parser.add_argument("--out", type=Path, required=True, help="folder of what was found")
     parser.add_argument("--networks", default=",".join(NETWORKS))
+    parser.add_argument("--shares", default=",".join(map(str, SHARES)), help="of the MACs")
     parser.add_argument("--seeds", default="0", help="of the criterion random")
     parser.add_argument("--part", choices=("cuts", "images"), default="cuts")
     parser.add_argument("--table", action="store_true", help="only print what is finished")
@@ -139,7 +145,7 @@ def main() -> None:
     counts = (SCORED,) if args.part == "cuts" else COUNTS
     for network in () if args.table else args.networks.split(","):
         of = subject(network, args.data, args.weights)
-        for share in SHARES if args.part == "cuts" else SHARES[1:]:
+        for share in map(float, args.shares.split(",")):
             for name in names:
                 for seed in map(int, args.seeds.split(",")) if name == "random" else (0,):
                     if not rows.has(network=network, share=share, method=name, seed=seed):

@@ -84,6 +84,7 @@ def invent() -> dict[str, Any]:
         "finished": "2026-01-02T10:04:41+00:00",
         "options": {
             "compensate": True,
+            "unlabelled": None,
             "reallocate": True,
             "kinds": ["ffn", "qk"],
             "criterion": "taylor",

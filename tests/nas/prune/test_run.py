@@ -590,3 +590,32 @@ def test_a_folder_of_an_older_vitnas_goes_on_without_refitting(vitnas, images, t
     assert "begun by an older vitnas: layers are not refitted" in said
     assert result(tmp_path / "out")["options"]["compensate"] is False
     assert result(tmp_path / "out")["rounds"][0]["refitted"] == 0
+
+
+def test_images_without_labels(vitnas, images, tmp_path, fake_clock):
+    trained(images, tmp_path / "net")
+    out, budget = tmp_path / "out", ("--rounds", "1", "--no-control", "--macs", "0.7x")
+    command = words(tmp_path / "net", out, "--unlabelled", str(images), *budget)
+    code, _, said = vitnas(*command)
+    assert code == 0, said
+    assert "agreement with the unpruned network's own answers" in said
+    found = result(out)
+    assert found["accuracy"]["before"]["top1"] == 100
+    assert found["options"]["criterion"] == "features"
+    assert found["options"]["distill"]
+    assert found["data"]["train"] == 54
+    assert sum(found["data"]["train_counts"]) == 54, "each has one of the network's three classes"
+    assert (out / "labels.txt").read_text().split() == ["0", "1", "2"]
+    assert "is finished" in vitnas(*command)[2]
+
+
+def test_images_without_labels_need_a_network_that_knows_its_classes(vitnas, images, arch_file, tmp_path):
+    out, folder = tmp_path / "out", ("--unlabelled", str(images))
+    vitnas.refused(vitnas(*words(arch_file, out, *folder)), "has no weights: --unlabelled needs a trained network")
+    vitnas.refused(vitnas(*words(arch_file, out, *folder, "--data", str(images))), "give --data, or --unlabelled")
+    trained(images, tmp_path / "net2")
+    few = ("--unlabelled", str(images / "nowhere"))
+    vitnas.refused(vitnas(*words(tmp_path / "net2", out, *few)), "no such folder")
+    (tmp_path / "few").mkdir()
+    few = ("--unlabelled", str(tmp_path / "few"))
+    vitnas.refused(vitnas(*words(tmp_path / "net2", out, *few)), "--unlabelled needs 20 or more")
