@@ -19,6 +19,7 @@ from scipy.stats import kendalltau
 from nas.networks.counts import Counts, counts_of
 from nas.networks.timm_network import TimmNetwork
 from nas.quality.candidate import Candidate, Kind
+from nas.quality.scale import odds_of, percent_of, points_per_odds
 from search_spaces import Arch, get_arch
 from search_spaces.registry import FAMILIES
 
@@ -30,6 +31,8 @@ GAIN_SPREAD = 0.1
 """How far a gain from rung to rung differs between networks, as a share of it, until the trainings show it."""
 WIDE = 15.0
 """Standard deviation in points where there is nothing to learn from."""
+WIDE_GAIN = 1.0
+"""Standard deviation in log odds of what a kind of network gains that none has shown: 16 points about a top-1 of 80."""
 DESCRIBED = 9
 """Features of any network, before those of its family and kind."""
 RUNG_0 = 1 / 3
@@ -108,19 +111,27 @@ def _shape(arch: Arch) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class Guess:
-    """Top-1 in percent, which may lie outside of 0 to 100 where nothing like the network was trained; error: one
-    standard deviation."""
+    """Top-1 after training."""
 
     value: float
+    """In percent, 0 to 100."""
     error: float
+    """One standard deviation in points, of so small a part of it as log odds there are straight; see `scale`."""
 
 
 class Surrogate:
-    """Fitted to networks trained to various epochs; predicts top-1 after `epochs`. noise: the least standard deviation
-    of a result, what another seed would change."""
+    """Fitted to networks trained to various epochs; predicts top-1 after `epochs`, as log odds.
 
-    def __init__(self, trained: Sequence[TrainedNetwork], epochs: int, noise: float = SEED_NOISE) -> None:
+    Args:
+        noise: the least standard deviation of a result, what another seed would change.
+        shares: results are percentages; else any numbers, such as logarithms of latencies.
+    """
+
+    def __init__(
+        self, trained: Sequence[TrainedNetwork], epochs: int, noise: float = SEED_NOISE, shares: bool = True
+    ) -> None:
         self.noise = noise
+        self._shares = shares
         self.trained = [each for each in trained if each.rungs]
         self.epochs = epochs
         if len(self.trained) >= LEAST:
@@ -136,11 +147,11 @@ class Surrogate:
         """
         if len(self.trained) < LEAST:
             best = [max(each.rungs.values()) for each in self.trained]
-            return Guess(float(np.mean(best)) if best else 0.0, WIDE)
+            return Guess(self._of_scale(self._on_scale(float(np.mean(best)) if best else 0.0)), WIDE)
         row = self._row(features, self._own.get(key, {}))
         mean, deviation = self._process.predict(self._scaled(row[None], [self.epochs]), return_std=True)
-        error = float(np.hypot(deviation[0] * self._spread, self.noise))
-        return Guess(float(mean[0]) * self._spread + self._centre, error)
+        value = self._of_scale(float(mean[0]) * self._spread + self._centre)
+        return Guess(value, float(np.hypot(deviation[0] * self._spread * self._points(value), self.noise)))
 
     def held_out(self) -> tuple[float, float] | None:
         """Mean absolute error in points, and Kendall's tau, of top-1 after `epochs` predicted for every network that
@@ -155,9 +166,9 @@ class Surrogate:
             rest = self._owner != i
             here = np.flatnonzero((self._owner == i) & self._is_full)
             weights = np.linalg.solve(gram[np.ix_(rest, rest)], self._targets[rest])
-            found.append(float((gram[np.ix_(here, rest)] @ weights)[0]))
-            wanted.append(float(self._targets[here][0]))
-        error = float(np.mean(np.abs(np.subtract(found, wanted)))) * self._spread
+            found.append(self._of_scale(float((gram[np.ix_(here, rest)] @ weights)[0]) * self._spread + self._centre))
+            wanted.append(self.trained[i].rungs[self.epochs])
+        error = float(np.mean(np.abs(np.subtract(found, wanted))))
         tau = float(kendalltau(found, wanted).statistic) if len(set(wanted)) > 1 else float("nan")
         return error, tau
 
@@ -183,7 +194,7 @@ class Surrogate:
         self._scale = np.where(scale > 1e-9, scale, np.inf)
         gains = self._gains()
         gained = [gains[kind_of(self.trained[i].features), e] for i, _, e, _ in rows]
-        values = np.array([top1 + gain for (*_, top1), (gain, _) in zip(rows, gained, strict=True)])
+        values = np.array([self._on_scale(top1) + gain for (*_, top1), (gain, _) in zip(rows, gained, strict=True)])
         self._centre, self._spread = float(values.mean()), float(values.std()) or 1.0
         self._targets = (values - self._centre) / self._spread
         self._inputs = self._scaled(features, [e for _, _, e, _ in rows])
@@ -192,32 +203,44 @@ class Surrogate:
             + ConstantKernel(1.0, (1e-3, 1e2)) * RBF(3.0, (1.0, 30.0))
             + WhiteKernel(0.1, (1e-3, 1.0))
         )
-        doubt = np.array([self.noise**2 + variance for _, variance in gained]) / self._spread**2
+        noise = self.noise / np.array([self._points(top1) for *_, top1 in rows])
+        doubt = (noise**2 + np.array([variance for _, variance in gained])) / self._spread**2
         self._process = GaussianProcessRegressor(kernel, alpha=1e-8 + doubt, random_state=0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
             self._process.fit(self._inputs, self._targets)
 
     def _gains(self) -> dict[tuple[Kind, int], tuple[float, float]]:
-        """By kind and rung, what top-1 still gains to the last rung, and the variance of that, over the networks of the
-        kind trained to both, added up from rung to rung. With fewer than `LEAST` such networks the deviation is a share
-        of the gain; with none, but some of other kinds, the gain is theirs and the deviation `WIDE`."""
+        """By kind and rung, what log odds still gain to the last rung, and the variance of that, over the networks of
+        the kind trained to both, added up from rung to rung. With fewer than `LEAST` such networks the deviation is a
+        share of the gain; with none, but some of other kinds, the gain is theirs and the deviation `WIDE_GAIN`."""
         rungs = sorted({epochs for each in self.trained for epochs in each.rungs})
         found = {(kind, rungs[-1]): (0.0, 0.0) for kind in Kind}
         for epochs, following in reversed(list(itertools.pairwise(rungs))):
             pairs: dict[Kind, list[float]] = {kind: [] for kind in Kind}
             for each in self.trained:
                 if epochs in each.rungs and following in each.rungs:
-                    pairs[kind_of(each.features)].append(each.rungs[following] - each.rungs[epochs])
+                    before, after = (self._on_scale(each.rungs[rung]) for rung in (epochs, following))
+                    pairs[kind_of(each.features)].append(after - before)
             every = [gain for gains in pairs.values() for gain in gains]
             for kind, gains in pairs.items():
                 gain = float(np.mean(gains or every)) if every else 0.0
                 variance = float(np.var(gains, ddof=1)) if len(gains) >= LEAST else (GAIN_SPREAD * gain) ** 2
                 if every and not gains:
-                    variance = WIDE**2
+                    variance = WIDE_GAIN**2
                 later = found[kind, following]
                 found[kind, epochs] = later[0] + gain, later[1] + variance
         return found
+
+    def _on_scale(self, result: float) -> float:
+        return odds_of(result) if self._shares else result
+
+    def _of_scale(self, value: float) -> float:
+        return percent_of(value) if self._shares else value
+
+    def _points(self, result: float) -> float:
+        """How much of a result a unit of the scale is, about it."""
+        return points_per_odds(result) if self._shares else 1.0
 
     def _row(self, features: np.ndarray, rungs: Rungs) -> np.ndarray:
         """Features as wide as the widest, and the figure of rung 0, or its mean where there is none. What an older

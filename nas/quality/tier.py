@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol, Self
 
 from nas.intervals import Interval
+from nas.quality.scale import lowered
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -69,7 +70,7 @@ class Estimate:
     """95% interval in percent, with the noise of the images that judged."""
     score: float
     """What a search ranks by: one standard error below the value, so that luck does not win over what is better known.
-    It may be below 0, so that poor networks differ, too; see `told_score`."""
+    On the scale of log odds: it is within 0 to 100, and poor networks differ, too."""
     how: str = "predicted"
     """Where the estimate comes from, in words."""
     training: TrainingRecord | None = None
@@ -77,9 +78,8 @@ class Estimate:
 
     @classmethod
     def within(cls, value: float, error: float, interval: Interval) -> Self:
-        """A value and an interval, cut to 0 to 100. error: one standard error."""
-        possible = min(max(value, 0.0), 100.0)
-        return cls(possible, interval.clipped(), possible - error)
+        """A value and an interval, which are within 0 to 100. error: one standard error, in points."""
+        return cls(value, interval, lowered(value, error))
 
     def to_dict(self) -> dict[str, object]:
         """The estimate as a trial and its row keep it, without the training."""
@@ -88,7 +88,7 @@ class Estimate:
 
 
 def told_score(score: float) -> float:
-    """A score as it is printed: none is below 0."""
+    """A score as it is printed: an older vitnas kept some below 0."""
     return max(score, 0.0)
 
 

@@ -21,8 +21,9 @@ import numpy as np
 from pydantic import FiniteFloat, TypeAdapter
 
 from nas.files import read_kept, replace_file
-from nas.intervals import joined, of_error, of_share
+from nas.intervals import of_share
 from nas.quality.kept import Kept, keep
+from nas.quality.scale import with_noise
 from nas.quality.surrogate import Guess, Rungs, Surrogate, TrainedNetwork, describe_candidate
 from nas.quality.tier import Estimate, TrainedTier, with_training
 from nas.quality.trainer import ETA
@@ -194,13 +195,9 @@ class HalvingTier(TrainedTier):
         return with_training(self._bounded(surrogate.predict(features, key)), self._how(own, features), features, own)
 
     def _bounded(self, guess: Guess) -> Estimate:
-        """A guess within 0 to 100: how far it lay outside is a miss, which its error holds. Its interval also holds the
-        noise of the images that judged."""
-        value = min(max(guess.value, 0.0), 100.0)
-        error = math.hypot(guess.error, guess.value - value)
-        return Estimate.within(
-            value, error, joined(value, of_error(value, error), of_share(value, self.trainer.judged))
-        )
+        """A guess as an estimate, whose interval also holds the noise of the images that judged."""
+        noise = of_share(guess.value, self.trainer.judged)
+        return Estimate.within(guess.value, guess.error, with_noise(guess.value, guess.error, noise))
 
     def _doubt(self, top1: float) -> float:
         """One standard error, in points, of a top-1 in percent on the images that judge."""

@@ -96,6 +96,7 @@ class Promise:
             [TrainedNetwork(one.digest, _shape(one.features), {1: math.log(one.latency_ms)}) for one in measured],
             1,
             noise=LATENCY_NOISE,
+            shares=False,
         )
         self._quality, self._limit = quality, math.log(budget_ms)
         fitting = {one.digest for one in measured if one.feasible}

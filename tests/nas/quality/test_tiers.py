@@ -141,17 +141,22 @@ def test_one_fit_serves_until_a_training_adds_to_it(trainer, monkeypatch):
     assert [each.key for each in tier.surrogate().trained] == [each.key for each in trainer.__dict__["known"]]
 
 
-@pytest.mark.parametrize("raw", [228.0, 139.0, -45.0, 62.0])
-def test_estimates_stay_within_0_and_100(trainer, monkeypatch, raw):
-    """How far a guess lies outside is its error: a network that nothing like it was trained of cannot rank first."""
-    from nas.quality.surrogate import Guess
-
-    monkeypatch.setattr(Surrogate, "predict", lambda self, features, key="": Guess(raw, 2.0))
-    found = Stub(trainer).predict(Candidate(arch_at(0)), counts_of(arch_at(0)))
-    assert 0 <= found.interval.low <= found.value <= found.interval.high <= 100
-    assert found.score < found.value
-    if raw > 100:
-        assert found.score < 100 - (raw - 100) + 1
+@pytest.mark.parametrize("reach", [-30.0, -3.0, 0.5, 3.0, 30.0])
+def test_estimates_stay_within_0_and_100(trainer, reach):
+    """Far beyond what was trained a straight line says 199% or -60%; a network that nothing like it was trained of
+    cannot rank first."""
+    arches = [arch_at(seed) for seed in range(6)]
+    shapes = np.array([describe(arch, counts_of(arch)) for arch in arches])
+    for i, shape in enumerate(shapes):
+        trainer.__dict__["known"].append(TrainedNetwork(str(i), shape, {9: 55.0 + 4 * i}))
+    asked = shapes[0] + reach * (shapes[5] - shapes[0])
+    tier = Stub(trainer)
+    (found,) = tier.review([("", asked)])
+    assert 0 < found.interval.low <= found.value <= found.interval.high < 100
+    assert 0 < found.score < found.value + 1e-9
+    if abs(reach) >= 30:
+        best = max(each.score for each in tier.review([(str(i), shape) for i, shape in enumerate(shapes)]))
+        assert found.score < best
         assert found.interval.low < 50
     json.dumps(found.to_dict())
 

@@ -48,8 +48,9 @@ def test_poor_estimates_still_rank_by_what_they_say():
     for trial, (value, error) in enumerate([(2, 3), (10, 15), (1, 3), (14, 15)]):
         score = Estimate.within(value, error, of_error(value, error)).score
         rows.append(replace(row(trial, score, 1.0, params=4 - trial), quality_ci=(0.0, 30.0)))
-    assert [each.trial for each in sorted(rows, key=rank)] == [0, 3, 2, 1]
-    assert {score_words(each)[:4] for each in rows} == {"0.0 "}, "none is told below 0"
+    assert [each.trial for each in sorted(rows, key=rank)] == [3, 1, 0, 2]
+    assert len({each.quality for each in rows}) == 4
+    assert {score_words(each)[:4] for each in rows} == {"4.5 ", "2.1 ", "0.4 ", "0.1 "}, "none is told below 0"
 
 
 def test_one_that_surely_fits_goes_before_a_better_one_that_may():
