@@ -123,12 +123,14 @@ def test_features_of_any_classes_teach(vitnas: Any, of_seven: tuple[str, str], t
     more.mkdir(parents=True)
     for i in range(4):
         Image.new("RGB", (16, 16), (60 * i, 0, 0)).save(more / f"{i}.png")
+    (more / "broken.png").write_bytes(b"no image")
     args = ("train", model, "--from-scratch", "--teacher", model, "--teacher-weights", seven, "--out", str(out), *ARGS)
     unlabelled = ("--unlabelled", str(more.parent))
     vitnas.refused(vitnas(*args, *unlabelled), "--unlabelled needs --teacher and --distillation features")
     code, _, err = vitnas(*args, "--distillation", "features", *unlabelled)
     assert code == 0, err
-    assert f"features of {model} are matched, on 4 unlabelled images too" in err
+    assert f"features of {model} are matched, on 5 unlabelled images too" in err
+    assert "skipped 1 image that cannot be decoded: " in err
     found = metrics(out)
     assert found["recipe"]["distillation"] == "features"
     assert found["options"]["unlabelled"] == str(more.parent)
