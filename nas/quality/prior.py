@@ -52,8 +52,9 @@ class PriorTier:
     name = "prior"
     label = "score (prior: ImageNet top-1 predicted from size, with that family's published recipe)"
     note = (
-        "The prior knows only size: it favours the largest network that fits the budget. To find what suits your "
-        "images, search with --data."
+        "The prior knows size, and what a family's published design and recipe are worth (LeViT's: 1000 epochs, "
+        "distilled). It favours the largest network that fits the budget. To find what suits your images, search "
+        "with --data."
     )
     trained = False
     failed: Mapping[str, str] = {}

@@ -3,25 +3,31 @@
 Of the published networks that it is fitted to, each is predicted by a fit without it, and by one without its whole
 family. Printed per class of MACs: how often the stated 90% and 95% intervals hold the published top-1, the mean error
 in points, and the mean half-width of the 90% interval. Then the four spreads that maximise the likelihood of the table,
-beside those in `nas.quality.size_fit`, and what each family is worth. A minute.
+beside those in `nas.quality.size_fit`, and what each family is worth. Last, the CPU time of a random Arch's counts and
+prediction (median of 500), and of the build on the meta device (median of 50) that counts took before. Two minutes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from statistics import mean
+import time
+from collections.abc import Callable, Sequence
+from statistics import mean, median
 
 import numpy as np
 from scipy.optimize import minimize
 from scipy.special import ndtri
 
+from nas.networks.counts import counts_of
 from nas.quality import size_fit
-from nas.quality.prior import fitted_to
+from nas.quality.candidate import Candidate
+from nas.quality.prior import PriorTier, fitted_to
 from nas.quality.published import Published
 from nas.quality.scale import odds_of, percent_of
 from nas.quality.size_fit import COEFFICIENTS, NOISE, NOISE_OF_SMALL, OFFSETS, SLOPES, Prediction, SizeFit
+from search_spaces import Arch, count, table
 from search_spaces.registry import FAMILIES
+from search_spaces.space import random_params
 
 CLASSES = ((30, 100), (100, 300), (300, 1000), (1000, 6000))
 """MMACs, from and below."""
@@ -100,6 +106,29 @@ def worth(points: Sequence[Published]) -> list[list[str]]:
     return rows
 
 
+def cpu_ms(work: Callable[[Arch], object], archs: Sequence[Arch]) -> float:
+    """Median CPU time of some work on each of some Archs, in milliseconds."""
+    spent = []
+    for arch in archs:
+        begun = time.process_time_ns()
+        work(arch)
+        spent.append(time.process_time_ns() - begun)
+    return median(spent) / 1e6
+
+
+def costs() -> list[list[str]]:
+    """A row a family: counts, prediction, and a build, in milliseconds of CPU."""
+    rng, tier = np.random.default_rng(0), PriorTier()
+    rows = []
+    for name, family in FAMILIES.items():
+        archs = [family.space.decode(random_params(rng), 1000) for _ in range(500)]
+        tier.estimate(Candidate(archs[0]), counts_of(archs[0]))
+        counting = cpu_ms(count, archs)
+        told = cpu_ms(lambda arch: tier.estimate(Candidate(arch), counts_of(arch)), archs)
+        rows.append([name, f"{counting:.2f}", f"{told - counting:.2f}", f"{cpu_ms(table, archs[:50]):.0f}"])
+    return rows
+
+
 def main() -> None:
     points = fitted_to()
     print(f"{len(points)} networks, {len({point.family for point in points})} families")
@@ -111,6 +140,9 @@ def main() -> None:
     print("\noffsets, slopes, noise, noise of small: likeliest, and in use")
     print(likeliest(points).round(4), (OFFSETS, SLOPES, NOISE, NOISE_OF_SMALL))
     print("\nwhat a family is worth, in points:", worth(points))
+    print("\nfamily | counts | prediction | build: ms of CPU")
+    for row in costs():
+        print(" | ".join(row))
 
 
 if __name__ == "__main__":
