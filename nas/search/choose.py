@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -54,6 +54,8 @@ RIVAL = 3.0
 DRAWN = 6
 """Random variations that each parent gets more of with every trial, and networks from scratch that are compared. To
 describe a network costs about 0.07 s of a CPU, so what was drawn once stays in the choice."""
+DRAWN_FROM_SCRATCH = 48
+"""Networks that those from scratch are taken from: most of a space is far over a budget."""
 NEAR = (0.75, 1.15)
 """Networks are cut from a parent to a latency that is likely so many times the budget: one that is much faster loses
 more than it must, and one that is slower is measured in vain."""
@@ -333,12 +335,18 @@ class Chooser:
         share = made.count(Kind.SCRATCH) + 1 <= SCRATCH_SHARE * (len(made) + 1)
         return not self._field.entrants or (share and bool(self._without_weights))
 
-    def _scratch(self, rng: np.random.Generator) -> Iterator[Candidate]:
-        families = self._without_weights
-        for _ in range(DRAWN if families else 0):
-            family = families[rng.integers(len(families))]
-            space = FAMILIES[family].space
-            yield Candidate(space.decode(random_params(rng), self._request.num_classes, self._request.resolution))
+    def _scratch(self, rng: np.random.Generator) -> list[Candidate]:
+        """Some whose size does not say that they are surely over the budget, or the smallest that was drawn."""
+        families, request = self._without_weights, self._request
+        if not families:
+            return []
+        drawn = []
+        for _ in range(DRAWN_FROM_SCRATCH):
+            space = FAMILIES[families[rng.integers(len(families))]].space
+            drawn.append(space.decode(random_params(rng), request.num_classes, request.resolution))
+        macs = {arch: count(arch).macs for arch in drawn}
+        may_fit = [arch for arch in drawn if self._field.guess(macs[arch]).low <= request.budget_ms]
+        return [Candidate(arch) for arch in may_fit[:DRAWN] or [min(drawn, key=macs.__getitem__)]]
 
 
 def tried_in(study: optuna.Study) -> list[Tried]:

@@ -174,8 +174,15 @@ class Field:
         macs = entrant.macs(px)
         kin = [each for each in self.entrants if each.group == entrant.group]
         known = [(each.macs(at), ms) for each in kin for at, ms in _measured(each, latencies).items()]
-        others, ms = min(known or [self._reference], key=lambda each: abs(math.log(each[0] / macs)))
-        return Forecast.within(ms * (macs / others) ** POWER, ALIKE if known else GUESSED)
+        if not known:
+            return self.guess(macs)
+        others, ms = min(known, key=lambda each: abs(math.log(each[0] / macs)))
+        return Forecast.within(ms * (macs / others) ** POWER, ALIKE)
+
+    def guess(self, macs: float) -> Forecast:
+        """The latency of a network of any family with so many multiply-accumulates, from the reference network's."""
+        others, ms = self._reference
+        return Forecast.within(ms * (macs / others) ** POWER, GUESSED)
 
     def _stands(self, entrant: Entrant, latencies: Mapping[str, float], tried: Collection[str]) -> bool:
         """Whether a network is in the race: it fits at a resolution, or that is not known yet."""

@@ -18,7 +18,7 @@ from nas.search import choose, derive
 from nas.search.choose import Chooser, Sized, Tried
 from nas.search.given import GIVEN
 from nas.search.propose import Measured
-from nas.search.ready import Entrant, Field
+from nas.search.ready import GUESSED, POWER, Entrant, Field
 from pruning.units import anatomy, equal_scores
 from search_spaces import get_arch
 
@@ -31,6 +31,7 @@ NAMES = ("efficientvit_m0", "efficientvit_m1", "efficientvit_m2")
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(derive, "SHARES", (0.85, 0.7, 0.6))
     monkeypatch.setattr(choose, "DRAWN", 1)
+    monkeypatch.setattr(choose, "DRAWN_FROM_SCRATCH", 12)
     monkeypatch.setattr(choose, "Promise", Promise)
 
 
@@ -246,3 +247,13 @@ def test_a_parent_that_promises_much_less_is_not_tuned(other: float, rivals: boo
     latencies = {"efficientvit_m0@64": 0.5, "efficientvit_m1@64": 0.8, "efficientvit_m2@64": 1.0}
     found = [each.name for each in bench.chooser._parents(latencies, [])]
     assert found == ["efficientvit_m1", "efficientvit_m2"][: 1 + rivals]
+
+
+def test_networks_from_scratch_are_not_surely_over_the_budget() -> None:
+    bench = Bench(families=("sepvit",))
+    rng = np.random.default_rng(0)
+    found = [counts_of(each.network).macs for each in bench.chooser._scratch(rng)]
+    assert len(found) == choose.DRAWN
+    assert all(0.3 * (macs / 6e6) ** POWER / GUESSED <= BUDGET_MS for macs in found)
+    bench.chooser._request.budget_ms = 1e-3
+    assert len(bench.chooser._scratch(rng)) == 1, "the smallest, if nothing fits"
