@@ -169,7 +169,7 @@ def _keys(ours: Axis, theirs: Axis, rows: Tensor, gates: Mapping[str, str]) -> t
     found = []
     for (name, head), own in kept.items():
         everywhere = runs[name, head]
-        if len(own) < len(everywhere):
+        if len(own) < len(everywhere) and name in gates:
             units = [places[row][2] for row in rows[own].tolist()]
             found.append(Keys(gates[name], head, torch.tensor(units), torch.tensor(own), torch.tensor(everywhere)))
     return tuple(found)

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from pruning.compensation import compensate
 from pruning.slicing import origins_of, slice_weights
+from pruning.units import cut, with_all_tokens
 from search_spaces import Arch, table
+from search_spaces.registry import FAMILIES
 from search_spaces.widths import places
 
 State = dict[str, Tensor]
@@ -107,6 +109,27 @@ def test_a_network_that_lost_nothing_stays_as_it_is(family: str, helpers: Module
     repaired, changed = compensate(arch, state, arch, state, origins_of(arch, arch), images)
     assert changed == 0
     assert all(torch.equal(repaired[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("seed", range(3))
+def test_any_cut_of_any_network_is_repaired(family: str, seed: int, helpers: ModuleType) -> None:
+    """Irregular ones too: tokens dropped, windows, blocks removed; what the images show comes nearer."""
+    subject = helpers.subject(family, seed)
+    found = cut(subject.parts, subject.scores, helpers.shrunk(subject.parts.knobs[seed::3], seed))
+    state, images = subject.model.state_dict(), helpers.image(subject.arch, 24, 4)
+    sliced = slice_weights(subject.arch, state, found.arch, found.select, found.blocks)
+    origins = origins_of(subject.arch, found.arch, found.select, found.blocks)
+    repaired, changed = compensate(subject.arch, state, found.arch, sliced, origins, images)
+    missed = []
+    models = [helpers.build(with_all_tokens(arch)) for arch in (subject.arch, found.arch)]
+    models[0].load_state_dict(state)
+    for weights in (sliced, repaired):
+        models[1].load_state_dict(weights)
+        with torch.no_grad():
+            missed.append((models[1](images) - models[0](images)).square().mean().item())
+    assert changed
+    assert missed[1] < missed[0]
 
 
 def test_layers_before_the_cut_stay_as_they_are(helpers: ModuleType) -> None:
