@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from datetime import datetime
@@ -22,7 +23,9 @@ def render(template: Path, data: Mapping[str, Any], **filters: Callable[..., Any
     return pages.get_template(template.name).render(data)
 
 
+@functools.cache
 def _pages(folder: Path) -> Environment:
+    """The templates of a folder, each of which is compiled once."""
     import jinja2
 
     pages = jinja2.Environment(

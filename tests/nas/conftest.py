@@ -4,6 +4,7 @@ why."""
 from __future__ import annotations
 
 import errno
+import functools
 import logging
 import os
 import pwd
@@ -20,6 +21,7 @@ from pathlib import Path
 import psutil
 import pytest
 import quick
+import typer.main
 from postgres import Server, Unavailable, free_port
 
 
@@ -155,8 +157,12 @@ def ssh_server() -> Iterator[SshServer]:
         shutil.rmtree(home, ignore_errors=True)
 
 
+_command = functools.cache(typer.main.get_command)
+
+
 class Cli:
-    """The command in this process: call it with its words for (exit code, stdout, stderr)."""
+    """The command in this process: call it with its words for (exit code, stdout, stderr). Its verbs and options are
+    read once for all calls."""
 
     def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
         self._capsys, self._monkeypatch = capsys, monkeypatch
@@ -164,6 +170,7 @@ class Cli:
     def __call__(self, *words: str) -> tuple[int, str, str]:
         from nas.cli import app
 
+        self._monkeypatch.setattr(typer.main, "get_command", _command)
         self._monkeypatch.setattr(sys, "argv", ["vitnas", *words])
         with pytest.raises(SystemExit) as stop:
             app.main()
@@ -207,6 +214,7 @@ def _warnings_on_stderr() -> Iterator[None]:
 @pytest.fixture
 def few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     quick.few_rounds(monkeypatch)
+    quick.blank_plots(monkeypatch)
 
 
 @pytest.fixture

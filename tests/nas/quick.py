@@ -77,6 +77,17 @@ def exports_here(patch: pytest.MonkeyPatch, folder: Path) -> None:
     patch.setattr(Exporter, "call", call)
 
 
+def blank_plots(patch: pytest.MonkeyPatch) -> None:
+    """Draw no plot into a search's report; what it shows is tested in test_report."""
+    patch.setattr("nas.search.report.plot_front", lambda outcome: b"")
+
+
+def short_probes(patch: pytest.MonkeyPatch) -> None:
+    """Choose a linear probe's strength among two, by two folds; how it is chosen is tested in test_probe."""
+    patch.setattr("nas.training.probe.STRENGTHS", (1.0, 0.1))
+    patch.setattr("nas.training.probe.FOLDS", 2)
+
+
 def program(exporting: Path | None = None) -> str:
     """The command with few rounds and small networks, for a process of its own; its words follow.
 

@@ -68,6 +68,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory, exports: Path) -> tuple[P
     words = ["vitnas", *COMMAND, "--out", str(root), "--data", str(root / "images")]
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
         quick.few_rounds(patch)
+        quick.blank_plots(patch)
         quick.small_shvit(patch)
         quick.exports_here(patch, exports)
         patch.setattr(loop, "enqueue_published", lambda request, study, _: enqueue_candidate(request, study, READY))

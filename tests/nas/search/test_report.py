@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import quick
 from markupsafe import escape
 from records import outcome_of
 
@@ -208,6 +209,17 @@ def invent(trials: int = 100, budget: float = 2.0, seed: int = 0) -> dict[str, A
     }
 
 
+@pytest.fixture
+def plots() -> None:
+    """For tests that look at the plot."""
+
+
+@pytest.fixture(autouse=True)
+def _blank_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "plots" not in request.fixturenames:
+        quick.blank_plots(monkeypatch)
+
+
 class Page(HTMLParser):
     """A report's text outside its style sheet, and its tags with their attributes."""
 
@@ -244,6 +256,7 @@ def briefly(data: dict[str, Any]) -> dict[str, Any]:
     return data
 
 
+@pytest.mark.usefixtures("plots")
 @pytest.mark.parametrize(
     "data",
     [invent(), invent(40, 0.5), invent(1, 3.0), briefly(invent(1, 3.0))],
@@ -440,6 +453,7 @@ def test_only_failed_trials(tmp_path: Path) -> None:
     assert "1 out of memory" in text
 
 
+@pytest.mark.usefixtures("plots")
 def test_files_are_replaced_whole(tmp_path: Path, fill_disk: Callable[[], None]) -> None:
     write_run(tmp_path, outcome_of(invent(20)))
     before = {name: (tmp_path / name).read_bytes() for name in FILES}
@@ -457,6 +471,7 @@ def test_files_are_replaced_whole(tmp_path: Path, fill_disk: Callable[[], None])
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == after
 
 
+@pytest.mark.usefixtures("plots")
 @pytest.mark.parametrize(("count", "budget"), [(1, 3.0), (100, 3.0), (500, 3.0), (1, 20.0)])
 def test_labels_in_the_plot_do_not_overlap(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, budget: float
@@ -590,6 +605,7 @@ def test_a_size_stands_once(tmp_path: Path) -> None:
     assert report(tmp_path, invent(20) | {"against": [entry]}).source.count("1056") == 1
 
 
+@pytest.mark.usefixtures("plots")
 def test_what_was_not_trained_has_no_height_in_the_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Such trials stand hollow at the foot, whatever the surrogate guessed of them."""
     from matplotlib.figure import Figure

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import quick
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import nas.data.dataset
 import nas.training.engine
@@ -37,24 +38,26 @@ ARGS = ("--epochs", "1", "--batch-size", "32", "--device", "cpu")
 @pytest.fixture(scope="module")
 def weights(helpers, tmp_path_factory) -> tuple[str, str]:
     """A tiny SHViT as arch.json, and a file of weights for it, of other classes."""
-    arch = helpers.random_arch("shvit", 3, num_classes=10, resolution=32)
+    raw = helpers.document(helpers.random_arch("shvit", 3, num_classes=10, resolution=32))
+    arch = helpers.read(raw | {"stages": raw["stages"][:2]})
     folder = tmp_path_factory.mktemp("shvit")
     (folder / "arch.json").write_text(arch.to_json())
     torch.manual_seed(0)
     model = create_model(arch.replace(num_classes=7))
-    torch.save(model.state_dict(), folder / "given.pth")
-    return str(folder / "arch.json"), str(folder / "given.pth")
+    save_file(model.state_dict(), folder / "given.safetensors")
+    return str(folder / "arch.json"), str(folder / "given.safetensors")
 
 
 def few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A few of them, and two rates."""
+    """A few of them, two rates, and probes of two strengths."""
 
     def open_few(*args) -> nas.data.dataset.ImageData:
         data = open_data(*args)
-        return dataclasses.replace(data, train=sample(data.train, 200, 0), val=sample(data.val, 64, 0))
+        return dataclasses.replace(data, train=sample(data.train, 120, 0), val=sample(data.val, 40, 0))
 
     monkeypatch.setattr(nas.data.dataset, "open_data", open_few)
     monkeypatch.setitem(RECIPES, "finetune", dataclasses.replace(FINETUNE, rates=(1e-4, 1e-3)))
+    quick.short_probes(monkeypatch)
 
 
 @pytest.fixture(autouse=True)
@@ -128,7 +131,7 @@ def test_a_probe_alone_is_a_result_like_any_other(tune, vitnas, weights, tmp_pat
     assert not {"recipe", "lr", "augmentation", "rates"} & found["options"].keys()
     assert text.startswith(f"{found['top1']:.1f}% top-1 (95%: ")
     assert (tmp_path / "out" / "model.onnx").is_file()
-    given = torch.load(weights[1], weights_only=True)
+    given = load_file(weights[1])
     ours = load_file(tmp_path / "out" / "model.safetensors")
     changed = {name for name, value in ours.items() if not torch.equal(value, given[name])}
     assert changed
@@ -172,7 +175,7 @@ def test_each_image_is_looked_at_once_for_the_given_statistics(tune, monkeypatch
     code, _, err = tune("--probe", "--device", "cpu")
     assert code == 0, err
     assert "a probe on 50 images has" in err
-    assert taken == [200, 50] + [200] * ("are taken from these images" in err)
+    assert taken == [120, 50] + [120] * ("are taken from these images" in err)
 
 
 @pytest.mark.parametrize("there", [True, False])
@@ -356,9 +359,10 @@ def state(steps) -> str:
 def test_other_weights_are_refused_with_the_difference(tune, weights, vitnas, tmp_path):
     assert tune("--probe", "--device", "cpu")[0] == 0
     model, given = weights
-    other = tmp_path / "other.pth"
-    state = torch.load(given, weights_only=True)
-    torch.save({name: value * 2 if value.is_floating_point() else value for name, value in state.items()}, other)
+    other = tmp_path / "other.safetensors"
+    save_file(
+        {name: value * 2 if value.is_floating_point() else value for name, value in load_file(given).items()}, other
+    )
     refused = vitnas("train", model, "--weights", str(other), "--out", str(tmp_path / "out"), "--probe")
     digest = metrics(tmp_path)["start"]["digest"]
     vitnas.refused(refused, f"was begun with {given} (sha256 {digest}), not {other} (sha256 ", "give another --out")
@@ -413,7 +417,6 @@ def test_tuning_a_run_further_never_ends_below_it(vitnas, weights, tmp_path, mon
 def test_a_network_of_timm_s_from_a_folder_of_weights(vitnas, tmp_path, monkeypatch):
     """Its file is found by its name, once, its classifier replaced, and its run is one like any other."""
     import timm
-    from safetensors.torch import save_file
 
     folder, out = tmp_path / "weights", tmp_path / "out"
     folder.mkdir()

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import quick
 import torch
 from forked import Forked
 from PIL import Image
@@ -78,9 +79,10 @@ def deit(small) -> str:
 def few_digits(patch: pytest.MonkeyPatch) -> None:
     def open_few(*args) -> nas.data.dataset.ImageData:
         data = open_data(*args)
-        return dataclasses.replace(data, train=sample(data.train, 256, 0), val=sample(data.val, 64, 0))
+        return dataclasses.replace(data, train=sample(data.train, 128, 0), val=sample(data.val, 32, 0))
 
     patch.setattr(nas.data.dataset, "open_data", open_few)
+    quick.short_probes(patch)
 
 
 @pytest.fixture
@@ -160,7 +162,7 @@ def test_what_an_onnx_check_refuses_is_written(vitnas, deit, tmp_path, monkeypat
     import nas.export.artifact
 
     out = tmp_path / "out"
-    args = ("train", deit, "--out", str(out), "--epochs", "1", "--batch-size", "128", "--device", "cpu")
+    args = ("train", deit, "--out", str(out), "--epochs", "1", "--batch-size", "64", "--device", "cpu")
     out.mkdir()
     (out / "model.onnx").write_text("of an older network")
     agreement = nas.export.onnx.agreement
@@ -235,7 +237,7 @@ def test_a_second_command_on_a_folder_is_refused(vitnas, deit, tmp_path):
 )
 def test_a_damaged_file_is_one_line(vitnas, deit, tmp_path, file, content):
     out = tmp_path / "out"
-    args = ("train", deit, "--out", str(out), "--epochs", "1", "--batch-size", "128", "--device", "cpu")
+    args = ("train", deit, "--out", str(out), "--epochs", "1", "--batch-size", "64", "--device", "cpu")
     if file == "state/checkpoint":
         (out / "state").mkdir(parents=True)
     else:
@@ -247,7 +249,7 @@ def test_a_damaged_file_is_one_line(vitnas, deit, tmp_path, file, content):
     assert (out / file).read_text() == content
 
 
-ONCE = ("--epochs", "3", "--batch-size", "64", "--device", "cpu")
+ONCE = ("--epochs", "3", "--batch-size", "32", "--device", "cpu")
 """Of the `few` images: four updates an epoch."""
 
 
@@ -280,8 +282,8 @@ def signalled(monkeypatch, at: int, number: int = signal.SIGINT) -> None:
 @pytest.mark.parametrize(
     ("number", "at", "done", "which"),
     [
-        (signal.SIGINT, 1, "128 images of epoch 1", "128 images of epoch 1, which was not judged"),
-        (signal.SIGTERM, 5, "epoch 1 of 3 and 128 images of epoch 2", "epoch 1, {top1}"),
+        (signal.SIGINT, 1, "64 images of epoch 1", "64 images of epoch 1, which was not judged"),
+        (signal.SIGTERM, 5, "epoch 1 of 3 and 64 images of epoch 2", "epoch 1, {top1}"),
         (signal.SIGINT, 11, "epoch 3 of 3", "epoch 3, which was not judged"),
     ],
 )
@@ -397,13 +399,13 @@ def test_a_training_begun_by_an_older_vitnas_goes_on_as_it_was_begun(vitnas, dei
 def test_minutes_become_epochs(vitnas, deit, tmp_path, monkeypatch):
     """By the pace of some updates; a training that goes on keeps the number."""
     out, clock = tmp_path / "out", itertools.count()
-    args = ("train", deit, "--out", str(out), "--minutes", "1", "--batch-size", "64", "--device", "cpu")
+    args = ("train", deit, "--out", str(out), "--minutes", "1", "--batch-size", "32", "--device", "cpu")
     with monkeypatch.context() as patched:
         patched.setattr(nas.training.prepare, "monotonic", lambda: 4.0 * next(clock))
         signalled(patched, 5)
         code, _, err = vitnas(*args)
     assert code == 130, err
-    assert "--minutes 1: 3 epochs, one takes about 17 s" in err, "four updates of 4 s, and 64 images judged"
+    assert "--minutes 1: 3 epochs, one takes about 17 s" in err, "four updates of 4 s, and 32 images judged"
     code, _, err = vitnas(*args)
     assert code == 0, err
     assert "going on after" in err
@@ -419,7 +421,7 @@ def _interrupt(*_: object, **__: object) -> None:
 def test_a_finished_training_writes_again_what_was_lost(vitnas, deit, tmp_path, monkeypatch):
     """From its weights; without those it says what is lost."""
     out = tmp_path / "out"
-    args = ("train", deit, "--out", str(out), "--epochs", "1", "--batch-size", "128", "--device", "cpu")
+    args = ("train", deit, "--out", str(out), "--epochs", "1", "--batch-size", "64", "--device", "cpu")
     assert vitnas(*args)[0] == 0
     arch = (out / "arch.json").read_text()
     monkeypatch.setattr(nas.training.updater.Updater, "step", None)
@@ -454,7 +456,7 @@ def test_of_a_failed_training_all_processes_exit_with_1(vitnas, deit, tmp_path, 
 def test_a_failing_judge_loses_no_epoch(vitnas, deit, tmp_path, monkeypatch):
     """The next run of the command judges the epoch that was not."""
     out = tmp_path / "out"
-    args = ("train", deit, "--out", str(out), "--epochs", "1", "--batch-size", "128", "--device", "cpu")
+    args = ("train", deit, "--out", str(out), "--epochs", "1", "--batch-size", "64", "--device", "cpu")
 
     def failing(*args):
         raise TrainingError("out of memory with one image to judge")
@@ -485,11 +487,11 @@ open_all, sample = nas.data.dataset.open_data, nas.data.images.sample
 
 def open_few(*args):
     data = open_all(*args)
-    return dataclasses.replace(data, train=sample(data.train, 256, 0), val=sample(data.val, 64, 0))
+    return dataclasses.replace(data, train=sample(data.train, 128, 0), val=sample(data.val, 32, 0))
 
 nas.data.dataset.open_data = open_few
 
-whole, left = Updater.step, 5
+whole, left = Updater.step, 3
 
 def step(*args):
     global left
@@ -614,12 +616,12 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_weights(vitnas, deit, tm
 
     def failing(self, at, batches):
         updates.append(at)
-        return step(self, at, batches) * (float("nan") if at == 12 else 1.0)
+        return step(self, at, batches) * (float("nan") if at == 6 else 1.0)
 
     monkeypatch.setattr(nas.training.updater.Updater, "step", failing)
     code, _, err = vitnas("train", deit, "--out", str(out), *ARGS)
     assert code == 1
-    assert updates[-1] == 12
+    assert updates[-1] == 6
     (line,) = (line for line in err.splitlines() if "no longer finite" in line)
     assert "in epoch 2: lower the learning rate" in line
     assert "the weights of epoch 1 are kept" in line
@@ -669,10 +671,11 @@ def test_fine_tuning_begins_with_the_weights_given(vitnas, trained, tmp_path, mo
             super().__init__(model, *args, **kwargs)
 
     monkeypatch.setattr(nas.training.engine, "Training", Peek)
+    monkeypatch.setitem(RECIPES, "finetune", dataclasses.replace(RECIPES["finetune"], rates=(1e-4, 1e-3)))
     weights, checkpoint = str(trained / "model.safetensors"), str(tmp_path / "checkpoint.pth")
     given = load_file(weights)
     torch.save({"model": {f"module.{name}": value for name, value in given.items()}, "epoch": 9}, checkpoint)
-    args = ("--weights", checkpoint, "--epochs", "1", "--batch-size", "128")
+    args = ("--weights", checkpoint, "--epochs", "1", "--batch-size", "64")
     for size in (64, 96):
         out = tmp_path / str(size)
         code, _, err = vitnas("train", str(trained), "--resolution", str(size), *args, "--out", str(out))
@@ -684,7 +687,7 @@ def test_fine_tuning_begins_with_the_weights_given(vitnas, trained, tmp_path, mo
     changed = {name for name, value in begun[96].items() if not torch.equal(given[name], value)}
     assert changed
     assert all(name.endswith("bias.table") for name in changed)
-    short = ("--epochs", "1", "--batch-size", "128")
+    short = ("--epochs", "1", "--batch-size", "64")
     for name, more, recipe in (("own", (), "finetune"), ("random", ("--from-scratch",), "quick")):
         begun.clear()
         args = ("train", str(trained), *short, *more, "--out", str(tmp_path / name))
@@ -756,7 +759,7 @@ def test_a_folder_teaches(vitnas, trained, deit, tmp_path, distillation):
         "--epochs",
         "1",
         "--batch-size",
-        "128",
+        "64",
     )
     assert code == 0, err
     assert f"{distillation} distillation from {trained}" in err
@@ -882,10 +885,10 @@ def test_a_full_disk_is_told(vitnas, deit, tmp_path, fill_disk):
 
 def test_what_fills_no_batch_is_told_once(vitnas, deit, few, tmp_path):
     out = tmp_path / "out"
-    command = ("train", deit, "--out", str(out), "--epochs", "1", "--batch-size", "100", "--device", "cpu")
+    command = ("train", deit, "--out", str(out), "--epochs", "1", "--batch-size", "50", "--device", "cpu")
     code, _, err = vitnas(*command)
     assert code == 0, err
-    assert err.count("56 of 256 images an epoch fill no batch of 100 and are left out (others in each epoch)") == 1
+    assert err.count("28 of 128 images an epoch fill no batch of 50 and are left out (others in each epoch)") == 1
 
 
 def test_the_rate_is_that_of_the_whole_training(tmp_path, capsys):
