@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from typing import TYPE_CHECKING
 
 from nas.errors import UserError
@@ -20,7 +21,7 @@ from nas.files import replace_file, sweep_drafts
 from nas.measure.device import device_lock
 from nas.search.folder import TRAINING_INPUTS, make_folder, quality_in, training_inputs, withdraw, write_hardware
 from nas.search.log import Clock, SearchLog
-from nas.search.published import enqueue_published
+from nas.search.published import begun_by_an_older, enqueue_published
 from nas.search.request import default_study, storage_of
 from nas.search.trial import Stage, TrialRunner, open_cache
 
@@ -196,13 +197,24 @@ class _Search:
             race = Race(request, study, tier, self.entrants, runner)
             stack.callback(lambda: self._note(*race.lines()))
             return lambda: race.trial(log)
-        enqueue_published(request, study, runner.reference_ms)
+        if begun_by_an_older(study):
+            enqueue_published(request, study, runner.reference_ms)
+            return partial(self._one, runner)
+        from nas.search.guide import Guide
 
-        def one() -> bool:
-            runner.trial(log)
-            return True
+        return partial(self._one, runner, Guide(request, study, tier, runner.reference_ms).enqueue_one)
 
-        return one
+    def _one(self, runner: TrialRunner, enqueue_one: Callable[[], None] = lambda: None) -> bool:
+        """Make a trial; False where nothing is left to try, which the log notes."""
+        from nas.search.guide import NothingLeft
+
+        try:
+            runner.trial(self.log, enqueue_one)
+        except NothingLeft as why:
+            self._note(f"nothing is left to try: {why}")
+            self.log.exhausted = True
+            return False
+        return True
 
     def _note(self, *lines: str) -> None:
         for line in lines:
@@ -210,7 +222,8 @@ class _Search:
             self.log.notes.append(line)
 
     def _open_tier(self) -> Tier:
-        """The quality tier; one that trains also proposes what the study tries, unless a sampler is named."""
+        """The quality tier; one that trains also proposes what a study tries that an older vitnas has begun, unless a
+        sampler is named."""
         from nas.quality.tier import TrainedTier
         from nas.quality.tiers import TIERS
         from nas.search.trainings import open_trainer

@@ -1,9 +1,10 @@
-"""The sampler of a trained search: it proposes the network that promises the largest gain within the budget.
+"""The sampler of a trained search that an older vitnas has begun.
 
-A trial costs a training, so a slow choice of what to train is still cheap. From a pool of random networks and
-variations of the best so far, it proposes the one with the highest constrained expected improvement (Gardner et al.,
-Bayesian Optimization with Inequality Constraints, ICML 2014): how much better than the best so far it is expected to
-be, times how likely it is to meet the budget. Gaussian processes over networks' features predict both. A predicted
+It proposes the network that promises the largest gain within the budget. A trial costs a training, so a slow choice of
+what to train is still cheap. From a pool of random networks and variations of the best so far, it proposes the one with
+the highest constrained expected improvement (Gardner et al., Bayesian Optimization with Inequality Constraints, ICML
+2014): how much better than the best so far it is expected to be, times how likely it is to meet the budget. Gaussian
+processes over networks' features predict both. A race's candidates are compared in the same way. A predicted
 latency decides only what is tried: every network that is tried is measured.
 """
 
@@ -21,6 +22,7 @@ from scipy.stats import norm
 
 from nas.networks.counts import counts_of
 from nas.quality.surrogate import DESCRIBED, LEAST, Surrogate, TrainedNetwork, describe
+from nas.search.variations import varied
 from search_spaces import Arch
 from search_spaces.registry import FAMILIES
 from search_spaces.space import LEVELS, PARAMETERS, random_params
@@ -36,8 +38,6 @@ POOL = 48
 """Networks compared in a trial; half of them are variations of the best."""
 PARENTS = 6
 """How many of the best are varied."""
-CHANGES = 4
-"""Most parameters that a variation changes."""
 LATENCY_NOISE = 0.02
 """Standard deviation of a measured latency's logarithm."""
 
@@ -173,14 +173,3 @@ class Proposer(BaseSampler):
             arch = FAMILIES[family].space.decode(levels, self._request.num_classes, self._request.resolution)
             found.append(Proposal(family, levels, arch))
         return found
-
-
-def varied(family: str, levels: Mapping[str, int], rng: np.random.Generator) -> dict[str, int]:
-    """A few of the family's parameters changed, mostly by one level."""
-    active = list(FAMILIES[family].space.options)
-    count = 1 + int(rng.integers(min(CHANGES, len(active))))
-    changed = dict(levels)
-    for name in rng.choice(active, size=count, replace=False):
-        step = int(rng.choice((-2, -1, -1, 1, 1, 2)))
-        changed[str(name)] = int(np.clip(changed[str(name)] + step, 0, LEVELS - 1))
-    return changed

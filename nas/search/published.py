@@ -1,4 +1,4 @@
-"""The published networks that a search tries first: those nearest the budget."""
+"""The published networks that a study tries first which an older vitnas has begun: those nearest the budget."""
 
 from __future__ import annotations
 
@@ -69,3 +69,8 @@ def enqueue_published(request: SearchRequest, study: optuna.Study, reference_ms:
         family, variant = find_variant(name)
         params: dict[str, int | str] = {"family": family, **FAMILIES[family].space.encode(variant.values)}
         enqueue(study, params, {"name": name}, choices(request))
+
+
+def begun_by_an_older(study: optuna.Study) -> bool:
+    """Whether an older vitnas has begun a study, which goes on as it was begun."""
+    return "published" in study.user_attrs

@@ -13,6 +13,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from nas.search.request import SearchRequest
+    from nas.search.seen import Point
     from search_spaces import Arch
 
 SMALLEST = {"efficientvit": "efficientvit_m0", "levit": "levit_128s", "shvit": "shvit_s1"}
@@ -28,7 +32,18 @@ def few_rounds(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("nas.search.closing.MOST_ROUNDS", 12)
     patch.setattr("nas.search.closing.THROUGHPUT_ROUNDS", 3)
     patch.setattr("nas.search.trial.reference_arch", small_reference)
+    patch.setattr("nas.search.opening.rungs_of", smallest_published)
     patch.setattr("nas.search.published.published_order", lambda options, _: [SMALLEST[f] for f in options.families])
+
+
+def smallest_published(request: SearchRequest, family: str) -> Iterator[Point]:
+    """The smallest published network of a family, and no ladder."""
+    from nas.search.seen import Point
+    from search_spaces.api import find_variant
+    from search_spaces.registry import FAMILIES
+
+    name = SMALLEST[family]
+    yield Point.at(request, family, FAMILIES[family].space.encode(find_variant(name)[1].values), name)
 
 
 def small_reference() -> Arch:

@@ -71,6 +71,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory, exports: Path) -> tuple[P
         quick.blank_plots(patch)
         quick.small_shvit(patch)
         quick.exports_here(patch, exports)
+        patch.setattr(loop, "begun_by_an_older", lambda study: True)
         patch.setattr(loop, "enqueue_published", lambda request, study, _: enqueue_candidate(request, study, READY))
         patch.setitem(TIERS, "train", Untaught)
         patch.setattr(Untaught, "candidate_of", TrainedTier.candidate_of)

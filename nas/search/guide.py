@@ -1,0 +1,59 @@
+"""What a search from scratch tries next: how it begins, then its sampler, until nothing better is left."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from nas.quality.prior import PriorTier
+from nas.quality.tier import TrainedTier
+from nas.search import trial
+from nas.search.finder import BySize, ByTraining, Finder
+from nas.search.opening import Opening
+from nas.search.seen import Seen
+
+if TYPE_CHECKING:
+    import optuna
+
+    from nas.quality.tier import Tier
+    from nas.search.request import SearchRequest
+
+
+class NothingLeft(Exception):
+    """No further network is worth a trial; the message says why."""
+
+
+class Guide:
+    """Guides the trials of a study that no older vitnas has begun; each worker has one.
+
+    Args:
+        reference_ms: median latency of the reference network.
+    """
+
+    def __init__(self, request: SearchRequest, study: optuna.Study, tier: Tier, reference_ms: float) -> None:
+        self._request, self._study = request, study
+        self._seen = Seen(request, trial.reference_arch(), reference_ms)
+        size = BySize(tier if isinstance(tier, PriorTier) else PriorTier(recipes=False))
+        self._opening = Opening(request, self._seen, size.score)
+        self._finder: Finder | None = None
+        if request.sampler == "auto":
+            judge = ByTraining(tier, size) if isinstance(tier, TrainedTier) else size
+            self._finder = study.sampler = Finder(request, self._seen, judge)
+            self._finder.add(self._opening.shapes())
+
+    def enqueue_one(self) -> None:
+        """Enqueue a network of the beginning; after it none, as the study's sampler proposes.
+
+        Call it while no other process of the study decides (`nas.study.trials.ask`).
+
+        Raises:
+            NothingLeft: no network can meet the budget, or none that was compared is better than the best.
+        """
+        self._seen.read(self._study)
+        budget = f"{self._request.budget_ms:g} ms"
+        if self._opening.hopeless():
+            raise NothingLeft(f"the smallest shape of every family was measured, far over {budget}")
+        point = self._opening.next()
+        if point is not None:
+            self._study.enqueue_trial(point.params, {"name": point.name} if point.name else {})
+        elif self._finder is not None and self._finder.nothing_better():
+            raise NothingLeft(f"of all networks compared, over {budget} or not, none promises more than the best")

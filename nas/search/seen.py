@@ -1,0 +1,127 @@
+"""What a study has tried so far, as the choice of its next network sees it."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nas.search.speed import Speed, coordinates
+from search_spaces import Arch
+from search_spaces.registry import FAMILIES
+
+if TYPE_CHECKING:
+    import optuna
+    from optuna.trial import FrozenTrial
+
+    from nas.search.request import SearchRequest
+
+PROPOSED = "vitnas:proposed"
+"""The system attribute of a trial that holds the parameters that the sampler proposed."""
+RECENT = 5
+"""Trials whose median latency of the reference network is the machine's speed now."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A place in the search space, and the network there."""
+
+    family: str
+    levels: Mapping[str, int]
+    """Parameters by name, each 0 to LEVELS - 1."""
+    arch: Arch
+    digest: str
+    coordinates: np.ndarray
+    """As `nas.search.speed.coordinates` has them."""
+    name: str = ""
+    """Of a published variant."""
+
+    @classmethod
+    def at(cls, request: SearchRequest, family: str, levels: Mapping[str, int], name: str = "") -> Point:
+        arch = FAMILIES[family].space.decode(levels, request.num_classes, request.resolution)
+        return cls(family, dict(levels), arch, arch.digest(), coordinates(arch), name)
+
+    @property
+    def params(self) -> dict[str, int | str]:
+        """As a trial has them."""
+        return {"family": self.family, **self.levels}
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A trial: it waits, runs or has ended."""
+
+    point: Point
+    key: str = ""
+    """Of its candidate, as the next ones set once it is measured."""
+    relative: float | None = None
+    """Latency over that of the reference network in the same rounds."""
+    feasible: bool = False
+    score: float = -math.inf
+    ended: bool = False
+
+
+class Seen:
+    """Reads a study again and again; each trial's network is decoded once."""
+
+    def __init__(self, request: SearchRequest, reference: Arch, reference_ms: float) -> None:
+        """reference_ms: latency of the reference network, until trials tell it."""
+        self._request, self._first_ms = request, reference_ms
+        self._reference = coordinates(reference)
+        self._points: dict[int, Point | None] = {}
+        self.tried: list[Tried] = []
+        self.speed = Speed((self._reference, 1.0))
+        """Of latencies over the reference network's."""
+        self.limit = 0.0
+        """Log of the budget over the reference network's latency now."""
+
+    def read(self, study: optuna.Study) -> None:
+        """Take in what has been tried by now."""
+        trials = study.get_trials(deepcopy=False)
+        found = [(trial, self._point(trial)) for trial in trials]
+        self.tried = [_tried(trial, point) for trial, point in found if point is not None]
+        details = [trial.user_attrs.get("detail", {}) for trial in trials]
+        lately = [each["reference_ms"] for each in details if each.get("reference_ms")][-RECENT:]
+        now = statistics.median(lately) if lately else self._first_ms
+        self.limit = math.log(self._request.budget_ms / now)
+        measured = [(each.point.coordinates, each.relative) for each in self.tried if each.relative]
+        self.speed = Speed((self._reference, 1.0), measured)
+
+    @property
+    def digests(self) -> set[str]:
+        return {each.point.digest for each in self.tried}
+
+    def _point(self, trial: FrozenTrial) -> Point | None:
+        """None of a trial without parameters, or whose worker is about to suggest them."""
+        if self._points.get(trial.number) is None:
+            params = params_of(trial)
+            family = params.pop("family", "")
+            known = family in self._request.families and params.keys() >= FAMILIES[family].space.options.keys()
+            name = trial.user_attrs.get("name", "")
+            self._points[trial.number] = Point.at(self._request, family, params, name) if known else None
+        return self._points[trial.number]
+
+
+def params_of(trial: FrozenTrial) -> dict[str, Any]:
+    """The parameters that a trial has, was given, or will have by the sampler's proposal."""
+    attrs = trial.system_attrs
+    return {**attrs.get(PROPOSED, {}), **attrs.get("fixed_params", {}), **trial.params}
+
+
+def _tried(trial: FrozenTrial, point: Point) -> Tried:
+    detail = trial.user_attrs.get("detail")
+    if not detail or not trial.values:
+        return Tried(point, ended=trial.state.is_finished())
+    reference = detail.get("reference_ms")
+    return Tried(
+        point,
+        detail.get("key", detail["digest"]),
+        detail["latency_ms"] / reference if reference else None,
+        bool(trial.user_attrs["feasible"]),
+        trial.values[0],
+        ended=True,
+    )

@@ -1,0 +1,116 @@
+"""A network's latency foretold from its document, by what a study has measured so far.
+
+The logarithm of the latency is a Gaussian process: linear in a network's size and shape, about a first guess from
+multiply-accumulates, with a smooth remainder. What little is known before the first measurement stands in the standard
+deviations; each measurement makes its own family the surest. It decides only what is tried: all that is tried is
+measured.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from scipy.linalg import cho_solve, cholesky, solve_triangular
+
+from search_spaces.api import stage_counts
+from search_spaces.registry import FAMILIES
+
+if TYPE_CHECKING:
+    from search_spaces import Arch
+
+POWER = 0.75
+"""Of a latency in MACs, before it is measured: smaller networks take longer for each."""
+LEVEL = 0.3
+"""Standard deviation of the logarithm of the guess for any network; of the coefficients below, `COMMON`."""
+COMMON = (0.15, 0.15, 0.3, 0.15, 0.3, 0.3, 0.3, 0.3)
+"""For log MACs, log blocks, log resolution, log parameters, the shares of the first and the last stage in MACs, and the
+mean shares of attention and of dropped tokens."""
+OFFSET, SLOPE = 0.5, 0.15
+"""Of a family's offset, and of its power of MACs."""
+REST, LENGTH = 0.15, 1.0
+"""Standard deviation of the smooth remainder, and how far it reaches in the coordinates above."""
+NOISES = (0.03, 0.06, 0.12, 0.25)
+"""Standard deviations that a measurement's logarithm may have: that under which all of them are likeliest counts. Small
+on a quiet machine."""
+GUESSED = 0.06
+"""The same before anything is measured."""
+
+
+def coordinates(arch: Arch) -> np.ndarray:
+    """What a latency is foretold from, (8 + families,): those of `COMMON`, and which of the families it is."""
+    tallies, stages = stage_counts(arch), arch.summary()
+    macs = np.array([each.macs for each in tallies], dtype=float)
+    depth = np.array([stage.depth for stage in stages], dtype=float)
+    blocks = max(1.0, depth.sum())
+    return np.array(
+        [
+            math.log(macs.sum()),
+            math.log(blocks),
+            math.log(arch.resolution),
+            math.log(sum(each.params for each in tallies)),
+            macs[0] / macs.sum(),
+            macs[-1] / macs.sum(),
+            float(depth @ [stage.attention_share for stage in stages]) / blocks,
+            float(depth @ [1 - stage.keep_rate for stage in stages]) / blocks,
+            *(float(arch.family == name) for name in FAMILIES),
+        ]
+    )
+
+
+class Speed:
+    """Foretells latencies.
+
+    Args:
+        reference: coordinates and latency in ms of a network that was measured; the first guess.
+        measured: of the study's networks, in any order.
+    """
+
+    def __init__(self, reference: tuple[np.ndarray, float], measured: Sequence[tuple[np.ndarray, float]] = ()) -> None:
+        self._middle, self._level = reference[0], math.log(reference[1])
+        self._rows = np.array([row for row, _ in measured]).reshape(len(measured), len(self._middle))
+        self.noise = GUESSED
+        if measured:
+            residual = np.log([ms for _, ms in measured]) - self._guess(self._rows)
+            shared = self._covariance(self._rows, self._rows)
+            roots = {noise: cholesky(shared + noise**2 * np.eye(len(measured)), lower=True) for noise in NOISES}
+            self.noise = max(roots, key=lambda noise: _evidence(roots[noise], residual))
+            self._root = roots[self.noise]
+            self._weights = cho_solve((self._root, True), residual)
+
+    def predict(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Means and standard deviations of the logarithms of latencies in ms. rows: (n, 8 + families)."""
+        mean = self._guess(rows)
+        variance = self._variance(rows)
+        if len(self._rows):
+            shared = self._covariance(rows, self._rows)
+            mean = mean + shared @ self._weights
+            variance = variance - (solve_triangular(self._root, shared.T, lower=True) ** 2).sum(0)
+        return mean, np.sqrt(np.maximum(variance, 0.0) + self.noise**2)
+
+    def _guess(self, rows: np.ndarray) -> np.ndarray:
+        found: np.ndarray = self._level + POWER * (rows[:, 0] - self._middle[0])
+        return found
+
+    def _inputs(self, rows: np.ndarray) -> np.ndarray:
+        """Times their standard deviations: the level, the common coordinates, and the families' own two."""
+        near = rows[:, : len(COMMON)] - self._middle[: len(COMMON)]
+        own = rows[:, len(COMMON) :]
+        return np.hstack([np.full((len(rows), 1), LEVEL), near * COMMON, own * OFFSET, own * SLOPE * near[:, :1]])
+
+    def _covariance(self, rows: np.ndarray, others: np.ndarray) -> np.ndarray:
+        linear = self._inputs(rows) @ self._inputs(others).T
+        squares = (rows**2).sum(1)[:, None] + (others**2).sum(1) - 2 * rows @ others.T
+        found: np.ndarray = linear + REST**2 * np.exp(-np.maximum(squares, 0.0) / (2 * LENGTH**2))
+        return found
+
+    def _variance(self, rows: np.ndarray) -> np.ndarray:
+        found: np.ndarray = (self._inputs(rows) ** 2).sum(1) + REST**2
+        return found
+
+
+def _evidence(root: np.ndarray, residual: np.ndarray) -> float:
+    """Log likelihood of normal residuals, but for a constant. root: of their covariance, by Cholesky."""
+    return -float((solve_triangular(root, residual, lower=True) ** 2).sum()) / 2 - float(np.log(np.diag(root)).sum())
