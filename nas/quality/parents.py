@@ -97,8 +97,11 @@ class Parents:
         found = tuned_in(self.trainer.folder, name)
         return next((each for each in found if each.resolution == resolution), None)
 
-    def child(self, arch: Arch, name: str, seed: int) -> dict[str, Tensor]:
+    def child(self, arch: Arch, name: str, seed: int, tuned: Parent | None = None) -> dict[str, Tensor]:
         """Weights of a smaller network, cut from the parent `name` by the importance of its units.
+
+        Args:
+            tuned: the parent with other weights; None: as the search tuned it.
 
         Raises:
             TrainingError: the parent cannot be had or cut.
@@ -107,14 +110,20 @@ class Parents:
 
         from pruning.transfer import transfer
 
-        given = self.tuned(name, arch.resolution)
+        given = tuned or self.tuned(name, arch.resolution)
         try:
             return transfer(given.arch, given.weights, arch, given.scores, torch.Generator().manual_seed(seed))
         except ValueError as error:
             raise TrainingError(f"it cannot be cut from {name}: {error}") from None
 
-    def repaired(self, arch: Arch, name: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The weights that `child` gave, refitted so that the network does what its parent does; without labels."""
+    def repaired(
+        self, arch: Arch, name: str, weights: Mapping[str, Tensor], tuned: Parent | None = None
+    ) -> dict[str, Tensor]:
+        """The weights that `child` gave, refitted so that the network does what its parent does; without labels.
+
+        Args:
+            tuned: as `child` was given it.
+        """
         import torch
 
         from nas.data.images import sample
@@ -122,7 +131,7 @@ class Parents:
         from pruning.transfer import transfer_origins
 
         trainer, resolution, pixels = self.trainer, arch.resolution, own_pixels(get_arch(name))
-        given = self.tuned(name, resolution)
+        given = tuned or self.tuned(name, resolution)
         images = sample(trainer.split(resolution, pixels)[0], images_for(resolution), trainer.seed)
         batches = trainer.batches(trainer.plain(images, resolution, pixels))
         inputs = torch.cat([x for x, _ in batches]).to(trainer.device)

@@ -3,7 +3,7 @@
 It goes as successive halving does, with a rung 0 that costs forward passes only: a linear probe on a ready network; a
 derived one right after it is cut from its parent, its layers refitted to what they wrote there. A ready one has
 BatchNorm's statistics taken again; each where that is better. The better third of all is fine-tuned from there, rung by
-rung; a network that tuning makes worse by more than a standard error stays as it was. Networks from scratch begin at
+rung; a network that tuning makes worse by more than two standard errors stays as it was. Networks from scratch begin at
 rung 1.
 
 Of EfficientViT-M1, tuned to 48.8% of 3,000 images of 20 classes of Tiny-ImageNet, children cut to 90, 75 and 60% of its
@@ -15,11 +15,15 @@ it was tuned, with a probe's 47.5%, kept 47.4% at 40% of its multiply-accumulate
 from __future__ import annotations
 
 import copy
+import json
+import time
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nas.data.pixels import IMAGENET, Pixels
+from nas.files import replace_file
 from nas.quality.candidate import Candidate, Kind, label_at
 from nas.quality.parents import Parents
 from nas.quality.ready import give_probe, own_pixels, with_weights
@@ -38,7 +42,7 @@ if TYPE_CHECKING:
     from nas.data.images import Images
     from nas.networks.timm_network import TimmNetwork
     from nas.quality.surrogate import Guess, Rungs, Surrogate
-    from nas.quality.trainer import CandidateTrainer
+    from nas.quality.trainer import CandidateTrainer, Parent
     from nas.training.engine import Training
     from nas.training.recipes import Recipe
     from search_spaces import Arch
@@ -72,6 +76,8 @@ class RaceTier(HalvingTier):
         )
         self._restates: dict[str, bool] = {}
         """By the key of a ready network, whether BatchNorm's statistics are taken again for it."""
+        self._repairs: dict[str, tuple[bool, bool]] = {}
+        """By the key of a derived network, whether its layers are refitted, and whether it has a new classifier."""
 
     def candidate_of(self, arch: Arch) -> Candidate:
         """A network that the search made up: ready where it is a published one with weights; derived where it has a
@@ -90,19 +96,30 @@ class RaceTier(HalvingTier):
         """`finetune` with the rate of the network's group, which may be tried now; `quick` from scratch."""
         if candidate is None or candidate.kind == Kind.SCRATCH:
             return super().recipe(epochs)
+        if candidate.kind == Kind.DERIVED:  # its family's rate is tried on its parent, if not yet
+            self.parents.tuned(candidate.parent, candidate.network.resolution)
         images, judges = self._split(candidate)
         lr = choose_rate(candidate.network, self.trainer, lambda: (self._start(candidate, images), images, judges))
         return tuning_recipe(epochs, lower_rate(lr) if candidate.kind == Kind.DERIVED else lr)
 
     def tuning_pays(self, candidate: Candidate) -> bool:
-        """Whether the search's own tuning did not make a network worse by more than a standard error: to the last rung
-        it is short, and few images judge. Where it made none, it is taken to pay."""
+        """Whether the search's own tuning did not make a network worse by more than `DOUBT` standard errors: to the
+        last rung it is short, and few images judge. Where it made none, it is taken to pay."""
         rungs = next((each.rungs for each in self.trainer.results() if each.key == candidate.key), {})
         return 0 not in rungs or self.epochs not in rungs or rungs[self.epochs] != rungs[0]
 
-    def parent_tuning(self, candidate: Candidate) -> Tuned | None:
-        """How the parent of a derived network was tuned; None for others."""
-        return self.parents.record(candidate.parent, candidate.network.resolution) if candidate.parent else None
+    def parent_tuning(self, candidate: Candidate, folder: Path) -> Tuned | None:
+        """How the parent of a derived network was tuned for its trainings in a folder, with the seconds of all seeds;
+        None for others."""
+        if not candidate.parent:
+            return None
+        px, epochs = candidate.network.resolution, self.trainer.plan.full_epochs
+        found = [
+            each for each in map(Tuned.read, folder.glob(f"{full_stem(candidate.parent, px, epochs)}*.json")) if each
+        ]
+        if not found:  # an older vitnas cut the parent that the search had tuned
+            return self.parents.record(candidate.parent, px)
+        return replace(found[0], seconds=sum(each.seconds for each in found))
 
     def begin(
         self,
@@ -113,7 +130,8 @@ class RaceTier(HalvingTier):
         checkpoint: Path,
         weights: Mapping[str, Tensor] | None = None,
     ) -> Training:
-        """Prepare a training; of a pretrained network, from a linear probe on all its images.
+        """Prepare a training; of a ready network, from a linear probe on all its images; of a derived one, cut from its
+        parent, which is first tuned on all its images, as long as the recipe says, from the same seed.
 
         Raises:
             TrainingError: its parent cannot be had or cut. UserError: its weights cannot be had, or do not fit.
@@ -123,9 +141,15 @@ class RaceTier(HalvingTier):
         if candidate.kind == Kind.SCRATCH:
             return super().begin(candidate, images, recipe, seed, checkpoint, weights)
         begun = any(checkpoint.parent.glob(f"{checkpoint.name}*"))  # whose own weights go on
-        model = create(candidate.network) if begun or weights is not None else self._start(candidate, images)
-        if weights is not None:
-            model.load_state_dict(dict(weights))
+        model: nn.Module
+        if begun or weights is not None:
+            model = create(candidate.network)
+            if weights is not None:
+                model.load_state_dict(dict(weights))
+        elif candidate.kind == Kind.DERIVED:
+            model = self._cut_fully(candidate, images, recipe.epochs, seed, checkpoint.parent)
+        else:
+            model = self._start(candidate, images)
         return self.trainer.train(model, images, recipe, seed=seed, checkpoint=checkpoint)
 
     def _start(self, candidate: Candidate, images: Images) -> nn.Module:
@@ -157,8 +181,8 @@ class RaceTier(HalvingTier):
         return self._restates[candidate.key]
 
     def _cut(self, candidate: Candidate) -> nn.Module:
-        """A network cut from its parent; with its layers refitted to what they wrote there, and with a linear probe for
-        a new classifier, where each is better."""
+        """A network cut from its parent as the search tuned it; with its layers refitted to what they wrote there, and
+        with a linear probe for a new classifier, where each is better, which is kept in `_repairs`."""
         from search_spaces import create_model
 
         judges = self._split(candidate)[1]
@@ -167,10 +191,57 @@ class RaceTier(HalvingTier):
         best.load_state_dict(weights)
         repaired.load_state_dict(self.parents.repaired(candidate.arch, candidate.parent, weights))
         top1, other = (self.trainer.judge(each, judges).top1 for each in (best, repaired))
-        if other > top1:
+        refitted = other > top1
+        if refitted:
             best, top1 = repaired, other
         probed, with_probe = self._probed(best, candidate)
+        self._repairs[candidate.key] = refitted, with_probe > top1
         return probed if with_probe > top1 else best
+
+    def _cut_fully(self, candidate: Candidate, images: Images, epochs: int, seed: int, folder: Path) -> nn.Module:
+        """A network as `_cut` makes it, but from its parent tuned on all of a training's images, none held out. What
+        `_cut` chooses, and which units are kept, is what the search found on its own split."""
+        from search_spaces import create_model
+
+        if candidate.key not in self._repairs:
+            self._cut(candidate)
+        refitted, probed = self._repairs[candidate.key]
+        parent = self._parent_fully(candidate, images, epochs, seed, folder)
+        weights = self.parents.child(candidate.arch, candidate.parent, seed, parent)
+        if refitted:
+            weights = self.parents.repaired(candidate.arch, candidate.parent, weights, parent)
+        model = create_model(candidate.arch)
+        model.load_state_dict(weights)
+        if probed:
+            give_probe(model, images, self.trainer, pixels_of(candidate))
+        return model
+
+    def _parent_fully(self, child: Candidate, images: Images, epochs: int, seed: int, folder: Path) -> Parent:
+        """A parent trained as a ready network is at the end, from its folder where it is there; children share it."""
+        from safetensors.torch import load_file
+
+        from nas.export.folder import save_weights
+
+        px, began = child.network.resolution, time.monotonic()
+        tuned = self.parents.tuned(child.parent, px)
+        path = folder / f"{full_stem(child.parent, px, epochs)}{seed}.json"
+        weights, state = path.with_suffix(".safetensors"), path.with_suffix(".state")
+        if Tuned.read(path) is None or not weights.is_file():
+            candidate = Candidate(tuned.arch, Kind.READY, name=child.parent)
+            recipe = self.recipe(epochs, candidate)
+            folder.mkdir(parents=True, exist_ok=True)
+            training = self.begin(candidate, images, recipe, seed, state)
+            what = f"tuning the parent {child.parent} on all images, seed {seed}"
+            try:
+                training.run(None, lambda done, total, _: self.trainer.progress(what, done, total))
+            finally:
+                training.loader.close()
+            save_weights(training.network, weights)
+            digest, seconds = self.trainer.weights.get(tuned.arch).digest, time.monotonic() - began
+            found = Tuned(child.parent, px, digest, len(images), 0, lr=recipe.lr, epochs=epochs, seconds=seconds)
+            replace_file(path, json.dumps(asdict(found)).encode())
+            state.unlink(missing_ok=True)
+        return replace(tuned, weights=load_file(weights))
 
     def _restate(self, model: nn.Module, candidate: Candidate) -> None:
         """Take BatchNorm's statistics from images that candidates train on."""
@@ -230,6 +301,11 @@ class RaceTier(HalvingTier):
         if rungs and max(rungs) == 0:
             return "linear probe" if kind_of(features) == Kind.READY else "just cut"
         return super()._how(rungs, features)
+
+
+def full_stem(name: str, px: int, epochs: int) -> str:
+    """How the files of a parent that is tuned for final trainings are called, before the seed."""
+    return f"parent-{name}-{px}px-{epochs}-seed"
 
 
 def lower_rate(lr: float) -> float:

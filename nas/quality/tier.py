@@ -215,8 +215,8 @@ class TrainedTier(ABC):
         """Whether a final training makes a network better than what it begins with."""
         return True
 
-    def parent_tuning(self, candidate: Candidate) -> Tuned | None:
-        """How the parent was tuned that a network is cut from; None where it is not cut from one."""
+    def parent_tuning(self, candidate: Candidate, folder: Path) -> Tuned | None:
+        """How the parent was tuned that a network is cut from, for trainings in a folder; None where it is not cut."""
         return None
 
     def begin(

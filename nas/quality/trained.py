@@ -44,6 +44,10 @@ if TYPE_CHECKING:
 
 SCREEN_FROM = 8
 """Networks trained before any is left out untrained."""
+DOUBT = 2
+"""Standard errors that a network must lose by tuning to be left as it began: few images judge."""
+TIE = 1e-6
+"""Points that tell a network with as much after tuning as before from one that is left as it began."""
 LOW_FROM = 128
 """Resolution from which the first epochs are trained at half of it."""
 
@@ -137,7 +141,8 @@ class HalvingTier(TrainedTier):
                 replace_file(path, json.dumps(judged).encode())
             untuned = network if epochs == 0 else untuned
             worse = untuned is not None and judged[epochs] < judged[0] - self._doubt(judged[0])
-            rungs[epochs] = judged[0 if worse else epochs]
+            tie = epochs > 0 and judged[epochs] == judged.get(0)
+            rungs[epochs] = judged[0] if worse else judged[epochs] + TIE * tie
             last = untuned if worse else network if shape == candidate.network else None  # of a lower resolution: none
             surrogate = self._fitted([*others, TrainedNetwork(key, features, dict(rungs))])
             guess = surrogate.predict(features, key)
@@ -200,8 +205,8 @@ class HalvingTier(TrainedTier):
         return Estimate.within(guess.value, guess.error, with_noise(guess.value, guess.error, noise))
 
     def _doubt(self, top1: float) -> float:
-        """One standard error, in points, of a top-1 in percent on the images that judge."""
-        return standard_error(Held(top1=top1, top1_ci=(0, 100), images=self.trainer.judged))
+        """`DOUBT` standard errors, in points, of a top-1 in percent on the images that judge."""
+        return DOUBT * standard_error(Held(top1=top1, top1_ci=(0, 100), images=self.trainer.judged))
 
     def _how(self, rungs: Rungs, features: np.ndarray) -> str:
         """Where a network's estimate comes from, in words."""

@@ -36,7 +36,7 @@ class Tuning:
     def words(self) -> str:
         return (
             f"its parent {self.parent} had been tuned for {counted(self.epochs, 'epoch')} of {self.images:,} images "
-            f"({self.seconds:.0f} s)"
+            f"({self.seconds:.0f} s for all seeds)"
         )
 
 
@@ -46,7 +46,7 @@ class Accuracies:
 
     label: str
     top1: list[float]
-    """Percent on the validation images, one a seed; of a network as it begins one, as all seeds have the same."""
+    """Percent on the validation images, one a seed; of one that no seed changes one."""
     images: int
     """How many validation images there are."""
     seconds: float
@@ -78,6 +78,11 @@ class Accuracies:
         return self.epochs == 0
 
     @property
+    def seedless(self) -> bool:
+        """Whether no seed changes it: it is as it begins, and no parent was tuned for it."""
+        return self.as_begun and self.before is None
+
+    @property
     def start(self) -> str:
         """Of a network that had no epoch: what it is, and why."""
         weights = "a linear probe on pretrained weights"
@@ -94,7 +99,7 @@ class Accuracies:
 
     @property
     def words(self) -> str:
-        return top1_words(self.mean, self.ci, self.images, None if self.as_begun else len(self.top1))
+        return top1_words(self.mean, self.ci, self.images, None if self.seedless else len(self.top1))
 
     @property
     def ci(self) -> tuple[float, float]:
@@ -175,7 +180,7 @@ def compare_means(first: Accuracies, second: Accuracies) -> Comparison:
     one, other = of_share(first.mean, first.images), of_share(second.mean, second.images)
     by_images = of_difference(first.mean, one, second.mean, other, agreement(first.hits, second.hits))
     found = joined(difference, by_images, seeds_spread(first, second)).clipped(-100.0, 100.0)
-    trained = [each for each in (first, second) if not each.as_begun]
+    trained = [each for each in (first, second) if not each.seedless]
     one_seed = ONE_SEED if any(len(each.top1) == 1 for each in trained) else ""
     one_parent = ONE_PARENT if first.before or second.before else ""
     leaves_out = "; ".join(filter(None, (one_seed, one_parent)))
@@ -187,12 +192,12 @@ def seeds_spread(first: Accuracies, second: Accuracies) -> Interval | None:
     changes, Student's of the other. None where one was trained from a single seed, or nothing varies."""
     from scipy.stats import ttest_ind
 
-    trained = [each for each in (first, second) if not each.as_begun]
+    trained = [each for each in (first, second) if not each.seedless]
     if not any(each.deviation for each in trained) or any(each.deviation is None for each in trained):
         return None
-    if first.as_begun:
+    if first.seedless:
         return of_mean([first.mean - top1 for top1 in second.top1])
-    if second.as_begun:
+    if second.seedless:
         return of_mean([top1 - second.mean for top1 in first.top1])
     found = ttest_ind(first.top1, second.top1, equal_var=False).confidence_interval(LEVEL)
     return Interval(float(found.low), float(found.high))
@@ -202,7 +207,7 @@ def verdict(found: Comparison, first: Accuracies, second: Accuracies) -> str:
     """The comparison in one line."""
     low, high = found.ci
     kind = "a tie" if found.tie else "a gain" if low > 0 else "a loss"
-    seeds = [len(each.top1) for each in (first, second) if not each.as_begun]
+    seeds = [len(each.top1) for each in (first, second) if not each.seedless]
     of = f"the same {first.images:,} images" + (f", {counted(min(seeds), 'seed')}" if seeds else "")
     by = f"{found.difference:+.1f} points (95%: {low:+.1f} to {high:+.1f}, {of})"
     line = f"{first.label} against {second.label}: {by}: {kind}"

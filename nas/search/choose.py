@@ -127,8 +127,8 @@ class Chooser:
         promise = Promise(
             [each.measured for each in tried if each.measured], self._tier.surrogate(), self._request.budget_ms
         )
-        if self._scratch_is_due(tried):
-            return self._best(self._scratch(rng), tried, promise)
+        if self._scratch_is_due(tried) and (fresh := self._best(self._scratch(rng), tried, promise)):
+            return fresh
         pool = self._built(open_ready)
         parents = self._parents(latencies, tried)
         if (whole := self._unmeasured(parents, tried)) and not self._ready_have_had_theirs(tried):

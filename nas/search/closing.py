@@ -16,7 +16,18 @@ from nas.measure.runtime import Settings
 from nas.measure.samples import MeasureError, Measurement, paired_ratio
 from nas.quality.candidate import Kind
 from nas.search.log import keep_samples
-from nas.search.rows import ClosingRow, OutsideRow, Trial, best_of, choose, finalists_of, known, network_of, rank
+from nas.search.rows import (
+    ClosingRow,
+    OutsideRow,
+    Trial,
+    best_of,
+    choose,
+    finalists_of,
+    known,
+    network_of,
+    peers_of,
+    rank,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -213,9 +224,11 @@ def outside_of(
 
 
 def ordered(final: Sequence[ClosingRow]) -> list[ClosingRow]:
-    """Best first, with the roles of the winner and of the families' winners; see `choose`."""
+    """Best first, with the roles of the winner and of the families' winners; see `choose`. Of a parent's children that
+    are equally good, as far as is known, the largest goes first."""
     sure, unsure = (
-        sorted((row for row in final if row.verdict == verdict), key=rank) for verdict in (Verdict.FITS, Verdict.UNSURE)
+        _largest_first(sorted((row for row in final if row.verdict == verdict), key=rank))
+        for verdict in (Verdict.FITS, Verdict.UNSURE)
     )
     roles: dict[str, str] = {}
     families: set[str] = set()
@@ -226,6 +239,17 @@ def ordered(final: Sequence[ClosingRow]) -> list[ClosingRow]:
     others = [row for row in final if row.verdict not in (Verdict.FITS, Verdict.UNSURE)]
     rows = sure + unsure + sorted(others, key=lambda row: -row.quality)
     return [replace(row, role=roles.get(row.label, row.role)) for row in rows]
+
+
+def _largest_first(rows: list[ClosingRow]) -> list[ClosingRow]:
+    """Networks, best first, with the largest of each parent's best (`peers_of`) in the place of the best one."""
+    for place in dict.fromkeys((row.parent, row.resolution) for row in rows if row.parent):
+        best = next(row for row in rows if (row.parent, row.resolution) == place)
+        largest = peers_of(best, rows)[0] if best.selects and not best.guessed else best
+        if largest is not best:
+            rows = [row for row in rows if row is not largest]
+            rows.insert(rows.index(best), largest)
+    return rows
 
 
 def together(result: Measurement) -> Measurement:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from nas.quality.tier import TrainedTier
     from nas.search.request import SearchRequest
 
+FINAL = "final"
+"""Folder of the results of final trainings in a run's."""
 BEST = 3
 """How many of the best networks are trained to the last rung before one is chosen."""
 
@@ -113,8 +115,8 @@ class FullTraining:
 
 
 def train_fully(request: SearchRequest, tier: TrainedTier, label: str, candidate: Candidate) -> Accuracies:
-    """Train a network from every seed on all training images; weights of the first seed are kept beside the result. One
-    that stays as it begins is judged once: no seed changes it.
+    """Train a network from every seed on all training images; weights of the first seed are kept beside the result. A
+    ready one that stays as it begins is judged once: no seed changes it.
 
     Raises:
         TrainingError: the loss is no longer finite.
@@ -124,12 +126,14 @@ def train_fully(request: SearchRequest, tier: TrainedTier, label: str, candidate
     recipe = tier.recipe(plan.full_epochs, candidate)
     made: list[FullTraining] = []
     pays = tier.tuning_pays(candidate)
-    for seed in range(plan.seeds if pays else 1):
+    for seed in range(plan.seeds if pays or candidate.parent else 1):
         path = result_path(request, candidate, seed)
         if not path.is_file():
             path.parent.mkdir(exist_ok=True)
             begun = time.monotonic()
             training = tier.begin(candidate, data.train, recipe, seed, path.with_suffix(".state"))
+            if candidate.parent:  # whose tuning is told by itself
+                begun = time.monotonic()
             if pays:
                 training.run(
                     None, lambda d, t, *_, s=seed: trainer.progress(f"final training, {label}, seed {s}", d, t)
@@ -145,7 +149,7 @@ def train_fully(request: SearchRequest, tier: TrainedTier, label: str, candidate
         made.append(FullTraining.read(path))
     answers = [[digit == "1" for digit in each.hits] for each in made if each.hits is not None]
     top1, seconds = [each.top1 for each in made], sum(each.seconds for each in made)
-    tuned = tier.parent_tuning(candidate)
+    tuned = tier.parent_tuning(candidate, request.folder / FINAL)
     before = None if tuned is None else Tuning(tuned.name, tuned.epochs or 0, tuned.images, tuned.seconds)
     epochs = made[0].epochs
     return Accuracies(
@@ -167,4 +171,4 @@ def weights_of(request: SearchRequest, candidate: Candidate) -> Path | None:
 
 def result_path(request: SearchRequest, candidate: Candidate, seed: int) -> Path:
     """Where a final training's result is kept; its checkpoint and weights are beside it."""
-    return request.folder / "final" / f"{candidate.key[:16]}-{known(request.plan).full_epochs}-seed{seed}.json"
+    return request.folder / FINAL / f"{candidate.key[:16]}-{known(request.plan).full_epochs}-seed{seed}.json"

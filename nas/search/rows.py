@@ -25,6 +25,8 @@ INTERRUPTED = "interrupted"
 """The error of a trial that Ctrl-C has ended; the next run of the command makes it again."""
 RESERVES = 3
 """How many of the best trials enter the closing run, should the first not meet the budget there."""
+NORMAL = 1.96
+"""Standard errors that a 95% interval reaches to either side."""
 MARGINS = (0.95, 0.85, 0.7)
 """Shares of the budget below which the best trial enters it too, should all of those be over it."""
 T = TypeVar("T")
@@ -295,6 +297,21 @@ def best_of(rows: Sequence[N]) -> N | None:
     return min(rows, key=rank, default=None)
 
 
+def peers_of(best: N, rows: Sequence[N]) -> list[N]:
+    """Children of a network's parent that are as good as far as the images that judge can tell, those with the most
+    MACs first: an estimate that is short of the best by less than a standard error is no reason to take more away.
+
+    Args:
+        best: a child, which is among the result.
+    """
+    low, high = known(best.quality_ci)
+    least = known(best.quality_estimate) - (high - low) / (2 * NORMAL)
+    place = best.parent, best.resolution
+    found = [row for row in rows if row.selects and not row.guessed and (row.parent, row.resolution) == place]
+    found = [row for row in found if known(row.quality_estimate) >= least]
+    return sorted(found, key=lambda row: -known(row.macs_m))
+
+
 def choose(rows: Sequence[N]) -> N | None:
     """The best that surely fits; where none does, the best that may."""
     sure = best_of([row for row in rows if row.verdict == Verdict.FITS])
@@ -314,8 +331,8 @@ def front_of(rows: Sequence[Trial]) -> list[Trial]:
 
 def finalists_of(rows: Sequence[Trial], budget_ms: float) -> list[Trial]:
     """Trials for the closing run: every published one that fits (of ready ones the best; the fastest one where none
-    does), the best ones, the best of each kind and family, and the best with some margin, should the machine be slower
-    in the closing run.
+    does), the best ones, the largest of each parent's best (see `peers_of`), the best of each kind and family, and the
+    best with some margin, should the machine be slower in the closing run.
     """
     feasible = [row for row in rows if row.feasible]
     published = [row for row in rows if row.name and row.latency_ms is not None]
@@ -333,6 +350,10 @@ def finalists_of(rows: Sequence[Trial], budget_ms: float) -> list[Trial]:
         add(row)
     for kind in Kind:
         add(best_of([row for row in feasible if row.kind == kind]))
+    for parent in dict.fromkeys((row.parent, row.resolution) for row in ranked if row.parent):
+        children = [row for row in ranked if (row.parent, row.resolution) == parent]
+        for row in peers_of(children[0], children)[:RESERVES]:
+            add(row)
     for family in dict.fromkeys(row.family for row in ranked):
         add(best_of([row for row in feasible if row.family == family]))
     for share in MARGINS:
