@@ -108,7 +108,7 @@ def create_model(
     arch = get_arch(name_or_arch) if isinstance(name_or_arch, str) else name_or_arch
     if num_classes is not None:
         arch = arch.replace(num_classes=num_classes)
-    table(arch)
+    count(arch)  # refuses what is too large
     model = FAMILIES[arch.family].build(arch)
     model.arch = arch
     model.register_forward_pre_hook(_check_size)

@@ -6,9 +6,10 @@ import functools
 import json
 import random
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -29,12 +30,17 @@ SMALLEST = {
     "evit": "evit_tiny_keep70",
     "sepvit": "sepvit_lite",
 }
+INITIALISERS = dict.fromkeys(
+    ("kaiming_uniform_", "uniform_", "trunc_normal_", "ones_", "zeros_", "constant_"), lambda tensor, *_, **__: tensor
+)
+"""Of parameters that are to be random anyway."""
 RATES = (0.3, 0.5, 0.55, 0.7, 0.9, 1.0, 1.0)
 
 
 def build(arch: Arch, seed: int | None = None, dtype: torch.dtype = torch.float64) -> nn.Module:
     """The network of an Arch in eval mode; with a seed every parameter and buffer is random."""
-    model = FAMILIES[arch.family].build(arch).to(dtype).eval()
+    with nullcontext() if seed is None else mock.patch.multiple(nn.init, **INITIALISERS):
+        model = FAMILIES[arch.family].build(arch).to(dtype).eval()
     return model if seed is None else randomise(model, seed)
 
 
