@@ -24,7 +24,7 @@ from nas.search.final import weights_of
 from nas.search.log import breakdown
 from nas.search.outcome import Fastest, Outcome, ShortTraining, TierFacts, Validation, Winner
 from nas.search.request import storage_of
-from nas.search.rows import ClosingRow, Network, OutsideRow, Trial, best_of, candidate_of, choose, known, rows_of
+from nas.search.rows import ClosingRow, Network, OutsideRow, Trial, best_of, candidate_of, choose, known, rank, rows_of
 from nas.search.words import protocol, skipped_lines, ties_of, winner_line
 from nas.study.errors import storage_errors
 
@@ -310,6 +310,8 @@ class _Finish:
         if self.accuracy and self.accuracy.comparison and self.races:
             found, ready = opponents(self.final, self.request.budget_ms)
             yield decision(known(found), known(ready), self.accuracy.rows[0].label)
+        if self.races and self.final:
+            yield from remarks_on_size(opponents(self.final, self.request.budget_ms)[0], self.final)
         for row in self.accuracy.rows if self.accuracy else ():
             if row.before:
                 yield f"{row.label}: {row.before.words}, which its own training and seconds do not count"
@@ -336,6 +338,17 @@ class _Finish:
     def _stands(self, first: Trial, winner: Network) -> bool:
         """Whether what ranked first in the search is within the budget in the closing run as surely as the winner."""
         return any(row.trial == first.trial and row.verdict == winner.verdict for row in self.final)
+
+
+def remarks_on_size(made: ClosingRow | None, final: Sequence[ClosingRow]) -> Iterator[str]:
+    """Why a network goes before a sister with a better score, if it does."""
+    if made is not None and made.parent:
+        sisters = (row for row in final if (row.parent, row.verdict) == (made.parent, made.verdict))
+        if better := next((row for row in sisters if rank(row) < rank(made)), None):
+            yield (
+                f"{made.label} goes before {better.label}, also cut from {made.parent}: their estimates differ by less "
+                "than a standard error of the images that judge, and it has lost less of its parent"
+            )
 
 
 def remarks_on_latency(rows: Sequence[Trial]) -> Iterator[str]:

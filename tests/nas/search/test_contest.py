@@ -10,7 +10,8 @@ from nas.quality.candidate import Kind
 from nas.search.accuracy import Accuracies, Tuning, compare_means
 from nas.search.closing import ordered
 from nas.search.contest import contest_of, contestants, decision, winner_of, with_winner
-from nas.search.rows import ClosingRow
+from nas.search.finish import remarks_on_size
+from nas.search.rows import ClosingRow, finalists_of
 
 BUDGET_MS = 0.99
 """The networks take 1 ms: what is unsure has its median over the budget."""
@@ -127,6 +128,35 @@ def test_a_ready_network_at_the_budget_wins_where_what_surely_fits_is_really_wor
     assert found.winner.name == winner
     assert found.best_ready.name == "ready2", "what others are compared with"
     assert winner_of(rows, BUDGET_MS).label == "trial 4", "over the budget, if little"
+
+
+def test_of_a_parents_children_that_are_equal_as_far_as_is_known_the_largest_is_compared() -> None:
+    """Estimates have a standard error of 2 points."""
+    rows = [row(number, Kind.DERIVED, quality) for number, quality in ((1, 50), (2, 49), (3, 48.5), (4, 47))]
+    sizes = [6.0, 8.0, 7.0, 12.0]
+    rows = [replace(each, macs_m=macs) for each, macs in zip(rows, sizes, strict=True)]
+    rows.append(replace(row(5, Kind.DERIVED, 49.5), parent="another", macs_m=20.0))
+    table = ordered([*rows, row(6, Kind.READY, 40)])
+    assert [each.label for each in table] == ["trial 2", "trial 1", "trial 5", "trial 3", "trial 4", "ready6"]
+    assert table[0].role == "winner"
+    assert [line.split(",")[0] for line in remarks_on_size(table[0], table)] == ["trial 2 goes before trial 1"]
+    assert not [*remarks_on_size(table[2], table)]
+    trials = [
+        replace(
+            COMPLETE,
+            trial=each.trial,
+            kind=each.kind,
+            parent=each.parent,
+            quality=each.quality,
+            macs_m=each.macs_m,
+            quality_estimate=each.quality_estimate,
+            quality_ci=each.quality_ci,
+            feasible=True,
+            arch={"n": each.trial},
+        )
+        for each in (*rows, *(replace(rows[0], trial=10 + i, quality=49.9 - i / 10) for i in range(3)))
+    ]
+    assert 2 in {each.trial for each in finalists_of(trials, 2.0)}, "it is measured at the end"
 
 
 def test_where_one_training_failed_the_other_wins() -> None:
