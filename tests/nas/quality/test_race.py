@@ -23,7 +23,7 @@ from nas.quality.plan import TrainingPlan
 from nas.quality.race import RaceTier, lower_rate
 from nas.quality.surrogate import Guess, Surrogate, TrainedNetwork, describe_candidate
 from nas.quality.trainer import CandidateTrainer
-from nas.quality.tuning import choose_rate, tuning_recipe
+from nas.quality.tuning import Tuned, choose_rate, tuning_recipe
 from nas.search.final import result_path, train_fully
 from search_spaces import create_model, get_arch
 
@@ -354,3 +354,22 @@ def test_a_final_training_is_left_out_where_tuning_did_not_pay(trainer, tmp_path
     older = train_fully(request, RaceTier(trainer), "x", candidate)
     assert older.epochs == trainer.plan.final_epochs, "a file of an older vitnas"
     assert found.mean == 100
+
+
+@pytest.mark.parametrize(("judged", "rate"), [(400, 1e-3), (2_000, 3e-4)])
+def test_where_few_images_judge_a_higher_rate_is_taken(trainer, judged, rate):
+    """As EfficientViT-M1 on 20 classes of Tiny-ImageNet: after an epoch; after 10 the order is the other way round."""
+    path = trainer.folder / "rates" / "shvit.json"
+    path.parent.mkdir(parents=True)
+    tried = [{"lr": 1e-4, "top1": 48.2}, {"lr": 3e-4, "top1": 47.2}, {"lr": 1e-3, "top1": 43.5}]
+    path.write_text(json.dumps(tried))
+    plan = dataclasses.replace(trainer.plan, final_epochs=10)
+    few = SimpleNamespace(folder=trainer.folder, plan=plan, judged=judged, say=print)
+    assert choose_rate(ready().network, few, None) == rate
+
+
+@pytest.mark.parametrize(("tuned", "pays"), [(53.5, True), (52.75, True), (50.0, False), (0.0, False)])
+def test_a_tuned_parent_stays_unless_it_is_clearly_worse(tuned, pays):
+    """A standard error of 53% of 400 images is 2.5 points."""
+    found = Tuned("shvit_s1", 64, "", 1_600, 400, first=53.0, tuned=tuned)
+    assert (found.pays, found.top1) == (pays, tuned if pays else 53.0)
