@@ -214,6 +214,7 @@ def _warnings_on_stderr() -> Iterator[None]:
 @pytest.fixture
 def few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     quick.few_rounds(monkeypatch)
+    quick.brief_slices(monkeypatch)
     quick.blank_plots(monkeypatch)
 
 

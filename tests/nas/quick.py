@@ -92,6 +92,11 @@ def exports_here(patch: pytest.MonkeyPatch, folder: Path) -> None:
     patch.setattr(Exporter, "call", call)
 
 
+def brief_slices(patch: pytest.MonkeyPatch) -> None:
+    """Time networks roughly: few inferences a round."""
+    patch.setattr("nas.measure.protocol.WORKER", "brief_worker")
+
+
 def blank_plots(patch: pytest.MonkeyPatch) -> None:
     """Draw no plot into a search's report; what it shows is tested in test_report."""
     patch.setattr("nas.search.report.plot_front", lambda outcome: b"")

@@ -68,6 +68,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory, exports: Path) -> tuple[P
     words = ["vitnas", *COMMAND, "--out", str(root), "--data", str(root / "images")]
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
         quick.few_rounds(patch)
+        quick.brief_slices(patch)
         quick.blank_plots(patch)
         quick.small_shvit(patch)
         quick.exports_here(patch, exports)

@@ -31,6 +31,7 @@ def command(root: Path, *words: str, trials: int = 3) -> list[str]:
 def short(exports):
     with pytest.MonkeyPatch.context() as patch:
         quick.few_rounds(patch)
+        quick.brief_slices(patch)
         quick.blank_plots(patch)
         quick.small_shvit(patch)
         quick.exports_here(patch, exports)
