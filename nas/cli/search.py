@@ -86,9 +86,7 @@ def search(
         ),
     ] = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Ignore cached latencies.")] = False,
-    sampler: Annotated[
-        str, typer.Option(help="auto, gp, tpe, nsga2 or random. With --data, auto is the tier's own surrogate.")
-    ] = "auto",
+    sampler: Annotated[str, typer.Option(help="auto, gp, tpe, nsga2 or random. auto is the one of vitnas.")] = "auto",
     storage: Annotated[
         str | None, typer.Option(help="Database URL for workers on several machines.  [default: a journal in the run]")
     ] = None,

@@ -17,7 +17,7 @@ from typing import Any, Self
 
 from nas.machine import usable_cpus
 from nas.measure.runtime import RUNTIMES, Settings
-from nas.measure.samples import FEWEST_ROUNDS, MAX_ROUNDS, MeasureError, Measurement, enough
+from nas.measure.samples import FEWEST_ROUNDS, MAX_ROUNDS, PRECISION, MeasureError, Measurement, enough
 from nas.process import Worker, WorkerError
 
 WORKER = "nas.measure.worker"
@@ -69,12 +69,14 @@ class Measurer:
         timeout_s: float | None = None,
         pause: Sequence[Worker] = (),
         batch_size: int | None = None,
+        precision: float = PRECISION,
     ) -> Measurement:
         """Latency of the network in `path`, in a process of its own; see `enough` for how long.
 
         pause: workers of the caller, stopped while anything is timed. batch_size: of the network, where it is not
-        that of the settings. timeout_s: None is the runtime's own. Raises MeasureError where the process raises,
-        crashes, hangs, or gets fewer than 3 rounds done in that time.
+        that of the settings. timeout_s: None is the runtime's own. precision: half-width of the interval over the
+        median, at which timing ends. Raises MeasureError where the process raises, crashes, hangs, or gets fewer than
+        3 rounds done in that time.
         """
         timeout_s = timeout_s or self._patience_s
         started = time.monotonic()
@@ -91,7 +93,7 @@ class Measurer:
             result.load_s = time.monotonic() - started
             with _stopped(pause):
                 candidate.warm_up(deadline)
-                while not enough(result.rounds_ms, budget_ms):
+                while not enough(result.rounds_ms, budget_ms, precision):
                     round_started = time.monotonic()
                     result.reference_rounds_ms.append(self._time_reference(deadline))
                     result.rounds_ms.append(candidate.time_slice(deadline))

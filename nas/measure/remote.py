@@ -28,7 +28,7 @@ from typing import Any, BinaryIO, Self, TypeVar
 import nas
 from nas.errors import DiskFull, UserError
 from nas.measure.runtime import RUNTIMES, Settings
-from nas.measure.samples import MAX_ROUNDS, MeasureError, Measurement
+from nas.measure.samples import MAX_ROUNDS, PRECISION, MeasureError, Measurement
 from nas.process import ENTER, Worker, WorkerError
 
 T = TypeVar("T")
@@ -366,6 +366,7 @@ class RemoteMeasurer:
         timeout_s: float | None = None,
         pause: Sequence[Worker] = (),
         batch_size: int | None = None,
+        precision: float = PRECISION,
     ) -> Measurement:
         """As there, but raises LinkLost too, and UserError where a lost connection does not come back.
 
@@ -378,6 +379,7 @@ class RemoteMeasurer:
             self._open(connection)
         with connection.files([path]) as [name]:
             limits: dict[str, Any] = {"budget_ms": budget_ms, "timeout_s": timeout_s, "batch_size": batch_size}
+            limits["precision"] = precision
             fields = connection.call("measure", timeout_s + GRACE_S, measurer=self._id, name=name, **limits)
         result = Measurement.from_dict(fields)
         wall_s = time.monotonic() - started

@@ -21,6 +21,7 @@ SURE_ROUNDS = 6  # the fewest whose interval covers 95%
 
 
 PRECISION = 0.02  # half-width of the interval over the median
+SEARCH_PRECISION = 0.05  # the same of a search's trials, whose best are measured again
 
 
 HOPELESS = 1.5  # times the budget
@@ -161,13 +162,13 @@ class Measurement:
         return cls(**fields)
 
 
-def enough(rounds_ms: list[list[float]], budget_ms: float | None = None) -> bool:
+def enough(rounds_ms: list[list[float]], budget_ms: float | None = None, precision: float = PRECISION) -> bool:
     """Whether to stop measuring: the latency is known, or known to be over the budget, or there are MAX_ROUNDS."""
-    return len(rounds_ms) >= MAX_ROUNDS or is_decided(rounds_ms, budget_ms)
+    return len(rounds_ms) >= MAX_ROUNDS or is_decided(rounds_ms, budget_ms, precision)
 
 
-def is_decided(rounds_ms: list[list[float]], budget_ms: float | None = None) -> bool:
-    """Whether these rounds tell the latency to within PRECISION, or tell that it is over the budget.
+def is_decided(rounds_ms: list[list[float]], budget_ms: float | None = None, precision: float = PRECISION) -> bool:
+    """Whether these rounds tell the latency to within `precision`, or tell that it is over the budget.
 
     It is over the budget where its whole 95% interval is; with fewer than SURE_ROUNDS, where it is HOPELESS times over.
     """
@@ -176,7 +177,7 @@ def is_decided(rounds_ms: list[list[float]], budget_ms: float | None = None) -> 
     low, high = _interval(rounds_ms)
     if budget_ms is not None and low > (budget_ms if len(rounds_ms) >= SURE_ROUNDS else HOPELESS * budget_ms):
         return True
-    precise = (high - low) / 2 <= PRECISION * statistics.median(_samples(rounds_ms))
+    precise = (high - low) / 2 <= precision * statistics.median(_samples(rounds_ms))
     return len(rounds_ms) >= MIN_ROUNDS and precise
 
 

@@ -22,7 +22,7 @@ from nas.files import scratch
 from nas.measure.cache import REFERENCE
 from nas.measure.device import device_lock, open_measurer
 from nas.measure.remote import LinkLost
-from nas.measure.samples import MeasureError, is_decided, quanta, quanta_line
+from nas.measure.samples import SEARCH_PRECISION, MeasureError, is_decided, quanta, quanta_line
 from nas.process import WorkerError
 from nas.quality.candidate import Candidate, Kind
 from nas.search.contest import RACE
@@ -142,6 +142,7 @@ class TrialRunner:
             device.enter_context(device_lock(self.request.settings.device))
             clock.lap("waiting for the device")
             trial = ask(self.study, enqueue_one)
+            clock.lap("sampler")
             self.stage.trial = trial.number
             leased.callback(setattr, self.stage, "trial", None)
             try:
@@ -279,7 +280,7 @@ class TrialRunner:
         """A network's measurement and, where it is from the cache, when it was made."""
         when: str | None = None
         found = self._cached(lambda cache: cache.get(network, batch_size, self.reference_ms))
-        if found is not None and not quanta(found[1]) and is_decided(found[1].rounds_ms, budget_ms):
+        if found is not None and not quanta(found[1]) and is_decided(found[1].rounds_ms, budget_ms, SEARCH_PRECISION):
             when, result = found
         else:
             result = self._measured(network, batch_size, budget_ms, clock)
@@ -298,7 +299,9 @@ class TrialRunner:
         path = self._exporter.write(network, settings, self._folder / "candidate")
         clock.lap("build and export")
         self.stage("measuring")
-        result = self.measurer.measure(path, budget_ms, pause=self._exporter.running, batch_size=batch_size)
+        result = self.measurer.measure(
+            path, budget_ms, pause=self._exporter.running, batch_size=batch_size, precision=SEARCH_PRECISION
+        )
         clock.add("session", result.load_s)
         clock.lap("timed runs", less=result.load_s)
         if result.reference_p50_ms is not None:

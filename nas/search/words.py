@@ -113,7 +113,7 @@ def skipped_lines(request: SearchRequest, rows: Sequence[Trial]) -> Iterator[str
 def protocol(request: SearchRequest) -> tuple[str, ...]:
     """How latency was measured, a line a fact."""
     from nas.measure.cache import REFERENCE
-    from nas.measure.samples import CONFIDENCE, MAX_ROUNDS, MIN_ROUNDS, PRECISION
+    from nas.measure.samples import CONFIDENCE, MAX_ROUNDS, MIN_ROUNDS, SEARCH_PRECISION
     from nas.search.closing import CLOSING_ROUNDS, MOST_ROUNDS
 
     return (
@@ -123,8 +123,8 @@ def protocol(request: SearchRequest) -> tuple[str, ...]:
         "untimed runs; a trial ends early once its interval is wholly over the budget, judged after each round from "
         "the 6th on, or far over it from the 3rd on.",
         f"Latency is the median of all samples; its {CONFIDENCE:.0%} interval comes from the rounds' medians by order "
-        f"statistics, and rounds stop once its half-width is {PRECISION:.0%} of the median. samples.jsonl keeps every "
-        "sample.",
+        f"statistics, and a trial's rounds stop once its half-width is {SEARCH_PRECISION:.0%} of the median. "
+        "samples.jsonl keeps every sample.",
         f"The closing table is one run of {CLOSING_ROUNDS} rounds, all networks interleaved in shuffled order; those "
         f"whose interval holds the budget are then measured longer, up to {MOST_ROUNDS} rounds, if they might win.",
         "Latencies are of random weights; BatchNorm is folded and attention biases are gathered before export.",

@@ -30,7 +30,16 @@ from nas.measure import samples as measure_samples
 from nas.measure.device import check_settings, compare, device_lock
 from nas.measure.protocol import Interrupted, Measurer
 from nas.measure.runtime import Settings
-from nas.measure.samples import MeasureError, Measurement, enough, is_decided, median_interval, paired_ratio, quantile
+from nas.measure.samples import (
+    SEARCH_PRECISION,
+    MeasureError,
+    Measurement,
+    enough,
+    is_decided,
+    median_interval,
+    paired_ratio,
+    quantile,
+)
 from nas.process import Worker, WorkerError, _one_line
 
 ALONE = Path(__file__).parents[2] / "benchmarks" / "bench_interleaving.py"
@@ -541,6 +550,14 @@ def test_stop_rules(medians: list[float], budget_ms: float | None, expected: boo
     rounds_ms = [[m] * 3 for m in medians]
     assert enough(rounds_ms, budget_ms) is expected
     assert is_decided(rounds_ms, budget_ms) is (expected and len(medians) < 30)  # 30 noisy rounds settle nothing
+
+
+def test_a_trial_is_measured_less_precisely_than_a_network_alone() -> None:
+    rounds_ms = [[m] * 3 for m in (1.0, 1.07, 1.0, 0.99, 1.0, 1.07, 0.99, 1.0)]
+    assert not enough(rounds_ms)
+    assert enough(rounds_ms, precision=SEARCH_PRECISION)
+    assert not enough(rounds_ms[:7], precision=SEARCH_PRECISION), "8 rounds at least"
+    assert not enough([[m] * 3 for m in NOISY], precision=SEARCH_PRECISION)
 
 
 # --- the protocol, on stand-in networks ---

@@ -32,7 +32,7 @@ def samples_of(folder: Path) -> list[dict]:
 
 def test_a_second_study_takes_latencies_from_the_cache(vitnas, tmp_path, monkeypatch, exports_here):
     monkeypatch.setattr("nas.measure.cache.SAME_SPEED", 10.0)  # other tests may be running beside this one,
-    monkeypatch.setattr("nas.search.trial.is_decided", lambda rounds_ms, budget_ms: True)  # and this machine be noisy,
+    monkeypatch.setattr("nas.search.trial.is_decided", lambda *_: True)  # and this machine be noisy,
     monkeypatch.setattr("nas.search.trial.quanta", lambda measurement: False)  # or busy
     for study in ("first", "second"):
         assert vitnas("search", *SMALL, "--trials", "1", "--out", str(tmp_path), "--study", study)[0] == 0
