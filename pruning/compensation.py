@@ -38,7 +38,7 @@ RIDGES = (3.0, 1.0, 0.3, 0.1, 0.01, 1e-8)
 CLOSE = 1.05
 """The largest penalty is taken that misses at most so much of the least that any misses, on images held out."""
 HELD_OUT = 4
-"""One image in so many chooses the penalty."""
+"""Every image of so many chooses the penalty, from the first on."""
 KEY_RIDGE = 1e-6
 DEAD = 1e-4
 """A channel whose variance is below this share of what BatchNorm knows of it keeps its scale."""
@@ -389,7 +389,7 @@ def _fit_weight(module: nn.Linear | nn.Conv2d, x: Tensor, wanted: Tensor, known:
     worst = missed.square().mean() + (0 if constant is None else constant.square().mean())
     if not worst.isfinite() or worst <= SAME**2 * (wanted.square().mean() + aim.square().mean()):
         return False
-    step = _ridge(x, missed, len(x) // images * (images // HELD_OUT))
+    step = _ridge(x, missed, (torch.arange(images) % HELD_OUT == 0).repeat_interleave(len(x) // images).to(x.device))
     weight = weight + step
     module.weight.view(len(module.weight), -1)[known] = weight.to(module.weight)
     if module.bias is not None:
@@ -397,11 +397,10 @@ def _fit_weight(module: nn.Linear | nn.Conv2d, x: Tensor, wanted: Tensor, known:
     return True
 
 
-def _ridge(x: Tensor, missed: Tensor, held_out: int) -> Tensor:
-    """The step (outputs, inputs) that makes good what is missed; the penalty is chosen on the first rows."""
-    held = x[:held_out], missed[:held_out]
-    grams = [(part.T @ part, part.T @ other) for part, other in (held, (x[held_out:], missed[held_out:]))]
-    (square, cross), (gram, target) = grams
+def _ridge(x: Tensor, missed: Tensor, held_out: Tensor) -> Tensor:
+    """The step (outputs, inputs) that makes good what is missed. held_out: (rows,), those that choose the penalty."""
+    held, rest = (x[held_out], missed[held_out]), (x[~held_out], missed[~held_out])
+    (square, cross), (gram, target) = ((part.T @ part, part.T @ other) for part, other in (held, rest))
     unit, all_missed = gram.diagonal().mean(), held[1].square().sum().item()
     left = []
     for ridge in RIDGES:

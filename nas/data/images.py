@@ -242,6 +242,11 @@ def sample(images: Images, count: int, seed: int) -> Images:
     return images if len(images) <= count else images.pick(_sampled(images, count, seed)[:count])
 
 
+def shuffled_sample(images: Images, count: int, seed: int) -> Images:
+    """At most `count` of the images, picked and put in order by `seed`."""
+    return images.pick(np.random.default_rng(seed).permutation(len(images))[:count].tolist())
+
+
 def sample_first(images: Images, count: int, seed: int) -> Images:
     """All of the images, those of `sample` first."""
     return images if len(images) <= count else images.pick(_sampled(images, count, seed))

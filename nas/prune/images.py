@@ -17,7 +17,7 @@ from nas.job import Job, Progress, Say
 from nas.prune.records import Accuracy, ImagesRow, PruneResult
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from nas.data.batches import Loader
     from nas.data.dataset import ImageData
@@ -107,6 +107,16 @@ class PruneJob(Job):
     def batches(self, images: Images) -> Loader:
         """The images in order."""
         return self._loader(images, shuffle=False)
+
+    def inputs(self, resolution: int) -> Tensor:
+        """Calibration images to refit layers on, in random order: (B, 3, R, R) on the device, of all classes."""
+        import torch
+
+        from nas.data.images import shuffled_sample
+        from pruning.compensation import images_for
+
+        images = shuffled_sample(self.calibration, images_for(resolution), self.seed)
+        return torch.cat([x for x, _ in self.batches(images)]).to(self.device)
 
     def _loader(self, images: Images, shuffle: bool) -> Loader:
         from nas.data.batches import loader

@@ -220,12 +220,11 @@ def _cut(request: PruneRequest, job: PruneJob, target: int, resolution: int) -> 
     """Cut the unpruned network to the target, and keep the result."""
     import torch
 
-    from pruning.compensation import images_for
     from pruning.outside import prune_outside as cut
 
     model = _kept(request, job, "dense")
     batches = [(x.to(job.device), y.to(job.device)) for x, y in job.batches(job.calibration)]
-    inputs = torch.cat([x for x, _ in batches])[: images_for(resolution)] if request.compensate else None
+    inputs = job.inputs(resolution) if request.compensate else None
     torch.manual_seed(request.seed)  # the criterion "random" draws from it
     with job.phase("cutting") as progress:
         found = cut(

@@ -74,6 +74,7 @@ class Rounds:
         self.job, self.request, self.whole = job, request, whole
         self.metric = request.budget.metric
         self._batches: list[tuple[Tensor, Tensor]] = []
+        self._inputs: Tensor | None = None
 
     def check_budget(self) -> None:
         """Refuse a budget that counting alone shows to be above the network's own, or out of reach.
@@ -188,8 +189,9 @@ class Rounds:
         if request.compensate:
             with job.phase("compensating"):
                 units = origins_of(parts.arch, found.arch, found.select, found.blocks)
-                images = self._inputs(parts.arch.resolution)
-                weights, refitted = compensate(parts.arch, state, found.arch, weights, units, images)
+                if self._inputs is None:
+                    self._inputs = job.inputs(parts.arch.resolution)
+                weights, refitted = compensate(parts.arch, state, found.arch, weights, units, self._inputs)
         child = create_model(found.arch)
         child.load_state_dict(weights)
         counts = table(found.arch)
@@ -207,14 +209,6 @@ class Rounds:
             + (f", {counted(refitted, 'layer')} refitted" if request.compensate else "")
         )
         return reached
-
-    def _inputs(self, resolution: int) -> Tensor:
-        """Calibration images to refit layers on, (B, 3, R, R)."""
-        import torch
-
-        from pruning.compensation import images_for
-
-        return torch.cat([images for images, _ in self._batches])[: images_for(resolution)]
 
     def _costs(self, parts: Anatomy) -> Costs:
         from pruning.allocation import Costs

@@ -126,13 +126,13 @@ class Parents:
         """
         import torch
 
-        from nas.data.images import sample
+        from nas.data.images import shuffled_sample
         from pruning.compensation import compensate, images_for
         from pruning.transfer import transfer_origins
 
         trainer, resolution, pixels = self.trainer, arch.resolution, own_pixels(get_arch(name))
         given = tuned or self.tuned(name, resolution)
-        images = sample(trainer.split(resolution, pixels)[0], images_for(resolution), trainer.seed)
+        images = shuffled_sample(trainer.split(resolution, pixels)[0], images_for(resolution), trainer.seed)
         batches = trainer.batches(trainer.plain(images, resolution, pixels))
         inputs = torch.cat([x for x, _ in batches]).to(trainer.device)
         origins = transfer_origins(given.arch, arch, given.scores)

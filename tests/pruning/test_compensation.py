@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pruning.compensation import compensate
+from pruning.compensation import Source, compensate, refit
 from pruning.slicing import origins_of, slice_weights
 from pruning.units import cut, with_all_tokens
 from search_spaces import Arch, table
@@ -156,3 +156,24 @@ def test_tokens_that_are_dropped_do_not_disturb_it(helpers: ModuleType) -> None:
     with torch.no_grad():
         wanted, found = (model(helpers.image(arch, 8, 9)) for model in models)
     assert helpers.error(found, wanted) < 1e-5
+
+
+class Signed(nn.Module):
+    """A linear layer on x * s, where (x, s) are an image's two values and s is -1 or 1."""
+
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        self.head = nn.Linear(1, 1, bias=False)
+        nn.init.constant_(self.head.weight, weight)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(images[:, :1] * images[:, 1:]) if self.head.weight else self.head(images[:, :1])
+
+
+def test_the_penalty_is_chosen_on_images_from_everywhere() -> None:
+    """Not on the first ones, which may be of one class: here they want the opposite of the others."""
+    images = torch.stack([torch.linspace(-1, 1, 10).repeat(4), torch.ones(40)], 1)
+    images[:10, 1] = -1
+    whole, cut = Signed(1.0), Signed(0.0)
+    assert refit(whole, cut, {"head": Source("head", torch.arange(1))}, images) == 1
+    assert 0.1 < cut.head.weight.item() < 0.6

@@ -574,6 +574,26 @@ def test_layers_are_refitted_after_a_cut(vitnas, images, tmp_path, fake_clock):
     assert weights["with"] != weights["without"]
 
 
+def test_layers_are_refitted_on_images_of_all_classes(vitnas, images, tmp_path, fake_clock, monkeypatch):
+    """Although few of the calibration images are taken, which are in the order of their classes."""
+    given = []
+
+    def compensate(parent, weights, child, state, origins, images):
+        given.append(images)
+        return state, 0
+
+    monkeypatch.setattr("pruning.compensation.compensate", compensate)
+    monkeypatch.setattr("pruning.compensation.images_for", lambda resolution: 12)
+    trained(images, tmp_path / "net")
+    cut = ("--data", str(images), "--finetune", "0", "--rounds", "2", "--no-reallocate", "--axes", "ffn")
+    code, _, said = vitnas(*words(tmp_path / "net", tmp_path / "out", *cut, "--macs", "0.8x"))
+    assert code == 0, said
+    assert [len(each) for each in given] == [12, 12]
+    colours = given[0].mean((2, 3)).argmax(1)
+    assert set(colours.tolist()) == {0, 1, 2}
+    assert colours.tolist() not in (sorted(colours.tolist()), sorted(colours.tolist(), reverse=True))
+
+
 def test_a_folder_of_an_older_vitnas_goes_on_without_refitting(vitnas, images, tmp_path, fake_clock, monkeypatch):
     cut = ("--data", str(images), "--finetune", "0", "--rounds", "1", "--no-reallocate", "--axes", "ffn")
     trained(images, tmp_path / "net")
