@@ -4,6 +4,9 @@ Log odds of top-1 are a quadratic in log2 MACs and log2 parameters, linear in lo
 distillation. Each family has an offset and a slope of its own, pooled partially: the less of a family is published, the
 nearer both are to the mean of all families (0), and a family of which nothing is published has the mean, and the whole
 spread of families as its doubt. All of it is one Bayesian linear regression, so that the doubt of every part counts.
+
+Where the quadratic falls with size, which it does beyond most published sizes, a network has the best prediction of all
+sizes up to its own, and what the quadratic falls short of that is added doubt: no network is worse for being larger.
 """
 
 from __future__ import annotations
@@ -86,10 +89,11 @@ class SizeFit:
         known = family if family in self.families else None
         mean, covariance = self._parts[known]
         inputs = np.array([*row, 1.0, size] if known is not None else row)
-        variance = float(inputs @ covariance @ inputs) + _noise(size) ** 2
+        gain = _gain_of_less(mean, row[1], row[2])
+        variance = float(inputs @ covariance @ inputs) + _noise(size) ** 2 + gain**2
         if known is None:
             variance += OFFSETS**2 + (SLOPES * size) ** 2
-        return Prediction(float(inputs @ mean), math.sqrt(variance))
+        return Prediction(float(inputs @ mean) + gain, math.sqrt(variance))
 
     def _part(self, family: int | None) -> tuple[np.ndarray, np.ndarray]:
         """Mean and covariance of the coefficients that a family's networks have."""
@@ -97,6 +101,27 @@ class SizeFit:
         own = [] if family is None else [common + family, common + len(self.families) + family]
         chosen = np.array([*range(common), *own])
         return self._mean[chosen], self._covariance[np.ix_(chosen, chosen)]
+
+
+def _gain_of_less(mean: np.ndarray, macs: float, params: float) -> float:
+    """Log odds by which the quadratic is higher at the best of all sizes up to this one; 0 where it still grows.
+
+    Args:
+        mean: coefficients as of `_row`, then a family's offset and slope, if any.
+        macs, params: the size, as `_row` has it.
+    """
+    linear = mean[1:3] + (mean[-1] / 2 if len(mean) > len(COEFFICIENTS) else 0.0)
+    curvature = np.array([[2 * mean[3], mean[5]], [mean[5], 2 * mean[4]]])
+    slopes = linear + curvature @ np.array([macs, params])
+    if (slopes >= 0).all():
+        return 0.0
+    steps = [np.zeros(2)]
+    for axis, unit in enumerate(np.eye(2)):
+        if curvature[axis, axis] < 0:
+            steps.append(-slopes[axis] / curvature[axis, axis] * unit)
+    if curvature[0, 0] < 0 < np.linalg.det(curvature):
+        steps.append(-np.linalg.solve(curvature, slopes))
+    return max(float(slopes @ step + step @ curvature @ step / 2) for step in steps if (step <= 0).all())
 
 
 def _row(network: Size) -> list[float]:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from nas.networks.counts import counts_of
+from nas.quality import size_fit
 from nas.quality.candidate import Candidate
 from nas.quality.prior import CLASSES, PriorTier, Sized, fitted, fitted_to, sized
 from nas.quality.published import Published, published
@@ -19,7 +20,7 @@ from search_spaces import count, get_arch, list_models
 from search_spaces.api import find_variant
 from search_spaces.evit import EvitArch
 from search_spaces.registry import FAMILIES
-from search_spaces.space import random_params
+from search_spaces.space import LEVELS, PARAMETERS, random_params
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +116,34 @@ def test_a_quadratic_knows_small_networks():
     assert percent_of(fit.predict(Sized(2_200_000, 82_000_000, 144, True), "levit").mean) == pytest.approx(66.9, abs=2)
     tiny = percent_of(fit.predict(Sized(730_000, 11_000_000, 144, True), "levit").mean)
     assert tiny == pytest.approx(44.9, abs=5)
+
+
+@pytest.mark.parametrize("family", ["levit", "efficientvit", None])
+def test_no_network_is_worse_for_being_larger(family):
+    """Where the quadratic falls, the prediction is its best of all sizes up to that one, and the shortfall is doubt."""
+    fit, steps = fitted(), np.arange(21)
+    part, covariance = fit._parts[family]
+    macs, params = 5e6 * 2 ** (steps / 1.5), 0.3e6 * 2 ** (steps / 2)
+    raw, told = np.zeros((21, 21)), np.zeros((21, 21))
+    for i, j in np.ndindex(raw.shape):
+        size = Sized(int(params[j]), int(macs[i]), 224, False)
+        row = np.array([*size_fit._row(size), 1.0, size_fit._size(size)])[: len(part)]
+        raw[i, j], found = row @ part, fit.predict(size, family)
+        told[i, j] = found.mean
+        assert found.error >= np.hypot(told[i, j] - raw[i, j], np.sqrt(row @ covariance @ row))
+    assert all((np.diff(raw, axis=axis) < 0).any() for axis in (0, 1)), "the quadratic itself turns round"
+    best = np.maximum.accumulate(np.maximum.accumulate(raw, 0), 1)
+    assert (told >= best - 1e-9).all()
+    assert told == pytest.approx(best, abs=0.005), "the best lies between two sizes of this grid"
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_the_largest_network_has_the_best_score(prior, family):
+    """Of those that a search draws; a budget that everything meets is answered by one about as large."""
+    rng, space = np.random.default_rng(0), FAMILIES[family].space
+    largest = space.decode(dict.fromkeys(PARAMETERS, LEVELS - 1), CLASSES)
+    others = [space.decode(random_params(rng), CLASSES) for _ in range(60)]
+    assert estimate(prior, largest).score > max(estimate(prior, arch).score for arch in others)
 
 
 @pytest.mark.parametrize("name", [n for n in list_models() if find_variant(n)[1].top1 is not None])
