@@ -16,7 +16,7 @@ from nas.quality.tier import told_score
 from nas.report.tables import Column, console_of, print_table, prose
 from nas.search.outcome import OVERHEAD, Outcome
 from nas.search.rows import INTERRUPTED, ClosingRow, OutsideRow, Timed, role_of
-from nas.search.words import interval_words, later_rounds, quality_words, validation_line
+from nas.search.words import better_line, interval_words, later_rounds, quality_words, validation_line
 from nas.units import counted
 
 if TYPE_CHECKING:
@@ -79,6 +79,8 @@ def show_answer(console: Console, outcome: Outcome) -> None:
         f"{counted(settings.threads, 'thread')}, batch {settings.batch_size}"
     )
     fastest, winner = outcome.fastest, outcome.winner
+    if better := better_line(outcome):
+        prose(console, f"{better}.")
     if outcome.contest:
         prose(console, f"{outcome.contest.line}.")
     if fastest is None:
@@ -192,6 +194,7 @@ def show_against(console: Console, rows: Sequence[OutsideRow], first: ClosingRow
         Column("against", label=True),
         Column("px"),
         Column("in budget", label=True, drop=3),
+        Column("published", drop=6),
         Column("ms"),
         Column("95% of ms", drop=2),
         Column("img/s", drop=4),
@@ -203,6 +206,7 @@ def show_against(console: Console, rows: Sequence[OutsideRow], first: ClosingRow
             row.label,
             str(row.resolution),
             row.verdict or "",
+            "" if row.published_top1 is None else f"{row.published_top1:.1f}",
             f"{row.latency_ms:.2f}",
             f"{row.ci_low_ms:.2f}..{row.ci_high_ms:.2f}",
             rate(row.throughput),

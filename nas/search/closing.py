@@ -16,6 +16,7 @@ from nas.measure.runtime import Settings
 from nas.measure.samples import MeasureError, Measurement, paired_ratio
 from nas.quality.candidate import Kind
 from nas.search.log import keep_samples
+from nas.search.rivals import rivals_of, told_of, top1_of
 from nas.search.rows import (
     ClosingRow,
     OutsideRow,
@@ -58,7 +59,8 @@ def closing_run(
     progress: Callable[[int, int], None] | None = None,
     note: Callable[[str], None] = lambda line: None,
 ) -> tuple[list[ClosingRow], list[OutsideRow]]:
-    """Measure the finalists once more, side by side with `request.against` in one interleaved run.
+    """Measure the finalists once more, side by side with `request.against`, or with the networks of timm's that
+    `rivals_of` names, in one interleaved run.
 
     Finalists whose interval holds the budget, and that would win if they fitted, are measured longer.
 
@@ -109,7 +111,8 @@ class _ClosingRun:
         self.results: Results = {}
         self.batches: Results = {}
         self.networks = {label: network_of(row) for label, row in self.finalists.items()}
-        self.outside, self.refused = outside_of(self.request.against, self.finalists)
+        self.rivals = rivals_of(self.request, list(self.finalists.values()))
+        self.outside, self.refused = outside_of((*self.request.against, *self.rivals), self.finalists)
 
     @cached_property
     def many(self) -> Settings | None:
@@ -118,7 +121,7 @@ class _ClosingRun:
         return replace(self.request.settings, batch_size=size) if size else None
 
     def measure(self, exporter: Exporter, settings: Settings, rounds: int, longer: Longer | None = None) -> Results:
-        """One interleaved run of the finalists and the networks of --against."""
+        """One interleaved run of the finalists and the networks outside of the search."""
         return measure_side_by_side(
             self.networks | self.outside,
             lambda network, stem: exporter.write(network, settings, stem),
@@ -158,13 +161,16 @@ class _ClosingRun:
         first = next((self.results[row.label] for row in final if not row.error), None)
         rows = []
         for label, network in self.outside.items():
-            row = OutsideRow(label=label, resolution=network.resolution, **self._kept(label))
+            row = OutsideRow(
+                label=label, resolution=network.resolution, published_top1=top1_of(label), **self._kept(label)
+            )
             result = self.results[label]
             if isinstance(result, Measurement) and isinstance(first, Measurement):
                 ratio, (low, high) = paired_ratio(together(result), together(first))
                 row = replace(row, ratio=ratio, ratio_low=low, ratio_high=high)
             rows.append(row)
-        return rows + [OutsideRow(label=label, error=error) for label, error in self.refused.items()]
+        rows += [OutsideRow(label=label, error=error) for label, error in self.refused.items()]
+        return told_of(rows) if self.rivals else rows
 
     def _latency(self, result: Measurement) -> dict[str, Any]:
         verdict = LatencyBudget(self.request.budget_ms).judge(result.ci_ms)

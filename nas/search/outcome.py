@@ -248,6 +248,16 @@ class Outcome:
         return front_of(self.trials)
 
     @property
+    def better_published(self) -> OutsideRow | None:
+        """Where nothing is trained: the network outside of the search that surely fits and whose published top-1 is the
+        highest, if it is above what is predicted of the winner."""
+        if self.winner is None or self.quality_tier.trained:
+            return None
+        least = self.winner.quality_estimate
+        found = [row for row in self.against if row.verdict == Verdict.FITS and (row.published_top1 or 0.0) > least]
+        return max(found, key=lambda row: known(row.published_top1), default=None)
+
+    @property
     def overhead_share(self) -> float:
         """Share of the trials' wall time that went into `OVERHEAD`."""
         return sum(row.share for row in self.breakdown if row.phase in OVERHEAD)

@@ -24,7 +24,7 @@ from nas.report.page import render
 from nas.search.front import plot_front
 from nas.search.outcome import Outcome
 from nas.search.rows import Network, Trial, known
-from nas.search.words import later_rounds, quality_words, validation_line
+from nas.search.words import better_line, later_rounds, quality_words, validation_line
 from nas.text import mask_url
 
 COLUMNS = (
@@ -118,6 +118,7 @@ def _html(outcome: Outcome, plot: bytes) -> str:
     shown = {
         "plot": base64.b64encode(plot).decode(),
         "said": quality_words(winner) if winner else "",
+        "better": better_line(outcome),
         "trust": validation_line(outcome.quality_tier, outcome.validation),
         "best": _measured_winner(outcome) if winner else None,
         "front": outcome.front,

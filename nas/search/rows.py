@@ -212,6 +212,8 @@ class OutsideRow(Timed):
     ratio_low: float | None = None
     """Ends of the ratio's 95% interval."""
     ratio_high: float | None = None
+    published_top1: float | None = None
+    """Of one of timm's at this resolution, percent; None where none is known."""
 
 
 Network = Trial | ClosingRow

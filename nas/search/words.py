@@ -68,6 +68,19 @@ def winner_line(outcome: Outcome) -> str:
     return f"{winner.label} ({winner.family}) {how} {outcome.budget_ms:g} ms{accuracy}"
 
 
+def better_line(outcome: Outcome) -> str:
+    """Which published network is better than what the search found; "" where none is."""
+    row, winner = outcome.better_published, outcome.winner
+    if row is None or winner is None:
+        return ""
+    low, high = winner.quality_ci
+    return (
+        f"A published network is better: {row.label}, with a top-1 of {row.published_top1:.1f}% on ImageNet and "
+        f"{row.latency_ms:.2f} ms here; {winner.label} is predicted {winner.quality_estimate:.1f}% "
+        f"(95%: {low:.1f} to {high:.1f})"
+    )
+
+
 def later_rounds(final: Sequence[ClosingRow]) -> str:
     """Which networks of a closing run were measured longer after it, as a sentence; "" where none was."""
     longer = [row.label for row in final if row.rounds_alone]
