@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -155,6 +156,7 @@ def search(
         families = inheriting(parent, families, family) if tier == "inherit" else families
 
     from nas.networks.targets import find_target
+    from nas.search.folder import epochs_in
     from nas.search.request import SearchRequest
 
     request = SearchRequest(
@@ -176,6 +178,8 @@ def search(
         against=tuple(find_target(network) for network in against or ()),
         cache=not no_cache,
     )
+    if plan is not None and tier == "race" and epochs is None and (begun := epochs_in(request.folder)):
+        request = replace(request, plan=replace(plan, epochs=begun))
     request.check()
 
     from nas.cli.progress import load, waiting

@@ -46,11 +46,16 @@ class TrainingPlan:
         """Epochs of the trainings at its end."""
         return FINAL_EPOCHS if self.final_epochs is None else self.final_epochs
 
-    def settled(self, tier: str, images: int) -> Self:
-        """The plan with the epochs of its final trainings: in a race without such by the number of training images."""
+    def settled(self, tier: str, images: int, made: int | None = None) -> Self:
+        """The plan with the epochs of its final trainings: in a race without such those that its folder has, which may
+        be of an older vitnas, else by the number of training images.
+
+        Args:
+            made: the folder's; None: it has none.
+        """
         if self.final_epochs is not None or tier != "race":
             return self
-        return replace(self, final_epochs=min(max(RACED // images, LEAST_RACED), FINAL_EPOCHS))
+        return replace(self, final_epochs=made or min(max(RACED // images, LEAST_RACED), FINAL_EPOCHS))
 
     def check(self) -> None:
         """Raises: UserError: a number out of range, or a file where a folder is wanted."""

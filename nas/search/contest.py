@@ -107,25 +107,42 @@ class Contest:
 
 
 def contestants(final: Sequence[ClosingRow], budget_ms: float) -> list[ClosingRow]:
-    """The networks that are trained fully: the best ready one, the best that the search made up, and the best derived
-    one, all by the search's own ranking; the winner so far first.
+    """The networks that are trained fully: the best that the search made up, the best ready one, that at the budget
+    where it ranks higher, and the best derived one, all by the search's own ranking; the winner so far first.
 
     Args:
         final: the closing run's table, best first, with a winner.
     """
     first = next(row for row in final if row.role == "winner")
-    rows = [first, *opponents(final, budget_ms), best_within(final, Kind.DERIVED)]
+    made, ready = best_within(final, Kind.DERIVED, Kind.SCRATCH), best_within(final, Kind.READY)
+    rows = [first, made, ready, best_at(final, budget_ms), best_within(final, Kind.DERIVED)]
     return list({row.label: row for row in rows if row is not None}.values())
 
 
 def opponents(final: Sequence[ClosingRow], budget_ms: float) -> tuple[ClosingRow | None, ClosingRow | None]:
-    """The best network that the search made up, and the best ready one, by the search's own ranking; None where none is
-    within the budget. A ready one may be at it: see `is_at`."""
-    ready = next((row for row in final if row.kind == Kind.READY and is_at(row, budget_ms)), None)
+    """The pair that decides: the best network that the search made up, and the ready one it is compared with; None
+    where none is within the budget. All that is said of the contest is of this pair.
+
+    The ready one is the best that surely fits; that at the budget (`best_at`) only where it is really better than what
+    was made up, and better than the one that surely fits, or where no ready one surely fits.
+    """
+    found, ready = best_within(final, Kind.DERIVED, Kind.SCRATCH), best_within(final, Kind.READY)
+    at = best_at(final, budget_ms)
+    if at is None or found is None:
+        return found, ready
+    if ready is None or ready.verdict != Verdict.FITS:
+        return found, at
+    gain, sure = gain_of(found, at), ready.accuracy
+    better = gain is not None and gain.verdict == "loss" and (sure is None or known(at.accuracy).mean > sure.mean)
+    return found, at if better else ready
+
+
+def best_at(final: Sequence[ClosingRow], budget_ms: float) -> ClosingRow | None:
+    """The best ready network at the budget (`is_at`), if it ranks before all that surely fit."""
+    at = next((row for row in final if row.kind == Kind.READY and is_at(row, budget_ms)), None)
     sure = best_within(final, Kind.READY)
-    if ready and (sure is None or sure.verdict != Verdict.FITS or rank(ready) < rank(sure)):
-        sure = ready
-    return best_within(final, Kind.DERIVED, Kind.SCRATCH), sure
+    ranks = at is not None and (sure is None or sure.verdict != Verdict.FITS or rank(at) < rank(sure))
+    return at if ranks else None
 
 
 def is_at(row: ClosingRow, budget_ms: float) -> bool:
@@ -157,11 +174,8 @@ def winner_of(final: Sequence[ClosingRow], budget_ms: float) -> ClosingRow:
         return first
     gain = gain_of(found, ready)
     if found.verdict != ready.verdict:
-        if ready.verdict == Verdict.FITS:
-            return first
-        if is_at(ready, budget_ms) and gain is not None and gain.verdict == "loss":
-            return ready
-        return winner_of([row for row in final if row is not ready], budget_ms)
+        better = is_at(ready, budget_ms) and gain is not None and gain.verdict == "loss"
+        return ready if better else first
     if gain is not None:
         return found if gain.verdict == "gain" else ready
     return next((row for row in (first, found, ready) if row.accuracy), first)

@@ -21,6 +21,7 @@ from nas.export.folder import save_weights
 from nas.files import replace_file
 from nas.quality.candidate import Candidate, Kind
 from nas.search.accuracy import Accuracies, Tuning
+from nas.search.folder import FINAL
 from nas.search.rows import Trial, candidate_of, known
 from nas.search.trainings import COMPLETED, results_of
 
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from nas.quality.tier import TrainedTier
     from nas.search.request import SearchRequest
 
-FINAL = "final"
-"""Folder of the results of final trainings in a run's."""
 BEST = 3
 """How many of the best networks are trained to the last rung before one is chosen."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 JOURNAL, HARDWARE, TRAINING_INPUTS = "study.journal", "hardware.json", "lessons.json"
 
 
+FINAL = "final"
+"""Folder of the results of final trainings in a run's: KEY-EPOCHS-seedN.json."""
 ELSEWHERE = ("budget_ms", "families", "space", "hardware", "throughput_at")
 """What a study must agree on and a training does not depend on."""
 
@@ -70,6 +73,23 @@ def quality_in(folder: Path) -> str | None:
     except (OSError, ValueError):
         return None
     return found.get("quality") if isinstance(found, dict) else None
+
+
+def epochs_in(folder: Path) -> int | None:
+    """The epochs of the last rung that a folder's trainings were begun with; None where it has none, or they cannot be
+    read."""
+    try:
+        found = json.loads((folder / TRAINING_INPUTS).read_text())["training"]["epochs"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if isinstance(found, int) else None
+
+
+def final_epochs_in(folder: Path) -> int | None:
+    """The epochs of the final trainings that a folder has; None where it has none, or of several numbers."""
+    names = (re.fullmatch(r"[0-9a-f]{16}-(\d+)-seed\d+", path.stem) for path in (folder / FINAL).glob("*.json"))
+    found = {int(name[1]) for name in names if name}
+    return found.pop() if len(found) == 1 else None
 
 
 def make_folder(folder: Path) -> bool:

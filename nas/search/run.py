@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from nas.search.finish import finish_run
+from nas.search.folder import final_epochs_in
 from nas.search.loop import Progress, interruptible
 from nas.search.loop import search as run_trials
 from nas.search.request import storage_of
@@ -68,7 +69,9 @@ def search(
     request.check()
     images = images or read_images(request)
     if images is not None:
-        plan = request.plan and request.plan.settled(request.quality, len(images.train))
+        plan = request.plan and request.plan.settled(
+            request.quality, len(images.train), final_epochs_in(request.folder)
+        )
         request = replace(request, num_classes=len(images.classes), plan=plan)
     study, log = run_trials(request, progress, say, phase, images)
     with storage_errors(storage_of(request)), interruptible():

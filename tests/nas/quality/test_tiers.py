@@ -547,7 +547,8 @@ def test_final_trainings_of_a_race_go_through_as_many_images_whatever_their_numb
     plan = TrainingPlan("images")
     assert plan.full_epochs == plan.settled("train", 2_000).full_epochs == 30
     assert [plan.settled("race", images).full_epochs for images in (100, 2_000, 50_000)] == [30, 12, 3]
-    assert PLAN.settled("race", 2_000) == PLAN, "as the user said"
+    assert plan.settled("race", 2_000, made=30).full_epochs == 30, "those that an older vitnas has made"
+    assert PLAN.settled("race", 2_000, made=30) == PLAN, "as the user said"
 
 
 @pytest.mark.parametrize(

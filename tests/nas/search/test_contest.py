@@ -9,7 +9,7 @@ from nas.measure.budget import Verdict
 from nas.quality.candidate import Kind
 from nas.search.accuracy import Accuracies, Tuning, compare_means
 from nas.search.closing import ordered
-from nas.search.contest import contest_of, contestants, decision, winner_of, with_winner
+from nas.search.contest import contest_of, contestants, decision, opponents, winner_of, with_winner
 from nas.search.finish import remarks_on_size
 from nas.search.rows import ClosingRow, finalists_of
 
@@ -122,12 +122,26 @@ def test_a_ready_network_at_the_budget_wins_where_what_surely_fits_is_really_wor
             row(5, Kind.READY, 20),
         ]
     )
-    assert [each.label for each in contestants(table, 1.0)] == ["trial 4", "ready2"]
-    rows = trained(table, {"trial 4": made, "ready2": 48.0})
+    assert [each.label for each in contestants(table, 1.0)] == ["trial 4", "ready3", "ready2"]
+    rows = trained(table, {"trial 4": made, "ready2": 48.0, "ready3": 30.0})
     found = contest_of(with_winner(rows, winner_of(rows, 1.0)), 1.0)
     assert found.winner.name == winner
-    assert found.best_ready.name == "ready2", "what others are compared with"
+    assert found.best_ready.name == ("ready2" if winner == "ready2" else "ready3"), "what others are compared with"
     assert winner_of(rows, BUDGET_MS).label == "trial 4", "over the budget, if little"
+
+
+def test_the_pair_that_decides_is_the_pair_that_is_told() -> None:
+    """A ready network is at the budget, a lesser one surely fits: no real loss to the first, a tie with the second."""
+    table = ordered([row(2, Kind.READY, 52, Verdict.UNSURE), row(3, Kind.READY, 51), row(4, Kind.DERIVED, 50)])
+    rows = trained(table, {"ready2": 50.0, "ready3": 49.5, "trial 4": 49.4})
+    rows = with_winner(rows, winner_of(rows, 1.0))
+    found = contest_of(rows, 1.0)
+    assert (found.winner.name, found.best_ready.name) == ("ready3", "ready3")
+    assert found.gain_over_ready.points == pytest.approx(-0.1)
+    assert "validation images" in decision(*opponents(rows, 1.0), found.winner.name)
+    without = ordered([row(2, Kind.READY, 52, Verdict.UNSURE), row(4, Kind.DERIVED, 50)])
+    rows = trained(without, {"ready2": 50.0, "trial 4": 49.4})
+    assert contest_of(with_winner(rows, winner_of(rows, 1.0)), 1.0).winner.name == "trial 4", "no real loss"
 
 
 def test_of_a_parents_children_that_are_equal_as_far_as_is_known_the_largest_is_compared() -> None:

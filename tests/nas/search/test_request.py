@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from nas.errors import UserError
 from nas.measure.runtime import Settings
 from nas.networks.targets import Target
 from nas.quality.plan import TrainingPlan
-from nas.search.folder import TRAINING_INPUTS, training_inputs
+from nas.search.folder import TRAINING_INPUTS, epochs_in, final_epochs_in, training_inputs
 from nas.search.loop import left_by_an_older, open_run
 from nas.search.request import SearchRequest
 from nas.study.samplers import make_sampler
@@ -174,3 +175,27 @@ def test_a_request_out_of_range_is_refused(change, message):
     request.check()
     with pytest.raises(UserError, match=message):
         replace(request, **change).check()
+
+
+def test_a_race_that_was_begun_goes_on_with_its_own_epochs(tmp_path):
+    """Where none are asked for: an older vitnas had others."""
+    assert (epochs_in(tmp_path), final_epochs_in(tmp_path)) == (None, None)
+    (tmp_path / TRAINING_INPUTS).write_text(json.dumps({"training": {"epochs": 9}}))
+    (tmp_path / "final").mkdir()
+    for name in ("0123456789abcdef-30-seed0", "0123456789abcdef-30-seed1", "parent-shvit_s1-64px-12-seed0"):
+        (tmp_path / "final" / f"{name}.json").touch()
+    assert (epochs_in(tmp_path), final_epochs_in(tmp_path)) == (9, 30)
+    (tmp_path / "final" / "0123456789abcdef-12-seed0.json").touch()
+    assert final_epochs_in(tmp_path) is None, "which of them is meant cannot be told"
+
+
+def test_a_race_s_command_takes_the_epochs_of_its_folder(tmp_path, monkeypatch, vitnas):
+    seen = []
+    monkeypatch.setattr("nas.search.run.read_images", lambda request: seen.append(request.plan.epochs) or sys.exit(3))
+    (tmp_path / "s").mkdir()
+    words = ("search", "--latency-budget", "2ms", "--data", "x", "--out", str(tmp_path), "--study", "s")
+    vitnas(*words)
+    (tmp_path / "s" / TRAINING_INPUTS).write_text(json.dumps({"training": {"epochs": 9}}))
+    vitnas(*words)
+    vitnas(*words, "--epochs", "5")
+    assert seen == [3, 9, 5]
