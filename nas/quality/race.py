@@ -105,8 +105,10 @@ class RaceTier(HalvingTier):
     def tuning_pays(self, candidate: Candidate) -> bool:
         """Whether the search's own tuning did not make a network worse by more than `DOUBT` standard errors: to the
         last rung it is short, and few images judge. Where it made none, it is taken to pay."""
-        rungs = next((each.rungs for each in self.trainer.results() if each.key == candidate.key), {})
-        return 0 not in rungs or self.epochs not in rungs or rungs[self.epochs] != rungs[0]
+        found = next((each for each in self.trainer.results() if each.key == candidate.key), None)
+        if found is None or not {0, self.epochs} <= found.rungs.keys():
+            return True
+        return found.rungs[self.epochs] > found.rungs[0] if found.tuned is None else found.tuned
 
     def parent_tuning(self, candidate: Candidate, folder: Path) -> Tuned | None:
         """How the parent of a derived network was tuned for its trainings in a folder, with the seconds of all seeds;

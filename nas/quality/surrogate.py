@@ -54,6 +54,8 @@ class TrainedNetwork:
     key: str
     features: np.ndarray
     rungs: Rungs
+    tuned: bool | None = None
+    """Of a pretrained one, whether it was kept as tuned: it was not clearly worse; None where that is not told."""
 
 
 def describe(network: Arch | TimmNetwork, counts: Counts) -> np.ndarray:

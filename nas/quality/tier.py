@@ -39,6 +39,8 @@ class TrainingRecord:
     """Top-1 in percent by epochs trained, 0 for a network judged before any; empty for one that was not judged."""
     seconds: float | None = None
     """Duration of the training; None where none was made."""
+    tuned: bool | None = None
+    """As `nas.quality.surrogate.TrainedNetwork`."""
 
     def to_json(self) -> dict[str, object]:
         """The record as JSON; JSON's keys are strings."""
@@ -46,7 +48,8 @@ class TrainingRecord:
             "features": list(self.features),
             "rungs": {str(epochs): top1 for epochs, top1 in self.rungs.items()},
         }
-        return kept if self.seconds is None else kept | {"seconds": self.seconds}
+        more = {"seconds": self.seconds, "tuned": self.tuned}
+        return kept | {name: value for name, value in more.items() if value is not None}
 
     @classmethod
     def from_json(cls, kept: object) -> Self:
@@ -268,7 +271,13 @@ class TrainedTier(ABC):
 
 
 def with_training(
-    found: Estimate, how: str, features: np.ndarray, rungs: Mapping[int, float], seconds: float | None = None
+    found: Estimate,
+    how: str,
+    features: np.ndarray,
+    rungs: Mapping[int, float],
+    seconds: float | None = None,
+    tuned: bool | None = None,
 ) -> Estimate:
     """An estimate with where it is from and what was learnt of the network."""
-    return replace(found, how=how, training=TrainingRecord(tuple(features.tolist()), dict(rungs), seconds))
+    record = TrainingRecord(tuple(features.tolist()), dict(rungs), seconds, tuned)
+    return replace(found, how=how, training=record)

@@ -46,8 +46,6 @@ SCREEN_FROM = 8
 """Networks trained before any is left out untrained."""
 DOUBT = 2
 """Standard errors that a network must lose by tuning to be left as it began: few images judge."""
-TIE = 1e-6
-"""Points that tell a network with as much after tuning as before from one that is left as it began."""
 LOW_FROM = 128
 """Resolution from which the first epochs are trained at half of it."""
 
@@ -141,8 +139,7 @@ class HalvingTier(TrainedTier):
                 replace_file(path, json.dumps(judged).encode())
             untuned = network if epochs == 0 else untuned
             worse = untuned is not None and judged[epochs] < judged[0] - self._doubt(judged[0])
-            tie = epochs > 0 and judged[epochs] == judged.get(0)
-            rungs[epochs] = judged[0] if worse else judged[epochs] + TIE * tie
+            rungs[epochs] = judged[0 if worse else epochs]
             last = untuned if worse else network if shape == candidate.network else None  # of a lower resolution: none
             surrogate = self._fitted([*others, TrainedNetwork(key, features, dict(rungs))])
             guess = surrogate.predict(features, key)
@@ -155,8 +152,9 @@ class HalvingTier(TrainedTier):
             facts = Kept(0 if worse else epochs, self.trainer.used, rungs[epochs], self.trainer.judged, scores[key])
             keep(self.trainer.kept, key, last, facts, scores)
         shutil.rmtree(folder, ignore_errors=True)
+        tuned = None if untuned is None or epochs == 0 else not worse
         return with_training(
-            self._bounded(guess), self._how(rungs, features), features, rungs, time.monotonic() - begun
+            self._bounded(guess), self._how(rungs, features), features, rungs, time.monotonic() - begun, tuned
         )
 
     def _rungs(self, candidate: Candidate, folder: Path) -> Iterator[tuple[int, Arch | TimmNetwork, nn.Module, Images]]:

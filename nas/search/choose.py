@@ -130,10 +130,9 @@ class Chooser:
         if self._scratch_is_due(tried) and (fresh := self._best(self._scratch(rng), tried, promise)):
             return fresh
         pool = self._built(open_ready)
-        parents = self._parents(latencies, tried)
-        if (whole := self._unmeasured(parents, tried)) and not self._ready_have_had_theirs(tried):
-            return whole
-        for parent in parents:
+        for parent in self._parents(latencies, tried):
+            if (whole := self._unmeasured(parent, tried)) is not None:
+                return [whole]
             children = self._children(parent, tried, rng)
             number = sum(_place_of(each.candidate) == (parent.name, parent.px) for each in tried)
             if number < FIRST and (fresh := self._best(children, tried, promise)):
@@ -252,13 +251,16 @@ class Chooser:
         others.sort(key=lambda each: first[each.group] is not each)
         return [*(each for each in found if (each.name, each.px) in begun), *others[: max(0, more)]]
 
-    def _unmeasured(self, parents: Sequence[Sized], tried: Sequence[Tried]) -> list[Candidate]:
-        """Parents whose latency is only foretold so far, as ready networks: one is measured before anything is cut from
-        it, so that it is known how much must be cut."""
+    def _unmeasured(self, parent: Sized, tried: Sequence[Tried]) -> Candidate | None:
+        """A parent whose latency is only foretold, as a ready network: it is measured before it is cut, so that it is
+        known how far. None where it is measured or begun, or where ready networks have had their share."""
+        if (parent.name, parent.px) in self._cutters or self._ready_have_had_theirs(tried):
+            return None
+        entrant = next(each for each in self._field.entrants if each.name == parent.name)
+        candidate = self._ready_one(entrant, parent.px)
         known = {each.candidate.key for each in tried}
-        entrants = {entrant.name: entrant for entrant in self._field.entrants}
-        found = (self._ready_one(entrants[parent.name], parent.px) for parent in parents)
-        return [candidate for candidate in found if candidate is not None and candidate.key not in known]
+        begun = any(_place_of(each.candidate) == (parent.name, parent.px) for each in tried)
+        return None if begun or candidate is None or candidate.key in known else candidate
 
     def _loss(self) -> Callable[[Sized], float]:
         """Points of top-1 that a parent is taken to lose when it is cut, less those that it is expected to have."""

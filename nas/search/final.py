@@ -23,7 +23,7 @@ from nas.quality.candidate import Candidate, Kind
 from nas.search.accuracy import Accuracies, Tuning
 from nas.search.folder import FINAL
 from nas.search.rows import Trial, candidate_of, known
-from nas.search.trainings import COMPLETED, results_of
+from nas.search.trainings import COMPLETED, TUNED, results_of
 
 if TYPE_CHECKING:
     import optuna
@@ -86,7 +86,10 @@ def settle(
             note(f"trial {pending[0].trial} could not be trained to the end: {error}")
             failed.add(candidate.key)
             continue
-        study.set_user_attr(COMPLETED + candidate.key, known(training).to_json()["rungs"])
+        record = known(training)
+        if record.tuned is not None:
+            study.set_user_attr(TUNED + candidate.key, record.tuned)
+        study.set_user_attr(COMPLETED + candidate.key, record.to_json()["rungs"])
 
 
 @dataclasses.dataclass(frozen=True)

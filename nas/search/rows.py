@@ -82,7 +82,7 @@ class Trial:
     resolution: int | None = None
     """Height and width of the input in pixels."""
     feasible: bool = False
-    """Whether its median latency meets the budget; of a ready network in a race, whether its latency may."""
+    """Whether its median latency meets the budget."""
     verdict: Verdict | None = None
     """What the interval of its latency says of the budget."""
     source: str = ""
@@ -332,13 +332,16 @@ def front_of(rows: Sequence[Trial]) -> list[Trial]:
 
 
 def finalists_of(rows: Sequence[Trial], budget_ms: float) -> list[Trial]:
-    """Trials for the closing run: every published one that fits (of ready ones the best; the fastest one where none
-    does), the best ones, the largest of each parent's best (see `peers_of`), the best of each kind and family, and the
-    best with some margin, should the machine be slower in the closing run.
+    """Trials for the closing run: every published one that fits (of ready ones the best that may; the fastest one where
+    none does), the best ones, the largest of each parent's best (see `peers_of`), the best of each kind and family, and
+    the best with some margin, should the machine be slower in the closing run.
     """
     feasible = [row for row in rows if row.feasible]
     published = [row for row in rows if row.name and row.latency_ms is not None]
-    ready = sorted((row for row in feasible if row.kind == Kind.READY), key=rank)[:RESERVES]
+    may_fit = [
+        row for row in rows if row.feasible or (row.verdict == Verdict.UNSURE and row.complete and not row.guessed)
+    ]
+    ready = sorted((row for row in may_fit if row.kind == Kind.READY), key=rank)[:RESERVES]
     variants = [row for row in published if row.feasible and row.kind != Kind.READY]
     baselines = variants + ready or sorted(published, key=lambda r: known(r.latency_ms))[:1]
     ranked = sorted(feasible, key=rank)

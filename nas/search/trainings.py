@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from nas.quality.plan import TrainingPlan
     from nas.quality.surrogate import TrainedNetwork
 
-COMPLETED = "completed "
-"""With a candidate's key, the study attribute that holds the rungs of a training made after its trial had ended."""
+COMPLETED, TUNED = "completed ", "tuned "
+"""With a candidate's key, the study attributes that hold the rungs of a training made after its trial had ended, and
+whether its tuning was kept."""
 
 
 def open_trainer(
@@ -79,7 +80,7 @@ def results_of(study: optuna.Study) -> list[TrainedNetwork]:
 
     from nas.quality.surrogate import TrainedNetwork
 
-    completed = collected(study, COMPLETED)
+    completed, tuned = collected(study, COMPLETED), collected(study, TUNED)
     found = {}
     for trial in study.get_trials(deepcopy=False):
         detail = trial.user_attrs.get("detail", {})
@@ -87,6 +88,7 @@ def results_of(study: optuna.Study) -> list[TrainedNetwork]:
             continue
         key = detail.get("key", detail["digest"])
         kept = detail["training"] | ({"rungs": completed[key]} if key in completed else {})
+        kept |= {"tuned": tuned[key]} if key in tuned else {}
         try:
             training = TrainingRecord.from_json(kept)
         except ValueError:
@@ -94,7 +96,7 @@ def results_of(study: optuna.Study) -> list[TrainedNetwork]:
                 f"trial {trial.number} of the study has a damaged training: use --study for a new one"
             ) from None
         if training.rungs:
-            found[key] = TrainedNetwork(key, np.array(training.features), training.rungs)
+            found[key] = TrainedNetwork(key, np.array(training.features), training.rungs, training.tuned)
     return list(found.values())
 
 

@@ -209,11 +209,11 @@ class TrialRunner:
         clock.lap("other")
         budget_ms = self.request.budget_ms
         excess = latency.excess(budget_ms)
-        fits = excess <= 0 or (candidate.kind == Kind.READY and latency.holds(budget_ms))
+        may_fit = excess <= 0 or (candidate.kind == Kind.READY and latency.holds(budget_ms))
         if self.tier.trained:  # a family's shared weights are trained for whatever comes first
             leave_device()
         try:
-            estimate = (self.tier.estimate if fits else self.tier.predict)(candidate, counts)
+            estimate = (self.tier.estimate if may_fit else self.tier.predict)(candidate, counts)
         except UpdateFinishedTrialError:
             raise
         except FAULTS as error:  # this network's alone: it is not retried
@@ -230,7 +230,7 @@ class TrialRunner:
             quality=estimate.score,
             throughput=latency.throughput,
             constraint=excess,
-            attrs=attributes(candidate, counts, latency, estimate, budget_ms, fits) | more,
+            attrs=attributes(candidate, counts, latency, estimate, budget_ms) | more,
         )
         clock.lap("storage")
         return told
@@ -312,7 +312,7 @@ class TrialRunner:
 
 
 def attributes(
-    candidate: Candidate, counts: Counts, latency: TrialLatency, estimate: Estimate, budget_ms: float, fits: bool
+    candidate: Candidate, counts: Counts, latency: TrialLatency, estimate: Estimate, budget_ms: float
 ) -> dict[str, object]:
     """The attributes of a measured trial in its study: columns of the dashboard, and the rest as its detail."""
     from nas.measure.cache import code_digest
@@ -322,7 +322,7 @@ def attributes(
     return {
         "family": network.family,
         "latency_ms": latency.latency_ms,
-        "feasible": int(fits),
+        "feasible": int(latency.excess(budget_ms) <= 0),
         "budget_ms": budget_ms,
         "params_m": counts.params / 1e6,
         "macs_m": counts.macs / 1e6,

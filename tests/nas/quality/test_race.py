@@ -22,6 +22,7 @@ from nas.quality.parents import Parents, covers, distance
 from nas.quality.plan import TrainingPlan
 from nas.quality.race import RaceTier, lower_rate
 from nas.quality.surrogate import Guess, Surrogate, TrainedNetwork, describe_candidate
+from nas.quality.tier import TrainingRecord
 from nas.quality.trainer import CandidateTrainer
 from nas.quality.tuning import Tuned, choose_rate, tuning_recipe
 from nas.search.final import result_path, train_fully
@@ -131,7 +132,7 @@ def test_a_parent_that_was_tuned_from_other_weights_is_refused(trainer, publishe
         Parents(trainer).child(child.arch, "shvit_s1", seed=0)
 
 
-@pytest.mark.parametrize(("last", "kept", "epochs"), [(50.0, 80, 0), (60.0, 60, 1), (80.0, 80 + 1e-6, 1)])
+@pytest.mark.parametrize(("last", "kept", "epochs"), [(50.0, 80, 0), (60.0, 60, 1), (80.0, 80, 1)])
 def test_what_tuning_makes_worse_stays_as_it_began(trainer, monkeypatch, last, kept, epochs):
     """Worse by more than two standard errors of 12 images, 23 points."""
     figures = iter([70.0, 70.0, 80.0, last])  # with other statistics, with its own, at rung 0, at rung 1
@@ -145,6 +146,10 @@ def test_what_tuning_makes_worse_stays_as_it_began(trainer, monkeypatch, last, k
     )
     found = tier.estimate(ready(), counts_of(ready().network))
     assert found.training.rungs == {0: 80, 1: kept}
+    assert found.training.tuned == (epochs > 0)
+    assert TrainingRecord.from_json(found.training.to_json()) == found.training
+    trainer.results().append(TrainedNetwork(ready().key, np.zeros(3), found.training.rungs, found.training.tuned))
+    assert tier.tuning_pays(ready()) == (epochs > 0)
     assert (saved["facts"].epochs, saved["facts"].top1) == (epochs, kept)
     assert ("as its tuning begins" in saved["facts"].words) == (epochs == 0)
 

@@ -213,6 +213,19 @@ def test_a_parent_is_measured_before_it_is_tuned() -> None:
     assert bench.offer()[0].parent == "efficientvit_m1"
 
 
+def test_only_the_parent_whose_turn_is_next_is_measured() -> None:
+    bench = Bench(trials=60)
+    bench.chooser._field = Field(bench.chooser._field.entrants, BUDGET_MS, (6e6, 0.45))
+    bench.chooser._ready = lambda tried, latencies: []
+    order = []
+    for _ in range(choose.FIRST + 2):
+        order.append(bench.offer()[0])
+        bench.run(order[-1])
+    kinds = [each.kind for each in order]
+    assert kinds == [Kind.READY, *[Kind.DERIVED] * choose.FIRST, Kind.READY], "each just before it is cut"
+    assert (order[0].name, order[-1].name) == ("efficientvit_m1@64", "efficientvit_m2@64")
+
+
 def test_children_are_as_far_from_the_budget_as_those_before_them_say(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(derive, "SHARES", tuple(0.9**i for i in range(14)))
     bench, place = Bench(), ("efficientvit_m2", PX)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +21,7 @@ from nas.search.latency import TrialLatency
 from nas.search.log import Clock, SearchLog
 from nas.search.race import Race, find_field
 from nas.search.ready import Entrant
-from nas.search.rows import trial_of
+from nas.search.rows import finalists_of, trial_of
 from nas.search.trial import TrialRunner
 from nas.study.trials import ask, finish, open_study
 from search_spaces import get_arch
@@ -214,4 +215,8 @@ def test_a_ready_network_that_may_meet_the_budget_is_in_the_race(
     runner._known = lambda digest: latency
     assert runner._measure_and_tell(ask(study), candidate, Clock(SearchLog("now").phases), lambda: None)
     assert asked == ["estimate" if estimated else "predict"]
-    assert trial_of(study.trials[0]).feasible == estimated
+    made = trial_of(study.trials[0])
+    assert made.feasible == (ms <= BUDGET_MS), "what is told to be within the budget is"
+    judged = replace(made, guessed=not estimated, arch={"n": 1})
+    fitting = replace(judged, trial=9, kind=Kind.DERIVED, parent="x", feasible=True, latency_ms=0.5, arch={"n": 9})
+    assert (judged in finalists_of([judged, fitting], BUDGET_MS)) == estimated
