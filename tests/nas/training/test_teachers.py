@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import quick
 import torch
 from PIL import Image
 
@@ -28,7 +29,7 @@ ARGS = ("--epochs", "1", "--batch-size", "32", "--device", "cpu")
 
 @pytest.fixture(autouse=True)
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A few digits, and two rates."""
+    """A few digits, two rates, and probes of two strengths."""
 
     def open_few(*args: Any) -> nas.data.dataset.ImageData:
         data = open_data(*args)
@@ -36,12 +37,14 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(nas.data.dataset, "open_data", open_few)
     monkeypatch.setitem(RECIPES, "finetune", dataclasses.replace(FINETUNE, rates=(1e-4, 1e-3)))
+    quick.short_probes(monkeypatch)
 
 
 @pytest.fixture
 def of_seven(helpers: Any, tmp_path: Path) -> tuple[str, str]:
     """A tiny SHViT for ten classes, and weights for it, of seven."""
-    arch = helpers.random_arch("shvit", 3, num_classes=10, resolution=32)
+    raw = helpers.document(helpers.random_arch("shvit", 3, num_classes=10, resolution=32))
+    arch = helpers.read(raw | {"stages": raw["stages"][:2]})
     (tmp_path / "arch.json").write_text(arch.to_json())
     torch.manual_seed(0)
     torch.save(create_model(arch.replace(num_classes=7)).state_dict(), tmp_path / "seven.pth")
