@@ -14,7 +14,8 @@ read a cut width from the whole network's own activations.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -33,6 +34,9 @@ LEAST_IMAGES = 128
 ROWS = 4096
 """Positions of all images that a layer is fitted on, as far as there are so many; and at least `ROWS_PER_INPUT`."""
 ROWS_PER_INPUT = 8
+VALUES = 1 << 24
+"""Of a layer's inputs at all these positions, at most: a wide layer is fitted on fewer positions, so that its inputs or
+they are some 4,000 at most, and with them the equations that it is fitted by."""
 RIDGES = (3.0, 1.0, 0.3, 0.1, 0.01, 1e-8)
 """Penalties that are tried, over the mean square of a layer's inputs."""
 CLOSE = 1.05
@@ -237,7 +241,8 @@ def _observe(whole: nn.Module, cut: nn.Module, sources: Mapping[str, Source], im
             output = _normed(module, inputs[0])  # timm's have an activation behind
         rows = _rows(_units_last(module, output), part)
         if path not in targets:
-            wanted = max(ROWS, ROWS_PER_INPUT * _inputs(modules[path]))
+            inputs = _inputs(modules[path])
+            wanted = min(max(ROWS, ROWS_PER_INPUT * inputs), VALUES // inputs)
             index = _positions(rows.shape[1], len(images), wanted, generator).to(rows.device)
             targets[path] = _Target(_beside(module, output, part), index)
         target = targets[path]
@@ -359,10 +364,11 @@ def _read(module: nn.Module, x: Tensor, index: Tensor) -> Tensor:
         strided = x[..., :: module.stride[0], :: module.stride[1]]
         return _taken(_rows(_units_last(module, strided), images), index).flatten(0, 1)
     found, joined = [], len(x) // images
-    for start in range(0, images, BATCH):
-        part = x[start * joined : (start + BATCH) * joined]
+    batch = min(BATCH, max(1, VALUES // (_inputs(module) * math.prod(_layout_of(module, x, images)))))
+    for start in range(0, images, batch):
+        part = x[start * joined : (start + batch) * joined]
         patches = F.unfold(part, module.kernel_size, module.dilation, _padding(module), module.stride).transpose(1, 2)
-        found.append(_taken(_rows(patches, len(part) // joined), index[start : start + BATCH]))
+        found.append(_taken(_rows(patches, len(part) // joined), index[start : start + batch]))
     return torch.cat(found).flatten(0, 1)
 
 
@@ -399,25 +405,25 @@ def _fit_weight(module: nn.Linear | nn.Conv2d, x: Tensor, wanted: Tensor, known:
 
 def _ridge(x: Tensor, missed: Tensor, held_out: Tensor) -> Tensor:
     """The step (outputs, inputs) that makes good what is missed. held_out: (rows,), those that choose the penalty."""
-    held, rest = (x[held_out], missed[held_out]), (x[~held_out], missed[~held_out])
-    (square, cross), (gram, target) = ((part.T @ part, part.T @ other) for part, other in (held, rest))
-    unit, all_missed = gram.diagonal().mean(), held[1].square().sum().item()
-    left = []
-    for ridge in RIDGES:
-        step = _solve(gram, target, ridge * unit)
-        left.append(all_missed - (2 * (step * cross).sum() - (step * (square @ step)).sum()).item())
-    least = max(min(left), 0.0)
-    if least >= all_missed:
-        return torch.zeros_like(cross.T)
-    ridge = next(ridge for ridge, each in zip(RIDGES, left, strict=True) if each <= CLOSE * least or each == min(left))
-    gram, target = gram + square, target + cross
-    return _solve(gram, target, ridge * gram.diagonal().mean()).T
+    held, aim = x[held_out], missed[held_out]
+    steps = _solutions(x[~held_out], missed[~held_out], RIDGES)
+    left = [(aim - held @ step).square().sum().item() for step in steps]
+    if min(left) >= aim.square().sum().item():
+        return x.new_zeros(missed.shape[1], x.shape[1])
+    ridge = next(ridge for ridge, each in zip(RIDGES, left, strict=True) if each <= CLOSE * min(left))
+    return next(_solutions(x, missed, (ridge,))).T
 
 
-def _solve(gram: Tensor, target: Tensor, penalty: Tensor) -> Tensor:
-    penalised = gram + torch.eye(len(gram), dtype=gram.dtype, device=gram.device) * (penalty + 1e-30)
-    found: Tensor = torch.linalg.solve(penalised, target)
-    return found
+def _solutions(x: Tensor, missed: Tensor, ridges: Sequence[float]) -> Iterator[Tensor]:
+    """The steps (inputs, outputs) for each penalty, by as many equations as there are inputs or rows, whichever are
+    fewer."""
+    wide = x.shape[1] > len(x)
+    gram, target = (x @ x.T, missed) if wide else (x.T @ x, x.T @ missed)
+    mean_square = x.square().sum() / x.shape[1]
+    one = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    for ridge in ridges:
+        found: Tensor = torch.linalg.solve(gram + one * (ridge * mean_square + 1e-30), target)
+        yield x.T @ found if wide else found
 
 
 def _fit_norm(norm: nn.BatchNorm1d | nn.BatchNorm2d, x: Tensor, wanted: Tensor, known: Tensor) -> bool:

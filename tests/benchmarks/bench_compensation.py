@@ -104,6 +104,7 @@ def cells(of: Subject, share: float, name: str, seed: int, counts: tuple[int, ..
     row |= {"macs": table(found.arch).macs() / table(of.arch).macs(), "blocks": len(found.blocks)}
     row |= {"cut": top1(child, of.judges), "statistics": top1(restated, of.judges)}
     inputs, origins = torch.cat([x for x, _ in of.scored]), origins_of(of.arch, found.arch, found.select, found.blocks)
+    inputs = inputs[torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))]  # they are by class
     rows = []
     for count in counts:
         used = time.process_time()

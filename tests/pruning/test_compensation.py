@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pruning import compensation
 from pruning.compensation import Source, compensate, refit
 from pruning.slicing import origins_of, slice_weights
 from pruning.units import cut, with_all_tokens
@@ -177,3 +178,30 @@ def test_the_penalty_is_chosen_on_images_from_everywhere() -> None:
     whole, cut = Signed(1.0), Signed(0.0)
     assert refit(whole, cut, {"head": Source("head", torch.arange(1))}, images) == 1
     assert 0.1 < cut.head.weight.item() < 0.6
+
+
+@pytest.mark.parametrize("rows", [6, 30])
+def test_both_forms_of_ridge_regression_agree(rows: int) -> None:
+    """With fewer rows than inputs there are as many equations as rows."""
+    generator = torch.Generator().manual_seed(0)
+    x, missed = (torch.randn(rows, n, generator=generator, dtype=torch.float64) for n in (12, 3))
+    for ridge, found in zip((1.0, 0.01), compensation._solutions(x, missed, (1.0, 0.01)), strict=True):
+        penalty = ridge * x.square().sum(0).mean() * torch.eye(12)
+        assert torch.allclose(found, torch.linalg.inv(x.T @ x + penalty) @ x.T @ missed)
+
+
+def test_a_wide_layer_is_fitted_by_few_equations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all 640 positions fewer than its 36 inputs, and those of an image at a time are unfolded."""
+    sizes: list[int] = []
+    solve, unfold = torch.linalg.solve, torch.nn.functional.unfold
+    monkeypatch.setattr(torch.linalg, "solve", lambda a, b: (sizes.append(len(a)), solve(a, b))[1])
+    monkeypatch.setattr(compensation.F, "unfold", lambda x, *a: (sizes.append(len(x)), unfold(x, *a))[1])
+    monkeypatch.setattr(compensation, "VALUES", 36 * 20)
+    torch.manual_seed(0)
+    whole, cut = (nn.Sequential(nn.Conv2d(4, 3, 3, padding=1)) for _ in range(2))
+    images = torch.randn(10, 4, 8, 8)
+    missed = (cut(images) - whole(images)).square().mean()
+    assert refit(whole, cut, {"0": Source("0", torch.arange(3))}, images) == 1
+    assert max(sizes) == 20
+    assert sizes.count(1) == 10
+    assert (cut(images) - whole(images)).square().mean() < missed
