@@ -396,6 +396,8 @@ def _fit_weight(module: nn.Linear | nn.Conv2d, x: Tensor, wanted: Tensor, known:
     if not worst.isfinite() or worst <= SAME**2 * (wanted.square().mean() + aim.square().mean()):
         return False
     step = _ridge(x, missed, (torch.arange(images) % HELD_OUT == 0).repeat_interleave(len(x) // images).to(x.device))
+    if not step.any() and (constant is None or not constant.any()):
+        return False
     weight = weight + step
     module.weight.view(len(module.weight), -1)[known] = weight.to(module.weight)
     if module.bias is not None:

@@ -205,3 +205,12 @@ def test_a_wide_layer_is_fitted_by_few_equations(monkeypatch: pytest.MonkeyPatch
     assert max(sizes) == 20
     assert sizes.count(1) == 10
     assert (cut(images) - whole(images)).square().mean() < missed
+
+
+def test_a_layer_that_no_penalty_helps_is_not_counted() -> None:
+    """The images that choose the penalty want the opposite of the others."""
+    images = torch.stack([torch.linspace(-1, 1, 10).repeat(4), torch.ones(40)], 1)
+    images[::4, 1] = -1
+    whole, cut = Signed(1.0), Signed(0.0)
+    assert refit(whole, cut, {"head": Source("head", torch.arange(1))}, images) == 0
+    assert cut.head.weight.item() == 0
