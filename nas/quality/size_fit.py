@@ -29,8 +29,8 @@ NOISE = 0.0535
 NOISE_OF_SMALL = 0.15
 """How fast the logarithm of `NOISE` grows below, per halving of MACs and parameters.
 
-These four are near those under which the table is likeliest, and those whose intervals hold what they state of networks
-and families that were left out (`bench_prior.py`)."""
+These four are near those under which the table is likeliest, and were set so that intervals hold what they state of its
+networks and families that are left out (`bench_prior.py`)."""
 COEFFICIENTS = (9.0, 9.0, 9.0, 0.05, 0.05, 0.05, 0.1, 0.1)
 """Standard deviations of the coefficients before the table is seen: wide for the level and both slopes; curvature,
 resolution at equal MACs, and distillation are small unless it shows otherwise."""

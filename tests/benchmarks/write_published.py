@@ -3,8 +3,9 @@
 TIMM is a CSV of timm's own results on ImageNet-1k (columns name with tag, mmacs, resolution, top1, distilled). Of each
 network the recipe that timm takes by default is kept, at the resolution it was trained for, and of each family at most
 six networks, evenly over their sizes, so that no family outweighs others. The published variants of the five families
-are added from their own papers; timm's figures of the same networks are left out. MACs and parameters are counted here:
-fvcore's conventions, attention's products counted, BatchNorm not. What has not 30 MMACs to 6 GMACs is left out.
+are added from their own papers; timm's figures of the same networks are left out, as are SSLD's, which were distilled
+with images beyond ImageNet-1k. MACs and parameters are counted here: fvcore's conventions, attention's products
+counted, BatchNorm not. What has not 30 MMACs to 6 GMACs is left out.
 Ten minutes.
 """
 
@@ -38,6 +39,8 @@ STARTS = {
 PARTS = ("resn", "densenet", "dla", "dpn", "selecsls", "halo", "botnet", "cspres", "cs3")
 EACH = 6
 """Networks of a family, at most."""
+MORE_IMAGES = "ssld"
+"""In names and tags of networks that were taught on images beyond ImageNet-1k."""
 NO_TOP1_OF_ITS_OWN = ("sepvit",)
 """Families whose published figures were not checked against a table of the authors."""
 COLUMNS = ("name", "family", "params", "macs", "resolution", "distilled", "top1", "source")
@@ -82,7 +85,7 @@ def chosen(path: Path) -> list[dict[str, str]]:
     found: dict[str, dict[str, list[dict[str, str]]]] = {}
     for row in csv.DictReader(path.open()):
         name, _, tag = row["name"].partition(".")
-        if not name.startswith(OURS):
+        if not name.startswith(OURS) and MORE_IMAGES not in row["name"]:
             found.setdefault(name, {}).setdefault(tag, []).append(row)
     families: dict[str, list[dict[str, str]]] = {}
     for name, tags in sorted(found.items()):

@@ -57,13 +57,15 @@ def test_the_table_holds_one_row_a_network_with_sizes_as_they_are_counted():
             row = rows[name]
             assert (row.params, row.macs, row.resolution) == (found.params, found.macs, arch.resolution)
             assert (row.top1, row.family, row.source) == (variant.top1, arch.family, variant.source)
+    assert not any("ssld" in name for name in rows), "it distils with images beyond ImageNet-1k"
     assert not any("keep" in row.name for row in fitted_to()), "those with fewer tokens are no sizes of their own"
     assert not any(row.family == "sepvit" for row in published()), "no table of its authors was checked"
 
 
 def test_the_fit_is_that_of_a_gaussian_process():
-    """The same model, written down as the covariance of all networks: by their sizes, and by their families."""
-    points = [row for row in published() if row.macs > 1e9][::9]
+    """The same model, written down as the covariance of all networks: by their sizes, and by their families. Asked for
+    a size at which the quadratic grows."""
+    points = [row for row in published() if row.macs > 1e9][::8]
     asked = replace(points[3], macs=2_000_000_000, params=9_000_000)
     rest = points[:3] + points[4:]
     everyone = [*rest, asked]
