@@ -241,8 +241,8 @@ def _observe(whole: nn.Module, cut: nn.Module, sources: Mapping[str, Source], im
             output = _normed(module, inputs[0])  # timm's have an activation behind
         rows = _rows(_units_last(module, output), part)
         if path not in targets:
-            inputs = _inputs(modules[path])
-            wanted = min(max(ROWS, ROWS_PER_INPUT * inputs), VALUES // inputs)
+            width = _inputs(modules[path])
+            wanted = min(max(ROWS, ROWS_PER_INPUT * width), VALUES // width)
             index = _positions(rows.shape[1], len(images), wanted, generator).to(rows.device)
             targets[path] = _Target(_beside(module, output, part), index)
         target = targets[path]
