@@ -52,10 +52,9 @@ class Opening:
     def next(self) -> Point | None:
         """The network to try next; None where the search has begun."""
         known = self._seen.digests
-        order = sorted(self._request.families, key=lambda family: len(self._own(family)))
-        for family in order:
-            if (found := self._within(family, known)) is not None:
-                return found
+        found = [each for family in self._request.families if (each := self._within(family, known)) is not None]
+        if found:  # of families with equally many trials, the most promising
+            return min(found, key=lambda each: (len(self._own(each.family)), -self._score(each)))
         return self._published(known)
 
     def shapes(self) -> Iterator[Point]:

@@ -332,9 +332,9 @@ def front_of(rows: Sequence[Trial]) -> list[Trial]:
 
 
 def finalists_of(rows: Sequence[Trial], budget_ms: float) -> list[Trial]:
-    """Trials for the closing run: every published one that fits (of ready ones the best that may; the fastest one where
-    none does), the best ones, the largest of each parent's best (see `peers_of`), the best of each kind and family, and
-    the best with some margin, should the machine be slower in the closing run.
+    """Trials for the closing run: every published one that fits (of ready ones the best that may) and the fastest one
+    that does not, of ready ones where none fits; the best ones, the largest of each parent's best (see `peers_of`), the
+    best of each kind and family, and the best with some margin, should the machine be slower in the closing run.
     """
     feasible = [row for row in rows if row.feasible]
     published = [row for row in rows if row.name and row.latency_ms is not None]
@@ -343,7 +343,8 @@ def finalists_of(rows: Sequence[Trial], budget_ms: float) -> list[Trial]:
     ]
     ready = sorted((row for row in may_fit if row.kind == Kind.READY), key=rank)[:RESERVES]
     variants = [row for row in published if row.feasible and row.kind != Kind.READY]
-    baselines = variants + ready or sorted(published, key=lambda r: known(r.latency_ms))[:1]
+    above = (row for row in published if not row.feasible and (row.kind != Kind.READY or not variants + ready))
+    baselines = variants + ready + sorted(above, key=lambda row: known(row.latency_ms))[:1]
     ranked = sorted(feasible, key=rank)
     chosen: dict[str, Trial] = {}
 

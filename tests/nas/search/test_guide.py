@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import math
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from nas.quality.prior import PriorTier
 from nas.search import finder
 from nas.search.finder import BySize, ByTraining, Finder
 from nas.search.guide import Guide, NothingLeft
+from nas.search.loop import _Search
 from nas.search.opening import ladder, rungs_of, smallest_of
 from nas.search.request import SearchRequest
 from nas.search.seen import Point, Seen, params_of
@@ -105,6 +107,7 @@ def tried(tmp_path_factory) -> list[Point]:
 def test_a_network_of_every_family_fits_soon(tried):
     first = next(i for i, point in enumerate(tried) if latency(point.arch) <= 3)
     assert first < 3
+    assert tried[0].family == "levit", "the most promising family comes first"
     fitting = {point.family for point in tried[:10] if latency(point.arch) <= 3}
     assert fitting == set(FAMILIES)
 
@@ -194,6 +197,17 @@ def test_a_family_is_given_up_only_once_its_smallest_shape_is_over(tmp_path):
 def test_one_family_at_two_milliseconds(tmp_path):
     points = Worker(request(2.0, families=("sepvit",)), tmp_path).run(4)
     assert any(latency(point.arch) <= 2 for point in points)
+
+
+@pytest.mark.parametrize(("older", "sampler"), [(True, "AutoSampler"), (False, "Finder")])
+def test_an_older_study_goes_on_as_it_was_begun(tmp_path, older, sampler):
+    options = request(3.0, families=("levit",), out=tmp_path)
+    search = _Search(options, lambda _: None, lambda _: None, lambda *_: None, None)
+    if older:
+        search.study.set_user_attr("published", ["levit_192"])
+    search._trials(ExitStack(), SimpleNamespace(reference_ms=REFERENCE_MS), PriorTier())
+    assert type(search.study.sampler).__name__ == sampler
+    assert [trial.user_attrs["name"] for trial in search.study.trials] == ["levit_192"] * older
 
 
 def test_ladders_change_resolution_first_then_width_and_depth():
