@@ -17,6 +17,7 @@ from nas.measure.budget import Verdict
 from nas.measure.samples import BUSY_SPREAD
 from nas.search.accuracy import Accuracies, FinalTrainings
 from nas.search.advice import advice, latencies
+from nas.search.anew import predict_anew
 from nas.search.best import BestFolder, Weights
 from nas.search.closing import ClosingInterrupted, closing_run
 from nas.search.contest import RACE, contest_of, contestants, decision, opponents, winner_of, with_winner
@@ -88,6 +89,9 @@ class _Finish:
     def run(self) -> Outcome:
         if self.trained:
             self._judge(self.trained)
+        else:
+            self.rows, line = predict_anew(self.tier, self.rows)
+            self.notes += [line] if line else []
         self._measure()
         if self.trained and self.final and self.winner and not self.end.interrupted:
             if weights_of(self.request, candidate_of(self.winner)) is None:
