@@ -110,18 +110,16 @@ class RaceTier(HalvingTier):
             return True
         return found.rungs[self.epochs] > found.rungs[0] if found.tuned is None else found.tuned
 
-    def parent_tuning(self, candidate: Candidate, folder: Path) -> Tuned | None:
-        """How the parent of a derived network was tuned for its trainings in a folder, with the seconds of all seeds;
-        None for others."""
+    def parent_tunings(self, candidate: Candidate, folder: Path) -> list[Tuned]:
+        """How the parent of a derived network was tuned for its trainings in a folder, once for each seed; none of
+        others. An older vitnas cut what the search had tuned."""
         if not candidate.parent:
-            return None
+            return []
         px, epochs = candidate.network.resolution, self.trainer.plan.full_epochs
-        found = [
-            each for each in map(Tuned.read, folder.glob(f"{full_stem(candidate.parent, px, epochs)}*.json")) if each
-        ]
-        if not found:  # an older vitnas cut the parent that the search had tuned
-            return self.parents.record(candidate.parent, px)
-        return replace(found[0], seconds=sum(each.seconds for each in found))
+        paths = sorted(folder.glob(f"{full_stem(candidate.parent, px, epochs)}*.json"))
+        found = [each for each in map(Tuned.read, paths) if each is not None]
+        earlier = self.parents.record(candidate.parent, px)
+        return found or ([earlier] if earlier else [])
 
     def begin(
         self,

@@ -218,9 +218,9 @@ class TrainedTier(ABC):
         """Whether a final training makes a network better than what it begins with."""
         return True
 
-    def parent_tuning(self, candidate: Candidate, folder: Path) -> Tuned | None:
-        """How the parent was tuned that a network is cut from, for trainings in a folder; None where it is not cut."""
-        return None
+    def parent_tunings(self, candidate: Candidate, folder: Path) -> list[Tuned]:
+        """How the parent was tuned that a network is cut from, for trainings in a folder; none where it is not cut."""
+        return []
 
     def begin(
         self,

@@ -31,12 +31,15 @@ class Tuning:
     images: int
     """Of each epoch."""
     seconds: float
+    """All tunings together."""
+    times: int = 1
+    """How often: once, or for each seed of the final trainings."""
 
     @property
     def words(self) -> str:
         return (
             f"its parent {self.parent} had been tuned for {counted(self.epochs, 'epoch')} of {self.images:,} images "
-            f"({self.seconds:.0f} s for all seeds)"
+            f"({'' if self.times == 1 else 'for each seed; '}{self.seconds:.0f} s)"
         )
 
 
@@ -182,7 +185,8 @@ def compare_means(first: Accuracies, second: Accuracies) -> Comparison:
     found = joined(difference, by_images, seeds_spread(first, second)).clipped(-100.0, 100.0)
     trained = [each for each in (first, second) if not each.seedless]
     one_seed = ONE_SEED if any(len(each.top1) == 1 for each in trained) else ""
-    one_parent = ONE_PARENT if first.before or second.before else ""
+    once = any(each.before is not None and each.before.times == 1 for each in (first, second))
+    one_parent = ONE_PARENT if once else ""
     leaves_out = "; ".join(filter(None, (one_seed, one_parent)))
     return Comparison(difference, (found.low, found.high), found.holds(0.0), leaves_out)
 

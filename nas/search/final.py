@@ -151,8 +151,11 @@ def train_fully(request: SearchRequest, tier: TrainedTier, label: str, candidate
         made.append(FullTraining.read(path))
     answers = [[digit == "1" for digit in each.hits] for each in made if each.hits is not None]
     top1, seconds = [each.top1 for each in made], sum(each.seconds for each in made)
-    tuned = tier.parent_tuning(candidate, request.folder / FINAL)
-    before = None if tuned is None else Tuning(tuned.name, tuned.epochs or 0, tuned.images, tuned.seconds)
+    tuned = tier.parent_tunings(candidate, request.folder / FINAL)
+    before = None
+    if tuned:
+        seconds_before = sum(each.seconds for each in tuned)
+        before = Tuning(tuned[0].name, tuned[0].epochs or 0, tuned[0].images, seconds_before, len(tuned))
     epochs = made[0].epochs
     return Accuracies(
         label,

@@ -25,6 +25,7 @@ from nas.quality.surrogate import Guess, Surrogate, TrainedNetwork, describe_can
 from nas.quality.tier import TrainingRecord
 from nas.quality.trainer import CandidateTrainer
 from nas.quality.tuning import Tuned, choose_rate, tuning_recipe
+from nas.search.accuracy import compare_means
 from nas.search.final import result_path, train_fully
 from search_spaces import create_model, get_arch
 
@@ -207,6 +208,8 @@ def test_a_derived_network_ends_with_its_parent_tuned_on_all_images_as_ready_one
     assert rates[True] == lower_rate(rates[False])
     assert (found.before.epochs, found.before.images, len(found.top1)) == (1, 60, 2)
     assert found.before.seconds > 0
+    assert found.before.times == 2
+    assert not compare_means(found, found).leaves_out, "another tuning's difference is in it"
     trained.clear()
     result_path(request, child, 1).unlink()
     assert train_fully(request, RaceTier(trainer), "x", child).before == found.before
