@@ -105,6 +105,7 @@ class Job:
                 f"{self.folder} was begun with images prepared otherwise ({before}; now {after}): give another --out"
             )
         elif what := changed(self.state.inputs, inputs):
+            what = what.replace("--data", "--unlabelled") if self.state.options.get("unlabelled") else what
             raise UserError(f"{self.folder} was begun with another content of {what}: give another --out")
         if self.state.network and not self.finished:
             self.say(f"going on after {self.state.network} in {self.folder}")

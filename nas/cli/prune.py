@@ -47,7 +47,9 @@ def prune(
         str | None,
         typer.Option(help="timm, or a PyTorch or safetensors file.  [default: the folder's own, or timm's]"),
     ] = None,
-    num_classes: Annotated[int | None, typer.Option(help="Classes the data must have.")] = None,
+    num_classes: Annotated[
+        int | None, typer.Option(help="Classes the data must have; with --unlabelled, those of --weights.")
+    ] = None,
     reallocate: Annotated[
         bool, typer.Option("--reallocate/--no-reallocate", help="Widen what matters with what is saved elsewhere.")
     ] = True,

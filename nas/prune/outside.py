@@ -53,6 +53,7 @@ def prune_outside(request: PruneRequest, command: str, say: Say, progress: Progr
 
     _check(request, CRITERIA)
     job = PruneJob(request.folder, request.identity(), say, progress, compute_device(request.settings))
+    request = steps.as_begun(job, request)
     try:
         return _prune(request, command, job)
     except OutsideError as error:

@@ -89,7 +89,7 @@ class PruneRequest:
     weights: str | None = None
     """"timm" or a file; None for the folder's own, or timm's."""
     num_classes: int | None = None
-    """Classes that the data must have."""
+    """Classes that the data must have; with `unlabelled`, that the weights tell apart."""
     seed: int = 0
     """Of splits, samples and training."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -79,12 +78,10 @@ class Pruning:
     """One run of the command, from its folder's state to its report."""
 
     def __init__(self, request: PruneRequest, command: str, say: Say, progress: Progress) -> None:
-        self.request, self.command = request, command
+        self.command = command
         self.job = PruneJob(request.folder, request.identity(), say, progress, compute_device(request.settings))
+        self.request = steps.as_begun(self.job, request)
         self.state, self.end = self.job.state, Ending(say)
-        if request.compensate and "compensate" not in self.state.options:
-            self.request = replace(request, compensate=False)
-            say("begun by an older vitnas: layers are not refitted after the cuts")
 
     def run(self) -> PruneResult:
         from pruning.units import anatomy
@@ -93,6 +90,7 @@ class Pruning:
         arch, weights = find_source(job, request)
         pixels = pixels_of(arch, weights)
         if request.unlabelled:
+            arch = arch.replace(num_classes=request.num_classes or arch.num_classes)
             names = classes_of(request.model, arch.num_classes)
             job.open_unlabelled(request.unlabelled, names, arch.resolution, request.seed, pixels)
         else:

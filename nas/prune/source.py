@@ -65,7 +65,10 @@ def load_source(job: PruneJob, request: PruneRequest, arch: Arch, weights: str |
         return create_model(arch), True
     model = load(arch, found.path if found else weights)
     if request.unlabelled and model.untrained:
-        raise UserError(f"weights {weights} have another classifier or none: --unlabelled needs the network's own")
+        raise UserError(
+            f"weights {weights} have no classifier for {arch.num_classes} classes: --unlabelled needs its own, "
+            "and --num-classes where it has other classes"
+        )
     if model.untrained:
         job.note(f"weights {weights} have another classifier or none; {what}")
     elif job.data.demo:
@@ -80,7 +83,7 @@ def classes_of(model: str, count: int) -> list[str]:
     """Names of a network's classes, as its folder has them; else their numbers."""
     folder = find_target(model).folder
     path = None if folder is None else folder / LABELS
-    names = path.read_text().splitlines() if path is not None and path.is_file() else []
+    names = path.read_text(encoding="utf-8").splitlines() if path is not None and path.is_file() else []
     return names if len(names) == count else [str(number) for number in range(count)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -33,6 +34,14 @@ FINETUNE_LR = 1e-4
 CLOSING_ROUNDS = 30
 MOST_ROUNDS = 120
 """Of the closing run in all, while it leaves open whether a latency budget is met."""
+
+
+def as_begun(job: PruneJob, request: PruneRequest) -> PruneRequest:
+    """The request, without what an older vitnas that began the run did not do."""
+    if request.compensate and "compensate" not in job.state.options:
+        job.say("begun by an older vitnas: layers are not refitted after the cuts")
+        return replace(request, compensate=False)
+    return request
 
 
 def measured(

@@ -157,3 +157,20 @@ def test_tuning_that_harms_is_not_kept(vitnas, words, tmp_path: Path, monkeypatc
 def test_a_budget_that_leaves_nothing_to_cut_makes_nothing(vitnas, words, tmp_path: Path) -> None:
     vitnas.refused(vitnas(*words, "--out", str(tmp_path / "out"), "--macs", "90G"), "--macs 90G", "above")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_an_older_vitnas_goes_on_without_refitting(vitnas, words, tmp_path: Path, monkeypatch) -> None:
+    words += ["--finetune", "0", "--out", str(tmp_path / "out")]
+    with monkeypatch.context() as stopped:
+        stopped.setattr(nas.prune.outside, "_cut", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert vitnas(*words)[0] == 130
+    path = tmp_path / "out/state/state.json"
+    state = json.loads(path.read_text())
+    del state["options"]["compensate"]
+    path.write_text(json.dumps(state))
+    code, _, said = vitnas(*words)
+    assert code == 0, said
+    assert "begun by an older vitnas: layers are not refitted" in said
+    data = json.loads((tmp_path / "out/prune.json").read_text())
+    assert data["options"]["compensate"] is False
+    assert data["rounds"][0]["refitted"] == 0

@@ -627,6 +627,22 @@ def test_images_without_labels(vitnas, images, tmp_path, fake_clock):
     assert sum(found["data"]["train_counts"]) == 54, "each has one of the network's three classes"
     assert (out / "labels.txt").read_text().split() == ["0", "1", "2"]
     assert "is finished" in vitnas(*command)[2]
+    Image.new("RGB", (24, 24)).save(images / "red" / "new.png")
+    vitnas.refused(vitnas(*command), "another content of the images of --unlabelled")
+
+
+def test_images_without_labels_for_a_network_of_other_classes_than_the_published(
+    vitnas, images, arch_file, tmp_path, fake_clock
+):
+    trained(images, tmp_path / "net3")
+    weights = ("--weights", str(tmp_path / "net3" / "model.safetensors"))
+    cut = ("--unlabelled", str(images), "--rounds", "1", "--no-control", "--macs", "0.7x", "--finetune", "0")
+    command = words(arch_file, tmp_path / "out", *cut, *weights)
+    vitnas.refused(vitnas(*command), "no classifier for 10 classes", "--num-classes")
+    code, _, said = vitnas(*words(arch_file, tmp_path / "out3", *cut, *weights, "--num-classes", "3"))
+    assert code == 0, said
+    assert result(tmp_path / "out3")["accuracy"]["before"]["top1"] == 100
+    assert (tmp_path / "out3" / "labels.txt").read_text().split() == ["0", "1", "2"]
 
 
 def test_images_without_labels_need_a_network_that_knows_its_classes(vitnas, images, arch_file, tmp_path):
