@@ -39,7 +39,7 @@ COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (40, 60, 220)}
 @pytest.fixture(autouse=True)
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     """Little training and few images."""
-    monkeypatch.setattr(steps, "BRIEF_IMAGES", 320)
+    monkeypatch.setattr(steps, "BRIEF_IMAGES", 160)
     monkeypatch.setattr(nas.prune.images, "CALIBRATION_IMAGES", 32)
     monkeypatch.setattr(nas.prune.images, "EVALUATED_IMAGES", 64)
     monkeypatch.setattr(steps, "CLOSING_ROUNDS", 3)
@@ -117,7 +117,7 @@ def test_end_to_end_without_data(vitnas, arch_file, tmp_path):
     assert "ImageNet" in said
     data = result(out)
     assert data["data"]["demo"]
-    assert data["trained_images"] == 320
+    assert data["trained_images"] == 160
     whole, arch = small(), Arch.from_json((out / "arch.json").read_bytes())
     assert table(arch).macs() <= table(whole).macs() / 2
     assert data["budget"]["met"]
