@@ -82,6 +82,11 @@ class Gain:
         return cls(found.difference, low, high, "tie" if found.tie else "gain" if low > 0 else "loss")
 
     @property
+    def leads(self) -> bool:
+        """Whether it is above a quarter of its interval's width: of many seeds, a standard error."""
+        return self.points > (self.high - self.low) / 4
+
+    @property
     def words(self) -> str:
         return f"{self.points:+.1f} points (95%: {self.low:+.1f} to {self.high:+.1f}), a {self.verdict}"
 
@@ -159,7 +164,7 @@ def best_within(final: Sequence[ClosingRow], *kinds: Kind) -> ClosingRow | None:
 
 
 def winner_of(final: Sequence[ClosingRow], budget_ms: float) -> ClosingRow:
-    """The winner after the full trainings: the ready network, unless the gain of what the search made up is real.
+    """The winner after the full trainings: the ready network, unless what the search made up leads by a standard error.
 
     Where only one of the two surely fits, it stays the winner, unless the other is a ready network at the budget and
     really better. The winner so far stays where one of the two is not there, or not trained; where that is the winner
@@ -177,7 +182,7 @@ def winner_of(final: Sequence[ClosingRow], budget_ms: float) -> ClosingRow:
         better = is_at(ready, budget_ms) and gain is not None and gain.verdict == "loss"
         return ready if better else first
     if gain is not None:
-        return found if gain.verdict == "gain" else ready
+        return found if gain.leads else ready
     return next((row for row in (first, found, ready) if row.accuracy), first)
 
 
@@ -186,7 +191,7 @@ def decision(found: ClosingRow, ready: ClosingRow, winner: str) -> str:
     if found.verdict == ready.verdict:
         return (
             "which of the two best networks wins was decided on the validation images that their accuracy is of: the "
-            "ready one, unless the gain of the other is real"
+            "ready one, unless the other leads by more than a quarter of the interval's width"
         )
     sure, other = (found, ready) if found.verdict == Verdict.FITS else (ready, found)
     if winner == other.label:

@@ -65,9 +65,10 @@ def test_the_winner_the_best_ready_and_the_best_derived_one_are_trained_fully() 
 
 
 @pytest.mark.parametrize(
-    ("made", "winner", "verdict"), [(53.0, "trial 4", "gain"), (48.1, "ready2", "tie"), (40.0, "ready2", "loss")]
+    ("made", "winner", "verdict"),
+    [(53.0, "trial 4", "gain"), (48.5, "trial 4", "tie"), (48.1, "ready2", "tie"), (40.0, "ready2", "loss")],
 )
-def test_a_ready_network_wins_unless_the_gain_is_real(made: float, winner: str, verdict: str) -> None:
+def test_a_ready_network_wins_unless_the_other_leads(made: float, winner: str, verdict: str) -> None:
     table = trained(TABLE, {"trial 4": made, "ready2": 48.0})
     found = contest_of(with_winner(table, winner_of(table, BUDGET_MS)), BUDGET_MS)
     assert (found.winner.name, found.winner.kind) == (winner, "ready" if winner == "ready2" else "derived")
