@@ -17,13 +17,13 @@ from nas.measure.budget import Verdict
 from nas.measure.samples import BUSY_SPREAD
 from nas.search.accuracy import Accuracies, FinalTrainings
 from nas.search.advice import advice, latencies
-from nas.search.anew import predict_anew
 from nas.search.best import BestFolder, Weights
 from nas.search.closing import ClosingInterrupted, closing_run
 from nas.search.contest import RACE, contest_of, contestants, decision, opponents, winner_of, with_winner
 from nas.search.final import weights_of
 from nas.search.log import breakdown
 from nas.search.outcome import Fastest, Outcome, ShortTraining, TierFacts, Validation, Winner
+from nas.search.repredict import repredict
 from nas.search.request import storage_of
 from nas.search.rows import ClosingRow, Network, OutsideRow, Trial, best_of, candidate_of, choose, known, rank, rows_of
 from nas.search.words import protocol, skipped_lines, ties_of, winner_line
@@ -90,7 +90,7 @@ class _Finish:
         if self.trained:
             self._judge(self.trained)
         else:
-            self.rows, line = predict_anew(self.tier, self.rows)
+            self.rows, line = repredict(self.tier, self.rows)
             self.notes += [line] if line else []
         self._measure()
         if self.trained and self.final and self.winner and not self.end.interrupted:

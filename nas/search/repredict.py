@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 SAME = 0.05
 """Points up to which two scores are one: they are printed with one decimal."""
-ANEW = "an earlier prior scored {} of the {} trials, and chose what was tried: these scores are predicted anew"
+PREDICTED_AGAIN = "an earlier prior scored {} of the {} trials, and chose what was tried: they are predicted again"
 
 
-def predict_anew(tier: Tier, rows: Sequence[Trial]) -> tuple[list[Trial], str]:
+def repredict(tier: Tier, rows: Sequence[Trial]) -> tuple[list[Trial], str]:
     """Trials with what the tier predicts of their networks now, so that all are on one scale, and a line that says so;
     "" where nothing changes.
 
@@ -39,4 +39,4 @@ def predict_anew(tier: Tier, rows: Sequence[Trial]) -> tuple[list[Trial], str]:
                 )
         found.append(row)
     changed = sum(now is not row for now, row in zip(found, rows, strict=True))
-    return found, ANEW.format(changed, len(rows)) if changed else ""
+    return found, PREDICTED_AGAIN.format(changed, len(rows)) if changed else ""

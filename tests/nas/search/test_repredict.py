@@ -12,8 +12,8 @@ from nas.networks.counts import counts_of
 from nas.quality.candidate import Candidate
 from nas.quality.prior import PriorTier
 from nas.search import finish
-from nas.search.anew import predict_anew
 from nas.search.log import SearchLog
+from nas.search.repredict import repredict
 from nas.search.request import SearchRequest
 from nas.search.rows import best_of
 from search_spaces import get_arch
@@ -34,7 +34,7 @@ def row(trial, name, score):
     return replace(COMPLETE, trial=trial, quality=score, quality_estimate=score, arch=document, verdict=Verdict.FITS)
 
 
-def test_scores_of_an_older_prior_are_predicted_anew(tier):
+def test_scores_of_an_older_prior_are_predicted_again(tier):
     said = now(tier, "levit_192").score
     rows = [
         row(0, "levit_128s", 90.0),
@@ -42,14 +42,14 @@ def test_scores_of_an_older_prior_are_predicted_anew(tier):
         replace(COMPLETE, trial=2, state="failed", quality=None, arch=None),
     ]
     assert best_of(rows[:2]).trial == 0
-    found, line = predict_anew(tier, rows)
+    found, line = repredict(tier, rows)
     told = now(tier, "levit_128s")
     assert (found[0].quality, found[0].quality_estimate) == (told.score, told.value)
     assert found[0].quality_ci == (told.interval.low, told.interval.high)
     assert found[1:] == rows[1:]
     assert best_of(found[:2]).trial == 1
     assert line.startswith("an earlier prior scored 1 of the 3 trials")
-    assert predict_anew(tier, found) == (found, "")
+    assert repredict(tier, found) == (found, "")
 
 
 def test_the_end_of_a_search_ranks_by_what_the_prior_says_now(tier, tmp_path, monkeypatch):
