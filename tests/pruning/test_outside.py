@@ -19,6 +19,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from pruning import outside, outside_graph, outside_probe
+from pruning.compensation import refit
 from pruning.macs import count_macs
 from pruning.outside import load_outside, prune_outside, resize_outside
 from pruning.outside_graph import CutNetwork, Group, OutsideError, fresh
@@ -195,6 +196,45 @@ def test_residual_streams_stay_where_only_inner_widths_work() -> None:
     with pytest.raises(IndexError):
         probe_here("fasternet_t0", 64)
     assert probe_here("fasternet_t0", 64, inner=True) < macs(model, 64) / 2
+
+
+# --- refitting
+
+
+def double(pruned: CutNetwork, group: Group, unit: int | None, twin: int) -> None:
+    """Make a unit do what another one does, or nothing, in all that writes it; what reads it stays as it is."""
+    for dep, indices in pruned.graph.get_pruning_group(group.root, group.prune, group.indices([twin])):
+        module = dep.target.module
+        if pruned._outputs(dep) or isinstance(module, outside_graph.NORMS):
+            for tensor in filter(lambda each: each.ndim, (*module.parameters(), *module.buffers())):
+                to = list(indices)
+                tensor.data[to] = 0 if unit is None else tensor.data[[i + unit - twin for i in to]].clone()
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "layer", "unit"),
+    [
+        ("test_resnet", 64, "layer3.0.conv2", 1),
+        ("test_efficientnet", 64, "blocks.1.0.conv_exp", 1),  # its BatchNorm has an activation
+        ("test_vit", 160, "blocks.0.mlp.fc1", 1),
+        ("test_vit", 160, "blocks.1.attn.qkv", None),  # a head dim's product is not another's: those that do nothing
+    ],
+)
+def test_channels_that_others_can_stand_in_for_are_no_loss(name: str, size: int, layer: str, unit: int | None) -> None:
+    """Cut one after the other, the first before the second, and then refitted."""
+    model = ordinary(name)
+    pruned = CutNetwork(model, torch.zeros(1, 3, size, size), multiple_of=1, inner=False)
+    for twin in (3, 5):
+        double(pruned, group_of(pruned, layer), unit, twin)
+    whole, wanted = copy.deepcopy(fresh(model)), logits(model, size)
+    for twin in (3, 4):
+        pruned.cut(group_of(pruned, layer), [twin])
+    missed = (logits(model, size) - wanted).abs().max() / wanted.abs().max()
+    assert missed > 1e-3 or unit is None, "the cut did nothing: the comparison shows nothing"
+    images = torch.randn(24, 3, size, size, generator=torch.Generator().manual_seed(2))
+    refitted = refit(whole.requires_grad_(False), fresh(model).requires_grad_(False), pruned.sources(), images)
+    assert (refitted > 0) == (unit is not None)
+    assert (logits(model, size) - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 
 # --- pruning
