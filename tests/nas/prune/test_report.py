@@ -512,6 +512,7 @@ def test_the_accuracy_of_what_is_kept_is_the_one_shown(report: Report) -> None:
     text = report(invent() | {"kept": "pruned"}).text
     assert "91.3 → 61.2%" in text
     assert "fine-tuning lowered it to 86.7% and is not kept" in text
+    assert "these images chose whether fine-tuning is kept" in text
 
 
 def test_heads_of_different_widths_show_both_ends(report: Report) -> None:
