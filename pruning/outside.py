@@ -30,6 +30,8 @@ from pruning.outside_graph import (
 )
 from pruning.outside_probe import run_probe
 
+ACTIVATION = 1 << 28
+"""Values of a layer's output for all images that a network is refitted on, which run together: 1 GiB."""
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 
 
@@ -85,6 +87,8 @@ class OutsideResult:
     """Every convolution and linear layer, cut or not."""
     refitted: int = 0
     """Layers that were refitted after the cuts."""
+    refitted_on: int = 0
+    """Images that they were refitted on."""
 
 
 def load_outside(name: str, num_classes: int | None) -> tuple[nn.Module, int]:
@@ -148,8 +152,8 @@ def prune_outside(
         rounds: scores are computed again in each; the MACs to cut are shared evenly among them.
         time_limit_s: for the probe in a child process, interpreter and imports included.
         progress: called after each round with (round, rounds, MACs).
-        inputs: images (B, 3, R, R) that the layers are refitted on after all cuts (see `pruning.compensation`); None:
-            they are not.
+        inputs: images (B, 3, R, R) in random order that the layers are refitted on after all cuts (see
+            `pruning.compensation`), so many of them as `ACTIVATION` allows; None: they are not.
 
     Raises:
         OutsideError: the probe failed or took too long, the target is not below the model's MACs or is below the
@@ -170,6 +174,8 @@ def prune_outside(
             + (f" where only inner widths can be cut ({probe.inner_only})" if probe.inner_only else "")
         )
     dense = None if inputs is None else copy.deepcopy(fresh(model))
+    if inputs is not None:
+        inputs = inputs[: max(1, ACTIVATION // _largest(model, images))]
     network = CutNetwork(model, images, multiple_of, inner=probe.inner_only is not None)
     now, importance = before, chosen.importance()
     for done in range(1, rounds + 1):
@@ -183,13 +189,23 @@ def prune_outside(
             now = after
         progress(done, rounds, now)
     model.zero_grad(set_to_none=True)
-    refitted = 0 if dense is None or inputs is None else refit(dense, fresh(model), network.sources(), inputs)
+    refitted, refitted_on = 0, 0
+    if dense is not None and inputs is not None:
+        refitted, refitted_on = refit(dense, fresh(model), network.sources(), inputs), len(inputs)
     changes = tuple(
         LayerChange(layer, shapes[layer][0], channels, 1 - weights / shapes[layer][1])
         for layer, (channels, weights) in _shapes(model).items()
     )
     return OutsideResult(
-        before, now, params_before, _params(model), probe.minimum_macs, probe.inner_only, changes, refitted
+        before,
+        now,
+        params_before,
+        _params(model),
+        probe.minimum_macs,
+        probe.inner_only,
+        changes,
+        refitted,
+        refitted_on,
     )
 
 
@@ -234,6 +250,20 @@ def _gradients(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> No
         empty = False
     if empty:
         raise OutsideError("no images to compute importances from")
+
+
+def _largest(model: nn.Module, images: Tensor) -> int:
+    """Values of the largest output of a layer for one image."""
+    sizes: list[int] = []
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.modules.conv._ConvNd)]
+    handles = [m.register_forward_hook(lambda _, inputs, output: sizes.append(output.numel())) for m in layers]
+    try:
+        with torch.no_grad():
+            fresh(model)(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return max(sizes) // len(images)
 
 
 def _params(model: nn.Module) -> int:

@@ -243,7 +243,8 @@ def _cut(request: PruneRequest, job: PruneJob, target: int, resolution: int) -> 
         job.note(f"only inner widths could be cut: {found.inner_only}")
     job.note("torch-pruning's graph decides what can be cut here: --axes and reallocation do not apply")
     if request.compensate:
-        job.say(f"{counted(found.refitted, 'layer')} refitted to what the unpruned network wrote")
+        on = counted(found.refitted_on, "image")
+        job.say(f"{counted(found.refitted, 'layer')} refitted to what the unpruned network wrote, on {on}")
     row = Round(request.rounds, found.macs_after, found.macs_after, refitted=found.refitted)
     job.state.rounds.append(row.to_json())
     job.state.found["cut"] = asdict(found)

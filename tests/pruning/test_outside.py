@@ -237,6 +237,18 @@ def test_channels_that_others_can_stand_in_for_are_no_loss(name: str, size: int,
     assert (logits(model, size) - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 
+def test_fewer_images_refit_a_network_of_large_activations(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ordinary("test_vit")
+    monkeypatch.setattr(outside, "run_probe", lambda *_: Probe(1, None))
+    images = torch.randn(24, 3, 160, 160, generator=torch.Generator().manual_seed(2))
+    largest = outside._largest(model, images[:1])
+    assert largest == max(100 * 64, 101 * 3 * 64, 101 * model.blocks[0].mlp.fc1.out_features)
+    monkeypatch.setattr(outside, "ACTIVATION", 5 * largest)
+    result = prune_outside(model, 160, batches(160), macs(model, 160) * 3 // 4, "magnitude", 8, 1, inputs=images)
+    assert result.refitted > 0
+    assert result.refitted_on == 5
+
+
 # --- pruning
 
 
