@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -98,18 +98,19 @@ class Seen:
     def _point(self, trial: FrozenTrial) -> Point | None:
         """None of a trial without parameters, or whose worker is about to suggest them."""
         if self._points.get(trial.number) is None:
-            params = params_of(trial)
-            family = params.pop("family", "")
+            family, params = params_of(trial)
             known = family in self._request.families and params.keys() >= FAMILIES[family].space.options.keys()
             name = trial.user_attrs.get("name", "")
             self._points[trial.number] = Point.at(self._request, family, params, name) if known else None
         return self._points[trial.number]
 
 
-def params_of(trial: FrozenTrial) -> dict[str, Any]:
-    """The parameters that a trial has, was given, or will have by the sampler's proposal."""
+def params_of(trial: FrozenTrial) -> tuple[str, dict[str, int]]:
+    """The family and its parameters that a trial has, was given, or will have by the sampler's proposal; "" where there
+    is none."""
     attrs = trial.system_attrs
-    return {**attrs.get(PROPOSED, {}), **attrs.get("fixed_params", {}), **trial.params}
+    found = {**attrs.get(PROPOSED, {}), **attrs.get("fixed_params", {}), **trial.params}
+    return found.pop("family", ""), found
 
 
 def _tried(trial: FrozenTrial, point: Point) -> Tried:

@@ -162,8 +162,8 @@ def test_a_proposal_is_seen_before_its_parameters_are_suggested(tmp_path):
     worker.run(6)
     trial = ask(worker.study, worker.guide.enqueue_one)
     assert not trial.params
-    found = params_of(worker.study.trials[-1])
-    assert found.pop("family") == "levit"
+    family, found = params_of(worker.study.trials[-1])
+    assert family == "levit"
     seen = Seen(worker.request, get_arch("efficientvit_m0"), REFERENCE_MS)
     seen.read(worker.study)
     assert Point.at(worker.request, "levit", found).digest in seen.digests
