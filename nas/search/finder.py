@@ -15,17 +15,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from optuna.distributions import CategoricalDistribution, IntDistribution
-from optuna.samplers import BaseSampler, RandomSampler
-from scipy.special import log_ndtr, ndtr
+from scipy.special import log_ndtr
 
 from nas.networks.counts import counts_of
 from nas.quality.candidate import Candidate
 from nas.quality.prior import PriorTier
+from nas.search.sampling import SpaceSampler, log_improvement
 from nas.search.seen import PROPOSED, Point, Seen, Tried
 from nas.search.variations import crossed, varied
 from search_spaces import ArchError
-from search_spaces.space import LEVELS, PARAMETERS, random_params
+from search_spaces.space import random_params
 
 if TYPE_CHECKING:
     import optuna
@@ -136,29 +135,20 @@ class Choice:
 
     def promise(self, best: float) -> np.ndarray:
         """Log of the constrained expected improvement over a score."""
-        gap = (self.values - best) / self.errors
-        gain = self.errors * (gap * ndtr(gap) + np.exp(-gap * gap / 2) / math.sqrt(2 * math.pi))
-        found: np.ndarray = self.fits + np.log(np.maximum(gain, 1e-300))
+        found: np.ndarray = self.fits + log_improvement(self.values, self.errors, best)
         return found
 
 
-class Finder(BaseSampler):
+class Finder(SpaceSampler):
     """See the module. With a seed, a trial's proposal depends on it, the trial's number, and what the same process has
     compared before."""
 
     def __init__(self, request: SearchRequest, seen: Seen, judge: Judge) -> None:
-        self._request, self._seen, self._judge = request, seen, judge
-        self._random = RandomSampler(seed=request.seed)
+        super().__init__(request)
+        self._seen, self._judge = seen, judge
         self._pool: dict[str, Point] = {}
         self.choice: Choice | None = None
         """The last one."""
-        self._space = {
-            "family": CategoricalDistribution(list(request.families)),
-            **{name: IntDistribution(0, LEVELS - 1) for name in PARAMETERS},
-        }
-
-    def reseed_rng(self) -> None:
-        self._random.reseed_rng()
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
         """Store the proposal in the trial, so that other workers, which ask later, see it."""
@@ -169,15 +159,9 @@ class Finder(BaseSampler):
         if found is not None:
             study._storage.set_trial_system_attr(trial._trial_id, PROPOSED, found.params)
 
-    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, Any]:
-        return {} if "fixed_params" in trial.system_attrs else dict(self._space)
-
     def sample_relative(self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, Any]) -> dict[str, Any]:
         attrs: Mapping[str, Any] = study._storage.get_trial(trial._trial_id).system_attrs
         return dict(attrs.get(PROPOSED, {}))
-
-    def sample_independent(self, study: optuna.Study, trial: FrozenTrial, param_name: str, distribution: Any) -> Any:
-        return self._random.sample_independent(study, trial, param_name, distribution)
 
     def add(self, points: Iterable[Point]) -> None:
         """Put networks into the choice."""

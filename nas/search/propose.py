@@ -16,16 +16,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-from optuna.distributions import CategoricalDistribution, IntDistribution
-from optuna.samplers import BaseSampler, RandomSampler
-from scipy.stats import norm
+from scipy.special import log_ndtr
 
 from nas.networks.counts import counts_of
 from nas.quality.surrogate import DESCRIBED, LEAST, Surrogate, TrainedNetwork, describe
+from nas.search.sampling import SpaceSampler, log_improvement
 from nas.search.variations import varied
 from search_spaces import Arch
 from search_spaces.registry import FAMILIES
-from search_spaces.space import LEVELS, PARAMETERS, random_params
+from search_spaces.space import random_params
 
 if TYPE_CHECKING:
     import optuna
@@ -107,12 +106,11 @@ class Promise:
         """Of a network that has not been trained; its features begin with log2 of its parameters, which stand for its
         quality while too few are trained."""
         time = self._latency.predict(_shape(features))
-        fits = float(norm.logcdf((self._limit - time.value) / time.error))
+        fits = float(log_ndtr((self._limit - time.value) / time.error))
         if len(self._quality.trained) < LEAST:
             return fits + math.log(2) * float(features[0])
         found = self._quality.predict(features)
-        gap = (found.value - self._best) / found.error
-        return fits + math.log(max(1e-300, found.error * (gap * norm.cdf(gap) + norm.pdf(gap))))
+        return fits + float(log_improvement(found.value, found.error, self._best))
 
 
 def _shape(features: Sequence[float] | np.ndarray) -> np.ndarray:
@@ -120,22 +118,12 @@ def _shape(features: Sequence[float] | np.ndarray) -> np.ndarray:
     return np.asarray(features)[: DESCRIBED + len(FAMILIES)]
 
 
-class Proposer(BaseSampler):
+class Proposer(SpaceSampler):
     """See the module. With a seed, what a trial proposes depends only on the seed, its number and the trials before."""
 
     def __init__(self, tier: TrainedTier, request: SearchRequest) -> None:
-        self._tier, self._request = tier, request
-        self._random = RandomSampler(seed=request.seed)
-        self._space = {
-            "family": CategoricalDistribution(list(request.families)),
-            **{name: IntDistribution(0, LEVELS - 1) for name in PARAMETERS},
-        }
-
-    def reseed_rng(self) -> None:
-        self._random.reseed_rng()
-
-    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, Any]:
-        return {} if "fixed_params" in trial.system_attrs else dict(self._space)
+        super().__init__(request)
+        self._tier = tier
 
     def sample_relative(self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, Any]) -> dict[str, Any]:
         """Parameters of the most promising network of the pool; none, so random ones, where too little is measured."""
@@ -151,9 +139,6 @@ class Proposer(BaseSampler):
         promise = Promise(measured, self._tier.surrogate(), self._request.budget_ms)
         best = max(fresh, key=lambda each: promise.of(describe(each.arch, counts_of(each.arch))))
         return {"family": best.family, **best.levels}
-
-    def sample_independent(self, study: optuna.Study, trial: FrozenTrial, param_name: str, distribution: Any) -> Any:
-        return self._random.sample_independent(study, trial, param_name, distribution)
 
     def _pool(self, measured: Sequence[Measured], rng: np.random.Generator) -> list[Proposal]:
         """Random networks, and variations of the best within the budget, or of the best of all where none is."""

@@ -11,6 +11,7 @@ from nas.networks.timm_network import TIMM
 from nas.quality.prior import CLASSES
 from nas.quality.published import published
 from nas.search.rows import OutsideRow, known
+from nas.search.speed import POWER
 
 if TYPE_CHECKING:
     from nas.networks.targets import Target
@@ -23,8 +24,6 @@ TOLD = 3
 """Of those within the budget."""
 MEASURED = ((2.0, 2), (1.3, 2), (0.8, 1))
 """How many are measured, and up to how many times the budget they likely take: the guess is rough."""
-POWER = 0.75
-"""Of a latency in MACs; as `nas.search.speed` guesses it."""
 
 
 def rivals_of(request: SearchRequest, rows: Sequence[Trial]) -> list[Target]:

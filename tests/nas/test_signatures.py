@@ -13,7 +13,7 @@ import nas
 
 UNTYPED = re.compile(r"\b(dict|Dict|Mapping|MutableMapping)\[str, Any\]")
 OVERRIDES = {"infer_relative_search_space", "sample_relative"}
-"""Methods of `nas.search.propose.Proposer` whose signatures are Optuna's."""
+"""Methods of the samplers (`nas.search.sampling`) whose signatures are Optuna's."""
 
 
 def public(body: list[ast.stmt], owner: str = "") -> Iterator[tuple[str, ast.expr]]:
