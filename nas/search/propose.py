@@ -21,8 +21,8 @@ from scipy.special import log_ndtr
 from nas.networks.counts import counts_of
 from nas.quality.surrogate import DESCRIBED, LEAST, Surrogate, TrainedNetwork, describe
 from nas.search.sampling import SpaceSampler, log_improvement
+from nas.search.seen import Point
 from nas.search.variations import varied
-from search_spaces import Arch
 from search_spaces.registry import FAMILIES
 from search_spaces.space import random_params
 
@@ -39,16 +39,6 @@ PARENTS = 6
 """How many of the best are varied."""
 LATENCY_NOISE = 0.02
 """Standard deviation of a measured latency's logarithm."""
-
-
-@dataclass(frozen=True)
-class Proposal:
-    """A network that may be proposed."""
-
-    family: str
-    levels: Mapping[str, int]
-    """Its parameters by name, each 0 to LEVELS - 1."""
-    arch: Arch
 
 
 @dataclass(frozen=True)
@@ -132,22 +122,22 @@ class Proposer(SpaceSampler):
             return {}
         seed = self._request.seed
         rng = np.random.default_rng(None if seed is None else [seed, trial.number])
-        pool = {candidate.arch.digest(): candidate for candidate in self._pool(measured, rng)}
+        pool = {point.digest: point for point in self._pool(measured, rng)}
         fresh = [pool[digest] for digest in pool.keys() - {each.digest for each in measured}]
         if not fresh:
             return {}
         promise = Promise(measured, self._tier.surrogate(), self._request.budget_ms)
         best = max(fresh, key=lambda each: promise.of(describe(each.arch, counts_of(each.arch))))
-        return {"family": best.family, **best.levels}
+        return best.params
 
-    def _pool(self, measured: Sequence[Measured], rng: np.random.Generator) -> list[Proposal]:
+    def _pool(self, measured: Sequence[Measured], rng: np.random.Generator) -> list[Point]:
         """Random networks, and variations of the best within the budget, or of the best of all where none is."""
         varied_ones = [each for each in measured if each.levels]
         fitting = [each for each in varied_ones if each.feasible] or varied_ones
         now = self._tier.review([(each.digest, each.features) for each in fitting])
         order = sorted(range(len(fitting)), key=lambda i: -now[i].value)
         parents = [fitting[i] for i in order[:PARENTS]]
-        found: list[Proposal] = []
+        found: list[Point] = []
         for i in range(POOL):
             if i % 2 and parents:
                 parent = parents[i // 2 % len(parents)]
@@ -155,6 +145,5 @@ class Proposer(SpaceSampler):
             else:
                 family = self._request.families[rng.integers(len(self._request.families))]
                 levels = random_params(rng)
-            arch = FAMILIES[family].space.decode(levels, self._request.num_classes, self._request.resolution)
-            found.append(Proposal(family, levels, arch))
+            found.append(Point.at(self._request, family, levels))
         return found
