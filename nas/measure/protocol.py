@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from typing import Any, Self
 
 from nas.machine import usable_cpus
 from nas.measure.runtime import RUNTIMES, Settings
-from nas.measure.samples import FEWEST_ROUNDS, MAX_ROUNDS, PRECISION, MeasureError, Measurement, enough
+from nas.measure.samples import FEWEST_ROUNDS, MAX_ROUNDS, PRECISION, QUANTA, MeasureError, Measurement, enough
 from nas.process import Worker, WorkerError
 
 WORKER = "nas.measure.worker"
@@ -47,6 +48,8 @@ class Measurer:
         self._workdir = workdir
         self._reference: _Model | None = None
         self._prepared: _Model | None = None
+        self._fastest_ms = math.inf
+        """Of all samples of the reference."""
 
     def __enter__(self) -> Self:
         self._start_reference(time.monotonic() + self._patience_s)
@@ -75,8 +78,9 @@ class Measurer:
 
         pause: workers of the caller, stopped while anything is timed. batch_size: of the network, where it is not
         that of the settings. timeout_s: None is the runtime's own. precision: half-width of the interval over the
-        median, at which timing ends. Raises MeasureError where the process raises, crashes, hangs, or gets fewer than
-        3 rounds done in that time.
+        median, at which timing ends. A network is not given up early as over the budget while the reference waits for
+        a CPU, too. Raises MeasureError where the process raises, crashes, hangs, or gets fewer than 3 rounds done in
+        that time.
         """
         timeout_s = timeout_s or self._patience_s
         started = time.monotonic()
@@ -93,7 +97,7 @@ class Measurer:
             result.load_s = time.monotonic() - started
             with _stopped(pause):
                 candidate.warm_up(deadline)
-                while not enough(result.rounds_ms, budget_ms, precision):
+                while not enough(result.rounds_ms, None if self._waits(result) else budget_ms, precision):
                     round_started = time.monotonic()
                     result.reference_rounds_ms.append(self._time_reference(deadline))
                     result.rounds_ms.append(candidate.time_slice(deadline))
@@ -110,14 +114,22 @@ class Measurer:
         result.wall_s = time.monotonic() - started
         return result
 
+    def _waits(self, result: Measurement) -> bool:
+        """Whether the reference's samples are turns of the scheduler (see `nas.measure.samples.quanta`)."""
+        reference_ms = result.reference_p50_ms
+        return reference_ms is not None and reference_ms > QUANTA * self._fastest_ms
+
     def _new_candidate(self, settings: Settings) -> _Model:
         return _Model(settings, self._workdir / "candidate.log")
 
     def _time_reference(self, deadline: float) -> list[float]:
+        samples: list[float] = []
         if self._reference is not None:
             with contextlib.suppress(WorkerError):  # not the candidate's fault: once more
-                return self._reference.time_slice(deadline)
-        return self._start_reference(deadline).time_slice(deadline)
+                samples = self._reference.time_slice(deadline)
+        samples = samples or self._start_reference(deadline).time_slice(deadline)
+        self._fastest_ms = min(self._fastest_ms, *samples)
+        return samples
 
     def _start_reference(self, deadline: float) -> _Model:
         if self._reference:

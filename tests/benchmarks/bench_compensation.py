@@ -2,15 +2,21 @@
 
     python tests/benchmarks/bench_compensation.py --data FOLDER --weights FOLDER --out FOLDER [--networks NAMES]
     python tests/benchmarks/bench_compensation.py --data FOLDER --weights FOLDER --out FOLDER --part images
+    python tests/benchmarks/bench_compensation.py --data FOLDER --weights FOLDER --out FOLDER --part tuning
     python tests/benchmarks/bench_compensation.py --out FOLDER --table      (print what is finished)
 
 Each network has the weights of `--weights`/NAME.safetensors, at their 64 pixels, and a linear probe on the training
 images of `--data` for a classifier. It is cut once to shares of its MACs, by several criteria, scored on 512 training
 images; top-1 on 2,000 validation images right after the cut, with BatchNorm's statistics taken again, and with
-compensation from the same images, their labels unseen. `--part images`: by the number of images. Nothing is fine-tuned.
+compensation from the same images, their labels unseen. `--part images`: by the number of images. Nothing is fine-tuned
+in these two.
 
-On a free core: 15 seconds a row, of which compensation is 1 to 6; with four networks 15 minutes, and 5 for
-`--part images`. A run that was stopped goes on; runs of other networks may share `--out`.
+`--part tuning`: the cut networks fine-tuned as `vitnas prune` does it (AdamW along a cosine, BatchNorm frozen) for half
+an epoch, two and eight, each a training of its own; beside them the whole network and each ready network of NETWORKS
+that is smaller, given the same.
+
+On a free core: 15 seconds a row, of which compensation is 1 to 6; with four networks 15 minutes, 5 for `--part images`
+and an hour for `--part tuning`. A run that was stopped goes on; runs of other networks may share `--out`.
 """
 
 import argparse
@@ -28,7 +34,9 @@ from nas.data.batches import loader
 from nas.data.dataset import open_data
 from nas.data.images import Images, sample
 from nas.intervals import of_share
+from nas.prune.steps import FINETUNE_LR
 from nas.quality.ready import own_pixels, with_weights, without_dead
+from nas.training.fit import fit
 from nas.training.probe import find_features, fit_probe, install
 from nas.training.statistics import take_statistics
 from pruning.compensation import compensate
@@ -45,6 +53,11 @@ SCORED = 512
 COUNTS = (32, 128, 512)
 EVALUATED = 2_000
 BATCH = 64
+EPOCHS = (0.5, 2, 8)
+TUNED = ((PLAIN, True), (PLAIN, False), ("torch-pruning's default", True), ("magnitude", True), ("random", True))
+"""Methods that are tuned after the cut, and whether they are compensated first."""
+WHOLE = "whole"
+"""A network that is tuned without a cut."""
 Batches = list[tuple[Tensor, Tensor]]
 
 
@@ -57,6 +70,8 @@ class Subject:
     model: nn.Module
     scored: Batches
     judges: Batches
+    train: Images
+    """Augmented."""
     top1: float
     scores: dict[tuple[str, int], Scores] = field(default_factory=dict)
     """By criterion and seed, those that are known."""
@@ -82,7 +97,7 @@ def subject(name: str, data: Path, weights: Path) -> Subject:
     found = find_features(model, train)
     install(model, fit_probe(without_dead(found.values), found.labels, len(whole.classes), seed=0))
     scored = batches(sample(images.calibration, SCORED, seed=0))
-    return Subject(name, arch, model, scored, judges, top1(model, judges))
+    return Subject(name, arch, model, scored, judges, images.train, top1(model, judges))
 
 
 def cells(of: Subject, share: float, name: str, seed: int, counts: tuple[int, ...]) -> list[dict[str, object]]:
@@ -116,6 +131,66 @@ def cells(of: Subject, share: float, name: str, seed: int, counts: tuple[int, ..
     return rows
 
 
+def tuned(of: Subject, start: nn.Module, epochs: float, seed: int) -> float:
+    """Top-1 of a copy after fine-tuning."""
+    model = copy.deepcopy(start)
+    train = loader(of.train, BATCH, shuffle=True, seed=seed)
+    fit(model, train, round(epochs * len(of.train)), FINETUNE_LR, seed=seed, batch_norm="frozen")
+    return top1(model, of.judges)
+
+
+def after_cut(of: Subject, share: float, name: str, compensated: bool, seed: int) -> nn.Module:
+    """The network cut to a share of its MACs."""
+    method, parts = METHODS[name], anatomy(of.arch)
+    key = method.criterion, seed
+    if key not in of.scores:
+        of.scores[key] = score(of.model, parts, of.scored, method.criterion, seed)
+    found = cut(parts, of.scores[key], method.choose(parts, of.scores[key], share * table(of.arch).macs(), True))
+    state = of.model.state_dict()
+    weights = slice_weights(of.arch, state, found.arch, found.select, found.blocks)
+    if compensated:
+        inputs = torch.cat([x for x, _ in of.scored])
+        inputs = inputs[torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))]
+        origins = origins_of(of.arch, found.arch, found.select, found.blocks)
+        weights = compensate(of.arch, state, found.arch, weights, origins, inputs)[0]
+    child = create_model(found.arch)
+    child.load_state_dict(weights)
+    return child.eval()
+
+
+def tune_all(of: Subject, shares: list[float], seed: int, rows: Rows) -> None:
+    """A row for each cut, and one for the whole network."""
+    cuts = [(share, name, compensated) for share in shares for name, compensated in TUNED]
+    for share, name, compensated in [(1.0, WHOLE, False), *cuts]:
+        if rows.has(network=of.name, share=share, method=name, compensated=compensated, seed=seed):
+            continue
+        used = time.process_time()
+        model = of.model if name == WHOLE else after_cut(of, share, name, compensated, seed)
+        row = {"network": of.name, "share": share, "method": name, "compensated": compensated, "seed": seed}
+        row |= {"macs": table(model.arch).macs(), "dense": of.top1, "top1_0": top1(model, of.judges)}
+        row |= {f"top1_{epochs:g}": tuned(of, model, epochs, seed) for epochs in EPOCHS}
+        row |= {"cpu_s": round(time.process_time() - used)}
+        rows.add(row)
+        say(str(row))
+
+
+def show_tuned(rows: Rows) -> None:
+    points = ["top1_0", *(f"top1_{epochs:g}" for epochs in EPOCHS)]
+    lines = [
+        [
+            str(row["network"]),
+            f"{float(str(row['macs'])) / 1e6:.1f}",
+            str(row["method"]) + ", compensated" * bool(row["compensated"]),
+            str(row["seed"]),
+            *(f"{row[point]:.1f}" for point in points),
+            str(row["cpu_s"]),
+        ]
+        for row in rows.rows
+    ]
+    header = ("network", "MMACs", "method", "seed", "as cut", *(f"{epochs:g} epochs" for epochs in EPOCHS), "CPU s")
+    print(markdown(header, lines))
+
+
 def show(rows: Rows) -> None:
     def line(row: dict[str, object]) -> list[str]:
         kept = of_share(float(str(row["compensated"])), EVALUATED)
@@ -135,8 +210,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of what was found")
     parser.add_argument("--networks", default=",".join(NETWORKS))
     parser.add_argument("--shares", default=",".join(map(str, SHARES)), help="of the MACs")
-    parser.add_argument("--seeds", default="0", help="of the criterion random")
-    parser.add_argument("--part", choices=("cuts", "images"), default="cuts")
+    parser.add_argument("--seeds", default="0", help="of the criterion random, and of the tuning")
+    parser.add_argument("--part", choices=("cuts", "images", "tuning"), default="cuts")
     parser.add_argument("--table", action="store_true", help="only print what is finished")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -146,6 +221,10 @@ def main() -> None:
     counts = (SCORED,) if args.part == "cuts" else COUNTS
     for network in () if args.table else args.networks.split(","):
         of = subject(network, args.data, args.weights)
+        if args.part == "tuning":
+            for seed in map(int, args.seeds.split(",")):
+                tune_all(of, list(map(float, args.shares.split(","))), seed, rows)
+            continue
         for share in map(float, args.shares.split(",")):
             for name in names:
                 for seed in map(int, args.seeds.split(",")) if name == "random" else (0,):
@@ -153,7 +232,7 @@ def main() -> None:
                         for row in cells(of, share, name, seed, counts):
                             rows.add(row)
                             say(str(row))
-    show(rows)
+    (show_tuned if args.part == "tuning" else show)(rows)
 
 
 if __name__ == "__main__":

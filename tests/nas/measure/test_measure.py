@@ -585,6 +585,15 @@ def test_above_the_budget_takes_few_rounds(network: Callable[[str], Path], tmp_p
         assert len(measurer.measure(network("ms = 10"), 50.0).rounds_ms) == 8
 
 
+def test_no_network_is_given_up_while_the_reference_waits_too(network: Callable[[str], Path], tmp_path: Path) -> None:
+    calm = tmp_path / "calm"
+    calm.touch()
+    with Measurer(Settings(), network(f"ms = 2 if os.path.exists({str(calm)!r}) else 24"), tmp_path) as measurer:
+        assert len(measurer.measure(network("ms = 10"), 2.0).rounds_ms) == 3
+        calm.unlink()
+        assert len(measurer.measure(network("ms = 10"), 2.0).rounds_ms) == 8
+
+
 def test_a_candidate_of_another_batch_size(network: Callable[[str], Path], tmp_path: Path) -> None:
     with Measurer(Settings(), network("assert settings.batch_size == 1"), tmp_path) as measurer:
         assert measurer.measure(network("assert settings.batch_size == 4"), batch_size=4).n > 0
