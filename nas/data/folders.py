@@ -90,12 +90,7 @@ def image_folder(name: str) -> FoundImages:
         UserError: no such folder, one that does not say which of its folders are classes, or a class without images.
     """
     path = Path(name)
-    if not path.exists():
-        raise UserError(f"{shown(name)}: no such folder")
-    if not path.is_dir():
-        raise UserError(f"{shown(name)} is not a folder: {_instead(path)}")
-    left_out = LeftOut()
-    names = [entry.name for entry in _visible(path, None) if entry.is_dir()]
+    names, left_out = _folders_in(path, name), LeftOut()
     train, val = _splits(path, names)
     if train is None or val is None:
         _check_level(path, names)
@@ -118,11 +113,66 @@ def image_folder(name: str) -> FoundImages:
     )
 
 
+def folder_part(name: str, split: str | None) -> FoundImages:
+    """The images of a folder that networks are judged on, as `train`; `validation` says which they are, "" where they
+    are all that there are. Any number of classes may have some.
+
+    Args:
+        split: train, val, test or all; None: val, or else test, or all of a folder without parts.
+
+    Raises:
+        UserError: no such folder, one that does not say which of its folders are classes, one without this part, or
+            without images.
+    """
+    path = Path(name)
+    names = _folders_in(path, name)
+    of = {each: sorted(found for found in names if split_of(found) == each) for each in SPLITS}
+    left_out = LeftOut()
+    if not (of["train"] and (of["val"] or of["test"])) and not (names and all(map(split_of, names))):
+        _check_level(path, names)
+        if split not in (None, "all"):
+            raise UserError(f"{shown(name)} has class folders, and no {split}/ beside others: leave --split out")
+        chosen, scans = [], [_scan(path, left_out)]
+    else:
+        parts = [found for each in of.values() for found in each]
+        chosen = parts if split == "all" else of[split] if split else of["val"] or of["test"]
+        if not chosen:
+            have = " and ".join(f"{shown(found)}/" for found in parts)
+            lacks = f"{split}/" if split else "val/ or test/"
+            raise UserError(f"{shown(name)} has {have} but no {lacks}: say which to judge on, as --split train")
+        left_out.whole += sorted(set(names) - set(chosen))
+        scans = [_scan(path / each, left_out) for each in chosen]
+    images: dict[str, list[Path]] = {}
+    for label, found in (item for scan in scans for item in scan.images.items()):
+        images.setdefault(unicodedata.normalize("NFC", label), []).extend(found)
+    classes = sorted(sorted(label for label, found in images.items() if found), key=natural_key)
+    if not classes:
+        raise UserError(f"{shown(name)} holds no images: {shown(name)}/<class>/*.jpg is needed")
+    empty = [shown(label) for label, found in images.items() if not found]
+    note = [f"no images of {listed(empty)}: accuracy says nothing of them"] if empty else []
+    whole = Scan(path, images, {}, {})
+    words = " and ".join(f"{each}/" for each in chosen)
+    return FoundImages(name, classes, whole.part(classes), None, words, left_out.lines(), tuple(note))
+
+
 def split_of(name: str) -> str | None:
     """ "train", "val" or "test" for a folder that is called so, whatever its case and form."""
     words = [word for word in re.split(r"[^a-z]+", name.lower()) if word]
     core = [stem for word in words if (stem := BESIDE_SPLIT.sub("", word))]
     return next((split for split, known in SPLITS.items() if len(core) == 1 and core[0] in known), None)
+
+
+def _folders_in(path: Path, name: str) -> list[str]:
+    """The visible folders in a folder.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    if not path.exists():
+        raise UserError(f"{shown(name)}: no such folder")
+    if not path.is_dir():
+        raise UserError(f"{shown(name)} is not a folder: {_instead(path)}")
+    return [entry.name for entry in _visible(path, None) if entry.is_dir()]
 
 
 def _splits(path: Path, names: Sequence[str]) -> tuple[str | None, str | None]:
