@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nas.bench.shapes import static_shape
 from nas.data.lineage import TIMM
 from nas.data.pixels import IMAGENET, Pixels
 from nas.errors import UserError
@@ -14,8 +15,8 @@ from nas.export.artifact import Exporter, export_here, lower_precision
 from nas.measure.runtime import Settings
 
 if TYPE_CHECKING:
-    from nas.bench.onnx_input import OnnxInput
     from nas.bench.request import BenchRequest, Waiting
+    from nas.export.onnx_input import OnnxInput
     from nas.networks.targets import Target
 
 
@@ -96,7 +97,7 @@ class Files:
             method, source = "export", {"document": target.network.to_json()}
         else:
             given = self._inputs[label]
-            shape = given.shape(self._shapes, settings.batch_size, target.resolution)
+            shape = static_shape(given, self._shapes, settings.batch_size, target.resolution)
             resolution = shape[-1]
             method, source = "fix", {"source": str(given.path), "name": given.name, "shape": shape}
             if given.quantised:

@@ -6,14 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from nas.bench.onnx_input import OnnxInput, check_shapes, written
+from nas.bench.shapes import check_shapes, static_shape
 from nas.errors import UserError
+from nas.export.onnx_input import OnnxInput, written
 from nas.measure.device import check_settings
 from nas.measure.runtime import RUNTIMES, Settings
 from nas.measure.samples import MAX_ROUNDS, SURE_ROUNDS
 
 if TYPE_CHECKING:
-    from nas.bench.onnx_input import Shape
+    from nas.export.onnx_input import Shape
     from nas.networks.targets import Target
 
 
@@ -138,7 +139,7 @@ def _own(target: Target, given: OnnxInput | None, settings: Settings, options: B
         able = " or ".join(name for name, each in RUNTIMES.items() if each.artifact == "onnx")
         raise UserError(f"{label}: runtime {settings.runtime} does not load ONNX files; use {able}")
     asked, many = None if options.own_batch else settings.batch_size, options.throughput_at
-    own, *image = given.shape(options.shapes, asked, target.resolution)
+    own, *image = static_shape(given, options.shapes, asked, target.resolution)
     for option, wanted in (("batch-size", asked), ("throughput-at", many)):
         if wanted is not None and given.batch_size not in (None, wanted):
             raise UserError(f"{label} is fixed at batch size {own}: --{option} {wanted} does not fit")
@@ -157,5 +158,5 @@ def _resolution(target: Target, given: OnnxInput | None, shapes: Mapping[str, Sh
     """In px, "HxW" of images that are not square; None of what is no image."""
     if given is None:
         return target.network.resolution if target.network else None
-    sides = given.sides(given.shape(shapes, None, target.resolution))
+    sides = given.sides(static_shape(given, shapes, None, target.resolution))
     return sides and (sides[0] if sides[0] == sides[1] else f"{sides[0]}x{sides[1]}")

@@ -20,8 +20,8 @@ from nas.measure.samples import BUSY_SPREAD, SURE_ROUNDS, MeasureError, Measurem
 from nas.process import TOLD_S, WorkerError
 
 if TYPE_CHECKING:
-    from nas.bench.onnx_input import OnnxInput
     from nas.bench.request import BenchRequest, Plan, Progress, Waiting
+    from nas.export.onnx_input import OnnxInput
     from nas.measure.runtime import Settings
     from nas.networks.targets import Target
 

@@ -92,10 +92,10 @@ def bench(
     from nas.measure.device import settings_for
 
     load("nas.bench.run", quiet)
-    from nas.bench.onnx_input import parse_shape
     from nas.bench.report import PLOTS, to_csv, to_plot
     from nas.bench.request import TIMEOUT_S, BenchRequest, check_rounds, plan
     from nas.bench.run import bench as run_bench
+    from nas.bench.shapes import parse_shape
     from nas.bench.table import show_bench
     from nas.cli.progress import watch_phases
     from nas.files import check_output, replace_file

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nas.data.images import Images, Source
+from nas.data.decoding import Source
+from nas.data.images import Images
 from nas.data.shards import Member
 
 PIECE = 64 * 1024

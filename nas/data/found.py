@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nas.data.images import Source
+from nas.data.decoding import Source
 
 
 @dataclass(frozen=True)

@@ -13,45 +13,29 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from io import BytesIO
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import Compose, InterpolationMode
 from torchvision.transforms.functional import resize
 
+from nas.data.decoding import RibbonError, Source, decode
 from nas.data.memory import free_memory
 from nas.data.pixels import IMAGENET, Interpolation, Pixels
 from nas.errors import UserError
 from nas.files import tell
 
-BACKGROUND = "white"
-"""What shows through transparent pixels: the page that such pictures are drawn for."""
-MAX_ASPECT = 100
-"""Length over width of a picture at most: its shorter side is brought to the network's, whatever the longer becomes."""
-DEEPEST = 65535
 CACHE_LIMIT = 2 * 2**30
 CACHE_SHARE = 0.5
 _held = 0
 """Bytes in this process's caches."""
 DEMO_CROP = (0.7, 1.0)
 DEMO_RATIO = (0.9, 1.1)
-
-
-class Stored(Protocol):
-    """An image that is fetched when it is read; str() names it for the user."""
-
-    def read(self) -> bytes | Image.Image:
-        """The encoded image, or the decoded one."""
-
-
-Source = Path | np.ndarray | Stored
 
 
 class Key(NamedTuple):
@@ -95,10 +79,6 @@ class Rows(Sequence[Source]):
 
 class Ribbon(str):
     """The name of an image beyond `MAX_ASPECT`, which is left out."""
-
-
-class RibbonError(ValueError):
-    """An image is longer than `MAX_ASPECT` allows."""
 
 
 class Images(Dataset["tuple[Tensor, int] | str"]):
@@ -153,25 +133,6 @@ class Images(Dataset["tuple[Tensor, int] | str"]):
     def transformed(self, transform: Compose) -> Images:
         """The same images, otherwise transformed."""
         return Images(self.sources, self.labels, transform, self.files)
-
-
-def decode(source: Source) -> Image.Image:
-    """An RGB image from a file, a stored image, or grey levels (H, W) or colours (H, W, 3) uint8.
-
-    Transparent pixels let white through, grey of more than 8 bits is scaled to 8, and a turned camera's picture is
-    turned back as its EXIF orientation says.
-
-    Raises:
-        RibbonError: the picture is longer than `MAX_ASPECT` allows.
-        Exception: it is broken.
-    """
-    if isinstance(source, np.ndarray):
-        return Image.fromarray(source).convert("RGB")
-    found = source if isinstance(source, Path) else source.read()
-    if isinstance(found, Image.Image):
-        return _to_rgb(found)
-    with Image.open(BytesIO(found) if isinstance(found, bytes) else found) as image:
-        return _to_rgb(image)
 
 
 def train_transform(
@@ -338,33 +299,6 @@ def cached(images: Images, resolution: int, say: Callable[[str], None] = tell, p
 def _release(count: int) -> None:
     global _held
     _held -= count
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if max(image.size) > MAX_ASPECT * min(image.size):
-        raise RibbonError
-    ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith(("I", "F")):  # which convert() would clip
-        return Image.fromarray(_levels(np.asarray(image, np.float64), image.mode == "F")).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), image).convert("RGB")
-    return image.convert("RGB")
-
-
-def _levels(values: np.ndarray, floats: bool) -> np.ndarray:
-    """Grey in 8 bits, of 16 bits, of floats from 0 to 1 or to 255, or of any others, scaled from their least to their
-    greatest value."""
-    low, high = values.min(), values.max()
-    if not np.isfinite(high - low):
-        raise ValueError("pixels that are not finite")
-    if low < 0 or high > DEEPEST:
-        values = (values - low) * (255 / (high - low) if high > low else 0)
-    elif floats and high <= 255:
-        values = values * (255 if high <= 1 else 1)
-    else:
-        values = values * (255 / DEEPEST)
-    return values.round().astype(np.uint8)
 
 
 def _seed_generators(key: Key) -> None:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from nas.data.decoding import decode
 from nas.data.digests import digests
-from nas.data.images import Images, decode
+from nas.data.images import Images
 from nas.units import shown
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Self
@@ -71,7 +71,9 @@ Milliseconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 def _colour(values: Iterable[float]) -> Colour:
-    red, green, blue = (round(float(value), 6) for value in values)
+    import numpy as np
+
+    red, green, blue = (float(str(np.float32(value))) for value in values)  # the shortest that means the same pixels
     return red, green, blue
 
 
@@ -89,7 +91,7 @@ class Preprocess(BaseModel):
     interpolation: Interpolation
     mean: Colour
     std: tuple[Positive, Positive, Positive]
-    layout: Literal["NCHW"] = "NCHW"
+    layout: Literal["NCHW", "NHWC"] = "NCHW"
     crop_pct: Annotated[float, Field(gt=0, le=1)] = 0.0
 
     @model_validator(mode="after")
@@ -227,11 +229,23 @@ class Card(BaseModel):
             }
             found = {**_measured(path / "metrics.json"), **{key: text for key, text in found.items() if text != "null"}}
         else:
-            found = {key.removeprefix(PREFIX): value for key, value in metadata_of(load_onnx(path)).items()}
+            return cls.of_metadata(metadata_of(load_onnx(path)), path)
+        return cls._parsed(found, f"{path / PREPROCESS} or metrics.json")
+
+    @classmethod
+    def of_metadata(cls, metadata: Mapping[str, str], path: Path) -> Card:
+        """Of an ONNX file's metadata. path: how a message calls the file.
+
+        Raises:
+            UserError: they are damaged.
+        """
+        return cls._parsed({key.removeprefix(PREFIX): value for key, value in metadata.items()}, str(path))
+
+    @classmethod
+    def _parsed(cls, found: Mapping[str, str], place: str) -> Card:
         try:
             return cls(**{key: json.loads(found[key]) for key in cls.model_fields if key in found})
         except (ValueError, RecursionError):
-            place = f"{path / PREPROCESS} or metrics.json" if path.is_dir() else path
             raise UserError(
                 f"{place} is damaged: what it says of the network cannot be read; export it again"
             ) from None

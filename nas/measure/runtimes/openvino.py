@@ -11,6 +11,9 @@ from typing import Any
 from nas.measure.runtime import Infer, Settings, no_bf16, register
 from nas.measure.runtimes.ort import check_static
 
+KINDS = {"f32": "float32", "f16": "float16", "f64": "float64", "u8": "uint8", "i8": "int8"}
+"""NumPy's names of OpenVINO's types."""
+
 
 def check(settings: Settings) -> str | None:
     return no_bf16() if settings.precision == "bf16" else None
@@ -29,14 +32,13 @@ def load(path: Path, settings: Settings) -> Infer:
 
     from nas.measure.runtimes.pytorch import fixed_images
 
-    core = _core()
+    core = the_core()
     model = core.read_model(path)
-    kinds = {"f32": "float32", "f16": "float16", "f64": "float64", "u8": "uint8", "i8": "int8"}
     inputs = []
     for port in model.inputs:
         sizes = [size.get_length() if size.is_static else str(size) for size in port.partial_shape]
         kind = port.element_type.get_type_name()
-        inputs.append((port.any_name, kinds.get(kind, kind), sizes))
+        inputs.append((port.any_name, KINDS.get(kind, kind), sizes))
     _, kind, shape = check_static(inputs, settings)
     options = {
         "INFERENCE_PRECISION_HINT": "bf16" if settings.precision == "bf16" else "f32",
@@ -56,7 +58,7 @@ def load(path: Path, settings: Settings) -> Infer:
 
 
 @functools.cache
-def _core() -> Any:
+def the_core() -> Any:
     """Kept to the end of the process: once its plug-ins were unloaded, a signal to one of their threads crashes it."""
     import openvino
 

@@ -13,6 +13,9 @@ from typing import Any
 from nas.measure.runtime import Infer, Settings, register
 from nas.measure.runtimes.pytorch import DTYPES, fixed_images
 
+KINDS = {f"tensor({kind})": kind for kind in DTYPES} | {"tensor(float)": "float32", "tensor(double)": "float64"}
+"""NumPy's names of ONNX Runtime's types."""
+
 
 def check_static(inputs: list[tuple[str, str, list[Any]]], settings: Settings) -> tuple[str, str, tuple[int, ...]]:
     """The name, type and shape of the only input, given as (name, type, sizes), an int where a size is static.
@@ -95,11 +98,7 @@ def _load(path: Path, settings: Settings, providers: list[tuple[str, dict[str, s
     wanted, used = providers[0][0], session.get_providers()[0]
     if used != wanted:
         raise RuntimeError(f"ONNX Runtime could not start {wanted} and fell back to {used}")
-    kinds = {f"tensor({kind})": kind for kind in DTYPES} | {
-        "tensor(float)": "float32",
-        "tensor(double)": "float64",
-    }
-    inputs = [(i.name, kinds.get(i.type, i.type), i.shape) for i in session.get_inputs()]
+    inputs = [(i.name, KINDS.get(i.type, i.type), i.shape) for i in session.get_inputs()]
     name, kind, shape = check_static(inputs, settings)
     images = fixed_images(shape, kind)
     if settings.device == "cuda":

@@ -14,14 +14,15 @@ import pytest
 
 from nas.bench import files as bench_files
 from nas.bench import report, run
-from nas.bench.onnx_input import OnnxInput, parse_shape
 from nas.bench.report import to_csv, to_plot
 from nas.bench.request import BenchRequest
 from nas.bench.result import is_tie
 from nas.bench.run import bench
+from nas.bench.shapes import parse_shape
 from nas.errors import UserError
 from nas.export import side_by_side
 from nas.export.artifact import Exporter
+from nas.export.onnx_input import OnnxInput
 from nas.files import check_output
 from nas.measure.device import compare
 from nas.measure.protocol import Interrupted

@@ -1,8 +1,7 @@
-"""A user's ONNX file: its input, and the static shape it is measured with."""
+"""A user's ONNX file: its input, and whether all of it is there."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,11 +12,6 @@ from nas.measure.runtimes.pytorch import DTYPES
 from nas.units import counted
 
 Shape = tuple[int, ...]
-
-
-IMAGE = (1, 3, 224, 224)
-
-
 CHANNELS = (1, 3, 4)
 
 
@@ -91,7 +85,7 @@ class OnnxInput:
         return self.sizes[0] if self.sizes else None
 
     @property
-    def _places(self) -> tuple[int, int] | None:
+    def places(self) -> tuple[int, int] | None:
         """Which dimensions are the height and the width; None where it is no image."""
         if self.sizes is None:
             return 2, 3
@@ -101,49 +95,7 @@ class OnnxInput:
 
     def sides(self, shape: Shape) -> tuple[int, int] | None:
         """Height and width of an image of this shape; None where it is none."""
-        return (shape[self._places[0]], shape[self._places[1]]) if self._places and len(shape) == 4 else None
-
-    def _image(self, resolution: int) -> Shape:
-        """The shape of a square image of this size; 1 where the batch is dynamic.
-
-        Raises:
-            UserError: the input is no image, or is fixed at other sizes.
-        """
-        if self._places is None:
-            raise UserError(f"{self.path} takes no images (its input {self.name} is {self}): leave out its resolution")
-        sizes = self.sizes or (None, IMAGE[1], None, None)
-        shape = [resolution if i in self._places else size for i, size in enumerate(sizes)]
-        if any(sizes[place] not in (None, resolution) for place in self._places):
-            raise UserError(
-                f"{self.path} is fixed at {self}: it cannot take {resolution} px; leave out its resolution, or export "
-                "it with dynamic sizes"
-            )
-        return (shape[0] or 1, *(size or IMAGE[1] for size in shape[1:]))
-
-    def shape(self, shapes: Mapping[str, Shape], batch_size: int | None, resolution: int | None = None) -> Shape:
-        """The static shape: the file's own, its dynamic sizes as in `shapes`, a dynamic first one the batch size.
-
-        batch_size: None for what `shapes` says, or else 1. resolution: of square images.
-
-        Raises:
-            UserError: other sizes are dynamic and nothing says them, or the file has others.
-        """
-        given = shapes.get(self.name)
-        if resolution is not None:
-            if given is not None and self.sides(given) != (resolution, resolution):
-                raise UserError(
-                    f"--shape {self.name}={written(given)} is not of {resolution} px: leave one of them out"
-                )
-            given = given or self._image(resolution)
-        sizes = (None,) * len(given or IMAGE) if self.sizes is None else self.sizes
-        if given is None and None in sizes[1:]:
-            usual = IMAGE if len(sizes) == 4 else (1, *[128] * len(sizes))
-            would = written(own or new for own, new in zip(sizes, usual, strict=False))
-            raise UserError(f"{self.path}: its input {self.name} is {self}: give --shape {self.name}={would}")
-        shape = given or tuple(size or 1 for size in sizes)
-        if len(shape) != len(sizes) or any(a not in (None, b) for a, b in zip(sizes, shape, strict=True)):
-            raise UserError(f"--shape {self.name}={written(shape)}: this input of {self.path} is {self}")
-        return shape if sizes[0] or batch_size is None else (batch_size, *shape[1:])
+        return (shape[self.places[0]], shape[self.places[1]]) if self.places and len(shape) == 4 else None
 
 
 def _no_onnx(path: Path) -> str:
@@ -167,25 +119,5 @@ def _check_external(path: Path, entry: Mapping[str, str]) -> None:
         raise UserError(f"{path}: {data} is cut off, {held:,} of {needed:,} bytes: fetch it again")
 
 
-def parse_shape(text: str) -> tuple[str, Shape]:
-    """The name and the sizes of "images=1x3x224x224".
-
-    Raises:
-        UserError: anything else.
-    """
-    name, _, sizes = text.rpartition("=")
-    if not name or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", sizes):
-        raise UserError(f"--shape {text}: write it like images=1x3x224x224")
-    return name, tuple(map(int, sizes.split("x")))
-
-
 def written(sizes: Iterable[int | None]) -> str:
     return "x".join(str(size or "?") for size in sizes)
-
-
-def check_shapes(shapes: Mapping[str, Shape], inputs: Iterable[OnnxInput]) -> None:
-    names = sorted({each.name for each in inputs})
-    for name in shapes:
-        if name not in names:
-            have = f"the inputs are called {', '.join(names)}" if names else "no .onnx file is among the networks"
-            raise UserError(f"--shape {name}: {have}")

@@ -1,0 +1,420 @@
+"""An ONNX file as it is deployed: open on the runtime that runs it, with its own account of pixels and classes.
+
+PyTorch is not imported, and onnx only where a file cannot be opened or its precision is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nas.data.decoding import to_rgb
+from nas.errors import UserError, unknown
+from nas.evaluate.preprocess import PRESETS, WAYS, GivenPreprocess, crop, normalise
+from nas.export.card import PREFIX, Card, Preprocess
+from nas.export.onnx_input import OnnxInput, written
+from nas.identity import file_digest
+from nas.machine import default_threads
+from nas.measure.runtime import RUNTIMES, check_installed
+from nas.measure.runtimes import openvino, ort
+from nas.text import first_line
+from nas.units import counted
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from nas.evaluate.preprocess import Layout
+
+Pixels = NDArray[Any]
+Runtime = Literal["onnxruntime", "openvino"]
+FilePrecision = Literal["fp32", "fp16", "int8"]
+PIXEL_KINDS = ("float32", "float16", "uint8")
+FATAL = 4
+"""ONNX Runtime's level of messages: what fails is raised."""
+SUM_TOLERANCE = 1e-3
+"""How far the sum of a row of probabilities may be from 1; float16's are 1e-3 off."""
+
+
+class _Output(NamedTuple):
+    """sizes: None where they are dynamic, and for all where their number is unknown."""
+
+    name: str
+    sizes: tuple[int | None, ...] | None
+
+    def __str__(self) -> str:
+        return "of any shape" if self.sizes is None else written(self.sizes)
+
+
+class _Opened(NamedTuple):
+    """A file on a runtime."""
+
+    inputs: list[OnnxInput]
+    outputs: list[_Output]
+    metadata: Mapping[str, str]
+    run: Callable[[Pixels, int], Pixels]
+    """(a batch, which output) -> the output's values."""
+
+
+@dataclass(frozen=True)
+class OnnxFile:
+    """A classifier in an ONNX file, ready to run. `open` makes it."""
+
+    path: Path
+    runtime: Runtime
+    preprocess: Preprocess
+    """How an image becomes its input; of a file that normalises inside, what it does there."""
+    classes: tuple[str, ...] | None
+    """Names in the order of the logits; None: not known."""
+    num_classes: int
+    batch_size: int | None
+    """Images that one inference takes; None: any number."""
+    in_graph: bool
+    """Whether it takes uint8 pixels, and normalises inside."""
+    channels_last: bool
+    """Whether it takes (N, R, R, 3)."""
+    probabilities: bool
+    """Whether its output is the softmax of its logits."""
+    notes: tuple[str, ...]
+    """What was taken for granted, a line each."""
+    kind: str
+    """Of its input: one of PIXEL_KINDS."""
+    run: Callable[[Pixels], Pixels]
+    """One inference of `batch_size` inputs, of any number where that is None."""
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        runtime: str = "onnxruntime",
+        preprocess: Preprocess | GivenPreprocess | None = None,
+        classes: Sequence[str] | None = None,
+        threads: int | None = None,
+    ) -> OnnxFile:
+        """Open a file, or the model.onnx of a folder or of a run's best/.
+
+        Args:
+            runtime: onnxruntime or openvino, both on the CPU.
+            preprocess: how an image becomes its input; None: as its metadata say, or the preprocess.json beside the
+                model.onnx of a folder.
+            classes: names in the order of the logits; None: those of its metadata.
+            threads: CPU threads; None: the physical cores that this process may use.
+
+        Raises:
+            UserError: no such file, a damaged one, or none that classifies images; a runtime that is not installed;
+                nothing says how an image becomes its input; another number of classes than names.
+        """
+        found = find_onnx(path)
+        opened = _opened(found, runtime, threads or default_threads())
+        card = Card.of_metadata(opened.metadata, found)
+        if card.preprocess is None and Path(path).is_dir():
+            card = Card.read(found.parent)
+        in_graph = _flag(opened.metadata, "in_graph", found)
+        pixels = _image_input(found, opened.inputs)
+        how, channels_last = _preprocess(found, pixels, card.preprocess, preprocess, in_graph)
+        index, count = _logits_output(found, opened.outputs)
+
+        def run(batch: Pixels) -> Pixels:
+            try:
+                return opened.run(batch, index)
+            except Exception as error:  # each runtime has its own kinds
+                raise UserError(f"{found} fails on {runtime}: {first_line(error)}") from error
+
+        probabilities, notes = _flag(opened.metadata, "probabilities", found), []
+        if count is None or not opened.metadata.keys() >= {f"{PREFIX}preprocess"}:
+            answer = _flat(found, run(_grey(how.size, pixels, channels_last)))
+            count = answer.shape[1]
+            if not probabilities and _are_probabilities(answer):
+                probabilities = True
+                notes.append(f"{found}: its outputs are from 0 to 1 and add up to 1: taken as probabilities")
+        if preprocess is not None and card.preprocess is not None:
+            notes.append(f"{found}: pixels as --preprocess says, not as the file's own metadata do")
+        if opened.metadata.get(f"{PREFIX}weights") == "untrained":
+            notes.append(f"{found}: its weights are random, and so are its answers")
+        names = classes if classes is not None else card.classes
+        if names is not None and len(names) != count:
+            whose = "are given" if classes is not None else "are in its metadata"
+            raise UserError(f"{found} has {count} outputs, {len(names)} names of classes {whose}: the two must agree")
+        return cls(
+            path=found,
+            runtime=cast(Runtime, runtime),
+            preprocess=how,
+            classes=None if names is None else tuple(names),
+            num_classes=count,
+            batch_size=pixels.batch_size,
+            in_graph=in_graph,
+            channels_last=channels_last,
+            probabilities=probabilities,
+            notes=tuple(notes),
+            kind=pixels.kind,
+            run=run,
+        )
+
+    @cached_property
+    def precision(self) -> FilePrecision:
+        """int8 where it is quantised, fp16 where it has weights of float16."""
+        about = OnnxInput.read(self.path)
+        return "int8" if about.quantised else "fp16" if about.half else "fp32"
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the file, 64 hexadecimal digits; weights that lie in another file are not in it."""
+        return file_digest(self.path, 64)
+
+    def pixels(self, image: Image) -> Pixels:
+        """One image as the file takes it, without the batch: (3, R, R), or (R, R, 3) where channels are last.
+
+        image: as `nas.data.decoding.decode` gives it, or opened by Pillow, in any mode. Float pixels are float32, to
+        the bit as evaluation with torchvision makes them.
+
+        Raises:
+            RibbonError: the image is more than 100 times as long as wide.
+        """
+        values = crop(image if image.mode == "RGB" and not image.getexif() else to_rgb(image.copy()), self.preprocess)
+        pixels = values if self.kind == "uint8" else normalise(values, self.preprocess)
+        return pixels if self.channels_last else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+    def logits(self, pixels: Pixels) -> NDArray[np.float32]:
+        """(N, classes) of any N of `pixels`; log-probabilities, which are logits too, where the file gives
+        probabilities.
+
+        Raises:
+            UserError: the runtime fails on them, or what it answers is NaN or infinite.
+        """
+        found = self._outputs(pixels)
+        if self.probabilities:
+            return np.log(np.maximum(found, np.finfo(np.float32).tiny))
+        return found
+
+    def softmax(self, pixels: Pixels) -> NDArray[np.float32]:
+        """Probabilities (N, classes) of any N of `pixels`.
+
+        Raises:
+            UserError: as `logits`.
+        """
+        found = self._outputs(pixels)
+        return found if self.probabilities else softmax(found)
+
+    def _outputs(self, pixels: Pixels) -> NDArray[np.float32]:
+        inputs = pixels.astype(self.kind, copy=False)
+        size = self.batch_size or max(1, len(inputs))
+        answers = [np.empty((0, self.num_classes), np.float32)]
+        for start in range(0, len(inputs), size):
+            batch = inputs[start : start + size]
+            lacking = size - len(batch) if self.batch_size else 0
+            whole = np.concatenate([batch, np.repeat(batch[-1:], lacking, 0)]) if lacking else batch
+            answers.append(_flat(self.path, self.run(whole))[: len(batch)].astype(np.float32))
+        found = np.concatenate(answers)
+        broken = int((~np.isfinite(found)).any(1).sum())
+        if broken:
+            why = ": float16 ends at 65,504, export it in fp32" if self.kind == "float16" else ": export it again"
+            raise UserError(
+                f"{self.path}: its outputs are NaN or infinite for {broken} of {counted(len(found), 'image')}{why}"
+            )
+        return found
+
+
+def softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Of each row."""
+    powers = np.exp(logits - logits.max(1, keepdims=True))
+    found: NDArray[np.float32] = powers / powers.sum(1, keepdims=True)
+    return found
+
+
+def find_onnx(path: str | Path) -> Path:
+    """A file, or the model.onnx of a folder or of a run's best/.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = Path(path)
+    if not found.is_dir():
+        if not found.exists():
+            raise UserError(f"{path}: no such file or folder")
+        return found
+    for candidate in (found / "model.onnx", found / "best" / "model.onnx"):
+        if candidate.is_file():
+            return candidate
+    raise UserError(f"{path} holds no model.onnx and no best/model.onnx: `vitnas export {path} --out DIR` writes one")
+
+
+def _opened(path: Path, runtime: str, threads: int) -> _Opened:
+    openers = {"onnxruntime": _onnxruntime, "openvino": _openvino}
+    if runtime not in openers:
+        raise unknown("runtime", runtime, openers)
+    check_installed(RUNTIMES[runtime])
+    try:
+        return openers[runtime](path, threads)
+    except Exception as error:  # each runtime has its own kinds
+        OnnxInput.read(path)  # which tells what is wrong, where it is the file
+        raise UserError(f"{runtime} cannot open {path}: {first_line(error)}") from error
+
+
+def _onnxruntime(path: Path, threads: int) -> _Opened:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, FATAL
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    inputs = [
+        OnnxInput(path, each.name, ort.KINDS.get(each.type, each.type), _sizes(each.shape))
+        for each in session.get_inputs()
+    ]
+    outputs = [_Output(each.name, _sizes(each.shape)) for each in session.get_outputs()]
+    metadata = session.get_modelmeta().custom_metadata_map
+    return _Opened(
+        inputs, outputs, metadata, lambda batch, i: session.run([outputs[i].name], {inputs[0].name: batch})[0]
+    )
+
+
+def _openvino(path: Path, threads: int) -> _Opened:
+    core = openvino.the_core()
+    model = core.read_model(path)
+    inputs = [
+        OnnxInput(path, port.any_name, openvino.KINDS.get(kind := port.element_type.get_type_name(), kind), sizes)
+        for port, sizes in ((port, _dimensions(port)) for port in model.inputs)
+    ]
+    outputs = [_Output(port.any_name, _dimensions(port)) for port in model.outputs]
+    told = model.get_rt_info("framework").value if model.has_rt_info("framework") else {}
+    metadata = {key: str(getattr(value, "value", value)) for key, value in told.items()}
+    options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
+    request = core.compile_model(model, "CPU", options).create_infer_request()
+    return _Opened(inputs, outputs, metadata, lambda batch, i: np.array(request.infer([batch])[i]))
+
+
+def _sizes(shape: Sequence[int | str | None]) -> tuple[int | None, ...]:
+    return tuple(size if isinstance(size, int) and size > 0 else None for size in shape)
+
+
+def _dimensions(port: Any) -> tuple[int | None, ...] | None:
+    shape = port.partial_shape
+    return None if shape.rank.is_dynamic else tuple(size.get_length() if size.is_static else None for size in shape)
+
+
+def _image_input(path: Path, inputs: Sequence[OnnxInput]) -> OnnxInput:
+    """The only input of a file.
+
+    Raises:
+        UserError: it has several, or other than a batch of square images of three colours.
+    """
+    if len(inputs) != 1:
+        raise UserError(f"{path} has {counted(len(inputs), 'input')} ({_listed(inputs)}): only one of images is fed")
+    (found,) = inputs
+    if found.kind not in PIXEL_KINDS:
+        raise UserError(
+            f"{path} takes {found.kind} pixels: only {', '.join(PIXEL_KINDS)} are fed, convert or export it so"
+        )
+    if found.sizes is not None and len(found.sizes) == 3:
+        raise UserError(
+            f"{path} has no batch dimension, its input {found.name} is {found}: export it with images of 1x{found}"
+        )
+    if found.places is None:
+        raise UserError(f"{path} takes no images: its input {found.name} is {found}")
+    return found
+
+
+def _preprocess(
+    path: Path, pixels: OnnxInput, own: Preprocess | None, given: Preprocess | GivenPreprocess | None, in_graph: bool
+) -> tuple[Preprocess, bool]:
+    """How an image becomes a file's input, and whether its channels are last.
+
+    Raises:
+        UserError: nothing says it, or the file takes other images.
+    """
+    if given is None and own is None:
+        raise UserError(
+            f"{path} does not say how an image becomes its input {pixels.name} ({pixels.kind} {pixels}): say it with "
+            f"--preprocess: {WAYS}"
+        )
+    if given is not None and in_graph:
+        raise UserError(f"{path} normalises inside, as its metadata say: leave --preprocess out")
+    side, channels_last = _square(path, pixels, "NHWC" if in_graph else given.layout if given else "NCHW")
+    how = given.at(side, str(path)) if isinstance(given, GivenPreprocess) else given or own
+    assert how is not None
+    if side not in (None, how.size):
+        raise UserError(f"{path} takes images of {side} px, but is said to take {how.size} px: the two must agree")
+    if pixels.kind == "uint8" and not in_graph and how.pixels.whole() != PRESETS["raw"].whole():
+        raise UserError(f"{path} takes uint8 pixels, so what normalises them is inside: say --preprocess raw")
+    return how, channels_last
+
+
+def _square(path: Path, pixels: OnnxInput, otherwise: Layout) -> tuple[int | None, bool]:
+    """The side of the images in px, None where it is dynamic, and whether channels are last. otherwise: the layout of
+    a shape that does not show it.
+
+    Raises:
+        UserError: they are not square, or not of three colours.
+    """
+    sizes = pixels.sizes or (None,) * 4
+    last = pixels.places == (1, 2) if sizes[1] or sizes[3] else otherwise == "NHWC"
+    height, width, channels = (sizes[i] for i in ((1, 2, 3) if last else (2, 3, 1)))
+    if channels not in (None, 3):
+        raise UserError(f"{path} takes images of {counted(channels, 'channel')} ({pixels}): only colour ones are fed")
+    if height is not None and width is not None and height != width:
+        raise UserError(f"{path} takes images of {width} x {height} px: only square ones are fed")
+    return height or width, last
+
+
+def _logits_output(path: Path, outputs: Sequence[_Output]) -> tuple[int, int | None]:
+    """Which output holds one number for each class, and how many they are, where it says so.
+
+    Raises:
+        UserError: none does, or several may.
+    """
+    able = [i for i, each in enumerate(outputs) if each.sizes is None or _count(each.sizes) != 0]
+    if len(able) > 1:
+        able = [i for i in able if len(outputs[i].sizes or ()) == 2]
+    if len(able) != 1:
+        raise UserError(
+            f"{path} is no classifier: one of its outputs must be (images, classes), they are {_listed(outputs)}"
+        )
+    return able[0], _count(outputs[able[0]].sizes)
+
+
+def _count(sizes: Sequence[int | None] | None) -> int | None:
+    """Classes of an output (N, classes) or (N, classes, 1, 1); 0 where it is none, None where it does not say."""
+    if sizes is None or (len(sizes) > 1 and None in sizes[1:]):
+        return None
+    wide = [size for size in sizes[1:] if size != 1]
+    return 0 if len(sizes) < 2 or len(wide) > 1 else (wide or [1])[0]
+
+
+def _flat(path: Path, answer: Pixels) -> Pixels:
+    """(N, classes) of an answer that may have more dimensions of 1.
+
+    Raises:
+        UserError: it has others.
+    """
+    if _count(answer.shape) in (0, None):
+        raise UserError(f"{path} is no classifier: it answers {written(answer.shape)}, not (images, classes)")
+    return answer.reshape(len(answer), -1)
+
+
+def _grey(size: int, pixels: OnnxInput, channels_last: bool) -> Pixels:
+    shape = (size, size, 3) if channels_last else (3, size, size)
+    return np.zeros((pixels.batch_size or 1, *shape), pixels.kind)
+
+
+def _are_probabilities(answer: Pixels) -> bool:
+    return bool(((answer >= 0).all()) and (abs(answer.astype(np.float64).sum(1) - 1) < SUM_TOLERANCE).all())
+
+
+def _flag(metadata: Mapping[str, str], key: str, path: Path) -> bool:
+    """What a file's metadata say of `key`; False where they say nothing.
+
+    Raises:
+        UserError: neither yes nor no.
+    """
+    found = metadata.get(f"{PREFIX}{key}", "false")
+    if found not in ("true", "false"):
+        raise UserError(f"{path} is damaged: its metadata say {PREFIX}{key} is {found!r}; export it again")
+    return found == "true"
+
+
+def _listed(ports: Sequence[OnnxInput] | Sequence[_Output]) -> str:
+    return ", ".join(f"{each.name} ({each})" for each in ports)

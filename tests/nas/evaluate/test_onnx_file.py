@@ -1,0 +1,264 @@
+"""An ONNX file as it is deployed: the logits of PyTorch, and one line for each file that cannot be used."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from toy_onnx import CLASSES, flags, odd_images, toy_card, write_toy
+
+from nas.data.decoding import decode
+from nas.data.images import plain_transform
+from nas.errors import UserError
+from nas.evaluate import onnx_file
+from nas.evaluate.onnx_file import OnnxFile, softmax
+from nas.evaluate.preprocess import PRESETS, parse_preprocess
+from nas.export.card import Preprocess
+from nas.export.onnx import label_onnx, to_onnx
+
+RUNTIMES = ("onnxruntime", "openvino")
+
+
+def random_pixels(count: int, size: int = 16) -> Any:
+    return np.random.default_rng(2).standard_normal((count, 3, size, size)).astype(np.float32)
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_logits_are_those_of_pytorch(tmp_path: Path, runtime: str) -> None:
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3, 2), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(8 * 49, 3)
+    ).eval()
+    path, transform = tmp_path / "model.onnx", plain_transform(16)
+    to_onnx(network, path, 16, 4)
+    label_onnx(path, None, True, toy_card())
+    file, paths = OnnxFile.open(path, runtime, threads=1), odd_images(tmp_path)
+    assert (file.classes, file.num_classes, file.batch_size, file.notes) == (CLASSES, 3, 4, ())
+    assert file.preprocess == Preprocess.own(16)
+    images = [decode(each) for each in paths.values()]
+    with torch.inference_mode():
+        wanted = network(torch.stack([transform(image) for image in images])).numpy()
+    found = file.logits(np.stack([file.pixels(image) for image in images]))  # 19 images, in batches of 4
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    np.testing.assert_allclose(file.softmax(np.stack([file.pixels(i) for i in images])), softmax(wanted), atol=1e-5)
+
+
+def test_pixels_are_made_of_an_image_in_any_mode(tmp_path: Path) -> None:
+    from PIL import Image
+
+    file = OnnxFile.open(write_toy(tmp_path / "toy.onnx", card=toy_card()))
+    for kind, path in odd_images(tmp_path).items():
+        with Image.open(path) as image:
+            before = image.size
+            assert np.array_equal(file.pixels(image), file.pixels(decode(path))), kind
+            assert kind == "turned tiff" or image.size == before, kind
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_every_layout_batch_and_kind_has_the_same_answer(tmp_path: Path, runtime: str) -> None:
+    image, card = decode(odd_images(tmp_path)["plain"]), toy_card(pixels=PRESETS["none"])
+    wanted = None
+    for i, (shape, kind, more) in enumerate(
+        [
+            ((1, 3, 16, 16), "float32", {"card": card}),
+            ((5, 3, 16, 16), "float32", {"card": card}),
+            (("N", 3, 16, 16), "float32", {"card": card}),
+            ((1, 16, 16, 3), "float32", {"card": card}),
+            (("N", 16, 16, 3), "float16", {"card": card}),
+            ((1, 3, 16, 16), "float16", {"card": card, "half": True}),
+            ((2, 16, 16, 3), "uint8", {"card": card, "metadata": flags(in_graph=True)}),
+            ((1, 3, 16, 16), "float32", {"card": card, "squeeze": False}),
+        ]
+    ):
+        file = OnnxFile.open(write_toy(tmp_path / f"{i}.onnx", shape, kind, **more), runtime)
+        assert file.batch_size == (shape[0] if isinstance(shape[0], int) else None)
+        pixels = file.pixels(image)
+        assert pixels.shape == ((16, 16, 3) if shape[3] == 3 else (3, 16, 16))
+        assert pixels.dtype == ("uint8" if kind == "uint8" else "float32")
+        found = file.logits(np.stack([pixels] * 3))
+        assert found.shape == (3, 3)
+        assert file.logits(np.stack([pixels] * 3)[:0]).shape == (0, 3)
+        wanted = found if wanted is None else wanted
+        np.testing.assert_allclose(found, wanted, atol=2e-2 if kind == "float16" else 1e-5)
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_probabilities_are_not_normalised_twice(tmp_path: Path, runtime: str) -> None:
+    pixels, card = random_pixels(4), toy_card()
+    plain = OnnxFile.open(write_toy(tmp_path / "a.onnx", card=card), runtime)
+    said = OnnxFile.open(
+        write_toy(tmp_path / "b.onnx", card=card, softmax=True, metadata=flags(probabilities=True)), runtime
+    )
+    seen = OnnxFile.open(write_toy(tmp_path / "c.onnx", softmax=True), runtime, parse_preprocess("imagenet"))
+    assert (plain.probabilities, said.probabilities, seen.probabilities) == (False, True, True)
+    assert said.notes == ()
+    assert seen.notes == (
+        f"{tmp_path / 'c.onnx'}: its outputs are from 0 to 1 and add up to 1: taken as probabilities",
+    )
+    for file in (said, seen):
+        np.testing.assert_allclose(file.softmax(pixels), plain.softmax(pixels), atol=1e-6)
+        np.testing.assert_allclose(softmax(file.logits(pixels)), plain.softmax(pixels), atol=1e-6)
+
+
+def test_a_foreign_file_needs_to_be_told_its_preprocessing(tmp_path: Path) -> None:
+    path = write_toy(tmp_path / "theirs.onnx", ("N", 3, "H", "W"))
+    with pytest.raises(UserError) as raised:
+        OnnxFile.open(path)
+    for word in (
+        "does not say how an image becomes its input images (float32 ?x3x?x?)",
+        "--preprocess",
+        *PRESETS,
+        "mean=",
+    ):
+        assert word in str(raised.value)
+    with pytest.raises(UserError, match="takes images of any size: add size=PX"):
+        OnnxFile.open(path, preprocess=parse_preprocess("imagenet"))
+    file = OnnxFile.open(path, preprocess=parse_preprocess("imagenet,size=20"), classes=CLASSES)
+    assert (file.preprocess, file.classes, file.num_classes) == (Preprocess.own(20), CLASSES, 3)
+    assert OnnxFile.open(path, preprocess=Preprocess.own(24)).classes is None
+
+
+def test_the_shape_of_a_foreign_file_is_read(tmp_path: Path) -> None:
+    last = write_toy(tmp_path / "last.onnx", (1, 24, 24, 3), "uint8")
+    with pytest.raises(UserError, match="takes uint8 pixels, so what normalises them is inside: say --preprocess raw"):
+        OnnxFile.open(last, preprocess=parse_preprocess("imagenet"))
+    file = OnnxFile.open(last, preprocess=parse_preprocess("raw,crop=0.9"))
+    assert (file.channels_last, file.preprocess.size, file.in_graph) == (True, 24, False)
+
+
+def test_other_pixels_than_its_own_are_told(tmp_path: Path) -> None:
+    path = write_toy(tmp_path / "own.onnx", card=toy_card())
+    file = OnnxFile.open(path, preprocess=parse_preprocess("inception"))
+    assert file.notes == (f"{path}: pixels as --preprocess says, not as the file's own metadata do",)
+    assert file.preprocess.mean == (0.5, 0.5, 0.5)
+    random = write_toy(tmp_path / "random.onnx", card=toy_card(), metadata={"vitnas.weights": "untrained"})
+    assert OnnxFile.open(random).notes == (f"{random}: its weights are random, and so are its answers",)
+
+
+def test_a_folder_stands_for_its_file(tmp_path: Path) -> None:
+    best = tmp_path / "best"
+    best.mkdir()
+    write_toy(best / "model.onnx")
+    toy_card().write(best)  # as earlier versions told it
+    for folder in (tmp_path, best):
+        file = OnnxFile.open(folder)
+        assert (file.path, file.classes) == (best / "model.onnx", CLASSES)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no model.onnx and no best/model.onnx".replace(".", r"\.")):
+        OnnxFile.open(tmp_path / "empty")
+
+
+def test_precision_and_digest(tmp_path: Path) -> None:
+    from nas.export.artifact import lower_precision
+    from nas.measure.runtime import Settings
+
+    for precision in ("fp32", "fp16", "int8"):
+        path = write_toy(tmp_path / f"{precision}.onnx", card=toy_card(), half=precision == "fp16")
+        if precision == "int8":
+            lower_precision(path, Settings(precision="int8"), random_pixels(8))
+        file = OnnxFile.open(path)
+        assert file.precision == precision
+        assert re.fullmatch("[0-9a-f]{64}", file.sha256)
+
+
+def damaged(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:300])
+
+
+def pointer(path: Path) -> None:
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
+
+
+def without_weights(path: Path) -> None:
+    path.with_name(f"{path.name}.data").unlink()
+
+
+def cut_weights(path: Path) -> None:
+    data = path.with_name(f"{path.name}.data")
+    data.write_bytes(data.read_bytes()[:10])
+
+
+def web_page(path: Path) -> None:
+    path.write_text("<html></html>")
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize(
+    ("made", "change", "message"),
+    [
+        ({"external": True}, without_weights, "its weights are in .*, which is not there: put it beside the file"),
+        ({"external": True}, cut_weights, "is cut off, .* bytes: fetch it again"),
+        ({}, damaged, "is no ONNX file, or a damaged one"),
+        ({}, pointer, "is a pointer of Git LFS, not the file: `git lfs pull` fetches it"),
+        ({}, web_page, "is a web page, not an ONNX file"),
+        ({}, Path.unlink, "no such file or folder"),
+        (
+            {"shape": (3, 16, 16)},
+            None,
+            "has no batch dimension, its input images is 3x16x16: export it with images of 1x3",
+        ),
+        (
+            {"shape": (1, 3, 16, 16), "kind": "float64"},
+            None,
+            "takes float64 pixels: only float32, float16, uint8 are fed",
+        ),
+        ({"kind": "uint8"}, None, "takes uint8 pixels, so what normalises them is inside"),
+        ({"inputs": 2}, None, r"has 2 inputs \(images \(1x3x16x16\), mask1 \(1x3x16x16\)\): only one of images is fed"),
+        ({"outputs": 2}, None, "is no classifier: one of its outputs must be"),
+        ({"shape": (1, 3, 16, 12)}, None, "takes images of 12 x 16 px: only square ones are fed"),
+        ({"card": toy_card(24)}, None, "takes images of 16 px, but is said to take 24 px"),
+        ({"card": toy_card(classes=("a", "b"))}, None, "has 3 outputs, 2 names of classes are in its metadata"),
+        ({"metadata": {"vitnas.classes": "[3"}}, None, "is damaged: what it says of the network cannot be read"),
+        ({"metadata": {"vitnas.in_graph": "maybe"}}, None, "is damaged: its metadata say vitnas.in_graph is 'maybe'"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_told_in_a_line(
+    tmp_path: Path, runtime: str, made: dict[str, Any], change: Any, message: str
+) -> None:
+    path = write_toy(tmp_path / "net.onnx", **{"card": toy_card(), **made})
+    if change:
+        change(path)
+    with pytest.raises(UserError, match=message) as raised:
+        OnnxFile.open(path, runtime)
+    assert "\n" not in str(raised.value)
+    assert str(path) in str(raised.value)
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_answers_that_are_no_numbers_are_told(tmp_path: Path, runtime: str) -> None:
+    file = OnnxFile.open(write_toy(tmp_path / "net.onnx", card=toy_card(), scale=float("inf")), runtime)
+    with pytest.raises(UserError, match="its outputs are NaN or infinite for 2 of 2 images: export it again"):
+        file.logits(random_pixels(2))
+
+
+def test_names_that_are_given_must_be_as_many(tmp_path: Path) -> None:
+    path = write_toy(tmp_path / "net.onnx", card=toy_card(classes=None))
+    with pytest.raises(UserError, match="has 3 outputs, 4 names of classes are given"):
+        OnnxFile.open(path, classes=("a", "b", "c", "d"))
+    assert OnnxFile.open(path).classes is None
+
+
+def test_a_runtime_that_is_not_there_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_toy(tmp_path / "net.onnx", card=toy_card())
+    with pytest.raises(UserError, match="unknown runtime 'tensorrt': choose from onnxruntime, openvino"):
+        OnnxFile.open(path, "tensorrt")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"openvino is not installed: pip install 'vitnas\[openvino\]'"):
+        OnnxFile.open(path, "openvino")
+
+
+def test_pixels_and_logits_need_neither_torch_nor_onnx(tmp_path: Path) -> None:
+    path = write_toy(tmp_path / "net.onnx", card=toy_card())
+    code = (
+        "import sys; from PIL import Image; from nas.evaluate.onnx_file import OnnxFile\n"
+        f"file = OnnxFile.open({str(path)!r}); file.logits(file.pixels(Image.new('RGB', (20, 20)))[None])\n"
+        "sys.exit(', '.join({'torch', 'torchvision', 'timm', 'onnx', 'openvino', 'scipy'} & set(sys.modules)) or 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(onnx_file.__file__).parents[2])
