@@ -1,0 +1,42 @@
+"""What may be chosen of an ONNX file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from nas.errors import UserError
+
+FilePrecision = Literal["fp32", "fp16", "int8"]
+OPSET = 17
+OPSETS = range(13, 21)
+"""torch's TorchScript exporter writes up to 20; below 13 it cannot write the token families' reshapes."""
+
+
+@dataclass(frozen=True)
+class FileOptions:
+    """How a network is written as ONNX. The defaults are what vitnas writes where nothing is chosen."""
+
+    batch_size: int | None = 1
+    """Images that the input holds, 1 or more; None: any number (a dynamic batch)."""
+    in_graph: bool = False
+    """Whether the file normalises: its input is uint8 (B, R, R, 3), the cropped pixels as they are decoded. Else it is
+    float32 (B, 3, R, R), normalised."""
+    opset: int = OPSET
+    """Of ONNX's operators, one of `OPSETS`."""
+    probabilities: bool = False
+    """Whether softmax ends the graph: the output is `probabilities` (B, classes), which add up to 1, not `logits`."""
+    precision: FilePrecision = "fp32"
+    """Of weights and arithmetic. Input and output are in every precision those of fp32."""
+
+    def check(self) -> None:
+        """Raises UserError for what no file can have."""
+        if self.batch_size is not None and self.batch_size < 1:
+            raise UserError(f"--batch-size is {self.batch_size}: give 1 or more")
+        if self.opset not in OPSETS:
+            raise UserError(
+                f"--opset {self.opset}: give {OPSETS[0]} to {OPSETS[-1]}, which PyTorch writes for every network and "
+                "ONNX Runtime and OpenVINO load"
+            )
+        if self.precision not in get_args(FilePrecision):
+            raise UserError(f"--precision {self.precision}: a file is fp32, fp16 or int8")

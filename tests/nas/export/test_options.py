@@ -1,0 +1,29 @@
+"""What may be chosen of an ONNX file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from nas.errors import UserError
+from nas.export.options import OPSETS, FileOptions
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 0}, "^--batch-size is 0: give 1 or more$"),
+        ({"opset": 12}, "^--opset 12: give 13 to 20, "),
+        ({"opset": 21}, "^--opset 21: give 13 to 20, "),
+        ({"precision": "bf16"}, "^--precision bf16: a file is fp32, fp16 or int8$"),
+    ],
+)
+def test_what_no_file_can_have_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        FileOptions(**changes).check()
+
+
+def test_what_a_file_can_have_is_not() -> None:
+    for options in (FileOptions(), FileOptions(None, True, OPSETS[0], True, "int8"), FileOptions(opset=OPSETS[-1])):
+        options.check()
