@@ -43,8 +43,12 @@ class State:
 
 
 def default_folder_of(verb: str, model: str, how: str) -> Path:
-    """runs/<verb>-<model>-<how>."""
-    label = "-".join(part for part in model.strip("/").split("/") if part not in ("", ".", "..", "runs"))
+    """runs/<verb>-<model>-<how>; a colon, which scp takes for a host's, is left out."""
+    label = "-".join(
+        part
+        for part in model.replace("hf-hub:", "hf-hub/").strip("/").split("/")
+        if part not in ("", ".", "..", "runs")
+    )
     return Path("runs") / f"{verb}-{label.removesuffix('.json')}-{how}"
 
 

@@ -29,8 +29,8 @@ def bench(
     models: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Published names, arch.json files, runs' folders, timm/NAME or .onnx files; each with @PX for another "
-            "input resolution."
+            help="Published names, arch.json files, runs' folders, timm/NAME, hf-hub:REPO or .onnx files; each with "
+            "@PX for another input resolution."
         ),
     ] = None,
     resolution: Annotated[

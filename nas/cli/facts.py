@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import BaseModel, FiniteFloat, model_validator
 
 from nas.errors import UserError
-from nas.export.card import PREFIX, Card, Latency, Preprocess, load_onnx, metadata_of
+from nas.export.card import PREFIX, Card, Latency, Preprocess, described, load_onnx, metadata_of
 from nas.intervals import top1_words
 from nas.networks.counts import TIMM_COUNTED, counts_of
 from nas.networks.timm_network import TIMM, TimmNetwork
@@ -179,7 +179,7 @@ def _of_folder(target: Target, network: Arch | TimmNetwork) -> Facts:
     from nas.quality.prior import PriorTier
 
     folder, trained = target.folder, target.as_trained().weights is not None
-    card = Card.read(folder) if folder and (folder / "arch.json").is_file() else Card()
+    card = Card.read(folder) if folder and described(folder) else Card()
     if target.own is not None:  # what is known holds at the resolution of the weights
         card = Card(classes=card.classes)
     elif card.latency is None and folder:  # that of the file of another precision, which was measured

@@ -64,7 +64,7 @@ def be_quiet(quiet: bool) -> bool:
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.", callback=be_quiet)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
-Model = Annotated[str, typer.Argument(help="A published name, an arch.json, a run's folder, or timm/NAME.")]
+Model = Annotated[str, typer.Argument(help="A published name, an arch.json, a run's folder, timm/NAME or hf-hub:REPO.")]
 
 
 def command_line() -> str:

@@ -32,7 +32,9 @@ app = typer.Typer()
     "  vitnas prune --model levit_192 --data ./images --latency-budget 0.6x --finetune 3 --distill",
 )
 def prune(
-    model: Annotated[str, typer.Option(help="A published name, an arch.json, a run's folder, or timm/NAME.")],
+    model: Annotated[
+        str, typer.Option(help="A published name, an arch.json, a run's folder, timm/NAME or hf-hub:REPO.")
+    ],
     macs: Annotated[
         str | None, typer.Option(help="Budget: 0.5x of its MACs, or 150M.  [default: 0.5x, without another budget]")
     ] = None,

@@ -83,7 +83,8 @@ def search(
     against: Annotated[
         list[str] | None,
         typer.Option(
-            help="Network to measure beside the result: a published name, an arch.json, timm/NAME; repeatable."
+            help="Network to measure beside the result: a published name, an arch.json, timm/NAME, hf-hub:REPO; "
+            "repeatable."
         ),
     ] = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Ignore cached latencies.")] = False,

@@ -15,7 +15,8 @@ app = typer.Typer()
 @app.command(short_help="Show what a network or a run is.", epilog="Example:  vitnas show runs/cpu-onnxruntime-2ms-all")
 def show(
     model: Annotated[
-        str, typer.Argument(help="A published name, an arch.json, a run's folder, timm/NAME, or a .onnx file.")
+        str,
+        typer.Argument(help="A published name, an arch.json, a run's folder, timm/NAME, hf-hub:REPO, or a .onnx file."),
     ],
     as_json: Json = False,
     verbose: Verbose = False,

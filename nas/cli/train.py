@@ -26,7 +26,9 @@ app = typer.Typer()
 def train(
     model: Annotated[
         str,
-        typer.Argument(help="A published name, timm/NAME, an arch.json, or a run's folder; @PX sets its size."),
+        typer.Argument(
+            help="A published name, timm/NAME, hf-hub:REPO, an arch.json, or a run's folder; @PX sets its size."
+        ),
     ],
     data: Data = None,
     recipe: Annotated[

@@ -12,11 +12,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from nas.data.pixels import IMAGENET, Interpolation, Pixels
 from nas.errors import UserError
 from nas.files import replace_file
+from nas.networks.hub import ARCH, CONFIG
+from nas.networks.timm_form import TimmForm
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -210,9 +212,33 @@ class Card(BaseModel):
         return cls(preprocess=preprocess, classes=classes if network.num_classes == len(classes) else None)
 
     @classmethod
+    def of_form(cls, form: TimmForm) -> Card:
+        """Of what timm writes beside weights.
+
+        Raises:
+            UserError: images that are prepared in a way that vitnas does not know.
+        """
+        told = form.pretrained_cfg
+        try:
+            preprocess = Preprocess.model_validate(
+                {
+                    "resize": form.resize,
+                    "size": told.input_size[-1],
+                    "interpolation": told.interpolation,
+                    "mean": _colour(told.mean),
+                    "std": _colour(told.std),
+                    "crop_pct": told.crop_pct,
+                }
+            )
+        except ValidationError:
+            raise UserError(f"{CONFIG}: interpolation {told.interpolation!r} is none that Pillow has") from None
+        return cls(preprocess=preprocess, classes=list(form.labels) if form.labels else None)
+
+    @classmethod
     def read(cls, path: Path) -> Card:
         """Of an ONNX file, or of a folder: its model.onnx's, or what lies beside where that cannot be read or says
-        nothing, as an earlier version's; its accuracy is then that in metrics.json.
+        nothing, as an earlier version's; its accuracy is then that in metrics.json. Of a repository of timm's on the
+        hub, what config.json says.
 
         Raises:
             UserError: a file that cannot be read.
@@ -223,6 +249,8 @@ class Card(BaseModel):
                 if card.preprocess is not None:
                     return card
             preprocess, labels = _text(path / PREPROCESS), _text(path / LABELS)
+            if preprocess is None and labels is None and (path / CONFIG).is_file():
+                return cls.of_form(TimmForm.read(path / CONFIG, str(path / CONFIG)))
             found = {
                 "preprocess": "null" if preprocess is None else preprocess,
                 "classes": json.dumps(None if labels is None else labels.splitlines()),
@@ -265,6 +293,11 @@ class Card(BaseModel):
                 replace_file(folder / name, text)
             else:
                 (folder / name).unlink(missing_ok=True)
+
+
+def described(folder: Path) -> bool:
+    """Whether a folder holds a network's document, so that what lies beside it is that network's."""
+    return any((folder / name).is_file() for name in (ARCH, CONFIG))
 
 
 def pixels_of(network: Arch | TimmNetwork, weights: str | Path | None) -> Pixels:

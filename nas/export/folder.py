@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from nas.data.lineage import SEEN
 from nas.errors import UserError
-from nas.export.card import LABELS, PREPROCESS, Card, Preprocess, pixels_of
+from nas.export.card import LABELS, PREPROCESS, Card, Preprocess, described, pixels_of
 from nas.export.onnx import agreement, label_onnx, to_onnx
 from nas.files import drafted, replace_file, scratch, unwritable
 from nas.networks.build import create, for_inference
@@ -95,7 +95,7 @@ def export(
     """Write a network's folder: arch.json, model.onnx and, where there are weights, model.safetensors.
 
     Args:
-        network: a published name, an arch.json, a run's folder, or timm/NAME.
+        network: a published name, an arch.json, a run's folder, timm/NAME or hf-hub:REPO.
         weights: "timm", or a file of PyTorch or safetensors; None: those beside the arch.json, or random ones.
         num_classes: None: the network's own.
         batch_size: of the ONNX file's static input (B, 3, R, R).
@@ -161,10 +161,11 @@ def card_for(arch: Arch | TimmNetwork, weights: str | None) -> tuple[Card, list[
     path = Path(weights)
     own = Preprocess.own(arch.resolution, pixels_of(arch, path))
     seen = [path.with_name(SEEN)] if path.with_name(SEEN).is_file() else []
-    if path.name != "model.safetensors" or not (path.parent / "arch.json").is_file():
+    if path.name != "model.safetensors" or not described(path.parent):
         return Card(preprocess=own), seen
     card = Card.read(path.parent)
-    if (path.parent / "arch.json").read_text() == arch.to_json():
+    document = path.with_name("arch.json")
+    if document.is_file() and document.read_text() == arch.to_json():
         facts = (path.with_name(name) for name in ("metrics.json", "prune.json"))
         return card.model_copy(update={"preprocess": own}), [*seen, *(each for each in facts if each.is_file())]
     classes = card.classes if card.classes and len(card.classes) == arch.num_classes else None

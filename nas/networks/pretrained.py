@@ -6,17 +6,16 @@ its URL through torch.hub. Nothing is unpickled here.
 
 from __future__ import annotations
 
-import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from nas.errors import DiskFull, UserError, disk_errors
 from nas.identity import LENGTH, file_digest
+from nas.networks.hub import Bytes, HubError, Unreached, blob, cached, download, stated
 from nas.networks.timm_network import TIMM, TimmNetwork
 
 if TYPE_CHECKING:
@@ -31,16 +30,9 @@ ENDINGS = (".safetensors", ".pth", ".bin")
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 """As timm's repositories on the hub call their weights; the first that there is."""
 
-Bytes = Callable[[int, int], None]
-"""Called with the bytes that are here and their total (0: unknown)."""
-
 
 class NoPretrained(UserError):
     """Nobody published weights for this network: it can only begin with random ones."""
-
-
-class Unreached(UserError):
-    """No connection: other weights cannot be downloaded either."""
 
 
 @dataclass(frozen=True)
@@ -220,11 +212,12 @@ class _Kept:
 
 def _kept_by_hub(config: PretrainedCfg) -> _Kept:
     """A file in the cache of the Hugging Face hub, which calls it by its SHA-256: one that is another is damaged."""
-    path = _cached(*_repository(config))
+    repository, revision = _repository(config)
+    path = cached(repository, HUB_FILES, revision)
     if path is None:
         return _Kept()
     digest = file_digest(path, 64)
-    return _Kept(path, digest, digest == _stated(path, digest))
+    return _Kept(path, digest, digest == stated(path, digest))
 
 
 def _kept_by_url(config: PretrainedCfg) -> _Kept:
@@ -256,70 +249,19 @@ def _from_hub(wanted: _Wanted, config: PretrainedCfg, progress: Bytes | None) ->
     kept = _kept_by_hub(config)
     if kept.path is not None and kept.whole:
         return kept.path, "cache", kept.digest, ""
-    remark = f"{_blob(kept.path)} was damaged, and is replaced" if kept.path else ""
+    remark = f"{blob(kept.path)} was damaged, and is replaced" if kept.path else ""
+    repository, revision = _repository(config)
     try:
-        path = _download(wanted, *_repository(config), progress, again=bool(remark))
-    except DiskFull:
-        raise
-    except UserError as error:
-        damaged = f"{_blob(kept.path)} is damaged (delete it), and " if kept.path else ""
-        raise type(error)(f"{damaged}{error}") from None
+        path = download(repository, HUB_FILES, revision, progress, again=bool(remark))
+    except HubError as error:
+        damaged = f"{blob(kept.path)} is damaged (delete it), and " if kept.path else ""
+        kind, do = UserError if error.reached else Unreached, _again if error.passing else _by_hand
+        raise kind(f"{damaged}could not fetch {wanted.timm} ({error}): {do(wanted)}") from None
     digest = file_digest(path, 64)
-    if digest != _stated(path, digest):
-        _blob(path).unlink()
+    if digest != stated(path, digest):
+        blob(path).unlink()
         raise UserError(f"could not fetch {wanted.timm} (it arrived damaged): {_again(wanted)}")
     return path, "download", digest, remark
-
-
-def _cached(repository: str, revision: str | None) -> Path | None:
-    from huggingface_hub import try_to_load_from_cache
-
-    found = (try_to_load_from_cache(repository, name, revision=revision) for name in HUB_FILES)
-    return next((Path(path) for path in found if isinstance(path, str)), None)
-
-
-def _blob(path: Path) -> Path:
-    """The file that a link in the hub's cache stands for; where it links none, the link's place holds the file."""
-    return Path(os.path.normpath(path.parent / path.readlink())) if path.is_symlink() else path
-
-
-def _stated(path: Path, otherwise: str) -> str:
-    """The SHA-256 that a file in the hub's cache should have, where its name says so."""
-    name = _blob(path).name
-    return name if re.fullmatch("[0-9a-f]{64}", name) else otherwise
-
-
-def _download(
-    wanted: _Wanted, repository: str, revision: str | None, progress: Bytes | None, again: bool = False
-) -> Path:
-    """Download into the hub's cache, where nothing of a download that fails is left.
-
-    Raises:
-        UserError: it cannot be had. Unreached: there is no connection. DiskFull: there is no room.
-    """
-    from huggingface_hub import constants, hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RemoteEntryNotFoundError
-
-    from search_spaces.weights import first_sentence, unreachable
-
-    reason = unreachable()
-    if reason is not None:
-        raise Unreached(f"could not fetch {wanted.timm} ({reason}): {_by_hand(wanted)}")
-    bar = _bar(progress)
-    for name in HUB_FILES:
-        try:
-            with disk_errors(Path(constants.HF_HUB_CACHE)), _quiet():
-                return Path(hf_hub_download(repository, name, revision=revision, force_download=again, tqdm_class=bar))
-        except RemoteEntryNotFoundError:
-            continue
-        except DiskFull:
-            raise
-        except Exception as error:  # the hub's client raises what its many layers do
-            cause = error.__cause__ if isinstance(error, (LocalEntryNotFoundError, ValueError)) else None
-            why = first_sentence(cause if isinstance(cause, Exception) else error)
-            kind = UserError if isinstance(error, HfHubHTTPError) else Unreached
-            raise kind(f"could not fetch {wanted.timm} ({why}): {_again(wanted)}") from None
-    raise UserError(f"could not fetch {wanted.timm} (no {' or '.join(HUB_FILES)} there): {_by_hand(wanted)}")
 
 
 def _from_url(wanted: _Wanted, config: PretrainedCfg, progress: Bytes | None) -> _Found:
@@ -359,33 +301,3 @@ def _by_hand(wanted: _Wanted) -> str:
     theirs = f"{HUB_FILES[0]} of https://huggingface.co/{hub}" if hub else url
     name = wanted.names[0] + (".safetensors" if hub else ".pth")
     return f"put {theirs} into a folder as {name}, and give that as {OPTION} or {VARIABLE}"
-
-
-def _bar(progress: Bytes | None) -> Any:
-    """A progress bar that draws nothing, but tells `progress`."""
-    from tqdm import tqdm
-
-    class Bar(tqdm):  # type: ignore[misc]
-        def __init__(self, *args: Any, total: float | None = None, initial: float = 0, **options: Any) -> None:
-            super().__init__(*args, total=total, initial=initial, disable=True)
-            self.here, self.whole = int(initial), int(total or 0)
-
-        def update(self, n: float | None = 1) -> None:
-            self.here += int(n or 0)
-            if progress is not None:
-                progress(self.here, self.whole)
-
-    return Bar
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the hub client's warnings: what fails is told once, at the end."""
-    from huggingface_hub.utils.logging import get_verbosity, set_verbosity
-
-    before = get_verbosity()
-    set_verbosity(logging.ERROR)
-    try:
-        yield
-    finally:
-        set_verbosity(before)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from nas.errors import UserError
 from nas.files import tell
-from nas.networks.pretrained import OPTION, Bytes, Pretrained, Unreached, find_here, find_pretrained, label_of
+from nas.networks.hub import Bytes, Unreached
+from nas.networks.pretrained import OPTION, Pretrained, find_here, find_pretrained, label_of
 
 if TYPE_CHECKING:
     from nas.networks.timm_network import TimmNetwork

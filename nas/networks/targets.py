@@ -1,6 +1,8 @@
-"""What a user names on the command line: a published network, an arch.json, a run's folder, an ONNX file, timm's.
+"""What a user names on the command line: a published network, an arch.json, a run's folder, an ONNX file, timm's, a
+repository on the Hugging Face hub.
 
-Each may be followed by @ and an input resolution: `levit_128s@160`, `runs/mine@96`, `timm/lcnet_050@64`.
+Each may be followed by @ and an input resolution: `levit_128s@160`, `runs/mine@96`, `timm/lcnet_050@64`. Of the hub's
+the first @ is that of a revision: `hf-hub:me/pets@main@64`.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nas.errors import UserError
+from nas.networks.hub import ARCH, HUB, fetch
+from nas.networks.timm_form import TimmForm
 from nas.networks.timm_network import LARGEST, TIMM, TimmNetwork, nearest
 
 if TYPE_CHECKING:
@@ -51,7 +55,7 @@ class Target:
             UserError: there is only an ONNX file.
         """
         if self.network is None:
-            usual = f"a published name, an arch.json, a run's folder or {TIMM}NAME"
+            usual = f"a published name, an arch.json, a run's folder, {TIMM}NAME or {HUB}REPO"
             raise UserError(f"{self.label} is {self.kind}: give {usual}")
         return self.network
 
@@ -132,7 +136,7 @@ def _resized(label: str, arch: Arch, resolution: int) -> Arch:
 
 def find_target(text: str, resolution: int | None = None) -> Target:
     """Resolve a published name, an arch.json, a folder that holds one (a run, or its best/), timm/NAME, a .onnx file;
-    each may end in @PX. A file or folder that is called so wins.
+    each may end in @PX. A file or folder that is called so wins. Or hf-hub:REPO, which is downloaded once in a process.
 
     Args:
         resolution: in px, for a network that is named without @; None: its own.
@@ -149,6 +153,8 @@ def find_target(text: str, resolution: int | None = None) -> Target:
 def _split(text: str) -> tuple[str, int | None]:
     """A name, and the resolution behind its @."""
     name, at, size = text.rpartition("@")
+    if text.startswith(HUB) and "@" not in name:  # a revision
+        return text, None
     if not at or os.path.lexists(text) or "/" in size or "." in size:
         return text, None
     if not name or not re.fullmatch(r"[1-9]\d{0,5}", size):
@@ -160,6 +166,11 @@ def _find(text: str) -> Target:
     path = Path(text)
     if text.startswith(TIMM):
         return Target(text, timm=TimmNetwork(text.removeprefix(TIMM)))
+    if text.startswith(HUB):
+        found = fetch(text.removeprefix(HUB)).document
+        what = f"{found.name} of {text}"
+        own = read_network(found, what) if found.name == ARCH else TimmForm.read(found, what).network(what)
+        return Target(text, folder=found.parent, **_field_of(own))
     if os.path.isdir(text):
         for candidate in (path / "arch.json", path / "best" / "arch.json"):
             if os.path.isfile(candidate):
@@ -205,8 +216,8 @@ def published(name: str) -> Arch:
         raise UserError(error.args[0]) from None
 
 
-def read_network(path: Path) -> Arch | TimmNetwork:
-    """Read an arch.json, of an Arch or of a network of timm's.
+def read_network(path: Path, what: str = "") -> Arch | TimmNetwork:
+    """Read an arch.json, of an Arch or of a network of timm's. what: how messages call it; "": by its path.
 
     Raises:
         UserError: unreadable, or not a valid document.
@@ -219,7 +230,7 @@ def read_network(path: Path) -> Arch | TimmNetwork:
         if not isinstance(network, TimmNetwork):
             table(network)
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
+        raise UserError(f"{what or path}: {error.strerror}") from None
     except (ArchError, UserError) as error:
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(f"{what or path}: {error}") from None
     return network

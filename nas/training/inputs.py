@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from nas.data.dataset import ImageData
     from nas.data.images import Images
-    from nas.networks.pretrained import Bytes
+    from nas.networks.hub import Bytes
     from nas.networks.targets import Target
     from nas.networks.timm_network import TimmModel, TimmNetwork
     from nas.training.course import StartRecord

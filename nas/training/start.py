@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from nas.data.lineage import TIMM
 from nas.errors import UserError
 from nas.identity import file_digest
-from nas.networks.pretrained import Bytes, NoPretrained, find_pretrained
+from nas.networks.hub import Bytes
+from nas.networks.pretrained import NoPretrained, find_pretrained
 from nas.networks.targets import find_target
 from nas.training.begun import begun_in, left_by_an_older
 from nas.training.course import StartRecord

@@ -14,7 +14,8 @@ import timm
 from huggingface_hub import constants, file_download
 
 from nas.errors import UserError
-from nas.networks.pretrained import NoPretrained, Unreached, find_here, find_pretrained
+from nas.networks.hub import Unreached
+from nas.networks.pretrained import NoPretrained, find_here, find_pretrained
 from nas.networks.ready import ready_networks
 from nas.networks.store import Store
 from nas.networks.targets import find_arch
@@ -188,7 +189,7 @@ def test_a_download_that_is_cut_off_leaves_nothing(hub: Hub) -> None:
 
 
 def test_a_damaged_download_leaves_nothing(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nas.networks.pretrained._stated", lambda *_: "another")
+    monkeypatch.setattr("nas.networks.pretrained.stated", lambda *_: "another")
     with pytest.raises(UserError, match=r"\(it arrived damaged\): the same command tries again"):
         find_pretrained(NETWORK)
     assert hub.blobs() == []
