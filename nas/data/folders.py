@@ -7,15 +7,14 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from PIL import Image
 from timm.utils.misc import natural_key
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from nas.data.found import FoundImages, LabelledImages
+from nas.data.listing import LeftOut, count_of, files_of, images_in, is_image, read_anyway, visible
 from nas.errors import UserError
 from nas.units import listed, shown
 
@@ -26,47 +25,6 @@ SPLITS = {
 }
 BESIDE_SPLIT = re.compile(r"(set|sets|data|dataset|images|imgs|img|split|folder)$")
 """Ends the names of splits: train_set, TestImages."""
-SYSTEM_FOLDERS = frozenset(
-    ("@eadir", "__macosx", "#recycle", "@recycle", "$recycle.bin", "system volume information", "lost+found")
-)
-SYSTEM_FILES = frozenset(("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"))
-NO_IMAGES = frozenset((".txt", ".xml", ".json", ".csv", ".yaml", ".yml", ".md", ".html", ".npy", ".cls"))
-"""Suffixes of what lies beside images: not opened."""
-FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "AVIF", "JPEG2000", "PPM")
-"""What a file without a known suffix may be: formats with a signature."""
-UNREAD = frozenset(("MPEG", "HDF5", "GRIB", "BUFR", "WMF", "EPS", "PDF"))
-"""Formats that Pillow names but does not decode by itself."""
-
-
-@dataclass
-class LeftOut:
-    """What is found and not used. suffixes: of files that are no images; folders: hidden ones and the system's; links:
-    to folders that are read anyway; special: pipes, devices and links that lead nowhere; loose: images beside the
-    class folders; whole: folders beside the splits."""
-
-    suffixes: Counter[str] = field(default_factory=Counter)
-    folders: Counter[str] = field(default_factory=Counter)
-    links: list[str] = field(default_factory=list)
-    special: list[str] = field(default_factory=list)
-    loose: list[str] = field(default_factory=list)
-    whole: list[str] = field(default_factory=list)
-
-    def lines(self) -> tuple[str, ...]:
-        found = [f"{name}/" for name in self.whole]
-        if self.loose:
-            found.append(f"{_count(len(self.loose), 'image')} beside the class folders ({listed(self.loose)})")
-        found += [f"folder{'s' * (count > 1)} {_times(name, count)}" for name, count in self.folders.items()]
-        found += [f"link {name} (to a folder that is read anyway)" for name in self.links]
-        found += [f"{name} (no regular file)" for name in self.special]
-        if self.suffixes:
-            found.append(files_of(self.suffixes))
-        return tuple(map(shown, found))
-
-
-def files_of(suffixes: Counter[str]) -> str:
-    """Files that are no images, by suffix."""
-    kinds = [f"{count:,} {suffix or 'without a suffix'}" for suffix, count in suffixes.most_common()]
-    return f"files that Pillow cannot open ({listed(kinds)})"
 
 
 @dataclass(frozen=True)
@@ -172,7 +130,7 @@ def _folders_in(path: Path, name: str) -> list[str]:
         raise UserError(f"{shown(name)}: no such folder")
     if not path.is_dir():
         raise UserError(f"{shown(name)} is not a folder: {_instead(path)}")
-    return [entry.name for entry in _visible(path, None) if entry.is_dir()]
+    return [entry.name for entry in visible(path, None) if entry.is_dir()]
 
 
 def _splits(path: Path, names: Sequence[str]) -> tuple[str | None, str | None]:
@@ -210,9 +168,9 @@ def _check_level(path: Path, names: Sequence[str]) -> None:
 def _inner(path: Path) -> Path | None:
     """The first folder at or below `path`, one folder in another, that holds several; None where images come first."""
     while True:
-        entries = list(_visible(path, None))
+        entries = list(visible(path, None))
         inside = [entry.name for entry in entries if entry.is_dir()]
-        if len(inside) > 1 and not any(_is_image(entry) for entry in entries if not entry.is_dir()):
+        if len(inside) > 1 and not any(is_image(entry) for entry in entries if not entry.is_dir()):
             return path
         if len(inside) != 1:
             return None
@@ -227,16 +185,16 @@ def _scan(root: Path, left_out: LeftOut) -> Scan:
     """
     images, deep, suffixes = {}, {}, {}
     above = os.path.realpath(root)
-    for entry in sorted(_visible(root, left_out), key=lambda entry: natural_key(entry.name)):
+    for entry in sorted(visible(root, left_out), key=lambda entry: natural_key(entry.name)):
         if not entry.is_dir():
-            if _is_image(entry):
+            if is_image(entry):
                 left_out.loose.append(entry.name)
             continue
-        if _read_anyway(entry, above):
+        if read_anyway(entry, above):
             left_out.links.append(entry.name)
             continue
         other = LeftOut()
-        found = sorted(_images(Path(entry.path), above, other, {os.path.realpath(entry.path)}))
+        found = sorted(images_in(Path(entry.path), above, other, {os.path.realpath(entry.path)}))
         images[entry.name], suffixes[entry.name] = found, other.suffixes
         inside = {path.relative_to(entry.path).parts[0] for path in found if path.parent != Path(entry.path)}
         if len(inside) > 1 and all(path.parent != Path(entry.path) for path in found):
@@ -249,81 +207,6 @@ def _scan(root: Path, left_out: LeftOut) -> Scan:
         shards = f"; for its shards write wds/{root}" if any(root.glob("*.tar")) else ""
         raise UserError(f"{shown(str(root))} has no class folders: {shown(str(root))}/<class>/*.jpg is needed{shards}")
     return Scan(root, images, deep, suffixes)
-
-
-def images_below(name: str) -> list[Path]:
-    """All images in a folder and in those below it, in order of their paths.
-
-    Raises:
-        UserError: it cannot be read, or holds none.
-    """
-    found = sorted(_images(Path(name), os.path.realpath(name), LeftOut(), set()))
-    if not found:
-        raise UserError(f"{shown(name)} holds no images")
-    return found
-
-
-def _images(folder: Path, above: str, left_out: LeftOut, visited: set[str]) -> Iterator[Path]:
-    """All images below a folder; each real folder once."""
-    for entry in _visible(folder, left_out):
-        if entry.is_dir():
-            if entry.is_symlink():
-                real = os.path.realpath(entry.path)
-                if _read_anyway(entry, above) or real in visited:
-                    left_out.links.append(entry.path)
-                    continue
-                visited.add(real)
-            yield from _images(Path(entry.path), above, left_out, visited)
-        elif _is_image(entry):
-            yield Path(entry.path)
-        else:
-            left_out.suffixes[os.path.splitext(entry.name)[1].lower()] += 1
-
-
-def _visible(folder: Path, left_out: LeftOut | None) -> Iterator[os.DirEntry[str]]:
-    """What is neither hidden nor an operating system's own; folders of these kinds are counted."""
-    try:
-        with os.scandir(folder) as entries:
-            found = list(entries)
-    except OSError as error:
-        raise UserError(f"{shown(str(folder))} cannot be read: {error.strerror}") from None
-    for entry in found:
-        try:
-            folder_like, special = entry.is_dir(), not (entry.is_dir() or entry.is_file())
-        except OSError:  # links in a circle
-            folder_like, special = False, True
-        if special:
-            if left_out is not None:
-                left_out.special.append(entry.path)
-        elif entry.name.startswith(".") or entry.name.lower() in (SYSTEM_FOLDERS if folder_like else SYSTEM_FILES):
-            if folder_like and left_out is not None:
-                left_out.folders[entry.name] += 1
-        else:
-            yield entry
-
-
-def _read_anyway(entry: os.DirEntry[str], above: str) -> bool:
-    """Whether a link leads into the data set itself, or to a folder that holds it."""
-    if not entry.is_symlink():
-        return False
-    real = os.path.realpath(entry.path)
-    return os.path.commonpath((real, above)) in (real, above)
-
-
-def _is_image(entry: os.DirEntry[str]) -> bool:
-    """By suffix, where it is one of the usual; else whether Pillow can open it."""
-    suffix = os.path.splitext(entry.name)[1].lower()
-    if suffix in IMG_EXTENSIONS:
-        return True
-    if suffix in NO_IMAGES:
-        return False
-    own = Image.registered_extensions().get(suffix)
-    formats = [each for each in dict.fromkeys((own, *FORMATS)) if each in Image.OPEN and each not in UNREAD]
-    try:
-        with Image.open(entry.path, formats=formats):
-            return True
-    except Exception:  # of a dozen kinds
-        return False
 
 
 def _classes(found: Scan) -> list[str]:
@@ -372,7 +255,7 @@ def _notes(found: Scan) -> Iterator[str]:
     if found.deep:
         name, inside = next(iter(found.deep.items()))
         yield (
-            f"{_count(len(found.deep), 'class')} of {len(found.images)} hold folders of their own "
+            f"{count_of(len(found.deep), 'class')} of {len(found.images)} hold folders of their own "
             f"({shown(name)}: {listed([shown(each) for each in inside])}): their images all count as {shown(name)}"
         )
 
@@ -387,11 +270,3 @@ def _instead(path: Path) -> str:
     if suffixes.endswith((".zip", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst", ".7z", ".rar")):
         return "unpack it and give the folder"
     return "give one of images, <class>/*.jpg"
-
-
-def _count(count: int, what: str) -> str:
-    return f"{count:,} {what}{'es' * what.endswith('s') or 's' if count > 1 else ''}"
-
-
-def _times(name: str, count: int) -> str:
-    return f"{name}/" + (f" ({count:,} times)" if count > 1 else "")

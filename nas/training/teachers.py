@@ -79,7 +79,7 @@ def find_feature_teacher(request: TrainRequest, data: ImageData, note: Callable[
     Raises:
         UserError: no such network, weights that cannot be had, no linear classifier, or a folder without images.
     """
-    from nas.data.folders import images_below
+    from nas.data.listing import images_below
     from nas.networks.build import classifier_of
     from nas.training.lessons import UNLABELLED, FeatureTeacher
 

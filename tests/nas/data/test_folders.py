@@ -256,3 +256,11 @@ def test_pipes_devices_and_links_that_lead_nowhere_are_left_out(tmp_path: Path) 
     assert "8 images" in told
     for name in ("cats/pipe.png", "cats/zero.png", "dogs/gone.png", "dogs/circle"):
         assert f"{name} (no regular file)" in told
+
+
+def test_suffixes_are_those_of_torchvision() -> None:
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    from nas.data.listing import SUFFIXES
+
+    assert SUFFIXES == IMG_EXTENSIONS

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from nas.data.folders import images_below
 from nas.data.images import Images, plain_transform, train_transform
+from nas.data.listing import images_below
 from nas.errors import UserError
 from nas.networks.build import classifier_of
 from nas.training.engine import Training
