@@ -120,7 +120,7 @@ class Attention(nn.Module):
         sizes: how many patches each token stands for, (B, N); it is attended to as so many equal tokens would be.
         """
         parts = self.qkv(x).split(self.dims, dim=2)
-        q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in parts)
+        q, k, v = (part.view(*part.shape[:2], self.heads, -1).transpose(1, 2) for part in parts)
         q, found = self.q_gate(q), None
         bias = None if sizes is None else sizes.log()[:, None, None]
         if guide == "class row":

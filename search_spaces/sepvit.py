@@ -226,7 +226,7 @@ class SeparableAttention(nn.Module):
     def _attend(self, x: Tensor, token: Tensor | None) -> Tensor:
         y = self.norm(x if token is None else torch.cat((token, x), 2))
         parts = self.qkv(y).split(self.dims, dim=3)
-        q, k, v = (part.unflatten(3, (self.doc.heads, -1)).transpose(2, 3) for part in parts)
+        q, k, v = (part.view(*part.shape[:3], self.doc.heads, -1).transpose(2, 3) for part in parts)
         z: Tensor = self.v_gate(attend(self.q_gate(q), k, v, self.scale).transpose(2, 3).flatten(3) + self._inner(y))
         if token is not None:
             z = self._across(z[:, :, 0], z[:, :, 1:])
@@ -237,8 +237,8 @@ class SeparableAttention(nn.Module):
         """Pointwise attention: window tokens (B, W, E) mix whole feature maps (B, W, M*M, E)."""
         heads, (b, w, area, _) = self.doc.heads, z.shape
         q, k = self.point_qk(F.gelu(self.point_norm(token))).chunk(2, dim=2)
-        q, k = (part.unflatten(2, (heads, -1)).transpose(1, 2) for part in (q, k))
-        values = z.unflatten(3, (heads, -1)).permute(0, 3, 1, 2, 4).flatten(3)
+        q, k = (part.view(*part.shape[:2], heads, -1).transpose(1, 2) for part in (q, k))
+        values = z.view(*z.shape[:3], heads, -1).permute(0, 3, 1, 2, 4).flatten(3)
         weights = ((self.point_gate(q) @ k.transpose(-2, -1)) * self.point_scale).softmax(-1)
         mixed: Tensor = (weights @ values).view(b, heads, w, area, -1).permute(0, 2, 3, 1, 4).flatten(3)
         return mixed + z
