@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from nas.bench.result import BenchResult
     from nas.bench.run import bench
     from nas.errors import UserError
+    from nas.evaluate.predict import PredictRequest, PredictResult, predict
+    from nas.evaluate.preprocess import parse_preprocess
     from nas.export.folder import export
     from nas.measure.device import settings_for
     from nas.measure.runtime import Settings
@@ -36,6 +38,8 @@ HOMES = {
     "BenchRequest": "nas.bench.request",
     "BenchResult": "nas.bench.result",
     "Outcome": "nas.search.outcome",
+    "PredictRequest": "nas.evaluate.predict",
+    "PredictResult": "nas.evaluate.predict",
     "PruneRequest": "nas.prune.request",
     "PruneResult": "nas.prune.records",
     "SearchRequest": "nas.search.request",
@@ -49,7 +53,9 @@ HOMES = {
     "export": "nas.export.folder",
     "find_target": "nas.networks.targets",
     "load": "nas.networks.weights",
+    "parse_preprocess": "nas.evaluate.preprocess",
     "parse_pruning_budget": "nas.prune.request",
+    "predict": "nas.evaluate.predict",
     "prune": "nas.prune.run",
     "search": "nas.search.run",
     "settings_for": "nas.measure.device",
@@ -61,6 +67,8 @@ __all__ = [
     "BenchRequest",
     "BenchResult",
     "Outcome",
+    "PredictRequest",
+    "PredictResult",
     "PruneRequest",
     "PruneResult",
     "SearchRequest",
@@ -74,7 +82,9 @@ __all__ = [
     "export",
     "find_target",
     "load",
+    "parse_preprocess",
     "parse_pruning_budget",
+    "predict",
     "prune",
     "search",
     "settings_for",

@@ -205,7 +205,7 @@ def test_help_is_fast_and_has_examples():
     pytest.fail("--help takes 0.5 s or more, every time")
 
 
-@pytest.mark.parametrize("verb", ["search", "models", "show", "bench", "export", "dashboard"])
+@pytest.mark.parametrize("verb", ["search", "models", "show", "bench", "export", "predict", "dashboard"])
 def test_every_verb_has_help_with_an_example(vitnas, verb):
     code, out, _ = vitnas(verb, "--help")
     assert code == 0

@@ -34,7 +34,7 @@ from nas.search.run import read_images
 from search_spaces import get_arch
 
 CLASSES = ["blue", "green ü", "red"]
-GUIDE = (Path(__file__).parents[3] / "docs/guides/deploy.md").read_text()
+GUIDE = (Path(__file__).parents[3] / "docs/guides/use.md").read_text()
 
 CHECK = """
 import pathlib, sys
