@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from nas.evaluate.predict import PredictRequest, PredictResult, predict
     from nas.evaluate.preprocess import parse_preprocess
     from nas.export.folder import export
+    from nas.hub.push import push
+    from nas.hub.request import PushRequest, PushResult
     from nas.measure.device import settings_for
     from nas.measure.runtime import Settings
     from nas.networks.targets import find_target
@@ -42,6 +44,8 @@ HOMES = {
     "PredictResult": "nas.evaluate.predict",
     "PruneRequest": "nas.prune.request",
     "PruneResult": "nas.prune.records",
+    "PushRequest": "nas.hub.request",
+    "PushResult": "nas.hub.request",
     "SearchRequest": "nas.search.request",
     "Settings": "nas.measure.runtime",
     "TrainRequest": "nas.training.request",
@@ -57,6 +61,7 @@ HOMES = {
     "parse_pruning_budget": "nas.prune.request",
     "predict": "nas.evaluate.predict",
     "prune": "nas.prune.run",
+    "push": "nas.hub.push",
     "search": "nas.search.run",
     "settings_for": "nas.measure.device",
     "train": "nas.training.run",
@@ -71,6 +76,8 @@ __all__ = [
     "PredictResult",
     "PruneRequest",
     "PruneResult",
+    "PushRequest",
+    "PushResult",
     "SearchRequest",
     "Settings",
     "TrainRequest",
@@ -86,6 +93,7 @@ __all__ = [
     "parse_pruning_budget",
     "predict",
     "prune",
+    "push",
     "search",
     "settings_for",
     "train",

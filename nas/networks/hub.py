@@ -201,12 +201,15 @@ def told(error: Exception) -> HubError:
         GatedRepoError,
         HfHubHTTPError,
         LocalEntryNotFoundError,
+        LocalTokenNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
     from search_spaces.weights import first_sentence
 
+    if isinstance(error, LocalTokenNotFoundError):
+        return HubError(f"there is no token: {LOG_IN}")
     if isinstance(error, GatedRepoError):
         return HubError(f"its owner grants access: ask for it on the repository's page, and {LOG_IN}")
     if isinstance(error, RepositoryNotFoundError):
@@ -216,7 +219,7 @@ def told(error: Exception) -> HubError:
     if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
         what = {401: "the hub does not know this token", 403: "this token may not do that"}
         return HubError(f"{what[error.response.status_code]}: {LOG_IN}")
-    cause = error.__cause__ if isinstance(error, (LocalEntryNotFoundError, ValueError)) else None
+    cause = error.__cause__ if isinstance(error, (LocalEntryNotFoundError, RuntimeError, ValueError)) else None
     why = first_sentence(cause if isinstance(cause, Exception) else error)
     return HubError(why, reached=isinstance(error, HfHubHTTPError), passing=True)
 

@@ -33,6 +33,9 @@ class PretrainedForm(BaseModel):
     fixed_input_size: bool = False
     label_names: tuple[str, ...] | None = None
     """In the order of the logits."""
+    classifier: str | tuple[str, ...] | None = None
+    """The classifier's path in timm's network, as the next."""
+    first_conv: str | tuple[str, ...] | None = None
 
 
 class TimmForm(BaseModel):
@@ -43,7 +46,7 @@ class TimmForm(BaseModel):
     architecture: str | None = None
     num_classes: Annotated[int, Field(ge=0, le=MOST_CLASSES)] | None = None
     label_names: tuple[str, ...] | None = None
-    model_args: dict[str, Any] = {}
+    model_args: dict[str, Any] | None = None
     pretrained_cfg: PretrainedForm
 
     @model_validator(mode="before")
@@ -91,7 +94,7 @@ class TimmForm(BaseModel):
             raise UserError(f"{what} names no architecture of timm's")
         if channels != 3 or height != width:
             raise UserError(f"{what}: images of {channels}x{height}x{width}: only square ones in colour are read")
-        if others := sorted(self.model_args.keys() - KNOWN_ARGS):
+        if others := sorted((self.model_args or {}).keys() - KNOWN_ARGS):
             raise UserError(f"{what}: {self.architecture} is built with {', '.join(others)}: only timm's own is read")
         classes = self.pretrained_cfg.num_classes if self.num_classes is None else self.num_classes
         if not classes:

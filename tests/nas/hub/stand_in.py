@@ -78,8 +78,7 @@ class Handler(BaseHTTPRequestHandler):
             name = "/".join(filter(None, (asked.get("organization") or "me", asked["name"])))
             if not self._known():
                 return self._refuse(401, "")
-            if name in self.hub.repositories:
-                return self._refuse(409, "")
+            assert name not in self.hub.repositories
             self.hub.repositories[name] = Repository(
                 private=asked.get("private") or asked.get("visibility") == "private"
             )
