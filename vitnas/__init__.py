@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from nas.errors import UserError
     from nas.evaluate.predict import PredictRequest, PredictResult, predict
     from nas.evaluate.preprocess import parse_preprocess
+    from nas.evaluate.request import EvaluateRequest
+    from nas.evaluate.result import EvaluateResult
+    from nas.evaluate.run import evaluate
     from nas.export.folder import export
     from nas.hub.push import push
     from nas.hub.request import PushRequest, PushResult
@@ -39,6 +42,8 @@ __version__ = version("vitnas")
 HOMES = {
     "BenchRequest": "nas.bench.request",
     "BenchResult": "nas.bench.result",
+    "EvaluateRequest": "nas.evaluate.request",
+    "EvaluateResult": "nas.evaluate.result",
     "Outcome": "nas.search.outcome",
     "PredictRequest": "nas.evaluate.predict",
     "PredictResult": "nas.evaluate.predict",
@@ -54,6 +59,7 @@ HOMES = {
     "UserError": "nas.errors",
     "bench": "nas.bench.run",
     "choose_recipe": "nas.training.request",
+    "evaluate": "nas.evaluate.run",
     "export": "nas.export.folder",
     "find_target": "nas.networks.targets",
     "load": "nas.networks.weights",
@@ -71,6 +77,8 @@ HOMES = {
 __all__ = [
     "BenchRequest",
     "BenchResult",
+    "EvaluateRequest",
+    "EvaluateResult",
     "Outcome",
     "PredictRequest",
     "PredictResult",
@@ -86,6 +94,7 @@ __all__ = [
     "UserError",
     "bench",
     "choose_recipe",
+    "evaluate",
     "export",
     "find_target",
     "load",

@@ -12,6 +12,7 @@ from nas.data.lineage import TIMM
 from nas.data.pixels import IMAGENET, Pixels
 from nas.errors import UserError
 from nas.export.artifact import Exporter, export_here, lower_precision
+from nas.export.onnx_input import fix_shape
 from nas.measure.runtime import Settings
 
 if TYPE_CHECKING:
@@ -122,15 +123,9 @@ def _fix(
 ) -> dict[str, str]:
     """In the child: a user's ONNX file with this shape of its input, in this precision."""
     import numpy as np
-    import onnx
-    from onnxruntime.tools.onnx_model_utils import make_input_shape_fixed
 
-    model, path = onnx.load(source), Path(f"{stem}.onnx")
-    tensor = next(each for each in model.graph.input if each.name == name).type.tensor_type
-    if not tensor.HasField("shape"):
-        tensor.shape.CopyFrom(onnx.TensorShapeProto(dim=[onnx.TensorShapeProto.Dimension() for _ in shape]))
-    make_input_shape_fixed(model.graph, name, shape)
-    onnx.save(model, path)
+    path = Path(f"{stem}.onnx")
+    fix_shape(Path(source), name, shape, path)
     lower_precision(path, Settings(**settings), np.load(images) if images else None)
     return {"path": str(path)}
 

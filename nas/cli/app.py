@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from nas.cli import bench, dashboard, export, models, predict, prune, push, runs, search, show, train
+from nas.cli import bench, dashboard, evaluate, export, models, predict, prune, push, runs, search, show, train
 from nas.cli.options import command_line, log
 from nas.errors import DiskFull, UserError
 
@@ -29,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for verb in (search, runs, models, show, bench, prune, train, export, predict, push, dashboard):
+for verb in (search, runs, models, show, bench, prune, train, evaluate, export, predict, push, dashboard):
     app.add_typer(verb.app)
 
 VERSIONS = ("vitnas", "torch", "onnxruntime", "optuna")

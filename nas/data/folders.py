@@ -98,7 +98,7 @@ def folder_part(name: str, split: str | None) -> FoundImages:
             have = " and ".join(f"{shown(found)}/" for found in parts)
             lacks = f"{split}/" if split else "val/ or test/"
             raise UserError(f"{shown(name)} has {have} but no {lacks}: say which to judge on, as --split train")
-        left_out.whole += sorted(set(names) - set(chosen))
+        left_out.whole += sorted(set(names) - set(parts))
         scans = [_scan(path / each, left_out) for each in chosen]
     images: dict[str, list[Path]] = {}
     for label, found in (item for scan in scans for item in scan.images.items()):

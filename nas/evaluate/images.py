@@ -55,7 +55,7 @@ def open_images(name: str, split: str | None, limit: int | None, trained: Sequen
         raise UserError(f"--limit is {limit}: give 1 or more images")
     found = _found(name, split)
     images = Images(found.train.sources, found.train.labels, plain_transform(1), found.train.files)
-    part, notes = found.validation, [*(f"left out: {line}" for line in found.left_out), *found.notes]
+    part, notes = found.validation, [*(f"Left out: {line}" for line in found.left_out), *found.notes]
     if split is None and not part:
         images, part = _unseen(images, trained)
     if limit is not None and limit < len(images):

@@ -31,20 +31,19 @@ class Answers:
     """(N,) int64, how many classes come before the image's own; 0: the answer is right."""
 
     @classmethod
-    def of(cls, logits: np.ndarray, truth: np.ndarray, probabilities: bool = False) -> Answers:
+    def of(cls, logits: np.ndarray, truth: np.ndarray) -> Answers:
         """From a network's outputs.
 
         Args:
             logits: (N, classes), finite.
             truth: (N,) indices of classes.
-            probabilities: whether a softmax has been applied already.
         """
         outputs = np.asarray(logits, np.float64)
         rows = np.arange(len(outputs))
         predicted, own = outputs.argmax(1), outputs[rows, truth][:, None]
         before = np.arange(outputs.shape[1]) < np.asarray(truth)[:, None]
         rank = ((outputs > own) | ((outputs == own) & before)).sum(1)
-        shares = outputs if probabilities else _softmax(outputs)
+        shares = _softmax(outputs)
         return cls(np.asarray(truth, np.int64), predicted, shares[rows, predicted], shares[rows, truth], rank)
 
     @classmethod

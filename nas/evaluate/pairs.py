@@ -31,11 +31,8 @@ class Pair:
     two gets right and the other does not."""
     p_adjusted: float
     """The same after Holm's correction for the number of pairs."""
-
-    @property
-    def tie(self) -> bool:
-        """Whether these images do not tell the two apart, at 5%."""
-        return self.p_adjusted > 1 - LEVEL
+    tie: bool
+    """Whether these images do not tell the two apart: `p_adjusted` is above 5%."""
 
 
 def compare(right: Mapping[str, np.ndarray]) -> list[Pair]:
@@ -85,4 +82,5 @@ def _pair(one: str, other: str, first: np.ndarray, second: np.ndarray, adjusted:
         difference_ci=(found.low, found.high),
         p=mcnemar(first, second),
         p_adjusted=adjusted,
+        tie=adjusted > 1 - LEVEL,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,19 @@ class OnnxInput:
     def sides(self, shape: Shape) -> tuple[int, int] | None:
         """Height and width of an image of this shape; None where it is none."""
         return (shape[self.places[0]], shape[self.places[1]]) if self.places and len(shape) == 4 else None
+
+
+def fix_shape(source: Path, name: str, shape: Sequence[int], path: Path) -> None:
+    """Write an ONNX file whose input `name` has this static shape as `path`."""
+    import onnx
+    from onnxruntime.tools.onnx_model_utils import make_input_shape_fixed
+
+    model = onnx.load(source)
+    tensor = next(each for each in model.graph.input if each.name == name).type.tensor_type
+    if not tensor.HasField("shape"):
+        tensor.shape.CopyFrom(onnx.TensorShapeProto(dim=[onnx.TensorShapeProto.Dimension() for _ in shape]))
+    make_input_shape_fixed(model.graph, name, shape)
+    onnx.save(model, path)
 
 
 def _no_onnx(path: Path) -> str:

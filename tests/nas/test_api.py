@@ -112,4 +112,4 @@ def test_the_examples_run(
     assert names["outcome"].winner.family == "shvit"
     assert {path.name for path in Path("levit").iterdir()} >= {"arch.json", "model.onnx", "model.safetensors"}
     assert Path("runs/m0-pruned/model.safetensors").is_file()
-    assert len(names["result"].rows) == 2
+    assert len(names["result"].rows) == len(names["judged"].results) == 2

@@ -57,23 +57,21 @@ def test_batches_are_joined(outputs: tuple[np.ndarray, np.ndarray]) -> None:
     assert joined.confidence == pytest.approx(whole.confidence)
 
 
-def test_probabilities_are_taken_as_they_are() -> None:
-    shares = np.array([[0.7, 0.2, 0.1]])
-    assert Answers.of(shares, np.array([1]), probabilities=True).confidence.tolist() == [0.7]
-    answers = Answers.of(np.log(shares), np.array([1]))
+def test_confidence_is_the_softmax() -> None:
+    answers = Answers.of(np.log([[0.7, 0.2, 0.1]]), np.array([1]))
     assert answers.confidence == pytest.approx([0.7])
     assert answers.truth_confidence == pytest.approx([0.2])
 
 
 def test_the_most_confident_mistakes_come_first() -> None:
     shares = np.array([[0.6, 0.4], [0.9, 0.1], [0.2, 0.8], [0.3, 0.7]])
-    assert Answers.of(shares, np.array([1, 1, 1, 0]), probabilities=True).mistakes() == [1, 3, 0]
+    assert Answers.of(np.log(shares), np.array([1, 1, 1, 0])).mistakes() == [1, 3, 0]
 
 
 def test_the_calibration_error_by_hand() -> None:
     """Bins of 1/15: 0.9 and 0.92 lie in (13/15, 14/15], 0.6 ends (8/15, 9/15]. Half of the first two are right."""
     shares = np.array([[0.9, 0.1], [0.92, 0.08], [0.6, 0.4], [0.4, 0.6]])
-    bins = calibration(Answers.of(shares, np.array([0, 1, 0, 1]), probabilities=True))
+    bins = calibration(Answers.of(np.log(shares), np.array([0, 1, 0, 1])))
     assert [(i, each.images) for i, each in enumerate(bins) if each.images] == [(8, 2), (13, 2)]
     assert bins[13].accuracy == 0.5
     assert bins[13].confidence == pytest.approx(0.91)
@@ -82,7 +80,7 @@ def test_the_calibration_error_by_hand() -> None:
 
 
 def test_certain_and_right_is_calibrated() -> None:
-    bins = calibration(Answers.of(np.eye(3), np.arange(3), probabilities=True))
+    bins = calibration(Answers.of(1000 * np.eye(3), np.arange(3)))
     assert calibration_error(bins) == 0
     assert bins[-1].images == 3
 

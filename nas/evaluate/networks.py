@@ -1,0 +1,281 @@
+"""Whatever can be named, as something that answers images: ONNX files on their runtime, weights in PyTorch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from nas.data.lineage import TIMM as TIMM_WEIGHTS
+from nas.errors import UserError, unknown
+from nas.evaluate.onnx_file import OnnxFile, find_onnx
+from nas.evaluate.preprocess import crop, normalise, parse_preprocess
+from nas.export.card import Card, Preprocess, pixels_of
+from nas.networks.pretrained import find_pretrained
+from nas.networks.targets import Target, find_target, published
+from nas.networks.timm_network import TimmNetwork
+from nas.networks.weights import load, load_as_trained
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import nn
+
+    from nas.networks.timm_network import TimmModel
+    from search_spaces import Arch
+    from search_spaces.network import Network
+
+ONNX_RUNTIMES = ("onnxruntime", "openvino")
+TORCH = "torch"
+WEIGHTS = (".safetensors", ".pth", ".pt", ".bin")
+TRY = "try"
+"""What --preprocess says to compare `GUESSES`."""
+GUESSES = (
+    "imagenet",
+    "imagenet,interpolation=bilinear",
+    "imagenet,crop=1.0",
+    "inception",
+    "inception,interpolation=bilinear",
+    "clip",
+    "none",
+    "raw",
+)
+"""How most published networks prepare images."""
+
+
+class Classifier(Protocol):
+    """What answers images."""
+
+    @property
+    def runtime(self) -> str: ...
+    @property
+    def precision(self) -> str: ...
+    @property
+    def preprocess(self) -> Preprocess: ...
+    @property
+    def classes(self) -> Sequence[str] | None:
+        """Names in the order of the outputs; None: not known."""
+
+    @property
+    def num_classes(self) -> int: ...
+    @property
+    def notes(self) -> Sequence[str]: ...
+    def pixels(self, image: Image) -> np.ndarray:
+        """One RGB image as it is fed, without the batch."""
+
+    def logits(self, pixels: np.ndarray) -> np.ndarray:
+        """(N, classes) float32 of N of `pixels`."""
+
+
+@dataclass(frozen=True)
+class TorchClassifier:
+    """A network of ours or of timm's in PyTorch, in fp32 on the CPU."""
+
+    model: nn.Module
+    network: Arch | TimmNetwork
+    preprocess: Preprocess
+    classes: tuple[str, ...] | None
+    notes: tuple[str, ...] = ()
+    runtime: str = TORCH
+    precision: str = "fp32"
+
+    @property
+    def num_classes(self) -> int:
+        return self.network.num_classes
+
+    def pixels(self, image: Image) -> np.ndarray:
+        """(3, R, R) float32."""
+        return np.ascontiguousarray(normalise(crop(image, self.preprocess), self.preprocess).transpose(2, 0, 1))
+
+    def logits(self, pixels: np.ndarray) -> np.ndarray:
+        """(N, classes) float32.
+
+        Raises:
+            UserError: they are NaN or infinite.
+        """
+        import torch
+
+        with torch.inference_mode():
+            found: np.ndarray = self.model(torch.from_numpy(pixels)).float().numpy()
+        if not np.isfinite(found).all():
+            raise UserError("its outputs are NaN or infinite: train it again")
+        return found
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A network as it was named, opened."""
+
+    name: str
+    """As the user wrote it."""
+    classifier: Classifier
+    weights: str | Path | None
+    """Where its weights lie, as `nas.data.lineage` takes them: "timm", a file, or None for random ones."""
+    file: Path | None
+    """What was opened; None: weights that are published under its name."""
+    given: str | None = None
+    """What --preprocess said, of one of several guesses."""
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def feeds(self) -> tuple[object, ...]:
+        """What its pixels depend on: networks for which it is equal are fed the same."""
+        found = self.classifier
+        if isinstance(found, OnnxFile):
+            return found.preprocess, found.kind, found.channels_last
+        return found.preprocess, "float32", False
+
+
+def open_networks(
+    names: Sequence[str],
+    runtimes: Sequence[str],
+    preprocess: str | None,
+    labels: Sequence[str] | None,
+    threads: int,
+    weights_from: Path | None = None,
+) -> list[Judged]:
+    """Open each network on each runtime.
+
+    Args:
+        names: ONNX files, runs' folders, files of weights, published names or timm/NAME, each with @PX where it is
+            built at a resolution.
+        runtimes: of all of them; none: ONNX Runtime for ONNX files and for folders that hold one, PyTorch for others.
+        preprocess: what `parse_preprocess` reads, or TRY; for ONNX files.
+        labels: names of the outputs of networks that do not say them.
+        threads: CPU threads.
+        weights_from: a folder of published weights.
+
+    Raises:
+        UserError: one cannot be opened.
+    """
+    for runtime in runtimes:
+        if runtime not in (*ONNX_RUNTIMES, TORCH):
+            raise unknown("runtime", runtime, (*ONNX_RUNTIMES, TORCH))
+    if not names:
+        raise UserError("name the networks to judge: .onnx files, runs' folders, .safetensors, names or timm/NAME")
+    found: list[Judged] = []
+    for name in dict.fromkeys(names):
+        for runtime in dict.fromkeys(runtimes) or [_usual_runtime(name)]:
+            if runtime == TORCH:
+                found.append(_in_torch(name, labels, threads, weights_from))
+            else:
+                found += _on_a_runtime(name, runtime, preprocess, labels, threads)
+    if preprocess is not None and not any(isinstance(each.classifier, OnnxFile) for each in found):
+        raise UserError("--preprocess is for ONNX files, and none is named: leave it out")
+    return found
+
+
+def _usual_runtime(name: str) -> str:
+    path = Path(name)
+    if path.suffix.lower() == ".onnx":
+        return ONNX_RUNTIMES[0]
+    holds = any((path / part).is_file() for part in ("model.onnx", "best/model.onnx"))
+    return ONNX_RUNTIMES[0] if os.path.isdir(name) and holds else TORCH
+
+
+def _on_a_runtime(
+    name: str, runtime: str, preprocess: str | None, labels: Sequence[str] | None, threads: int
+) -> list[Judged]:
+    """An ONNX file, prepared as it says, as --preprocess does, or in each of the usual ways."""
+    path = Path(name)
+    if path.suffix.lower() != ".onnx" and not path.is_dir():
+        raise UserError(
+            f"{name} is no ONNX file: leave --runtime {runtime} out to judge it in PyTorch, or write its file first "
+            f"with `vitnas export {name} --out DIR`"
+        )
+    file = find_onnx(path)
+
+    def opened(given: str | None) -> Judged:
+        how = parse_preprocess(given) if given is not None else None
+        classifier = OnnxFile.open(path, runtime, how, threads=threads)
+        if classifier.classes is None and labels is not None:
+            classifier = OnnxFile.open(path, runtime, how, labels, threads)
+        return Judged(name, classifier, file, file, given, classifier.notes)
+
+    if preprocess is None or preprocess.partition(",")[0] != TRY:
+        return [opened(preprocess)]
+    more = preprocess.removeprefix(TRY)
+    found, refused = [], []
+    for guess in (None, *GUESSES):
+        try:
+            found.append(opened(guess and guess + more))
+        except UserError as error:  # of its own there may be none, and bytes are fed in one way only
+            refused.append(error)
+    if not found:
+        raise refused[-1]
+    return [replace(each, notes=()) for each in found]
+
+
+def _in_torch(name: str, labels: Sequence[str] | None, threads: int, weights_from: Path | None) -> Judged:
+    """A network of ours or of timm's with its weights."""
+    import torch
+
+    torch.set_num_threads(threads)
+    model, weights = _loaded(name, weights_from)
+    network = model.arch
+    if model.untrained:
+        raise UserError(f"{name}: its weights have no classifier of {network.num_classes} classes: train one first")
+    card = Card.timm(network) if weights is None else _card_of(network, weights)
+    known = card.classes or labels
+    if known is not None and len(known) != network.num_classes:
+        raise UserError(f"{name} has {network.num_classes:,} classes, and {len(known):,} names of them are given")
+    assert card.preprocess is not None
+    classifier = TorchClassifier(model.eval(), network, card.preprocess, tuple(known) if known else None)
+    return Judged(name, classifier, weights or TIMM_WEIGHTS, weights)
+
+
+def _card_of(network: Arch | TimmNetwork, weights: Path) -> Card:
+    own = weights.name == "model.safetensors" and (weights.parent / "arch.json").is_file()
+    card = Card.read(weights.parent) if own else Card()
+    return card.model_copy(update={"preprocess": Preprocess.own(network.resolution, pixels_of(network, weights))})
+
+
+def _loaded(name: str, weights_from: Path | None) -> tuple[Network | TimmModel, Path | None]:
+    """The network, and the file of its weights; None: the published ones of its name."""
+    path, at, size = name.rpartition("@")
+    file, resolution = (Path(path), int(size)) if at and size.isdecimal() else (Path(name), None)
+    if file.suffix.lower() in WEIGHTS:
+        if not file.is_file():
+            raise UserError(f"{file}: no such file")
+        return _from_weights(name, file, resolution), file
+    target = find_target(name)
+    if target.onnx:
+        raise UserError(f"{name} is an ONNX file, which PyTorch does not run: leave --runtime torch out")
+    if target.folder is not None:
+        return load(target), target.weights
+    return load(target, find_pretrained(target.require(), weights_from).path, name), None
+
+
+def _from_weights(name: str, file: Path, resolution: int | None) -> Network | TimmModel:
+    """The network that a file of weights is of, as the arch.json beside it or its own name says, with as many classes
+    as the weights have."""
+    target = _network_of(file)
+    target = target.at(resolution) if resolution else target
+    network = target.require()
+
+    def loaded(network: Arch | TimmNetwork) -> Network | TimmModel:
+        if isinstance(network, TimmNetwork) or resolution or target.folder:
+            return load(network, file, name)
+        return load_as_trained(network, file, network.resolution, what=name)
+
+    model = loaded(network)
+    theirs = model.loaded.classes if model.loaded else None
+    return loaded(network.replace(num_classes=theirs)) if theirs else model
+
+
+def _network_of(file: Path) -> Target:
+    beside = file.parent / "arch.json"
+    if beside.is_file():
+        return find_target(str(beside))
+    with suppress(UserError):
+        return Target(file.stem, arch=published(file.stem))
+    with suppress(UserError):
+        return Target(file.stem, timm=TimmNetwork(file.stem))
+    raise UserError(
+        f"{file} does not say which network it is of: put its arch.json beside it, or call it by its network, as "
+        "levit_128s.safetensors"
+    )

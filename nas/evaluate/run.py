@@ -1,0 +1,347 @@
+"""`vitnas evaluate`: networks judged on the same images, as they are deployed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from nas.data.batches import skipped_line
+from nas.data.decoding import RibbonError, decode
+from nas.data.images import Ribbon
+from nas.errors import UserError
+from nas.evaluate.classes import Matched, match, read_labels
+from nas.evaluate.images import JudgedImages, open_images
+from nas.evaluate.metrics import Answers, by_class, calibration, calibration_error, confusion, top1, top5
+from nas.evaluate.networks import Judged, open_networks
+from nas.evaluate.onnx_file import OnnxFile
+from nas.evaluate.pairs import compare
+from nas.evaluate.report import write_report
+from nas.evaluate.result import ClassResult, ConfusionCell, EvaluateResult, Mistake, ModelResult, Speed
+from nas.evaluate.speed import speeds_of
+from nas.files import job_folder
+from nas.job import now
+from nas.machine import default_threads
+from nas.measure.device import device_lock
+from nas.measure.hardware import describe
+from nas.measure.runtime import Settings
+from nas.measure.samples import quanta_line
+from nas.units import counted
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from nas.data.decoding import Source
+    from nas.evaluate.request import EvaluateRequest
+
+Progress = Callable[[str, int, int], None]
+BATCH = 32
+"""Images that are decoded at a time."""
+
+
+def evaluate(
+    request: EvaluateRequest,
+    progress: Progress = lambda *_: None,
+    say: Callable[[str], None] = lambda _: None,
+) -> EvaluateResult:
+    """Judge networks on the same images, compare each two of them, and time them side by side.
+
+    Each image is decoded once. An image that cannot be decoded is left out for all networks, and named.
+
+    Args:
+        progress: called with (what goes on, done, in all).
+        say: called with a line on what is judged.
+
+    Raises:
+        UserError: a network that cannot be opened, no images, classes that do not match, or a folder that cannot be
+            written; nothing has been written then.
+        KeyboardInterrupt: before all images were judged.
+    """
+    with job_folder(Path(request.folder)) if request.folder is not None else nullcontext():
+        return _evaluate(request, progress, say)
+
+
+def _evaluate(request: EvaluateRequest, progress: Progress, say: Callable[[str], None]) -> EvaluateResult:
+    started = now()
+    threads = request.threads or default_threads()
+    labels = read_labels(Path(request.labels)) if request.labels is not None else None
+    progress("opening the networks", 0, 0)
+    networks = labelled(
+        open_networks(
+            request.models,
+            request.runtimes,
+            request.preprocess,
+            labels,
+            threads,
+            Path(request.weights_from) if request.weights_from is not None else None,
+        )
+    )
+    progress("looking at the images", 0, 0)
+    images = open_images(request.data, request.split, request.limit, [each.weights for each in networks.values()])
+    matched = {
+        label: match(images.classes, each.classifier.classes, each.classifier.num_classes, each.name)
+        for label, each in networks.items()
+    }
+    say(described(images))
+    pass_ = _judge(networks, matched, images, threads, lambda done: progress("judging", done, len(images.images)))
+    speeds, notes, interrupted = dict[str, Speed](), [], False
+    cpu: str | None = None
+    if request.throughput:
+        try:
+            with device_lock("cpu"):  # what another vitnas does there is not this machine's load
+                hardware = describe(Settings(threads=threads))
+            cpu = hardware["cpu"]
+            distinct = {_timed(each): label for label, each in reversed(networks.items())}
+            found, failed = speeds_of(
+                {label: networks[label] for label in distinct.values()},
+                threads,
+                lambda done, total: progress("measuring, rounds", done, total),
+            )
+            speeds = {label: found[own] for label, each in networks.items() if (own := distinct[_timed(each)]) in found}
+            notes += failed
+            if any(each.waiting for each in speeds.values()):
+                notes.append(_sentence(quanta_line(hardware, "the latencies marked waiting")))
+        except KeyboardInterrupt:
+            interrupted = True
+            notes.append("Interrupted: latency was not measured.")
+    results = [
+        _result(label, each, matched[label], images, pass_, speeds.get(label)) for label, each in networks.items()
+    ]
+    result = EvaluateResult(
+        data=images.name,
+        part=images.part,
+        images=len(pass_.kept),
+        classes=images.classes,
+        skipped=[str(name) for name in pass_.skipped],
+        results=results,
+        pairs=compare({label: answers.right for label, answers in pass_.answers.items()}),
+        notes=[*_notes(networks, matched, images, pass_), *notes],
+        cpu=cpu,
+        started=started,
+        finished=now(),
+        interrupted=interrupted,
+    )
+    if request.folder is not None:
+        write_report(Path(request.folder), result, lambda index: decode(images.images.sources[index]))
+    return result
+
+
+def described(images: JudgedImages) -> str:
+    """What is judged, in a line."""
+    part = f" ({images.part})" if images.part else ""
+    many = len(images.classes)
+    return f"{images.name}{part}: {counted(len(images.images), 'image')} of {many:,} class{'es' * (many != 1)}"
+
+
+def labelled(networks: Sequence[Judged]) -> dict[str, Judged]:
+    """Networks by a name unlike any other's: the end of a path, and the runtime, or how images are prepared, where
+    these differ."""
+    names, found = short_names([each.name for each in networks]), dict[str, Judged]()
+    for each in networks:
+        alike = [other for other in networks if other.name == each.name]
+        parts = [names[each.name]]
+        if len({other.classifier.runtime for other in alike}) > 1:
+            parts.append(each.classifier.runtime)
+        if len({other.given for other in alike}) > 1:
+            parts.append(each.given or "as it says")
+        found[", ".join(parts)] = each
+    return found
+
+
+def short_names(names: Sequence[str]) -> dict[str, str]:
+    """By name, as much of the end of each path as tells it from the others; what is no path stays whole."""
+    paths = [name for name in dict.fromkeys(names) if Path(name).exists()]
+    ends = {name: Path(name).name or name for name in paths}
+    others = {name: name for name in names if name not in ends}
+    length = 1
+    while len({*ends.values(), *others.values()}) < len(ends) + len(others):
+        length += 1
+        ends = {name: "/".join(Path(name).parts[-length:]) for name in paths}
+    return ends | others
+
+
+@dataclass
+class _Pass:
+    """What came of one pass over the images. kept: indices of those that were judged; small: how many of them were
+    smaller than a network's crop; skipped: names of those that cannot be decoded."""
+
+    kept: list[int] = field(default_factory=list)
+    answers: dict[str, Answers] = field(default_factory=dict)
+    small: Counter[str] = field(default_factory=Counter)
+    skipped: list[str] = field(default_factory=list)
+
+
+def _judge(
+    networks: Mapping[str, Judged],
+    matched: Mapping[str, Matched],
+    images: JudgedImages,
+    threads: int,
+    progress: Callable[[int], None],
+) -> _Pass:
+    """One pass over the images, for all networks.
+
+    Raises:
+        UserError: no image can be decoded, or a network's outputs are NaN or infinite.
+    """
+    found = _Pass()
+    feeds = {each.feeds: each for each in networks.values()}
+    parts: dict[str, list[Answers]] = {label: [] for label in networks}
+    done = 0
+    with ThreadPoolExecutor(threads) as pool:
+        for batch in _batches(range(len(images.images))):
+            read = list(pool.map(lambda index: _prepared(images.images.sources[index], feeds), batch))
+            done += len(batch)
+            whole = [(index, each) for index, each in zip(batch, read, strict=True) if isinstance(each, _Prepared)]
+            found.skipped += [each for each in read if isinstance(each, str)]
+            if whole:
+                found.kept += [index for index, _ in whole]
+                truth = np.array([images.images.labels[index] for index, _ in whole])
+                fed = {feed: np.stack([each.pixels[feed] for _, each in whole]) for feed in feeds}
+                for label, network in networks.items():
+                    found.small[label] += sum(each.side < network.classifier.preprocess.size for _, each in whole)
+                    logits = _answered(network, fed[network.feeds])
+                    parts[label].append(Answers.of(logits, np.array(matched[label].outputs)[truth]))
+            progress(done)
+    if not found.kept:
+        raise UserError(f"none of {counted(len(images.images), 'image')} can be used: {skipped_line([found])}")
+    found.answers = {label: Answers.joined(each) for label, each in parts.items()}
+    return found
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """An image's pixels by what they are made for, and its shorter side in px."""
+
+    pixels: dict[tuple[object, ...], np.ndarray]
+    side: int
+
+
+def _prepared(source: Source, feeds: Mapping[tuple[object, ...], Judged]) -> _Prepared | str:
+    """Or its name, where it cannot be decoded."""
+    try:
+        image: Image = decode(source)
+    except MemoryError:  # the machine's fault, not the file's
+        raise MemoryError(f"{source} cannot be decoded") from None
+    except RibbonError:
+        return Ribbon(source)
+    except Exception:  # Pillow's decoders raise a dozen kinds
+        return str(source)
+    return _Prepared({feed: each.classifier.pixels(image) for feed, each in feeds.items()}, min(image.size))
+
+
+def _answered(network: Judged, pixels: np.ndarray) -> np.ndarray:
+    try:
+        return network.classifier.logits(pixels)
+    except UserError as error:
+        named = str(error).startswith((network.name, str(network.file)))
+        raise UserError(str(error) if named else f"{network.name}: {error}") from None
+
+
+def _batches(indices: range) -> Iterator[range]:
+    for start in range(0, len(indices), BATCH):
+        yield indices[start : start + BATCH]
+
+
+def _timed(network: Judged) -> tuple[object, ...]:
+    """What its latency depends on: not on how images are prepared."""
+    return network.name, network.classifier.runtime
+
+
+def _result(
+    label: str, network: Judged, matched: Matched, images: JudgedImages, found: _Pass, speed: Speed | None
+) -> ModelResult:
+    answers, classifier = found.answers[label], network.classifier
+    own = {output: images.classes[i] for i, output in enumerate(matched.outputs)}
+
+    def named(output: int) -> str:
+        """As the images' folders call it, where they do."""
+        return own.get(output, matched.names[output])
+
+    first, five, bins = top1(answers), top5(answers, classifier.num_classes), calibration(answers)
+    cells = [ConfusionCell(named(cell.truth), named(cell.predicted), cell.images) for cell in confusion(answers)]
+    sources = images.images.sources
+    return ModelResult(
+        label=label,
+        model=network.name,
+        file=str(network.file) if network.file else None,
+        runtime=classifier.runtime,
+        precision=classifier.precision,
+        preprocess=_words(network),
+        given=network.given,
+        resolution=classifier.preprocess.size,
+        classes=classifier.num_classes,
+        matched=matched.how,
+        top1=first.percent,
+        top1_ci=first.ci,
+        top5=five.percent if five else None,
+        top5_ci=five.ci if five else None,
+        images=first.images,
+        ece=calibration_error(bins),
+        calibration=bins,
+        per_class=[
+            ClassResult(named(output), share.images, share.correct, share.percent, share.ci)
+            for output, share in by_class(answers).items()
+        ],
+        confusion=sorted(cells, key=lambda cell: (cell.truth == cell.predicted, -cell.images)),
+        mistakes=[
+            Mistake(
+                str(sources[found.kept[i]]),
+                named(int(answers.truth[i])),
+                named(int(answers.predicted[i])),
+                round(float(answers.confidence[i]), 6),
+                round(float(answers.truth_confidence[i]), 6),
+                found.kept[i],
+            )
+            for i in answers.mistakes()
+        ],
+        speed=speed,
+    )
+
+
+def _words(network: Judged) -> str:
+    how, classifier = network.classifier.preprocess, network.classifier
+    inside = "; in the file" if isinstance(classifier, OnnxFile) and classifier.in_graph else ""
+    return f"{how.size} px of {how.resize}, {how.pixels}{inside}"
+
+
+def _notes(
+    networks: Mapping[str, Judged], matched: Mapping[str, Matched], images: JudgedImages, found: _Pass
+) -> list[str]:
+    """What a reader of the figures has to know."""
+    notes = [_sentence(line) for line in images.notes]
+    if line := skipped_line([found]):
+        notes.append(_sentence(line))
+    for label, network in networks.items():
+        notes += map(_sentence, network.notes)
+        outputs, has = network.classifier.num_classes, len(images.classes)
+        if outputs > has:
+            notes.append(
+                f"{label}: top-1 is the first of all its {outputs:,} classes; the images are of {has:,} of them."
+            )
+        if matched[label].how:
+            notes.append(f"{label}: class folders are matched {matched[label].how}.")
+        if small := found.small[label]:
+            notes.append(
+                f"{label}: {small:,} of {counted(len(found.kept), 'image')} are smaller than its "
+                f"{network.classifier.preprocess.size} px, and enlarged."
+            )
+    tried = [label for label, network in networks.items() if network.given is not None]
+    if len(tried) > 1:
+        best = max(tried, key=lambda label: found.answers[label].right.mean())
+        notes.append(
+            f"Of several ways to prepare images the best is chosen by these images: {best}. Its accuracy may be a "
+            "little too high; who made the file knows which way is right."
+        )
+    return list(dict.fromkeys(notes))
+
+
+def _sentence(line: str) -> str:
+    """With a full stop; a name that begins it stays as it is."""
+    begin, _, rest = line.partition(" ")
+    return f"{begin.capitalize() if begin.isalpha() and begin.islower() else begin} {rest}."

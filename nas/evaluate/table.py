@@ -1,0 +1,69 @@
+"""An evaluation on the terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from nas.evaluate.words import ECE, SPEED, headline, pair_words, told_pairs
+from nas.intervals import guessing
+from nas.report.tables import Column, console_of, print_table, prose
+from nas.units import counted, shown
+
+if TYPE_CHECKING:
+    from nas.evaluate.result import EvaluateResult, ModelResult
+
+WORST = 3
+"""Classes and mistakes that are named."""
+COLUMNS = (
+    Column("network", label=True, fold=40),
+    Column("runtime", label=True, drop=1),
+    Column("top-1"),
+    Column("95%"),
+    Column("top-5", drop=3),
+    Column("ECE", drop=2),
+    Column("ms", drop=4),
+    Column("img/s", drop=5),
+)
+
+
+def show_evaluation(result: EvaluateResult, stderr: bool = False) -> None:
+    """Print the answer, the table, the comparisons, what is worst, and the notes."""
+    console = console_of(stderr)
+    prose(console, f"{headline(result)}.")
+    print_table(console, COLUMNS, [_cells(each) for each in result.results])
+    for pair in told_pairs(result):
+        prose(console, f"{pair_words(pair)}.")
+    for each in result.results:
+        if len(result.results) <= WORST:
+            prose(console, worst(each))
+        if chance := guessing(each.top1_ci, each.classes):
+            prose(console, f"{each.label}: {chance}.")
+    for line in result.notes:
+        prose(console, shown(line))
+    timed = next((each.speed for each in result.results if each.speed), None)
+    speed = f" {SPEED}; {counted(timed.threads, 'thread')}, batch {timed.batch_size}." if timed else ""
+    prose(console, f"Intervals: 95%, Wilson's. {ECE}{speed}")
+
+
+def worst(each: ModelResult) -> str:
+    """The classes that a network recognises worst, and what it confuses most, in a line."""
+    classes = sorted(each.per_class, key=lambda one: one.top1)[:WORST]
+    named = ", ".join(f"{shown(one.name)} {one.top1:.0f}%" for one in classes)
+    confused = ", ".join(
+        f"{shown(cell.truth)} for {shown(cell.predicted)} ({cell.images})" for cell in each.confused[:WORST]
+    )
+    return f"{shown(each.label)}: lowest {named}" + (f"; takes most often {confused}" if confused else "") + "."
+
+
+def _cells(each: ModelResult) -> tuple[str, ...]:
+    speed = each.speed
+    return (
+        each.label,
+        f"{each.runtime} {each.precision}",
+        f"{each.top1:.1f}%",
+        "{:.1f}..{:.1f}".format(*each.top1_ci),
+        "" if each.top5 is None else f"{each.top5:.1f}%",
+        f"{each.ece:.1f}%",
+        "" if speed is None else "waiting" if speed.waiting else f"{speed.latency_ms:.3f}",
+        "" if speed is None or speed.waiting else f"{speed.throughput:.0f}",
+    )

@@ -1,0 +1,66 @@
+"""What an evaluation's figures mean, in sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from nas.units import counted, shown
+
+if TYPE_CHECKING:
+    from nas.evaluate.pairs import Pair
+    from nas.evaluate.result import EvaluateResult, ModelResult
+
+FEW = 3
+"""Networks of which each two are told of; of more, each is compared with the best."""
+ECE = (
+    "ECE, the expected calibration error: answers are put into 15 bins of equal width by their confidence; the mean "
+    "over images of the distance between a bin's confidence and its accuracy."
+)
+SPEED = "Latency by the protocol of vitnas bench: one interleaved run, weights and images in memory, nothing decoded"
+
+
+def best_of(result: EvaluateResult) -> ModelResult:
+    """The most accurate; of equal ones the first."""
+    return max(result.results, key=lambda each: each.top1)
+
+
+def told_pairs(result: EvaluateResult) -> Sequence[Pair]:
+    """Those that are worth telling: of many networks, the best with each other one."""
+    best = best_of(result).label
+    return [each for each in result.pairs if len(result.results) <= FEW or best in (each.first, each.second)]
+
+
+def difference_words(pair: Pair) -> str:
+    """Which of two networks is better, if one is."""
+    if pair.tie:
+        return f"{shown(pair.second)} and {shown(pair.first)} are a tie: {pair.difference:+.1f} points"
+    more = "more" if pair.difference >= 0 else "fewer"
+    return f"{shown(pair.second)} gets {abs(pair.difference):.1f} points {more} right than {shown(pair.first)}"
+
+
+def pair_words(pair: Pair) -> str:
+    """A comparison in a sentence."""
+    low, high = pair.difference_ci
+    return (
+        f"{difference_words(pair)} (95%: {low:+.1f} to {high:+.1f}; {pair.only_second:,} right in it alone, "
+        f"{pair.only_first:,} in the other; p = {p_words(pair.p_adjusted)})"
+    )
+
+
+def p_words(p: float) -> str:
+    """0.031, below 0.001."""
+    return f"{p:.3f}" if p >= 0.001 else "below 0.001"
+
+
+def headline(result: EvaluateResult) -> str:
+    """The answer in a line."""
+    best = best_of(result)
+    low, high = best.top1_ci
+    if len(result.results) == 2:
+        return f"{difference_words(result.pairs[0])}, on {counted(result.images, 'image')}"
+    which = f"Best of {len(result.results)}: " if len(result.results) > 2 else ""
+    return (
+        f"{which}{shown(best.label)} gets {best.top1:.1f}% of {counted(result.images, 'image')} right "
+        f"(95%: {low:.1f} to {high:.1f})"
+    )
