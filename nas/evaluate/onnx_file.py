@@ -21,7 +21,7 @@ from nas.export.card import PREFIX, Card, Preprocess
 from nas.export.onnx_input import OnnxInput, written
 from nas.identity import file_digest
 from nas.machine import default_threads
-from nas.measure.runtime import RUNTIMES, check_installed
+from nas.measure.runtime import RUNTIMES, check_installed, check_threads
 from nas.measure.runtimes import openvino, ort
 from nas.text import first_line
 from nas.units import counted
@@ -30,10 +30,12 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from nas.evaluate.preprocess import Layout
+    from nas.export.options import FilePrecision
 
 Pixels = NDArray[Any]
 Runtime = Literal["onnxruntime", "openvino"]
-FilePrecision = Literal["fp32", "fp16", "int8"]
+WEIGHTS = (".safetensors", ".pth", ".pt", ".bin")
+"""Suffixes of files that no runtime here opens."""
 PIXEL_KINDS = ("float32", "float16", "uint8")
 FATAL = 4
 """ONNX Runtime's level of messages: what fails is raised."""
@@ -110,6 +112,8 @@ class OnnxFile:
                 nothing says how an image becomes its input; another number of classes than names.
         """
         found = find_onnx(path)
+        if threads is not None:
+            check_threads(threads)
         opened = _opened(found, runtime, threads or default_threads())
         card = Card.of_metadata(opened.metadata, found)
         if card.preprocess is None and Path(path).is_dir():
@@ -235,7 +239,10 @@ def find_onnx(path: str | Path) -> Path:
     found = Path(path)
     if not found.is_dir():
         if not found.exists():
-            raise UserError(f"{path}: no such file or folder")
+            named = "" if found.suffix == ".onnx" else f"; `vitnas export {path} --out DIR` writes that of a network"
+            raise UserError(f"{path}: no such file or folder{named}")
+        if found.suffix in WEIGHTS:
+            raise UserError(f"{path} holds weights, not a network: give an .onnx file, which `vitnas export` writes")
         return found
     for candidate in (found / "model.onnx", found / "best" / "model.onnx"):
         if candidate.is_file():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import logging
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +29,7 @@ from nas.machine import default_threads
 from nas.text import first_line
 from nas.units import counted, listed, shown
 
+_log = logging.getLogger(__name__)
 BATCH = 16
 """Images at once, for a file that takes any number."""
 
@@ -165,6 +168,7 @@ def predict(
             answers are no numbers (`OnnxFile.logits`).
     """
     request.check()
+    started, running_s = time.perf_counter(), 0.0
     sources = list(_sources(request.images))
     file = OnnxFile.open(request.model, request.runtime, request.preprocess, request.labels, request.threads)
     notes, predictions, skipped, enlarged = list(file.notes), [], [], 0
@@ -173,13 +177,16 @@ def predict(
         notes.append(f"--preprocess: {how.size} px cut from the middle of {how.resize} px, {how.pixels}")
     for note in notes:
         say(note)
+    ready = time.perf_counter()
     with warnings.catch_warnings(), ThreadPoolExecutor(request.threads or default_threads()) as pool:
         warnings.simplefilter("ignore")  # Pillow's, of odd metadata
         size = max(BATCH, file.batch_size or 1)
         for start in range(0, len(sources), size):
             read = list(pool.map(partial(_read, file), sources[start : start + size]))
             whole = [each for each in read if isinstance(each, _Read)]
+            begun = time.perf_counter()
             answers = iter(file.softmax(np.stack([each.pixels for each in whole])) if whole else ())
+            running_s += time.perf_counter() - begun
             for each in read:
                 if isinstance(each, SkippedImage):
                     say(str(each))
@@ -188,6 +195,8 @@ def predict(
                     enlarged += each.enlarged
                     predictions.append(Prediction(each.image, _best(file, next(answers), request.top_k)))
                     show(predictions[-1])
+    reading_s = time.perf_counter() - ready - running_s
+    _log.debug("opening %.2f s, images %.2f s, network %.2f s", ready - started, reading_s, running_s)
     if enlarged:
         notes.append(f"{counted(enlarged, 'image')} smaller than {file.preprocess.size} px: enlarged")
         say(notes[-1])

@@ -254,6 +254,16 @@ def test_a_runtime_that_is_not_there_is_told(tmp_path: Path, monkeypatch: pytest
         OnnxFile.open(path, "openvino")
 
 
+def test_a_name_that_is_no_file_is_told_how_to_get_one(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"levit_128s: no such file or folder; `vitnas export levit_128s --out DIR`"):
+        OnnxFile.open("levit_128s")
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(UserError, match=r"model\.safetensors holds weights, not a network: give an \.onnx file"):
+        OnnxFile.open(tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="threads is 0: give 1 to"):
+        OnnxFile.open(write_toy(tmp_path / "net.onnx", card=toy_card()), threads=0)
+
+
 def test_pixels_and_logits_need_neither_torch_nor_onnx(tmp_path: Path) -> None:
     path = write_toy(tmp_path / "net.onnx", card=toy_card())
     code = (

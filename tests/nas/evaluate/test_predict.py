@@ -101,6 +101,7 @@ def test_the_verb_prints_lines(vitnas: Any, folder: Path, monkeypatch: pytest.Mo
     assert (row["image"], row["rank"], row["class"]) == ("photos/more/red.png", "1", classes[0].split()[1])
     assert f"{float(row['probability']):.1%}" == classes[0].split()[0]
     assert vitnas("predict", ".", "photos/broken.jpg", "-q") == (1, "", "")
+    assert vitnas("predict", ".", "photos/more", "-v")[2].startswith("opening ")
 
 
 def test_json_has_all_of_it(vitnas: Any, folder: Path) -> None:
