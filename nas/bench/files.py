@@ -7,13 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from nas.bench.shapes import static_shape
 from nas.data.lineage import TIMM
 from nas.data.pixels import IMAGENET, Pixels
 from nas.errors import UserError
-from nas.export.artifact import Exporter, export_here, lower_precision
+from nas.evaluate.precision import MORE, HeldOut, Price, judging, quantize_within
+from nas.export.artifact import Exporter, export_here, lower_precision, write_trained
 from nas.export.onnx_input import fix_shape
+from nas.export.quantize import NOISE, calibration_images, quantize
 from nas.measure.runtime import Settings
+from nas.process import WorkerError
 
 if TYPE_CHECKING:
     from nas.bench.request import BenchRequest, Waiting
@@ -22,34 +27,39 @@ if TYPE_CHECKING:
 
 
 class Calibration:
-    """Images that int8 is calibrated on. Raises UserError where they cannot be had, or nothing needs them."""
+    """Images that int8 is calibrated on and judged by. Raises UserError where they cannot be had, or nothing needs
+    them."""
 
     def __init__(self, options: BenchRequest, folder: Path, notes: list[str]) -> None:
         self._folder, self._notes, self._data = folder, notes, None
         int8 = any(settings.precision == "int8" for settings in options.settings)
         if options.data is None:
-            from nas.export.quantize import NOISE
-
             notes += [NOISE] * int8
         elif not int8:
             raise UserError("--data is for calibrating int8: add --precision int8")
         else:
             from nas.data.dataset import open_data
 
-            self._data = open_data(options.data, 224, None, 0)
+            weights = {target.as_trained().weights for target in options.targets}
+            self._data = open_data(options.data, 224, None, 0, *filter(None, weights))
+
+    def held_out(self, path: Path, name: str) -> HeldOut:
+        """The validation images, with --data, for a file with trained weights.
+
+        Raises:
+            UserError: it does not know their classes, or does not say how an image becomes its input.
+        """
+        assert self._data is not None
+        return HeldOut.of(self._data.val, self._data.classes, path, name)
 
     def at(self, resolution: int, target: Target) -> str | None:
         """The file (.npy) of float32 images (N, 3, R, R), prepared as the network's own; None without --data."""
-        import numpy as np
-
-        from nas.export.quantize import calibration_images
-
         if self._data is None:
             return None
         pixels = pixels_of_target(target)
         path = self._folder / f"images-{resolution}-{pixels}.npy"
         if not path.exists():
-            images, skipped = calibration_images(self._data.at(resolution, pixels=pixels), resolution)
+            images, skipped = calibration_images(self._data.at(resolution, pixels=pixels), resolution, MORE)
             np.save(path, images)
             if skipped and skipped not in self._notes:
                 self._notes.append(skipped)
@@ -67,10 +77,14 @@ class Files:
         options: BenchRequest,
         calibration: Calibration,
         waiting: Waiting,
+        notes: list[str],
     ) -> None:
         self._folder, self._targets, self._inputs, self._shapes = folder, targets, inputs, options.shapes
         self._calibration = calibration
         self._made: dict[tuple[str, Settings], Path] = {}
+        self._max_drop, self._notes = options.max_drop, notes
+        self.prices: dict[tuple[str, str], Price] = {}
+        """What int8 costs on the validation images, by label and runtime."""
         self._label = ""  # what is being made
         self._child = Exporter(
             module="nas.bench.files",
@@ -93,9 +107,12 @@ class Files:
 
     def _make(self, label: str, settings: Settings, stem: Path) -> Path:
         target, source = self._targets[label], dict[str, Any]()
+        weights = target.weights if target.trained_at is None else None
         if target.network is not None:
             resolution = target.network.resolution
             method, source = "export", {"document": target.network.to_json()}
+            if weights:
+                method, source = "trained", source | {"weights": str(weights)}
         else:
             given = self._inputs[label]
             shape = static_shape(given, self._shapes, settings.batch_size, target.resolution)
@@ -104,7 +121,30 @@ class Files:
             if given.quantised:
                 settings = replace(settings, precision="fp32")  # there is nothing left to convert
         images = self._calibration.at(resolution, target) if settings.precision == "int8" else None
-        return self._child.call(method, settings, stem, images, **source)
+        if images is None or (target.network is not None and weights is None):
+            return self._child.call(method, settings, stem, images, **source)
+        full = self._child.call(method, replace(settings, precision="fp32"), stem, None, **source)
+        try:
+            self._quantize(label, settings, full, np.load(images))
+        except UserError as error:
+            raise WorkerError(str(error)) from None
+        return full
+
+    def _quantize(self, label: str, settings: Settings, path: Path, calibration: np.ndarray) -> None:
+        """Turn a float32 file into int8, in place, by the recipe that validation images choose; where they cannot judge
+        it, which is noted, by the default one."""
+        key = label, judging(settings.runtime)
+        if key not in self.prices:
+            try:
+                held_out = self._calibration.held_out(path, label)
+            except UserError as error:
+                self._notes.append(f"{label}: what int8 costs is not known: {error}")
+                quantize(path, calibration)
+                return
+            self.prices[key] = quantize_within(path, calibration, held_out, key[1], self._max_drop, settings.threads)
+            self._notes += [f"{label}: {line}" for line in self.prices[key].lines]
+        else:  # another batch size
+            quantize(path, calibration, self.prices[key].recipe)
 
 
 def pixels_of_target(target: Target) -> Pixels:
@@ -118,12 +158,19 @@ def pixels_of_target(target: Target) -> Pixels:
     return preprocess.pixels if preprocess else IMAGENET
 
 
+def _trained(document: str, weights: str, settings: dict[str, Any], stem: str, images: str | None) -> dict[str, str]:
+    """In the child: a network with its weights, in float32."""
+    from nas.networks.build import from_document
+
+    path = Path(f"{stem}.onnx")
+    write_trained(from_document(document), Path(weights), path, Settings(**settings).batch_size)
+    return {"path": str(path)}
+
+
 def _fix(
     source: str, name: str, shape: list[int], settings: dict[str, Any], stem: str, images: str | None
 ) -> dict[str, str]:
     """In the child: a user's ONNX file with this shape of its input, in this precision."""
-    import numpy as np
-
     path = Path(f"{stem}.onnx")
     fix_shape(Path(source), name, shape, path)
     lower_precision(path, Settings(**settings), np.load(images) if images else None)
@@ -133,4 +180,4 @@ def _fix(
 if __name__ == "__main__":
     from nas.process import serve
 
-    serve({"export": export_here, "fix": _fix})
+    serve({"export": export_here, "trained": _trained, "fix": _fix})

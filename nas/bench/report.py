@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 COLUMNS = (
     *("model", "resolution", *SETTINGS, "latency_ms", "p95_ms", "ci_low_ms", "ci_high_ms", "samples"),
-    *("throughput", "throughput_batch", "ratio", "ratio_low", "ratio_high", "waiting", "error"),
+    *("throughput", "throughput_batch", "ratio", "ratio_low", "ratio_high", "waiting"),
+    *("top1", "drop", "drop_low", "drop_high", "within", "error"),
 )
 
 
@@ -36,7 +37,9 @@ def to_csv(rows: Sequence[BenchRow], failed: Sequence[BenchFailure] = ()) -> byt
     writer.writeheader()
     for row in rows:
         (ci_low, ci_high), (ratio_low, ratio_high) = row.ci, row.ratio_ci or (None, None)
+        drop_low, drop_high = row.drop_ci or (None, None)
         flat = {"ci_low_ms": ci_low, "ci_high_ms": ci_high, "ratio_low": ratio_low, "ratio_high": ratio_high}
+        flat |= {"drop_low": drop_low, "drop_high": drop_high}
         writer.writerow(row.to_json() | flat)
     writer.writerows(failure.to_json() for failure in failed)
     return text.getvalue().encode()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from nas.bench.shapes import check_shapes, static_shape
 from nas.errors import UserError
 from nas.export.onnx_input import OnnxInput, written
+from nas.export.quantize import MAX_DROP, check_max_drop
 from nas.measure.device import check_settings
 from nas.measure.runtime import RUNTIMES, Settings
 from nas.measure.samples import MAX_ROUNDS, SURE_ROUNDS
@@ -57,7 +58,10 @@ class BenchRequest:
     shapes: Mapping[str, Shape] = field(default_factory=dict)
     """Of the inputs of ONNX files, by their names."""
     data: str | None = None
-    """Images that int8 is calibrated on, as `nas.data.dataset.open_data` takes them; None: noise."""
+    """Images that int8 is calibrated on, and those of trained networks judged on, as `nas.data.dataset.open_data` takes
+    them; None: noise."""
+    max_drop: float = MAX_DROP
+    """Points of top-1 that int8 may cost on the validation images of `data`."""
     timeout_s: float = TIMEOUT_S
     """Time for a network to be prepared, to load and warm up, and for each of its rounds."""
 
@@ -65,11 +69,13 @@ class BenchRequest:
         """Check what can be checked without reading files of networks or images.
 
         Raises:
-            UserError: no networks, too few rounds, several devices, or settings that cannot be measured.
+            UserError: no networks, too few rounds, a drop that is no number of points, several devices, or settings
+                that cannot be measured.
         """
         if not self.targets:
             raise UserError("name the networks to measure: published names, timm/NAME, arch.json or .onnx files")
         check_rounds(self.rounds)
+        check_max_drop(self.max_drop)
         if len({each.device for each in self.settings}) != 1:
             raise UserError("networks are measured side by side on one device: give settings, all of the same device")
         for settings in self.settings:

@@ -52,6 +52,15 @@ class BenchRow(Combination):
     throughput: float | None
     """Images per second at `throughput_batch`; None where that batch could not be measured."""
     throughput_batch: int
+    top1: float | None = None
+    """Percent of validation images that the file gets right on its runtime; None where they were not judged, as are
+    int8 files of trained networks, and the fp32 ones beside these."""
+    drop: float | None = None
+    """Points of top-1 that int8 costs."""
+    drop_ci: tuple[float, float] | None = None
+    """95% interval of the drop, paired on the same images."""
+    within: bool | None = None
+    """Whether int8 costs no more than it may; None where that was not judged."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from nas.bench.files import Calibration, Files
 from nas.bench.report import worded
 from nas.bench.request import Cell, plan
 from nas.bench.result import SETTINGS, BenchFailure, BenchResult, BenchRow, varying
+from nas.evaluate.precision import judging
 from nas.export.side_by_side import measure_side_by_side
 from nas.files import scratch
 from nas.measure.protocol import Interrupted
@@ -21,11 +23,13 @@ from nas.process import TOLD_S, WorkerError
 
 if TYPE_CHECKING:
     from nas.bench.request import BenchRequest, Plan, Progress, Waiting
+    from nas.evaluate.precision import Price
     from nas.export.onnx_input import OnnxInput
     from nas.measure.runtime import Settings
     from nas.networks.targets import Target
 
 Results = dict[Cell, Measurement | MeasureError]
+Prices = Mapping[tuple[str, str], "Price"]
 
 
 class Unprepared(MeasureError):
@@ -62,14 +66,14 @@ def bench(
     waiting = _teller(say)
     with scratch() as folder:
         calibration = Calibration(request, folder, notes)
-        with Files(folder, planned.targets, planned.inputs, request, calibration, waiting) as files:
+        with Files(folder, planned.targets, planned.inputs, request, calibration, waiting, notes) as files:
             found, done = _measure(list(planned.every), files, request, progress, waiting)
     results = {cell: _explained(cell, result, planned.inputs.get(cell.label)) for cell, result in found.items()}
     failed, errors = _failures(planned, results)
     if interrupted := done < request.rounds:
         few = ": intervals cover less than 95%" * (done < SURE_ROUNDS)
         notes += [f"Interrupted: {done} of {request.rounds} rounds were made{few}.", *errors]
-    rows = _rows(planned, results)
+    rows = _rows(planned, results, files.prices)
     return BenchResult(rows, failed, errors, notes + _notes(request, planned, results, rows), interrupted)
 
 
@@ -127,14 +131,15 @@ def _failures(planned: Plan, results: Results) -> tuple[list[BenchFailure], list
     return failed, lines
 
 
-def _rows(planned: Plan, results: Results) -> list[BenchRow]:
+def _rows(planned: Plan, results: Results, prices: Prices) -> list[BenchRow]:
     rows = []
     first: Measurement | None = None
     for cell in planned.cells:
         result = results[cell]
         if isinstance(result, Measurement):
             first = first or result
-            rows.append(_row(planned, cell, result, first, results))
+            row = _row(planned, cell, result, first, results)
+            rows.append(_judged(row, prices.get((cell.label, judging(cell.settings.runtime)))))
     return rows
 
 
@@ -157,6 +162,15 @@ def _row(planned: Plan, cell: Cell, result: Measurement, first: Measurement, res
         throughput=fast.throughput(batch_size) if isinstance(fast, Measurement) else None,
         throughput_batch=batch_size,
     )
+
+
+def _judged(row: BenchRow, price: Price | None) -> BenchRow:
+    """With its accuracy, where that is known."""
+    if price is None or row.precision not in ("fp32", "int8"):
+        return row
+    if row.precision == "fp32":
+        return replace(row, top1=price.float_top1)
+    return replace(row, top1=price.top1, drop=price.drop, drop_ci=price.drop_ci, within=price.within)
 
 
 def _combination(planned: Plan, cell: Cell) -> dict[str, Any]:

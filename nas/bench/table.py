@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from nas.bench.result import BenchRow
 
 WAITING = "waiting"
+INFEASIBLE = "over --max-drop"
 HEADINGS = {"resolution": "px", "batch_size": "batch"}
 
 
@@ -32,6 +33,8 @@ def show_bench(rows: Sequence[BenchRow], notes: Sequence[str]) -> None:
         Column("samples", drop=4),
         Column("ratio"),
         Column("95% of ratio"),
+        Column("top-1 %"),
+        Column("points less"),
         Column("note", label=True),
     )
     same = [
@@ -65,5 +68,7 @@ def _cells(row: BenchRow, first: BenchRow, differing: Sequence[str], compared: b
         str(row.samples),
         f"{row.ratio:.3f}" if compared and row.ratio is not None else "",
         "" if row is first or ratio is None else f"{ratio[0]:.3f}..{ratio[1]:.3f}",
-        WAITING if row.waiting else "tie" if is_tie(row, first) else "",
+        "" if row.top1 is None else f"{row.top1:.1f}",
+        "" if row.drop is None else f"{row.drop:.1f}",
+        INFEASIBLE if row.within is False else WAITING if row.waiting else "tie" if is_tie(row, first) else "",
     )

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from nas.cli.options import DEFAULT_RUNTIME, PRECISIONS, RUNTIMES, Device, Json, Quiet, Verbose
+from nas.cli.options import DEFAULT_RUNTIME, PRECISIONS, RUNTIMES, Device, Json, MaxDrop, Quiet, Verbose
 from nas.errors import UserError
+from nas.export.quantize import MAX_DROP
 
 if TYPE_CHECKING:
     from nas.measure.runtime import Settings
@@ -58,8 +59,13 @@ def bench(
         ),
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="Images that int8 is calibrated on, as for `vitnas train`.  [default: noise]")
+        str | None,
+        typer.Option(
+            help="Images that int8 is calibrated on, and judged by where a network is trained on their classes; as for "
+            "`vitnas train`.  [default: noise]"
+        ),
     ] = None,
+    max_drop: MaxDrop = MAX_DROP,
     suite: Annotated[
         str | None, typer.Option(help="papers: the speed claims of the five papers, measured here.")
     ] = None,
@@ -145,6 +151,7 @@ def bench(
         throughput_at=throughput_at,
         shapes=dict(map(parse_shape, shape or ())),
         data=data,
+        max_drop=max_drop,
         timeout_s=parse_duration(timeout) if timeout else TIMEOUT_S,
     )
     request.check()

@@ -22,6 +22,9 @@ TrainThreads = Annotated[
 BatchSize = Annotated[int, typer.Option(help="Images per inference.")]
 PRECISIONS = "fp32, tf32, bf16, fp16 or int8, as the runtime can"
 Precision = Annotated[str, typer.Option(help=f"{PRECISIONS}.")]
+MaxDrop = Annotated[
+    float, typer.Option(help="Points of top-1 that int8 may cost on held-out images; more is infeasible.")
+]
 Data = Annotated[
     str | None,
     typer.Option(

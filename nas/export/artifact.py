@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nas.export.onnx import write_onnx
+from nas.export.onnx import label_onnx, to_onnx, write_onnx
 from nas.measure.runtime import RUNTIMES, Settings
 from nas.process import Worker
 
@@ -57,6 +57,22 @@ def lower_precision(path: Path, settings: Settings, calibration: np.ndarray | No
         from nas.export.quantize import quantize
 
         quantize(path, calibration)
+
+
+def write_trained(network: Arch | TimmNetwork, weights: Path, path: Path, batch_size: int) -> None:
+    """Write a network with its weights, folded, as float32 ONNX that says how images become its input and what its
+    classes are called.
+
+    Raises:
+        UserError: weights that do not fit.
+        RuntimeError, ValueError: the network cannot be exported.
+    """
+    from nas.export.folder import card_for
+    from nas.networks.build import for_inference
+    from nas.networks.weights import load
+
+    to_onnx(for_inference(load(network, weights)), path, network.resolution, batch_size)
+    label_onnx(path, network, True, card_for(network, str(weights))[0])
 
 
 class Exporter:

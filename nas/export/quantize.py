@@ -35,6 +35,8 @@ Tool = Literal["onnxruntime", "nncf"]
 Ranges = Literal["min-max", "percentile", "entropy", "mse"]
 Part = Literal["first", "last", "attention"]
 
+MAX_DROP = 1.0
+"""Points of top-1 that int8 may cost."""
 IMAGES = 16  # calibrated on; enough for ranges
 NOISE = "int8 is calibrated on noise, without --data: latency is real, accuracy is not"
 OPERATORS = ("Conv", "MatMul", "Gemm")
@@ -164,6 +166,12 @@ def _dequantised(name: str, producers: dict[str, NodeProto]) -> bool:
     while node is not None and node.op_type in _MOVES:
         node = producers.get(node.input[0])
     return node is not None and node.op_type == "DequantizeLinear"
+
+
+def check_max_drop(points: float) -> None:
+    """Raises UserError where it is no number of points."""
+    if not 0 <= points <= 100:
+        raise UserError(f"--max-drop is {points:g}: give 0 to 100 points of top-1")
 
 
 class _Input(NamedTuple):

@@ -46,6 +46,7 @@ KEYS = [
         "samples",
     ),
     *("ratio", "ratio_ci", "waiting", "throughput", "throughput_batch"),
+    *("top1", "drop", "drop_ci", "within"),
 ]
 FAST = ("--rounds", "6", "--threads", "1")
 
@@ -250,11 +251,82 @@ def test_int8_calibrated_on_images(onnx_file, tmp_path: Path, monkeypatch: pytes
     for data in (None, str(tmp_path / "images")):
         found = bench(BenchRequest([target], (Settings(precision="int8"),), data=data))
         assert not found.errors
-    assert [(array.shape, array.dtype) for array in arrays] == [((15, 3, 32, 32), np.float32)]
-    (note,) = found.notes
-    assert note.startswith("skipped 1 image that cannot be decoded: ")
+    assert [(array.shape, array.dtype) for array in arrays] == [((35, 3, 32, 32), np.float32)]
+    skipped, unknown = found.notes
+    assert skipped.startswith("skipped 1 image that cannot be decoded: ")
+    assert unknown.startswith(f"{target.label}: what int8 costs is not known: ")
+    assert "does not say how an image becomes its input images (float32 1x3x32x32)" in unknown
+    assert found.rows[0].top1 is None
     noise, images = files
     assert noise != images  # other ranges
+
+
+@pytest.mark.parametrize(("max_drop", "within"), [(50.0, True), (0.0, False)])
+@pytest.mark.usefixtures("fixed_here")
+def test_int8_of_a_file_that_knows_the_classes_is_judged(
+    onnx_file, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, max_drop: float, within: bool
+) -> None:
+    """The file that is timed is the one that is judged, on the runtime that it is timed on."""
+    import onnx
+    from PIL import Image
+
+    from nas.bench.table import show_bench
+    from nas.evaluate import precision
+    from nas.evaluate.precision import HeldOut
+    from nas.export.card import Card
+    from nas.export.onnx import label_onnx
+    from nas.export.quantize import Recipe
+
+    for kind in ("cat", "dog"):
+        for part, count in (("train", 4), ("val", 8)):
+            folder = tmp_path / "images" / part / kind
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (40, 40), (i, 100, 200)).save(folder / f"{i}.png")
+    mine = onnx_file(images=[1, 3, 32, 32])
+    card = Card.untrained(32).model_copy(update={"classes": ["dog", "c", "d", "cat"]})
+    label_onnx(Path(mine), None, True, card)
+    monkeypatch.setattr(precision, "RECIPES", (Recipe(), Recipe(ranges="percentile")))
+    judged: list[tuple[str, bytes]] = []
+
+    def right(self: HeldOut, path: Path, runtime: str, threads: int) -> np.ndarray:
+        assert [*self.outputs] == [3, 0]
+        assert len(self.images) == 16
+        judged.append((runtime, path.read_bytes()))
+        quantised = any(node.op_type == "QuantizeLinear" for node in onnx.load(path).graph.node)
+        return np.arange(16) >= 4 * quantised
+
+    monkeypatch.setattr(HeldOut, "right", right)
+    timed: dict[str, bytes] = {}
+
+    def compare(paths, settings, *_):
+        timed.update({settings[name].precision: path.read_bytes() for name, path in paths.items()})
+        return dict.fromkeys(paths, Measurement([[1.0]] * 3))
+
+    monkeypatch.setattr(side_by_side, "compare", compare)
+    settings = [Settings("openvino", precision=precision) for precision in ("fp32", "int8")]
+    data = str(tmp_path / "images")
+    found = bench(BenchRequest([find_target(mine)], settings, data=data, max_drop=max_drop))
+    full, int8 = found.rows
+    assert {runtime for runtime, _ in judged} == {"openvino"}
+    assert timed["int8"] in [content for _, content in judged]
+    assert (full.top1, full.drop, full.within) == (100, None, None)
+    assert (int8.top1, int8.drop, int8.within) == (75, 25, within)
+    assert len(judged) == (2 if within else 3)
+    first = next(
+        note for note in found.notes if note.startswith(f"{mine}: {'int8' if within else 'infeasible: int8'} ")
+    )
+    assert ("more than --max-drop 0 allows" in first) != within
+    assert f"{mine}: left in float: nothing" in found.notes
+    show_bench(found.rows, found.notes)
+    out = " ".join(capsys.readouterr().out.split())
+    assert ("over --max-drop" in out) != within
+    assert "100.0" in out
+    rows = list(csv.DictReader(to_csv(found.rows).decode().splitlines()))
+    assert [(row["top1"], row["drop"], row["within"]) for row in rows] == [
+        ("100.0", "", ""),
+        ("75.0", "25.0", str(within)),
+    ]
 
 
 def test_networks_are_calibrated_on_the_images_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,240 @@
+"""What int8 costs in accuracy: quantised files judged on held-out images, beside the float32 file they are made of."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+import numpy as np
+
+from nas.errors import UserError
+from nas.evaluate.classes import match
+from nas.evaluate.onnx_file import OnnxFile, Runtime
+from nas.evaluate.pairs import compare
+from nas.export.quantize import INSTALL, MAX_DROP, Recipe, left_in_float, quantize
+from nas.files import scratch
+from nas.machine import default_threads
+from nas.text import first_line
+from nas.units import counted, listed
+
+if TYPE_CHECKING:
+    from nas.data.decoding import Source
+    from nas.data.images import Images
+
+HELD_OUT = 2000
+"""Images that files are judged on, at most."""
+MORE = 64
+"""Images that the recipes after the first are calibrated on."""
+RECIPES = (
+    Recipe(),
+    Recipe(ranges="percentile", images=MORE),
+    Recipe("nncf", images=MORE),
+    Recipe("nncf", smooth=True, images=MORE),
+    Recipe("nncf", "mse", images=MORE),
+    Recipe(ranges="percentile", kept=("first", "last", "attention"), images=MORE),
+)
+"""In the order in which they are tried: what costs least, in time to make it and to run it, first."""
+BATCH = 32
+"""Images that are decoded at a time."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Images that a network was not trained on, and that calibrate nothing."""
+
+    images: Images
+    """Their sources and labels; files prepare pixels as they say themselves."""
+    outputs: Sequence[int] | None = None
+    """Which output of the network each label is; None: that of its number."""
+
+    @classmethod
+    def of(cls, images: Images, classes: Sequence[str], path: Path, name: str) -> HeldOut:
+        """At most `HELD_OUT` of the images, picked at random, for a network whose classes are found by their names.
+
+        Args:
+            classes: of the images, by label.
+            path: the network's file.
+            name: how messages call it.
+
+        Raises:
+            UserError: it does not know their classes, or cannot be judged.
+        """
+        from nas.data.images import sample
+
+        file = OnnxFile.open(path)
+        matched = match(classes, file.classes, file.num_classes, name)
+        return cls(sample(images, HELD_OUT, 0), matched.outputs)
+
+    def right(self, path: Path, runtime: str = "onnxruntime", threads: int | None = None) -> np.ndarray:
+        """(N,) bool: which images a file gets right on a runtime. Those that cannot be decoded are left out.
+
+        Raises:
+            UserError: a file that cannot be judged, or no image that can be decoded.
+        """
+        file = OnnxFile.open(path, runtime, threads=threads)
+        sources = self.images.sources
+        labels = np.asarray(self.images.labels)
+        truth = labels if self.outputs is None else np.asarray(self.outputs)[labels]
+        found = []
+        with ThreadPoolExecutor(threads or default_threads()) as pool:
+            for batch in _batches(len(sources)):
+                pixels = list(pool.map(lambda i: _pixels(file, sources[i]), batch))
+                usable = [i for i, each in zip(batch, pixels, strict=True) if each is not None]
+                if usable:
+                    logits = file.logits(np.stack([each for each in pixels if each is not None]))
+                    found.append(logits.argmax(1) == truth[usable])
+        if not found:
+            raise UserError(f"none of {counted(len(sources), 'held-out image')} can be decoded")
+        right: np.ndarray = np.concatenate(found)
+        return right
+
+
+@dataclass(frozen=True)
+class Price:
+    """What an int8 file costs."""
+
+    recipe: Recipe
+    runtime: str
+    """That both files were judged on, on this machine's CPU."""
+    images: int
+    """Held out, the same for both files."""
+    float_top1: float
+    """Of the float32 file, in percent."""
+    top1: float
+    """Of the int8 file, in percent."""
+    drop: float
+    """Points of top-1 that int8 costs; below 0 where it gains."""
+    drop_ci: tuple[float, float]
+    """95% interval of the drop (Newcombe 1998, method 10, for paired answers)."""
+    max_drop: float
+    """Points that it may cost."""
+    tried: int
+    """Recipes, this one included. Of several this one is the best on these images, and may cost a little more on
+    others."""
+    left_in_float: tuple[str, ...]
+    """See `nas.export.quantize.left_in_float`."""
+    notes: tuple[str, ...] = ()
+    """What was not tried, and why."""
+
+    @property
+    def within(self) -> bool:
+        """Whether it costs no more than it may."""
+        return self.drop <= self.max_drop
+
+    def __str__(self) -> str:
+        (low, high), verb = self.drop_ci, "gains" if self.drop <= -0.05 else "costs"
+        return (
+            f"int8 {verb} {abs(self.drop):.1f} points of top-1 (95% of the drop: {low:.1f} to {high:.1f}): "
+            f"{self.top1:.1f}% beside {self.float_top1:.1f}%, {counted(self.images, 'image')}, {self.runtime}; "
+            f"{self.recipe}" + (f", the best of {self.tried} recipes" if self.tried > 1 else "")
+        )
+
+    @property
+    def refusal(self) -> str:
+        """Why it is infeasible."""
+        return f"{self}: more than --max-drop {self.max_drop:g} allows"
+
+    @property
+    def lines(self) -> list[str]:
+        """All that there is to know of it."""
+        told = str(self) if self.within else f"infeasible: {self.refusal}"
+        return [told, f"left in float: {listed(self.left_in_float, 8) or 'nothing'}", *self.notes]
+
+
+def quantize_within(
+    path: Path,
+    calibration: np.ndarray,
+    held_out: HeldOut,
+    runtime: str = "onnxruntime",
+    max_drop: float = MAX_DROP,
+    threads: int | None = None,
+    recipes: Sequence[Recipe] | None = None,
+    progress: Callable[[str, int, int], None] = lambda *_: None,
+) -> Price:
+    """Turn a trained float32 ONNX file into int8, in place, by the first recipe that costs no more than `max_drop`
+    points of top-1 on held-out images, or else by the one that costs least.
+
+    Args:
+        path: with one input (B, 3, R, R); its metadata say how images become its input.
+        calibration: float32 images (N, 3, R, R), prepared as the file's, none of them held out.
+        runtime: onnxruntime or openvino.
+        threads: CPU threads; None: the physical cores that this process may use.
+        recipes: in the order in which they are tried; None: `RECIPES`.
+        progress: called with (the recipe that is tried, those done, all).
+
+    Raises:
+        UserError: a file or images that cannot be judged, or no recipe that works for this network. The file is as it
+            was then.
+    """
+    full = held_out.right(path, runtime, threads)
+    found: list[tuple[Price, Path]] = []
+    notes: list[str] = []
+    with scratch(path.parent) as folder:
+        for number, recipe in enumerate(recipes := recipes or RECIPES):
+            if not recipe.installed:
+                notes.append(f"not tried, since nncf is not installed ({INSTALL}): {recipe}")
+                continue
+            progress(str(recipe), number, len(recipes))
+            draft = folder / f"{number}.onnx"
+            shutil.copyfile(path, draft)
+            try:
+                quantize(draft, calibration, recipe)
+                right = held_out.right(draft, runtime, threads)
+            except MemoryError:
+                raise
+            except Exception as error:  # each tool has its own kinds
+                notes.append(f"{recipe} fails on this network: {first_line(error)}")
+                continue
+            used = replace(recipe, images=min(recipe.images, len(calibration)))
+            found.append((_price(used, runtime, full, right, max_drop, draft), draft))
+            if found[-1][0].within:
+                break
+        if not found:
+            raise UserError(f"this network cannot be quantised: {'; '.join(notes)}")
+        best, draft = min(found, key=lambda each: each[0].drop)
+        draft.replace(path)
+    told = () if best.within and len(found) == 1 else tuple(notes)
+    return replace(best, tried=len(found), notes=told)
+
+
+def _price(recipe: Recipe, runtime: str, full: np.ndarray, right: np.ndarray, max_drop: float, path: Path) -> Price:
+    import onnx
+
+    (pair,) = compare({"int8": right, "fp32": full})
+    return Price(
+        recipe=recipe,
+        runtime=runtime,
+        images=len(full),
+        float_top1=100 * float(full.mean()),
+        top1=100 * float(right.mean()),
+        drop=pair.difference,
+        drop_ci=pair.difference_ci,
+        max_drop=max_drop,
+        tried=1,
+        left_in_float=left_in_float(onnx.load(path)),
+    )
+
+
+def judging(runtime: str) -> str:
+    """The runtime that files for `runtime` are judged on: its own, or ONNX Runtime where that runs on no CPU."""
+    return runtime if runtime in get_args(Runtime) else "onnxruntime"
+
+
+def _pixels(file: OnnxFile, source: Source) -> np.ndarray | None:
+    from nas.data.decoding import decode
+
+    try:
+        return file.pixels(decode(source))
+    except MemoryError:
+        raise
+    except Exception:  # Pillow's decoders raise a dozen kinds
+        return None
+
+
+def _batches(total: int) -> Iterator[range]:
+    for start in range(0, total, BATCH):
+        yield range(start, min(start + BATCH, total))

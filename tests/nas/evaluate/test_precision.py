@@ -1,0 +1,144 @@
+"""What int8 costs, and the gate that it has to pass."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from nas.data.images import Images, plain_transform
+from nas.errors import UserError
+from nas.evaluate import precision
+from nas.evaluate.precision import HeldOut, Price, quantize_within
+from nas.export.card import Card
+from nas.export.onnx import label_onnx, to_onnx
+from nas.export.quantize import Recipe, check_max_drop
+
+SIDE = 16
+
+
+@pytest.fixture(scope="module")
+def sources() -> list[np.ndarray]:
+    """40 noisy images of one grey each, darker or lighter."""
+    draw = np.random.default_rng(0)
+    greys = np.where(np.arange(40) % 2, 150, 100) + draw.integers(-20, 20, 40)
+    noise = draw.integers(-30, 30, (40, SIDE, SIDE, 3))
+    return list((greys[:, None, None, None] + noise).clip(0, 255).astype(np.uint8))
+
+
+@pytest.fixture(scope="module")
+def held(sources: list[np.ndarray]) -> HeldOut:
+    return HeldOut(Images(sources, [i % 2 for i in range(40)], plain_transform(SIDE)))
+
+
+@pytest.fixture
+def full(tmp_path: Path, sources: list[np.ndarray]) -> Path:
+    """A network that knows dark from light, and says how images become its input."""
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3),
+        torch.nn.ReLU(),
+        torch.nn.AdaptiveAvgPool2d(1),
+        torch.nn.Flatten(),
+        torch.nn.Linear(8, 2),
+    ).eval()
+    pixels, labels = calibration(sources), torch.arange(40) % 2
+    optimizer = torch.optim.Adam(network.parameters(), 0.05)
+    for _ in range(60):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(network(torch.from_numpy(pixels)), labels).backward()
+        optimizer.step()
+    path = tmp_path / "full.onnx"
+    to_onnx(network, path, SIDE, 1)
+    label_onnx(path, None, True, Card.untrained(SIDE))
+    return path
+
+
+def calibration(sources: list[np.ndarray]) -> np.ndarray:
+    images = Images(sources, [0] * len(sources), plain_transform(SIDE))
+    return np.stack([images[i][0] for i in range(len(images))])
+
+
+def test_held_out_images_are_counted_as_the_file_answers(full: Path, held: HeldOut) -> None:
+    right = held.right(full, threads=1)
+    assert right.shape == (40,)
+    assert right.mean() > 0.8
+    other = HeldOut(held.images, outputs=(1, 0))
+    assert (other.right(full, threads=1) == ~right).all()
+    broken = Images(["missing.jpg", *held.images.sources], [0, *held.images.labels], held.images.transform)
+    assert (HeldOut(broken).right(full, threads=1) == right).all()
+    with pytest.raises(UserError, match=r"^none of 1 held-out image can be decoded$"):
+        HeldOut(broken.pick([0])).right(full, threads=1)
+
+
+def test_the_first_recipe_within_the_gate_is_taken(full: Path, held: HeldOut, sources: list[np.ndarray]) -> None:
+    top1 = 100 * held.right(full, threads=1).mean()
+    price = quantize_within(full, calibration(sources)[:3], held, max_drop=20, threads=1)
+    assert (price.recipe, price.tried, price.within) == (Recipe(images=3), 1, True)
+    assert price.float_top1 == top1
+    assert price.top1 == 100 * held.right(full, threads=1).mean() == pytest.approx(top1 - price.drop)
+    assert price.drop_ci[0] <= price.drop <= price.drop_ci[1]
+    assert price.images == 40
+    assert any(each.op_type == "QuantizeLinear" for each in onnx.load(full).graph.node)
+    assert [each.name for each in full.parent.iterdir()] == ["full.onnx"]
+
+
+def test_of_recipes_over_the_gate_the_best_is_taken(
+    full: Path, held: HeldOut, sources: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its drop; a tool that fails, and one that is not installed, are told."""
+    wrong = iter([10, 4, 6])
+
+    def quantized(path: Path, images: np.ndarray, recipe: Recipe) -> None:
+        if recipe.smooth:
+            raise RuntimeError("no such layer\nat all")
+        made[path] = next(wrong)
+
+    made: dict[Path, int] = {}
+    right = HeldOut.right
+
+    def judged(self: HeldOut, path: Path, *rest: object) -> np.ndarray:
+        return np.arange(40) >= made[path] if path in made else np.ones(40, bool)
+
+    monkeypatch.setattr(precision, "quantize", quantized)
+    monkeypatch.setattr(HeldOut, "right", judged)
+    monkeypatch.setattr(Recipe, "installed", property(lambda self: self.ranges != "mse"))
+    recipes = [Recipe(), Recipe("nncf", smooth=True), Recipe("nncf", "mse"), Recipe("nncf"), Recipe(ranges="entropy")]
+    price = quantize_within(full, calibration(sources), held, threads=1, recipes=recipes)
+    assert (price.recipe, price.tried, price.drop, price.within) == (Recipe("nncf"), 3, 10, False)
+    assert price.refusal == (
+        "int8 costs 10.0 points of top-1 (95% of the drop: -0.6 to 23.1): 90.0% beside 100.0%, 40 images, "
+        "onnxruntime; NNCF, min-max of 16 images, the best of 3 recipes: more than --max-drop 1 allows"
+    )
+    assert price.notes == (
+        "NNCF, min-max of 16 images, SmoothQuant fails on this network: no such layer",
+        "not tried, since nncf is not installed (pip install 'vitnas[int8]'): NNCF, mse of 16 images",
+    )
+    monkeypatch.setattr(HeldOut, "right", right)
+    content = full.read_bytes()
+    with pytest.raises(UserError, match=r"^this network cannot be quantised: NNCF, .* no such layer$"):
+        quantize_within(full, calibration(sources), held, threads=1, recipes=recipes[1:2])
+    assert full.read_bytes() == content
+
+
+@pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="openvino is not installed")
+def test_a_file_is_judged_on_its_own_runtime(full: Path, held: HeldOut, sources: list[np.ndarray]) -> None:
+    price = quantize_within(full, calibration(sources), held, "openvino", 20, 1)
+    assert price.runtime == "openvino"
+    assert price.top1 == 100 * held.right(full, "openvino", 1).mean()
+
+
+def test_words() -> None:
+    price = Price(Recipe(), "onnxruntime", 200, 80.0, 80.5, -0.5, (-1.5, 0.5), 1.0, 1, ("2 x softmax",))
+    assert price.within
+    assert str(price) == (
+        "int8 gains 0.5 points of top-1 (95% of the drop: -1.5 to 0.5): 80.5% beside 80.0%, 200 images, onnxruntime; "
+        "ONNX Runtime, min-max of 16 images"
+    )
+    for wrong in (-1, 101, float("nan")):
+        with pytest.raises(UserError, match=r"^--max-drop is "):
+            check_max_drop(wrong)
