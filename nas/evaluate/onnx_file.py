@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import ExifTags
 
 from nas.data.decoding import to_rgb
 from nas.errors import UserError, unknown
@@ -179,7 +180,8 @@ class OnnxFile:
         Raises:
             RibbonError: the image is more than 100 times as long as wide.
         """
-        values = crop(image if image.mode == "RGB" and not image.getexif() else to_rgb(image.copy()), self.preprocess)
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        values = crop(to_rgb(image.copy() if turned else image), self.preprocess)
         pixels = values if self.kind == "uint8" else normalise(values, self.preprocess)
         return pixels if self.channels_last else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 

@@ -144,6 +144,7 @@ def odd_images(folder: Path) -> dict[str, Path]:
         "palette": (palette, "png", {}),
         "palette, clear": (palette, "png", {"transparency": 3}),
         "alpha": (clear, "png", {}),
+        "one colour clear": (clear.convert("RGB"), "png", {"transparency": noise.getpixel((20, 20))}),
         "16 bit": (Image.fromarray(deep), "png", {}),
         "cmyk": (noise.convert("CMYK"), "jpg", {}),
         "float": (Image.fromarray(np.asarray(noise.convert("L"), np.float32) / 255), "tif", {}),

@@ -13,7 +13,7 @@ import pytest
 import torch
 from toy_onnx import CLASSES, flags, odd_images, toy_card, write_toy
 
-from nas.data.decoding import decode
+from nas.data.decoding import RibbonError, decode
 from nas.data.images import plain_transform
 from nas.errors import UserError
 from nas.evaluate import onnx_file
@@ -58,7 +58,9 @@ def test_pixels_are_made_of_an_image_in_any_mode(tmp_path: Path) -> None:
         with Image.open(path) as image:
             before = image.size
             assert np.array_equal(file.pixels(image), file.pixels(decode(path))), kind
-            assert kind == "turned tiff" or image.size == before, kind
+            assert kind == "turned tiff" or image.size == before, kind  # which Pillow turns itself
+    with pytest.raises(RibbonError):
+        file.pixels(Image.new("RGB", (3000, 4)))
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)

@@ -109,7 +109,7 @@ def test_json_has_all_of_it(vitnas: Any, folder: Path) -> None:
     found = json.loads(out)
     assert code == 0
     assert list(found) == ["model", "runtime", "preprocess", "predictions", "skipped", "notes"]
-    assert [len(each["classes"]) for each in found["predictions"]] == [2] * 20
+    assert [len(each["classes"]) for each in found["predictions"]] == [2] * 21
     assert set(found["predictions"][0]["classes"][0]) == {"class", "index", "probability"}
     assert [each["reason"] for each in found["skipped"]][1] == "more than 100 times as long as wide"
     assert found["preprocess"]["size"] == 16
