@@ -52,7 +52,7 @@ def match(classes: Sequence[str], names: Sequence[str] | None, outputs: int, lab
             several = [shown(name) for name, plain in zip(classes, wanted, strict=True) if twice[plain] > 1]
             if several:
                 raise UserError(
-                    f"{label} has several outputs called {listed(several)}: give --labels with one name each"
+                    f"{label} has several outputs called {listed(several)}: which one is meant cannot be told"
                 )
             return Matched(tuple(places[each] for each in wanted), tuple(names))
     imagenet = _imagenet(outputs)

@@ -61,12 +61,17 @@ def open_images(name: str, split: str | None, limit: int | None, trained: Sequen
     if limit is not None and limit < len(images):
         notes.append(f"{limit:,} of {counted(len(images), 'image')} are judged, picked at random (--limit)")
         images = sample(images, limit, LIMIT_SEED)
-    notes += filter(None, (remark(each, images, "judged") for each in dict.fromkeys(trained)))
+    notes += filter(None, (remark(each, images, "judged") for each in _folders(trained)))
     labels = sorted(set(images.labels))
     classes = [str(label) if found.classes is None else found.classes[label] for label in labels]
     number = {label: i for i, label in enumerate(labels)}
     own = Images(images.sources, [number[label] for label in images.labels], images.transform, images.files)
     return JudgedImages(name, part, classes, own, tuple(notes))
+
+
+def _folders(trained: Sequence[str | Path | None]) -> list[str | Path | None]:
+    """One file of each folder: of all of its weights the same is known."""
+    return list({each.parent if isinstance(each, Path) else each: each for each in trained}.values())
 
 
 def _found(name: str, split: str | None) -> FoundImages:

@@ -117,6 +117,8 @@ class Judged:
     """Where its weights lie, as `nas.data.lineage` takes them: "timm", a file, or None for random ones."""
     file: Path | None
     """What was opened; None: weights that are published under its name."""
+    own_classes: bool
+    """Whether it says its classes itself."""
     given: str | None = None
     """What --preprocess said, of one of several guesses."""
     notes: tuple[str, ...] = field(default=())
@@ -164,6 +166,8 @@ def open_networks(
                 found.append(_in_torch(name, labels, threads, weights_from))
             else:
                 found += _on_a_runtime(name, runtime, preprocess, labels, threads)
+    if labels is not None and all(each.own_classes for each in found):
+        raise UserError("--labels is for networks that do not say their classes, and all of these do: leave it out")
     if preprocess is not None and not any(isinstance(each.classifier, OnnxFile) for each in found):
         raise UserError("--preprocess is for ONNX files, and none is named: leave it out")
     return found
@@ -192,9 +196,10 @@ def _on_a_runtime(
     def opened(given: str | None) -> Judged:
         how = parse_preprocess(given) if given is not None else None
         classifier = OnnxFile.open(path, runtime, how, threads=threads)
-        if classifier.classes is None and labels is not None:
+        own = classifier.classes is not None
+        if not own and labels is not None:
             classifier = OnnxFile.open(path, runtime, how, labels, threads)
-        return Judged(name, classifier, file, file, given, classifier.notes)
+        return Judged(name, classifier, file, file, own, given, classifier.notes)
 
     if preprocess is None or preprocess.partition(",")[0] != TRY:
         return [opened(preprocess)]
@@ -225,7 +230,7 @@ def _in_torch(name: str, labels: Sequence[str] | None, threads: int, weights_fro
         raise UserError(f"{name} has {network.num_classes:,} classes, and {len(known):,} names of them are given")
     assert card.preprocess is not None
     classifier = TorchClassifier(model.eval(), network, card.preprocess, tuple(known) if known else None)
-    return Judged(name, classifier, weights or TIMM_WEIGHTS, weights)
+    return Judged(name, classifier, weights or TIMM_WEIGHTS, weights, card.classes is not None)
 
 
 def _card_of(network: Arch | TimmNetwork, weights: Path) -> Card:

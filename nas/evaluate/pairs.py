@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -33,6 +33,19 @@ class Pair:
     """The same after Holm's correction for the number of pairs."""
     tie: bool
     """Whether these images do not tell the two apart: `p_adjusted` is above 5%."""
+
+    def turned(self) -> Pair:
+        """The same with the two in the other order."""
+        low, high = self.difference_ci
+        return replace(
+            self,
+            first=self.second,
+            second=self.first,
+            only_first=self.only_second,
+            only_second=self.only_first,
+            difference=-self.difference,
+            difference_ci=(-high, -low),
+        )
 
 
 def compare(right: Mapping[str, np.ndarray]) -> list[Pair]:

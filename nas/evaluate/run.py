@@ -32,7 +32,7 @@ from nas.measure.device import device_lock
 from nas.measure.hardware import describe
 from nas.measure.runtime import Settings
 from nas.measure.samples import quanta_line
-from nas.units import counted
+from nas.units import counted, listed
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -317,20 +317,18 @@ def _notes(
     notes = [_sentence(line) for line in images.notes]
     if line := skipped_line([found]):
         notes.append(_sentence(line))
+    names, told = short_names([each.name for each in networks.values()]), dict[str, list[str]]()
     for label, network in networks.items():
         notes += map(_sentence, network.notes)
-        outputs, has = network.classifier.num_classes, len(images.classes)
-        if outputs > has:
-            notes.append(
-                f"{label}: top-1 is the first of all its {outputs:,} classes; the images are of {has:,} of them."
-            )
-        if matched[label].how:
-            notes.append(f"{label}: class folders are matched {matched[label].how}.")
+        outputs, has, how = network.classifier.num_classes, len(images.classes), matched[label].how
+        lines = [f"top-1 is the first of all {outputs:,} classes; the images are of {has:,} of them"] * (outputs > has)
+        lines += [f"class folders are matched {how}"] * bool(how)
         if small := found.small[label]:
-            notes.append(
-                f"{label}: {small:,} of {counted(len(found.kept), 'image')} are smaller than its "
-                f"{network.classifier.preprocess.size} px, and enlarged."
-            )
+            side = network.classifier.preprocess.size
+            lines.append(f"{small:,} of {counted(len(found.kept), 'image')} are smaller than {side} px, and enlarged")
+        for line in lines:
+            told.setdefault(line, []).append(names[network.name])
+    notes += [f"{listed(dict.fromkeys(whose))}: {line}." for line, whose in told.items()]
     tried = [label for label, network in networks.items() if network.given is not None]
     if len(tried) > 1:
         best = max(tried, key=lambda label: found.answers[label].right.mean())

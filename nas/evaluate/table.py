@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from nas.evaluate.words import ECE, SPEED, headline, pair_words, told_pairs
+from nas.evaluate.words import ECE, FEW, SPEED, headline, p_words, pair_words, told_pairs
 from nas.intervals import guessing
 from nas.report.tables import Column, console_of, print_table, prose
 from nas.units import counted, shown
 
 if TYPE_CHECKING:
+    from nas.evaluate.pairs import Pair
     from nas.evaluate.result import EvaluateResult, ModelResult
 
 WORST = 3
-"""Classes and mistakes that are named."""
+"""Classes and mistakes that are named of each network."""
 COLUMNS = (
     Column("network", label=True, fold=40),
     Column("runtime", label=True, drop=1),
@@ -24,17 +25,24 @@ COLUMNS = (
     Column("ms", drop=4),
     Column("img/s", drop=5),
 )
+AGAINST = (Column("points to the best"), Column("95% of that", drop=6), Column("p", drop=7))
 
 
 def show_evaluation(result: EvaluateResult, stderr: bool = False) -> None:
     """Print the answer, the table, the comparisons, what is worst, and the notes."""
     console = console_of(stderr)
     prose(console, f"{headline(result)}.")
-    print_table(console, COLUMNS, [_cells(each) for each in result.results])
-    for pair in told_pairs(result):
-        prose(console, f"{pair_words(pair)}.")
+    pairs = told_pairs(result)
+    if len(result.results) <= FEW:
+        print_table(console, COLUMNS, [_cells(each) for each in result.results])
+        for pair in pairs:
+            prose(console, f"{pair_words(pair)}.")
+    else:
+        against = {pair.second: _against(pair) for pair in pairs}
+        rows = [(*_cells(each), *against.get(each.label, ("best", "", ""))) for each in result.results]
+        print_table(console, (*COLUMNS, *AGAINST), rows)
     for each in result.results:
-        if len(result.results) <= WORST:
+        if len(result.results) <= FEW:
             prose(console, worst(each))
         if chance := guessing(each.top1_ci, each.classes):
             prose(console, f"{each.label}: {chance}.")
@@ -42,7 +50,8 @@ def show_evaluation(result: EvaluateResult, stderr: bool = False) -> None:
         prose(console, shown(line))
     timed = next((each.speed for each in result.results if each.speed), None)
     speed = f" {SPEED}; {counted(timed.threads, 'thread')}, batch {timed.batch_size}." if timed else ""
-    prose(console, f"Intervals: 95%, Wilson's. {ECE}{speed}")
+    test = " Points: McNemar's exact test, with Holm's correction." if len(result.results) > FEW else ""
+    prose(console, f"Intervals: 95%, Wilson's.{test} {ECE}{speed}")
 
 
 def worst(each: ModelResult) -> str:
@@ -53,6 +62,12 @@ def worst(each: ModelResult) -> str:
         f"{shown(cell.truth)} for {shown(cell.predicted)} ({cell.images})" for cell in each.confused[:WORST]
     )
     return f"{shown(each.label)}: lowest {named}" + (f"; takes most often {confused}" if confused else "") + "."
+
+
+def _against(pair: Pair) -> tuple[str, str, str]:
+    """Against the best, which comes first."""
+    low, high = pair.difference_ci
+    return f"{'tie ' if pair.tie else ''}{pair.difference:+.1f}", f"{low:+.1f}..{high:+.1f}", p_words(pair.p_adjusted)
 
 
 def _cells(each: ModelResult) -> tuple[str, ...]:

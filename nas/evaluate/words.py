@@ -26,9 +26,11 @@ def best_of(result: EvaluateResult) -> ModelResult:
 
 
 def told_pairs(result: EvaluateResult) -> Sequence[Pair]:
-    """Those that are worth telling: of many networks, the best with each other one."""
+    """Those that are worth telling: of many networks, each other one against the best."""
+    if len(result.results) <= FEW:
+        return result.pairs
     best = best_of(result).label
-    return [each for each in result.pairs if len(result.results) <= FEW or best in (each.first, each.second)]
+    return [each if each.first == best else each.turned() for each in result.pairs if best in (each.first, each.second)]
 
 
 def difference_words(pair: Pair) -> str:
@@ -42,15 +44,16 @@ def difference_words(pair: Pair) -> str:
 def pair_words(pair: Pair) -> str:
     """A comparison in a sentence."""
     low, high = pair.difference_ci
+    equal = "= " if pair.p_adjusted >= 0.001 else ""
     return (
         f"{difference_words(pair)} (95%: {low:+.1f} to {high:+.1f}; {pair.only_second:,} right in it alone, "
-        f"{pair.only_first:,} in the other; p = {p_words(pair.p_adjusted)})"
+        f"{pair.only_first:,} in the other; p {equal}{p_words(pair.p_adjusted)})"
     )
 
 
 def p_words(p: float) -> str:
-    """0.031, below 0.001."""
-    return f"{p:.3f}" if p >= 0.001 else "below 0.001"
+    """0.031, <0.001."""
+    return f"{p:.3f}" if p >= 0.001 else "<0.001"
 
 
 def headline(result: EvaluateResult) -> str:

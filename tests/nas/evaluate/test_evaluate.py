@@ -97,7 +97,7 @@ def test_folders_are_classes_by_name(vitnas: Cli, toy: str, images: Path) -> Non
     assert found["results"][0]["top1"] == pytest.approx(
         100 * np.mean([one == other for one, other in zip(wanted, taken, strict=True)])
     )
-    assert any("first of all its 3 classes; the images are of 2 of them" in line for line in found["notes"])
+    assert any("first of all 3 classes; the images are of 2 of them" in line for line in found["notes"])
 
 
 def test_networks_are_compared_on_the_same_images(
@@ -179,6 +179,7 @@ def test_what_cannot_be_judged_leaves_nothing(vitnas: Cli, toy: str, images: Pat
     refused(foreign, *data, told="--preprocess")
     refused(foreign, *data, "--preprocess", "imagenet", told="--labels FILE")
     (tmp_path / "two.txt").write_text("cat\ndog\n")
+    refused(toy, *data, "--labels", str(tmp_path / "two.txt"), told="and all of these do: leave it out")
     refused(
         foreign, *data, "--preprocess", "imagenet", "--labels", str(tmp_path / "two.txt"), told="3 outputs, 2 names"
     )
@@ -196,7 +197,7 @@ def test_the_usual_ways_to_prepare_images_are_compared(vitnas: Cli, images: Path
     assert any(f"chosen by these images: foreign.onnx, {best['given']}" in line for line in found["notes"])
     (alone,) = judged(vitnas, *words, "none")["results"]
     assert alone["top1"] == next(each["top1"] for each in found["results"] if each["given"] == "none")
-    own = judged(vitnas, str(write_toy(tmp_path / "own.onnx", card=toy_card())), *words[1:], "try")
+    own = judged(vitnas, str(write_toy(tmp_path / "own.onnx", card=toy_card())), *words[1:3], "--preprocess", "try")
     assert own["results"][0]["given"] is None
 
 

@@ -48,6 +48,14 @@ def test_a_difference_that_chance_makes_is_a_tie() -> None:
     assert pair.difference_ci[0] < 6 < pair.difference_ci[1]
 
 
+def test_a_pair_in_the_other_order() -> None:
+    first, second = answers(50, 2, 9, 40)
+    (pair,), (other,) = compare({"a": first, "b": second}), compare({"b": second, "a": first})
+    turned = pair.turned()
+    assert (turned.first, turned.only_first, turned.difference) == (other.first, other.only_first, other.difference)
+    assert turned.difference_ci == pytest.approx(other.difference_ci)
+
+
 def test_many_pairs_are_corrected() -> None:
     """Holm 1979: the least of three counts thrice, the next twice, and none less than the one before."""
     assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
