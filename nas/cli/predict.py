@@ -67,7 +67,7 @@ def predict(
     runtime, preprocess, predictions, skipped and notes; the columns of --csv are image, rank, class, index and
     probability.
 
-    Exit codes: 0 done, 1 no image could be read, 2 bad input.
+    Exit codes: 0 done, 1 no image could be read, 2 bad input, 130 Ctrl-C.
     """
     from nas.evaluate.classes import read_labels
     from nas.evaluate.predict import PredictRequest

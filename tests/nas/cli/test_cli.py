@@ -262,7 +262,7 @@ def test_sigterm_ends_a_command_as_ctrl_c_does(vitnas, monkeypatch):
         signal.signal(signal.SIGTERM, before)
 
 
-VERBS = ("search", "runs", "models", "show", "bench", "prune", "train", "export", "dashboard")
+VERBS = ("search", "runs", "models", "show", "bench", "prune", "train", "export", "predict", "evaluate", "dashboard")
 
 
 @pytest.mark.parametrize("verb", VERBS)
