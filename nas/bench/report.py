@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 COLUMNS = (
     *("model", "resolution", *SETTINGS, "latency_ms", "p95_ms", "ci_low_ms", "ci_high_ms", "samples"),
     *("throughput", "throughput_batch", "ratio", "ratio_low", "ratio_high", "waiting"),
-    *("top1", "drop", "drop_low", "drop_high", "within", "error"),
+    *("top1", "drop", "drop_low", "drop_high", "within", "memory_mb", "file_mb", "energy_mj", "error"),
 )
 
 
@@ -31,7 +31,8 @@ def worded(name: str, value: Any) -> str:
 
 
 def to_csv(rows: Sequence[BenchRow], failed: Sequence[BenchFailure] = ()) -> bytes:
-    """A line per row (COLUMNS); latencies in ms, throughput in images/s. What failed has its error alone."""
+    """A line per row (COLUMNS); latencies in ms, throughput in images/s, sizes in 10^6 bytes, energy of an
+    image in mJ. What failed has its error alone."""
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()

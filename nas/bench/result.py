@@ -61,6 +61,13 @@ class BenchRow(Combination):
     """95% interval of the drop, paired on the same images."""
     within: bool | None = None
     """Whether int8 costs no more than it may; None where that was not judged."""
+    memory_mb: float | None = None
+    """Peak resident memory of its process above that of the runtime alone, in 10^6 bytes, as the next one; None where
+    it cannot be read."""
+    file_mb: float | None = None
+    """Size of its ONNX file; None of a network that PyTorch builds."""
+    energy_mj: float | None = None
+    """Of an image, in millijoules, idle power included; None where it cannot be read."""
 
 
 @dataclass(frozen=True)

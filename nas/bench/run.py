@@ -161,6 +161,9 @@ def _row(planned: Plan, cell: Cell, result: Measurement, first: Measurement, res
         waiting=waiting,
         throughput=fast.throughput(batch_size) if isinstance(fast, Measurement) else None,
         throughput_batch=batch_size,
+        memory_mb=result.memory_mb,
+        file_mb=result.file_mb,
+        energy_mj=result.energy_mj,
     )
 
 
@@ -186,6 +189,8 @@ def _notes(request: BenchRequest, planned: Plan, results: Results, rows: list[Be
         for label, given in planned.inputs.items()
         if given.half
     ]
+    measured = [result for result in results.values() if isinstance(result, Measurement)]
+    notes += dict.fromkeys(f"{line[:1].upper()}{line[1:]}." for result in measured for line in result.unread)
     notes += filter(None, map(trained_elsewhere, planned.targets.values()))
     if line := unequal({row.model: row.resolution for row in rows}, request.targets):
         notes.append(line)

@@ -105,6 +105,7 @@ class Measurer:
                     time_is_up = now + 2 * (now - round_started) > deadline
                     if time_is_up and len(result.rounds_ms) >= FEWEST_ROUNDS:
                         break
+                result = candidate.with_usage(result, path, deadline)
         except WorkerError as error:
             late = f"not measured in {timeout_s:g} s, {len(result.rounds_ms)} rounds done"
             raise MeasureError(late if time.monotonic() > deadline else str(error)) from None
@@ -200,6 +201,9 @@ def compare(
                 done = number
                 if progress:
                     progress(done, rounds)
+            for name, result in results.items():
+                if isinstance(result, Measurement):
+                    results[name] = models[name].with_usage(result, paths[name], time.monotonic() + limits_s[name])
         except KeyboardInterrupt:
             raise Interrupted(_whole_rounds(results, done), max(0, done)) from None
     return results
@@ -226,6 +230,7 @@ class _Model:
     ):
         self._worker = Worker(WORKER, usable_cpus()[: settings.threads], log, waiting=waiting)
         self._worker.send("start", settings=dataclasses.asdict(settings))
+        self._has_file = RUNTIMES[settings.runtime].artifact == "onnx"
 
     def load(self, path: Path, deadline: float) -> None:
         self._worker.receive(_left(deadline))
@@ -237,6 +242,14 @@ class _Model:
     def time_slice(self, deadline: float) -> list[float]:
         samples: list[float] = self._ask("time_slice", deadline)["samples_ms"]
         return samples
+
+    def with_usage(self, result: Measurement, path: Path, deadline: float) -> Measurement:
+        """A result with what the network needs beside time; without, where its process does not answer any more."""
+        file_mb = path.stat().st_size / 1e6 if self._has_file else None
+        found: dict[str, Any] = {}
+        with contextlib.suppress(WorkerError):
+            found = self._ask("usage", deadline)
+        return dataclasses.replace(result, file_mb=file_mb, **found)
 
     def _ask(self, method: str, deadline: float) -> dict[str, Any]:
         self._worker.resume()

@@ -104,6 +104,15 @@ class Measurement:
     reference_rounds_ms: list[list[float]] = field(default_factory=list)
     load_s: float = 0.0  # until the network was ready: what was left of the process start, its session
     wall_s: float = 0.0  # all of it, load_s included
+    memory_mb: float | None = None
+    """Peak resident memory of its process, less that of the process with the runtime imported alone, in 10^6 bytes;
+    None, as the next two, where it is not known."""
+    file_mb: float | None = None
+    """Size of the ONNX file; None of a network that PyTorch builds."""
+    energy_mj: float | None = None
+    """Of an image, in millijoules: of the CPU packages or of the GPU, idle power included."""
+    unread: list[str] = field(default_factory=list)
+    """Why memory or energy cannot be read, a line each."""
 
     @property
     def n(self) -> int:

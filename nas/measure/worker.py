@@ -1,6 +1,6 @@
 """The measuring process: holds one network and times it when asked (`python -m nas.measure.worker`).
 
-Methods, in the order they are called: start (imports), load, warm_up, then time_slice once a round.
+Methods, in the order they are called: start (imports), load, warm_up, time_slice once a round, then usage.
 """
 
 import importlib
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nas.measure.runtime import RUNTIMES, Settings
+from nas.measure.usage import Energy, Unread, counters, gpu_run_mj, peak_memory
 from nas.process import serve
 
 WARM_UP_MS = 50
@@ -28,11 +29,30 @@ class TimedModel:
     infer: Callable[[], None]
     untimed: int
     timed: int
+    empty_bytes: int | None = None
+    """Peak memory of this process before it loaded the network."""
+    energy: Energy | None = None
+    """On a CPU whose energy can be read."""
+
+    def __init__(self) -> None:
+        self.unread: list[str] = []
 
     def start(self, settings: dict[str, Any]) -> None:
         """Imports the runtime: the slow part of a fresh process, done before there is a file."""
         self.settings = Settings(**settings)
-        importlib.import_module(RUNTIMES[self.settings.runtime].package)
+        runtime = RUNTIMES[self.settings.runtime]
+        importlib.import_module(runtime.package)
+        if runtime.artifact == "module":  # which builds the network here: its code is no part of it
+            importlib.import_module("search_spaces")
+        try:
+            self.empty_bytes = peak_memory()
+        except Unread as why:
+            self.unread.append(str(why))
+        if self.settings.device == "cpu":
+            try:
+                self.energy = Energy(counters())
+            except Unread as why:
+                self.unread.append(str(why))
 
     def load(self, path: str) -> None:
         self.infer = RUNTIMES[self.settings.runtime].load(Path(path), self.settings)
@@ -54,9 +74,29 @@ class TimedModel:
         self.timed = 1 if slow else min(MAX_RUNS, max(MIN_RUNS, math.ceil(SLICE_MS / min(runs))))
 
     def time_slice(self) -> dict[str, list[float]]:
+        if self.energy:
+            self.energy.begin()
         for _ in range(self.untimed):
             self.infer()
-        return {"samples_ms": [self.run_ms() for _ in range(self.timed)]}
+        samples_ms = [self.run_ms() for _ in range(self.timed)]
+        if self.energy:
+            self.energy.end(self.untimed + self.timed)
+        return {"samples_ms": samples_ms}
+
+    def usage(self) -> dict[str, Any]:
+        """Fields of `Measurement`. On a GPU it runs the network for some seconds more."""
+        memory = None if self.empty_bytes is None else peak_memory() - self.empty_bytes
+        run_mj = self.energy.run_mj if self.energy else None
+        if self.settings.device == "cuda":
+            try:
+                run_mj = gpu_run_mj(self.infer)
+            except Unread as why:
+                self.unread.append(str(why))
+        return {
+            "memory_mb": None if memory is None else memory / 1e6,
+            "energy_mj": None if run_mj is None else run_mj / self.settings.batch_size,
+            "unread": self.unread,
+        }
 
     def run_ms(self) -> float:
         started = time.perf_counter_ns()
@@ -72,6 +112,7 @@ def main() -> None:
             "load": model.load,
             "warm_up": model.warm_up,
             "time_slice": model.time_slice,
+            "usage": model.usage,
         }
     )
 

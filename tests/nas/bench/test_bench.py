@@ -47,6 +47,7 @@ KEYS = [
     ),
     *("ratio", "ratio_ci", "waiting", "throughput", "throughput_batch"),
     *("top1", "drop", "drop_ci", "within"),
+    *("memory_mb", "file_mb", "energy_mj"),
 ]
 FAST = ("--rounds", "6", "--threads", "1")
 

@@ -652,6 +652,9 @@ class Slow:
             raise WorkerError("no answer")
         return [250.0]
 
+    def with_usage(self, result: Measurement, *_: object) -> Measurement:
+        return result
+
     def load(self, *_: object) -> None: ...
 
     warm_up = close = load
@@ -751,6 +754,9 @@ class Timed:
             raise KeyboardInterrupt
         Timed.last -= 1
         return [1.0]
+
+    def with_usage(self, result: Measurement, *_: object) -> Measurement:
+        return result
 
     def load(self, *_: object) -> None: ...
 
