@@ -22,7 +22,7 @@ from nas.export.card import PREFIX, Card, Preprocess
 from nas.export.onnx_input import OnnxInput, written
 from nas.identity import file_digest
 from nas.machine import default_threads
-from nas.measure.runtime import RUNTIMES, check_installed, check_threads
+from nas.measure.runtime import Settings, check_settings
 from nas.measure.runtimes import openvino, ort
 from nas.text import first_line
 from nas.units import counted
@@ -87,6 +87,8 @@ class OnnxFile:
     """What was taken for granted, a line each."""
     kind: str
     """Of its input: one of PIXEL_KINDS."""
+    bf16: bool
+    """Whether what is not int8 is computed in bf16."""
     run: Callable[[Pixels], Pixels]
     """One inference of `batch_size` inputs, of any number where that is None."""
 
@@ -98,6 +100,7 @@ class OnnxFile:
         preprocess: Preprocess | GivenPreprocess | None = None,
         classes: Sequence[str] | None = None,
         threads: int | None = None,
+        bf16: bool = False,
     ) -> OnnxFile:
         """Open a file, or the model.onnx of a folder or of a run's best/.
 
@@ -107,15 +110,14 @@ class OnnxFile:
                 model.onnx of a folder.
             classes: names in the order of the logits; None: those of its metadata.
             threads: CPU threads; None: the physical cores that this process may use.
+            bf16: compute in bf16 what is not int8, which OpenVINO does on CPUs that have it.
 
         Raises:
-            UserError: no such file, a damaged one, or none that classifies images; a runtime that is not installed;
-                nothing says how an image becomes its input; another number of classes than names.
+            UserError: no such file, a damaged one, or none that classifies images; a runtime that is not installed, or
+                has no bf16 here; nothing says how an image becomes its input; another number of classes than names.
         """
         found = find_onnx(path)
-        if threads is not None:
-            check_threads(threads)
-        opened = _opened(found, runtime, threads or default_threads())
+        opened = _opened(found, runtime, default_threads() if threads is None else threads, bf16)
         card = Card.of_metadata(opened.metadata, found)
         if card.preprocess is None and Path(path).is_dir():
             card = Card.read(found.parent)
@@ -157,14 +159,15 @@ class OnnxFile:
             probabilities=probabilities,
             notes=tuple(notes),
             kind=pixels.kind,
+            bf16=bf16,
             run=run,
         )
 
     @cached_property
-    def precision(self) -> FilePrecision:
-        """int8 where it is quantised, fp16 where it has weights of float16."""
+    def precision(self) -> FilePrecision | Literal["bf16"]:
+        """int8 where it is quantised, else bf16 where that is computed in, fp16 where it has weights of float16."""
         about = OnnxInput.read(self.path)
-        return "int8" if about.quantised else "fp16" if about.half else "fp32"
+        return "int8" if about.quantised else "bf16" if self.bf16 else "fp16" if about.half else "fp32"
 
     @cached_property
     def sha256(self) -> str:
@@ -252,19 +255,19 @@ def find_onnx(path: str | Path) -> Path:
     raise UserError(f"{path} holds no model.onnx and no best/model.onnx: `vitnas export {path} --out DIR` writes one")
 
 
-def _opened(path: Path, runtime: str, threads: int) -> _Opened:
+def _opened(path: Path, runtime: str, threads: int, bf16: bool) -> _Opened:
     openers = {"onnxruntime": _onnxruntime, "openvino": _openvino}
     if runtime not in openers:
         raise unknown("runtime", runtime, openers)
-    check_installed(RUNTIMES[runtime])
+    check_settings(Settings(runtime, threads=threads, precision="bf16" if bf16 else "fp32"))
     try:
-        return openers[runtime](path, threads)
+        return openers[runtime](path, threads, bf16)
     except Exception as error:  # each runtime has its own kinds
         OnnxInput.read(path)  # which tells what is wrong, where it is the file
         raise UserError(f"{runtime} cannot open {path}: {first_line(error)}") from error
 
 
-def _onnxruntime(path: Path, threads: int) -> _Opened:
+def _onnxruntime(path: Path, threads: int, _bf16: bool) -> _Opened:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -281,7 +284,7 @@ def _onnxruntime(path: Path, threads: int) -> _Opened:
     )
 
 
-def _openvino(path: Path, threads: int) -> _Opened:
+def _openvino(path: Path, threads: int, bf16: bool) -> _Opened:
     core = openvino.the_core()
     model = core.read_model(path)
     inputs = [
@@ -291,7 +294,7 @@ def _openvino(path: Path, threads: int) -> _Opened:
     outputs = [_Output(port.any_name, _dimensions(port)) for port in model.outputs]
     told = model.get_rt_info("framework").value if model.has_rt_info("framework") else {}
     metadata = {key: str(getattr(value, "value", value)) for key, value in told.items()}
-    options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
+    options = {"INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32", "INFERENCE_NUM_THREADS": threads}
     request = core.compile_model(model, "CPU", options).create_infer_request()
     return _Opened(inputs, outputs, metadata, lambda batch, i: np.array(request.infer([batch])[i]))
 

@@ -99,25 +99,15 @@ def check_settings(settings: Settings) -> None:
             f"runtime {runtime.name} has {', '.join(runtime.precisions[device])} on {device}, not {precision}: "
             + (f"{precision} is in {', '.join(able)}" if able else f"no runtime has {precision} on {device}")
         )
-    check_threads(settings.threads)
-    _check_batch(settings.batch_size)
-    check_installed(runtime)
-    if missing := (_no_gpu(precision) if device == "cuda" else None) or runtime.check(settings):
-        raise UserError(missing)
-
-
-def check_threads(threads: int) -> None:
-    """Raises UserError where this process may not use as many CPUs."""
     usable = len(usable_cpus())
-    if not 1 <= threads <= usable:
-        raise UserError(f"threads is {threads}: give 1 to {usable}, the CPUs this process may use")
-
-
-def check_installed(runtime: Runtime) -> None:
-    """Raises UserError, with the line that installs it, where the runtime's package is missing."""
+    if not 1 <= settings.threads <= usable:
+        raise UserError(f"threads is {settings.threads}: give 1 to {usable}, the CPUs this process may use")
+    _check_batch(settings.batch_size)
     if importlib.util.find_spec(runtime.package) is None:
         what = f"'vitnas[{runtime.extra}]'" if runtime.extra else runtime.package
         raise UserError(f"{runtime.package} is not installed: pip install {what}")
+    if missing := (_no_gpu(precision) if device == "cuda" else None) or runtime.check(settings):
+        raise UserError(missing)
 
 
 def no_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:

@@ -21,6 +21,7 @@ from nas.evaluate.onnx_file import OnnxFile, softmax
 from nas.evaluate.preprocess import PRESETS, parse_preprocess
 from nas.export.card import Preprocess
 from nas.export.onnx import label_onnx, to_onnx
+from nas.measure.runtime import no_bf16
 
 RUNTIMES = ("onnxruntime", "openvino")
 
@@ -168,6 +169,18 @@ def test_precision_and_digest(tmp_path: Path) -> None:
         file = OnnxFile.open(path)
         assert file.precision == precision
         assert re.fullmatch("[0-9a-f]{64}", file.sha256)
+
+
+def test_bf16_is_computed_in_where_there_is_some(tmp_path: Path) -> None:
+    path, pixels = write_toy(tmp_path / "net.onnx", card=toy_card()), random_pixels(4)
+    with pytest.raises(UserError, match="runtime onnxruntime has fp32, int8 on cpu, not bf16"):
+        OnnxFile.open(path, bf16=True)
+    if why := no_bf16():
+        pytest.skip(why)
+    half, whole = (OnnxFile.open(path, "openvino", bf16=bf16) for bf16 in (True, False))
+    assert (half.precision, whole.precision) == ("bf16", "fp32")
+    difference = abs(half.logits(pixels) - whole.logits(pixels)).max()
+    assert 0 < difference < 0.2
 
 
 def damaged(path: Path) -> None:
