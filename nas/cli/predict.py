@@ -35,7 +35,10 @@ NARROWEST = 16
     "Example:  curl -s URL | vitnas predict theirs.onnx - --preprocess imagenet --labels labels.txt",
 )
 def predict(
-    model: Annotated[str, typer.Argument(help="An .onnx file, or the folder of a run or a network (its model.onnx).")],
+    model: Annotated[
+        str,
+        typer.Argument(help="An .onnx file, or the model.onnx of a run's or a network's folder, or of hf-hub:REPO."),
+    ],
     images: Annotated[
         list[str], typer.Argument(help="Images, folders of them, or - for one image from standard input.")
     ],

@@ -24,6 +24,7 @@ from nas.identity import file_digest
 from nas.machine import default_threads
 from nas.measure.runtime import Settings, check_settings
 from nas.measure.runtimes import openvino, ort
+from nas.networks.hub import HUB, fetch_onnx
 from nas.text import first_line
 from nas.units import counted
 
@@ -102,7 +103,7 @@ class OnnxFile:
         threads: int | None = None,
         bf16: bool = False,
     ) -> OnnxFile:
-        """Open a file, or the model.onnx of a folder or of a run's best/.
+        """Open a file, or the model.onnx of a folder, of a run's best/, or of hf-hub:REPO.
 
         Args:
             runtime: onnxruntime or openvino, both on the CPU.
@@ -236,12 +237,14 @@ def softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def find_onnx(path: str | Path) -> Path:
-    """A file, or the model.onnx of a folder or of a run's best/.
+    """A file, or the model.onnx of a folder, of a run's best/, or of hf-hub:REPO, which is downloaded.
 
     Raises:
         UserError: there is none.
     """
     found = Path(path)
+    if str(path).startswith(HUB) and not found.exists():
+        return fetch_onnx(str(path).removeprefix(HUB))
     if not found.is_dir():
         if not found.exists():
             named = "" if found.suffix == ".onnx" else f"; `vitnas export {path} --out DIR` writes that of a network"

@@ -53,7 +53,7 @@ class PredictRequest:
     """What is to be classified, and with what."""
 
     model: str | Path
-    """An ONNX file, or a folder that holds one: a run's, or a network's."""
+    """An ONNX file, a folder that holds one (a run's, or a network's), or hf-hub:REPO."""
     images: Sequence[str | Path | Encoded]
     """Files, folders (with those below them), or content."""
     top_k: int = 5

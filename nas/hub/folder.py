@@ -14,7 +14,7 @@ from nas.hub.facts import RunFacts, public
 from nas.hub.page import OnnxFacts, Subject, page
 from nas.hub.request import PushedFile
 from nas.networks.counts import counts_of
-from nas.networks.hub import ARCH, CONFIG, WEIGHTS
+from nas.networks.hub import ARCH, CONFIG, ONNX, WEIGHTS
 from nas.networks.targets import find_target
 from nas.networks.timm_form import PretrainedForm, TimmForm
 from nas.networks.timm_network import TimmNetwork
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from nas.hub.request import PushRequest
     from search_spaces import Arch
 
-ONNX, PAGE = "model.onnx", "README.md"
+PAGE = "README.md"
 IN_GRAPH = f"{PREFIX}in_graph"
 """In the metadata of a file that takes pixels as they are."""
 

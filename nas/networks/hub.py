@@ -20,7 +20,7 @@ from nas.text import first_line
 
 HUB = "hf-hub:"
 """How a repository is named on the command line: hf-hub:OWNER/NAME, or hf-hub:OWNER/NAME@REVISION."""
-ARCH, CONFIG, WEIGHTS = "arch.json", "config.json", "model.safetensors"
+ARCH, CONFIG, WEIGHTS, ONNX = "arch.json", "config.json", "model.safetensors", "model.onnx"
 """What a repository holds: the document of `vitnas push`, or timm's; and the weights."""
 BESIDE = ("preprocess.json", "labels.txt")
 """What `vitnas push` writes beside, where it is known."""
@@ -89,6 +89,32 @@ def fetch(name: str) -> HubNetwork:
     line = f"weights of {HUB}{name}: commit {commit}, {source} (sha256 {digest[:LENGTH]}){remark}"
     tell(line)
     return HubNetwork(document, line)
+
+
+def fetch_onnx(name: str) -> Path:
+    """A repository's model.onnx, in the hub's cache; without a connection the one that is there.
+
+    Args:
+        name: as `fetch` takes it.
+
+    Raises:
+        UserError: no such name or repository, one without the file, or a download that fails.
+        Unreached: no connection, and nothing in the cache. DiskFull: no room for the download.
+    """
+    repository, revision = _named(name)
+    kept = cached(repository, (ONNX,), revision)
+    try:
+        found = download(repository, (ONNX,), revision)
+    except Absent:
+        raise UserError(f"{HUB}{name} has no {ONNX}: `vitnas export {HUB}{name} --out DIR` writes one") from None
+    except HubError as error:
+        if kept is None or error.reached:
+            raise _refused(name, error) from None
+        tell(f"{HUB}{name} is from the hub's cache; whether it is the newest is unknown ({error})")
+        return kept
+    if found != kept:
+        tell(f"downloaded {ONNX} of {HUB}{name}, commit {found.parent.name[:7]}")
+    return found
 
 
 def _named(name: str) -> tuple[str, str | None]:

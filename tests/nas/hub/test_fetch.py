@@ -11,9 +11,12 @@ import pytest
 import torch
 from hub.stand_in import TOKEN, Files, Hub
 from huggingface_hub import constants
+from PIL import Image
 from safetensors.torch import save
+from toy_onnx import toy_card, write_toy
 
 from nas.errors import UserError
+from nas.evaluate.predict import PredictRequest, predict
 from nas.export.card import Card, Preprocess
 from nas.networks.build import create
 from nas.networks.hub import Unreached, fetch
@@ -256,3 +259,36 @@ def test_export_takes_the_classes_and_images_of_the_repository(
     assert card.classes == ["a", "b", "c"]
     assert card.preprocess is not None
     assert card.preprocess.interpolation == "bilinear"
+
+
+def test_predict_takes_the_file_of_a_repository(
+    hub: Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.WARNING, "nas")
+    repository = hub.add("me/net", {"model.onnx": write_toy(tmp_path / "model.onnx", card=toy_card()).read_bytes()})
+    image = tmp_path / "image.png"
+    Image.new("RGB", (20, 20), "red").save(image)
+
+    def answers(name: str = "hf-hub:me/net") -> list[str]:
+        caplog.clear()
+        (found,) = predict(PredictRequest(name, [image], top_k=3)).predictions
+        return [guess.label for guess in found.guesses]
+
+    wanted = answers(str(tmp_path / "model.onnx"))
+    assert answers() == wanted
+    assert caplog.messages == [f"downloaded model.onnx of hf-hub:me/net, commit {repository.commit('main')[:7]}"]
+    assert answers() == wanted
+    assert caplog.messages == []
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert answers() == wanted
+    assert caplog.messages == [
+        "hf-hub:me/net is from the hub's cache; whether it is the newest is unknown (HF_HUB_OFFLINE is set)"
+    ]
+    with pytest.raises(Unreached, match=r"could not fetch hf-hub:me/other \(HF_HUB_OFFLINE is set\)"):
+        answers("hf-hub:me/other")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    hub.add("me/weights", {"model.safetensors": b""})
+    with pytest.raises(
+        UserError, match="has no model.onnx: `vitnas export hf-hub:me/weights --out".replace(".", r"\.")
+    ):
+        answers("hf-hub:me/weights")
