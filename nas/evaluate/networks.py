@@ -79,6 +79,8 @@ class TorchClassifier:
     network: Arch | TimmNetwork
     preprocess: Preprocess
     classes: tuple[str, ...] | None
+    threads: int
+    """Of the CPU."""
     notes: tuple[str, ...] = ()
     runtime: str = TORCH
     precision: str = "fp32"
@@ -99,8 +101,13 @@ class TorchClassifier:
         """
         import torch
 
-        with torch.inference_mode():
-            found: np.ndarray = self.model(torch.from_numpy(pixels)).float().numpy()
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        try:
+            with torch.inference_mode():
+                found: np.ndarray = self.model(torch.from_numpy(pixels)).float().numpy()
+        finally:
+            torch.set_num_threads(before)
         if not np.isfinite(found).all():
             raise UserError("its outputs are NaN or infinite: train it again")
         return found
@@ -217,9 +224,6 @@ def _on_a_runtime(
 
 def _in_torch(name: str, labels: Sequence[str] | None, threads: int, weights_from: Path | None) -> Judged:
     """A network of ours or of timm's with its weights."""
-    import torch
-
-    torch.set_num_threads(threads)
     model, weights = _loaded(name, weights_from)
     network = model.arch
     if model.untrained:
@@ -229,7 +233,7 @@ def _in_torch(name: str, labels: Sequence[str] | None, threads: int, weights_fro
     if known is not None and len(known) != network.num_classes:
         raise UserError(f"{name} has {network.num_classes:,} classes, and {len(known):,} names of them are given")
     assert card.preprocess is not None
-    classifier = TorchClassifier(model.eval(), network, card.preprocess, tuple(known) if known else None)
+    classifier = TorchClassifier(model.eval(), network, card.preprocess, tuple(known) if known else None, threads)
     return Judged(name, classifier, weights or TIMM_WEIGHTS, weights, card.classes is not None)
 
 

@@ -2,47 +2,32 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from nas.data.batches import skipped_line
-from nas.data.decoding import RibbonError, decode
-from nas.data.images import Ribbon
-from nas.errors import UserError
+from nas.data.decoding import decode
 from nas.evaluate.classes import Matched, match, read_labels
 from nas.evaluate.images import JudgedImages, open_images
-from nas.evaluate.metrics import Answers, by_class, calibration, calibration_error, confusion, top1, top5
+from nas.evaluate.judge import Pass, judge
+from nas.evaluate.metrics import by_class, calibration, calibration_error, confusion, top1, top5
 from nas.evaluate.networks import Judged, open_networks
 from nas.evaluate.onnx_file import OnnxFile
 from nas.evaluate.pairs import compare
 from nas.evaluate.report import write_report
 from nas.evaluate.result import ClassResult, ConfusionCell, EvaluateResult, Mistake, ModelResult, Speed
-from nas.evaluate.speed import speeds_of
+from nas.evaluate.speed import Timed, time_networks
 from nas.files import job_folder
 from nas.job import now
-from nas.machine import default_threads
-from nas.measure.device import device_lock
-from nas.measure.hardware import describe
-from nas.measure.runtime import Settings
-from nas.measure.samples import quanta_line
+from nas.measure.device import settings_for
 from nas.units import counted, listed
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from nas.data.decoding import Source
     from nas.evaluate.request import EvaluateRequest
 
 Progress = Callable[[str, int, int], None]
-BATCH = 32
-"""Images that are decoded at a time."""
 
 
 def evaluate(
@@ -69,7 +54,7 @@ def evaluate(
 
 def _evaluate(request: EvaluateRequest, progress: Progress, say: Callable[[str], None]) -> EvaluateResult:
     started = now()
-    threads = request.threads or default_threads()
+    threads = settings_for(threads=request.threads).threads
     labels = read_labels(Path(request.labels)) if request.labels is not None else None
     progress("opening the networks", 0, 0)
     networks = labelled(
@@ -89,43 +74,27 @@ def _evaluate(request: EvaluateRequest, progress: Progress, say: Callable[[str],
         for label, each in networks.items()
     }
     say(described(images))
-    pass_ = _judge(networks, matched, images, threads, lambda done: progress("judging", done, len(images.images)))
-    speeds, notes, interrupted = dict[str, Speed](), [], False
-    cpu: str | None = None
+    judged = judge(networks, matched, images, threads, lambda done: progress("judging", done, len(images.images)))
+    timed = Timed()
     if request.throughput:
-        try:
-            with device_lock("cpu"):  # what another vitnas does there is not this machine's load
-                hardware = describe(Settings(threads=threads))
-            cpu = hardware["cpu"]
-            distinct = {_timed(each): label for label, each in reversed(networks.items())}
-            found, failed = speeds_of(
-                {label: networks[label] for label in distinct.values()},
-                threads,
-                lambda done, total: progress("measuring, rounds", done, total),
-            )
-            speeds = {label: found[own] for label, each in networks.items() if (own := distinct[_timed(each)]) in found}
-            notes += failed
-            if any(each.waiting for each in speeds.values()):
-                notes.append(_sentence(quanta_line(hardware, "the latencies marked waiting")))
-        except KeyboardInterrupt:
-            interrupted = True
-            notes.append("Interrupted: latency was not measured.")
+        timed = time_networks(networks, threads, lambda done, total: progress("measuring, rounds", done, total))
     results = [
-        _result(label, each, matched[label], images, pass_, speeds.get(label)) for label, each in networks.items()
+        _result(label, each, matched[label], images, judged, timed.speeds.get(label))
+        for label, each in networks.items()
     ]
     result = EvaluateResult(
         data=images.name,
         part=images.part,
-        images=len(pass_.kept),
+        images=len(judged.kept),
         classes=images.classes,
-        skipped=[str(name) for name in pass_.skipped],
+        skipped=[str(name) for name in judged.skipped],
         results=results,
-        pairs=compare({label: answers.right for label, answers in pass_.answers.items()}),
-        notes=[*_notes(networks, matched, images, pass_), *notes],
-        cpu=cpu,
+        pairs=compare({label: answers.right for label, answers in judged.answers.items()}),
+        notes=[*_notes(networks, matched, images, judged), *map(_sentence, timed.notes)],
+        cpu=timed.cpu,
         started=started,
         finished=now(),
-        interrupted=interrupted,
+        interrupted=timed.interrupted,
     )
     if request.folder is not None:
         write_report(Path(request.folder), result, lambda index: decode(images.images.sources[index]))
@@ -166,95 +135,8 @@ def short_names(names: Sequence[str]) -> dict[str, str]:
     return ends | others
 
 
-@dataclass
-class _Pass:
-    """What came of one pass over the images. kept: indices of those that were judged; small: how many of them were
-    smaller than a network's crop; skipped: names of those that cannot be decoded."""
-
-    kept: list[int] = field(default_factory=list)
-    answers: dict[str, Answers] = field(default_factory=dict)
-    small: Counter[str] = field(default_factory=Counter)
-    skipped: list[str] = field(default_factory=list)
-
-
-def _judge(
-    networks: Mapping[str, Judged],
-    matched: Mapping[str, Matched],
-    images: JudgedImages,
-    threads: int,
-    progress: Callable[[int], None],
-) -> _Pass:
-    """One pass over the images, for all networks.
-
-    Raises:
-        UserError: no image can be decoded, or a network's outputs are NaN or infinite.
-    """
-    found = _Pass()
-    feeds = {each.feeds: each for each in networks.values()}
-    parts: dict[str, list[Answers]] = {label: [] for label in networks}
-    done = 0
-    with ThreadPoolExecutor(threads) as pool:
-        for batch in _batches(range(len(images.images))):
-            read = list(pool.map(lambda index: _prepared(images.images.sources[index], feeds), batch))
-            done += len(batch)
-            whole = [(index, each) for index, each in zip(batch, read, strict=True) if isinstance(each, _Prepared)]
-            found.skipped += [each for each in read if isinstance(each, str)]
-            if whole:
-                found.kept += [index for index, _ in whole]
-                truth = np.array([images.images.labels[index] for index, _ in whole])
-                fed = {feed: np.stack([each.pixels[feed] for _, each in whole]) for feed in feeds}
-                for label, network in networks.items():
-                    found.small[label] += sum(each.side < network.classifier.preprocess.size for _, each in whole)
-                    logits = _answered(network, fed[network.feeds])
-                    parts[label].append(Answers.of(logits, np.array(matched[label].outputs)[truth]))
-            progress(done)
-    if not found.kept:
-        raise UserError(f"none of {counted(len(images.images), 'image')} can be used: {skipped_line([found])}")
-    found.answers = {label: Answers.joined(each) for label, each in parts.items()}
-    return found
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """An image's pixels by what they are made for, and its shorter side in px."""
-
-    pixels: dict[tuple[object, ...], np.ndarray]
-    side: int
-
-
-def _prepared(source: Source, feeds: Mapping[tuple[object, ...], Judged]) -> _Prepared | str:
-    """Or its name, where it cannot be decoded."""
-    try:
-        image: Image = decode(source)
-    except MemoryError:  # the machine's fault, not the file's
-        raise MemoryError(f"{source} cannot be decoded") from None
-    except RibbonError:
-        return Ribbon(source)
-    except Exception:  # Pillow's decoders raise a dozen kinds
-        return str(source)
-    return _Prepared({feed: each.classifier.pixels(image) for feed, each in feeds.items()}, min(image.size))
-
-
-def _answered(network: Judged, pixels: np.ndarray) -> np.ndarray:
-    try:
-        return network.classifier.logits(pixels)
-    except UserError as error:
-        named = str(error).startswith((network.name, str(network.file)))
-        raise UserError(str(error) if named else f"{network.name}: {error}") from None
-
-
-def _batches(indices: range) -> Iterator[range]:
-    for start in range(0, len(indices), BATCH):
-        yield indices[start : start + BATCH]
-
-
-def _timed(network: Judged) -> tuple[object, ...]:
-    """What its latency depends on: not on how images are prepared."""
-    return network.name, network.classifier.runtime
-
-
 def _result(
-    label: str, network: Judged, matched: Matched, images: JudgedImages, found: _Pass, speed: Speed | None
+    label: str, network: Judged, matched: Matched, images: JudgedImages, found: Pass, speed: Speed | None
 ) -> ModelResult:
     answers, classifier = found.answers[label], network.classifier
     own = {output: images.classes[i] for i, output in enumerate(matched.outputs)}
@@ -311,7 +193,7 @@ def _words(network: Judged) -> str:
 
 
 def _notes(
-    networks: Mapping[str, Judged], matched: Mapping[str, Matched], images: JudgedImages, found: _Pass
+    networks: Mapping[str, Judged], matched: Mapping[str, Matched], images: JudgedImages, found: Pass
 ) -> list[str]:
     """What a reader of the figures has to know."""
     notes = [_sentence(line) for line in images.notes]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from nas.evaluate.words import ECE, FEW, SPEED, headline, p_words, pair_words, told_pairs
+from nas.evaluate.words import ECE, FEW, SPEED, headline, images_words, p_words, pair_words, told_pairs
 from nas.intervals import guessing
 from nas.report.tables import Column, console_of, print_table, prose
 from nas.units import counted, shown
@@ -32,6 +32,7 @@ def show_evaluation(result: EvaluateResult, stderr: bool = False) -> None:
     """Print the answer, the table, the comparisons, what is worst, and the notes."""
     console = console_of(stderr)
     prose(console, f"{headline(result)}.")
+    prose(console, f"{images_words(result)}.")
     pairs = told_pairs(result)
     if len(result.results) <= FEW:
         print_table(console, COLUMNS, [_cells(each) for each in result.results])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from nas.units import counted, shown
+from nas.units import counted, listed, shown
 
 if TYPE_CHECKING:
     from nas.evaluate.pairs import Pair
@@ -63,7 +63,22 @@ def headline(result: EvaluateResult) -> str:
     if len(result.results) == 2:
         return f"{difference_words(result.pairs[0])}, on {counted(result.images, 'image')}"
     which = f"Best of {len(result.results)}: " if len(result.results) > 2 else ""
+    ties = tied_with(result, best.label)
+    tied = f", a tie with {listed(map(shown, ties), 2)}" if ties else ""
     return (
         f"{which}{shown(best.label)} gets {best.top1:.1f}% of {counted(result.images, 'image')} right "
-        f"(95%: {low:.1f} to {high:.1f})"
+        f"(95%: {low:.1f} to {high:.1f}){tied}"
     )
+
+
+def tied_with(result: EvaluateResult, label: str) -> list[str]:
+    """The networks that these images do not tell from this one."""
+    ties = [each for each in result.pairs if each.tie]
+    return [each.second if each.first == label else each.first for each in ties if label in (each.first, each.second)]
+
+
+def images_words(result: EvaluateResult) -> str:
+    """What was judged on, in a line."""
+    part = f" ({result.part})" if result.part else ""
+    many = len(result.classes)
+    return f"{shown(result.data)}{part}: {counted(result.images, 'image')} of {many:,} class{'es' * (many != 1)}"

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from toy_onnx import CLASSES, toy_card, write_toy
 
-from nas.evaluate import run
+from nas.evaluate import judge, speed
 from nas.evaluate.onnx_file import OnnxFile
 from nas.evaluate.run import short_names
 from nas.export.card import Card, Preprocess
@@ -105,8 +105,8 @@ def test_networks_are_compared_on_the_same_images(
 ) -> None:
     other = str(write_toy(tmp_path / "other.onnx", card=toy_card(), scale=-1))
     decoded = []
-    decode = run.decode
-    monkeypatch.setattr(run, "decode", lambda source: decoded.append(source) or decode(source))
+    decode = judge.decode
+    monkeypatch.setattr(judge, "decode", lambda source: decoded.append(source) or decode(source))
     runtimes = ("--runtime", "onnxruntime", "--runtime", "openvino")
     found = judged(vitnas, toy, other, "--data", str(images), *runtimes)
     assert len(decoded) == len(set(decoded)) == 3 * PER_CLASS
@@ -172,6 +172,7 @@ def test_what_cannot_be_judged_leaves_nothing(vitnas: Cli, toy: str, images: Pat
     refused(toy, *data, "--runtime", "tensorrt", told="hoose from onnxruntime, openvino, torch")
     refused(toy, *data, "--runtime", "torch", told="leave --runtime torch out")
     refused("shvit_s1", *data, "--runtime", "openvino", told="is no ONNX file")
+    vitnas.refused(vitnas("evaluate", toy, *data, "--threads", "0", "-q"), "threads is 0")
     refused(toy, *data, "--split", "dev", told="choose from train, val, test, all")
     nan = write_toy(tmp_path / "nan.onnx", card=toy_card(), scale=float("nan"))
     refused(str(nan), *data, told="NaN or infinite")
@@ -277,7 +278,7 @@ def test_ctrl_c_while_judging_leaves_nothing(
     def interrupt(source: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "decode", interrupt)
+    monkeypatch.setattr(judge, "decode", interrupt)
     code, out, err = vitnas("evaluate", toy, "--data", str(images), *BARE, "--out", str(tmp_path / "out"))
     assert (code, out, err) == (130, "", "interrupted\n")
     assert not (tmp_path / "out").exists()
@@ -286,10 +287,10 @@ def test_ctrl_c_while_judging_leaves_nothing(
 def test_ctrl_c_while_measuring_keeps_the_accuracy(
     vitnas: Cli, toy: str, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(*_: object) -> None:
+    def interrupt(*_: object, **__: object) -> None:
         raise Interrupted({}, 0)
 
-    monkeypatch.setattr(run, "speeds_of", interrupt)
+    monkeypatch.setattr(speed, "measure_side_by_side", interrupt)
     code, out, _ = vitnas("evaluate", toy, "--data", str(images), "--threads", "1", "-q")
     assert code == 130
     assert "toy.onnx" in out
