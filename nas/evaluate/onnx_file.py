@@ -134,8 +134,8 @@ class OnnxFile:
                 raise UserError(f"{found} fails on {runtime}: {first_line(error)}") from error
 
         probabilities, notes = _flag(opened.metadata, "probabilities", found), []
-        if count is None or not opened.metadata.keys() >= {f"{PREFIX}preprocess"}:
-            answer = _flat(found, run(_grey(how.size, pixels, channels_last)))
+        if count is None or f"{PREFIX}preprocess" not in opened.metadata:
+            answer = _flat(found, run(_zeros(how.size, pixels, channels_last)))
             count = answer.shape[1]
             if not probabilities and _are_probabilities(answer):
                 probabilities = True
@@ -218,7 +218,13 @@ class OnnxFile:
             batch = inputs[start : start + size]
             lacking = size - len(batch) if self.batch_size else 0
             whole = np.concatenate([batch, np.repeat(batch[-1:], lacking, 0)]) if lacking else batch
-            answers.append(_flat(self.path, self.run(whole))[: len(batch)].astype(np.float32))
+            answer = _flat(self.path, self.run(whole))
+            if answer.shape != (len(whole), self.num_classes):
+                raise UserError(
+                    f"{self.path} answers {written(answer.shape)} for {counted(len(whole), 'image')}, not "
+                    f"{len(whole)}x{self.num_classes}: it does not take the batch that it states; export it again"
+                )
+            answers.append(answer[: len(batch)].astype(np.float32))
         found = np.concatenate(answers)
         broken = int((~np.isfinite(found)).any(1).sum())
         if broken:
@@ -410,7 +416,7 @@ def _flat(path: Path, answer: Pixels) -> Pixels:
     return answer.reshape(len(answer), -1)
 
 
-def _grey(size: int, pixels: OnnxInput, channels_last: bool) -> Pixels:
+def _zeros(size: int, pixels: OnnxInput, channels_last: bool) -> Pixels:
     shape = (size, size, 3) if channels_last else (3, size, size)
     return np.zeros((pixels.batch_size or 1, *shape), pixels.kind)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -251,6 +252,13 @@ def test_answers_that_are_no_numbers_are_told(tmp_path: Path, runtime: str) -> N
     file = OnnxFile.open(write_toy(tmp_path / "net.onnx", card=toy_card(), scale=float("inf")), runtime)
     with pytest.raises(UserError, match="its outputs are NaN or infinite for 2 of 2 images: export it again"):
         file.logits(random_pixels(2))
+
+
+def test_answers_for_other_images_than_were_fed_are_told(tmp_path: Path) -> None:
+    file = OnnxFile.open(write_toy(tmp_path / "net.onnx", ("N", 3, 16, 16), card=toy_card()))
+    one = replace(file, run=lambda batch: file.run(batch[:1]))
+    with pytest.raises(UserError, match="answers 1x3 for 2 images, not 2x3: it does not take the batch that it states"):
+        one.logits(random_pixels(2))
 
 
 def test_names_that_are_given_must_be_as_many(tmp_path: Path) -> None:
