@@ -11,15 +11,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, FiniteFloat, InstanceOf, TypeAdapter
+from pydantic import BaseModel, Field, FiniteFloat, InstanceOf, TypeAdapter
 
 from nas.errors import UserError
 from nas.quality.tier import told_score
 from nas.report.tables import Column, console_of, print_table, prose
 
 Row = dict[str, Any]
-"""run: the folder's name. kind: search, train, prune or export. budget, best: in words. state: finished, interrupted,
-running, or what is damaged. bytes: of all files. changed: the last of them, ISO 8601."""
+"""run: the folder's name. kind: search, train, prune, export or evaluate. budget, best: in words. state: finished,
+interrupted, running, or what is damaged. bytes: of all files. changed: the last of them, ISO 8601."""
 COMPLETE = 1
 """A trial's state in Optuna's journal, and below the operations that set it and a study's attributes."""
 SET_STATE, SET_STUDY = 6, 2
@@ -102,6 +102,18 @@ class TrainResult(BaseModel):
     error: Text | None
 
 
+class JudgedNetwork(BaseModel):
+    label: Text
+    top1: FiniteFloat
+
+
+class EvaluateResult(BaseModel):
+    """Of an evaluate.json. results: of each network."""
+
+    results: list[JudgedNetwork] = Field(min_length=1)
+    interrupted: bool
+
+
 class Damaged(Exception):
     """A file that is not what it should be."""
 
@@ -127,7 +139,7 @@ def row_of(folder: Path) -> Row | None:
         return None
     row = {"run": folder.name, "kind": "", "budget": "", "best": "", "state": "no run of vitnas's"}
     try:
-        for told in (search_row, prune_row, train_row, export_row):
+        for told in (search_row, prune_row, train_row, export_row, evaluate_row):
             found = told(folder)
             if found is not None:
                 if not all(isinstance(value, str) for value in found.values()):
@@ -216,6 +228,16 @@ def export_row(folder: Path) -> Row | None:
     found = read(folder / "arch.json")
     best = f"timm/{found['timm']}" if "timm" in found else found["family"]
     return {"kind": "export", "best": best, "state": "finished"}
+
+
+def evaluate_row(folder: Path) -> Row | None:
+    path = folder / "evaluate.json"
+    if not path.is_file():
+        return None
+    told = EvaluateResult.model_validate(read(path))
+    best = max(told.results, key=lambda each: each.top1)
+    ended = "interrupted" if told.interrupted else "finished"
+    return {"kind": "evaluate", "best": f"{best.label}, {best.top1:.1f}% top-1", "state": state(folder, ended)}
 
 
 def unfinished(folder: Path, kind: str, option: str) -> Row | None:

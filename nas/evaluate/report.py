@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from nas.evaluate.result import EvaluateResult, Mistake, ModelResult
 
+RESULT, REPORT = "evaluate.json", "report.html"
 PICTURES = 24
 """Mistakes that are shown of each network."""
 SIDE = 132
@@ -68,8 +69,8 @@ def write_report(folder: Path, result: EvaluateResult, picture: Callable[[int], 
     """
     page = _html(result, picture)
     try:
-        replace_file(folder / "evaluate.json", json.dumps(result.to_json(), indent=1))
-        replace_file(folder / "report.html", page)
+        replace_file(folder / RESULT, json.dumps(result.to_json(), indent=1))
+        replace_file(folder / REPORT, page)
     except OSError as error:
         raise unwritable(folder, error) from None
 

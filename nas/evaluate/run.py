@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from nas.data.batches import skipped_line
 from nas.data.decoding import decode
+from nas.errors import UserError
 from nas.evaluate.classes import Matched, match, read_labels
 from nas.evaluate.images import JudgedImages, open_images
 from nas.evaluate.judge import Pass, judge
@@ -16,10 +17,11 @@ from nas.evaluate.metrics import by_class, calibration, calibration_error, confu
 from nas.evaluate.networks import Judged, open_networks
 from nas.evaluate.onnx_file import OnnxFile
 from nas.evaluate.pairs import compare
-from nas.evaluate.report import write_report
+from nas.evaluate.report import REPORT, RESULT, write_report
 from nas.evaluate.result import ClassResult, ConfusionCell, EvaluateResult, Mistake, ModelResult, Speed
 from nas.evaluate.speed import Timed, time_networks
 from nas.files import job_folder
+from nas.intervals import guessing
 from nas.job import now
 from nas.measure.device import settings_for
 from nas.units import counted, listed
@@ -48,7 +50,10 @@ def evaluate(
             written; nothing has been written then.
         KeyboardInterrupt: before all images were judged.
     """
-    with job_folder(Path(request.folder)) if request.folder is not None else nullcontext():
+    folder = Path(request.folder) if request.folder is not None else None
+    if folder is not None and (folder / REPORT).exists() and not (folder / RESULT).exists():
+        raise UserError(f"{folder} holds the {REPORT} of another run: give another --out")
+    with job_folder(folder) if folder is not None else nullcontext():
         return _evaluate(request, progress, say)
 
 
@@ -199,6 +204,9 @@ def _notes(
     notes = [_sentence(line) for line in images.notes]
     if line := skipped_line([found]):
         notes.append(_sentence(line))
+    for label, network in networks.items():
+        if chance := guessing(top1(found.answers[label]).ci, network.classifier.num_classes):
+            notes.append(f"{label}: {chance}.")
     names, told = short_names([each.name for each in networks.values()]), dict[str, list[str]]()
     for label, network in networks.items():
         notes += map(_sentence, network.notes)

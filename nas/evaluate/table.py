@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from nas.evaluate.words import ECE, FEW, SPEED, headline, images_words, p_words, pair_words, told_pairs
-from nas.intervals import guessing
 from nas.report.tables import Column, console_of, print_table, prose
 from nas.units import counted, shown
 
@@ -45,8 +44,6 @@ def show_evaluation(result: EvaluateResult, stderr: bool = False) -> None:
     for each in result.results:
         if len(result.results) <= FEW:
             prose(console, worst(each))
-        if chance := guessing(each.top1_ci, each.classes):
-            prose(console, f"{each.label}: {chance}.")
     for line in result.notes:
         prose(console, shown(line))
     timed = next((each.speed for each in result.results if each.speed), None)

@@ -30,6 +30,8 @@ PRUNE = {
     "accuracy": {"before": {"top1": 70.0}, "pruned": {"top1": 50.0}, "recovered": {"top1": 65.0}},
     "after": {"latency_ms": 2.0},
 }
+JUDGED = [{"label": "theirs.onnx", "top1": 50.0}, {"label": "mine.onnx", "top1": 60.0}]
+EVALUATE = {"results": JUDGED, "interrupted": False}
 BEGUN = {"options": {"model": "levit_192", "budget": "0.5x"}}
 
 
@@ -61,6 +63,7 @@ def test_every_kind_of_run(made, tmp_path):
     made("j", "result.json", SEARCH | {"winner": WINNER | {"top1": 0.0}})
     made("g", "state/state.json", BEGUN)
     made("h", "arch.json", {"family": "levit"})
+    made("k", "evaluate.json", EVALUATE)
     best = "trial 12 (efficientvit), 1.23 ms"
     assert told(tmp_path) == {
         "a": ("search", "1.5 ms", f"{best}, 59.5% top-1", "finished"),
@@ -73,6 +76,7 @@ def test_every_kind_of_run(made, tmp_path):
         "h": ("export", "", "levit", "finished"),
         "i": ("prune", "macs 0.5x", "levit_192, 2.00 ms, 50.0% top-1", "finished"),
         "j": ("search", "1.5 ms", f"{best}, 0.0% top-1", "finished"),
+        "k": ("evaluate", "", "mine.onnx, 60.0% top-1", "finished"),
     }
 
 

@@ -146,6 +146,15 @@ def test_the_page_shows_the_mistakes(vitnas: Cli, toy: str, images: Path, tmp_pa
     assert f"{found['results'][0]['top1']:.1f}%" in page
 
 
+def test_another_run_s_report_stays(vitnas: Cli, toy: str, images: Path, tmp_path: Path) -> None:
+    (tmp_path / "report.html").write_text("a search's")
+    words = ("evaluate", toy, "--data", str(images), *BARE, "--out", str(tmp_path))
+    vitnas.refused(vitnas(*words), "holds the report.html of another run: give another --out")
+    assert (tmp_path / "report.html").read_text() == "a search's"
+    (tmp_path / "evaluate.json").write_text("{}")
+    assert vitnas(*words)[0] == 0
+
+
 def test_names_are_no_markup(vitnas: Cli, images: Path, tmp_path: Path) -> None:
     bold = ("<b>cat", "dog", "élan")
     (images / "cat").rename(images / "<b>cat")
