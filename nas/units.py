@@ -58,6 +58,21 @@ def parse_count(text: str) -> float:
     return float(match[1]) * COUNTS[match[2]]
 
 
+MEGABYTES = {"kb": 1e-3, "mb": 1.0, "gb": 1e3, "kib": 1024 / 1e6, "mib": 1024**2 / 1e6, "gib": 1024**3 / 1e6}
+
+
+def parse_size(option: str, text: str) -> float:
+    """A size with its unit ("64MB", "1.5GB", "800KB", "4MiB") in 10^6 bytes.
+
+    Raises:
+        UserError: no unit, or not a positive size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([a-z]*)\s*", text.lower())
+    if not match or match[2] not in MEGABYTES or float(match[1]) == 0:
+        raise UserError(f"{option} {text!r} is not a size: write it like 64MB, 1.5GB or 800KB")
+    return float(match[1]) * MEGABYTES[match[2]]
+
+
 def parse_duration(text: str) -> float:
     """A duration ("90", "90s", "10m", "1.5h") in seconds.
 

@@ -73,7 +73,7 @@ def show_result(
 
 def show_answer(console: Console, outcome: Outcome) -> None:
     """The winner, or the fastest network and what may help."""
-    budget, settings = f"{outcome.budget_ms:g} ms", outcome.settings
+    budget, settings = outcome.budget, outcome.settings
     where = (
         f"{settings.runtime} {settings.precision}, {settings.device}, "
         f"{counted(settings.threads, 'thread')}, batch {settings.batch_size}"
@@ -143,7 +143,7 @@ def show_final(console: Console, final: Sequence[ClosingRow], tier: str) -> None
         (
             row.label if row.name else f"{row.label} ({row.family})",
             row.role if row.role == role_of(row) or row.kind is None else f"{row.role}, {row.kind}",
-            row.verdict or "",
+            " ".join(filter(None, (row.verdict, ", ".join(row.over)))),
             str(row.resolution),
             f"{told_score(row.quality):.1f}",
             "{:.1f}..{:.1f}".format(*row.quality_ci),
@@ -151,6 +151,7 @@ def show_final(console: Console, final: Sequence[ClosingRow], tier: str) -> None
             f"{row.latency_ms:.2f}",
             f"{row.ci_low_ms:.2f}..{row.ci_high_ms:.2f}",
             rate(row.throughput),
+            *("" if value is None else f"{value:.1f}" for value in (row.memory_mb, row.file_mb, row.energy_mj)),
             f"{row.params_m:.1f}",
             f"{row.macs_m:.0f}",
         )
@@ -168,6 +169,9 @@ def show_final(console: Console, final: Sequence[ClosingRow], tier: str) -> None
         Column("ms"),
         Column("95% of ms", drop=3),
         Column("img/s", drop=4),
+        Column("memory MB", drop=7),
+        Column("file MB", drop=8),
+        Column("mJ/img", drop=9),
         Column("M params", drop=6),
         Column("MMACs", drop=7),
     )

@@ -41,6 +41,11 @@ TRAINING_OPTIONS = ("train_images", "epochs", "final_epochs", "seeds", "validate
 def search(
     context: typer.Context,
     latency_budget: Annotated[str, typer.Option(help="Latency with its unit: 2ms, 1.5ms, 800us.")],
+    memory_budget: Annotated[
+        str | None,
+        typer.Option(help="Peak memory of a network's process above the runtime alone: 64MB.  [default: any]"),
+    ] = None,
+    size_budget: Annotated[str | None, typer.Option(help="Size of the ONNX file: 4MB.  [default: any]")] = None,
     device: Device = "cpu",
     family: Annotated[list[str] | None, typer.Option(help="Family to search; repeatable.  [default: all five]")] = None,
     data: Annotated[
@@ -127,10 +132,15 @@ def search(
 
     Exit codes: 0 a network surely fits, 1 none does or a step at the end failed, 2 bad input, 130 Ctrl-C.
     """
+    from nas.measure.budget import Limits
     from nas.measure.device import settings_for
-    from nas.units import parse_budget, parse_duration
+    from nas.units import parse_budget, parse_duration, parse_size
 
     budget_ms = parse_budget(latency_budget)
+    limits = Limits(
+        memory_mb=parse_size("--memory-budget", memory_budget) if memory_budget else None,
+        file_mb=parse_size("--size-budget", size_budget) if size_budget else None,
+    )
     timeout_s = parse_duration(timeout) if timeout else None
     settings = settings_for(runtime, device, threads, batch_size, precision)
     families = families_of(family)
@@ -178,6 +188,7 @@ def search(
         throughput_at=throughput_at,
         against=tuple(find_target(network) for network in against or ()),
         cache=not no_cache,
+        limits=limits,
     )
     if plan is not None and tier == "race" and epochs is None and (begun := epochs_in(request.folder)):
         request = replace(request, plan=replace(plan, epochs=begun))

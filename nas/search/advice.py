@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from nas.errors import UserError
@@ -40,7 +40,7 @@ def advice(
     measured = latencies(rows, final)
     if not measured:
         return []
-    fastest, lines = measured[0], []
+    fastest, lines = measured[0], list(looser_limits(request, measured))
     ci = fastest.latency_ci
     budget = rounded_up(ci[1] if ci else known(fastest.latency_p95_ms))
     if budget > request.budget_ms:
@@ -61,6 +61,21 @@ def advice(
     if others:
         lines.append(f"--runtime: {', '.join(others)} may be faster")
     return lines + unsearched(request, log.exhausted)
+
+
+def looser_limits(request: SearchRequest, measured: Sequence[Network]) -> Iterator[str]:
+    """Limits that some network meets, where none meets those of the search."""
+    limits = request.limits
+    needs: tuple[tuple[str, float | None, Callable[[Network], float | None]], ...] = (
+        ("--memory-budget", limits.memory_mb, lambda row: row.memory_mb),
+        ("--size-budget", limits.file_mb, lambda row: row.file_mb),
+    )
+    for option, limit, need in needs:
+        known_ones = [(value, row) for row in measured if (value := need(row)) is not None]
+        if limit is not None and known_ones:
+            least, row = min(known_ones, key=lambda each: each[0])
+            if least > limit:
+                yield f"{option} {rounded_up(least):g}MB, which {row.label} meets"
 
 
 def pruning(request: SearchRequest, row: Network) -> str:

@@ -173,7 +173,8 @@ class _ClosingRun:
         return told_of(rows) if self.rivals else rows
 
     def _latency(self, result: Measurement) -> dict[str, Any]:
-        verdict = LatencyBudget(self.request.budget_ms).judge(result.ci_ms)
+        over = self.request.limits.over(result.memory_mb, result.file_mb)
+        verdict = Verdict.OVER if over else LatencyBudget(self.request.budget_ms).judge(result.ci_ms)
         return {"latency_ms": result.p50_ms, "latency_p95_ms": result.p95_ms, "verdict": verdict}
 
     def _kept(self, label: str) -> dict[str, Any]:
@@ -195,6 +196,10 @@ class _ClosingRun:
             "samples": result.n,
             "rounds_alone": max(0, len(result.rounds_ms) - CLOSING_ROUNDS),
             "throughput": throughput,
+            "memory_mb": result.memory_mb,
+            "file_mb": result.file_mb,
+            "energy_mj": result.energy_mj,
+            "over": self.request.limits.over(result.memory_mb, result.file_mb),
         }
 
 

@@ -261,6 +261,7 @@ class _Finish:
             interrupted=self.end.interrupted,
             failures=self._failures(),
             budget_ms=request.budget_ms,
+            limits=request.limits,
             settings=request.settings,
             throughput_at=request.throughput_at,
             num_classes=request.num_classes,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Self
 
-from nas.measure.budget import LatencyBudget, Verdict
+from nas.measure.budget import LatencyBudget, Limits, Verdict
 from nas.measure.samples import HOPELESS, SURE_ROUNDS
 
 if TYPE_CHECKING:
@@ -41,6 +41,10 @@ class TrialLatency:
     """Images a second."""
     source: str
     """Where it is from: measured, reused (an earlier trial of the same network), or cache with a date."""
+    memory_mb: float | None = None
+    """As `nas.measure.samples.Measurement` has it, as the next two."""
+    file_mb: float | None = None
+    energy_mj: float | None = None
 
     @classmethod
     def of(cls, found: Measurement, throughput: float, source: str) -> Self:
@@ -58,6 +62,9 @@ class TrialLatency:
             reference_drift=found.reference_drift,
             throughput=throughput,
             source=source,
+            memory_mb=found.memory_mb,
+            file_mb=found.file_mb,
+            energy_mj=found.energy_mj,
         )
 
     @classmethod
@@ -84,6 +91,10 @@ class TrialLatency:
     def holds(self, budget_ms: float) -> bool:
         """Whether the interval of the median holds a budget, so that it cannot be told whether the budget is met."""
         return self.ci_ms is not None and self.verdict(budget_ms) == Verdict.UNSURE
+
+    def over(self, limits: Limits) -> tuple[str, ...]:
+        """The limits beside the latency that it does not meet."""
+        return limits.over(self.memory_mb, self.file_mb)
 
     def to_json(self) -> dict[str, float | str | None]:
         return asdict(self)

@@ -172,6 +172,7 @@ class _Search:
             if cache is not None:
                 stack.callback(cache.close)
             runner = stack.enter_context(TrialRunner(request, study, tier, cache, log.calibration, self.stage))
+            self._note(*runner.unread)
             make_trial = self._trials(stack, runner, tier)
             starting.lap("start")
             while due(study, request.trials, self.say, self._late) and not self._late():

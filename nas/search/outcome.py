@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from pydantic import TypeAdapter
 
 from nas.data.about import Summary
-from nas.measure.budget import Verdict
+from nas.measure.budget import Limits, Verdict
 from nas.measure.runtime import Settings
 from nas.networks.timm_network import TimmNetwork
 from nas.quality.candidate import Kind
@@ -206,6 +206,8 @@ class Outcome:
     failures: tuple[str, ...]
     """A line for each step that has failed."""
     budget_ms: float
+    limits: Limits = field(default_factory=Limits)
+    """Beside the latency."""
     settings: Settings
     throughput_at: int | None
     """The batch size of the throughput, where it is not that of the latency."""
@@ -248,6 +250,11 @@ class Outcome:
         return front_of(self.trials)
 
     @property
+    def budget(self) -> str:
+        """What a network has to meet, in words."""
+        return f"{self.budget_ms:g} ms{self.limits.words}"
+
+    @property
     def better_published(self) -> OutsideRow | None:
         """Where nothing is trained: the network outside of the search that surely fits and whose published top-1 is the
         highest, if it is above what is predicted of the winner."""
@@ -278,6 +285,7 @@ class Outcome:
             "interrupted": self.interrupted,
             "failures": self.failures,
             "budget_ms": self.budget_ms,
+            "limits": asdict(self.limits),
             "settings": asdict(self.settings),
             "throughput_at": self.throughput_at,
             "num_classes": self.num_classes,

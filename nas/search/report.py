@@ -51,7 +51,8 @@ COLUMNS = (
         "spread",
         "reference_ms",
     ),
-    *("throughput", "params_m", "macs_m", "resolution", "feasible", "verdict", "source"),
+    *("throughput", "memory_mb", "file_mb", "energy_mj"),
+    *("params_m", "macs_m", "resolution", "feasible", "verdict", "source"),
     "error",
 )
 REASONS_SHOWN = 12  # failed trials are grouped by reason; more reasons than these are only counted

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, cast
 
 from nas.data.inputs import identity
 from nas.errors import UserError
+from nas.measure.budget import Limits
 from nas.measure.device import check_settings, default_threads, device_label
-from nas.measure.runtime import Settings
+from nas.measure.runtime import RUNTIMES, Settings
 from nas.search.folder import JOURNAL
 
 if TYPE_CHECKING:
@@ -65,6 +66,8 @@ class SearchRequest:
     """Networks to measure beside the finalists in the closing run; no .onnx files."""
     cache: bool = True
     """Whether to use latencies that were measured earlier on this machine."""
+    limits: Limits = field(default_factory=Limits)
+    """What a network may need beside time; one over them is infeasible."""
 
     def __post_init__(self) -> None:
         from search_spaces.registry import FAMILIES
@@ -108,6 +111,9 @@ class SearchRequest:
         if self.plan is not None:
             self.plan.check()
         check_settings(self.settings)
+        if self.limits.file_mb is not None and RUNTIMES[self.settings.runtime].artifact != "onnx":
+            able = " or ".join(name for name, each in RUNTIMES.items() if each.artifact == "onnx")
+            raise UserError(f"--size-budget: runtime {self.settings.runtime} loads no file; use {able}")
         if self.throughput_at is not None:
             check_settings(replace(self.settings, batch_size=self.throughput_at))
 
@@ -143,6 +149,8 @@ class SearchRequest:
             agreed["resolution"] = self.resolution
         if self.throughput_at is not None:
             agreed["throughput_at"] = self.throughput_at
+        if self.limits != Limits():
+            agreed["limits"] = {"memory_mb": self.limits.memory_mb, "file_mb": self.limits.file_mb}
         if self.plan is not None:
             agreed["training"] = {
                 "train_images": self.plan.images,
@@ -168,6 +176,8 @@ def default_study(request: SearchRequest) -> str:
         ("{}t", settings.threads, default_threads(settings.device)),
         ("b{}", settings.batch_size, 1),
         ("at{}", request.throughput_at, None),
+        ("{:g}MB-memory", request.limits.memory_mb, None),
+        ("{:g}MB-file", request.limits.file_mb, None),
         ("{}px", request.resolution, None),
         ("{}c", request.num_classes, 1000),
         ("{}", request.quality, "prior"),

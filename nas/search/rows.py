@@ -75,6 +75,14 @@ class Trial:
     """How far that moved within the trial, as a share of it."""
     throughput: float | None = None
     """Images a second."""
+    memory_mb: float | None = None
+    """Peak resident memory of its process above that of the runtime alone, in 10^6 bytes, as the next one."""
+    file_mb: float | None = None
+    """Size of its ONNX file."""
+    energy_mj: float | None = None
+    """Of an image, in millijoules, idle power included."""
+    over: tuple[str, ...] = ()
+    """Limits beside the latency that it does not meet: memory, size."""
     params_m: float | None = None
     """Parameters in millions."""
     macs_m: float | None = None
@@ -82,9 +90,9 @@ class Trial:
     resolution: int | None = None
     """Height and width of the input in pixels."""
     feasible: bool = False
-    """Whether its median latency meets the budget."""
+    """Whether its median latency meets the budget, and it the limits."""
     verdict: Verdict | None = None
-    """What the interval of its latency says of the budget."""
+    """What the interval of its latency says of the budget; over where it does not meet the limits."""
     source: str = ""
     """Where the latency is from: measured, reused (of the same network), or cache with a date."""
     digest: str | None = None
@@ -123,7 +131,7 @@ class Timed:
     """Height and width of the input in pixels."""
     error: str = ""
     verdict: Verdict | None = None
-    """What the interval of its latency says of the budget."""
+    """What the interval of its latency says of the budget; over where it does not meet the limits."""
     latency_ms: float | None = None
     """Median, as the next ones in milliseconds."""
     latency_p95_ms: float | None = None
@@ -136,6 +144,11 @@ class Timed:
     """Rounds that it was measured in after those that all networks took part in."""
     throughput: float | None = None
     """Images a second."""
+    memory_mb: float | None = None
+    """As `Trial` has it, as the next three."""
+    file_mb: float | None = None
+    energy_mj: float | None = None
+    over: tuple[str, ...] = ()
 
     @property
     def latency_ci(self) -> Pair | None:
@@ -144,7 +157,8 @@ class Timed:
 
     def to_json(self) -> dict[str, object]:
         unmeasured = ("latency_ms", "latency_p95_ms", "ci_low_ms", "ci_high_ms", "samples", "rounds_alone")
-        return _flat(self, leaving_out=(*unmeasured, "throughput", "arch") if self.error else ("arch",))
+        needs = ("throughput", "memory_mb", "file_mb", "energy_mj", "over")
+        return _flat(self, leaving_out=(*unmeasured, *needs, "arch") if self.error else ("arch",))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,6 +268,8 @@ def trial_of(trial: FrozenTrial) -> Trial:
     complete = trial.state == TrialState.COMPLETE
     ends = detail.get("quality_ci") or _earlier_ci(detail)
     latency = TrialLatency.read(detail) if "latency_ms" in detail else None
+    over = tuple(detail.get("over", ()))
+    verdict = latency.verdict(attrs["budget_ms"]) if complete and latency else None
     return Trial(
         trial=trial.number,
         family=attrs.get("family", trial.params.get("family", "")),
@@ -272,7 +288,8 @@ def trial_of(trial: FrozenTrial) -> Trial:
         macs_m=attrs.get("macs_m"),
         resolution=attrs.get("resolution"),
         feasible=bool(complete and attrs.get("feasible")),
-        verdict=latency.verdict(attrs["budget_ms"]) if complete and latency else None,
+        over=over,
+        verdict=Verdict.OVER if verdict and over else verdict,
         digest=detail.get("digest"),
         key=detail.get("key", detail.get("digest")),
         features=detail.get("training", {}).get("features"),

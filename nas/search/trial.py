@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     import numpy as np
     import optuna
 
+    from nas.measure.budget import Limits
     from nas.measure.cache import Cache
     from nas.measure.protocol import Measurer
     from nas.measure.remote import RemoteMeasurer
@@ -70,6 +71,8 @@ class TrialRunner:
     measurer: Measurer | RemoteMeasurer
     reference_ms: float
     """Median latency of the reference network, when it was last measured."""
+    unread: tuple[str, ...]
+    """What cannot be read of a network here, a line each."""
 
     def __init__(
         self,
@@ -95,7 +98,10 @@ class TrialRunner:
             with device_lock(settings.device):
                 reference = self._exporter.write(reference_arch(), settings, self._folder / "reference")
                 self.measurer = self._stack.enter_context(open_measurer(settings, reference, self._folder))
-                self.reference_ms = self._steady(reference).p50_ms
+                found = self._steady(reference)
+                self.reference_ms, self.unread = found.p50_ms, tuple(found.unread)
+                if self.request.limits.memory_mb is not None and found.memory_mb is None:
+                    raise UserError(f"--memory-budget cannot be kept: {'; '.join(found.unread)}")
         except (MeasureError, WorkerError) as error:
             self._stack.close()
             raise UserError(f"the reference network {REFERENCE} cannot be measured here: {error}") from None
@@ -208,8 +214,9 @@ class TrialRunner:
         latency = self._known(network.digest()) or self._latency(trial, network, clock)
         clock.lap("other")
         budget_ms = self.request.budget_ms
-        excess = latency.excess(budget_ms)
+        excess, limits = latency.excess(budget_ms), self.request.limits
         may_fit = excess <= 0 or (candidate.kind == Kind.READY and latency.holds(budget_ms))
+        may_fit = may_fit and not latency.over(limits)
         if self.tier.trained:  # a family's shared weights are trained for whatever comes first
             leave_device()
         try:
@@ -230,7 +237,8 @@ class TrialRunner:
             quality=estimate.score,
             throughput=latency.throughput,
             constraint=excess,
-            attrs=attributes(candidate, counts, latency, estimate, budget_ms) | more,
+            attrs=attributes(candidate, counts, latency, estimate, budget_ms, limits) | more,
+            limits=limits.excess(latency.memory_mb, latency.file_mb),
         )
         clock.lap("storage")
         return told
@@ -312,17 +320,22 @@ class TrialRunner:
 
 
 def attributes(
-    candidate: Candidate, counts: Counts, latency: TrialLatency, estimate: Estimate, budget_ms: float
+    candidate: Candidate,
+    counts: Counts,
+    latency: TrialLatency,
+    estimate: Estimate,
+    budget_ms: float,
+    limits: Limits,
 ) -> dict[str, object]:
     """The attributes of a measured trial in its study: columns of the dashboard, and the rest as its detail."""
     from nas.measure.cache import code_digest
 
-    network = candidate.network
+    network, over = candidate.network, latency.over(limits)
     document: object = json.loads(network.to_json())
     return {
         "family": network.family,
         "latency_ms": latency.latency_ms,
-        "feasible": int(latency.excess(budget_ms) <= 0),
+        "feasible": int(latency.excess(budget_ms) <= 0 and not over),
         "budget_ms": budget_ms,
         "params_m": counts.params / 1e6,
         "macs_m": counts.macs / 1e6,
@@ -335,6 +348,7 @@ def attributes(
             "training": estimate.training.to_json() if estimate.training else {},
             "code": code_digest(),
             **latency.to_json(),
+            **({"over": [*over]} if over else {}),
         },
     }
 

@@ -60,12 +60,12 @@ def winner_line(outcome: Outcome) -> str:
     """The study's result in one line."""
     winner = outcome.winner
     if winner is None:
-        return f"nothing fits {outcome.budget_ms:g} ms"
+        return f"nothing fits {outcome.budget}"
     how = "within" if winner.verdict == Verdict.FITS else "may be within"
     accuracy = f", {winner.words}" if winner.words else ""
     gain = outcome.contest.gain_over_ready if outcome.contest else None
     accuracy += f"; found against ready: {gain.words}" if gain else ""
-    return f"{winner.label} ({winner.family}) {how} {outcome.budget_ms:g} ms{accuracy}"
+    return f"{winner.label} ({winner.family}) {how} {outcome.budget}{accuracy}"
 
 
 def better_line(outcome: Outcome) -> str:

@@ -210,6 +210,7 @@ def finish(
     throughput: float,
     constraint: float,
     attrs: Mapping[str, Any],
+    limits: Mapping[str, float] | None = None,
 ) -> bool:
     """Store a measured trial: its constraint "latency" (<= 0 fits the budget), attributes, values.
 
@@ -220,6 +221,7 @@ def finish(
     Args:
         quality, throughput: the two objectives.
         attrs: JSON values by name; numbers become the dashboard's columns.
+        limits: further constraints by name, as that of the latency.
 
     Returns:
         False if the lease expired and another worker retried the trial: the result is then dropped.
@@ -228,7 +230,8 @@ def finish(
     from optuna.trial import TrialState
 
     try:
-        trial.set_constraint("latency", constraint)
+        for name, excess in {"latency": constraint, **(limits or {})}.items():
+            trial.set_constraint(name, excess)
         for key, value in attrs.items():
             trial.set_user_attr(key, value)
         told = study.tell(trial, [quality, throughput], state=TrialState.COMPLETE, skip_if_finished=True)

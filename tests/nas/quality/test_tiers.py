@@ -13,6 +13,7 @@ from records import COMPLETE
 from scipy.stats import kendalltau
 
 from nas.errors import TrainingError, UserError
+from nas.measure.budget import Limits
 from nas.networks.counts import counts_of
 from nas.quality.candidate import Candidate
 from nas.quality.plan import TrainingPlan
@@ -394,7 +395,9 @@ def test_the_closing_run_leaves_it_to_parameters_too(tmp_path, monkeypatch):
     monkeypatch.setattr(side_by_side, "device_lock", lambda device: nullcontext())
     monkeypatch.setattr(side_by_side, "compare", lambda paths, *_, **__: dict.fromkeys(paths, Measurement([[1.0]] * 6)))
     settings = SimpleNamespace(device="cpu", batch_size=1)
-    options = SimpleNamespace(budget_ms=2.0, settings=settings, folder=tmp_path, against=(), throughput_at=None)
+    options = SimpleNamespace(
+        budget_ms=2.0, settings=settings, folder=tmp_path, against=(), throughput_at=None, limits=Limits()
+    )
     for selects_, best in ((True, 1), (False, 2)):
         rows = [row(1, 60.0, 2.0, selects_), row(2, 50.0, 4.0, selects_)]
         assert closing.closing_run(options, rows)[0][0].trial == best

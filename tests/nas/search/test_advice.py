@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 from records import COMPLETE
 
+from nas.measure.budget import Limits
 from nas.search.advice import advice, rounded_up, with_budget
 from nas.search.rows import ClosingRow
 from search_spaces import get_arch
@@ -23,6 +24,7 @@ def lines(
     plan: SimpleNamespace | None = None,
     closing: dict | None = None,
     exhausted: bool = False,
+    limits: Limits = Limits(),  # noqa: B008
 ) -> list[str]:
     row = replace(
         COMPLETE,
@@ -33,10 +35,14 @@ def lines(
         latency_ci_low_ms=0.95 * latency,
         latency_ci_high_ms=1.05 * latency,
         resolution=160,
+        memory_mb=80.5,
+        file_mb=25.0,
         arch=json.loads(get_arch("shvit_s1").to_json()),
     )
     settings = SimpleNamespace(device="cpu", threads=threads, runtime="onnxruntime", batch_size=2, precision="fp32")
-    options = SimpleNamespace(settings=settings, budget_ms=1.0, families=("shvit",), plan=plan, resolution=None)
+    options = SimpleNamespace(
+        settings=settings, budget_ms=1.0, families=("shvit",), plan=plan, resolution=None, limits=limits
+    )
     final = [] if closing is None else [ClosingRow.of(row, **{"latency_ms": latency} | closing)]
     return advice(options, SimpleNamespace(hardware=hardware, exhausted=exhausted), [row], final, COMMAND)
 
@@ -106,3 +112,9 @@ def test_a_budget_is_rounded_up_to_two_digits(ms, up):
 
 def test_the_budget_of_a_command_is_replaced():
     assert with_budget("vitnas search --latency-budget=2ms --study=s", 3.4) == "vitnas search --latency-budget 3.4ms"
+
+
+def test_a_limit_that_some_network_meets_is_named_first():
+    found = lines(QUIET, latency=0.5, limits=Limits(memory_mb=64.0, file_mb=30.0))
+    assert found[0] == "--memory-budget 81MB, which shvit_s1 meets"
+    assert not any(line.startswith(("--size-budget", "a budget of")) for line in found)

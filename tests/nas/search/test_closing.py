@@ -13,6 +13,7 @@ import pytest
 from records import COMPLETE
 
 from nas.export import side_by_side
+from nas.measure.budget import Limits
 from nas.measure.samples import MeasureError, Measurement
 from nas.networks.targets import find_target
 from nas.search import closing
@@ -31,6 +32,7 @@ class Clock:
     def __init__(self) -> None:
         self.medians: dict[int, list[Sequence[float] | MeasureError]] = {}
         self.runs: list[dict[str, int]] = []
+        self.memory_mb: dict[int, float] = {}
 
     def compare(self, paths: dict[str, Any], settings: Any, rounds: int, *_: Any) -> dict[str, Any]:
         self.runs.append(dict.fromkeys(paths, rounds))
@@ -39,7 +41,9 @@ class Clock:
     def _timed(self, trial: int, rounds: int) -> Measurement | MeasureError:
         left = self.medians[trial]
         found = left.pop(0) if len(left) > 1 else left[0]
-        return found if isinstance(found, MeasureError) else Measurement([[found[i % 2]] for i in range(rounds)])
+        if isinstance(found, MeasureError):
+            return found
+        return Measurement([[found[i % 2]] for i in range(rounds)], memory_mb=self.memory_mb.get(trial, 1.0))
 
 
 @pytest.fixture
@@ -53,12 +57,19 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return found
 
 
-def close(tmp_path: Any, clock: Clock, **medians: Any) -> tuple[list[ClosingRow], list[str]]:
+def close(
+    tmp_path: Any,
+    clock: Clock,
+    limits: Limits = Limits(),  # noqa: B008
+    **medians: Any,
+) -> tuple[list[ClosingRow], list[str]]:
     """The final table, and the notes, of trials of falling quality: t0, t1, ..."""
     clock.medians = {int(name[1:]): value if isinstance(value, list) else [value] for name, value in medians.items()}
     rows = [replace(COMPLETE, trial=trial, quality=70.0 - trial, arch={"number": trial}) for trial in clock.medians]
     settings = SimpleNamespace(device="cpu", batch_size=1)
-    options = SimpleNamespace(budget_ms=2.0, settings=settings, folder=tmp_path, against=(), throughput_at=None)
+    options = SimpleNamespace(
+        budget_ms=2.0, settings=settings, folder=tmp_path, against=(), throughput_at=None, limits=limits
+    )
     notes: list[str] = []
     return closing.closing_run(options, rows, note=notes.append)[0], notes
 
@@ -149,3 +160,13 @@ def test_networks_beside_run_at_the_resolution_of_the_best_finalist():
     found, refused = closing.outside_of([find_target("timm/inception_v3"), find_target("timm/lcnet_050")], small)
     assert list(found) == ["timm/lcnet_050"]
     assert "cannot take images of 64 px: 96 px works" in refused["timm/inception_v3"]
+
+
+def test_a_network_over_a_limit_wins_nothing_however_fast(tmp_path, clock):
+    clock.memory_mb = {0: 65.0, 1: 64.0}
+    final, _ = close(tmp_path, clock, Limits(memory_mb=64.0), t0=SURE, t1=SURE)
+    assert [(row.trial, row.verdict, row.role, row.over) for row in final] == [
+        (1, "fits", "winner", ()),
+        (0, "over", "found", ("memory",)),
+    ]
+    assert [row.to_json()["memory_mb"] for row in final] == [64.0, 65.0]

@@ -12,6 +12,7 @@ from optuna.samplers import RandomSampler
 
 from nas.errors import UserError
 from nas.intervals import Interval
+from nas.measure.budget import Limits
 from nas.networks.counts import counts_of
 from nas.quality.candidate import Candidate, Kind
 from nas.quality.surrogate import describe_candidate
@@ -210,7 +211,7 @@ def test_a_ready_network_that_may_meet_the_budget_is_in_the_race(
     tier = SimpleNamespace(
         name="race", trained=True, estimate=lambda *_: judge("estimate"), predict=lambda *_: judge("predict")
     )
-    runner = TrialRunner(SimpleNamespace(budget_ms=BUDGET_MS), study, tier)
+    runner = TrialRunner(SimpleNamespace(budget_ms=BUDGET_MS, limits=Limits()), study, tier)
     latency = TrialLatency(ms, ms, ms - 0.005, ms + 0.005, 100, 20, 1.0, 0.0, 1.0, "measured")
     runner._known = lambda digest: latency
     assert runner._measure_and_tell(ask(study), candidate, Clock(SearchLog("now").phases), lambda: None)
@@ -220,3 +221,30 @@ def test_a_ready_network_that_may_meet_the_budget_is_in_the_race(
     judged = replace(made, guessed=not estimated, arch={"n": 1})
     fitting = replace(judged, trial=9, kind=Kind.DERIVED, parent="x", feasible=True, latency_ms=0.5, arch={"n": 9})
     assert (judged in finalists_of([judged, fitting], BUDGET_MS)) == estimated
+
+
+@pytest.mark.parametrize(("memory_mb", "over"), [(64.0, ()), (80.0, ("memory",)), (None, ("memory",))])
+def test_a_network_over_a_limit_is_infeasible_and_not_trained(
+    tmp_path: Path, memory_mb: float | None, over: tuple[str, ...]
+) -> None:
+    study = open_study("s", tmp_path / "study.journal", {"a": 1}, RandomSampler(seed=0))
+    asked = []
+
+    def judge(what: str) -> Estimate:
+        asked.append(what)
+        return Estimate(50.0, Interval(48.0, 52.0), 49.0)
+
+    tier = SimpleNamespace(
+        name="race", trained=True, estimate=lambda *_: judge("estimate"), predict=lambda *_: judge("predict")
+    )
+    limits = Limits(memory_mb=64.0)
+    runner = TrialRunner(SimpleNamespace(budget_ms=BUDGET_MS, limits=limits), study, tier)
+    latency = TrialLatency(0.1, 0.1, 0.1, 0.1, 100, 20, 1.0, 0.0, 1.0, "measured", memory_mb, 2.0)
+    runner._known = lambda digest: latency
+    candidate = Candidate(get_arch("efficientvit_m0").at(64), Kind.READY, "")
+    assert runner._measure_and_tell(ask(study), candidate, Clock(SearchLog("now").phases), lambda: None)
+    made = trial_of(study.trials[0])
+    assert asked == ["predict" if over else "estimate"]
+    assert (made.feasible, made.over, made.verdict) == (not over, over, "over" if over else "fits")
+    assert (made.memory_mb, made.file_mb) == (memory_mb, 2.0)
+    assert study.trials[0].constraints["memory"] == (1.0 if memory_mb is None else memory_mb / 64 - 1)

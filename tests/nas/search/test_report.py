@@ -631,3 +631,18 @@ def test_what_was_not_trained_has_no_height_in_the_plot(tmp_path: Path, monkeypa
     assert "not trained" in {text.get_text() for text in labels}
     assert len(labels) == 9, "with every family, and all that may stand there"
     assert all(text.get_window_extent().x1 < figures[0].bbox.x1 for text in labels), "none is cut off"
+
+
+def test_memory_size_and_energy_are_told_where_they_are_known(tmp_path: Path) -> None:
+    data = invent() | {"limits": {"memory_mb": 64.0, "file_mb": None}}
+    assert "mJ an image" not in report(tmp_path, data).text
+    data["final"][0] |= {"memory_mb": 38.25, "file_mb": 11.5, "energy_mj": 2.75}
+    data["final"][1] |= {"verdict": "over", "over": ["memory"]}
+    data["trials"][0] |= {"memory_mb": 38.5}
+    text = report(tmp_path, data).text
+    assert "Within 2 ms, 64 MB of memory: " in text
+    assert "38.2 MB of memory at most above the runtime; a file of 11.5 MB; 2.75 mJ an image" in text
+    assert "mJ an image" in text
+    assert "over memory" in text
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "trials.csv").read_text(encoding="utf-8"))))
+    assert [row["memory_mb"] for row in rows[:2]] == ["38.5", ""]

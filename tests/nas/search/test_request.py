@@ -13,6 +13,7 @@ import pytest
 from nas.cli.search import tier_of
 from nas.data.pixels import IMAGENET
 from nas.errors import UserError
+from nas.measure.budget import Limits
 from nas.measure.runtime import Settings
 from nas.networks.targets import Target
 from nas.quality.plan import TrainingPlan
@@ -81,6 +82,14 @@ def test_the_identity_of_a_study_is_as_earlier_versions_stored_it(quality):
     request = requested(quality)
     found = request.identity(None if request.plan is None else IMAGES)
     assert json.dumps(found) == KEPT[quality]
+
+
+def test_limits_are_part_of_a_study_s_identity_and_name() -> None:
+    request = replace(requested("prior"), limits=Limits(memory_mb=64.0, file_mb=4.0), study="")
+    found = request.identity()
+    assert found.pop("limits") == {"memory_mb": 64.0, "file_mb": 4.0}
+    assert json.dumps(found) == KEPT["prior"]
+    assert request.study.endswith("-64MB-memory-4MB-file")
 
 
 def test_the_inputs_of_trainings_are_as_earlier_versions_stored_them(tmp_path):
@@ -168,6 +177,10 @@ def test_options_that_contradict_each_other_are_told(words: dict, message: str) 
         ),
         ({"settings": Settings("onnxruntime", "cpu", 0)}, "threads"),
         ({"throughput_at": 0}, "batch size is 0"),
+        (
+            {"limits": Limits(file_mb=4.0), "settings": Settings("torch", "cpu", 1)},
+            "--size-budget: runtime torch loads no file; use onnxruntime or",
+        ),
     ],
 )
 def test_a_request_out_of_range_is_refused(change, message):

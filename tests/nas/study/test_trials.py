@@ -430,6 +430,13 @@ def test_finish_sets_one_constraint_and_the_attributes(storage: str) -> None:
     assert study.best_trials == [fits]
 
 
+def test_further_limits_are_constraints_too(storage: str) -> None:
+    study = start(storage)
+    assert finish(study, ask(study), 70.0, 500.0, -0.1, {}, {"memory": 0.2})
+    assert study.trials[0].constraints == {"latency": -0.1, "memory": 0.2}
+    assert study.best_trials == []
+
+
 def test_failed_trial_says_why_and_an_interrupted_one_runs_again(storage: str) -> None:
     study = start(storage)
     broken = ask(study)
