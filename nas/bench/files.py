@@ -160,10 +160,12 @@ def pixels_of_target(target: Target) -> Pixels:
 
 def _trained(document: str, weights: str, settings: dict[str, Any], stem: str, images: str | None) -> dict[str, str]:
     """In the child: a network with its weights, in float32."""
+    from nas.export.folder import card_for
     from nas.networks.build import from_document
 
-    path = Path(f"{stem}.onnx")
-    write_trained(from_document(document), Path(weights), path, Settings(**settings).batch_size)
+    network, path = from_document(document), Path(f"{stem}.onnx")
+    card, _ = card_for(network, weights)
+    write_trained(network, Path(weights), path, Settings(**settings).batch_size, card)
     return {"path": str(path)}
 
 

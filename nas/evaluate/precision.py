@@ -15,15 +15,21 @@ from nas.errors import UserError
 from nas.evaluate.classes import match
 from nas.evaluate.onnx_file import OnnxFile, Runtime
 from nas.evaluate.pairs import compare
-from nas.export.quantize import INSTALL, MAX_DROP, Recipe, left_in_float, quantize
+from nas.export.artifact import write_trained
+from nas.export.card import Card
+from nas.export.quantize import INSTALL, MAX_DROP, Recipe, calibration_images, left_in_float, quantize
 from nas.files import scratch
 from nas.machine import default_threads
 from nas.text import first_line
 from nas.units import counted, listed
 
 if TYPE_CHECKING:
+    from nas.data.dataset import ImageData
     from nas.data.decoding import Source
     from nas.data.images import Images
+    from nas.measure.runtime import Settings
+    from nas.networks.timm_network import TimmNetwork
+    from search_spaces import Arch
 
 HELD_OUT = 2000
 """Images that files are judged on, at most."""
@@ -199,6 +205,37 @@ def quantize_within(
         draft.replace(path)
     told = () if best.within and len(found) == 1 else tuple(notes)
     return replace(best, tried=len(found), notes=told)
+
+
+def write_int8(
+    network: Arch | TimmNetwork,
+    weights: Path,
+    path: Path,
+    data: ImageData,
+    images: Images,
+    settings: Settings,
+    max_drop: float = MAX_DROP,
+    progress: Callable[[str, int, int], None] = lambda *_: None,
+) -> Price:
+    """Write a trained network as int8 ONNX, see `quantize_within`.
+
+    Args:
+        weights: a file of PyTorch or safetensors.
+        data: what it was trained on, at its resolution, with its `Pixels`; `data.calibration` calibrates.
+        images: of the same classes, held out.
+        settings: runtime, threads and batch size that the file is for.
+
+    Raises:
+        UserError: weights that do not fit, or as `quantize_within`.
+        RuntimeError, ValueError: the network cannot be exported.
+    """
+    from nas.data.images import sample
+
+    write_trained(network, weights, path, settings.batch_size, Card.of(data))
+    calibration, _ = calibration_images(data, network.resolution, MORE)
+    held_out = HeldOut(sample(images, HELD_OUT, 0))
+    runtime = judging(settings.runtime)
+    return quantize_within(path, calibration, held_out, runtime, max_drop, settings.threads, progress=progress)
 
 
 def _price(recipe: Recipe, runtime: str, full: np.ndarray, right: np.ndarray, max_drop: float, path: Path) -> Price:

@@ -14,6 +14,7 @@ from nas.process import Worker
 if TYPE_CHECKING:
     import numpy as np
 
+    from nas.export.card import Card
     from nas.networks.timm_network import TimmNetwork
     from search_spaces import Arch
 
@@ -59,20 +60,18 @@ def lower_precision(path: Path, settings: Settings, calibration: np.ndarray | No
         quantize(path, calibration)
 
 
-def write_trained(network: Arch | TimmNetwork, weights: Path, path: Path, batch_size: int) -> None:
-    """Write a network with its weights, folded, as float32 ONNX that says how images become its input and what its
-    classes are called.
+def write_trained(network: Arch | TimmNetwork, weights: Path, path: Path, batch_size: int, card: Card) -> None:
+    """Write a network with its weights, folded, as float32 ONNX with its card.
 
     Raises:
         UserError: weights that do not fit.
         RuntimeError, ValueError: the network cannot be exported.
     """
-    from nas.export.folder import card_for
     from nas.networks.build import for_inference
     from nas.networks.weights import load
 
     to_onnx(for_inference(load(network, weights)), path, network.resolution, batch_size)
-    label_onnx(path, network, True, card_for(network, str(weights))[0])
+    label_onnx(path, network, True, card)
 
 
 class Exporter:
