@@ -14,6 +14,7 @@ from nas.cli.options import (
     Data,
     Device,
     Json,
+    MaxDrop,
     Precision,
     Quiet,
     RuntimeName,
@@ -22,6 +23,7 @@ from nas.cli.options import (
     Verbose,
     command_line,
 )
+from nas.export.quantize import MAX_DROP
 
 app = typer.Typer()
 
@@ -81,6 +83,7 @@ def prune(
     threads: Threads = None,
     batch_size: BatchSize = 1,
     precision: Precision = "fp32",
+    max_drop: MaxDrop = MAX_DROP,
     train_threads: TrainThreads = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write to.  [default: one in runs/]")] = None,
     as_json: Json = False,
@@ -125,6 +128,7 @@ def prune(
         weights=weights,
         num_classes=num_classes,
         seed=seed,
+        max_drop=max_drop,
     )
     request.check()
     with watch_phases(quiet) as (progress, say), training_threads(train_threads, say, compute_device(request.settings)):

@@ -17,6 +17,7 @@ from nas.evaluate.onnx_file import OnnxFile, Runtime
 from nas.evaluate.pairs import compare
 from nas.export.artifact import write_trained
 from nas.export.card import Card
+from nas.export.onnx import label_onnx
 from nas.export.quantize import INSTALL, MAX_DROP, Recipe, calibration_images, left_in_float, quantize
 from nas.files import scratch
 from nas.machine import default_threads
@@ -215,15 +216,16 @@ def write_int8(
     images: Images,
     settings: Settings,
     max_drop: float = MAX_DROP,
-    progress: Callable[[str, int, int], None] = lambda *_: None,
+    part: str = "",
 ) -> Price:
-    """Write a trained network as int8 ONNX, see `quantize_within`.
+    """Write a trained network as int8 ONNX whose card has its own accuracy, see `quantize_within`.
 
     Args:
         weights: a file of PyTorch or safetensors.
         data: what it was trained on, at its resolution, with its `Pixels`; `data.calibration` calibrates.
         images: of the same classes, held out.
         settings: runtime, threads and batch size that the file is for.
+        part: what the card calls `images`; "": those for validation.
 
     Raises:
         UserError: weights that do not fit, or as `quantize_within`.
@@ -234,8 +236,9 @@ def write_int8(
     write_trained(network, weights, path, settings.batch_size, Card.of(data))
     calibration, _ = calibration_images(data, network.resolution, MORE)
     held_out = HeldOut(sample(images, HELD_OUT, 0))
-    runtime = judging(settings.runtime)
-    return quantize_within(path, calibration, held_out, runtime, max_drop, settings.threads, progress=progress)
+    price = quantize_within(path, calibration, held_out, judging(settings.runtime), max_drop, settings.threads)
+    label_onnx(path, network, True, Card.of(data, price.top1, price.images, part))
+    return price
 
 
 def _price(recipe: Recipe, runtime: str, full: np.ndarray, right: np.ndarray, max_drop: float, path: Path) -> Price:

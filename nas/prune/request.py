@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import JsonValue
 
 from nas.errors import UserError
+from nas.export.quantize import MAX_DROP, check_max_drop
 from nas.job import default_folder_of
 from nas.measure.device import check_settings
 from nas.measure.runtime import Settings
@@ -92,6 +93,8 @@ class PruneRequest:
     """Classes that the data must have; with `unlabelled`, that the weights tell apart."""
     seed: int = 0
     """Of splits, samples and training."""
+    max_drop: float = MAX_DROP
+    """Points of top-1 that int8 may cost the pruned network on held-out images."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "folder", Path(self.folder))
@@ -99,7 +102,7 @@ class PruneRequest:
     def identity(self) -> dict[str, JsonValue]:
         """What must be equal for a run to go on, as JSON holds it."""
         found: dict[str, JsonValue] = asdict(self) | {"kinds": list(self.kinds), "data": self.data or None}
-        del found["folder"], found["control"]
+        del found["folder"], found["control"], found["max_drop"]
         return found
 
     def check(self) -> None:
@@ -126,6 +129,7 @@ class PruneRequest:
                 raise UserError(f"--{name} is {value}: give {least} or more")
         if not 0 <= self.finetune < 1e4:
             raise UserError(f"--finetune is {self.finetune:g}: give a number of epochs, 0 for none")
+        check_max_drop(self.max_drop)
         check_settings(self.settings)
 
 

@@ -12,7 +12,7 @@ from nas.ending import Ending
 from nas.errors import UserError
 from nas.export.card import pixels_of
 from nas.export.folder import save_model, save_onnx
-from nas.files import job_folder
+from nas.files import job_folder, scratch
 from nas.job import Progress, Say
 from nas.measure.samples import Measurement
 from nas.networks.timm_network import TIMM
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from search_spaces import Arch
     from search_spaces.network import Network
 
+INT8 = "model.int8.onnx"
 CALIBRATED_ON_NOISE = (
     "the int8 files that are timed are calibrated on noise: latency is real, nothing is said of accuracy"
 )
@@ -113,6 +114,8 @@ class Pruning:
         model, kept = self._recover(dense)
         self._control()
         self._export(model, kept)
+        if request.settings.precision == "int8" and not request.unlabelled:
+            self._export_int8(model.arch)
         return self._write(dense.arch, model.arch, kept, rounds)
 
     def _dense(self, arch: Arch, weights: str | Path | None) -> Network:
@@ -168,6 +171,20 @@ class Pruning:
             card = steps.card_of(job, kept)
             images = some_of(job.evaluated)
             save_onnx(model, self.request.folder, batch_size, trained=True, card=card, images=images)
+
+    def _export_int8(self, arch: Arch) -> None:
+        """Write model.int8.onnx, unless int8 costs more than it may, which is noted."""
+        from nas.evaluate.precision import write_int8
+
+        job, request, path = self.job, self.request, self.request.folder / INT8
+        path.unlink(missing_ok=True)
+        with self.end.step(INT8), job.phase("quantising"), scratch(request.folder) as folder:
+            draft, weights = folder / INT8, request.folder / "model.safetensors"
+            price = write_int8(arch, weights, draft, job.data, job.evaluated, request.settings, request.max_drop)
+            for line in price.lines:
+                job.note(f"{INT8}: {line}")
+            if price.within:
+                draft.replace(path)
 
     def _write(self, before: Arch, after: Arch, kept: Kept, rounds: Rounds) -> PruneResult:
         """Measure both networks side by side, and write the results."""

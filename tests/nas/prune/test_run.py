@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -24,8 +25,11 @@ import nas.prune.steps
 import nas.prune.widths
 from nas.data.pixels import Pixels
 from nas.errors import UserError
+from nas.evaluate import precision
+from nas.evaluate.precision import HeldOut
 from nas.export import side_by_side
 from nas.export.card import Card, Preprocess
+from nas.export.quantize import Recipe
 from nas.measure.samples import Measurement
 from nas.prune import steps
 from nas.prune.request import parse_pruning_budget
@@ -152,6 +156,36 @@ def test_end_to_end_without_data(vitnas, arch_file, tmp_path):
     assert code == 0
     assert "finished" in said
     assert (out / "prune.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("wrong", [0, 2])
+def test_int8_is_judged_on_held_out_images(
+    vitnas, images, tmp_path, monkeypatch: pytest.MonkeyPatch, wrong: int
+) -> None:
+    """Its file is there where it costs no more than it may, and says its own accuracy."""
+    monkeypatch.setattr(precision, "RECIPES", (Recipe(),))
+    monkeypatch.setattr(side_by_side, "compare", lambda paths, *_: dict.fromkeys(paths, Measurement([[1.0]] * 30)))
+
+    def right(self: HeldOut, path: Path, runtime: str, threads: int) -> np.ndarray:
+        assert (runtime, threads, len(self.images)) == ("onnxruntime", 1, 6)
+        quantised = any(node.op_type == "QuantizeLinear" for node in onnx.load(path).graph.node)
+        return np.arange(6) >= wrong * quantised
+
+    monkeypatch.setattr(HeldOut, "right", right)
+    trained(images, tmp_path / "net")
+    out = tmp_path / "out"
+    command = words(tmp_path / "net", out, "--data", str(images), "--finetune", "0", "--rounds", "1", "--no-control")
+    code, _, said = vitnas(*command, "--runtime", "onnxruntime", "--precision", "int8", "--max-drop", "10")
+    assert code == 0, said
+    notes = [note for note in result(out)["notes"] if note.startswith("model.int8.onnx: ")]
+    if wrong:
+        assert notes[0].startswith("model.int8.onnx: infeasible: int8 costs 33.3 points of top-1")
+        assert notes[0].endswith("more than --max-drop 10 allows")
+        assert not (out / "model.int8.onnx").exists()
+    else:
+        assert notes[0].startswith("model.int8.onnx: int8 costs 0.0 points of top-1")
+        assert Card.read(out / "model.int8.onnx").accuracy.top1 == 100
+    assert (out / "model.onnx").is_file()
 
 
 def widths(arch: Arch) -> dict[str, int]:
