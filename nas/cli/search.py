@@ -14,6 +14,7 @@ from nas.cli.options import (
     BatchSize,
     Device,
     Json,
+    MaxDrop,
     Precision,
     Quiet,
     RuntimeName,
@@ -24,6 +25,7 @@ from nas.cli.options import (
     command_line,
 )
 from nas.errors import UserError, unknown
+from nas.export.quantize import MAX_DROP
 
 app = typer.Typer()
 
@@ -82,6 +84,7 @@ def search(
     threads: Threads = None,
     runtime: RuntimeName = None,
     precision: Precision = "fp32",
+    max_drop: MaxDrop = MAX_DROP,
     throughput_at: Annotated[
         int | None, typer.Option(help="Batch size whose throughput is maximised too.  [default: that of the latency]")
     ] = None,
@@ -187,6 +190,7 @@ def search(
         plan=plan,
         throughput_at=throughput_at,
         against=tuple(find_target(network) for network in against or ()),
+        max_drop=max_drop,
         cache=not no_cache,
         limits=limits,
     )

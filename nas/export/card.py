@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from search_spaces import Arch
 
 PREFIX = "vitnas."
+HELD_OUT = "training images that the search held out and chose by"
+"""What the accuracy of a candidate's own training was counted on."""
 PREPROCESS, LABELS = "preprocess.json", "labels.txt"
 CLASSIFY = """\
 import json

@@ -5,36 +5,35 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nas.data.lineage import record
 from nas.export.artifact import CONVERTED, lower_precision
-from nas.export.card import LABELS, PREPROCESS, Card, Latency, Preprocess
+from nas.export.card import HELD_OUT, LABELS, PREPROCESS, Card, Latency, Preprocess
 from nas.export.folder import save_onnx
 from nas.export.onnx import label_onnx, write_onnx
-from nas.files import drafted, replace_file
+from nas.files import drafted, replace_file, scratch
 from nas.measure.runtime import RUNTIMES
 from nas.networks.weights import load
 from nas.quality.kept import Kept, path_of, read
 from nas.quality.parent import parent_weights
 from nas.search.final import FullTraining, result_path, weights_of
+from nas.search.precision import quantises, write_priced
 from nas.search.rows import Network, candidate_of, known
 
 if TYPE_CHECKING:
     import numpy as np
 
     from nas.data.images import Images
+    from nas.evaluate.precision import Price
     from nas.networks.timm_network import TimmNetwork
     from nas.quality.candidate import Candidate
     from nas.quality.tier import TrainedTier
     from nas.search.log import SearchLog
     from nas.search.request import SearchRequest
     from search_spaces import Arch
-
-HELD_OUT = "training images that the search held out and chose by"
-"""What the accuracy of a candidate's own training was counted on."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,8 @@ class Weights:
     """What it was trained on."""
     kept: Kept | None
     """Set where it is the search's own training, not a full one."""
+    price: Price | None = None
+    """What int8 costs with them, where that was asked for."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,24 @@ class BestFolder:
             if not converted:
                 card = card.model_copy(update={"latency": self._latency(row)})
             save_best(candidate.network, self.folder, path, request.settings.batch_size, card, self._images(candidate))
+        if converted and weights and self.tier and quantises(request):
+            return replace(weights, price=self._write_int8(row, candidate, weights, self.tier))
         if converted:
             self._write_converted(row, candidate, weights)
         return weights
+
+    def _write_int8(self, row: Network, candidate: Candidate, weights: Weights, tier: TrainedTier) -> Price | None:
+        """Write the int8 file, unless it costs more than it may."""
+        path, price = self.folder / "model.int8.onnx", None
+        path.unlink(missing_ok=True)
+        with self.step(f"best/{path.name}"), scratch(self.folder) as folder:
+            draft = folder / path.name
+            price = write_priced(self.request, tier, candidate, draft)
+            if price and price.within:
+                card = Card.of(tier.data(candidate), price.top1, price.images, HELD_OUT if weights.kept else "")
+                label_onnx(draft, candidate.network, True, card.model_copy(update={"latency": self._latency(row)}))
+                draft.replace(path)
+        return price
 
     def _write_converted(self, row: Network, candidate: Candidate, weights: Weights | None) -> None:
         """Write the file that was measured: its latency is known, and its accuracy is not."""

@@ -28,6 +28,7 @@ from nas.search.rows import (
     network_of,
     peers_of,
     rank,
+    role_of,
 )
 
 if TYPE_CHECKING:
@@ -250,6 +251,12 @@ def ordered(final: Sequence[ClosingRow]) -> list[ClosingRow]:
     others = [row for row in final if row.verdict not in (Verdict.FITS, Verdict.UNSURE)]
     rows = sure + unsure + sorted(others, key=lambda row: -row.quality)
     return [replace(row, role=roles.get(row.label, row.role)) for row in rows]
+
+
+def without(final: Sequence[ClosingRow], row: ClosingRow, why: str) -> list[ClosingRow]:
+    """The table, ordered anew, where a network is infeasible."""
+    left = [replace(each, error=why, verdict=None) if each.label == row.label else each for each in final]
+    return ordered([replace(each, role=role_of(each)) for each in left])
 
 
 def _largest_first(rows: list[ClosingRow]) -> list[ClosingRow]:

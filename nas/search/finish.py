@@ -11,18 +11,19 @@ from functools import partial
 from typing import TYPE_CHECKING, cast
 
 from nas.ending import Ending
-from nas.files import folder_lock
+from nas.files import folder_lock, scratch
 from nas.intervals import guessing
 from nas.measure.budget import Verdict
 from nas.measure.samples import BUSY_SPREAD
 from nas.search.accuracy import Accuracies, FinalTrainings
 from nas.search.advice import advice, latencies
 from nas.search.best import BestFolder, Weights
-from nas.search.closing import ClosingInterrupted, closing_run
+from nas.search.closing import ClosingInterrupted, closing_run, without
 from nas.search.contest import RACE, contest_of, contestants, decision, opponents, winner_of, with_winner
 from nas.search.final import weights_of
 from nas.search.log import breakdown
 from nas.search.outcome import Fastest, Outcome, ShortTraining, TierFacts, Validation, Winner
+from nas.search.precision import quantises, write_priced
 from nas.search.repredict import repredict
 from nas.search.request import storage_of
 from nas.search.rows import ClosingRow, Network, OutsideRow, Trial, best_of, candidate_of, choose, known, rank, rows_of
@@ -93,6 +94,8 @@ class _Finish:
             self.rows, line = repredict(self.tier, self.rows)
             self.notes += [line] if line else []
         self._measure()
+        if self.trained and quantises(self.request) and not self.end.interrupted:
+            self._price(self.trained)
         if self.trained and self.final and self.winner and not self.end.interrupted:
             if weights_of(self.request, candidate_of(self.winner)) is None:
                 self._write()
@@ -160,6 +163,20 @@ class _Finish:
             self.notes.append(
                 "no network of --against was measured: there was no closing run, or they are all in its table"
             )
+
+    def _price(self, tier: TrainedTier) -> None:
+        """Judge the int8 files of the closing run's networks: those that cost more than they may are infeasible."""
+        for row in [row for row in self.final if not row.error]:
+            with self._step(f"int8 of {row.label}"), scratch(self.request.folder) as folder:
+                if self.phase:
+                    self.phase(f"judging {row.label} in int8", 0, 0)
+                price = write_priced(self.request, tier, candidate_of(row), folder / "model.onnx")
+                if price is None:
+                    self.notes.append(f"{row.label}: what int8 costs is not known: no weights of it are kept")
+                    continue
+                self.notes.append(f"{row.label}: {price.lines[0]}")
+                if not price.within:
+                    self.final = without(self.final, row, f"infeasible: {price.refusal}")
 
     def _train(self, tier: TrainedTier) -> None:
         """Full trainings over the same seeds: of the winner and of the published network nearest it by one recipe; in a
@@ -308,6 +325,8 @@ class _Finish:
             skipped = skipped_line(self.trained.trainer.loaders)
             if skipped:
                 yield skipped
+        if weights and weights.price:
+            yield from (f"best/model.int8.onnx: {line}" for line in weights.price.lines)
         if self.accuracy:
             told = guessing(self.accuracy.rows[0].ci, self.request.num_classes)
             if told:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, cast
 
 from nas.data.inputs import identity
 from nas.errors import UserError
+from nas.export.quantize import MAX_DROP, check_max_drop
 from nas.measure.budget import Limits
 from nas.measure.device import check_settings, default_threads, device_label
 from nas.measure.runtime import RUNTIMES, Settings
@@ -64,6 +65,8 @@ class SearchRequest:
     """Batch size of the throughput that is the second objective; None: that of `settings`."""
     against: tuple[Target, ...] = ()
     """Networks to measure beside the finalists in the closing run; no .onnx files."""
+    max_drop: float = MAX_DROP
+    """Points of top-1 that int8 may cost a network of the closing run on held-out images, where the search trains."""
     cache: bool = True
     """Whether to use latencies that were measured earlier on this machine."""
     limits: Limits = field(default_factory=Limits)
@@ -110,6 +113,7 @@ class SearchRequest:
                 raise UserError(f"--against {target.label}: give a published name, an arch.json or timm/NAME")
         if self.plan is not None:
             self.plan.check()
+        check_max_drop(self.max_drop)
         check_settings(self.settings)
         if self.limits.file_mb is not None and RUNTIMES[self.settings.runtime].artifact != "onnx":
             able = " or ".join(name for name, each in RUNTIMES.items() if each.artifact == "onnx")

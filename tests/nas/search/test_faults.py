@@ -31,7 +31,9 @@ import nas.search.run
 import nas.search.trial
 from nas.cli.display import what_now
 from nas.errors import TrainingError, UserError
-from nas.export.card import Card
+from nas.evaluate.precision import Price
+from nas.export.card import HELD_OUT, Card
+from nas.export.quantize import Recipe
 from nas.measure.remote import LinkLost
 from nas.measure.runtime import Settings
 from nas.measure.samples import MeasureError, Measurement
@@ -517,7 +519,7 @@ def test_ctrl_c_in_a_trial_leaves_the_best_of_the_search_s_own_trainings(
     card = cards["model.onnx"]
     judging, taught = seen
     assert (card.accuracy.top1, card.accuracy.images) == (50.0, len(judging))
-    assert card.accuracy.data.endswith(nas.search.best.HELD_OUT)
+    assert card.accuracy.data.endswith(HELD_OUT)
     assert len(taught) == 100
     assert not set(taught) & set(judging)
 
@@ -541,9 +543,10 @@ def test_ctrl_c_while_the_final_training_is_judged(vitnas, device, tier, picture
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_a_file_says_only_what_was_found_out_with_it(vitnas, device, tier, pictures, tmp_path, monkeypatch, precision):
-    """Accuracy is of fp32 weights, latency of the file in the precision asked for."""
+    """Accuracy is of fp32 weights or of the int8 file, latency of the file in the precision asked for."""
     cards = cards_of(monkeypatch)
-    monkeypatch.setattr(nas.search.best, "lower_precision", lambda path, *_: path.write_bytes(b"lower"))
+    monkeypatch.setattr(nas.search.best, "write_priced", priced({}, []))
+    monkeypatch.setattr(nas.search.finish, "write_priced", priced({}, []))
     code, _, err = vitnas(*trained(tmp_path, pictures, "--precision", precision))
     assert code == 0, err
     card = cards["model.onnx"]
@@ -551,8 +554,45 @@ def test_a_file_says_only_what_was_found_out_with_it(vitnas, device, tier, pictu
     if precision == "int8":
         assert best(tmp_path)["model.int8.onnx"] == b"lower"
         card = cards["model.int8.onnx"]
-        assert (card.classes, card.accuracy) == (["a", "b"], None)
+        assert (card.classes, card.accuracy.top1, card.accuracy.images) == (["a", "b"], 49.5, 200)
     assert card.latency.precision == precision
+
+
+def priced(drops: dict[str, float], judged: list[str]) -> Any:
+    """What writes int8 files, which cost so many points of 50%, by the key of their candidate; half a point else."""
+
+    def write(request: Any, tier: Any, candidate: Candidate, path: Path) -> Price:
+        path.write_bytes(b"lower")
+        judged.append(candidate.key)
+        drop = drops.get(candidate.key, 0.5)
+        ci, softmax = (drop - 1, drop + 1), ("2 x softmax",)
+        return Price(Recipe(), "onnxruntime", 200, 50.0, 50 - drop, drop, ci, request.max_drop, 1, softmax)
+
+    return write
+
+
+def test_a_network_that_int8_costs_too_much_wins_nothing(vitnas, device, tier, pictures, tmp_path, monkeypatch):
+    """The next one is trained and written; where there is none, there is no winner."""
+    cards_of(monkeypatch)
+    drops: dict[str, float] = {}
+    judged: list[str] = []
+    for module in (nas.search.best, nas.search.finish):
+        monkeypatch.setattr(module, "write_priced", priced(drops, judged))
+    command = trained(tmp_path, pictures, "--precision", "int8")
+    before = json.loads(vitnas(*command)[1])
+    assert best(tmp_path)["model.int8.onnx"] == b"lower"
+    drops[judged[0]] = 7.0  # the winner's
+    _, out, err = vitnas(*command)
+    after = json.loads(out)
+    assert after["winner"]["label"] != before["winner"]["label"], err
+    (told,) = [row["error"] for row in after["final"] if row["error"]]
+    assert told.startswith("infeasible: int8 costs 7.0 points of top-1 ")
+    assert told.endswith("more than --max-drop 1 allows")
+    assert any(note.startswith(f"{before['winner']['label']}: infeasible: int8 costs 7.0") for note in after["notes"])
+    assert "best/model.int8.onnx: left in float: 2 x softmax" in after["notes"]
+    drops |= dict.fromkeys(judged, 7.0)
+    code, out, _ = vitnas(*command)
+    assert (code, json.loads(out)["winner"]) == (1, None)
 
 
 def cards_of(monkeypatch: pytest.MonkeyPatch) -> dict[str, Card]:
