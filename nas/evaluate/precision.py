@@ -76,13 +76,17 @@ class HeldOut:
         matched = match(classes, file.classes, file.num_classes, name)
         return cls(sample(images, HELD_OUT, 0), matched.outputs)
 
-    def right(self, path: Path, runtime: str = "onnxruntime", threads: int | None = None) -> np.ndarray:
+    def right(
+        self, path: Path, runtime: str = "onnxruntime", threads: int | None = None, bf16: bool = False
+    ) -> np.ndarray:
         """(N,) bool: which images a file gets right on a runtime. Those that cannot be decoded are left out.
+
+        bf16: see `OnnxFile.open`.
 
         Raises:
             UserError: a file that cannot be judged, or no image that can be decoded.
         """
-        file = OnnxFile.open(path, runtime, threads=threads)
+        file = OnnxFile.open(path, runtime, threads=threads, bf16=bf16)
         sources = self.images.sources
         labels = np.asarray(self.images.labels)
         truth = labels if self.outputs is None else np.asarray(self.outputs)[labels]
@@ -239,6 +243,27 @@ def write_int8(
     price = quantize_within(path, calibration, held_out, judging(settings.runtime), max_drop, settings.threads)
     label_onnx(path, network, True, Card.of(data, price.top1, price.images, part))
     return price
+
+
+def quantize_file(path: Path, data: ImageData, name: str, max_drop: float = MAX_DROP) -> Price:
+    """Turn a float32 ONNX file of any input into int8, in place, judged on ONNX Runtime, see `quantize_within`.
+
+    Args:
+        path: with trained weights; its metadata say how images become its input.
+        data: of classes that it knows; `data.calibration` calibrates, `data.val` is held out.
+        name: how messages call the network.
+
+    Raises:
+        UserError: it does not know the classes, or as `quantize_within`.
+    """
+    from nas.data.images import sample
+
+    held_out, file = HeldOut.of(data.val, data.classes, path, name), OnnxFile.open(path)
+    pixels = [_pixels(file, source) for source in sample(data.calibration, MORE, 0).sources]
+    usable = [each for each in pixels if each is not None]
+    if not usable:
+        raise UserError(f"none of {counted(len(pixels), 'image')} to calibrate int8 on can be decoded")
+    return quantize_within(path, np.stack(usable), held_out, max_drop=max_drop)
 
 
 def _price(recipe: Recipe, runtime: str, full: np.ndarray, right: np.ndarray, max_drop: float, path: Path) -> Price:

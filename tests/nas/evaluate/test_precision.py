@@ -10,6 +10,7 @@ import onnx
 import pytest
 import torch
 
+from nas.data.dataset import ImageData
 from nas.data.images import Images, plain_transform
 from nas.errors import UserError
 from nas.evaluate import precision
@@ -130,6 +131,25 @@ def test_a_file_is_judged_on_its_own_runtime(full: Path, held: HeldOut, sources:
     price = quantize_within(full, calibration(sources), held, "openvino", 20, 1)
     assert price.runtime == "openvino"
     assert price.top1 == 100 * held.right(full, "openvino", 1).mean()
+
+
+def test_a_file_is_calibrated_and_judged_by_the_classes_that_it_names(
+    full: Path, held: HeldOut, sources: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the other order here; what calibrates is not what judges."""
+    label_onnx(full, None, True, Card.untrained(SIDE).model_copy(update={"classes": ["dark", "light"]}))
+    top1 = 100 * held.right(full, threads=1).mean()
+    given = []
+    monkeypatch.setattr(precision, "quantize", lambda path, images, recipe: given.append(images))
+    others = Images([*sources[:3], "missing.jpg"], [0, 1, 0, 1], held.images.transform)
+    swapped = Images(sources, [1 - label for label in held.images.labels], held.images.transform)
+    data = ImageData("greys", ["light", "dark"], others, others, swapped, demo=False)
+    price = precision.quantize_file(full, data, "mine")
+    assert (price.float_top1, price.drop, price.recipe.images) == (top1, 0, 3)
+    assert np.allclose(given[0], calibration(sources)[:3])
+    label_onnx(full, None, True, Card.untrained(SIDE).model_copy(update={"classes": ["dark", "grey"]}))
+    with pytest.raises(UserError, match=r"^mine does not know light "):
+        precision.quantize_file(full, data, "mine")
 
 
 def test_words() -> None:
