@@ -155,7 +155,10 @@ _FLOAT = {
     "BatchNormalization": "BatchNorm",
     "Softmax": "softmax",
     "Erf": "GELU",
+    "Gelu": "GELU",
     "HardSwish": "hard-swish",
+    "HardSigmoid": "hard-swish",
+    "Sigmoid": "sigmoid",
 }
 _MOVES = ("Transpose", "Reshape", "Split", "Slice", "Squeeze", "Unsqueeze", "Flatten", "MaxPool", "Identity")
 """Operators that a runtime computes on bytes as on floats."""
