@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from toy_onnx import CLASSES, toy_card, write_toy
+from toy_onnx import toy_card, write_toy
 
 from nas.evaluate import judge, speed
 from nas.evaluate.onnx_file import OnnxFile
@@ -24,6 +24,8 @@ from nas.networks.timm_network import TimmNetwork
 if TYPE_CHECKING:
     from conftest import Cli
 
+CLASSES = ("élan", "dog", "cat")
+"""In the order of the outputs, which is not that of folders."""
 TINY = "test_efficientnet.r160_in1k"
 PER_CLASS = 6
 BARE = ("--no-throughput", "--threads", "1", "-q")
@@ -31,9 +33,9 @@ BARE = ("--no-throughput", "--threads", "1", "-q")
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """Noise under the names of the toy's classes, in an order that is not theirs, 18 images."""
+    """Noise under the names of the toy's classes, 18 images."""
     random, root = np.random.default_rng(3), tmp_path / "images"
-    for name in sorted(CLASSES, reverse=True):
+    for name in CLASSES:
         (root / name).mkdir(parents=True)
         for i in range(PER_CLASS):
             Image.fromarray(random.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(root / name / f"{i}.png")
@@ -42,7 +44,7 @@ def images(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def toy(tmp_path: Path) -> str:
-    return str(write_toy(tmp_path / "toy.onnx", ("N", 3, 16, 16), card=toy_card()))
+    return str(write_toy(tmp_path / "toy.onnx", ("N", 3, 16, 16), card=toy_card(classes=CLASSES)))
 
 
 def judged(vitnas: Cli, *words: str) -> dict[str, Any]:
@@ -90,7 +92,7 @@ def test_folders_are_classes_by_name(vitnas: Cli, toy: str, images: Path) -> Non
     code, _, err = vitnas("evaluate", toy, "--data", str(images), *BARE)
     assert code == 2
     assert "does not know zebra of the 3 classes" in err
-    assert "its 3 are cat, dog, élan" in err
+    assert "its 3 are élan, dog, cat" in err
     (images / "zebra").rename(images.parent / "zebra")
     found = judged(vitnas, toy, "--data", str(images))
     wanted, taken = answers_of(toy, images)
@@ -103,7 +105,7 @@ def test_folders_are_classes_by_name(vitnas: Cli, toy: str, images: Path) -> Non
 def test_networks_are_compared_on_the_same_images(
     vitnas: Cli, toy: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other = str(write_toy(tmp_path / "other.onnx", card=toy_card(), scale=-1))
+    other = str(write_toy(tmp_path / "other.onnx", card=toy_card(classes=CLASSES), scale=-1))
     decoded = []
     decode = judge.decode
     monkeypatch.setattr(judge, "decode", lambda source: decoded.append(source) or decode(source))
@@ -156,7 +158,7 @@ def test_another_run_s_report_stays(vitnas: Cli, toy: str, images: Path, tmp_pat
 
 
 def test_names_are_no_markup(vitnas: Cli, images: Path, tmp_path: Path) -> None:
-    bold = ("<b>cat", "dog", "élan")
+    bold = ("élan", "dog", "<b>cat")
     (images / "cat").rename(images / "<b>cat")
     path = write_toy(tmp_path / "toy.onnx", card=toy_card(classes=bold), scale=-1)
     vitnas("evaluate", str(path), "--data", str(images), *BARE, "--out", str(tmp_path / "out"))
@@ -183,7 +185,7 @@ def test_what_cannot_be_judged_leaves_nothing(vitnas: Cli, toy: str, images: Pat
     refused("shvit_s1", *data, "--runtime", "openvino", told="is no ONNX file")
     vitnas.refused(vitnas("evaluate", toy, *data, "--threads", "0", "-q"), "threads is 0")
     refused(toy, *data, "--split", "dev", told="choose from train, val, test, all")
-    nan = write_toy(tmp_path / "nan.onnx", card=toy_card(), scale=float("nan"))
+    nan = write_toy(tmp_path / "nan.onnx", card=toy_card(classes=CLASSES), scale=float("nan"))
     refused(str(nan), *data, told="NaN or infinite")
     foreign = str(write_toy(tmp_path / "foreign.onnx"))
     refused(foreign, *data, told="--preprocess")
@@ -207,7 +209,13 @@ def test_the_usual_ways_to_prepare_images_are_compared(vitnas: Cli, images: Path
     assert any(f"chosen by these images: foreign.onnx, {best['given']}" in line for line in found["notes"])
     (alone,) = judged(vitnas, *words, "none")["results"]
     assert alone["top1"] == next(each["top1"] for each in found["results"] if each["given"] == "none")
-    own = judged(vitnas, str(write_toy(tmp_path / "own.onnx", card=toy_card())), *words[1:3], "--preprocess", "try")
+    own = judged(
+        vitnas,
+        str(write_toy(tmp_path / "own.onnx", card=toy_card(classes=CLASSES))),
+        *words[1:3],
+        "--preprocess",
+        "try",
+    )
     assert own["results"][0]["given"] is None
 
 
@@ -271,7 +279,7 @@ def test_latency_stands_beside(
     vitnas: Cli, toy: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("nas.measure.worker.WARM_UP_MS", 1)
-    fixed = str(write_toy(tmp_path / "fixed.onnx", (2, 3, 16, 16), card=toy_card()))
+    fixed = str(write_toy(tmp_path / "fixed.onnx", (2, 3, 16, 16), card=toy_card(classes=CLASSES)))
     code, out, _ = vitnas("evaluate", toy, fixed, "--data", str(images), "--threads", "1", "-q", "--json")
     assert code == 0
     found = json.loads(out)
