@@ -24,7 +24,8 @@ def foremost(scores: Tensor, keep: int) -> Tensor:
 
 def _untied(scores: Tensor) -> Tensor:
     """Scores (..., N) of which equal ones fall with their position."""
-    handicap = torch.arange(1, 1 - TIE * scores.shape[-1], -TIE, dtype=torch.float32, device=scores.device)
+    number = int(scores.shape[-1])  # a constant in every graph
+    handicap = torch.arange(1, 1 - TIE * number, -TIE, dtype=torch.float32, device=scores.device)
     return (scores + TIE) * handicap
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from nas.evaluate.result import EvaluateResult
     from nas.evaluate.run import evaluate
     from nas.export.folder import export
+    from nas.export.options import FileOptions
     from nas.hub.push import push
     from nas.hub.request import PushRequest, PushResult
     from nas.measure.device import settings_for
@@ -44,6 +45,7 @@ HOMES = {
     "BenchResult": "nas.bench.result",
     "EvaluateRequest": "nas.evaluate.request",
     "EvaluateResult": "nas.evaluate.result",
+    "FileOptions": "nas.export.options",
     "Outcome": "nas.search.outcome",
     "PredictRequest": "nas.evaluate.predict",
     "PredictResult": "nas.evaluate.predict",
@@ -79,6 +81,7 @@ __all__ = [
     "BenchResult",
     "EvaluateRequest",
     "EvaluateResult",
+    "FileOptions",
     "Outcome",
     "PredictRequest",
     "PredictResult",

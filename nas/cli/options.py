@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from nas.export.options import OPSETS
+
 log = logging.getLogger("nas")
 Device = Annotated[str, typer.Option(help="Device to measure on: cpu, cuda, or ssh://[user@]host[:port][/cuda].")]
 RUNTIMES = "onnxruntime, openvino, torch, torch.compile, cudagraphs or tensorrt"
@@ -20,6 +22,20 @@ TrainThreads = Annotated[
     int | None, typer.Option(help="CPU threads of trainings.  [default: the CPUs that are idle, adjusted every 20 s]")
 ]
 BatchSize = Annotated[int, typer.Option(help="Images per inference.")]
+DynamicBatch = Annotated[
+    bool, typer.Option("--dynamic-batch", help="Write an ONNX file that takes any number of images at once.")
+]
+InGraph = Annotated[
+    bool,
+    typer.Option(
+        "--preprocess-in-graph",
+        help="Write an ONNX file that takes the bytes of cropped images, uint8 (B, R, R, 3), and normalises itself.",
+    ),
+]
+Opset = Annotated[int, typer.Option(help=f"ONNX's operators, {OPSETS[0]} to {OPSETS[-1]}.")]
+Probabilities = Annotated[
+    bool, typer.Option("--probabilities", help="Write an ONNX file that ends with softmax: probabilities, not logits.")
+]
 PRECISIONS = "fp32, tf32, bf16, fp16 or int8, as the runtime can"
 Precision = Annotated[str, typer.Option(help=f"{PRECISIONS}.")]
 MaxDrop = Annotated[

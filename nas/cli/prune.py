@@ -13,9 +13,13 @@ from nas.cli.options import (
     BatchSize,
     Data,
     Device,
+    DynamicBatch,
+    InGraph,
     Json,
     MaxDrop,
+    Opset,
     Precision,
+    Probabilities,
     Quiet,
     RuntimeName,
     Threads,
@@ -23,6 +27,7 @@ from nas.cli.options import (
     Verbose,
     command_line,
 )
+from nas.export.options import OPSET, FileOptions
 from nas.export.quantize import MAX_DROP
 
 app = typer.Typer()
@@ -84,6 +89,10 @@ def prune(
     batch_size: BatchSize = 1,
     precision: Precision = "fp32",
     max_drop: MaxDrop = MAX_DROP,
+    dynamic_batch: DynamicBatch = False,
+    preprocess_in_graph: InGraph = False,
+    opset: Opset = OPSET,
+    probabilities: Probabilities = False,
     train_threads: TrainThreads = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write to.  [default: one in runs/]")] = None,
     as_json: Json = False,
@@ -129,6 +138,7 @@ def prune(
         num_classes=num_classes,
         seed=seed,
         max_drop=max_drop,
+        file=FileOptions(None if dynamic_batch else 1, preprocess_in_graph, opset, probabilities),
     )
     request.check()
     with watch_phases(quiet) as (progress, say), training_threads(train_threads, say, compute_device(request.settings)):

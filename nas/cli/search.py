@@ -13,9 +13,13 @@ from nas.cli.options import (
     SEEDS,
     BatchSize,
     Device,
+    DynamicBatch,
+    InGraph,
     Json,
     MaxDrop,
+    Opset,
     Precision,
+    Probabilities,
     Quiet,
     RuntimeName,
     Threads,
@@ -25,6 +29,7 @@ from nas.cli.options import (
     command_line,
 )
 from nas.errors import UserError, unknown
+from nas.export.options import OPSET, FileOptions
 from nas.export.quantize import MAX_DROP
 
 app = typer.Typer()
@@ -123,6 +128,10 @@ def search(
     validate: Annotated[
         int, typer.Option(help="Held-out networks to train fully, to measure how well the tier ranks; 0: none.")
     ] = 0,
+    dynamic_batch: DynamicBatch = False,
+    preprocess_in_graph: InGraph = False,
+    opset: Opset = OPSET,
+    probabilities: Probabilities = False,
     as_json: Json = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
@@ -193,6 +202,7 @@ def search(
         max_drop=max_drop,
         cache=not no_cache,
         limits=limits,
+        file=FileOptions(None if dynamic_batch else 1, preprocess_in_graph, opset, probabilities),
     )
     if plan is not None and tier == "race" and epochs is None and (begun := epochs_in(request.folder)):
         request = replace(request, plan=replace(plan, epochs=begun))

@@ -8,8 +8,22 @@ from typing import Annotated
 
 import typer
 
-from nas.cli.options import SEEDS, Data, Json, Quiet, TrainThreads, Verbose, WeightsFrom, command_line
+from nas.cli.options import (
+    SEEDS,
+    Data,
+    DynamicBatch,
+    InGraph,
+    Json,
+    Opset,
+    Probabilities,
+    Quiet,
+    TrainThreads,
+    Verbose,
+    WeightsFrom,
+    command_line,
+)
 from nas.errors import UserError
+from nas.export.options import OPSET, FileOptions
 
 app = typer.Typer()
 
@@ -96,6 +110,10 @@ def train(
         int | None, typer.Option(help="Processes that decode images.  [default: 0 on cpu, else up to 8]")
     ] = None,
     train_threads: TrainThreads = None,
+    dynamic_batch: DynamicBatch = False,
+    preprocess_in_graph: InGraph = False,
+    opset: Opset = OPSET,
+    probabilities: Probabilities = False,
     seed: Annotated[int, typer.Option(help="Seed of splits, weights and training.", **SEEDS)] = 0,
     device: Annotated[str | None, typer.Option(help="cpu or cuda.  [default: cuda where there is one]")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write to.  [default: one in runs/]")] = None,
@@ -168,6 +186,7 @@ def train(
         workers=default_workers(device) if workers is None else workers,
         seed=seed,
         minutes=minutes,
+        file=FileOptions(None if dynamic_batch else 1, preprocess_in_graph, opset, probabilities),
     )
     if distillation is not None and teacher is None:
         raise UserError(f"--distillation {distillation} needs --teacher")

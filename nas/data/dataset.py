@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nas.data.found import FoundImages, LabelledImages
-from nas.data.images import Augmentation, Images, plain_transform, split, train_transform
+from nas.data.images import Augmentation, Images, plain_transform, sample, split, train_transform
 from nas.data.lineage import remark, seen_among, seen_by
 from nas.data.pixels import IMAGENET, Pixels
 from nas.data.sources import digits, find
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-SOME = 8
+SOME = 32
 
 
 SPARSE = 1000
@@ -131,11 +131,12 @@ def open_data(
 
 
 def some_of(images: Images) -> np.ndarray | None:
-    """What can be decoded of the first SOME images, float32 (N, 3, R, R), to check a network on; None of none."""
+    """What can be decoded of SOME of the images, always the same ones, float32 (N, 3, R, R), to check a network on;
+    None of none."""
     import numpy as np
 
-    found = (images[i] for i in range(min(SOME, len(images))))
-    pixels = [item[0] for item in found if not isinstance(item, str)]
+    some = sample(images, SOME, seed=0)
+    pixels = [item[0] for item in (some[i] for i in range(len(some))) if not isinstance(item, str)]
     return np.stack(pixels) if pixels else None
 
 

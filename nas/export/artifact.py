@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nas.export.onnx import label_onnx, to_onnx, write_onnx
+from nas.export.options import FileOptions
 from nas.measure.runtime import RUNTIMES, Settings
 from nas.process import Worker
 
@@ -38,7 +39,7 @@ def write_artifact(
         path.write_text(network.to_json())
     else:
         path = Path(f"{stem}.onnx")
-        write_onnx(network, path, settings.batch_size)
+        write_onnx(network, path, FileOptions(settings.batch_size))
         lower_precision(path, settings, calibration)
     return path
 

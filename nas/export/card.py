@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torchvision.transforms import Compose
 
     from nas.data.dataset import ImageData
+    from nas.export.options import FileOptions
     from nas.networks.timm_network import TimmNetwork
     from search_spaces import Arch
 
@@ -50,14 +51,16 @@ def classify(path):
     image = image.resize(size, Image.Resampling[how["interpolation"].upper()])
     left, top = (round((side - how["size"]) / 2) for side in size)
     image = image.crop((left, top, left + how["size"], top + how["size"]))
-    pixels = (np.array(image) / 255 - how["mean"]) / how["std"]
-    (logits,) = network.run(None, {"images": pixels.transpose(2, 0, 1)[None].astype("float32")})
-    return classes[logits.argmax()]
+    pixels = np.array(image)
+    if how["layout"] == "NCHW":  # the other files take the bytes as they are
+        pixels = ((pixels / 255 - how["mean"]) / how["std"]).astype("float32").transpose(2, 0, 1)
+    (scores,) = network.run(None, {"images": pixels[None]})
+    return classes[scores.argmax()]
 
 
 print(classify("photo.jpg"))
 """
-"""How a file of batch 1 is used without vitnas."""
+"""How a file of batch 1, or of any, is used without vitnas."""
 
 
 def _as_text(name: str) -> str:
@@ -179,7 +182,8 @@ class Latency(BaseModel):
 
 
 class Card(BaseModel):
-    """classes: names in the order of the logits. None: not known, as of random weights."""
+    """classes: names in the order of the logits. None: not known, as of random weights. in_graph: whether the file
+    takes bytes (B, R, R, 3) and normalises them itself, as `preprocess` says. probabilities: whether its output is."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -187,6 +191,29 @@ class Card(BaseModel):
     classes: list[Name] | None = None
     accuracy: Accuracy | None = None
     latency: Latency | None = None
+    in_graph: bool = False
+    probabilities: bool = False
+
+    @property
+    def pixels(self) -> Pixels:
+        """ImageNet's where nothing says them."""
+        return self.preprocess.pixels if self.preprocess else IMAGENET
+
+    def of_file(self, options: FileOptions) -> Card:
+        """Of the same network's file, written as `options` say. What was measured with other ones is left out: the
+        accuracy where the precision differs, the latency where anything does."""
+        preprocess = self.preprocess and self.preprocess.model_copy(
+            update={"layout": "NHWC" if options.in_graph else "NCHW"}
+        )
+        return self.model_copy(
+            update={
+                "preprocess": preprocess,
+                "accuracy": self.accuracy if options.precision == "fp32" else None,
+                "latency": None if str(options) else self.latency,
+                "in_graph": options.in_graph,
+                "probabilities": options.probabilities,
+            }
+        )
 
     @classmethod
     def of(cls, data: ImageData, top1: float | None = None, images: int = 0, part: str = "") -> Card:
@@ -282,12 +309,14 @@ class Card(BaseModel):
 
     def metadata(self) -> dict[str, str]:
         """What an ONNX file holds of it."""
-        return {f"{PREFIX}{key}": json.dumps(value) for key, value in self.model_dump(exclude_none=True).items()}
+        known = self.model_dump(exclude_none=True).items()
+        return {f"{PREFIX}{key}": json.dumps(value) for key, value in known if value is not False}
 
     def write(self, folder: Path) -> None:
         """Write preprocess.json and labels.txt; what is not known has no file afterwards."""
+        inside = {"in_graph": True} if self.in_graph else {}
         texts = {
-            PREPROCESS: self.preprocess and self.preprocess.model_dump_json(indent=1),
+            PREPROCESS: self.preprocess and json.dumps(self.preprocess.model_dump() | inside, indent=1),
             LABELS: self.classes and "".join(f"{' '.join(name.splitlines())}\n" for name in self.classes),
         }
         for name, text in texts.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import TYPE_CHECKING
 
 from nas.data.lineage import SEEN
 from nas.errors import UserError
+from nas.export.agreement import Agreement, agreement
 from nas.export.card import LABELS, PREPROCESS, Card, Preprocess, described, pixels_of
-from nas.export.onnx import agreement, label_onnx, to_onnx
+from nas.export.onnx import label_onnx, to_file
+from nas.export.options import PLAIN, FileOptions
 from nas.files import drafted, replace_file, scratch, unwritable
 from nas.networks.build import create, for_inference
 from nas.networks.pretrained import find_pretrained
@@ -48,33 +51,31 @@ def save_model(model: Network | TimmModel, folder: Path, with_weights: bool = Tr
 def save_onnx(
     model: Network | TimmModel,
     folder: Path,
-    batch_size: int,
+    options: FileOptions,
     trained: bool,
     card: Card,
     images: np.ndarray | None = None,
-) -> str:
+) -> Agreement:
     """Write a network as model.onnx, its card beside it; where that fails there is no model.onnx afterwards, rather
     than an older one.
 
-    images: of the kind it is for, float32 (N, 3, R', R'), where there are any, to look at beside others.
-
-    Returns:
-        How nearly ONNX Runtime and PyTorch agree, see `agreement`.
+    images: of the kind it is for, float32 (N, 3, R', R'), as its card says, to compare on; None: photographs.
 
     Raises:
         DiskFull: there is no room for it.
         UserError: a folder that cannot be written, a network that cannot be exported, or one whose ONNX form disagrees
-            with PyTorch by more than 1e-4.
+            with PyTorch (see `agreement`).
     """
     arch, inferring, path = model.arch, for_inference(model), folder / "model.onnx"
     oracle = copy.deepcopy(model).eval() if isinstance(arch, TimmNetwork) else inferring  # timm's fusing is checked too
+    card = card.of_file(options)
     try:
         path.unlink(missing_ok=True)
         card.write(folder)
         with drafted(path) as draft:
-            to_onnx(inferring, draft, arch.resolution, batch_size)
+            to_file(inferring, draft, arch.resolution, options, card.pixels, images)
             label_onnx(draft, arch, trained, card)
-            return agreement(oracle, draft, arch.resolution, batch_size, images)
+            return agreement(oracle, draft, arch.resolution, options, images, card.pixels)
     except OSError as error:
         raise unwritable(folder, error) from None
     except (RuntimeError, ValueError, MemoryError) as error:
@@ -90,7 +91,12 @@ def save_weights(model: nn.Module, path: Path, metadata: dict[str, str] | None =
 
 
 def export(
-    network: str, folder: Path | str, weights: str | None = None, num_classes: int | None = None, batch_size: int = 1
+    network: str,
+    folder: Path | str,
+    weights: str | None = None,
+    num_classes: int | None = None,
+    options: FileOptions = PLAIN,
+    data: str | None = None,
 ) -> str:
     """Write a network's folder: arch.json, model.onnx and, where there are weights, model.safetensors.
 
@@ -98,24 +104,30 @@ def export(
         network: a published name, an arch.json, a run's folder, timm/NAME or hf-hub:REPO.
         weights: "timm", or a file of PyTorch or safetensors; None: those beside the arch.json, or random ones.
         num_classes: None: the network's own.
-        batch_size: of the ONNX file's static input (B, 3, R, R).
+        options: of the ONNX file.
+        data: images to check it on, as `nas.data.dataset.open_data` takes them; None: those of the run that the weights
+            are from, where they are here, or else photographs.
 
     Returns:
         What was written, and how nearly ONNX Runtime and PyTorch agree, in a line.
 
     Raises:
-        UserError: no such network, or as `export_folder`.
+        UserError: no such network or data, or as `export_folder`.
     """
-    if batch_size < 1:
-        raise UserError(f"--batch-size is {batch_size}: give 1 or more")
+    options.check()
     target = find_target(network)
     found = target.require()
     given = weights or target.weights
-    return export_folder(found, Path(folder), str(given) if given else None, num_classes, batch_size)
+    return export_folder(found, Path(folder), str(given) if given else None, num_classes, options, data)
 
 
 def export_folder(
-    network: Arch | TimmNetwork, folder: Path, weights: str | None, num_classes: int | None, batch_size: int
+    network: Arch | TimmNetwork,
+    folder: Path,
+    weights: str | None,
+    num_classes: int | None,
+    options: FileOptions,
+    data: str | None = None,
 ) -> str:
     """Write arch.json, model.onnx with its card and, where weights are given, model.safetensors; returns what was done.
 
@@ -123,8 +135,8 @@ def export_folder(
     lie in.
 
     Raises:
-        UserError: a folder that cannot be written, weights that cannot be had or do not fit, or an ONNX network that
-            disagrees with PyTorch by more than 1e-4.
+        UserError: a folder that cannot be written, weights that cannot be had or do not fit, no such data, or an ONNX
+            network that disagrees with PyTorch (see `agreement`).
     """
     from search_spaces import ArchError
 
@@ -137,7 +149,10 @@ def export_folder(
     if weights is not None and model.untrained:
         raise UserError(_other_classifier(model, weights))
     card, facts = card_for(model.arch, weights)
-    agreed = replace_network(model, folder, batch_size, weights is not None, card, facts)
+    images = _images(data, weights, card)
+    if options.precision == "int8" and images is None:
+        raise UserError("--precision int8 needs --data: images to find the ranges of the values with")
+    agreed = str(replace_network(model, folder, options, weights is not None, card, facts, images))
     what = "with random, untrained weights"
     if found:
         agreed += f"; {found.line}"
@@ -172,13 +187,48 @@ def card_for(arch: Arch | TimmNetwork, weights: str | None) -> tuple[Card, list[
     return Card(preprocess=own, classes=classes), seen
 
 
+def _images(data: str | None, weights: str | None, card: Card) -> np.ndarray | None:
+    """What a file is checked on, float32 (N, 3, R, R): images of `data`, or of the data that the weights' folder names;
+    None where there are none."""
+    from nas.data.dataset import open_data, some_of
+
+    if card.preprocess is None:
+        return None
+    name = data or (_data_beside(Path(weights)) if weights else None)
+    if name is None:
+        return None
+    try:
+        found = open_data(name, card.preprocess.size, None, 0).at(card.preprocess.size, pixels=card.pixels)
+        return some_of(found.val)
+    except UserError:
+        if data:
+            raise
+        return None
+
+
+def _data_beside(weights: Path) -> str | None:
+    """The folder of images that weights were trained on, by the run they lie in; None where it is not here."""
+    run = weights.parent
+    for result in (run / "metrics.json", run / "prune.json", run.parent / "result.json"):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            name = json.loads(result.read_text())["data"]["name"]
+            return name if isinstance(name, str) and Path(name).is_dir() else None
+    return None
+
+
 def replace_network(
-    model: Network | TimmModel, folder: Path, batch_size: int, trained: bool, card: Card, facts: Sequence[Path] = ()
-) -> str:
+    model: Network | TimmModel,
+    folder: Path,
+    options: FileOptions,
+    trained: bool,
+    card: Card,
+    facts: Sequence[Path] = (),
+    images: np.ndarray | None = None,
+) -> Agreement:
     """Write arch.json, model.onnx, its card and, of a trained network, model.safetensors; all of them or none. No file
     that speaks of an earlier network stays.
 
-    facts: files that speak of this one, to be copied.
+    facts: files that speak of this one, to be copied. images: as `save_onnx`.
 
     Returns, Raises:
         As `save_onnx`.
@@ -186,7 +236,7 @@ def replace_network(
     try:
         with scratch(folder) as draft:
             save_model(model, draft, with_weights=trained)
-            agreed = save_onnx(model, draft, batch_size, trained, card)
+            agreed = save_onnx(model, draft, options, trained, card, images)
             for fact in facts:
                 replace_file(draft / fact.name, fact.read_bytes())
             for name in ("metrics.json", "prune.json", PREPROCESS, LABELS):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from nas.errors import UserError
 
 FilePrecision = Literal["fp32", "fp16", "int8"]
 OPSET = 17
+LAYER_NORM = 17
+"""The first opset whose LayerNormalization is one operator, which sums in float32 in every precision."""
 OPSETS = range(13, 21)
 """torch's TorchScript exporter writes up to 20; below 13 it cannot write the token families' reshapes."""
 
@@ -29,6 +31,21 @@ class FileOptions:
     precision: FilePrecision = "fp32"
     """Of weights and arithmetic. Input and output are in every precision those of fp32."""
 
+    def __str__(self) -> str:
+        """What differs from the defaults, in words; empty where nothing does. A static batch size is left out."""
+        parts = {
+            "dynamic batch": self.batch_size is None,
+            "preprocessing in the graph": self.in_graph,
+            f"opset {self.opset}": self.opset != OPSET,
+            "probabilities": self.probabilities,
+            self.precision: self.precision != "fp32",
+        }
+        return ", ".join(part for part, chosen in parts.items() if chosen)
+
+    def of_batch(self, batch_size: int) -> FileOptions:
+        """The same for batches of this size, unless any are taken."""
+        return self if self.batch_size is None else replace(self, batch_size=batch_size)
+
     def check(self) -> None:
         """Raises UserError for what no file can have."""
         if self.batch_size is not None and self.batch_size < 1:
@@ -38,5 +55,14 @@ class FileOptions:
                 f"--opset {self.opset}: give {OPSETS[0]} to {OPSETS[-1]}, which PyTorch writes for every network and "
                 "ONNX Runtime and OpenVINO load"
             )
+        if self.precision == "fp16" and self.opset < LAYER_NORM:
+            raise UserError(
+                f"--precision fp16 needs --opset {LAYER_NORM} or more: below it, normalisation is made of "
+                "squares, which float16 cannot hold"
+            )
         if self.precision not in get_args(FilePrecision):
             raise UserError(f"--precision {self.precision}: a file is fp32, fp16 or int8")
+
+
+PLAIN = FileOptions()
+"""Nothing is chosen."""

@@ -6,7 +6,6 @@ network) and the widths of its layers in prune.json. What state/ keeps is as in 
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -18,10 +17,11 @@ from nas.data.about import announce
 from nas.data.inputs import identity
 from nas.ending import Ending
 from nas.errors import UserError
+from nas.export.agreement import agreement
 from nas.export.artifact import CONVERTED
 from nas.export.card import Card, pixels_of
 from nas.export.folder import save_weights
-from nas.export.onnx import agreement, label_onnx, to_onnx
+from nas.export.onnx import label_onnx, to_file, to_onnx
 from nas.files import replace_file, scratch
 from nas.job import Progress, Say
 from nas.lock import in_turn
@@ -258,8 +258,10 @@ def _closing_run(
     card: Card,
     progress: Callable[[int, int], None],
 ) -> dict[str, Measurement]:
-    """Export both networks, keep the pruned one's file, and measure them side by side."""
+    """Export both networks, measure them side by side, and write the pruned one's file."""
     batch_size = request.settings.batch_size
+    options, network = request.file.of_batch(batch_size), models["after"]
+    card = card.of_file(options)
     with scratch(request.folder) as room:
         kept = room / "model.onnx"
 
@@ -267,11 +269,12 @@ def _closing_run(
             path = stem.with_suffix(".onnx")
             try:
                 to_onnx(model, path, resolution, batch_size)
+                if model is network:
+                    to_file(model, kept, resolution, options, card.pixels)
             except (RuntimeError, ValueError) as error:
                 raise UserError(f"{request.model} cannot be exported: {first_line(error)}") from None
-            if model is models["after"]:
-                agreement(model, path, resolution, batch_size)
-                shutil.copyfile(path, kept)
+            if model is network:
+                agreement(model, kept, resolution, options, pixels=card.pixels)
             return path
 
         results = steps.closing_run(models, export, request, progress)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import JsonValue
 
 from nas.errors import UserError
+from nas.export.options import PLAIN, FileOptions
 from nas.export.quantize import MAX_DROP, check_max_drop
 from nas.job import default_folder_of
 from nas.measure.device import check_settings
@@ -95,6 +96,8 @@ class PruneRequest:
     """Of splits, samples and training."""
     max_drop: float = MAX_DROP
     """Points of top-1 that int8 may cost the pruned network on held-out images."""
+    file: FileOptions = PLAIN
+    """How model.onnx is written; unless it takes any batch, it has that of `settings`."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "folder", Path(self.folder))
@@ -102,7 +105,8 @@ class PruneRequest:
     def identity(self) -> dict[str, JsonValue]:
         """What must be equal for a run to go on, as JSON holds it."""
         found: dict[str, JsonValue] = asdict(self) | {"kinds": list(self.kinds), "data": self.data or None}
-        del found["folder"], found["control"], found["max_drop"]
+        del found["folder"], found["control"], found["max_drop"], found["file"]
+        found["onnx"] = str(self.file) or None
         return found
 
     def check(self) -> None:
@@ -131,6 +135,7 @@ class PruneRequest:
             raise UserError(f"--finetune is {self.finetune:g}: give a number of epochs, 0 for none")
         check_max_drop(self.max_drop)
         check_settings(self.settings)
+        self.file.check()
 
 
 def parse_pruning_budget(macs: str | None = None, params: str | None = None, latency: str | None = None) -> Budget:

@@ -166,11 +166,11 @@ class Pruning:
         """Write model.onnx, with the accuracy of what is kept on its card."""
         from nas.data.dataset import some_of
 
-        job, batch_size = self.job, self.request.settings.batch_size
+        job, options = self.job, self.request.file.of_batch(self.request.settings.batch_size)
         with self.end.step("model.onnx"), job.phase("exporting"):
             card = steps.card_of(job, kept)
             images = some_of(job.evaluated)
-            save_onnx(model, self.request.folder, batch_size, trained=True, card=card, images=images)
+            save_onnx(model, self.request.folder, options, trained=True, card=card, images=images)
 
     def _export_int8(self, arch: Arch) -> None:
         """Write model.int8.onnx, unless int8 costs more than it may, which is noted."""

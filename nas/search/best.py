@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nas.data.lineage import record
-from nas.export.artifact import CONVERTED, lower_precision
+from nas.export.artifact import CONVERTED, lower_precision, write_trained
 from nas.export.card import HELD_OUT, LABELS, PREPROCESS, Card, Latency, Preprocess
 from nas.export.folder import save_onnx
 from nas.export.onnx import label_onnx, write_onnx
+from nas.export.options import FileOptions
 from nas.files import drafted, replace_file, scratch
 from nas.measure.runtime import RUNTIMES
 from nas.networks.weights import load
@@ -88,7 +89,8 @@ class BestFolder:
             card = self._card(candidate, weights)
             if not converted:
                 card = card.model_copy(update={"latency": self._latency(row)})
-            save_best(candidate.network, self.folder, path, request.settings.batch_size, card, self._images(candidate))
+            options = request.file.of_batch(request.settings.batch_size)
+            save_best(candidate.network, self.folder, path, options, card, self._images(candidate))
         if converted and weights and self.tier and quantises(request):
             return replace(weights, price=self._write_int8(row, candidate, weights, self.tier))
         if converted:
@@ -115,11 +117,16 @@ class BestFolder:
         lower.unlink(missing_ok=True)
         if path.is_file():
             with self.step(f"best/{lower.name}"), drafted(lower) as draft:
-                shutil.copyfile(path, draft)
-                lower_precision(draft, settings, self.log.calibration)
                 card = self._card(candidate, weights).model_copy(
                     update={"accuracy": None, "latency": self._latency(row)}
                 )
+                if not str(self.request.file):
+                    shutil.copyfile(path, draft)
+                elif weights:  # as it was measured, whatever was chosen of model.onnx
+                    write_trained(candidate.network, weights.path, draft, settings.batch_size, card)
+                else:
+                    write_onnx(candidate.network, draft, FileOptions(settings.batch_size))
+                lower_precision(draft, settings, self.log.calibration)
                 label_onnx(draft, candidate.network, weights is not None, card)
 
     def _weights(self, candidate: Candidate) -> Weights | None:
@@ -186,15 +193,16 @@ def save_best(
     network: Arch | TimmNetwork,
     folder: Path,
     weights: Path | None,
-    batch_size: int,
+    options: FileOptions,
     card: Card,
     images: np.ndarray | None = None,
 ) -> None:
-    """Write model.onnx and its card; trained, it is checked against PyTorch, on `images` too (see `save_onnx`)."""
+    """Write model.onnx and its card; trained, it is checked against PyTorch, on `images` (see `save_onnx`)."""
     if weights is not None:
-        save_onnx(load(network, weights), folder, batch_size, trained=True, card=card, images=images)
+        save_onnx(load(network, weights), folder, options, trained=True, card=card, images=images)
         return
+    card = card.of_file(options)
     card.write(folder)
     with drafted(folder / "model.onnx") as draft:
-        write_onnx(network, draft, batch_size)
+        write_onnx(network, draft, options, card.pixels)
         label_onnx(draft, network, trained=False, card=card)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, cast
 
 from nas.data.inputs import identity
 from nas.errors import UserError
+from nas.export.options import PLAIN, FileOptions
 from nas.export.quantize import MAX_DROP, check_max_drop
 from nas.measure.budget import Limits
 from nas.measure.device import check_settings, default_threads, device_label
@@ -71,6 +72,8 @@ class SearchRequest:
     """Whether to use latencies that were measured earlier on this machine."""
     limits: Limits = field(default_factory=Limits)
     """What a network may need beside time; one over them is infeasible."""
+    file: FileOptions = PLAIN
+    """How best/model.onnx is written; unless it takes any batch, it has that of `settings`."""
 
     def __post_init__(self) -> None:
         from search_spaces.registry import FAMILIES
@@ -118,6 +121,7 @@ class SearchRequest:
         if self.limits.file_mb is not None and RUNTIMES[self.settings.runtime].artifact != "onnx":
             able = " or ".join(name for name, each in RUNTIMES.items() if each.artifact == "onnx")
             raise UserError(f"--size-budget: runtime {self.settings.runtime} loads no file; use {able}")
+        self.file.check()
         if self.throughput_at is not None:
             check_settings(replace(self.settings, batch_size=self.throughput_at))
 

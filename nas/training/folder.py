@@ -174,7 +174,7 @@ class TrainFolder:
                 card = Card.of(self._inputs.data, result.top1, result.images or 0)
                 images = some_of(self._inputs.data.val)
                 network = cast("Network | TimmModel", trained.network)
-                save_onnx(network, self._request.folder, 1, trained=True, card=card, images=images)
+                save_onnx(network, self._request.folder, self._request.file, trained=True, card=card, images=images)
         except UserError as failure:
             line = f"no model.onnx, but the weights are there: {failure}"
             self._job.say(line)
@@ -208,7 +208,7 @@ class TrainFolder:
         card = Card.of(data, last.top1, last.val_images or 0) if last else Card.of(data)
         model = load(self._inputs.network, folder / WEIGHTS, what=str(folder))
         save_model(model, folder, with_weights=False)
-        save_onnx(model, folder, 1, trained=True, card=card, images=some_of(data.val))
+        save_onnx(model, folder, self._request.file, trained=True, card=card, images=some_of(data.val))
         self._keep_digests()
         self._job.say(f"{what}: written again from {WEIGHTS}")
 

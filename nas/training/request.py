@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nas.errors import UserError
+from nas.export.options import PLAIN, FileOptions
 from nas.job import default_folder_of
 from nas.machine import usable_cpus
 
@@ -67,6 +68,8 @@ class TrainRequest:
     """Of splits, weights and the training."""
     minutes: float | None = None
     """How long to train, instead of the recipe's epochs."""
+    file: FileOptions = PLAIN
+    """How model.onnx is written."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "folder", Path(self.folder))
@@ -77,11 +80,13 @@ class TrainRequest:
         """What must be equal for a training to go on."""
         found = asdict(self)
         recipe = found.pop("recipe")
-        for name in ("folder", "workers", "compiled", "weights_from"):
+        for name in ("folder", "workers", "compiled", "weights_from", "file"):
             del found[name]
         for name in ("source", "teacher"):
             del recipe[name]
-        known: dict[str, Any] = json.loads(json.dumps(found | {"recipe": recipe.pop("name")} | recipe))
+        known: dict[str, Any] = json.loads(
+            json.dumps(found | {"onnx": str(self.file) or None, "recipe": recipe.pop("name")} | recipe)
+        )
         return known
 
     def check(self) -> None:
@@ -89,6 +94,7 @@ class TrainRequest:
         from nas.training.updater import PRECISIONS
 
         recipe = self.recipe
+        self.file.check()
         for name, value, least, most in (
             ("epochs", recipe.epochs, 1, MOST),
             ("batch-size", recipe.batch_size, 2, MOST),

@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 from nas.export.onnx import write_onnx
+from nas.export.options import FileOptions
 from nas.measure.device import compare, device_lock
 from nas.measure.runtime import Settings
 from pruning.units import anatomy, cut, equal_scores
@@ -32,7 +33,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, device_lock("cpu"):
         paths = {name: Path(folder) / f"{i}.onnx" for i, name in enumerate(archs)}
         for name, path in paths.items():
-            write_onnx(archs[name], path, 1)
+            write_onnx(archs[name], path, FileOptions())
         results = compare(paths, settings, options.rounds)
     whole, macs = results["whole"], parts.table.macs()
     print(f"{options.model}, ONNX Runtime, {options.threads} thread(s), batch 1\n")

@@ -18,7 +18,7 @@ from timm.models.twins import Block as TwinsBlock
 from timm.models.vision_transformer import Block as DeitBlock
 from torch import Tensor, nn
 
-from nas.export.onnx import OPSET
+from nas.export.options import OPSET
 from nas.networks.build import build
 from search_spaces import get_arch
 

@@ -18,6 +18,7 @@ from nas.cli.facts import few, lines_of
 from nas.export.card import Accuracy, Card, Latency, Preprocess
 from nas.export.folder import save_model, save_onnx
 from nas.export.onnx import label_onnx
+from nas.export.options import FileOptions
 from search_spaces import create_model
 
 FLOWERS = ["daisy", "dandelion", "rose", "sunflower", "tulip"]
@@ -43,7 +44,7 @@ def search(helpers, tmp_path) -> Path:
     """A trained search's folder."""
     model = create_model(helpers.random_arch("shvit", 0, num_classes=5, resolution=32))
     save_model(model, tmp_path / "fl" / "best")
-    save_onnx(model, tmp_path / "fl" / "best", 1, trained=True, card=CARD)
+    save_onnx(model, tmp_path / "fl" / "best", FileOptions(), trained=True, card=CARD)
     (tmp_path / "fl" / "trials.csv").touch()
     return tmp_path / "fl"
 

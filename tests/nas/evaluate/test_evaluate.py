@@ -17,6 +17,7 @@ from nas.evaluate.onnx_file import OnnxFile
 from nas.evaluate.run import short_names
 from nas.export.card import Card, Preprocess
 from nas.export.folder import replace_network
+from nas.export.options import FileOptions
 from nas.measure.protocol import Interrupted
 from nas.networks.build import create
 from nas.networks.timm_network import TimmNetwork
@@ -227,7 +228,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.nn.init.normal_(model.get_classifier().weight)
     folder = tmp_path_factory.mktemp("tiny")
     card = Card(preprocess=Preprocess.own(32), classes=list(CLASSES))
-    replace_network(model, folder, 2, True, card)
+    replace_network(model, folder, FileOptions(2), True, card)
     return folder
 
 

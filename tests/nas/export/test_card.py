@@ -327,7 +327,7 @@ def test_what_a_file_tells_is_what_validation_sees(pixels, folder, tmp_path, mon
 
     def differences(card: Card) -> list[float]:
         label_onnx(tmp_path / "model.onnx", None, trained=True, card=card)
-        recipe = CLASSIFY.replace("return classes[logits.argmax()]", "return logits").partition("\n\n\nprint(")[0]
+        recipe = CLASSIFY.replace("return classes[scores.argmax()]", "return scores").partition("\n\n\nprint(")[0]
         names: dict[str, Any] = {}
         exec(recipe, names)
         shown = [(names["classify"](data.val.sources[i]), data.val[i][0]) for i in range(0, 36, 5)]

@@ -15,6 +15,7 @@ from nas.errors import UserError
 from nas.evaluate.onnx_file import OnnxFile
 from nas.evaluate.preprocess import GivenPreprocess
 from nas.export.onnx import write_onnx
+from nas.export.options import FileOptions
 from nas.export.quantize import Recipe, left_in_float, quantize
 from search_spaces.registry import FAMILIES
 from search_spaces.space import PARAMETERS
@@ -28,7 +29,7 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The smallest SHViT, with attention, at 32 px, of any batch size but for its file's."""
     path = tmp_path_factory.mktemp("full") / "full.onnx"
     arch = FAMILIES["shvit"].space.decode(dict.fromkeys(PARAMETERS, 0), 10)
-    write_onnx(arch.replace(resolution=32), path, 2)
+    write_onnx(arch.replace(resolution=32), path, FileOptions(2))
     model = onnx.load(path)
     onnx.helper.set_model_props(model, {"vitnas.weights": "untrained"})
     model.producer_name = "vitnas"

@@ -19,6 +19,7 @@ from nas.errors import UserError
 from nas.export.artifact import write_artifact
 from nas.export.card import Card
 from nas.export.folder import save_model, save_onnx, save_weights
+from nas.export.options import FileOptions
 from nas.measure.runtime import Settings
 from nas.networks.build import create, for_inference
 from nas.networks.counts import counts_of
@@ -51,7 +52,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = create(LCNET)
     used(model)
     save_model(model, folder)
-    save_onnx(model, folder, 1, trained=True, card=CARD)
+    save_onnx(model, folder, FileOptions(), trained=True, card=CARD)
     return folder
 
 
@@ -95,7 +96,7 @@ def test_a_wrong_merge_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr("timm.utils.model.reparameterize_model", merged)
     with pytest.raises(UserError, match="disagrees with PyTorch"):
-        save_onnx(used(create(LCNET)), tmp_path, 1, trained=True, card=CARD)
+        save_onnx(used(create(LCNET)), tmp_path, FileOptions(), trained=True, card=CARD)
     assert not (tmp_path / "model.onnx").exists()
 
 

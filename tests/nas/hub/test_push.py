@@ -18,6 +18,7 @@ from PIL import Image
 from nas.errors import UserError
 from nas.export.card import Accuracy, Card, Latency, Preprocess
 from nas.export.folder import save_model, save_onnx
+from nas.export.options import FileOptions
 from nas.hub.facts import RunFacts, public_name
 from nas.hub.push import push
 from nas.hub.request import Plan, PushRequest
@@ -47,7 +48,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         latency=Latency(ms=1.5, ci=(1.4, 1.6), cpu="Chip 9", **MACHINE),
     )
     save_model(model, best)
-    save_onnx(model, best, 1, trained=True, card=card)
+    save_onnx(model, best, FileOptions(), trained=True, card=card)
     (best / "model.seen.npy").write_bytes(b"digests")
     closing = [
         {"label": "trial 5", "latency_ms": 1.5, "ci_low_ms": 1.4, "ci_high_ms": 1.6, "accuracy": {"mean": 61.0}},

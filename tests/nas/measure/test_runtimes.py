@@ -16,6 +16,7 @@ from onnx import TensorProto, helper
 from nas.errors import UserError
 from nas.export.artifact import lower_precision, write_artifact
 from nas.export.onnx import write_onnx
+from nas.export.options import FileOptions
 from nas.export.quantize import IMAGES, batches
 from nas.machine import usable_cpus
 from nas.measure import runtime
@@ -344,7 +345,7 @@ def test_weights_and_the_callers_randomness_are_apart() -> None:
 @pytest.fixture(scope="module")
 def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("full") / "full.onnx"
-    write_onnx(smallest("shvit"), path, 2)
+    write_onnx(smallest("shvit"), path, FileOptions(2))
     return path
 
 

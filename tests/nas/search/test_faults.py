@@ -125,7 +125,7 @@ def device(monkeypatch: pytest.MonkeyPatch, small_shvit: None) -> Device:
         monkeypatch.setattr(module, "device_lock", lambda device: nullcontext())
     monkeypatch.setattr(nas.search.trial, "open_measurer", lambda *_: nullcontext(found))
     monkeypatch.setattr(nas.export.side_by_side, "compare", found.compare)
-    monkeypatch.setattr(nas.search.best, "write_onnx", lambda arch, path, batch: path.write_bytes(b"untrained"))
+    monkeypatch.setattr(nas.search.best, "write_onnx", lambda arch, path, *_: path.write_bytes(b"untrained"))
     monkeypatch.setattr(nas.search.best, "label_onnx", lambda *_, **__: None)
     monkeypatch.setattr(nas.measure.hardware, "SAMPLE_S", 0.0)
     monkeypatch.setattr(nas.search.report, "plot_front", lambda data: b"")

@@ -25,7 +25,6 @@ from torch import Tensor
 
 import nas.data
 import nas.data.dataset
-import nas.export.onnx
 import nas.training.begun
 import nas.training.engine
 import nas.training.evaluation
@@ -159,13 +158,11 @@ def test_a_folder_that_export_and_bench_take(vitnas, deit, tmp_path):
 @pytest.mark.usefixtures("few")
 def test_what_an_onnx_check_refuses_is_written(vitnas, deit, tmp_path, monkeypatch):
     """Weights and metrics are there, an older model.onnx is not; the same command exports again, without training."""
-    import nas.export.artifact
-
     out = tmp_path / "out"
     args = ("train", deit, "--out", str(out), "--epochs", "1", "--batch-size", "64", "--device", "cpu")
     out.mkdir()
     (out / "model.onnx").write_text("of an older network")
-    agreement = nas.export.onnx.agreement
+    agreement = export_folder.agreement
 
     def refuse(*args):
         raise UserError("the exported network disagrees with PyTorch by 2.0e-02 of its largest logit")
