@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nas.errors import TrainingError, UserError
+from nas.measure.budget import Limits
 from nas.networks.counts import counts_of
 from nas.quality.candidate import Candidate, Kind
 from nas.quality.surrogate import LEAST, describe_candidate
@@ -59,6 +60,8 @@ DRAWN_FROM_SCRATCH = 48
 NEAR = (0.75, 1.15)
 """Networks are cut from a parent to a latency that is likely so many times the budget: one that is much faster loses
 more than it must, and one that is slower is measured in vain."""
+SMALLER = 0.25
+"""With limits beside the latency: times the least share of MACs, as memory or size may ask for smaller networks."""
 CUT_POWER, POWERS = 0.7, (0.2, 1.2)
 """A child's latency is about its parent's times this power of the share of MACs that it has left (0.6 of a child of
 EfficientViT-M1, 0.97 of one of SHViT-S1); and within which that is taken from children that are measured."""
@@ -120,16 +123,14 @@ class Chooser:
         tried = tried_in(study)
         latencies = latencies_of(tried)
         open_ready = self._ready(tried, latencies)
-        urgent = self._built(each for each in open_ready if each.urgent)
+        promise = Promise([each.measured for each in tried if each.measured], self._tier.surrogate(), self._request)
+        urgent = self._built((each for each in open_ready if each.urgent), promise)
         if urgent or self._request.sampler != "auto":
             return urgent
         rng = self._generator(len(tried))
-        promise = Promise(
-            [each.measured for each in tried if each.measured], self._tier.surrogate(), self._request.budget_ms
-        )
         if self._scratch_is_due(tried) and (fresh := self._best(self._scratch(rng), tried, promise)):
             return fresh
-        pool = self._built(open_ready)
+        pool = self._built(open_ready, promise)
         for parent in self._parents(latencies, tried):
             if (whole := self._unmeasured(parent, tried)) is not None:
                 return [whole]
@@ -167,6 +168,8 @@ class Chooser:
             helps += ["a larger --latency-budget"]
         else:
             why += ", and of the pretrained networks over it none could be cut"
+        if self._request.limits != Limits():
+            helps += [f"looser limits than{self._request.limits.words.removeprefix(',')}"]
         return f"{why}; may help: {', '.join([*helps, '--from-scratch'])}"
 
     def _generator(self, number: int) -> np.random.Generator:
@@ -211,10 +214,17 @@ class Chooser:
         impossible = {label for label, candidate in self._ready_ones.items() if candidate is None}
         return self._field.next(latencies, labels | impossible, failed | impossible)
 
-    def _built(self, measurements: Iterable[Open]) -> list[Candidate]:
-        """The first of them as candidates."""
+    def _built(self, measurements: Iterable[Open], promise: Promise) -> list[Candidate]:
+        """The first of them as candidates; none that is surely over a limit of memory or size."""
         found = (self._ready_one(each.entrant, each.px) for each in measurements)
-        return list(itertools.islice((candidate for candidate in found if candidate is not None), OFFERED))
+        able = (one for one in found if one is not None and self._may_meet(one, promise))
+        return list(itertools.islice(able, OFFERED))
+
+    def _may_meet(self, candidate: Candidate, promise: Promise) -> bool:
+        if self._request.limits == Limits():
+            return True
+        features = self._features(candidate)
+        return features is None or promise.may_meet(features)
 
     def _ready_one(self, entrant: Entrant, px: int) -> Candidate | None:
         """A ready network at a resolution; None where it takes no such images."""
@@ -289,6 +299,8 @@ class Chooser:
         whole, own = self._cutters[place].parent.arch, levels_of(parent.name)
         power, macs = _power_of(place, tried), count(whole).macs
         least, most = ((times / parent.over) ** (1 / power) for times in NEAR)
+        if self._request.limits != Limits():
+            least *= SMALLER
         for arch in self._cutters[place].cuts(least, most):
             self._keep(place, arch)
         bases = [own, *self._best_levels(place, tried)]

@@ -126,7 +126,7 @@ class Choice:
 
     points: Sequence[Point]
     fits: np.ndarray
-    """Log of the chance to meet the budget."""
+    """Log of the chance to meet the budget, and the limits."""
     values: np.ndarray
     """Expected scores, percent, and their standard deviations."""
     errors: np.ndarray
@@ -202,8 +202,9 @@ class Finder(SpaceSampler):
         fresh = [point for digest, point in self._pool.items() if digest not in known]
         if not fresh:
             return None
-        mean, error = self._seen.speed.predict(np.array([point.coordinates for point in fresh]))
-        fits = log_ndtr((self._seen.limit - mean) / error)
+        rows = np.array([point.coordinates for point in fresh])
+        mean, error = self._seen.speed.predict(rows)
+        fits = log_ndtr((self._seen.limit - mean) / error) + self._seen.meets(rows)
         order = np.argsort(-fits)[: JUDGED if isinstance(self._judge, ByTraining) else len(fresh)]
         chosen = [int(i) for i in order if fits[i] >= math.log(CHANCE)] or [int(order[0])]
         points = [fresh[i] for i in chosen]

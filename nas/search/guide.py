@@ -49,7 +49,7 @@ class Guide:
             NothingLeft: no network can meet the budget, or none that was compared is better than the best.
         """
         self._seen.read(self._study)
-        budget = f"{self._request.budget_ms:g} ms"
+        budget = f"{self._request.budget_ms:g} ms{self._request.limits.words}"
         if self._opening.hopeless():
             raise NothingLeft(f"the smallest shape of every family was measured, far over {budget}")
         point = self._opening.next()

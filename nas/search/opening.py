@@ -63,13 +63,13 @@ class Opening:
             yield from self._ladder(family)
 
     def hopeless(self) -> bool:
-        """Whether the smallest shape of every family has been measured, far over the budget."""
+        """Whether the smallest shape of every family has been measured, far over the budget or over a limit."""
         found = {each.point.digest: each for each in self._seen.tried if each.relative}
         small = [found.get(self._small(family).digest) for family in self._request.families if self._is_open(family)]
         return (
             not any(each.feasible for each in self._seen.tried)
             and all(each and each.relative for each in small)
-            and all(self._over(each) > HOPELESS for each in small if each)
+            and all(each.over or self._over(each) > HOPELESS for each in small if each)
         )
 
     def _own(self, family: str) -> list[Tried]:
@@ -93,8 +93,10 @@ class Opening:
         if small.digest in known:
             return None
         if rungs and len(own) < TRIES:
-            mean, error = self._seen.speed.predict(np.array([rung.coordinates for rung in rungs]))
+            coordinates = np.array([rung.coordinates for rung in rungs])
+            mean, error = self._seen.speed.predict(coordinates)
             sure = mean + float(ndtri(LIKELY)) * error <= self._seen.limit
+            sure &= self._seen.meets(coordinates) >= math.log(LIKELY)
             likely = [rung for rung, fits in zip(rungs, sure, strict=True) if fits]
             if likely:
                 return max(likely, key=self._score)
@@ -111,12 +113,16 @@ class Opening:
             rows = [rung for rung in self._ladder(family) if rung.name and rung.digest not in known]
             if not rows:
                 continue
-            mean, _ = self._seen.speed.predict(np.array([row.coordinates for row in rows]))
+            coordinates = np.array([row.coordinates for row in rows])
+            mean, _ = self._seen.speed.predict(coordinates)
             times = [float(each) for each in np.exp(mean - self._seen.limit)]
+            may = self._seen.meets(coordinates) >= math.log(1 - LIKELY)
             number = sum(each.point.family == family for each in tried)
             least = NEAR[0] if number else 0.0
             if number < PUBLISHED:
-                near += [(t, row) for t, row in zip(times, rows, strict=True) if least <= t <= NEAR[1]]
+                near += [
+                    (t, row) for t, row, able in zip(times, rows, may, strict=True) if able and least <= t <= NEAR[1]
+                ]
             above += [(t, row) for t, row in zip(times, rows, strict=True) if t > 1]
         if near and len(tried) < most:
             return max(near, key=lambda each: each[0])[1]

@@ -20,6 +20,7 @@ from scipy.special import log_ndtr
 
 from nas.networks.counts import counts_of
 from nas.quality.surrogate import DESCRIBED, LEAST, Surrogate, TrainedNetwork, describe
+from nas.search.needs import Need, Needs
 from nas.search.sampling import SpaceSampler, log_improvement
 from nas.search.seen import Point
 from nas.search.variations import varied
@@ -37,6 +38,8 @@ POOL = 48
 """Networks compared in a trial; half of them are variations of the best."""
 PARENTS = 6
 """How many of the best are varied."""
+CHANCE = 0.02
+"""Of meeting the limits: networks below are surely over."""
 LATENCY_NOISE = 0.02
 """Standard deviation of a measured latency's logarithm."""
 
@@ -54,7 +57,10 @@ class Measured:
     """What the surrogates predict from."""
     latency_ms: float
     feasible: bool
-    """Whether its latency meets the budget."""
+    """Whether it meets the budget and the limits."""
+    memory_mb: float | None = None
+    """As `nas.search.rows.Trial` has it, as the next."""
+    file_mb: float | None = None
 
     @classmethod
     def all_of(cls, study: optuna.Study) -> list[Self]:
@@ -73,34 +79,51 @@ class Measured:
             features=detail["training"]["features"],
             latency_ms=detail["latency_ms"],
             feasible=bool(trial.user_attrs["feasible"]),
+            memory_mb=detail.get("memory_mb"),
+            file_mb=detail.get("file_mb"),
         )
 
 
 class Promise:
     """How much a network promises: the logarithm of its constrained expected improvement."""
 
-    def __init__(self, measured: Sequence[Measured], quality: Surrogate, budget_ms: float) -> None:
+    def __init__(self, measured: Sequence[Measured], quality: Surrogate, request: SearchRequest) -> None:
         """quality: fitted to all trainings so far."""
+        self._needs = Needs(
+            request.limits,
+            request.settings.precision,
+            [Need(_params_m(one.features), one.memory_mb, one.file_mb) for one in measured],
+        )
         self._latency = Surrogate(
             [TrainedNetwork(one.digest, _shape(one.features), {1: math.log(one.latency_ms)}) for one in measured],
             1,
             noise=LATENCY_NOISE,
             shares=False,
         )
-        self._quality, self._limit = quality, math.log(budget_ms)
+        self._quality, self._limit = quality, math.log(request.budget_ms)
         fitting = {one.digest for one in measured if one.feasible}
         found = (quality.predict(each.features, each.key).value for each in quality.trained if each.key in fitting)
         self._best = max(found, default=0.0)
+
+    def may_meet(self, features: np.ndarray) -> bool:
+        """Whether a network is not surely over a limit of memory or size."""
+        return float(self._needs.chances(np.array([_params_m(features)]))[0]) >= math.log(CHANCE)
 
     def of(self, features: np.ndarray) -> float:
         """Of a network that has not been trained; its features begin with log2 of its parameters, which stand for its
         quality while too few are trained."""
         time = self._latency.predict(_shape(features))
         fits = float(log_ndtr((self._limit - time.value) / time.error))
+        fits += float(self._needs.chances(np.array([_params_m(features)]))[0])
         if len(self._quality.trained) < LEAST:
             return fits + math.log(2) * float(features[0])
         found = self._quality.predict(features)
         return fits + float(log_improvement(found.value, found.error, self._best))
+
+
+def _params_m(features: Sequence[float] | np.ndarray) -> float:
+    """Millions of parameters, of which the first feature is log2."""
+    return float(2.0 ** features[0]) / 1e6
 
 
 def _shape(features: Sequence[float] | np.ndarray) -> np.ndarray:
@@ -126,7 +149,7 @@ class Proposer(SpaceSampler):
         fresh = [pool[digest] for digest in pool.keys() - {each.digest for each in measured}]
         if not fresh:
             return {}
-        promise = Promise(measured, self._tier.surrogate(), self._request.budget_ms)
+        promise = Promise(measured, self._tier.surrogate(), self._request)
         best = max(fresh, key=lambda each: promise.of(describe(each.arch, counts_of(each.arch))))
         return best.params
 

@@ -6,10 +6,11 @@ import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nas.search.needs import Need, Needs
 from nas.search.speed import Speed, coordinates
 from search_spaces import Arch
 from search_spaces.registry import FAMILIES
@@ -61,6 +62,8 @@ class Tried:
     relative: float | None = None
     """Latency over that of the reference network in the same rounds."""
     feasible: bool = False
+    over: bool = False
+    """Whether it does not meet a limit beside the latency."""
     score: float = -math.inf
     ended: bool = False
 
@@ -78,6 +81,7 @@ class Seen:
         """Of latencies over the reference network's."""
         self.limit = 0.0
         """Log of the budget over the reference network's latency now."""
+        self._needs = Needs(request.limits, request.settings.precision)
 
     def read(self, study: optuna.Study) -> None:
         """Take in what has been tried by now."""
@@ -90,6 +94,16 @@ class Seen:
         self.limit = math.log(self._request.budget_ms / now)
         measured = [(each.point.coordinates, each.relative) for each in self.tried if each.relative]
         self.speed = Speed((self._reference, 1.0), measured)
+        needs = [
+            Need(_params_m(point.coordinates), detail.get("memory_mb"), detail.get("file_mb"))
+            for (_, point), detail in zip(found, details, strict=True)
+            if point is not None
+        ]
+        self._needs = Needs(self._request.limits, self._request.settings.precision, needs)
+
+    def meets(self, rows: np.ndarray) -> np.ndarray:
+        """Logarithms of the chances to meet the limits of memory and size, (n,). rows: (n, 8 + families)."""
+        return self._needs.chances(_params_m(rows.T))
 
     @property
     def digests(self) -> set[str]:
@@ -103,6 +117,11 @@ class Seen:
             name = trial.user_attrs.get("name", "")
             self._points[trial.number] = Point.at(self._request, family, params, name) if known else None
         return self._points[trial.number]
+
+
+def _params_m(coordinates: np.ndarray) -> Any:
+    """Millions of parameters of networks by their coordinates, (8 + families, ...)."""
+    return np.exp(coordinates[3]) / 1e6
 
 
 def params_of(trial: FrozenTrial) -> tuple[str, dict[str, int]]:
@@ -123,6 +142,7 @@ def _tried(trial: FrozenTrial, point: Point) -> Tried:
         detail.get("key", detail["digest"]),
         detail["latency_ms"] / reference if reference else None,
         bool(trial.user_attrs["feasible"]),
+        bool(detail.get("over")),
         trial.values[0],
         ended=True,
     )

@@ -10,11 +10,13 @@ import pytest
 from optuna.trial import TrialState
 
 from nas.errors import TrainingError, UserError
+from nas.measure.budget import Limits
+from nas.measure.runtime import Settings
 from nas.networks.counts import counts_of
 from nas.quality.candidate import Candidate, Kind
 from nas.quality.surrogate import describe_candidate
 from nas.quality.trainer import Parent
-from nas.search import choose, derive
+from nas.search import choose, derive, propose
 from nas.search.choose import Chooser, Sized, Tried
 from nas.search.given import GIVEN
 from nas.search.propose import Measured
@@ -49,7 +51,13 @@ class Promise:
 class Bench:
     """A race whose trials are made up."""
 
-    def __init__(self, trials: int = 40, families: tuple[str, ...] = ("efficientvit",), sampler: str = "auto") -> None:
+    def __init__(
+        self,
+        trials: int = 40,
+        families: tuple[str, ...] = ("efficientvit",),
+        sampler: str = "auto",
+        limits: Limits = Limits(),  # noqa: B008
+    ) -> None:
         self.trials: list[SimpleNamespace] = []
         self.tuned: list[tuple[str, int]] = []
         self.parents = SimpleNamespace(failed={}, uncut={}, tuned=self._tune)
@@ -58,7 +66,15 @@ class Bench:
         )
         tier = SimpleNamespace(parents=self.parents, surrogate=lambda: self.surrogate)
         request = SimpleNamespace(
-            trials=trials, budget_ms=BUDGET_MS, seed=0, families=families, sampler=sampler, num_classes=5, resolution=PX
+            trials=trials,
+            budget_ms=BUDGET_MS,
+            seed=0,
+            families=families,
+            sampler=sampler,
+            num_classes=5,
+            resolution=PX,
+            limits=limits,
+            settings=Settings(),
         )
         entrants = [
             Entrant(name, "efficientvit", get_arch(name).replace(num_classes=5), (PX,))
@@ -81,6 +97,7 @@ class Bench:
             "digest": candidate.network.digest(),
             "key": candidate.key,
             "latency_ms": ms,
+            "file_mb": 4 * counts.params / 1e6,
             "training": {"features": features.tolist(), "rungs": {}},
         }
         attributes = {GIVEN: candidate.to_json(), "family": candidate.network.family}
@@ -270,3 +287,27 @@ def test_networks_from_scratch_are_not_surely_over_the_budget() -> None:
     assert all(0.3 * (macs / 6e6) ** POWER / GUESSED <= BUDGET_MS for macs in found)
     bench.chooser._request.budget_ms = 1e-3
     assert len(bench.chooser._scratch(rng)) == 1, "the smallest, if nothing fits"
+
+
+def test_a_limit_of_size_decides_what_is_cut_from_a_parent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """EfficientViT-M1 has 11 MB, which a child of the same latency loses little of."""
+    monkeypatch.setattr(choose, "Promise", propose.Promise)
+    monkeypatch.setattr(choose, "DRAWN", 24)
+    sizes = {}
+    for limits in (Limits(), Limits(file_mb=4.0)):
+        bench, cut = Bench(trials=20, limits=limits), []
+        for _ in range(5):
+            candidate = bench.offer()[0]
+            bench.run(candidate)
+            if candidate.kind == Kind.DERIVED:
+                cut.append(4 * counts_of(candidate.network).params / 1e6)
+        sizes[limits] = cut
+    assert min(sizes[Limits()]) > 7
+    assert max(sizes[Limits(file_mb=4.0)]) < 7
+    assert min(sizes[Limits(file_mb=4.0)]) <= 4
+
+
+def test_a_ready_network_that_is_surely_over_a_limit_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choose, "Promise", propose.Promise)
+    assert bool(Bench(sampler="random").offer())
+    assert Bench(sampler="random", limits=Limits(file_mb=1.0)).offer() == []

@@ -15,6 +15,8 @@ import numpy as np
 import optuna
 import pytest
 
+from nas.measure.budget import Limits
+from nas.networks.counts import counts_of
 from nas.quality.prior import PriorTier
 from nas.search import finder
 from nas.search.finder import BySize, ByTraining, Finder
@@ -26,7 +28,7 @@ from nas.search.seen import Point, Seen, params_of
 from nas.search.speed import Speed, coordinates
 from nas.study.samplers import make_sampler
 from nas.study.trials import ask, finish, open_study
-from search_spaces import get_arch
+from search_spaces import Arch, get_arch
 from search_spaces.registry import FAMILIES
 from search_spaces.space import LEVELS
 
@@ -81,8 +83,10 @@ class Worker:
 
     def tell(self, trial: optuna.Trial, point: Point) -> None:
         ms, score = latency(point.arch), BySize(PriorTier()).score(point)
-        detail = {"digest": point.digest, "latency_ms": ms, "reference_ms": REFERENCE_MS}
-        attrs = {"feasible": int(ms <= self.request.budget_ms), "detail": detail}
+        needs = {"memory_mb": 10 + 3 * file_mb(point.arch), "file_mb": file_mb(point.arch)}
+        over = self.request.limits.over(**needs)
+        detail = {"digest": point.digest, "latency_ms": ms, "reference_ms": REFERENCE_MS, "over": [*over], **needs}
+        attrs = {"feasible": int(ms <= self.request.budget_ms and not over), "detail": detail}
         finish(self.study, trial, score, 1000 / ms, ms / self.request.budget_ms - 1, attrs)
 
     def run(self, trials: int) -> list[Point]:
@@ -92,6 +96,10 @@ class Worker:
         except NothingLeft as why:
             self.left = str(why)
         return self.order
+
+
+def file_mb(arch: Arch) -> float:
+    return 4 * counts_of(arch).params / 1e6
 
 
 def request(budget_ms: float, **more) -> SearchRequest:
@@ -267,3 +275,21 @@ def test_a_tier_that_trains_judges_by_its_surrogate(tmp_path):
     assert asked
     large = Finder(options, seen, BySize(PriorTier())).propose(0)
     assert chosen.coordinates[3] < large.coordinates[3] - 0.2
+
+
+@pytest.mark.parametrize(
+    ("limits", "most_mb"), [(Limits(file_mb=12.0), 12.0), (Limits(memory_mb=46.0), 12.0)], ids=["size", "memory"]
+)
+def test_a_search_stays_within_its_limits(tmp_path: Path, limits: Limits, most_mb: float) -> None:
+    """At 100 ms everything is fast enough."""
+    worker = Worker(request(100.0, families=("levit", "shvit"), limits=limits), tmp_path)
+    sizes = [file_mb(point.arch) for point in worker.run(16)]
+    fitting = [size for size in sizes if size <= most_mb]
+    assert len(fitting) >= 10
+    assert max(fitting) > 0.8 * most_mb, "it is used"
+
+
+def test_limits_that_no_family_can_meet_end_the_search(tmp_path: Path) -> None:
+    worker = Worker(request(100.0, families=("levit", "shvit"), limits=Limits(file_mb=0.01)), tmp_path)
+    assert len(worker.run(16)) <= 4
+    assert worker.left == ("the smallest shape of every family was measured, far over 100 ms, a file of 0.01 MB")

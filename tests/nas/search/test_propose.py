@@ -7,6 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from nas.measure.budget import Limits
+from nas.measure.runtime import Settings
 from nas.networks import counts
 from nas.quality.surrogate import Surrogate, TrainedNetwork, describe
 from nas.search import propose
@@ -77,7 +79,15 @@ def proposer(measured: list[SimpleNamespace], seed: int | None = 0) -> Proposer:
         return [SimpleNamespace(value=skills[key]) for key, _ in networks]
 
     tier = SimpleNamespace(review=review, surrogate=lambda: Surrogate(results(), 9))
-    options = SimpleNamespace(families=(FAMILY,), num_classes=10, resolution=64, budget_ms=BUDGET_MS, seed=seed)
+    options = SimpleNamespace(
+        families=(FAMILY,),
+        num_classes=10,
+        resolution=64,
+        budget_ms=BUDGET_MS,
+        seed=seed,
+        limits=Limits(),
+        settings=Settings(),
+    )
     return Proposer(tier, options)
 
 

@@ -13,6 +13,7 @@ from optuna.samplers import RandomSampler
 from nas.errors import UserError
 from nas.intervals import Interval
 from nas.measure.budget import Limits
+from nas.measure.runtime import Settings
 from nas.networks.counts import counts_of
 from nas.quality.candidate import Candidate, Kind
 from nas.quality.surrogate import describe_candidate
@@ -70,7 +71,15 @@ def race(folder: Path, ms: float = 0.5, digests: dict[str, str] | None = None) -
         parents=parents, surrogate=lambda: surrogate, trainer=SimpleNamespace(weights=store, folder=folder / "training")
     )
     request = SimpleNamespace(
-        budget_ms=BUDGET_MS, trials=8, seed=0, families=("efficientvit",), sampler="auto", resolution=64, num_classes=5
+        budget_ms=BUDGET_MS,
+        trials=8,
+        seed=0,
+        families=("efficientvit",),
+        sampler="auto",
+        resolution=64,
+        num_classes=5,
+        limits=Limits(),
+        settings=Settings(),
     )
     return Race(request, study, tier, entrants(), runner), runner
 
