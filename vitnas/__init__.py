@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from nas.bench.result import BenchResult
     from nas.bench.run import bench
     from nas.errors import UserError
+    from nas.evaluate.export import export
     from nas.evaluate.predict import PredictRequest, PredictResult, predict
     from nas.evaluate.preprocess import parse_preprocess
     from nas.evaluate.request import EvaluateRequest
     from nas.evaluate.result import EvaluateResult
     from nas.evaluate.run import evaluate
-    from nas.export.folder import export
     from nas.export.options import FileOptions
     from nas.hub.push import push
     from nas.hub.request import PushRequest, PushResult
@@ -62,7 +62,7 @@ HOMES = {
     "bench": "nas.bench.run",
     "choose_recipe": "nas.training.request",
     "evaluate": "nas.evaluate.run",
-    "export": "nas.export.folder",
+    "export": "nas.evaluate.export",
     "find_target": "nas.networks.targets",
     "load": "nas.networks.weights",
     "parse_preprocess": "nas.evaluate.preprocess",

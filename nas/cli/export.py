@@ -7,9 +7,10 @@ from typing import Annotated, cast
 
 import typer
 
-from nas.cli.options import DynamicBatch, InGraph, Model, Opset, Probabilities, Quiet, Verbose
+from nas.cli.options import DynamicBatch, InGraph, MaxDrop, Model, Opset, Probabilities, Quiet, Verbose
 from nas.errors import UserError
 from nas.export.options import OPSET, FileOptions, FilePrecision
+from nas.export.quantize import MAX_DROP
 
 app = typer.Typer()
 
@@ -33,8 +34,8 @@ def export(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Images to check the file on: a folder, torch/NAME, hfds/NAME or wds/SHARDS.  [default: those of the "
-            "run, where they are here; else photographs]"
+            help="Images to check the file on, and to calibrate and judge int8: a folder, torch/NAME, hfds/NAME or "
+            "wds/SHARDS.  [default: those of the run, where they are here; else photographs]"
         ),
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images per inference.  [default: 1]")] = None,
@@ -42,15 +43,18 @@ def export(
     preprocess_in_graph: InGraph = False,
     opset: Opset = OPSET,
     probabilities: Probabilities = False,
-    precision: Annotated[str, typer.Option(help="fp32, fp16, or int8 with --data.")] = "fp32",
+    precision: Annotated[str, typer.Option(help="fp32, fp16, or int8, which --data calibrates and judges.")] = "fp32",
+    max_drop: MaxDrop = MAX_DROP,
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
     """Write a network as ONNX, BatchNorm folded, checked against PyTorch on images.
 
+    int8 is judged on the validation images, beside fp32; where it costs more than it may, nothing is written.
+
     Exit codes: 0 done, 2 bad input.
     """
-    from nas.export.folder import export as write
+    from nas.evaluate.export import export as write
 
     if dynamic_batch and batch_size is not None:
         raise UserError(f"--batch-size {batch_size} and --dynamic-batch: give one of them")
@@ -61,4 +65,4 @@ def export(
         probabilities=probabilities,
         precision=cast(FilePrecision, precision),
     )
-    print(write(model, out, weights, num_classes, options, data))
+    print(write(model, out, weights, num_classes, options, data, max_drop))

@@ -194,7 +194,7 @@ def _images(data: str | None, weights: str | None, card: Card) -> np.ndarray | N
 
     if card.preprocess is None:
         return None
-    name = data or (_data_beside(Path(weights)) if weights else None)
+    name = data or (data_beside(Path(weights)) if weights else None)
     if name is None:
         return None
     try:
@@ -206,7 +206,7 @@ def _images(data: str | None, weights: str | None, card: Card) -> np.ndarray | N
         return None
 
 
-def _data_beside(weights: Path) -> str | None:
+def data_beside(weights: Path) -> str | None:
     """The folder of images that weights were trained on, by the run they lie in; None where it is not here."""
     run = weights.parent
     for result in (run / "metrics.json", run / "prune.json", run.parent / "result.json"):
@@ -239,18 +239,23 @@ def replace_network(
             agreed = save_onnx(model, draft, options, trained, card, images)
             for fact in facts:
                 replace_file(draft / fact.name, fact.read_bytes())
-            for name in ("metrics.json", "prune.json", PREPROCESS, LABELS):
-                (folder / name).unlink(missing_ok=True)
-            for earlier in folder.glob("model.*"):
-                earlier.unlink()
-            for path in draft.iterdir():
-                path.replace(folder / path.name)
+            move_into(draft, folder)
     except OSError as error:
         raise unwritable(folder, error) from None
     finally:
         with suppress(OSError):  # it holds something
             folder.rmdir()
     return agreed
+
+
+def move_into(draft: Path, folder: Path) -> None:
+    """Move a network's files to a folder, from which those of an earlier network go."""
+    for name in ("metrics.json", "prune.json", PREPROCESS, LABELS):
+        (folder / name).unlink(missing_ok=True)
+    for earlier in folder.glob("model.*"):
+        earlier.unlink()
+    for path in draft.iterdir():
+        path.replace(folder / path.name)
 
 
 def _other_classifier(model: Network | TimmModel, weights: str) -> str:

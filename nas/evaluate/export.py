@@ -1,0 +1,89 @@
+"""`vitnas export`: a network's files, where int8 is judged on held-out images."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from nas.errors import UserError
+from nas.evaluate.precision import quantize_file
+from nas.export.card import PREFIX, Accuracy, metadata_of
+from nas.export.folder import data_beside, move_into
+from nas.export.folder import export as write
+from nas.export.options import PLAIN, FileOptions
+from nas.export.quantize import MAX_DROP, check_max_drop
+from nas.files import scratch, unwritable
+from nas.networks.targets import find_target
+
+
+def export(
+    network: str,
+    folder: Path | str,
+    weights: str | None = None,
+    num_classes: int | None = None,
+    options: FileOptions = PLAIN,
+    data: str | None = None,
+    max_drop: float = MAX_DROP,
+) -> str:
+    """Write a network's folder: arch.json, model.onnx and, where there are weights, model.safetensors.
+
+    Args:
+        network: a published name, an arch.json, a run's folder, timm/NAME or hf-hub:REPO.
+        weights: "timm", or a file of PyTorch or safetensors; None: those beside the arch.json, or random ones.
+        num_classes: None: the network's own.
+        options: of the ONNX file.
+        data: images to check it on, as `nas.data.dataset.open_data` takes them; None: those of the run that the weights
+            are from, where they are here, or else photographs. int8 needs some: those for training calibrate it, those
+            for validation judge it.
+        max_drop: points of top-1 that int8 may cost.
+
+    Returns:
+        What was written, how nearly ONNX Runtime and PyTorch agree, and what int8 costs.
+
+    Raises:
+        UserError: no such network or data, a network that cannot be exported, or int8 that costs more than it may;
+            nothing has been written then.
+    """
+    from nas.data.dataset import open_data
+
+    options.check()
+    check_max_drop(max_drop)
+    if options.precision != "int8":
+        return write(network, folder, weights, num_classes, options, data)
+    target = find_target(network)
+    used = weights or (str(target.weights) if target.weights else None)
+    name = data or (data_beside(Path(used)) if used not in (None, "timm") else None)
+    if name is None:
+        raise UserError("--precision int8 needs --data: images to calibrate it on, and to judge it by")
+    if used is None:
+        raise UserError(f"--precision int8: {network} has no trained weights here to judge: give --weights")
+    size = target.require().resolution
+    images = open_data(name, size, None, 0, used)
+    folder = Path(folder)
+    try:
+        with scratch(folder) as place:
+            line = write(network, place, weights, num_classes, replace(options, precision="fp32"), data)
+            path = place / "model.onnx"
+            price = quantize_file(path, images, network, max_drop)
+            if not price.within:
+                raise UserError(f"infeasible, nothing is written: {price.refusal}")
+            _tell_accuracy(path, Accuracy.counted(price.top1, price.images, images.name))
+            move_into(place, folder)
+    except OSError as error:
+        raise unwritable(folder, error) from None
+    finally:
+        with suppress(OSError):  # it holds something
+            folder.rmdir()
+    cost, *more = price.lines
+    return "\n".join([f"{folder}/model.onnx: {cost}", *more, f"in fp32: {line.partition(': ')[2]}"])
+
+
+def _tell_accuracy(path: Path, accuracy: Accuracy) -> None:
+    """Let a file's card tell it, in place of that of its float32 weights."""
+    import onnx
+
+    model = onnx.load(path)
+    facts = metadata_of(model) | {f"{PREFIX}accuracy": accuracy.model_dump_json()}
+    onnx.helper.set_model_props(model, facts)
+    onnx.save(model, path)

@@ -1,0 +1,95 @@
+"""`vitnas export --precision int8`: judged on held-out images, or not written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from PIL import Image
+
+from nas.evaluate import precision
+from nas.evaluate.onnx_file import OnnxFile
+from nas.evaluate.precision import HeldOut
+from nas.export.card import Card, Preprocess
+from nas.export.folder import save_model
+from nas.export.quantize import Recipe
+from search_spaces import create_model
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, helpers: Any) -> Path:
+    """A trained network of two classes, whose images are those of `images`; 4 of 10 validation images are wrong in
+    int8."""
+    monkeypatch.setattr(precision, "RECIPES", (Recipe(),))
+    draw = np.random.default_rng(0)
+    for kind, grey in (("dark", 60), ("light", 190)):
+        for part, count in (("train", 3), ("val", 5)):
+            folder = tmp_path / "images" / part / kind
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = (grey + draw.integers(-40, 40, (20, 20, 3))).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    model = create_model(helpers.random_arch("shvit", 0, num_classes=2, resolution=32))
+    for weights in model.parameters():
+        if weights.shape[0] == 2:  # the classifier's: else all probabilities are about a half
+            weights.data *= 30
+    save_model(model.eval(), tmp_path / "run")
+    Card(preprocess=Preprocess.own(32), classes=["dark", "light"]).write(tmp_path / "run")
+
+    def right(self: HeldOut, path: Path, runtime: str, threads: int | None) -> np.ndarray:
+        assert [*self.images.labels] == [0] * 5 + [1] * 5
+        quantised = any(node.op_type == "QuantizeLinear" for node in onnx.load(path).graph.node)
+        return np.arange(10) >= 4 * quantised
+
+    monkeypatch.setattr(HeldOut, "right", right)
+    return tmp_path / "run"
+
+
+def words(run: Path, out: Path, *more: str) -> tuple[str, ...]:
+    data = str(run.parent / "images")
+    return ("export", str(run), "--out", str(out), "--precision", "int8", "--data", data, *more)
+
+
+@pytest.mark.parametrize("more", [(), ("--dynamic-batch", "--preprocess-in-graph", "--probabilities")])
+def test_int8_says_what_it_costs(run: Path, tmp_path: Path, vitnas: Any, more: tuple[str, ...]) -> None:
+    out = tmp_path / "out"
+    code, said, err = vitnas(*words(run, out, "--max-drop", "40", *more))
+    assert code == 0, err
+    first, left, full = said.splitlines()
+    assert first.startswith(f"{out}/model.onnx: int8 costs 40.0 points of top-1 ")
+    assert left.startswith("left in float: ")
+    assert full.startswith("in fp32: shvit with the given weights; ONNX Runtime and PyTorch agree to ")
+    file = OnnxFile.open(out, threads=1)
+    assert (file.precision, file.classes) == ("int8", ("dark", "light"))
+    assert (file.batch_size, file.in_graph, file.probabilities) == ((None, True, True) if more else (1, False, False))
+    assert Card.read(out).accuracy.top1 == 60
+    assert {path.name for path in out.iterdir()} >= {"arch.json", "model.safetensors", "preprocess.json", "labels.txt"}
+
+
+def test_int8_that_costs_too_much_is_not_written(run: Path, tmp_path: Path, vitnas: Any) -> None:
+    out = tmp_path / "out"
+    message = "infeasible, nothing is written: int8 costs 40.0 points of top-1 "
+    vitnas.refused(vitnas(*words(run, out)), message)
+    assert not out.exists()
+    assert vitnas(*words(run, out, "--max-drop", "40"))[0] == 0
+    before = (out / "model.onnx").read_bytes()
+    vitnas.refused(vitnas(*words(run, out)), message)
+    assert (out / "model.onnx").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [(("--max-drop", "-1"), "--max-drop is -1: give 0 to 100 points"), (("--data", "none"), "none")],
+)
+def test_what_is_refused(run: Path, tmp_path: Path, vitnas: Any, more: tuple[str, ...], message: str) -> None:
+    vitnas.refused(vitnas(*words(run, tmp_path / "out", *more)), message)
+    assert not (tmp_path / "out").exists()
+
+
+def test_random_weights_are_not_judged(run: Path, tmp_path: Path, vitnas: Any) -> None:
+    (run / "model.safetensors").unlink()
+    vitnas.refused(vitnas(*words(run, tmp_path / "out")), "has no trained weights here to judge: give --weights")
+    assert not (tmp_path / "out").exists()
