@@ -23,7 +23,8 @@ def evaluate(
     models: Annotated[
         list[str] | None,
         typer.Argument(
-            help=".onnx files, runs' folders (their model.onnx), .safetensors files, published names or timm/NAME."
+            help=".onnx files, runs' folders (their model.onnx), .safetensors files, published names, timm/NAME or "
+            "hf-hub:REPO."
         ),
     ] = None,
     data: Annotated[
@@ -82,6 +83,7 @@ def evaluate(
         raise UserError("give the images to judge on: --data FOLDER")
     load("nas.evaluate.run", quiet)
     from nas.cli.progress import watch_phases
+    from nas.evaluate.classes import read_labels
     from nas.evaluate.request import EvaluateRequest
     from nas.evaluate.run import evaluate as run_evaluate
     from nas.evaluate.table import show_evaluation
@@ -91,7 +93,7 @@ def evaluate(
         data=data,
         runtimes=runtime or (),
         preprocess=preprocess,
-        labels=labels,
+        labels=None if labels is None else read_labels(labels),
         split=split,
         limit=limit,
         threads=threads,

@@ -76,7 +76,7 @@ def read_labels(path: Path) -> list[str]:
         UserError: it cannot be read, or is empty.
     """
     try:
-        found = path.read_text().splitlines()
+        found = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise UserError(f"--labels {path} is no text: give one name a line") from None
     except OSError as error:

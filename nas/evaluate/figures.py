@@ -74,13 +74,13 @@ def _matrix(axes: Axes, result: ModelResult, names: list[str]) -> None:
     place = {name: i for i, name in enumerate(names)}
     counts = np.zeros((len(own), len(names)), int)
     for cell in result.confusion:
-        counts[place[cell.truth], place[cell.predicted]] = cell.images
+        counts[place[cell.truth], place[cell.predicted]] += cell.images
     shares = counts / counts.sum(1, keepdims=True)
     colours = LinearSegmentedColormap.from_list("", ("#ffffff", ACCENT))
     axes.imshow(shares, cmap=colours, norm=PowerNorm(0.5, 0, 1), aspect="equal", interpolation="nearest")
     if len(names) <= MOST_NAMES:
-        axes.set_xticks(range(len(names)), [_short(name) for name in names], rotation=90)
-        axes.set_yticks(range(len(own)), [_short(name) for name in own])
+        axes.set_xticks(range(len(names)), [_short(name) for name in names], rotation=90, parse_math=False)
+        axes.set_yticks(range(len(own)), [_short(name) for name in own], parse_math=False)
     else:
         axes.set(xticks=[], yticks=[])
     if len(names) <= MOST_NUMBERS:

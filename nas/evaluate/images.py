@@ -13,10 +13,9 @@ from nas.data.found import FoundImages, LabelledImages
 from nas.data.images import Images, plain_transform, sample
 from nas.data.lineage import remark, seen_among, seen_by
 from nas.data.sources import SOURCES, find
-from nas.errors import UserError, unknown
+from nas.errors import UserError
 from nas.units import counted
 
-PARTS = ("train", "val", "test", "all")
 LIMIT_SEED = 0
 
 
@@ -41,18 +40,14 @@ def open_images(name: str, split: str | None, limit: int | None, trained: Sequen
 
     Args:
         name: a data set as `nas.data.dataset.open_data` takes it, or a folder of one of its parts.
-        split: one of PARTS. None: those for validation, or else for testing; of a data set without parts those that no
-            network was trained on, as far as that is known, or else all.
+        split: train, val, test or all. None: those for validation, or else for testing; of a data set without parts
+            those that no network was trained on, as far as that is known, or else all.
         limit: how many at most, picked at random; None: all.
         trained: the networks' weights, each "timm", a file, or None for random ones.
 
     Raises:
         UserError: no such data, no such part, or no images in it.
     """
-    if split not in (None, *PARTS):
-        raise unknown("--split", str(split), PARTS)
-    if limit is not None and limit < 1:
-        raise UserError(f"--limit is {limit}: give 1 or more images")
     found = _found(name, split)
     images = Images(found.train.sources, found.train.labels, plain_transform(1), found.train.files)
     part, notes = found.validation, [*(f"Left out: {line}" for line in found.left_out), *found.notes]

@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from nas.data.lineage import TIMM as TIMM_WEIGHTS
-from nas.errors import UserError, unknown
-from nas.evaluate.onnx_file import OnnxFile, find_onnx
+from nas.errors import UserError
+from nas.evaluate.onnx_file import WEIGHTS, OnnxFile, find_onnx
 from nas.evaluate.preprocess import crop, normalise, parse_preprocess
-from nas.export.card import Card, Preprocess, pixels_of
+from nas.evaluate.request import ONNX_RUNTIMES, TORCH, TRY, EvaluateRequest
+from nas.export.card import Card, Preprocess, described, pixels_of
+from nas.networks.hub import HUB
 from nas.networks.pretrained import find_pretrained
 from nas.networks.targets import Target, find_target, published
 from nas.networks.timm_network import TimmNetwork
@@ -29,11 +31,6 @@ if TYPE_CHECKING:
     from search_spaces import Arch
     from search_spaces.network import Network
 
-ONNX_RUNTIMES = ("onnxruntime", "openvino")
-TORCH = "torch"
-WEIGHTS = (".safetensors", ".pth", ".pt", ".bin")
-TRY = "try"
-"""What --preprocess says to compare `GUESSES`."""
 GUESSES = (
     "imagenet",
     "imagenet,interpolation=bilinear",
@@ -44,7 +41,7 @@ GUESSES = (
     "none",
     "raw",
 )
-"""How most published networks prepare images."""
+"""How most published networks prepare images: what --preprocess try compares."""
 
 
 class Classifier(Protocol):
@@ -127,8 +124,7 @@ class Judged:
     own_classes: bool
     """Whether it says its classes itself."""
     given: str | None = None
-    """What --preprocess said, of one of several guesses."""
-    notes: tuple[str, ...] = field(default=())
+    """What --preprocess said."""
 
     @property
     def feeds(self) -> tuple[object, ...]:
@@ -139,45 +135,35 @@ class Judged:
         return found.preprocess, "float32", False
 
 
-def open_networks(
-    names: Sequence[str],
-    runtimes: Sequence[str],
-    preprocess: str | None,
-    labels: Sequence[str] | None,
-    threads: int,
-    weights_from: Path | None = None,
-) -> list[Judged]:
-    """Open each network on each runtime.
+def open_networks(request: EvaluateRequest, threads: int) -> tuple[list[Judged], list[str]]:
+    """Open each network of a request, which has been checked, on each runtime.
 
-    Args:
-        names: ONNX files, runs' folders, files of weights, published names or timm/NAME, each with @PX where it is
-            built at a resolution.
-        runtimes: of all of them; none: ONNX Runtime for ONNX files and for folders that hold one, PyTorch for others.
-        preprocess: what `parse_preprocess` reads, or TRY; for ONNX files.
-        labels: names of the outputs of networks that do not say them.
-        threads: CPU threads.
-        weights_from: a folder of published weights.
+    Returns:
+        The networks, and a line on the ways to prepare images that a file does not take.
 
     Raises:
-        UserError: one cannot be opened.
+        UserError: one cannot be opened, or --labels or --preprocess is of no use to any.
     """
-    for runtime in runtimes:
-        if runtime not in (*ONNX_RUNTIMES, TORCH):
-            raise unknown("runtime", runtime, (*ONNX_RUNTIMES, TORCH))
-    if not names:
-        raise UserError("name the networks to judge: .onnx files, runs' folders, .safetensors, names or timm/NAME")
-    found: list[Judged] = []
-    for name in dict.fromkeys(names):
-        for runtime in dict.fromkeys(runtimes) or [_usual_runtime(name)]:
+    found, notes = list[Judged](), list[str]()
+    for name in _distinct(request.models):
+        for runtime in dict.fromkeys(request.runtimes) or [_usual_runtime(name)]:
             if runtime == TORCH:
-                found.append(_in_torch(name, labels, threads, weights_from))
+                found.append(_in_torch(name, request, threads))
             else:
-                found += _on_a_runtime(name, runtime, preprocess, labels, threads)
-    if labels is not None and all(each.own_classes for each in found):
+                found += _on_a_runtime(name, runtime, request, threads, notes)
+    if request.labels is not None and all(each.own_classes for each in found):
         raise UserError("--labels is for networks that do not say their classes, and all of these do: leave it out")
-    if preprocess is not None and not any(isinstance(each.classifier, OnnxFile) for each in found):
+    if request.preprocess is not None and not any(isinstance(each.classifier, OnnxFile) for each in found):
         raise UserError("--preprocess is for ONNX files, and none is named: leave it out")
-    return found
+    return found, notes
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """The names without those of a file or folder that has been named before, otherwise written."""
+    found: dict[str, str] = {}
+    for name in names:
+        found.setdefault(os.path.abspath(name) if os.path.exists(name) else name, name)
+    return list(found.values())
 
 
 def _usual_runtime(name: str) -> str:
@@ -188,48 +174,51 @@ def _usual_runtime(name: str) -> str:
     return ONNX_RUNTIMES[0] if os.path.isdir(name) and holds else TORCH
 
 
-def _on_a_runtime(
-    name: str, runtime: str, preprocess: str | None, labels: Sequence[str] | None, threads: int
-) -> list[Judged]:
-    """An ONNX file, prepared as it says, as --preprocess does, or in each of the usual ways."""
+def _on_a_runtime(name: str, runtime: str, request: EvaluateRequest, threads: int, notes: list[str]) -> list[Judged]:
+    """An ONNX file, prepared as it says, as --preprocess does, or in each of the usual ways; what of these it does not
+    take is noted."""
     path = Path(name)
-    if path.suffix.lower() != ".onnx" and not path.is_dir():
+    if path.suffix.lower() != ".onnx" and not path.is_dir() and not name.startswith(HUB):
         raise UserError(
             f"{name} is no ONNX file: leave --runtime {runtime} out to judge it in PyTorch, or write its file first "
             f"with `vitnas export {name} --out DIR`"
         )
-    file = find_onnx(path)
+    file = find_onnx(name)
 
     def opened(given: str | None) -> Judged:
         how = parse_preprocess(given) if given is not None else None
-        classifier = OnnxFile.open(path, runtime, how, threads=threads)
+        classifier = OnnxFile.open(name, runtime, how, threads=threads)
         own = classifier.classes is not None
-        if not own and labels is not None:
-            classifier = OnnxFile.open(path, runtime, how, labels, threads)
-        return Judged(name, classifier, file, file, own, given, classifier.notes)
+        if not own and request.labels is not None:
+            classifier = OnnxFile.open(name, runtime, how, request.labels, threads)
+        return Judged(name, classifier, file, file, own, given)
 
-    if preprocess is None or preprocess.partition(",")[0] != TRY:
-        return [opened(preprocess)]
-    more = preprocess.removeprefix(TRY)
-    found, refused = [], []
-    for guess in (None, *GUESSES):
+    if not request.tries or request.preprocess is None:
+        return [opened(request.preprocess)]
+    more = request.preprocess.removeprefix(TRY)
+    found, refused = list[Judged](), dict[str, UserError]()
+    for guess in (None, *(each + more for each in GUESSES)):
         try:
-            found.append(opened(guess and guess + more))
+            found.append(opened(guess))
         except UserError as error:  # of its own there may be none, and bytes are fed in one way only
-            refused.append(error)
+            if guess is not None:
+                refused[guess] = error
     if not found:
-        raise refused[-1]
-    return [replace(each, notes=()) for each in found]
+        raise next(reversed(refused.values()))
+    if refused:
+        notes.append(f"Not tried: {', '.join(refused)}: {next(iter(refused.values()))}")
+    return found
 
 
-def _in_torch(name: str, labels: Sequence[str] | None, threads: int, weights_from: Path | None) -> Judged:
+def _in_torch(name: str, request: EvaluateRequest, threads: int) -> Judged:
     """A network of ours or of timm's with its weights."""
+    weights_from = Path(request.weights_from) if request.weights_from is not None else None
     model, weights = _loaded(name, weights_from)
     network = model.arch
     if model.untrained:
         raise UserError(f"{name}: its weights have no classifier of {network.num_classes} classes: train one first")
     card = Card.timm(network) if weights is None else _card_of(network, weights)
-    known = card.classes or labels
+    known = card.classes or request.labels
     if known is not None and len(known) != network.num_classes:
         raise UserError(f"{name} has {network.num_classes:,} classes, and {len(known):,} names of them are given")
     assert card.preprocess is not None
@@ -238,7 +227,7 @@ def _in_torch(name: str, labels: Sequence[str] | None, threads: int, weights_fro
 
 
 def _card_of(network: Arch | TimmNetwork, weights: Path) -> Card:
-    own = weights.name == "model.safetensors" and (weights.parent / "arch.json").is_file()
+    own = weights.name == "model.safetensors" and described(weights.parent)
     card = Card.read(weights.parent) if own else Card()
     return card.model_copy(update={"preprocess": Preprocess.own(network.resolution, pixels_of(network, weights))})
 

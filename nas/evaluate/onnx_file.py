@@ -130,6 +130,8 @@ class OnnxFile:
         def run(batch: Pixels) -> Pixels:
             try:
                 return opened.run(batch, index)
+            except MemoryError:
+                raise
             except Exception as error:  # each runtime has its own kinds
                 raise UserError(f"{found} fails on {runtime}: {first_line(error)}") from error
 
@@ -271,6 +273,8 @@ def _opened(path: Path, runtime: str, threads: int, bf16: bool) -> _Opened:
     check_settings(Settings(runtime, threads=threads, precision="bf16" if bf16 else "fp32"))
     try:
         return openers[runtime](path, threads, bf16)
+    except MemoryError:
+        raise
     except Exception as error:  # each runtime has its own kinds
         OnnxInput.read(path)  # which tells what is wrong, where it is the file
         raise UserError(f"{runtime} cannot open {path}: {first_line(error)}") from error
@@ -354,7 +358,8 @@ def _preprocess(
         )
     if given is not None and in_graph:
         raise UserError(f"{path} normalises inside, as its metadata say: leave --preprocess out")
-    side, channels_last = _square(path, pixels, "NHWC" if in_graph else given.layout if given else "NCHW")
+    layout = given.layout if given else own.layout if own else "NCHW"
+    side, channels_last = _square(path, pixels, "NHWC" if in_graph else layout)
     how = given.at(side, str(path)) if isinstance(given, GivenPreprocess) else given or own
     assert how is not None
     if side not in (None, how.size):

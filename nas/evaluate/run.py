@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from nas.data.batches import skipped_line
 from nas.data.decoding import decode
 from nas.errors import UserError
-from nas.evaluate.classes import Matched, match, read_labels
+from nas.evaluate.classes import Matched, match
 from nas.evaluate.images import JudgedImages, open_images
 from nas.evaluate.judge import Pass, judge
 from nas.evaluate.metrics import by_class, calibration, calibration_error, confusion, top1, top5
@@ -50,6 +50,7 @@ def evaluate(
             written; nothing has been written then.
         KeyboardInterrupt: before all images were judged.
     """
+    request.check()
     folder = Path(request.folder) if request.folder is not None else None
     if folder is not None and (folder / REPORT).exists() and not (folder / RESULT).exists():
         raise UserError(f"{folder} holds the {REPORT} of another run: give another --out")
@@ -60,18 +61,9 @@ def evaluate(
 def _evaluate(request: EvaluateRequest, progress: Progress, say: Callable[[str], None]) -> EvaluateResult:
     started = now()
     threads = settings_for(threads=request.threads).threads
-    labels = read_labels(Path(request.labels)) if request.labels is not None else None
     progress("opening the networks", 0, 0)
-    networks = labelled(
-        open_networks(
-            request.models,
-            request.runtimes,
-            request.preprocess,
-            labels,
-            threads,
-            Path(request.weights_from) if request.weights_from is not None else None,
-        )
-    )
+    opened, refused = open_networks(request, threads)
+    networks = labelled(opened)
     progress("looking at the images", 0, 0)
     images = open_images(request.data, request.split, request.limit, [each.weights for each in networks.values()])
     matched = {
@@ -95,7 +87,7 @@ def _evaluate(request: EvaluateRequest, progress: Progress, say: Callable[[str],
         skipped=[str(name) for name in judged.skipped],
         results=results,
         pairs=compare({label: answers.right for label, answers in judged.answers.items()}),
-        notes=[*_notes(networks, matched, images, judged), *map(_sentence, timed.notes)],
+        notes=[*_notes(networks, matched, images, judged), *refused, *map(_sentence, timed.notes)],
         cpu=timed.cpu,
         started=started,
         finished=now(),
@@ -133,11 +125,12 @@ def short_names(names: Sequence[str]) -> dict[str, str]:
     paths = [name for name in dict.fromkeys(names) if Path(name).exists()]
     ends = {name: Path(name).name or name for name in paths}
     others = {name: name for name in names if name not in ends}
-    length = 1
-    while len({*ends.values(), *others.values()}) < len(ends) + len(others):
-        length += 1
+    for length in range(2, max((len(Path(name).parts) for name in paths), default=0) + 1):
+        if len({*ends.values(), *others.values()}) == len(ends) + len(others):
+            return ends | others
         ends = {name: "/".join(Path(name).parts[-length:]) for name in paths}
-    return ends | others
+    alike = len({*ends.values(), *others.values()}) < len(ends) + len(others)
+    return {name: name for name in names} if alike else ends | others
 
 
 def _result(
@@ -209,7 +202,7 @@ def _notes(
             notes.append(f"{label}: {chance}.")
     names, told = short_names([each.name for each in networks.values()]), dict[str, list[str]]()
     for label, network in networks.items():
-        notes += map(_sentence, network.notes)
+        notes += map(_sentence, network.classifier.notes)
         outputs, has, how = network.classifier.num_classes, len(images.classes), matched[label].how
         lines = [f"top-1 is the first of all {outputs:,} classes; the images are of {has:,} of them"] * (outputs > has)
         lines += [f"class folders are matched {how}"] * bool(how)

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from nas.evaluate.words import ECE, FEW, SPEED, headline, images_words, p_words, pair_words, told_pairs
+from nas.evaluate.words import (
+    ECE,
+    FEW,
+    SPEED,
+    comparison_words,
+    headline,
+    images_words,
+    p_words,
+    pair_words,
+    told_pairs,
+)
 from nas.report.tables import Column, console_of, print_table, prose
 from nas.units import counted, shown
 
@@ -48,7 +58,7 @@ def show_evaluation(result: EvaluateResult, stderr: bool = False) -> None:
         prose(console, shown(line))
     timed = next((each.speed for each in result.results if each.speed), None)
     speed = f" {SPEED}; {counted(timed.threads, 'thread')}, batch {timed.batch_size}." if timed else ""
-    test = " Points: McNemar's exact test, with Holm's correction." if len(result.results) > FEW else ""
+    test = f" {comparison_words(result)}" if result.pairs else ""
     prose(console, f"Intervals: 95%, Wilson's.{test} {ECE}{speed}")
 
 

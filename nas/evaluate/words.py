@@ -37,8 +37,8 @@ def difference_words(pair: Pair) -> str:
     """Which of two networks is better, if one is."""
     if pair.tie:
         return f"{shown(pair.second)} and {shown(pair.first)} are a tie: {pair.difference:+.1f} points"
-    more = "more" if pair.difference >= 0 else "fewer"
-    return f"{shown(pair.second)} gets {abs(pair.difference):.1f} points {more} right than {shown(pair.first)}"
+    more = "more" if pair.difference >= 0 else "less"
+    return f"{shown(pair.second)} is {abs(pair.difference):.1f} points {more} accurate than {shown(pair.first)}"
 
 
 def pair_words(pair: Pair) -> str:
@@ -75,6 +75,12 @@ def tied_with(result: EvaluateResult, label: str) -> list[str]:
     """The networks that these images do not tell from this one."""
     ties = [each for each in result.pairs if each.tie]
     return [each.second if each.first == label else each.first for each in ties if label in (each.first, each.second)]
+
+
+def comparison_words(result: EvaluateResult) -> str:
+    """By what networks are compared."""
+    holm = f", with Holm's correction for {len(result.pairs)} pairs" if len(result.pairs) > 1 else ""
+    return f"Differences: McNemar's exact test on the same images{holm}; a tie is not told apart at 5%."
 
 
 def images_words(result: EvaluateResult) -> str:

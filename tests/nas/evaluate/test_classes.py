@@ -72,6 +72,8 @@ def test_labels_are_read(tmp_path: Path) -> None:
     path = tmp_path / "labels.txt"
     path.write_text("cat\ndog\n")
     assert read_labels(path) == ["cat", "dog"]
+    path.write_bytes("\ufeffélan\r\ndog\r\n".encode())
+    assert read_labels(path) == ["élan", "dog"]
     path.write_text("")
     with pytest.raises(UserError, match="is empty"):
         read_labels(path)

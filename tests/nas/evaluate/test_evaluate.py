@@ -158,9 +158,19 @@ def test_another_run_s_report_stays(vitnas: Cli, toy: str, images: Path, tmp_pat
     assert vitnas(*words)[0] == 0
 
 
+def test_a_file_that_is_named_twice_is_judged_once(
+    vitnas: Cli, toy: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = judged(vitnas, "toy.onnx", "./toy.onnx", toy, "--data", str(images))
+    assert [each["model"] for each in found["results"]] == ["toy.onnx"]
+
+
 def test_names_are_no_markup(vitnas: Cli, images: Path, tmp_path: Path) -> None:
-    bold = ("élan", "dog", "<b>cat")
-    (images / "cat").rename(images / "<b>cat")
+    """Nor formulas."""
+    bold = ("élan", "cost $\\foo$", "<b>cat")
+    (images / "cat").rename(images / bold[2])
+    (images / "dog").rename(images / bold[1])
     path = write_toy(tmp_path / "toy.onnx", card=toy_card(classes=bold), scale=-1)
     vitnas("evaluate", str(path), "--data", str(images), *BARE, "--out", str(tmp_path / "out"))
     page = (tmp_path / "out" / "report.html").read_text()
@@ -321,4 +331,5 @@ def test_paths_are_called_by_their_ends(tmp_path: Path, monkeypatch: pytest.Monk
         Path(name).mkdir(parents=True)
     assert short_names(["a/best", "c/d", "timm/x"]) == {"a/best": "best", "c/d": "d", "timm/x": "timm/x"}
     assert short_names(["a/best", "b/best"]) == {"a/best": "a/best", "b/best": "b/best"}
+    assert short_names(["a/best", "a/best/"]) == {"a/best": "a/best", "a/best/": "a/best/"}
     assert short_names(["a/best", "best"]) == {"a/best": "a/best", "best": "best"}

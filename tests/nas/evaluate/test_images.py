@@ -12,6 +12,7 @@ from nas.data.images import Images, plain_transform
 from nas.data.lineage import record
 from nas.errors import UserError
 from nas.evaluate.images import open_images
+from nas.evaluate.request import EvaluateRequest
 
 
 def draw(folder: Path, *classes: str, count: int = 4, seed: int = 0) -> Path:
@@ -72,7 +73,7 @@ def test_some_of_the_images(tmp_path: Path) -> None:
     assert len(found.images) == 3
     assert any("3 of 10 images are judged, picked at random" in line for line in found.notes)
     with pytest.raises(UserError, match="--limit is 0"):
-        open_images(str(tmp_path), None, 0, [None])
+        EvaluateRequest(["toy.onnx"], str(tmp_path), limit=0).check()
 
 
 def test_what_was_trained_on_is_left_out_where_it_can_be(tmp_path: Path) -> None:
