@@ -75,7 +75,8 @@ class BenchRequest:
         if not self.targets:
             raise UserError("name the networks to measure: published names, timm/NAME, arch.json or .onnx files")
         check_rounds(self.rounds)
-        check_max_drop(self.max_drop)
+        int8 = any(settings.precision == "int8" for settings in self.settings)
+        check_max_drop(self.max_drop, int8 and self.data is not None)
         if len({each.device for each in self.settings}) != 1:
             raise UserError("networks are measured side by side on one device: give settings, all of the same device")
         for settings in self.settings:

@@ -52,8 +52,8 @@ def show_bench(rows: Sequence[BenchRow], notes: Sequence[str]) -> None:
     meaning = " A ratio is the median over rounds of the ratio within a round." if compared else ""
     prose(
         console,
-        f"Intervals: 95%, of the median{intervals}.{meaning} Weights do not matter and are random where an Arch or "
-        "timm/NAME was given.",
+        f"Intervals: 95%, of the median{intervals}.{meaning} Weights do not matter for time, and are random where an "
+        "Arch or timm/NAME without trained ones was given.",
     )
     for line in notes:
         prose(console, line)

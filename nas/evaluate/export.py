@@ -48,7 +48,7 @@ def export(
     from nas.data.dataset import open_data
 
     options.check()
-    check_max_drop(max_drop)
+    check_max_drop(max_drop, options.precision == "int8")
     if options.precision != "int8":
         return write(network, folder, weights, num_classes, options, data)
     target = find_target(network)

@@ -18,7 +18,15 @@ from nas.evaluate.pairs import compare
 from nas.export.artifact import write_trained
 from nas.export.card import Card
 from nas.export.onnx import label_onnx
-from nas.export.quantize import INSTALL, MAX_DROP, Recipe, calibration_images, left_in_float, quantize
+from nas.export.quantize import (
+    INSTALL,
+    MAX_DROP,
+    Recipe,
+    calibration_images,
+    check_calibration,
+    left_in_float,
+    quantize,
+)
 from nas.files import scratch
 from nas.machine import default_threads
 from nas.text import first_line
@@ -45,6 +53,9 @@ RECIPES = (
     Recipe(ranges="percentile", kept=("first", "last", "attention"), images=MORE),
 )
 """In the order in which they are tried: what costs least, in time to make it and to run it, first."""
+NOT_TIMED = "the latency that is told is of a file of the default recipe, whose operators are others"
+COARSE = 1.0
+"""Points of top-1 that are always worth telling apart."""
 BATCH = 32
 """Images that are decoded at a time."""
 
@@ -145,6 +156,11 @@ class Price:
         )
 
     @property
+    def as_timed(self) -> bool:
+        """Whether its operators are those of the default recipe, which is what searches and prunings time."""
+        return self.recipe.tool == "onnxruntime" and not self.recipe.kept
+
+    @property
     def refusal(self) -> str:
         """Why it is infeasible."""
         return f"{self}: more than --max-drop {self.max_drop:g} allows"
@@ -153,7 +169,10 @@ class Price:
     def lines(self) -> list[str]:
         """All that there is to know of it."""
         told = str(self) if self.within else f"infeasible: {self.refusal}"
-        return [told, f"left in float: {listed(self.left_in_float, 8) or 'nothing'}", *self.notes]
+        (low, high), lines = self.drop_ci, [f"left in float: {listed(self.left_in_float, 8) or 'nothing'}"]
+        if (high - low) / 2 > max(self.max_drop, COARSE):
+            lines.append(f"{counted(self.images, 'held-out image')} are too few to tell a drop of {self.max_drop:g}")
+        return [told, *lines, *self.notes]
 
 
 def quantize_within(
@@ -178,9 +197,10 @@ def quantize_within(
         progress: called with (the recipe that is tried, those done, all).
 
     Raises:
-        UserError: a file or images that cannot be judged, or no recipe that works for this network. The file is as it
-            was then.
+        UserError: too few images to calibrate on, a file or images that cannot be judged, or no recipe that works for
+            this network. The file is as it was then.
     """
+    check_calibration(len(calibration))
     full = held_out.right(path, runtime, threads)
     found: list[tuple[Price, Path]] = []
     notes: list[str] = []

@@ -38,6 +38,7 @@ Part = Literal["first", "last", "attention"]
 MAX_DROP = 1.0
 """Points of top-1 that int8 may cost."""
 IMAGES = 16  # calibrated on; enough for ranges
+LEAST = 8  # of those, where images are given
 NOISE = "int8 is calibrated on noise, without --data: latency is real, accuracy is not"
 OPERATORS = ("Conv", "MatMul", "Gemm")
 INSTALL = "pip install 'vitnas[int8]'"
@@ -105,14 +106,26 @@ def quantize(path: Path, calibration: np.ndarray | None = None, recipe: Recipe |
 
 
 def calibration_images(data: ImageData, resolution: int, count: int = IMAGES) -> tuple[np.ndarray, str | None]:
-    """Float32 images (count or fewer, 3, R, R) of the data, and a line about those that could not be decoded."""
+    """Float32 images (count or fewer, 3, R, R) of the data, and a line about those that could not be decoded.
+
+    Raises:
+        UserError: there are fewer than LEAST.
+    """
     import numpy as np
 
     from nas.data.batches import loader, skipped_line
     from nas.data.images import sample
 
     found = loader(sample(data.at(resolution).calibration, count, 0), IMAGES, False, 0)
-    return np.concatenate([images.numpy() for images, _ in found]), skipped_line([found])
+    images = np.concatenate([batch.numpy() for batch, _ in found])
+    check_calibration(len(images))
+    return images, skipped_line([found])
+
+
+def check_calibration(count: int) -> None:
+    """Raises UserError where images are too few to find the ranges of activations by."""
+    if count < LEAST:
+        raise UserError(f"int8 is calibrated on {counted(count, 'training image')}: give {LEAST} or more")
 
 
 def batches(
@@ -171,10 +184,16 @@ def _dequantised(name: str, producers: dict[str, NodeProto]) -> bool:
     return node is not None and node.op_type == "DequantizeLinear"
 
 
-def check_max_drop(points: float) -> None:
-    """Raises UserError where it is no number of points."""
+def check_max_drop(points: float, judges: bool = True) -> None:
+    """Check --max-drop. judges: whether there is an int8 file, and images to judge it by.
+
+    Raises:
+        UserError: it is no number of points, or there is nothing to judge.
+    """
     if not 0 <= points <= 100:
         raise UserError(f"--max-drop is {points:g}: give 0 to 100 points of top-1")
+    if points != MAX_DROP and not judges:
+        raise UserError("--max-drop is for int8 that images judge: add --precision int8 and --data, or leave it out")
 
 
 class _Input(NamedTuple):

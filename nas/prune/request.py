@@ -133,7 +133,7 @@ class PruneRequest:
                 raise UserError(f"--{name} is {value}: give {least} or more")
         if not 0 <= self.finetune < 1e4:
             raise UserError(f"--finetune is {self.finetune:g}: give a number of epochs, 0 for none")
-        check_max_drop(self.max_drop)
+        check_max_drop(self.max_drop, self.settings.precision == "int8" and not self.unlabelled)
         check_settings(self.settings)
         self.file.check()
 

@@ -174,14 +174,14 @@ class Pruning:
 
     def _export_int8(self, arch: Arch) -> None:
         """Write model.int8.onnx, unless int8 costs more than it may, which is noted."""
-        from nas.evaluate.precision import write_int8
+        from nas.evaluate.precision import NOT_TIMED, write_int8
 
         job, request, path = self.job, self.request, self.request.folder / INT8
         path.unlink(missing_ok=True)
         with self.end.step(INT8), job.phase("quantising"), scratch(request.folder) as folder:
             draft, weights = folder / INT8, request.folder / "model.safetensors"
             price = write_int8(arch, weights, draft, job.data, job.evaluated, request.settings, request.max_drop)
-            for line in price.lines:
+            for line in [*price.lines, *[NOT_TIMED] * (not price.as_timed)]:
                 job.note(f"{INT8}: {line}")
             if price.within:
                 draft.replace(path)

@@ -15,13 +15,13 @@ from nas.export.card import HELD_OUT, LABELS, PREPROCESS, Card, Latency, Preproc
 from nas.export.folder import save_onnx
 from nas.export.onnx import label_onnx, write_onnx
 from nas.export.options import FileOptions
-from nas.files import drafted, replace_file, scratch
+from nas.files import drafted, replace_file
 from nas.measure.runtime import RUNTIMES
 from nas.networks.weights import load
 from nas.quality.kept import Kept, path_of, read
 from nas.quality.parent import parent_weights
 from nas.search.final import FullTraining, result_path, weights_of
-from nas.search.precision import quantises, write_priced
+from nas.search.precision import Int8Files
 from nas.search.rows import Network, candidate_of, known
 
 if TYPE_CHECKING:
@@ -60,6 +60,8 @@ class BestFolder:
     """The tier of the search, if it trains."""
     step: Callable[[str], AbstractContextManager[None]]
     """Runs a block as a step of the search's end; one that fails is told, and the next goes on."""
+    int8: Int8Files | None = None
+    """Of a search that trains, and measures in int8."""
 
     @property
     def folder(self) -> Path:
@@ -91,24 +93,26 @@ class BestFolder:
                 card = card.model_copy(update={"latency": self._latency(row)})
             options = request.file.of_batch(request.settings.batch_size)
             save_best(candidate.network, self.folder, path, options, card, self._images(candidate))
-        if converted and weights and self.tier and quantises(request):
-            return replace(weights, price=self._write_int8(row, candidate, weights, self.tier))
+        if weights and self.int8:
+            return replace(weights, price=self._write_int8(row, candidate, self.int8))
         if converted:
             self._write_converted(row, candidate, weights)
         return weights
 
-    def _write_int8(self, row: Network, candidate: Candidate, weights: Weights, tier: TrainedTier) -> Price | None:
-        """Write the int8 file, unless it costs more than it may."""
-        path, price = self.folder / "model.int8.onnx", None
+    def _write_int8(self, row: Network, candidate: Candidate, files: Int8Files) -> Price | None:
+        """Write the int8 file, unless it costs more than it may. It tells a latency where that is its own."""
+        path = self.folder / "model.int8.onnx"
         path.unlink(missing_ok=True)
-        with self.step(f"best/{path.name}"), scratch(self.folder) as folder:
-            draft = folder / path.name
-            price = write_priced(self.request, tier, candidate, draft)
-            if price and price.within:
-                card = Card.of(tier.data(candidate), price.top1, price.images, HELD_OUT if weights.kept else "")
-                label_onnx(draft, candidate.network, True, card.model_copy(update={"latency": self._latency(row)}))
-                draft.replace(path)
-        return price
+        with self.step(f"best/{path.name}"):
+            made = files.of(candidate)
+            if made and made.price.within:
+                with drafted(path) as draft:
+                    draft.write_bytes(made.content)
+                    if made.price.as_timed:
+                        card = Card.read(draft).model_copy(update={"latency": self._latency(row)})
+                        label_onnx(draft, candidate.network, True, card)
+            return made.price if made else None
+        return None
 
     def _write_converted(self, row: Network, candidate: Candidate, weights: Weights | None) -> None:
         """Write the file that was measured: its latency is known, and its accuracy is not."""

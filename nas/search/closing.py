@@ -253,9 +253,12 @@ def ordered(final: Sequence[ClosingRow]) -> list[ClosingRow]:
     return [replace(row, role=roles.get(row.label, row.role)) for row in rows]
 
 
-def without(final: Sequence[ClosingRow], row: ClosingRow, why: str) -> list[ClosingRow]:
-    """The table, ordered anew, where a network is infeasible."""
-    left = [replace(each, error=why, verdict=None) if each.label == row.label else each for each in final]
+def without(final: Sequence[ClosingRow], row: ClosingRow, what: str) -> list[ClosingRow]:
+    """The table, ordered anew, where a network is over something else than the budget."""
+    left = [
+        replace(each, verdict=Verdict.OVER, over=(*each.over, what)) if each.label == row.label else each
+        for each in final
+    ]
     return ordered([replace(each, role=role_of(each)) for each in left])
 
 

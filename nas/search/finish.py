@@ -11,7 +11,8 @@ from functools import partial
 from typing import TYPE_CHECKING, cast
 
 from nas.ending import Ending
-from nas.files import folder_lock, scratch
+from nas.evaluate.precision import NOT_TIMED
+from nas.files import folder_lock
 from nas.intervals import guessing
 from nas.measure.budget import Verdict
 from nas.measure.samples import BUSY_SPREAD
@@ -23,10 +24,22 @@ from nas.search.contest import RACE, contest_of, contestants, decision, opponent
 from nas.search.final import weights_of
 from nas.search.log import breakdown
 from nas.search.outcome import Fastest, Outcome, ShortTraining, TierFacts, Validation, Winner
-from nas.search.precision import quantises, write_priced
+from nas.search.precision import Int8Files, quantises
 from nas.search.repredict import repredict
 from nas.search.request import storage_of
-from nas.search.rows import ClosingRow, Network, OutsideRow, Trial, best_of, candidate_of, choose, known, rank, rows_of
+from nas.search.rows import (
+    ACCURACY,
+    ClosingRow,
+    Network,
+    OutsideRow,
+    Trial,
+    best_of,
+    candidate_of,
+    choose,
+    known,
+    rank,
+    rows_of,
+)
 from nas.search.words import protocol, skipped_lines, ties_of, winner_line
 from nas.study.errors import storage_errors
 
@@ -78,7 +91,8 @@ class _Finish:
         self.trained = cast("TrainedTier", self.tier) if self.tier.trained else None
         self.end = Ending(say)
         self.end.interrupted = log.interrupted
-        self.best = BestFolder(request, log, self.trained, self._step)
+        self.int8 = Int8Files(request, self.trained) if self.trained and quantises(request) else None
+        self.best = BestFolder(request, log, self.trained, self._step, self.int8)
         self.notes: list[str] = []
         self.rows = rows_of(study)
         kept = study.user_attrs.get("validation")
@@ -94,8 +108,8 @@ class _Finish:
             self.rows, line = repredict(self.tier, self.rows)
             self.notes += [line] if line else []
         self._measure()
-        if self.trained and quantises(self.request) and not self.end.interrupted:
-            self._price(self.trained)
+        if self.int8 and not self.end.interrupted:
+            self._price(self.int8, [row for row in self.final if not row.error])
         if self.trained and self.final and self.winner and not self.end.interrupted:
             if weights_of(self.request, candidate_of(self.winner)) is None:
                 self._write()
@@ -164,19 +178,28 @@ class _Finish:
                 "no network of --against was measured: there was no closing run, or they are all in its table"
             )
 
-    def _price(self, tier: TrainedTier) -> None:
-        """Judge the int8 files of the closing run's networks: those that cost more than they may are infeasible."""
-        for row in [row for row in self.final if not row.error]:
-            with self._step(f"int8 of {row.label}"), scratch(self.request.folder) as folder:
+    def _price(self, files: Int8Files, rows: Sequence[ClosingRow]) -> bool:
+        """Judge the int8 files of networks of the closing run: those that cost more than they may are infeasible.
+
+        Returns:
+            Whether any of them has become so.
+        """
+        lost = False
+        for row in rows:
+            with self._step(f"int8 of {row.label}"):
                 if self.phase:
                     self.phase(f"judging {row.label} in int8", 0, 0)
-                price = write_priced(self.request, tier, candidate_of(row), folder / "model.onnx")
-                if price is None:
+                made = files.of(candidate_of(row))
+                if made is None:
                     self.notes.append(f"{row.label}: what int8 costs is not known: no weights of it are kept")
                     continue
+                price = made.price
                 self.notes.append(f"{row.label}: {price.lines[0]}")
-                if not price.within:
-                    self.final = without(self.final, row, f"infeasible: {price.refusal}")
+                if not price.as_timed:
+                    self.notes.append(f"{row.label}: {NOT_TIMED}")
+                if not price.within and ACCURACY not in row.over:
+                    self.final, lost = without(self.final, row, ACCURACY), True
+        return lost
 
     def _train(self, tier: TrainedTier) -> None:
         """Full trainings over the same seeds: of the winner and of the published network nearest it by one recipe; in a
@@ -197,6 +220,10 @@ class _Finish:
                 self.final = [replace(each, accuracy=found.get(each.label)) for each in self.final]
             if self.end.interrupted:
                 return
+        if self.int8 and self._price(self.int8, [row for row in self.final if row.label in found]):
+            if self.winner and not self.end.interrupted:
+                self._train(tier)  # what was trained is kept
+            return
         if self.races and found:
             self._crown(tier, len(found) == len(rows))
         elif winner.label in found:

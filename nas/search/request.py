@@ -116,7 +116,7 @@ class SearchRequest:
                 raise UserError(f"--against {target.label}: give a published name, an arch.json or timm/NAME")
         if self.plan is not None:
             self.plan.check()
-        check_max_drop(self.max_drop)
+        check_max_drop(self.max_drop, self.settings.precision == "int8" and self.plan is not None)
         check_settings(self.settings)
         if self.limits.file_mb is not None and RUNTIMES[self.settings.runtime].artifact != "onnx":
             able = " or ".join(name for name, each in RUNTIMES.items() if each.artifact == "onnx")

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from nas.networks.timm_network import TimmNetwork
     from search_spaces import Arch
 
+ACCURACY = "accuracy"
+"""In `over`, of a network that int8 costs more than it may."""
 INTERRUPTED = "interrupted"
 """The error of a trial that Ctrl-C has ended; the next run of the command makes it again."""
 RESERVES = 3

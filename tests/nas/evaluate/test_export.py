@@ -26,7 +26,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, helpers: Any) -> Path:
     monkeypatch.setattr(precision, "RECIPES", (Recipe(),))
     draw = np.random.default_rng(0)
     for kind, grey in (("dark", 60), ("light", 190)):
-        for part, count in (("train", 3), ("val", 5)):
+        for part, count in (("train", 4), ("val", 5)):
             folder = tmp_path / "images" / part / kind
             folder.mkdir(parents=True)
             for i in range(count):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -78,8 +79,8 @@ def test_held_out_images_are_counted_as_the_file_answers(full: Path, held: HeldO
 
 def test_the_first_recipe_within_the_gate_is_taken(full: Path, held: HeldOut, sources: list[np.ndarray]) -> None:
     top1 = 100 * held.right(full, threads=1).mean()
-    price = quantize_within(full, calibration(sources)[:3], held, max_drop=20, threads=1)
-    assert (price.recipe, price.tried, price.within) == (Recipe(images=3), 1, True)
+    price = quantize_within(full, calibration(sources)[:9], held, max_drop=20, threads=1)
+    assert (price.recipe, price.tried, price.within) == (Recipe(images=9), 1, True)
     assert price.float_top1 == top1
     assert price.top1 == 100 * held.right(full, threads=1).mean() == pytest.approx(top1 - price.drop)
     assert price.drop_ci[0] <= price.drop <= price.drop_ci[1]
@@ -126,6 +127,16 @@ def test_of_recipes_over_the_gate_the_best_is_taken(
     assert full.read_bytes() == content
 
 
+def test_too_few_images_are_told(full: Path, held: HeldOut, sources: list[np.ndarray]) -> None:
+    content = full.read_bytes()
+    with pytest.raises(UserError, match=r"^int8 is calibrated on 3 training images: give 8 or more$"):
+        quantize_within(full, calibration(sources)[:3], held, threads=1)
+    assert full.read_bytes() == content
+    price = quantize_within(full, calibration(sources), HeldOut(held.images.pick(range(6))), max_drop=100, threads=1)
+    assert "6 held-out images are too few to tell a drop of 100" not in price.lines
+    assert "6 held-out images are too few to tell a drop of 1" in replace(price, max_drop=1.0).lines
+
+
 @pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="openvino is not installed")
 def test_a_file_is_judged_on_its_own_runtime(full: Path, held: HeldOut, sources: list[np.ndarray]) -> None:
     price = quantize_within(full, calibration(sources), held, "openvino", 20, 1)
@@ -141,12 +152,12 @@ def test_a_file_is_calibrated_and_judged_by_the_classes_that_it_names(
     top1 = 100 * held.right(full, threads=1).mean()
     given = []
     monkeypatch.setattr(precision, "quantize", lambda path, images, recipe: given.append(images))
-    others = Images([*sources[:3], "missing.jpg"], [0, 1, 0, 1], held.images.transform)
+    others = Images([*sources[:9], "missing.jpg"], [0, 1] * 5, held.images.transform)
     swapped = Images(sources, [1 - label for label in held.images.labels], held.images.transform)
     data = ImageData("greys", ["light", "dark"], others, others, swapped, demo=False)
     price = precision.quantize_file(full, data, "mine")
-    assert (price.float_top1, price.drop, price.recipe.images) == (top1, 0, 3)
-    assert np.allclose(given[0], calibration(sources)[:3])
+    assert (price.float_top1, price.drop, price.recipe.images) == (top1, 0, 9)
+    assert np.allclose(given[0], calibration(sources)[:9])
     label_onnx(full, None, True, Card.untrained(SIDE).model_copy(update={"classes": ["dark", "grey"]}))
     with pytest.raises(UserError, match=r"^mine does not know light "):
         precision.quantize_file(full, data, "mine")
@@ -159,6 +170,9 @@ def test_words() -> None:
         "int8 gains 0.5 points of top-1 (95% of the drop: -1.5 to 0.5): 80.5% beside 80.0%, 200 images, onnxruntime; "
         "ONNX Runtime, min-max of 16 images"
     )
+    check_max_drop(1.0, judges=False)
+    with pytest.raises(UserError, match=r"^--max-drop is for int8 that images judge: add --precision int8 and --data"):
+        check_max_drop(2.0, judges=False)
     for wrong in (-1, 101, float("nan")):
         with pytest.raises(UserError, match=r"^--max-drop is "):
             check_max_drop(wrong)

@@ -42,6 +42,7 @@ from nas.quality.candidate import Candidate
 from nas.quality.shared import SupernetTier
 from nas.quality.trained import HalvingTier
 from nas.quality.trainer import CandidateTrainer
+from nas.search.precision import Int8File, Int8Files
 from search_spaces import Arch, create_model, table
 
 TRIALS = 4
@@ -545,8 +546,7 @@ def test_ctrl_c_while_the_final_training_is_judged(vitnas, device, tier, picture
 def test_a_file_says_only_what_was_found_out_with_it(vitnas, device, tier, pictures, tmp_path, monkeypatch, precision):
     """Accuracy is of fp32 weights or of the int8 file, latency of the file in the precision asked for."""
     cards = cards_of(monkeypatch)
-    monkeypatch.setattr(nas.search.best, "write_priced", priced({}, []))
-    monkeypatch.setattr(nas.search.finish, "write_priced", priced({}, []))
+    priced(monkeypatch, {}, {})
     code, _, err = vitnas(*trained(tmp_path, pictures, "--precision", precision))
     assert code == 0, err
     card = cards["model.onnx"]
@@ -554,45 +554,53 @@ def test_a_file_says_only_what_was_found_out_with_it(vitnas, device, tier, pictu
     if precision == "int8":
         assert best(tmp_path)["model.int8.onnx"] == b"lower"
         card = cards["model.int8.onnx"]
-        assert (card.classes, card.accuracy.top1, card.accuracy.images) == (["a", "b"], 49.5, 200)
     assert card.latency.precision == precision
 
 
-def priced(drops: dict[str, float], judged: list[str]) -> Any:
-    """What writes int8 files, which cost so many points of 50%, by the key of their candidate; half a point else."""
+def priced(monkeypatch: pytest.MonkeyPatch, trained: dict[str, float], kept: dict[str, float]) -> list[str]:
+    """Has int8 cost so many points of 50% with full trainings and the search's own, by the key of a candidate; half a
+    point else. Holds the keys in the order in which they are judged."""
+    judged: list[str] = []
 
-    def write(request: Any, tier: Any, candidate: Candidate, path: Path) -> Price:
-        path.write_bytes(b"lower")
+    def of(self: Int8Files, candidate: Candidate) -> Int8File:
         judged.append(candidate.key)
+        drops = kept if nas.search.final.weights_of(self.request, candidate) is None else trained
         drop = drops.get(candidate.key, 0.5)
         ci, softmax = (drop - 1, drop + 1), ("2 x softmax",)
-        return Price(Recipe(), "onnxruntime", 200, 50.0, 50 - drop, drop, ci, request.max_drop, 1, softmax)
+        price = Price(Recipe(), "onnxruntime", 200, 50.0, 50 - drop, drop, ci, self.request.max_drop, 1, softmax)
+        return Int8File(b"lower", price)
 
-    return write
+    monkeypatch.setattr(Int8Files, "of", of)
+    monkeypatch.setattr(Card, "read", lambda path: Card())
+    return judged
 
 
 def test_a_network_that_int8_costs_too_much_wins_nothing(vitnas, device, tier, pictures, tmp_path, monkeypatch):
-    """The next one is trained and written; where there is none, there is no winner."""
+    """Neither with the search's own training, nor after the full one: the next one is trained and written then. Where
+    there is none, there is no winner, and what was measured is told."""
     cards_of(monkeypatch)
-    drops: dict[str, float] = {}
-    judged: list[str] = []
-    for module in (nas.search.best, nas.search.finish):
-        monkeypatch.setattr(module, "write_priced", priced(drops, judged))
+    fully: dict[str, float] = {}
+    briefly: dict[str, float] = {}
+    judged = priced(monkeypatch, fully, briefly)
     command = trained(tmp_path, pictures, "--precision", "int8")
     before = json.loads(vitnas(*command)[1])
     assert best(tmp_path)["model.int8.onnx"] == b"lower"
-    drops[judged[0]] = 7.0  # the winner's
+    fully[judged[0]] = 7.0  # the winner's
+    shutil.rmtree(tmp_path / "s" / "final")
     _, out, err = vitnas(*command)
     after = json.loads(out)
     assert after["winner"]["label"] != before["winner"]["label"], err
-    (told,) = [row["error"] for row in after["final"] if row["error"]]
-    assert told.startswith("infeasible: int8 costs 7.0 points of top-1 ")
-    assert told.endswith("more than --max-drop 1 allows")
-    assert any(note.startswith(f"{before['winner']['label']}: infeasible: int8 costs 7.0") for note in after["notes"])
+    (told,) = [row for row in after["final"] if "accuracy" in row["over"]]
+    assert (told["label"], told["verdict"]) == (before["winner"]["label"], "over")
+    assert told["latency_ms"] > 0
+    assert after["short_training"] is None
+    assert any(note.startswith(f"{told['label']}: infeasible: int8 costs 7.0 points") for note in after["notes"])
     assert "best/model.int8.onnx: left in float: 2 x softmax" in after["notes"]
-    drops |= dict.fromkeys(judged, 7.0)
-    code, out, _ = vitnas(*command)
+    shutil.rmtree(tmp_path / "s" / "final")
+    briefly |= dict.fromkeys(judged, 7.0)
+    code, out, err = vitnas(*command)
     assert (code, json.loads(out)["winner"]) == (1, None)
+    assert study_of(tmp_path).user_attrs["result"] == "nothing fits 10 ms and keeps its accuracy in int8 (--max-drop)"
 
 
 def cards_of(monkeypatch: pytest.MonkeyPatch) -> dict[str, Card]:
