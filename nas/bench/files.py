@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from nas.bench.shapes import static_shape
-from nas.data.lineage import TIMM
+from nas.data.lineage import TIMM, remark
 from nas.data.pixels import IMAGENET, Pixels
 from nas.errors import UserError
 from nas.evaluate.precision import MORE, HeldOut, Price, judging, quantize_within
 from nas.export.artifact import Exporter, export_here, lower_precision, write_trained
 from nas.export.onnx_input import fix_shape
-from nas.export.quantize import NOISE, calibration_images, quantize
+from nas.export.quantize import NOISE, Recipe, calibration_images, quantize
 from nas.measure.runtime import Settings
 from nas.process import WorkerError
 
@@ -40,17 +40,23 @@ class Calibration:
         else:
             from nas.data.dataset import open_data
 
-            weights = {target.as_trained().weights for target in options.targets}
-            self._data = open_data(options.data, 224, None, 0, *filter(None, weights))
+            self._data = open_data(
+                options.data, 224, None, 0, *dict.fromkeys(filter(None, map(_weights, options.targets)))
+            )
 
-    def held_out(self, path: Path, name: str) -> HeldOut:
-        """The validation images, with --data, for a file with trained weights.
+    def held_out(self, path: Path, name: str, target: Target) -> HeldOut:
+        """The validation images, with --data, for a file with trained weights. What is known to be among its training
+        images, or is not known not to be, is noted.
 
         Raises:
             UserError: it does not know their classes, or does not say how an image becomes its input.
         """
         assert self._data is not None
-        return HeldOut.of(self._data.val, self._data.classes, path, name)
+        found = HeldOut.of(self._data.val, self._data.classes, path, name)
+        line = remark(_weights(target), self._data.val, "validation")
+        if line and line not in self._notes:
+            self._notes.append(line)
+        return found
 
     def at(self, resolution: int, target: Target) -> str | None:
         """The file (.npy) of float32 images (N, 3, R, R), prepared as the network's own; None without --data."""
@@ -124,27 +130,32 @@ class Files:
         if images is None or (target.network is not None and weights is None):
             return self._child.call(method, settings, stem, images, **source)
         full = self._child.call(method, replace(settings, precision="fp32"), stem, None, **source)
+        recipe = self._recipe(label, settings, full, images)
+        return self._child.call("quantize", settings, stem, images, recipe=asdict(recipe)) if recipe else full
+
+    def _recipe(self, label: str, settings: Settings, path: Path, images: str) -> Recipe | None:
+        """The recipe by which a float32 file is to become int8: the default one where validation images cannot judge
+        it, which is noted. None: it has become int8, by the recipe that they choose."""
+        key = label, judging(settings.runtime)
+        if key in self.prices:  # another batch size
+            return self.prices[key].recipe
         try:
-            self._quantize(label, settings, full, np.load(images))
+            held_out = self._calibration.held_out(path, label, self._targets[label])
+        except UserError as error:
+            self._notes.append(f"{label}: what int8 costs is not known: {error}")
+            return Recipe()
+        try:
+            price = quantize_within(path, np.load(images), held_out, key[1], self._max_drop, settings.threads)
         except UserError as error:
             raise WorkerError(str(error)) from None
-        return full
+        self.prices[key] = price
+        self._notes += [f"{label}: {line}" for line in price.lines]
+        return None
 
-    def _quantize(self, label: str, settings: Settings, path: Path, calibration: np.ndarray) -> None:
-        """Turn a float32 file into int8, in place, by the recipe that validation images choose; where they cannot judge
-        it, which is noted, by the default one."""
-        key = label, judging(settings.runtime)
-        if key not in self.prices:
-            try:
-                held_out = self._calibration.held_out(path, label)
-            except UserError as error:
-                self._notes.append(f"{label}: what int8 costs is not known: {error}")
-                quantize(path, calibration)
-                return
-            self.prices[key] = quantize_within(path, calibration, held_out, key[1], self._max_drop, settings.threads)
-            self._notes += [f"{label}: {line}" for line in self.prices[key].lines]
-        else:  # another batch size
-            quantize(path, calibration, self.prices[key].recipe)
+
+def _weights(target: Target) -> Path | str | None:
+    """Where a network's weights are; None: they are random."""
+    return target.onnx or target.as_trained().weights
 
 
 def pixels_of_target(target: Target) -> Pixels:
@@ -169,6 +180,13 @@ def _trained(document: str, weights: str, settings: dict[str, Any], stem: str, i
     return {"path": str(path)}
 
 
+def _quantize(settings: dict[str, Any], stem: str, images: str, recipe: dict[str, Any]) -> dict[str, str]:
+    """In the child: the float32 file at `stem` as int8."""
+    path = Path(f"{stem}.onnx")
+    quantize(path, np.load(images), Recipe(**recipe | {"kept": tuple(recipe["kept"])}))
+    return {"path": str(path)}
+
+
 def _fix(
     source: str, name: str, shape: list[int], settings: dict[str, Any], stem: str, images: str | None
 ) -> dict[str, str]:
@@ -182,4 +200,4 @@ def _fix(
 if __name__ == "__main__":
     from nas.process import serve
 
-    serve({"export": export_here, "trained": _trained, "fix": _fix})
+    serve({"export": export_here, "trained": _trained, "fix": _fix, "quantize": _quantize})

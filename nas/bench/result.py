@@ -53,8 +53,9 @@ class BenchRow(Combination):
     """Images per second at `throughput_batch`; None where that batch could not be measured."""
     throughput_batch: int
     top1: float | None = None
-    """Percent of validation images that the file gets right on its runtime; None where they were not judged, as are
-    int8 files of trained networks, and the fp32 ones beside these."""
+    """Percent of validation images that the file gets right on its runtime, or on ONNX Runtime's CPU where it is for
+    another one than that and OpenVINO; of several batch sizes, that of the first. None where they were not judged, as
+    are int8 files of trained networks, and the fp32 ones beside these."""
     drop: float | None = None
     """Points of top-1 that int8 costs."""
     drop_ci: tuple[float, float] | None = None

@@ -18,7 +18,7 @@ from PIL import ExifTags
 from nas.data.decoding import to_rgb
 from nas.errors import UserError, unknown
 from nas.evaluate.preprocess import PRESETS, WAYS, GivenPreprocess, crop, normalise
-from nas.export.card import PREFIX, Card, Preprocess
+from nas.export.card import IN_GRAPH, PREFIX, PROBABILITIES, Card, Preprocess
 from nas.export.onnx_input import OnnxInput, written
 from nas.identity import file_digest
 from nas.machine import default_threads
@@ -122,7 +122,7 @@ class OnnxFile:
         card = Card.of_metadata(opened.metadata, found)
         if card.preprocess is None and Path(path).is_dir():
             card = Card.read(found.parent)
-        in_graph = _flag(opened.metadata, "in_graph", found)
+        in_graph = _flag(opened.metadata, IN_GRAPH, found)
         pixels = _image_input(found, opened.inputs)
         how, channels_last = _preprocess(found, pixels, card.preprocess, preprocess, in_graph)
         index, count = _logits_output(found, opened.outputs)
@@ -135,7 +135,7 @@ class OnnxFile:
             except Exception as error:  # each runtime has its own kinds
                 raise UserError(f"{found} fails on {runtime}: {first_line(error)}") from error
 
-        probabilities, notes = _flag(opened.metadata, "probabilities", found), []
+        probabilities, notes = _flag(opened.metadata, PROBABILITIES, found), []
         if count is None or f"{PREFIX}preprocess" not in opened.metadata:
             answer = _flat(found, run(_zeros(how.size, pixels, channels_last)))
             count = answer.shape[1]

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 PREFIX = "vitnas."
 HELD_OUT = "training images that the search held out and chose by"
 """What the accuracy of a candidate's own training was counted on."""
+IN_GRAPH, PROBABILITIES = "in_graph", "probabilities"
+"""Keys, after `PREFIX`, of what differs from a file of normalised input and of logits (`FileOptions`)."""
 PREPROCESS, LABELS = "preprocess.json", "labels.txt"
 CLASSIFY = """\
 import json
@@ -314,7 +316,7 @@ class Card(BaseModel):
 
     def write(self, folder: Path) -> None:
         """Write preprocess.json and labels.txt; what is not known has no file afterwards."""
-        inside = {"in_graph": True} if self.in_graph else {}
+        inside = {IN_GRAPH: True} if self.in_graph else {}
         texts = {
             PREPROCESS: self.preprocess and json.dumps(self.preprocess.model_dump() | inside, indent=1),
             LABELS: self.classes and "".join(f"{' '.join(name.splitlines())}\n" for name in self.classes),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nas.errors import UserError
-from nas.export.card import LABELS, PREFIX, PREPROCESS, Card, load_onnx, metadata_of
+from nas.export.card import IN_GRAPH, LABELS, PREFIX, PREPROCESS, Card, load_onnx, metadata_of
 from nas.files import replace_file, scratch, unwritable
 from nas.hub.facts import RunFacts, public
 from nas.hub.page import OnnxFacts, Subject, page
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from search_spaces import Arch
 
 PAGE = "README.md"
-IN_GRAPH = f"{PREFIX}in_graph"
-"""In the metadata of a file that takes pixels as they are."""
 
 
 def write_repository(request: PushRequest, folder: Path) -> list[PushedFile]:
@@ -148,7 +146,7 @@ def _write_onnx(source: Path, path: Path) -> OnnxFacts:
         image.name == "images"
         and image.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
         and (batch.dim_value == 1 or bool(batch.dim_param))
-        and found.get(IN_GRAPH, "false") == "false"
+        and found.get(PREFIX + IN_GRAPH, "false") == "false"
         and told.classes is not None
     )
     return OnnxFacts(path.name, path.stat().st_size, told, plain)

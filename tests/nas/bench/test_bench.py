@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -30,6 +31,7 @@ from nas.measure.runtime import Settings
 from nas.measure.samples import MeasureError, Measurement, paired_ratio
 from nas.networks.targets import Target, find_arch, find_target
 from nas.networks.timm_network import TimmNetwork
+from nas.process import WorkerError
 
 KEYS = [
     *(
@@ -73,9 +75,10 @@ def fixed_here(monkeypatch: pytest.MonkeyPatch, exports_here: None) -> None:
     in_a_child = Exporter.call
 
     def call(self: Exporter, method: str, settings: Settings, stem: Path, images: str | None, **source: Any) -> Path:
-        if method != "fix":
+        here = {"fix": bench_files._fix, "quantize": bench_files._quantize}
+        if method not in here:
             return in_a_child(self, method, settings, stem, images, **source)
-        return Path(bench_files._fix(settings=asdict(settings), stem=str(stem), images=images, **source)["path"])
+        return Path(here[method](settings=asdict(settings), stem=str(stem), images=images, **source)["path"])
 
     monkeypatch.setattr(Exporter, "call", call)
 
@@ -328,6 +331,57 @@ def test_int8_of_a_file_that_knows_the_classes_is_judged(
         ("100.0", "", ""),
         ("75.0", "25.0", str(within)),
     ]
+
+
+@pytest.fixture
+def judged(onnx_file, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> BenchRequest:
+    """A file of classes a, b, c and d, of any batch, in int8, with images of a and b; nothing is timed."""
+    from PIL import Image
+
+    from nas.export.card import Card
+    from nas.export.onnx import label_onnx
+
+    for part, kind in itertools.product(("train", "val"), ("a", "b")):
+        (tmp_path / "images" / part / kind).mkdir(parents=True)
+        for i in range(16):
+            Image.new("RGB", (40, 40), (i, 100, 200)).save(tmp_path / "images" / part / kind / f"{i}.png")
+    mine = onnx_file(images=["batch", 3, 32, 32])
+    label_onnx(Path(mine), None, True, Card.untrained(32).model_copy(update={"classes": list("abcd")}))
+    monkeypatch.setattr(side_by_side, "compare", lambda paths, *_: dict.fromkeys(paths, Measurement([[1.0]] * 3)))
+    settings = (Settings(precision="int8"), Settings(precision="int8", batch_size=4))
+    return BenchRequest([find_target(mine)], settings, data=str(tmp_path / "images"), max_drop=100)
+
+
+@pytest.mark.usefixtures("fixed_here")
+def test_another_batch_size_has_the_same_recipe(judged: BenchRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nas.evaluate import precision
+    from nas.export.quantize import Recipe
+
+    recipe, used, quantize = Recipe(ranges="percentile", kept=("first",), images=32), [], bench_files.quantize
+    monkeypatch.setattr(precision, "RECIPES", (recipe,))
+    monkeypatch.setattr(bench_files, "quantize", lambda *args: (used.append(args[2]), quantize(*args)))
+    found = bench(judged)
+    assert used == [recipe]
+    assert [row.batch_size for row in found.rows] == [1, 4]
+    assert found.rows[0].top1 == found.rows[1].top1 is not None
+    assert f"which images {judged.targets[0].onnx} was trained on is unknown" in " ".join(found.notes)
+
+
+@pytest.mark.usefixtures("fixed_here")
+def test_a_tool_that_fails_costs_its_row_alone(judged: BenchRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nas.evaluate import precision
+    from nas.export.quantize import Recipe
+
+    monkeypatch.setattr(precision, "RECIPES", (Recipe(),))
+
+    def fails(*_: object) -> None:
+        raise WorkerError("the tool's own kind of error")
+
+    monkeypatch.setattr(bench_files, "quantize", fails)
+    found = bench(judged)
+    (line,) = found.errors
+    assert "own kind of error" in line
+    assert found.rows[0].latency_ms is not None
 
 
 def test_networks_are_calibrated_on_the_images_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
