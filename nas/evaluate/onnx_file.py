@@ -119,10 +119,10 @@ class OnnxFile:
         """
         found = find_onnx(path)
         opened = _opened(found, runtime, default_threads() if threads is None else threads, bf16)
+        in_graph = _flag(opened.metadata, IN_GRAPH, found)
         card = Card.of_metadata(opened.metadata, found)
         if card.preprocess is None and Path(path).is_dir():
             card = Card.read(found.parent)
-        in_graph = _flag(opened.metadata, IN_GRAPH, found)
         pixels = _image_input(found, opened.inputs)
         how, channels_last = _preprocess(found, pixels, card.preprocess, preprocess, in_graph)
         index, count = _logits_output(found, opened.outputs)
