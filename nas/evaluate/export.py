@@ -9,11 +9,10 @@ from pathlib import Path
 from nas.errors import UserError
 from nas.evaluate.precision import quantize_file
 from nas.export.card import PREFIX, Accuracy, metadata_of
-from nas.export.folder import data_beside, move_into
-from nas.export.folder import export as write
+from nas.export.folder import data_beside, move_into, write_folder
 from nas.export.options import PLAIN, FileOptions
 from nas.export.quantize import MAX_DROP, check_max_drop
-from nas.files import scratch, unwritable
+from nas.files import scratch, tell, unwritable
 from nas.networks.targets import find_target
 
 
@@ -50,7 +49,7 @@ def export(
     options.check()
     check_max_drop(max_drop, options.precision == "int8")
     if options.precision != "int8":
-        return write(network, folder, weights, num_classes, options, data)
+        return write_folder(network, Path(folder), weights, num_classes, options, data)
     target = find_target(network)
     used = weights or (str(target.weights) if target.weights else None)
     name = data or (data_beside(Path(used)) if used not in (None, "timm") else None)
@@ -63,9 +62,9 @@ def export(
     folder = Path(folder)
     try:
         with scratch(folder) as place:
-            line = write(network, place, weights, num_classes, replace(options, precision="fp32"), data)
+            line = write_folder(network, place, weights, num_classes, replace(options, precision="fp32"), data)
             path = place / "model.onnx"
-            price = quantize_file(path, images, network, max_drop)
+            price = quantize_file(path, images, network, max_drop, tell)
             if not price.within:
                 raise UserError(f"infeasible, nothing is written: {price.refusal}")
             _tell_accuracy(path, Accuracy.counted(price.top1, price.images, images.name))
@@ -76,14 +75,15 @@ def export(
         with suppress(OSError):  # it holds something
             folder.rmdir()
     cost, *more = price.lines
-    return "\n".join([f"{folder}/model.onnx: {cost}", *more, f"in fp32: {line.partition(': ')[2]}"])
+    return "\n".join([f"{folder}/model.onnx: {cost}", *more, f"in fp32: {line.partition(': ')[2]}", *images.notes])
 
 
 def _tell_accuracy(path: Path, accuracy: Accuracy) -> None:
-    """Let a file's card tell it, in place of that of its float32 weights."""
+    """Let a file's card tell it, in place of the accuracy and the latency of its float32 weights."""
     import onnx
 
     model = onnx.load(path)
     facts = metadata_of(model) | {f"{PREFIX}accuracy": accuracy.model_dump_json()}
+    facts.pop(f"{PREFIX}latency", None)
     onnx.helper.set_model_props(model, facts)
     onnx.save(model, path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +28,7 @@ from nas.export.quantize import (
     quantize,
 )
 from nas.files import scratch
+from nas.job import Say
 from nas.machine import default_threads
 from nas.text import first_line
 from nas.units import counted, listed
@@ -183,18 +184,18 @@ def quantize_within(
     max_drop: float = MAX_DROP,
     threads: int | None = None,
     recipes: Sequence[Recipe] | None = None,
-    progress: Callable[[str, int, int], None] = lambda *_: None,
+    say: Say = lambda _: None,
 ) -> Price:
     """Turn a trained float32 ONNX file into int8, in place, by the first recipe that costs no more than `max_drop`
     points of top-1 on held-out images, or else by the one that costs least.
 
     Args:
-        path: with one input (B, 3, R, R); its metadata say how images become its input.
-        calibration: float32 images (N, 3, R, R), prepared as the file's, none of them held out.
+        path: its metadata say how images become its input.
+        calibration: inputs (N, ...) of the file's kind and shape, made of images none of which is held out.
         runtime: onnxruntime or openvino.
         threads: CPU threads; None: the physical cores that this process may use.
         recipes: in the order in which they are tried; None: `RECIPES`.
-        progress: called with (the recipe that is tried, those done, all).
+        say: called with a line before another recipe is tried.
 
     Raises:
         UserError: too few images to calibrate on, a file or images that cannot be judged, or no recipe that works for
@@ -205,11 +206,12 @@ def quantize_within(
     found: list[tuple[Price, Path]] = []
     notes: list[str] = []
     with scratch(path.parent) as folder:
-        for number, recipe in enumerate(recipes := recipes or RECIPES):
+        for number, recipe in enumerate(recipes or RECIPES):
             if not recipe.installed:
                 notes.append(f"not tried, since nncf is not installed ({INSTALL}): {recipe}")
                 continue
-            progress(str(recipe), number, len(recipes))
+            if found:
+                say(f"int8 by {found[-1][0].recipe} costs {found[-1][0].drop:.1f} points; trying {recipe}")
             draft = folder / f"{number}.onnx"
             shutil.copyfile(path, draft)
             try:
@@ -265,7 +267,9 @@ def write_int8(
     return price
 
 
-def quantize_file(path: Path, data: ImageData, name: str, max_drop: float = MAX_DROP) -> Price:
+def quantize_file(
+    path: Path, data: ImageData, name: str, max_drop: float = MAX_DROP, say: Say = lambda _: None
+) -> Price:
     """Turn a float32 ONNX file of any input into int8, in place, judged on ONNX Runtime, see `quantize_within`.
 
     Args:
@@ -283,7 +287,7 @@ def quantize_file(path: Path, data: ImageData, name: str, max_drop: float = MAX_
     usable = [each for each in pixels if each is not None]
     if not usable:
         raise UserError(f"none of {counted(len(pixels), 'image')} to calibrate int8 on can be decoded")
-    return quantize_within(path, np.stack(usable), held_out, max_drop=max_drop)
+    return quantize_within(path, np.stack(usable), held_out, max_drop=max_drop, say=say)
 
 
 def _price(recipe: Recipe, runtime: str, full: np.ndarray, right: np.ndarray, max_drop: float, path: Path) -> Price:

@@ -14,7 +14,7 @@ from nas.errors import UserError
 from nas.export.agreement import Agreement, agreement
 from nas.export.card import LABELS, PREPROCESS, Card, Preprocess, described, pixels_of
 from nas.export.onnx import label_onnx, to_file
-from nas.export.options import PLAIN, FileOptions
+from nas.export.options import FileOptions
 from nas.files import drafted, replace_file, scratch, unwritable
 from nas.networks.build import create, for_inference
 from nas.networks.pretrained import find_pretrained
@@ -73,7 +73,7 @@ def save_onnx(
         path.unlink(missing_ok=True)
         card.write(folder)
         with drafted(path) as draft:
-            to_file(inferring, draft, arch.resolution, options, card.pixels, images)
+            to_file(inferring, draft, arch.resolution, options, card.pixels)
             label_onnx(draft, arch, trained, card)
             return agreement(oracle, draft, arch.resolution, options, images, card.pixels)
     except OSError as error:
@@ -90,35 +90,14 @@ def save_weights(model: nn.Module, path: Path, metadata: dict[str, str] | None =
     replace_file(path, save(tensors, metadata))
 
 
-def export(
-    network: str,
-    folder: Path | str,
-    weights: str | None = None,
-    num_classes: int | None = None,
-    options: FileOptions = PLAIN,
-    data: str | None = None,
+def write_folder(
+    network: str, folder: Path, weights: str | None, num_classes: int | None, options: FileOptions, data: str | None
 ) -> str:
-    """Write a network's folder: arch.json, model.onnx and, where there are weights, model.safetensors.
-
-    Args:
-        network: a published name, an arch.json, a run's folder, timm/NAME or hf-hub:REPO.
-        weights: "timm", or a file of PyTorch or safetensors; None: those beside the arch.json, or random ones.
-        num_classes: None: the network's own.
-        options: of the ONNX file.
-        data: images to check it on, as `nas.data.dataset.open_data` takes them; None: those of the run that the weights
-            are from, where they are here, or else photographs.
-
-    Returns:
-        What was written, and how nearly ONNX Runtime and PyTorch agree, in a line.
-
-    Raises:
-        UserError: no such network or data, or as `export_folder`.
-    """
-    options.check()
+    """`nas.evaluate.export.export` in fp32 and fp16."""
     target = find_target(network)
     found = target.require()
     given = weights or target.weights
-    return export_folder(found, Path(folder), str(given) if given else None, num_classes, options, data)
+    return export_folder(found, folder, str(given) if given else None, num_classes, options, data)
 
 
 def export_folder(
@@ -150,8 +129,6 @@ def export_folder(
         raise UserError(_other_classifier(model, weights))
     card, facts = card_for(model.arch, weights)
     images = _images(data, weights, card)
-    if options.precision == "int8" and images is None:
-        raise UserError("--precision int8 needs --data: images to find the ranges of the values with")
     agreed = str(replace_network(model, folder, options, weights is not None, card, facts, images))
     what = "with random, untrained weights"
     if found:

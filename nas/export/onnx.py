@@ -13,7 +13,6 @@ from nas.export.graph import IMAGES, LOGITS, finish, to_half
 from nas.export.options import OPSET, FileOptions
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import nn
 
     from nas.networks.timm_network import TimmNetwork
@@ -61,11 +60,10 @@ def to_file(
     resolution: int,
     options: FileOptions,
     pixels: Pixels = IMAGENET,
-    calibration: np.ndarray | None = None,
 ) -> None:
-    """Write a folded model as ONNX, as `options` say.
+    """Write a folded model as ONNX, as `options` say, in fp32 or fp16; `nas.evaluate.precision` makes int8 of fp32.
 
-    pixels: what the file makes of bytes with `options.in_graph`. calibration: images for int8, float32 (N, 3, R', R').
+    pixels: what the file makes of bytes with `options.in_graph`.
 
     Raises:
         RuntimeError, ValueError: the graph cannot be exported or changed.
@@ -73,10 +71,6 @@ def to_file(
     to_onnx(folded, path, resolution, options.batch_size, options.opset)
     if options.precision == "fp16":
         to_half(path)
-    elif options.precision == "int8":
-        from nas.export.quantize import quantize
-
-        quantize(path, calibration)
     finish(path, options, pixels)
 
 

@@ -13,8 +13,9 @@ from PIL import Image
 from nas.evaluate import precision
 from nas.evaluate.onnx_file import OnnxFile
 from nas.evaluate.precision import HeldOut
-from nas.export.card import Card, Preprocess
-from nas.export.folder import save_model
+from nas.export.card import Card, Latency, Preprocess
+from nas.export.folder import save_model, save_onnx
+from nas.export.options import PLAIN
 from nas.export.quantize import Recipe
 from search_spaces import create_model
 
@@ -37,7 +38,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, helpers: Any) -> Path:
         if weights.shape[0] == 2:  # the classifier's: else all probabilities are about a half
             weights.data *= 30
     save_model(model.eval(), tmp_path / "run")
-    Card(preprocess=Preprocess.own(32), classes=["dark", "light"]).write(tmp_path / "run")
+    timed = Latency(ms=1, ci=(1, 1), device="cpu", runtime="onnxruntime", precision="fp32", threads=1, batch_size=1)
+    card = Card(preprocess=Preprocess.own(32), classes=["dark", "light"], latency=timed)
+    save_onnx(model, tmp_path / "run", PLAIN, True, card)
 
     def right(self: HeldOut, path: Path, runtime: str, threads: int | None) -> np.ndarray:
         assert [*self.images.labels] == [0] * 5 + [1] * 5
@@ -58,14 +61,17 @@ def test_int8_says_what_it_costs(run: Path, tmp_path: Path, vitnas: Any, more: t
     out = tmp_path / "out"
     code, said, err = vitnas(*words(run, out, "--max-drop", "40", *more))
     assert code == 0, err
-    first, left, full = said.splitlines()
+    first, left, full, seen = said.splitlines()
+    assert seen.startswith("which images ")
     assert first.startswith(f"{out}/model.onnx: int8 costs 40.0 points of top-1 ")
     assert left.startswith("left in float: ")
     assert full.startswith("in fp32: shvit with the given weights; ONNX Runtime and PyTorch agree to ")
     file = OnnxFile.open(out, threads=1)
     assert (file.precision, file.classes) == ("int8", ("dark", "light"))
     assert (file.batch_size, file.in_graph, file.probabilities) == ((None, True, True) if more else (1, False, False))
-    assert Card.read(out).accuracy.top1 == 60
+    card = Card.read(out)
+    assert card.accuracy.top1 == 60
+    assert card.latency is None, "it is that of fp32"
     assert {path.name for path in out.iterdir()} >= {"arch.json", "model.safetensors", "preprocess.json", "labels.txt"}
 
 
