@@ -261,8 +261,10 @@ class Card(BaseModel):
                     "crop_pct": told.crop_pct,
                 }
             )
-        except ValidationError:
-            raise UserError(f"{CONFIG}: interpolation {told.interpolation!r} is none that Pillow has") from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(map(str, first["loc"])) or "crop_pct"
+            raise UserError(f"{CONFIG}: {field} {first['input']!r}: {first['msg']}") from None
         return cls(preprocess=preprocess, classes=list(form.labels) if form.labels else None)
 
     @classmethod

@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, BeforeValidator, FiniteFloat, ValidationError
 
 from nas.errors import UserError
+from nas.export.artifact import CONVERTED
 from nas.export.card import Card, Latency
 from nas.measure.device import device_kind
 
@@ -23,7 +24,9 @@ def public_name(data: str) -> str:
     by its last part."""
     if re.match(r"(hfds|torch)/\w", data):
         return data
-    name, comma, part = data.partition(", ")
+    name, comma, part = data.rpartition(", ")
+    if "/" in part or not comma:  # a comma in the name of a folder
+        name, comma, part = data, "", ""
     return name.rstrip("/").rpartition("/")[2] + comma + part
 
 
@@ -110,6 +113,11 @@ class _Settings(BaseModel):
     batch_size: int
 
 
+def _precisions(settings: _Settings) -> str:
+    """What a table's latencies and accuracies are of, where that differs."""
+    return f" (latencies in {settings.precision}, accuracies in fp32)" if settings.precision in CONVERTED else ""
+
+
 class _Measured(BaseModel):
     latency_ms: FiniteFloat | None = None
     ci: Span | None = None
@@ -141,7 +149,8 @@ class _Pruned(BaseModel):
                 ms=self.after.latency_ms, ci=self.after.ci, cpu=self.hardware.cpu, **self.settings.model_dump()
             )
         told = public(Card(latency=latency)).latency
-        return RunFacts(self.data.words, tuple(rows), "Before and after pruning", told)
+        title = f"Before and after pruning{_precisions(self.settings)}"
+        return RunFacts(self.data.words, tuple(rows), title, told)
 
 
 def _row(name: str, accuracy: _Accuracy | None, measured: _Measured) -> RunRow:
@@ -173,6 +182,7 @@ class _Named(BaseModel):
 
 class _Searched(BaseModel):
     data: _Data | None
+    settings: _Settings
     final: list[_Closing] = []
     winner: _Named | None
 
@@ -188,7 +198,8 @@ class _Searched(BaseModel):
             )
             for row in self.final
         )
-        return RunFacts(self.data.words if self.data else "", rows, "The search's closing table")
+        title = f"The search's closing table{_precisions(self.settings)}"
+        return RunFacts(self.data.words if self.data else "", rows, title)
 
 
 def _read(path: Path, record: type[Record]) -> Record | None:

@@ -76,9 +76,16 @@ def write_to(request: PushRequest, folder: Path) -> list[PushedFile]:
         raise UserError(f"--out {folder} is not an empty folder: give a new one")
     with scratch() as draft:
         files = write_repository(request, draft)
+        there = folder.exists()
         try:
-            shutil.copytree(draft, folder, dirs_exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in draft.iterdir():
+                shutil.copyfile(path, folder / path.name)
         except OSError as error:
+            for file in files:
+                (folder / file.name).unlink(missing_ok=True)
+            if not there and folder.is_dir():
+                folder.rmdir()
             raise unwritable(folder, error) from None
     return files
 

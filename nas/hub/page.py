@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from nas.export.artifact import CONVERTED
 from nas.export.card import CLASSIFY, Accuracy, Card, Latency
 from nas.hub.facts import RunFacts, RunRow
 from nas.intervals import top1_words
@@ -124,9 +125,17 @@ def _use(subject: Subject, first: OnnxFacts) -> list[str]:
 def _own_table(subject: Subject) -> str:
     rows = []
     for file in subject.files:
-        latency = file.card.latency or (subject.run.latency if file is subject.files[0] else None)
+        latency = file.card.latency or _of_run(subject.run.latency, file.name)
         rows.append((file.name, f"{file.bytes / 1e6:.2f} MB", _accuracy(file.card.accuracy), *_latency(latency)))
     return _table(("file", "size", "top-1", "latency", "measured on"), rows)
+
+
+def _of_run(latency: Latency | None, name: str) -> Latency | None:
+    """What the run measured, if it was this file."""
+    if latency is None:
+        return None
+    lower = latency.precision in CONVERTED
+    return latency if name == (f"model.{latency.precision}.onnx" if lower else "model.onnx") else None
 
 
 def _accuracy(accuracy: Accuracy | None) -> str:

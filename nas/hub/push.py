@@ -39,6 +39,7 @@ def push(request: PushRequest, confirm: Callable[[Plan], bool] = lambda _: True)
     api = HfApi(token=True)
     with scratch() as folder:
         files = tuple(write_repository(request, folder))
+        made = ""
         try:
             there = _files_there(api, request)
             names = {file.name for file in files}
@@ -58,6 +59,7 @@ def push(request: PushRequest, confirm: Callable[[Plan], bool] = lambda _: True)
                 return None
             if plan.made:
                 api.create_repo(request.repository, private=request.private)
+                made = "; the repository was made, and is empty"
             if request.revision is not None:
                 api.create_branch(request.repository, branch=request.revision, exist_ok=True)
             commit = api.create_commit(
@@ -74,7 +76,7 @@ def push(request: PushRequest, confirm: Callable[[Plan], bool] = lambda _: True)
         except Exception as error:  # the hub's client raises what its many layers do
             why = told(error)
             again = ": the same command tries again" if why.passing else ""
-            raise UserError(f"could not push to {request.repository} ({why}){again}") from None
+            raise UserError(f"could not push to {request.repository} ({why}){made}{again}") from None
     return PushResult(request.repository, f"{api.endpoint}/{request.repository}", commit.oid, plan.made, files)
 
 

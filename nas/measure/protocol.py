@@ -22,6 +22,8 @@ from nas.measure.samples import FEWEST_ROUNDS, MAX_ROUNDS, PRECISION, QUANTA, Me
 from nas.process import Worker, WorkerError
 
 WORKER = "nas.measure.worker"
+USAGE_S = 10
+"""For what is asked of a process after the last round."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -105,7 +107,7 @@ class Measurer:
                     time_is_up = now + 2 * (now - round_started) > deadline
                     if time_is_up and len(result.rounds_ms) >= FEWEST_ROUNDS:
                         break
-                result = candidate.with_usage(result, path, deadline)
+                result = candidate.with_usage(result, path, time.monotonic() + USAGE_S)
         except WorkerError as error:
             late = f"not measured in {timeout_s:g} s, {len(result.rounds_ms)} rounds done"
             raise MeasureError(late if time.monotonic() > deadline else str(error)) from None
@@ -246,9 +248,10 @@ class _Model:
     def with_usage(self, result: Measurement, path: Path, deadline: float) -> Measurement:
         """A result with what the network needs beside time; without, where its process does not answer any more."""
         file_mb = path.stat().st_size / 1e6 if self._has_file else None
-        found: dict[str, Any] = {}
-        with contextlib.suppress(WorkerError):
+        try:
             found = self._ask("usage", deadline)
+        except WorkerError as error:
+            found = {"unread": [f"memory and energy are not told: {error}"]}
         return dataclasses.replace(result, file_mb=file_mb, **found)
 
     def _ask(self, method: str, deadline: float) -> dict[str, Any]:

@@ -105,7 +105,7 @@ class Measurement:
     load_s: float = 0.0  # until the network was ready: what was left of the process start, its session
     wall_s: float = 0.0  # all of it, load_s included
     memory_mb: float | None = None
-    """Peak resident memory of its process, less that of the process with the runtime imported alone, in 10^6 bytes;
+    """Peak resident memory of its process, less that after its runtime has run a network of one number, in 10^6 bytes;
     None, as the next two, where it is not known."""
     file_mb: float | None = None
     """Size of the ONNX file; None of a network that PyTorch builds."""

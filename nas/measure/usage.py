@@ -3,6 +3,7 @@
 Nothing is read while an inference is timed. Only the standard library is imported, as on a remote device.
 """
 
+import os
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 STATUS = Path("/proc/self/status")
 POWERCAP = Path("/sys/class/powercap")
 GPU_S, GPU_STEADY = 2.0, 0.5  # a GPU's power is a mean of up to a second: it is read in the second half of this time
-GPU_POWER = ("nvidia-smi", "--query-gpu=power.draw", "--format=csv,noheader,nounits", "--id=0", "-lms", "100")
+GPU_POWER = ("nvidia-smi", "--query-gpu=power.draw", "--format=csv,noheader,nounits", "-lms", "100")
 
 
 class Unread(Exception):
@@ -94,7 +95,13 @@ class Energy:
         return self._used / 1000 / self._runs if self._runs else None
 
 
-def gpu_run_mj(infer: Callable[[], object], command: Sequence[str] = GPU_POWER, seconds: float = GPU_S) -> float:
+def gpu_power() -> tuple[str, ...]:
+    """The command that tells the power of the GPU that this process uses, again and again."""
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "").partition(",")[0]
+    return (*GPU_POWER, f"--id={first or 0}")
+
+
+def gpu_run_mj(infer: Callable[[], object], command: Sequence[str], seconds: float = GPU_S) -> float:
     """Energy of an inference on the first GPU, in mJ: the GPU's mean power while it runs for `seconds`, idle power
     included.
 
@@ -106,10 +113,12 @@ def gpu_run_mj(infer: Callable[[], object], command: Sequence[str] = GPU_POWER, 
     except OSError:
         raise Unread(f"energy is not told: {command[0]} cannot be run here") from None
     runs, started = 0, time.monotonic()
-    while (now := time.monotonic()) < started + seconds or not runs:
-        infer()
-        runs += 1
-    meter.terminate()
+    try:
+        while (now := time.monotonic()) < started + seconds or not runs:
+            infer()
+            runs += 1
+    finally:
+        meter.kill()
     lines = meter.communicate()[0].split()
     try:
         watts = [float(line) for line in lines[int(len(lines) * GPU_STEADY) :]]

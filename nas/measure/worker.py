@@ -3,16 +3,20 @@
 Methods, in the order they are called: start (imports), load, warm_up, time_slice once a round, then usage.
 """
 
+import base64
 import importlib
 import math
+import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from nas.measure.runtime import RUNTIMES, Settings
-from nas.measure.usage import Energy, Unread, counters, gpu_run_mj, peak_memory
+from nas.measure.usage import Energy, Unread, counters, gpu_power, gpu_run_mj, peak_memory
 from nas.process import serve
+from nas.text import first_line
 
 WARM_UP_MS = 50
 UNTIMED_MS = 40  # after SIGCONT: caches, clock and thread pool come back; 3 runs of 5 ms are 5% too slow after it
@@ -20,6 +24,34 @@ MIN_UNTIMED, MAX_UNTIMED = 3, 10
 SLICE_MS = 20
 MIN_RUNS, MAX_RUNS = 3, 30
 SLOW_MS = 500  # from here on one timed run a slice, after one untimed, is enough
+
+
+RELU = base64.b64decode(
+    "CAcSADo7CgwKAXgSAXkiBFJlbHUSAWdaEwoBeBIOCgwIARIICgIIAQoCCAFiEwoBeRIOCgwIARIICgIIAQoCCAFCBAoAEA0="
+)
+"""An ONNX file: the greater of a number (1, 1) and 0."""
+
+
+def run_nothing(settings: Settings) -> None:
+    """Have the runtime load what it loads for any network, so that none of it counts as a network's memory.
+
+    Raises:
+        Unread: it cannot run the file here.
+    """
+    runtime = RUNTIMES[settings.runtime]
+    if runtime.artifact == "module":  # which builds networks here: its code is no part of them
+        import torch
+
+        importlib.import_module("search_spaces")
+        torch.nn.functional.conv2d(torch.zeros(1, 3, 8, 8), torch.zeros(8, 3, 3, 3))
+        return
+    with tempfile.NamedTemporaryFile(suffix=".onnx") as file:
+        file.write(RELU)
+        file.flush()
+        try:
+            runtime.load(Path(file.name), replace(settings, batch_size=1, precision="fp32"))()
+        except Exception as error:  # the network itself may run
+            raise Unread(f"memory is not told: {settings.runtime} alone fails ({first_line(error)})") from None
 
 
 class TimedModel:
@@ -30,7 +62,7 @@ class TimedModel:
     untimed: int
     timed: int
     empty_bytes: int | None = None
-    """Peak memory of this process before it loaded the network."""
+    """Peak memory of this process before it loaded the network, after its runtime has run one of a single number."""
     energy: Energy | None = None
     """On a CPU whose energy can be read."""
 
@@ -40,19 +72,20 @@ class TimedModel:
     def start(self, settings: dict[str, Any]) -> None:
         """Imports the runtime: the slow part of a fresh process, done before there is a file."""
         self.settings = Settings(**settings)
-        runtime = RUNTIMES[self.settings.runtime]
-        importlib.import_module(runtime.package)
-        if runtime.artifact == "module":  # which builds the network here: its code is no part of it
-            importlib.import_module("search_spaces")
+        importlib.import_module(RUNTIMES[self.settings.runtime].package)
+        if self.settings.device != "cpu":
+            self.unread.append("memory is not told on a GPU")
+            return
         try:
+            peak_memory()  # where it cannot be read, nothing is run for it
+            run_nothing(self.settings)
             self.empty_bytes = peak_memory()
         except Unread as why:
             self.unread.append(str(why))
-        if self.settings.device == "cpu":
-            try:
-                self.energy = Energy(counters())
-            except Unread as why:
-                self.unread.append(str(why))
+        try:
+            self.energy = Energy(counters())
+        except Unread as why:
+            self.unread.append(str(why))
 
     def load(self, path: str) -> None:
         self.infer = RUNTIMES[self.settings.runtime].load(Path(path), self.settings)
@@ -89,7 +122,7 @@ class TimedModel:
         run_mj = self.energy.run_mj if self.energy else None
         if self.settings.device == "cuda":
             try:
-                run_mj = gpu_run_mj(self.infer)
+                run_mj = gpu_run_mj(self.infer, gpu_power())
             except Unread as why:
                 self.unread.append(str(why))
         return {

@@ -79,12 +79,7 @@ def fetch(name: str) -> HubNetwork:
                 raise _refused(name, error) from None
             remark = f"; whether it is the newest is unknown ({error})"
     assert document is not None
-    weights = document.with_name(WEIGHTS)
-    digest = file_digest(weights, 64)
-    if digest != stated(weights, digest):
-        damaged = blob(weights)
-        damaged.unlink()
-        raise UserError(f"{damaged}, of {HUB}{name}, was damaged and is removed: the same command downloads it again")
+    digest = _whole(document.with_name(WEIGHTS), name)
     commit = document.parent.name[:7]
     line = f"weights of {HUB}{name}: commit {commit}, {source} (sha256 {digest[:LENGTH]}){remark}"
     tell(line)
@@ -104,6 +99,8 @@ def fetch_onnx(name: str) -> Path:
     repository, revision = _named(name)
     kept = cached(repository, (ONNX,), revision)
     try:
+        if kept is None:
+            tell(f"downloading {ONNX} of {HUB}{name}")
         found = download(repository, (ONNX,), revision)
     except Absent:
         raise UserError(f"{HUB}{name} has no {ONNX}: `vitnas export {HUB}{name} --out DIR` writes one") from None
@@ -111,10 +108,25 @@ def fetch_onnx(name: str) -> Path:
         if kept is None or error.reached:
             raise _refused(name, error) from None
         tell(f"{HUB}{name} is from the hub's cache; whether it is the newest is unknown ({error})")
-        return kept
+        found = kept
+    _whole(found, name)
     if found != kept:
         tell(f"downloaded {ONNX} of {HUB}{name}, commit {found.parent.name[:7]}")
     return found
+
+
+def _whole(path: Path, name: str) -> str:
+    """The SHA-256 of a file in the cache; a damaged one is removed.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    digest = file_digest(path, 64)
+    if digest != stated(path, digest):
+        damaged = blob(path)
+        damaged.unlink()
+        raise UserError(f"{damaged}, of {HUB}{name}, was damaged and is removed: the same command downloads it again")
+    return digest
 
 
 def _named(name: str) -> tuple[str, str | None]:
@@ -143,7 +155,10 @@ def _fetched(repository: str, revision: str | None, name: str) -> tuple[Path, bo
     document = download(repository, (ARCH, CONFIG), revision)
     if document.name == CONFIG:  # before its weights, which may be those of anything
         what = f"{CONFIG} of {HUB}{name}"
-        TimmForm.read(document, what).network(what)
+        form = TimmForm.read(document, what)
+        form.network(what)
+        if (mode := form.pretrained_cfg.crop_mode) != "center":
+            tell(f"{HUB}{name} was judged on images of crop mode {mode!r}: vitnas cuts out the middle instead")
     commit = document.parent.name
     fresh = not document.with_name(WEIGHTS).is_file()
     if fresh:

@@ -27,6 +27,8 @@ class PretrainedForm(BaseModel):
     interpolation: str = "bicubic"
     crop_pct: Annotated[float, Field(gt=0, le=1)] = 0.875
     """The share of the shorter side that is seen."""
+    crop_mode: str = "center"
+    """Others than "center" are not followed: the middle is cut out."""
     mean: tuple[FiniteFloat, FiniteFloat, FiniteFloat] = (0.485, 0.456, 0.406)
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
     num_classes: Annotated[int, Field(ge=0, le=MOST_CLASSES)] = 1000

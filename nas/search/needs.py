@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 BYTES = {"fp16": 2.0, "int8": 1.0}
 """Of a parameter in the file; in other precisions 4."""
-MEMORY = (13.0, 2.7)
+MEMORY = (1.0, 2.6)
 """Megabytes of memory before anything is measured: so many, and so many times the file's. Of SHViT from 0.6 to 30 M
-parameters on ONNX Runtime, within 15%."""
+parameters on ONNX Runtime, within a quarter."""
 ENOUGH, ALIKE = 4, 0.1
 """Measurements that a line is taken from, and the standard deviation of the logarithms of their parameters, at least.
 The guess is brought to others."""

@@ -92,7 +92,7 @@ class Trial:
     resolution: int | None = None
     """Height and width of the input in pixels."""
     feasible: bool = False
-    """Whether its median latency meets the budget, and it the limits."""
+    """Whether its median latency meets the budget, and its memory and size their limits."""
     verdict: Verdict | None = None
     """What the interval of its latency says of the budget; over where it does not meet the limits."""
     source: str = ""

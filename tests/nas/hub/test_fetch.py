@@ -240,6 +240,20 @@ def test_damaged_weights_in_the_cache_are_removed(hub: Hub, weights: bytes) -> N
     assert fetch("me/net").line.startswith(line_of("me/net", hub, weights, "downloaded"))
 
 
+def test_another_crop_than_ours_is_told(hub: Hub, weights: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, "nas")
+    hub.add("you/net", of_timm(weights, pretrained_cfg=CONFIG["pretrained_cfg"] | {"crop_mode": "squash"}))
+    fetch("you/net")
+    told = "hf-hub:you/net was judged on images of crop mode 'squash': vitnas cuts out the middle instead"
+    assert told in caplog.messages
+
+
+def test_an_interpolation_that_nobody_has_is_named(hub: Hub, weights: bytes) -> None:
+    hub.add("you/net", of_timm(weights, pretrained_cfg=CONFIG["pretrained_cfg"] | {"interpolation": "random"}))
+    with pytest.raises(UserError, match=r"^config.json: interpolation 'random': Input should be 'nearest'"):
+        Card.read(fetch("you/net").document.parent)
+
+
 def test_weights_that_do_not_fit_are_refused(hub: Hub, weights: bytes) -> None:
     hub.add("you/net", of_timm(weights, architecture="lcnet_075"))
     with pytest.raises(UserError, match=r"^hf-hub:you/net: ") as error:
@@ -276,7 +290,10 @@ def test_predict_takes_the_file_of_a_repository(
 
     wanted = answers(str(tmp_path / "model.onnx"))
     assert answers() == wanted
-    assert caplog.messages == [f"downloaded model.onnx of hf-hub:me/net, commit {repository.commit('main')[:7]}"]
+    assert caplog.messages == [
+        "downloading model.onnx of hf-hub:me/net",
+        f"downloaded model.onnx of hf-hub:me/net, commit {repository.commit('main')[:7]}",
+    ]
     assert answers() == wanted
     assert caplog.messages == []
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from hub.stand_in import TOKEN, Hub
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import HfApi, ModelCard, constants
 from PIL import Image
 
 from nas.errors import UserError
@@ -20,6 +21,8 @@ from nas.export.card import Accuracy, Card, Latency, Preprocess
 from nas.export.folder import save_model, save_onnx
 from nas.export.options import FileOptions
 from nas.hub.facts import RunFacts, public_name
+from nas.hub.folder import write_to
+from nas.hub.page import _of_run
 from nas.hub.push import push
 from nas.hub.request import Plan, PushRequest
 from nas.networks.build import create, for_inference, randomise
@@ -55,6 +58,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"label": f"{run.parent}/other", "latency_ms": 2.5, "ci_low_ms": None, "ci_high_ms": None, "accuracy": None},
     ]
     found = {"data": {"name": data, "train": 900, "val": 200}, "final": closing, "winner": {"label": "trial 5"}}
+    found |= {"settings": MACHINE}
     (run / "result.json").write_text(json.dumps(found))
     return run
 
@@ -211,6 +215,33 @@ def test_a_hub_that_does_not_answer(hub: Hub, known: None, made: Path, monkeypat
         push(of(made))
 
 
+def test_a_repository_that_was_made_for_a_commit_that_fails_is_told(
+    hub: Hub, known: None, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("the connection was lost")
+
+    monkeypatch.setattr(HfApi, "create_commit", fail)
+    with pytest.raises(UserError, match=r"lost\); the repository was made, and is empty: the same"):
+        push(of(made))
+
+
+def test_a_folder_that_cannot_be_written_holds_nothing_afterwards(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied = shutil.copyfile
+
+    def full(source: Path, path: Path) -> None:
+        copied(source, path)
+        if Path(path).parent == tmp_path / "look" and Path(path).name == "model.onnx":
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(UserError, match="no space left in"):
+        write_to(of(made), tmp_path / "look")
+    assert not (tmp_path / "look").exists()
+
+
 def test_a_public_repository_is_not_made_private(hub: Hub, known: None, made: Path) -> None:
     hub.add("me/net", {})
     with pytest.raises(UserError, match=r"^me/net is public already: make it private on its page, or leave out --priv"):
@@ -267,6 +298,8 @@ def test_the_command_pushes(hub: Hub, known: None, made: Path, tmp_path: Path, v
     [
         ("/home/me/tin20", "tin20"),
         ("./images/", "images"),
+        ("/data, private/anna/pets", "pets"),
+        ("/data, private/anna/pets, held out", "pets, held out"),
         ("hfds/uoft-cs/cifar10", "hfds/uoft-cs/cifar10"),
         ("hfds//home/me/data", "data"),
         ("torch/CIFAR10, held out", "torch/CIFAR10, held out"),
@@ -300,6 +333,14 @@ def test_what_a_pruning_says(tmp_path: Path) -> None:
     assert found.latency is not None
     assert (found.latency.ms, found.latency.device, found.latency.cpu) == (1.0, "cpu", "Chip 9")
     assert found.data == "pets (5 for training, 3 for validation)"
+    assert found.title == "Before and after pruning"
+    assert _of_run(found.latency, "model.onnx") == found.latency
+    lower = fields | {"settings": MACHINE | {"precision": "int8"}}
+    (tmp_path / "prune.json").write_text(json.dumps(lower))
+    found = RunFacts.of(tmp_path)
+    assert found.title == "Before and after pruning (latencies in int8, accuracies in fp32)"
+    assert _of_run(found.latency, "model.onnx") is None
+    assert _of_run(found.latency, "model.int8.onnx") == found.latency
     (tmp_path / "prune.json").write_text("{}")
     with pytest.raises(UserError, match=r"prune.json is damaged: it is not what vitnas wrote"):
         RunFacts.of(tmp_path)

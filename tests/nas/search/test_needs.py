@@ -30,8 +30,8 @@ def test_a_file_s_size_is_guessed_by_its_precision(precision: str, most: float) 
 
 
 def test_what_is_measured_makes_it_sure() -> None:
-    measured = [Need(size, 13 + 11 * size, 4 * size + 0.3) for size in SIZES]
-    for limits in (Limits(memory_mb=13 + 11 * 8.0), Limits(file_mb=4 * 8.0 + 0.3)):
+    measured = [Need(size, 1.5 + 11 * size, 4 * size + 0.3) for size in SIZES]
+    for limits in (Limits(memory_mb=1.5 + 11 * 8.0), Limits(file_mb=4 * 8.0 + 0.3)):
         sure = chances(Needs(limits, "fp32", measured), 7.0, 9.0)
         assert sure[0] > math.log(0.99)
         assert sure[1] < math.log(0.01)
