@@ -40,9 +40,9 @@ class Calibration:
         else:
             from nas.data.dataset import open_data
 
-            self._data = open_data(
-                options.data, 224, None, 0, *dict.fromkeys(filter(None, map(_weights, options.targets)))
-            )
+            given = [_weights(target) for target in options.targets]
+            weights: dict[Path | str, None] = {each: None for each in given if each}
+            self._data = open_data(options.data, 224, None, 0, *weights)
 
     def held_out(self, path: Path, name: str, target: Target) -> HeldOut:
         """The validation images, with --data, for a file with trained weights. What is known to be among its training
