@@ -253,7 +253,9 @@ def show_train(result: TrainResult, folder: Path, to_stderr: bool) -> None:
     if "model.onnx" in files:
         data = f" --data {shlex.quote(result.options['data'])}" if result.options["data"] else ""
         ours = result.family != TimmNetwork.family  # a run of timm's cannot be pruned
-        console.print(f"Next, its speed beside a network of timm's{', or a smaller one made of it' * ours}:")
+        smaller = ", or a smaller one made of it" * ours
+        console.print(f"Next, classes of new images, its speed beside a network of timm's{smaller}:")
+        console.print(f"  vitnas predict {shlex.quote(str(folder))} IMAGE")
         console.print(f"  vitnas bench {shlex.quote(str(folder))} timm/lcnet_050@{result.resolution}")
         if ours:
             console.print(f"  vitnas prune --model {shlex.quote(str(folder))}{data}")

@@ -143,7 +143,11 @@ def test_a_folder_that_export_and_bench_take(vitnas, deit, tmp_path):
     told = f"{accuracy.top1:.1f}% top-1 (95%: {low:.1f} to {high:.1f}, {accuracy.total} images)"
     assert f"epoch 2/2: {told}" in first
     assert text.startswith(f"{told} of ")
-    assert text.splitlines()[-2:] == [f"  vitnas bench {out} timm/lcnet_050@32", f"  vitnas prune --model {out}"]
+    assert text.splitlines()[-3:] == [
+        f"  vitnas predict {out} IMAGE",
+        f"  vitnas bench {out} timm/lcnet_050@32",
+        f"  vitnas prune --model {out}",
+    ]
     vitnas.refused(vitnas("train", deit, "--out", str(out), *ARGS), "another run", "lr")
     longer = f"`vitnas train {out} --epochs 3 --out NEW` begins with its weights"
     vitnas.refused(vitnas("train", deit, "--out", str(out), *ARGS, "--epochs", "3"), "another run", longer)
