@@ -78,16 +78,11 @@ def evaluate(
     """
     from nas.cli.progress import load
     from nas.errors import UserError
+    from nas.evaluate.classes import read_labels
+    from nas.evaluate.request import EvaluateRequest
 
     if data is None:
         raise UserError("give the images to judge on: --data FOLDER")
-    load("nas.evaluate.run", quiet)
-    from nas.cli.progress import watch_phases
-    from nas.evaluate.classes import read_labels
-    from nas.evaluate.request import EvaluateRequest
-    from nas.evaluate.run import evaluate as run_evaluate
-    from nas.evaluate.table import show_evaluation
-
     request = EvaluateRequest(
         models=models or (),
         data=data,
@@ -101,6 +96,12 @@ def evaluate(
         weights_from=weights_from,
         folder=out,
     )
+    request.check()
+    load("nas.evaluate.run", quiet)
+    from nas.cli.progress import watch_phases
+    from nas.evaluate.run import evaluate as run_evaluate
+    from nas.evaluate.table import show_evaluation
+
     with watch_phases(quiet) as (progress, say):
         result = run_evaluate(request, progress, say)
     if as_json:

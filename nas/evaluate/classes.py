@@ -110,13 +110,17 @@ def _mismatch(
         )
     known = {_plain(name) for name in names}
     strange = [name for name, plain in zip(classes, wanted, strict=True) if plain not in known]
-    folded = {name.casefold(): name for name in known}
-    near = next(
-        (folded[plain.casefold()] for plain in wanted if plain not in known and plain.casefold() in folded), None
-    )
-    hint = f"rename the folder to {shown(near)}" if near else "rename or remove these folders"
+    folded = {name.strip().casefold(): name for name in known}
+    near = {name: folded[plain] for name in strange if (plain := _plain(name).strip().casefold()) in folded}
+    renamed = listed([f"{_quoted(name)} to {_quoted(to)}" for name, to in near.items()], NAMED)
+    hint = f"rename {renamed}" if near else "rename or remove these folders"
     return f"{label} does not know {_some(strange)} of {has}; its {len(names):,} are {_some(names)}: {hint}"
 
 
 def _some(names: Sequence[str]) -> str:
-    return listed([shown(name) for name in names], NAMED)
+    return listed(map(_quoted, names), NAMED)
+
+
+def _quoted(name: str) -> str:
+    """A name in one line, in quotes where blanks begin or end it."""
+    return shown(name) if name == name.strip() else repr(shown(name))

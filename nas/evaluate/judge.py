@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,15 +29,18 @@ BATCH = 32
 """Images that are decoded at a time."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Pass:
-    """What came of one pass over the images. kept: indices of those that were judged; small: how many of them were
-    smaller than a network's crop; skipped: names of those that cannot be decoded."""
+    """What came of one pass over the images."""
 
-    kept: list[int] = field(default_factory=list)
-    answers: dict[str, Answers] = field(default_factory=dict)
-    small: Counter[str] = field(default_factory=Counter)
-    skipped: list[str] = field(default_factory=list)
+    kept: list[int]
+    """Indices of those that were judged."""
+    answers: dict[str, Answers]
+    """By network, to these."""
+    small: Mapping[str, int]
+    """By network, how many of them were smaller than its crop."""
+    skipped: list[str]
+    """Names of those that cannot be decoded."""
 
 
 def judge(
@@ -52,28 +55,27 @@ def judge(
     Raises:
         UserError: no image can be decoded, or a network's outputs are NaN or infinite.
     """
-    found = Pass()
+    kept, skipped, small = list[int](), list[str](), Counter[str]()
     feeds = {each.feeds: each for each in networks.values()}
     parts: dict[str, list[Answers]] = {label: [] for label in networks}
-    done = 0
     with ThreadPoolExecutor(threads) as pool:
         for batch in _batches(range(len(images.images))):
             read = list(pool.map(lambda index: _prepared(images.images.sources[index], feeds), batch))
-            done += len(batch)
             whole = [(index, each) for index, each in zip(batch, read, strict=True) if isinstance(each, _Prepared)]
-            found.skipped += [each for each in read if isinstance(each, str)]
+            skipped += [each for each in read if isinstance(each, str)]
             if whole:
-                found.kept += [index for index, _ in whole]
+                kept += [index for index, _ in whole]
                 truth = np.array([images.images.labels[index] for index, _ in whole])
                 fed = {feed: np.stack([each.pixels[feed] for _, each in whole]) for feed in feeds}
                 for label, network in networks.items():
-                    found.small[label] += sum(each.side < network.classifier.preprocess.size for _, each in whole)
+                    small[label] += sum(each.side < network.classifier.preprocess.size for _, each in whole)
                     logits = _answered(network, fed[network.feeds])
                     parts[label].append(Answers.of(logits, np.array(matched[label].outputs)[truth]))
-            progress(done)
-    if not found.kept:
+            progress(batch.stop)
+    answers = {label: Answers.joined(each) for label, each in parts.items() if each}
+    found = Pass(kept, answers, small, skipped)
+    if not kept:
         raise UserError(f"none of {counted(len(images.images), 'image')} can be used: {skipped_line([found])}")
-    found.answers = {label: Answers.joined(each) for label, each in parts.items()}
     return found
 
 

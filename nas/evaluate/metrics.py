@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -49,11 +49,7 @@ class Answers:
     @classmethod
     def joined(cls, parts: Sequence[Answers]) -> Answers:
         """Those to several batches, as to one."""
-        fields = (
-            np.concatenate([getattr(part, name) for part in parts])
-            for name in ("truth", "predicted", "confidence", "truth_confidence", "rank")
-        )
-        return cls(*fields)
+        return cls(*(np.concatenate([getattr(part, each.name) for part in parts]) for each in fields(cls)))
 
     @property
     def right(self) -> np.ndarray:

@@ -150,7 +150,9 @@ def open_networks(request: EvaluateRequest, threads: int) -> tuple[list[Judged],
             if runtime == TORCH:
                 found.append(_in_torch(name, request, threads))
             else:
-                found += _on_a_runtime(name, runtime, request, threads, notes)
+                opened, refused = _on_a_runtime(name, runtime, request, threads)
+                found += opened
+                notes += [refused] if refused and refused not in notes else []
     if request.labels is not None and all(each.own_classes for each in found):
         raise UserError("--labels is for networks that do not say their classes, and all of these do: leave it out")
     if request.preprocess is not None and not any(isinstance(each.classifier, OnnxFile) for each in found):
@@ -174,9 +176,9 @@ def _usual_runtime(name: str) -> str:
     return ONNX_RUNTIMES[0] if os.path.isdir(name) and holds else TORCH
 
 
-def _on_a_runtime(name: str, runtime: str, request: EvaluateRequest, threads: int, notes: list[str]) -> list[Judged]:
-    """An ONNX file, prepared as it says, as --preprocess does, or in each of the usual ways; what of these it does not
-    take is noted."""
+def _on_a_runtime(name: str, runtime: str, request: EvaluateRequest, threads: int) -> tuple[list[Judged], str]:
+    """An ONNX file, prepared as it says, as --preprocess does, or in each of the usual ways; and a line on those of
+    these that it does not take."""
     path = Path(name)
     if path.suffix.lower() != ".onnx" and not path.is_dir() and not name.startswith(HUB):
         raise UserError(
@@ -194,7 +196,7 @@ def _on_a_runtime(name: str, runtime: str, request: EvaluateRequest, threads: in
         return Judged(name, classifier, file, file, own, given)
 
     if not request.tries or request.preprocess is None:
-        return [opened(request.preprocess)]
+        return [opened(request.preprocess)], ""
     more = request.preprocess.removeprefix(TRY)
     found, refused = list[Judged](), dict[str, UserError]()
     for guess in (None, *(each + more for each in GUESSES)):
@@ -205,9 +207,8 @@ def _on_a_runtime(name: str, runtime: str, request: EvaluateRequest, threads: in
                 refused[guess] = error
     if not found:
         raise next(reversed(refused.values()))
-    if refused:
-        notes.append(f"Not tried: {', '.join(refused)}: {next(iter(refused.values()))}")
-    return found
+    why = f"Not tried: {', '.join(refused)}: {next(iter(refused.values()))}" if refused else ""
+    return found, why
 
 
 def _in_torch(name: str, request: EvaluateRequest, threads: int) -> Judged:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nas.evaluate.figures import picture_of
-from nas.evaluate.words import ECE, SPEED, best_of, headline, p_words, told_pairs
+from nas.evaluate.words import ECE, best_of, best_ways, headline, p_words, speed_words, told_pairs
 from nas.files import replace_file, unwritable
 from nas.report.page import render
 from nas.units import shown
@@ -76,19 +76,17 @@ def write_report(folder: Path, result: EvaluateResult, picture: Callable[[int], 
 
 
 def _html(result: EvaluateResult, picture: Callable[[int], Image]) -> str:
-    guesses = len({each.given for each in result.results}) > 1
-    pictured = [best_of(result)] if guesses else result.results
     rows = class_rows(result)
     shown_here = {
         "headline": headline(result),
         "best": best_of(result),
         "told": told_pairs(result),
-        "sections": [_section(each, picture) for each in pictured],
+        "sections": [_section(each, picture) for each in best_ways(result)],
         "rows": rows[:ROWS],
         "more_rows": len(rows) - ROWS,
         "p_words": p_words,
         "ece_words": ECE,
-        "speed_words": SPEED,
+        "speed_words": speed_words(result),
         "confused_rows": CONFUSED,
         "pictures": PICTURES,
     }

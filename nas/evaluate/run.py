@@ -87,7 +87,7 @@ def _evaluate(request: EvaluateRequest, progress: Progress, say: Callable[[str],
         skipped=[str(name) for name in judged.skipped],
         results=results,
         pairs=compare({label: answers.right for label, answers in judged.answers.items()}),
-        notes=[*_notes(networks, matched, images, judged), *refused, *map(_sentence, timed.notes)],
+        notes=[*_notes(networks, matched, images, judged), *map(_sentence, refused), *map(_sentence, timed.notes)],
         cpu=timed.cpu,
         started=started,
         finished=now(),
@@ -212,13 +212,16 @@ def _notes(
         for line in lines:
             told.setdefault(line, []).append(names[network.name])
     notes += [f"{listed(dict.fromkeys(whose))}: {line}." for line, whose in told.items()]
-    tried = [label for label, network in networks.items() if network.given is not None]
-    if len(tried) > 1:
-        best = max(tried, key=lambda label: found.answers[label].right.mean())
-        notes.append(
-            f"Of several ways to prepare images the best is chosen by these images: {best}. Its accuracy may be a "
-            "little too high; who made the file knows which way is right."
-        )
+    ways: dict[tuple[str, str], list[str]] = {}
+    for label, network in networks.items():
+        ways.setdefault((network.name, network.classifier.runtime), []).append(label)
+    for labels in ways.values():
+        if len(labels) > 1:
+            best = max(labels, key=lambda label: found.answers[label].right.mean())
+            notes.append(
+                f"Of several ways to prepare images the best is chosen by these images: {best}. Its accuracy may be a "
+                "little too high; who made the file knows which way is right."
+            )
     return list(dict.fromkeys(notes))
 
 

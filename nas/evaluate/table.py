@@ -5,18 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from nas.evaluate.words import (
-    ECE,
     FEW,
-    SPEED,
     comparison_words,
     headline,
     images_words,
     p_words,
     pair_words,
+    speed_words,
     told_pairs,
 )
 from nas.report.tables import Column, console_of, print_table, prose
-from nas.units import counted, shown
+from nas.units import shown
 
 if TYPE_CHECKING:
     from nas.evaluate.pairs import Pair
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
 
 WORST = 3
 """Classes and mistakes that are named of each network."""
+BRIEF = "ECE: expected calibration error, 15 bins."
 COLUMNS = (
     Column("network", label=True, fold=40),
     Column("runtime", label=True, drop=1),
@@ -40,12 +40,12 @@ AGAINST = (Column("points to the best"), Column("95% of that", drop=6), Column("
 def show_evaluation(result: EvaluateResult, stderr: bool = False) -> None:
     """Print the answer, the table, the comparisons, what is worst, and the notes."""
     console = console_of(stderr)
-    prose(console, f"{headline(result)}.")
+    pairs, two = told_pairs(result), len(result.results) == 2
+    prose(console, f"{pair_words(pairs[0]) if two else headline(result)}.")
     prose(console, f"{images_words(result)}.")
-    pairs = told_pairs(result)
     if len(result.results) <= FEW:
         print_table(console, COLUMNS, [_cells(each) for each in result.results])
-        for pair in pairs:
+        for pair in () if two else pairs:
             prose(console, f"{pair_words(pair)}.")
     else:
         against = {pair.second: _against(pair) for pair in pairs}
@@ -56,10 +56,8 @@ def show_evaluation(result: EvaluateResult, stderr: bool = False) -> None:
             prose(console, worst(each))
     for line in result.notes:
         prose(console, shown(line))
-    timed = next((each.speed for each in result.results if each.speed), None)
-    speed = f" {SPEED}; {counted(timed.threads, 'thread')}, batch {timed.batch_size}." if timed else ""
     test = f" {comparison_words(result)}" if result.pairs else ""
-    prose(console, f"Intervals: 95%, Wilson's.{test} {ECE}{speed}")
+    prose(console, f"Intervals: 95%, Wilson's.{test} {BRIEF} {speed_words(result)}".rstrip())
 
 
 def worst(each: ModelResult) -> str:

@@ -25,6 +25,16 @@ def best_of(result: EvaluateResult) -> ModelResult:
     return max(result.results, key=lambda each: each.top1)
 
 
+def best_ways(result: EvaluateResult) -> list[ModelResult]:
+    """Each network on each runtime; of one whose images were prepared in several ways, the most accurate."""
+    found: dict[tuple[str, str], ModelResult] = {}
+    for each in result.results:
+        known = found.get((each.model, each.runtime))
+        if known is None or each.top1 > known.top1:
+            found[each.model, each.runtime] = each
+    return list(found.values())
+
+
 def told_pairs(result: EvaluateResult) -> Sequence[Pair]:
     """Those that are worth telling: of many networks, each other one against the best."""
     if len(result.results) <= FEW:
@@ -75,6 +85,15 @@ def tied_with(result: EvaluateResult, label: str) -> list[str]:
     """The networks that these images do not tell from this one."""
     ties = [each for each in result.pairs if each.tie]
     return [each.second if each.first == label else each.first for each in ties if label in (each.first, each.second)]
+
+
+def speed_words(result: EvaluateResult) -> str:
+    """What latencies are; "" where there are none."""
+    timed = [each.speed for each in result.results if each.speed]
+    if not timed:
+        return ""
+    batches = " or ".join(map(str, sorted({each.batch_size for each in timed})))
+    return f"{SPEED}; {counted(timed[0].threads, 'thread')}, batch {batches}; {result.cpu}."
 
 
 def comparison_words(result: EvaluateResult) -> str:

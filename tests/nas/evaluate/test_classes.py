@@ -31,8 +31,10 @@ def test_what_no_text_can_hold_is_as_a_card_has_it() -> None:
 def test_a_class_that_the_network_does_not_know() -> None:
     with pytest.raises(UserError, match=r"net does not know yak of the 2 classes of the images; its 2 are cat, emu"):
         match(["cat", "yak"], ["cat", "emu"], 2, "net")
-    with pytest.raises(UserError, match="rename the folder to Cat"):
-        match(["cat"], ["Cat", "emu"], 2, "net")
+    with pytest.raises(UserError, match="rename cat to Cat, EMU to emu"):
+        match(["cat", "EMU"], ["Cat", "emu"], 2, "net")
+    with pytest.raises(UserError, match=r"does not know 'emu ' .* rename 'emu ' to emu"):
+        match(["cat", "emu "], ["cat", "emu"], 2, "net")
 
 
 def test_equal_numbers_of_classes_are_no_match() -> None:

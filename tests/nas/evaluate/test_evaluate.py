@@ -219,6 +219,8 @@ def test_the_usual_ways_to_prepare_images_are_compared(vitnas: Cli, images: Path
     best = max(found["results"], key=lambda each: each["top1"])
     assert any(f"chosen by these images: foreign.onnx, {best['given']}" in line for line in found["notes"])
     (alone,) = judged(vitnas, *words, "none")["results"]
+    two = judged(vitnas, *words, "none", "--runtime", "onnxruntime", "--runtime", "openvino")
+    assert not any("several ways" in line for line in two["notes"])
     assert alone["top1"] == next(each["top1"] for each in found["results"] if each["given"] == "none")
     own = judged(
         vitnas,
