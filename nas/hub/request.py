@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nas.errors import UserError
-from nas.networks.hub import HUB
+from nas.networks.hub import HUB, bad_name
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class PushRequest:
         try:
             validate_repo_id(name)
         except HFValidationError as error:
-            raise UserError(f"{name}: {str(error).splitlines()[0]}") from None
+            raise UserError(f"{name}: {bad_name(error)}") from None
         if "/" not in name:
             raise UserError(f"{name}: give the repository with its owner, as in OWNER/{name}")
         if self.revision is not None and not re.fullmatch(r"[\w.][\w./-]*", self.revision):

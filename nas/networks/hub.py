@@ -16,7 +16,7 @@ from nas.errors import DiskFull, UserError, disk_errors
 from nas.files import tell
 from nas.identity import LENGTH, file_digest
 from nas.networks.timm_form import TimmForm
-from nas.text import first_line
+from nas.text import first_line, mask_url
 
 HUB = "hf-hub:"
 """How a repository is named on the command line: hf-hub:OWNER/NAME, or hf-hub:OWNER/NAME@REVISION."""
@@ -41,7 +41,7 @@ class HubError(Exception):
     """
 
     def __init__(self, why: str, *, reached: bool = True, passing: bool = False) -> None:
-        super().__init__(why)
+        super().__init__(mask_url(why))
         self.reached, self.passing = reached, passing
 
 
@@ -138,10 +138,15 @@ def _named(name: str) -> tuple[str, str | None]:
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
-        raise UserError(f"{HUB}{name}: {first_line(error)}") from None
+        raise UserError(f"{HUB}{name}: {bad_name(error)}") from None
     if at and not revision:
         raise UserError(f"{HUB}{name}: give a branch, a tag or a commit after the @, as in {HUB}{repository}@main")
     return repository, revision or None
+
+
+def bad_name(error: Exception) -> str:
+    """What the hub's client says of a repository's name, and what would be right."""
+    return f"{first_line(error).rstrip('.')}: give OWNER/NAME, such as me/pets"
 
 
 def _kept(repository: str, revision: str | None) -> Path | None:

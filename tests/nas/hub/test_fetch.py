@@ -220,6 +220,13 @@ def test_without_a_connection_the_cache_is_used_and_said(
         fetch("me/other")
 
 
+def test_a_password_in_the_hubs_address_is_not_shown(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "http://me:secret@127.0.0.1:1")
+    with pytest.raises(Unreached, match=r"\(http://me:\*\*\*@127.0.0.1:1 does not answer") as error:
+        fetch("me/none")
+    assert "secret" not in str(error.value)
+
+
 def test_a_download_that_breaks_off_leaves_nothing(hub: Hub, weights: bytes) -> None:
     hub.add("me/net", of_vitnas(weights))
     hub.cut_after = 1000
