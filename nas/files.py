@@ -16,7 +16,7 @@ import socket
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -325,12 +325,15 @@ def _own_folder(parent: Path) -> tuple[Path, int]:
     raise UserError(f"no folder can be kept in {parent}: other processes remove it; give another --out")
 
 
-def check_output(option: str, path: Path, suffixes: Sequence[str] = ()) -> None:
-    """Raises UserError where the file could not be written at the end."""
+def check_output(option: str, path: Path, suffixes: Sequence[str] = (), inputs: Iterable[str | Path] = ()) -> None:
+    """Raises UserError where the file could not be written at the end, or is one of `inputs`, of which some may be no
+    files."""
     if suffixes and path.suffix not in suffixes:
         raise UserError(f"{option} {path}: give a name that ends in {', '.join(suffixes)}")
     if path.is_dir():
         raise UserError(f"{option} {path} is a folder: name a file")
+    if path.is_file() and any(os.path.exists(each) and os.path.samefile(path, each) for each in inputs):
+        raise UserError(f"{option} {path} would overwrite what is read: name another file")
     try:
         with tempfile.TemporaryFile(dir=path.parent):
             pass

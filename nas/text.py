@@ -6,8 +6,10 @@ import re
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, at most 200 characters of it; the error's class where it has none."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+    """The first line of an error's message, at most 200 characters of it; the error's class where it has none. What
+    OpenVINO says of its own source files is no such line."""
+    lines = (line for line in str(error).strip().splitlines() if not line.startswith("Exception from src/"))
+    return next(lines, type(error).__name__)[:200]
 
 
 SECRETS = [  # what precedes a password in a URL, and the password

@@ -140,7 +140,7 @@ def bench(
         )
     ]
     if csv:
-        check_output("--csv", csv)
+        check_output("--csv", csv, inputs=models or ())
     if plot:
         check_output("--plot", plot, PLOTS)
     request = BenchRequest(

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -78,8 +79,6 @@ def predict(
     from nas.evaluate.preprocess import parse_preprocess
     from nas.files import check_output, replace_file
 
-    if csv:
-        check_output("--csv", csv)
     single = len(images) == 1 and not Path(images[0]).is_dir()
     if images.count(STDIN) > 1:
         raise UserError("- is given twice: standard input holds one image")
@@ -92,12 +91,14 @@ def predict(
         preprocess=None if preprocess is None else parse_preprocess(preprocess),
         labels=None if labels is None else read_labels(labels),
     )
+    if csv:
+        check_output("--csv", csv, inputs=chain((labels or "", preprocess or ""), request.files()))
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
     found = classify(request, show=lambda each: None if as_json else print(told(each, request.top_k, width)))
     if as_json:
         print(json.dumps(found.to_json(), indent=1))
     if csv:
-        replace_file(csv, found.to_csv())
+        replace_file(csv, found.to_csv().encode(errors="surrogateescape"))
     if not found.predictions:
         raise typer.Exit(1)
 
@@ -110,7 +111,8 @@ def stdin() -> Encoded:
     """
     from nas.evaluate.predict import Encoded
 
-    content = b"" if sys.stdin.isatty() else sys.stdin.buffer.read()
+    closed = sys.stdin is None or sys.stdin.isatty()
+    content = b"" if closed else sys.stdin.buffer.read()
     if not content:
         raise UserError("- is one image from standard input, which is empty: pipe an image into it")
     first, *_ = content[:4096].splitlines() or [b""]
@@ -124,14 +126,14 @@ def told(prediction: Prediction, top_k: int, width: int) -> str:
     nothing is cut."""
     from nas.units import shown
 
-    several = top_k > 1
+    several, name = top_k > 1, shown(prediction.image)
     classes = [f"{guess.probability:6.1%}  {shown(guess.label)}" for guess in prediction.guesses]
     if width:
         classes = [shortened(line, width if several else width - NARROWEST - GAP) for line in classes]
     if several:
-        return "\n".join([prediction.image, *classes])
+        return "\n".join([name, *classes])
     line = classes[0].ljust(NAMED) + " " * GAP
-    return line + (shortened(prediction.image, width - len(line), end=True) if width else prediction.image)
+    return line + (shortened(name, width - len(line), end=True) if width else name)
 
 
 def shortened(text: str, width: int, end: bool = False) -> str:

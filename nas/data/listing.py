@@ -58,13 +58,16 @@ def files_of(suffixes: Counter[str]) -> str:
     return f"files that Pillow cannot open ({listed(kinds)})"
 
 
-def images_below(name: str) -> list[Path]:
+def images_below(name: str, left_out: LeftOut | None = None) -> list[Path]:
     """All images in a folder and in those below it, in order of their paths.
+
+    Args:
+        left_out: what else lies there is added to it.
 
     Raises:
         UserError: it cannot be read, or holds none.
     """
-    found = sorted(images_in(Path(name), os.path.realpath(name), LeftOut(), set()))
+    found = sorted(images_in(Path(name), os.path.realpath(name), left_out or LeftOut(), set()))
     if not found:
         raise UserError(f"{shown(name)} holds no images")
     return found

@@ -70,19 +70,24 @@ def match(classes: Sequence[str], names: Sequence[str] | None, outputs: int, lab
 
 
 def read_labels(path: Path) -> list[str]:
-    """Names of classes, one a line, in the order of a network's outputs, as labels.txt has them.
+    """Names of classes, one a line, in the order of a network's outputs, as labels.txt has them, in UTF-8. Empty lines
+    at the end are not read.
 
     Raises:
-        UserError: it cannot be read, or is empty.
+        UserError: it cannot be read, is empty, or has an empty line between names.
     """
     try:
         found = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
-        raise UserError(f"--labels {path} is no text: give one name a line") from None
+        raise UserError(f"--labels {path} is no text in UTF-8: give one name a line") from None
     except OSError as error:
         raise UserError(f"--labels {path}: {error.strerror}") from None
-    if not found or not all(found):
-        raise UserError(f"--labels {path} is empty or has an empty line: give one name a line")
+    while found and not found[-1]:
+        found.pop()
+    if not found:
+        raise UserError(f"--labels {path} is empty: give one name a line")
+    if "" in found:
+        raise UserError(f"--labels {path}: line {found.index('') + 1} is empty: give one name a line")
     return found
 
 

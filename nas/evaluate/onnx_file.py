@@ -5,7 +5,11 @@ PyTorch is not imported, and onnx only where a file cannot be opened or its prec
 
 from __future__ import annotations
 
+import importlib.metadata
+import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,14 +23,16 @@ from nas.data.decoding import to_rgb
 from nas.errors import UserError, unknown
 from nas.evaluate.preprocess import PRESETS, WAYS, GivenPreprocess, crop, normalise
 from nas.export.card import IN_GRAPH, PREFIX, PROBABILITIES, Card, Preprocess
-from nas.export.onnx_input import OnnxInput, written
+from nas.export.onnx_input import CHANNELS, OnnxInput, written
 from nas.identity import file_digest
 from nas.machine import default_threads
 from nas.measure.runtime import Settings, check_settings
 from nas.measure.runtimes import openvino, ort
 from nas.networks.hub import HUB, fetch_onnx
+from nas.networks.targets import find_target
+from nas.networks.timm_network import LARGEST
 from nas.text import first_line
-from nas.units import counted
+from nas.units import counted, listed, shown
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -39,6 +45,10 @@ Runtime = Literal["onnxruntime", "openvino"]
 WEIGHTS = (".safetensors", ".pth", ".pt", ".bin")
 """Suffixes of files that no runtime here opens."""
 PIXEL_KINDS = ("float32", "float16", "uint8")
+MOST_VALUES = 2**30
+"""Pixel values that one inference takes, at most: 4 GiB in float32."""
+TOO_NEW = re.compile("only .?guarantees.? support|max supported IR version")
+"""What ONNX Runtime says of an opset, or an IR, that it does not know."""
 FATAL = 4
 """ONNX Runtime's level of messages: what fails is raised."""
 SUM_TOLERANCE = 1e-3
@@ -142,6 +152,8 @@ class OnnxFile:
             if not probabilities and _are_probabilities(answer):
                 probabilities = True
                 notes.append(f"{found}: its outputs are from 0 to 1 and add up to 1: taken as probabilities")
+        if count == 1:
+            raise UserError(f"{found} has one output: a classifier has one for each class, two or more")
         if preprocess is not None and card.preprocess is not None:
             notes.append(f"{found}: pixels as --preprocess says, not as the file's own metadata do")
         if opened.metadata.get(f"{PREFIX}weights") == "untrained":
@@ -150,6 +162,8 @@ class OnnxFile:
         if names is not None and len(names) != count:
             whose = "are given" if classes is not None else "are in its metadata"
             raise UserError(f"{found} has {count} outputs, {len(names)} names of classes {whose}: the two must agree")
+        if twice := [shown(name) for name, many in Counter(names).items() if many > 1]:
+            notes.append(f"{found}: several outputs are called {listed(twice)}: their index tells them apart")
         return cls(
             path=found,
             runtime=cast(Runtime, runtime),
@@ -250,12 +264,14 @@ def find_onnx(path: str | Path) -> Path:
     Raises:
         UserError: there is none.
     """
+    if not str(path):
+        raise UserError("the network has an empty name: give an .onnx file, or the folder of a run or a network")
     found = Path(path)
     if str(path).startswith(HUB) and not found.exists():
         return fetch_onnx(str(path).removeprefix(HUB))
     if not found.is_dir():
         if not found.exists():
-            named = "" if found.suffix == ".onnx" else f"; `vitnas export {path} --out DIR` writes that of a network"
+            named = f"; {_remedy(path)}" if found.suffix != ".onnx" else ""
             raise UserError(f"{path}: no such file or folder{named}")
         if found.suffix in WEIGHTS:
             raise UserError(f"{path} holds weights, not a network: give an .onnx file, which `vitnas export` writes")
@@ -263,7 +279,15 @@ def find_onnx(path: str | Path) -> Path:
     for candidate in (found / "model.onnx", found / "best" / "model.onnx"):
         if candidate.is_file():
             return candidate
-    raise UserError(f"{path} holds no model.onnx and no best/model.onnx: `vitnas export {path} --out DIR` writes one")
+    raise UserError(f"{path} holds no model.onnx and no best/model.onnx: {_remedy(path)}")
+
+
+def _remedy(path: str | Path) -> str:
+    """What to do where a name is that of no ONNX file."""
+    with suppress(UserError):
+        find_target(str(path))
+        return f"`vitnas export {path} --out DIR` writes that of the network"
+    return "give an .onnx file, or the folder of a run or a network"
 
 
 def _opened(path: Path, runtime: str, threads: int, bf16: bool) -> _Opened:
@@ -276,7 +300,12 @@ def _opened(path: Path, runtime: str, threads: int, bf16: bool) -> _Opened:
     except MemoryError:
         raise
     except Exception as error:  # each runtime has its own kinds
-        OnnxInput.read(path)  # which tells what is wrong, where it is the file
+        about = OnnxInput.read(path)  # which tells what is wrong, where it is the file
+        if TOO_NEW.search(str(error)):
+            raise UserError(
+                f"{path} (opset {about.opset}) is newer than {runtime} {importlib.metadata.version(runtime)} reads: "
+                f"pip install -U {runtime}, or export it of a lower opset and IR version"
+            ) from error
         raise UserError(f"{runtime} cannot open {path}: {first_line(error)}") from error
 
 
@@ -287,7 +316,7 @@ def _onnxruntime(path: Path, threads: int, _bf16: bool) -> _Opened:
     options.intra_op_num_threads, options.log_severity_level = threads, FATAL
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     inputs = [
-        OnnxInput(path, each.name, ort.KINDS.get(each.type, each.type), _sizes(each.shape))
+        OnnxInput(path, each.name, ort.KINDS.get(each.type) or each.type[len("tensor(") : -1], _sizes(each.shape))
         for each in session.get_inputs()
     ]
     outputs = [_Output(each.name, _sizes(each.shape)) for each in session.get_outputs()]
@@ -358,15 +387,22 @@ def _preprocess(
         )
     if given is not None and in_graph:
         raise UserError(f"{path} normalises inside, as its metadata say: leave --preprocess out")
-    layout = given.layout if given else own.layout if own else "NCHW"
-    side, channels_last = _square(path, pixels, "NHWC" if in_graph else layout)
+    layout = "NHWC" if in_graph else (given and given.layout) or (own and own.layout) or "NCHW"
+    side, channels_last = _square(path, pixels, layout)
+    if isinstance(given, GivenPreprocess) and given.layout not in (None, "NHWC" if channels_last else "NCHW"):
+        raise UserError(f"{path} takes {pixels}, --preprocess says layout={given.layout}: leave the layout out")
     how = given.at(side, str(path)) if isinstance(given, GivenPreprocess) else given or own
     assert how is not None
     if side not in (None, how.size):
         raise UserError(f"{path} takes images of {side} px, but is said to take {how.size} px: the two must agree")
     if pixels.kind == "uint8" and not in_graph and how.pixels.whole() != PRESETS["raw"].whole():
         raise UserError(f"{path} takes uint8 pixels, so what normalises them is inside: say --preprocess raw")
-    return how, channels_last
+    if (pixels.batch_size or 1) * how.size**2 * 3 > MOST_VALUES:
+        raise UserError(
+            f"{path} takes {counted(pixels.batch_size or 1, 'image')} of {how.size} px at once, more than "
+            f"{4 * MOST_VALUES >> 30} GiB: export it with a smaller batch"
+        )
+    return how.model_copy(update={"layout": "NHWC" if channels_last else "NCHW"}), channels_last
 
 
 def _square(path: Path, pixels: OnnxInput, otherwise: Layout) -> tuple[int | None, bool]:
@@ -374,16 +410,21 @@ def _square(path: Path, pixels: OnnxInput, otherwise: Layout) -> tuple[int | Non
     a shape that does not show it.
 
     Raises:
-        UserError: they are not square, or not of three colours.
+        UserError: they are not square, not of three colours, or too large.
     """
     sizes = pixels.sizes or (None,) * 4
-    last = pixels.places == (1, 2) if sizes[1] or sizes[3] else otherwise == "NHWC"
+    first, last = (sizes[i] in CHANNELS for i in (1, 3))
+    if first == last:
+        last = otherwise == "NHWC"
     height, width, channels = (sizes[i] for i in ((1, 2, 3) if last else (2, 3, 1)))
     if channels not in (None, 3):
         raise UserError(f"{path} takes images of {counted(channels, 'channel')} ({pixels}): only colour ones are fed")
     if height is not None and width is not None and height != width:
         raise UserError(f"{path} takes images of {width} x {height} px: only square ones are fed")
-    return height or width, last
+    side = height or width
+    if side and side > LARGEST:
+        raise UserError(f"{path} takes images of {side:,} px: at most {LARGEST:,} are fed")
+    return side, last
 
 
 def _logits_output(path: Path, outputs: Sequence[_Output]) -> tuple[int, int | None]:
@@ -395,7 +436,12 @@ def _logits_output(path: Path, outputs: Sequence[_Output]) -> tuple[int, int | N
     able = [i for i, each in enumerate(outputs) if each.sizes is None or _count(each.sizes) != 0]
     if len(able) > 1:
         able = [i for i in able if len(outputs[i].sizes or ()) == 2]
-    if len(able) != 1:
+    if len(able) > 1:
+        raise UserError(
+            f"{path} is no classifier: one of its outputs must be (images, classes), and only one, but "
+            f"{_listed([outputs[i] for i in able])} all are: export it with that of the classes alone"
+        )
+    if not able:
         raise UserError(
             f"{path} is no classifier: one of its outputs must be (images, classes), they are {_listed(outputs)}"
         )

@@ -6,6 +6,7 @@ import csv
 import logging
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import UnidentifiedImageError
 
 from nas.data.decoding import MAX_ASPECT, RibbonError, decode
-from nas.data.listing import images_below
+from nas.data.listing import NO_IMAGES, LeftOut, files_of, images_below
 from nas.errors import UserError
 from nas.evaluate.onnx_file import OnnxFile
 from nas.evaluate.preprocess import GivenPreprocess
@@ -77,6 +78,13 @@ class PredictRequest:
         if missing:
             raise UserError(f"{listed(missing)}: no such file or folder")
 
+    def files(self) -> Iterator[str | Path]:
+        """What it reads on this machine: the names that the network's file may have, and the images."""
+        yield from (self.model, *(Path(self.model, name) for name in ("model.onnx", "best/model.onnx")))
+        for each in self.images:
+            if not isinstance(each, Encoded):
+                yield from images_below(str(each)) if Path(each).is_dir() else (each,)
+
 
 @dataclass(frozen=True)
 class Guess:
@@ -87,11 +95,15 @@ class Guess:
     name: str | None
     probability: float
     """From 0 to 1, of all classes together 1."""
+    shared: bool = False
+    """Whether other outputs have its name, too."""
 
     @property
     def label(self) -> str:
-        """Its name, or else its number."""
-        return self.name if self.name is not None else str(self.index)
+        """Its name, or else its number; both where the name is that of several."""
+        if self.name is None:
+            return str(self.index)
+        return f"{self.name} ({self.index})" if self.shared else self.name
 
     def to_json(self) -> dict[str, Any]:
         return {"class": self.name, "index": self.index, "probability": round(self.probability, 6)}
@@ -99,7 +111,8 @@ class Guess:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What an image shows. guesses: the most probable classes, in this order."""
+    """What an image shows. image: its path, which may hold line breaks and what is no text. guesses: the most probable
+    classes, in this order."""
 
     image: str
     guesses: tuple[Guess, ...]
@@ -116,7 +129,7 @@ class SkippedImage:
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.image} is skipped: {self.reason}"
+        return f"{shown(self.image)} is skipped: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -169,9 +182,10 @@ def predict(
     """
     request.check()
     started, running_s = time.perf_counter(), 0.0
-    sources = list(_sources(request.images))
+    sources, lines = _sources(request.images)
     file = OnnxFile.open(request.model, request.runtime, request.preprocess, request.labels, request.threads)
-    notes, predictions, skipped, enlarged = list(file.notes), [], [], 0
+    notes, predictions, skipped, enlarged = [*file.notes, *lines], [], [], 0
+    names = Counter(file.classes)
     if request.preprocess is not None:
         how = file.preprocess
         notes.append(f"--preprocess: {how.size} px cut from the middle of {how.resize} px, {how.pixels}")
@@ -193,7 +207,7 @@ def predict(
                     skipped.append(each)
                 else:
                     enlarged += each.enlarged
-                    predictions.append(Prediction(each.image, _best(file, next(answers), request.top_k)))
+                    predictions.append(Prediction(each.image, _best(file, names, next(answers), request.top_k)))
                     show(predictions[-1])
     reading_s = time.perf_counter() - ready - running_s
     _log.debug("opening %.2f s, images %.2f s, network %.2f s", ready - started, reading_s, running_s)
@@ -211,22 +225,32 @@ class _Read(NamedTuple):
     enlarged: bool
 
 
-def _sources(images: Sequence[str | Path | Encoded]) -> Iterator[Path | Encoded]:
+def _sources(images: Sequence[str | Path | Encoded]) -> tuple[list[Path | Encoded | SkippedImage], list[str]]:
+    """All images, those that cannot be read among them, and a line for each folder that holds other files."""
+    found: list[Path | Encoded | SkippedImage] = []
+    lines = []
     for each in images:
         if isinstance(each, Encoded):
-            yield each
+            found.append(each)
         elif Path(each).is_dir():
-            yield from images_below(str(each))
+            left_out = LeftOut()
+            found += images_below(str(each), left_out)
+            found += [SkippedImage(name, "a link that leads nowhere, or no file") for name in sorted(left_out.special)]
+            others = Counter({suffix: many for suffix, many in left_out.suffixes.items() if suffix not in NO_IMAGES})
+            lines += [shown(f"{each}: left out {files_of(others)}")] if others else []
         else:
-            yield Path(each)
+            found.append(Path(each))
+    return found, lines
 
 
-def _read(file: OnnxFile, source: Path | Encoded) -> _Read | SkippedImage:
-    name = shown(str(source))
+def _read(file: OnnxFile, source: Path | Encoded | SkippedImage) -> _Read | SkippedImage:
+    if isinstance(source, SkippedImage):
+        return source
+    name = str(source)
     try:
         image = decode(source)
     except MemoryError:  # the machine's fault, not the file's
-        raise MemoryError(f"{name} cannot be decoded") from None
+        raise MemoryError(f"{shown(name)} cannot be decoded") from None
     except RibbonError:
         return SkippedImage(name, f"more than {MAX_ASPECT} times as long as wide")
     except UnidentifiedImageError:
@@ -236,6 +260,10 @@ def _read(file: OnnxFile, source: Path | Encoded) -> _Read | SkippedImage:
     return _Read(name, file.pixels(image), min(image.size) < file.preprocess.size)
 
 
-def _best(file: OnnxFile, probabilities: NDArray[np.float32], count: int) -> tuple[Guess, ...]:
-    order = np.argsort(-probabilities, kind="stable")[:count].tolist()
-    return tuple(Guess(i, file.classes[i] if file.classes else None, float(probabilities[i])) for i in order)
+def _best(file: OnnxFile, names: Counter[str], probabilities: NDArray[np.float32], count: int) -> tuple[Guess, ...]:
+    """names: of the file's classes, and how many have each."""
+    found = []
+    for i in np.argsort(-probabilities, kind="stable")[:count].tolist():
+        name = file.classes[i] if file.classes else None
+        found.append(Guess(i, name, float(probabilities[i]), name is not None and names[name] > 1))
+    return tuple(found)

@@ -13,7 +13,8 @@ from pydantic import ValidationError
 
 from nas.data.pixels import IMAGENET, Colour, Interpolation, Pixels
 from nas.errors import UserError, unknown
-from nas.export.card import Preprocess
+from nas.export.card import LARGEST_RESIZE, Preprocess
+from nas.networks.timm_network import LARGEST
 from nas.text import first_line
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ PRESETS = {
 """By name: pixels from -2 to 3, -1 to 1, -2 to 3, 0 to 1 and 0 to 255. All are bicubic; clip's crop is the whole of the
 shorter side, the others' 0.875 of it. Source of imagenet, inception and clip: timm.data.constants."""
 KEYS = ("size", "resize", "crop", "mean", "std", "interpolation", "layout")
+DIGITS = 9
+"""Of a number of px, at most; Python refuses to read thousands."""
 EXAMPLE = "size=224,resize=256,mean=0.485/0.456/0.406,std=0.229/0.224/0.225,interpolation=bicubic"
 WAYS = f"a preset ({', '.join(PRESETS)}), key=value pairs ({EXAMPLE}), or a preprocess.json"
 
@@ -39,19 +42,19 @@ class GivenPreprocess:
     """What a user says of a file's input; the file's own size completes it.
 
     size: side of the input, in px. resize: what the shorter side of an image is brought to, in px; None: by the crop of
-    `pixels`. layout: of an input whose shape does not tell.
+    `pixels`. layout: of an input whose shape does not tell; None: as the file says, or else NCHW.
     """
 
     pixels: Pixels
     size: int | None = None
     resize: int | None = None
-    layout: Layout = "NCHW"
+    layout: Layout | None = None
 
     def at(self, side: int | None, name: str = "the file") -> Preprocess:
         """For an input of `side` px; None: of any size. name: how a message calls the file.
 
         Raises:
-            UserError: no size is known, or two that differ.
+            UserError: no size is known, or two that differ, or one is too large.
         """
         size = self.size or side
         if size is None:
@@ -59,6 +62,11 @@ class GivenPreprocess:
         if side not in (None, size):
             raise UserError(f"{name} takes images of {side} px, --preprocess says size={size}: leave it out")
         pixels, usual = self.pixels, math.floor(size / self.pixels.crop_pct)
+        if size > LARGEST or (self.resize or usual) > LARGEST_RESIZE:
+            raise UserError(
+                f"--preprocess: {size:,} px cut from {self.resize or usual:,} px are too many: images are brought to "
+                f"{LARGEST_RESIZE:,} px at most, and cut to {LARGEST:,}"
+            )
         try:
             return Preprocess(
                 resize=self.resize or usual,
@@ -66,7 +74,7 @@ class GivenPreprocess:
                 interpolation=pixels.interpolation,
                 mean=pixels.mean,
                 std=pixels.std,
-                layout=self.layout,
+                layout=self.layout or "NCHW",
                 **{"crop_pct": pixels.crop_pct} if self.resize in (None, usual) else {},
             )
         except ValidationError as error:
@@ -128,7 +136,8 @@ def _completed(base: Pixels, given: dict[str, str]) -> GivenPreprocess:
         crop_pct=_share(given["crop"]) if "crop" in given else base.crop_pct,
     )
     size, resize = (_side(key, given[key]) if key in given else None for key in ("size", "resize"))
-    return GivenPreprocess(pixels, size, resize, "NHWC" if given.get("layout", "").upper() == "NHWC" else "NCHW")
+    layout = cast(Layout, given["layout"].upper()) if "layout" in given else None
+    return GivenPreprocess(pixels, size, resize, layout)
 
 
 def _read(path: Path) -> GivenPreprocess:
@@ -138,7 +147,8 @@ def _read(path: Path) -> GivenPreprocess:
         raise UserError(f"--preprocess {path}: {error.strerror}") from None
     except ValueError:
         raise UserError(f"--preprocess {path} is no preprocess.json as vitnas writes it: give {WAYS}") from None
-    return GivenPreprocess(found.pixels, found.size, found.resize, found.layout)
+    layout = found.layout if "layout" in found.model_fields_set else None
+    return GivenPreprocess(found.pixels, found.size, found.resize, layout)
 
 
 def _colour(key: str, text: str) -> Colour:
@@ -160,8 +170,9 @@ def _scaled(colour: Colour) -> Colour:
 
 
 def _side(key: str, text: str) -> int:
-    if not text.isdecimal() or not 0 < int(text) < 2**15:
-        raise UserError(f"--preprocess {key}={text}: give a whole number of px, as {key}=224")
+    most = LARGEST if key == "size" else LARGEST_RESIZE
+    if not text.isdecimal() or len(text) > DIGITS or not 0 < int(text) <= most:
+        raise UserError(f"--preprocess {key}={text}: give a whole number of px from 1 to {most:,}, as {key}=224")
     return int(text)
 
 

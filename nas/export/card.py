@@ -19,6 +19,7 @@ from nas.errors import UserError
 from nas.files import replace_file
 from nas.networks.hub import ARCH, CONFIG
 from nas.networks.timm_form import TimmForm
+from nas.networks.timm_network import LARGEST
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -35,6 +36,8 @@ HELD_OUT = "training images that the search held out and chose by"
 IN_GRAPH, PROBABILITIES = "in_graph", "probabilities"
 """Keys, after `PREFIX`, of what differs from a file of normalised input and of logits (`FileOptions`)."""
 PREPROCESS, LABELS = "preprocess.json", "labels.txt"
+LARGEST_RESIZE = 2 * LARGEST
+"""Px that the shorter side of an image is brought to, at most."""
 CLASSIFY = """\
 import json
 
@@ -95,8 +98,8 @@ class Preprocess(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    resize: Count
-    size: Count
+    resize: Annotated[int, Field(gt=0, le=LARGEST_RESIZE)]
+    size: Annotated[int, Field(gt=0, le=LARGEST)]
     interpolation: Interpolation
     mean: Colour
     std: tuple[Positive, Positive, Positive]

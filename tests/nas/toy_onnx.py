@@ -39,16 +39,17 @@ def write_toy(
     squeeze: bool = True,
     external: bool = False,
     half: bool = False,
+    classes: int = CLASS_COUNT,
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
-    """A classifier of 3 classes: the mean of each of 4 x 4 parts of an image, and a matrix. Channels are last where
+    """A classifier: the mean of each of 4 x 4 parts of an image, and a matrix. Channels are last where
     `shape` says so. A string in `shape` is a dynamic size.
 
     squeeze: False: it answers (N, 3, 1, 1). half: weights of float16. external: weights in a file of their own.
     """
     rng = np.random.default_rng(0)
     last = len(shape) == 4 and shape[3] == 3
-    weights = rng.standard_normal((48, CLASS_COUNT)).astype(np.float16 if half else np.float32) * scale
+    weights = rng.standard_normal((48, classes)).astype(np.float16 if half else np.float32) * scale
     kept = TensorProto.FLOAT16 if half else TensorProto.FLOAT
     nodes = [helper.make_node("Cast", ["images"], ["cast"], to=kept)]
     if kind == "uint8":
@@ -80,10 +81,10 @@ def write_toy(
         helper.make_node("Identity" if squeeze else "Reshape", ["wide"] if squeeze else ["wide", "four"], ["logits"])
     )
     batch = shape[0] if len(shape) == 4 else 1
-    answers = [("logits", [batch, CLASS_COUNT] if squeeze else [batch, CLASS_COUNT, 1, 1])]
+    answers = [("logits", [batch, classes] if squeeze else [batch, classes, 1, 1])]
     for i in range(1, outputs):
         nodes.append(helper.make_node("Identity", ["product"], [f"more{i}"]))
-        answers.append((f"more{i}", [batch, CLASS_COUNT]))
+        answers.append((f"more{i}", [batch, classes]))
     given = [helper.make_tensor_value_info("images", KINDS[kind], shape)]
     for i in range(1, inputs):
         given.append(helper.make_tensor_value_info(f"mask{i}", KINDS[kind], shape))
@@ -99,7 +100,7 @@ def write_toy(
         [
             numpy_helper.from_array(weights, "weights"),
             numpy_helper.from_array(np.array([0], np.int64), "axis"),
-            numpy_helper.from_array(np.array([-1, CLASS_COUNT, 1, 1], np.int64), "four"),
+            numpy_helper.from_array(np.array([-1, classes, 1, 1], np.int64), "four"),
             numpy_helper.from_array(np.array(1 / 255, np.float16 if half else np.float32), "step"),
         ],
     )

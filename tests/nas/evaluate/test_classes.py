@@ -74,8 +74,11 @@ def test_labels_are_read(tmp_path: Path) -> None:
     path = tmp_path / "labels.txt"
     path.write_text("cat\ndog\n")
     assert read_labels(path) == ["cat", "dog"]
-    path.write_bytes("\ufeffélan\r\ndog\r\n".encode())
+    path.write_bytes("\ufeffélan\r\ndog\r\n\r\n".encode())  # as Windows writes it
     assert read_labels(path) == ["élan", "dog"]
+    path.write_text("cat\n\ndog\n")
+    with pytest.raises(UserError, match="line 2 is empty"):
+        read_labels(path)
     path.write_text("")
     with pytest.raises(UserError, match="is empty"):
         read_labels(path)

@@ -25,6 +25,7 @@ from nas.export.onnx import label_onnx, to_onnx
 from nas.measure.runtime import no_bf16
 
 RUNTIMES = ("onnxruntime", "openvino")
+HUGE = '{"resize": 1000000000, "size": 16, "interpolation": "bicubic", "mean": [0, 0, 0], "std": [1, 1, 1]}'
 
 
 def random_pixels(count: int, size: int = 16) -> Any:
@@ -137,6 +138,53 @@ def test_the_shape_of_a_foreign_file_is_read(tmp_path: Path) -> None:
     assert (file.channels_last, file.preprocess.size, file.in_graph) == (True, 24, False)
 
 
+def test_the_layout_is_the_files_where_its_shape_does_not_tell_it(tmp_path: Path) -> None:
+    card = toy_card()
+    last = card.model_copy(update={"preprocess": Preprocess.own(16).model_copy(update={"layout": "NHWC"})})
+    any_shape = write_toy(tmp_path / "any.onnx", ("N", "A", "B", "C"), card=last)
+    assert OnnxFile.open(any_shape).channels_last
+    assert not OnnxFile.open(any_shape, preprocess=parse_preprocess("imagenet,size=16,layout=nchw")).channels_last
+    for shape, said in (((1, 3, 16, 16), "nhwc"), ((1, 16, 16, 3), "nchw")):
+        path = write_toy(tmp_path / f"{said}.onnx", shape, card=card)
+        assert OnnxFile.open(path).preprocess.layout != said.upper()
+        with pytest.raises(UserError, match=f"--preprocess says layout={said.upper()}: leave the layout out"):
+            OnnxFile.open(path, preprocess=parse_preprocess(f"imagenet,layout={said}"))
+
+
+def test_two_classes_of_one_name_are_told(tmp_path: Path) -> None:
+    path = write_toy(tmp_path / "net.onnx", card=toy_card(classes=("cat", "dog", "cat")))
+    assert OnnxFile.open(path).notes == (f"{path}: several outputs are called cat: their index tells them apart",)
+
+
+def test_a_machine_without_memory_is_not_the_files_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*_: object) -> Any:
+        raise MemoryError
+
+    path, opened = write_toy(tmp_path / "net.onnx", card=toy_card()), onnx_file._onnxruntime
+    monkeypatch.setattr(onnx_file, "_onnxruntime", lambda *given: opened(*given)._replace(run=no_memory))
+    file = OnnxFile.open(path)
+    with pytest.raises(MemoryError):
+        file.logits(random_pixels(1))
+    monkeypatch.setattr(onnx_file, "_onnxruntime", no_memory)
+    with pytest.raises(MemoryError):
+        OnnxFile.open(path)
+
+
+@pytest.mark.parametrize("change", ["opset", "ir"])
+def test_a_file_that_is_newer_than_the_runtime_is_told(tmp_path: Path, change: str) -> None:
+    import onnx
+
+    path = write_toy(tmp_path / "net.onnx", card=toy_card())
+    model = onnx.load(path)
+    if change == "opset":
+        model.opset_import[0].version = 99
+    else:
+        model.ir_version = 99
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(UserError, match=r"is newer than onnxruntime .* reads: pip install -U onnxruntime, or export"):
+        OnnxFile.open(path)
+
+
 def test_other_pixels_than_its_own_are_told(tmp_path: Path) -> None:
     path = write_toy(tmp_path / "own.onnx", card=toy_card())
     file = OnnxFile.open(path, preprocess=parse_preprocess("inception"))
@@ -228,6 +276,15 @@ def web_page(path: Path) -> None:
         ({"kind": "uint8"}, None, "takes uint8 pixels, so what normalises them is inside"),
         ({"inputs": 2}, None, r"has 2 inputs \(images \(1x3x16x16\), mask1 \(1x3x16x16\)\): only one of images is fed"),
         ({"outputs": 2}, None, "is no classifier: one of its outputs must be"),
+        ({"outputs": 2}, None, r"and only one, but logits \(1x3\), more1 \(1x3\) all are"),
+        ({"classes": 1, "card": toy_card(classes=None)}, None, "has one output: a classifier has one for each class"),
+        ({"shape": (1, 3, 4100, 4100)}, None, "takes images of 4,100 px: at most 4,096 are fed"),
+        ({"kind": "int64"}, None, "takes (int64|i64) pixels: only float32"),
+        (
+            {"card": None, "metadata": {"vitnas.preprocess": HUGE}},
+            None,
+            "is damaged: what it says of the network cannot be read",
+        ),
         ({"shape": (1, 3, 16, 12)}, None, "takes images of 12 x 16 px: only square ones are fed"),
         ({"card": toy_card(24)}, None, "takes images of 16 px, but is said to take 24 px"),
         ({"card": toy_card(classes=("a", "b"))}, None, "has 3 outputs, 2 names of classes are in its metadata"),
@@ -245,6 +302,12 @@ def test_a_file_that_cannot_be_used_is_told_in_a_line(
         OnnxFile.open(path, runtime)
     assert "\n" not in str(raised.value)
     assert str(path) in str(raised.value)
+
+
+def test_a_batch_that_no_memory_holds_is_told(tmp_path: Path) -> None:
+    path = write_toy(tmp_path / "net.onnx", (10**7, 3, 16, 16), card=toy_card())
+    with pytest.raises(UserError, match="takes 10,000,000 images of 16 px at once, more than 4 GiB: export it with"):
+        OnnxFile.open(path)
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
@@ -280,6 +343,13 @@ def test_a_runtime_that_is_not_there_is_told(tmp_path: Path, monkeypatch: pytest
 def test_a_name_that_is_no_file_is_told_how_to_get_one(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"levit_128s: no such file or folder; `vitnas export levit_128s --out DIR`"):
         OnnxFile.open("levit_128s")
+    for name, message in (
+        ("nowhere", "nowhere: no such file or folder; give an .onnx file, or the folder of a run or a network"),
+        (str(tmp_path), "holds no model.onnx and no best/model.onnx: give an .onnx file, or the folder of a run"),
+        ("", "the network has an empty name"),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            OnnxFile.open(name)
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(UserError, match=r"model\.safetensors holds weights, not a network: give an \.onnx file"):
         OnnxFile.open(tmp_path / "model.safetensors")

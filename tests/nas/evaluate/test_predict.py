@@ -104,6 +104,48 @@ def test_the_verb_prints_lines(vitnas: Any, folder: Path, monkeypatch: pytest.Mo
     assert vitnas("predict", ".", "photos/more", "-v")[2].startswith("opening ")
 
 
+def test_what_is_read_is_not_overwritten(vitnas: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    labels = folder / "labels.txt"
+    labels.write_text("one\ntwo\nthree\n")
+    read = ("model.onnx", "photos/more/red.png", "photos/broken.jpg", "labels.txt")
+    before = [Path(each).read_bytes() for each in read]
+    for each in read:
+        words = ("predict", ".", "photos", "photos/more/red.png", "--labels", str(labels), "--csv", each)
+        vitnas.refused(vitnas(*words), f"--csv {each} would overwrite what is read: name another file")
+    assert [Path(each).read_bytes() for each in read] == before
+
+
+def test_links_that_lead_nowhere_and_odd_files_are_named(folder: Path) -> None:
+    more = folder / "photos/more"
+    (more / "gone.jpg").symlink_to(folder / "gone.jpg")
+    (more / "drawing.svg").write_text("<svg/>")
+    said: list[str] = []
+    result = api.predict(api.PredictRequest(folder, [more]), said.append)
+    assert [each.image for each in result.skipped] == [str(more / "gone.jpg")]
+    assert said == [
+        f"{more}: left out files that Pillow cannot open (1 .svg)",
+        f"{more / 'gone.jpg'} is skipped: a link that leads nowhere, or no file",
+    ]
+
+
+def test_names_are_those_of_the_files(vitnas: Any, folder: Path) -> None:
+    more = folder / "photos/more"
+    odd = more / "new\nline\udcff.png"
+    (more / "red.png").rename(odd)
+    code, out, _ = vitnas("predict", str(folder), str(more), "--csv", str(folder / "classes.csv"))
+    assert (code, out.split()[-1]) == (0, f"{more}/new\\nline\\xff.png")
+    (row,) = csv.DictReader((folder / "classes.csv").open(errors="surrogateescape", newline=""))
+    assert row["image"] == str(odd)
+    found = json.loads(vitnas("predict", str(folder), str(more), "--json")[1])
+    assert found["predictions"][0]["image"] == str(odd)
+
+
+def test_classes_of_one_name_are_told_apart() -> None:
+    guesses = (Guess(4, "crane", 0.5, shared=True), Guess(5, "crane", 0.25, shared=True), Guess(1, "emu", 0.125))
+    assert [each.label for each in guesses] == ["crane (4)", "crane (5)", "emu"]
+
+
 def test_json_has_all_of_it(vitnas: Any, folder: Path) -> None:
     code, out, _ = vitnas("predict", str(folder), str(folder / "photos"), "--json", "-q", "--top-k", "2")
     found = json.loads(out)
@@ -127,6 +169,8 @@ def test_an_image_comes_from_standard_input(vitnas: Any, folder: Path, monkeypat
     vitnas.refused(given(b""), "standard input, which is empty")
     vitnas.refused(given(f"{path}\n".encode()), "holds names of images", "xargs")
     assert given(b"no image")[0] == 1
+    monkeypatch.setattr(sys, "stdin", None)  # closed
+    vitnas.refused(vitnas("predict", str(folder), "-"), "standard input, which is empty")
 
 
 def test_a_file_of_others_is_told_what_it_lacks(vitnas: Any, folder: Path) -> None:

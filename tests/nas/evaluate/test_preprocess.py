@@ -91,6 +91,8 @@ def test_a_file_says_it(tmp_path: Path) -> None:
         ("imagenet,size=3,size=4", "write each key once"),
         ("imagenet,size", "write each key once"),
         ("imagenet,size=-3", "give a whole number of px"),
+        ("imagenet,size=4097", "give a whole number of px from 1 to 4,096"),
+        (f"imagenet,resize={'9' * 5000}", "give a whole number of px from 1 to 8,192"),
         ("imagenet,mean=0.5/0.5", "give one number or three"),
         ("imagenet,mean=a", "give one number or three"),
         ("imagenet,std=0", "give numbers above 0"),
@@ -113,6 +115,7 @@ def test_what_cannot_be_read_is_named(text: str, message: str) -> None:
         ("imagenet", None, "net.onnx takes images of any size: add size=PX"),
         ("imagenet,size=32", 64, "net.onnx takes images of 64 px, --preprocess says size=32"),
         ("imagenet,resize=200", 224, "resize=200 is less than size=224"),
+        ("imagenet,crop=0.00001", 8, "8 px cut from 799,999 px are too many: images are brought to 8,192 px at most"),
     ],
 )
 def test_a_size_that_does_not_fit_is_named(text: str, side: int | None, message: str) -> None:
