@@ -119,6 +119,8 @@ def _mismatch(
     near = {name: folded[plain] for name in strange if (plain := _plain(name).strip().casefold()) in folded}
     renamed = listed([f"{_quoted(name)} to {_quoted(to)}" for name, to in near.items()], NAMED)
     hint = f"rename {renamed}" if near else "rename or remove these folders"
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        hint = f"{_some(twice)} stand{'s' * (len(twice) == 1)} there more than once"
     return f"{label} does not know {_some(strange)} of {has}; its {len(names):,} are {_some(names)}: {hint}"
 
 

@@ -197,9 +197,6 @@ def _notes(
     notes = [_sentence(line) for line in images.notes]
     if line := skipped_line([found]):
         notes.append(_sentence(line))
-    for label, network in networks.items():
-        if chance := guessing(top1(found.answers[label]).ci, network.classifier.num_classes):
-            notes.append(f"{label}: {chance}.")
     names, told = short_names([each.name for each in networks.values()]), dict[str, list[str]]()
     for label, network in networks.items():
         notes += map(_sentence, network.classifier.notes)
@@ -211,6 +208,8 @@ def _notes(
             lines.append(f"{small:,} of {counted(len(found.kept), 'image')} are smaller than {side} px, and enlarged")
         for line in lines:
             told.setdefault(line, []).append(names[network.name])
+        if chance := guessing(top1(found.answers[label]).ci, outputs):
+            told.setdefault(chance, []).append(label)
     notes += [f"{listed(dict.fromkeys(whose))}: {line}." for line, whose in told.items()]
     ways: dict[tuple[str, str], list[str]] = {}
     for label, network in networks.items():

@@ -43,6 +43,8 @@ def test_equal_numbers_of_classes_are_no_match() -> None:
 
 
 def test_two_outputs_of_one_name() -> None:
+    with pytest.raises(UserError, match=r"does not know dog .* cat stands there more than once"):
+        match(["cat", "dog"], ["cat", "cat"], 2, "net")
     with pytest.raises(UserError, match="several outputs called cat"):
         match(["cat"], ["cat", "cat"], 2, "net")
 

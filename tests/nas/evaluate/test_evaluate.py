@@ -216,6 +216,7 @@ def test_the_usual_ways_to_prepare_images_are_compared(vitnas: Cli, images: Path
     given = [each["given"] for each in found["results"]]
     assert given[0] == "imagenet"
     assert {"inception", "clip", "none", "raw"} < set(given)
+    assert sum("better than guessing" in line for line in found["notes"]) <= 1
     best = max(found["results"], key=lambda each: each["top1"])
     assert any(f"chosen by these images: foreign.onnx, {best['given']}" in line for line in found["notes"])
     (alone,) = judged(vitnas, *words, "none")["results"]
