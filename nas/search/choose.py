@@ -105,6 +105,8 @@ class Chooser:
         self._levels: dict[str, Mapping[str, int]] = {}
         """Parameters of networks made up by this process, by the key of the candidate."""
         self._described: dict[str, np.ndarray | None] = {}
+        self.over_limits: set[str] = set()
+        """Names of ready networks that are surely over a limit of memory or size, and so not measured."""
         self._ready_ones: dict[str, Candidate | None] = {}
         """By label; None: it takes no images of that size."""
 
@@ -224,7 +226,9 @@ class Chooser:
         if self._request.limits == Limits():
             return True
         features = self._features(candidate)
-        return features is None or promise.may_meet(features)
+        able = features is None or promise.may_meet(features)
+        (self.over_limits.discard if able else self.over_limits.add)(candidate.name)
+        return able
 
     def _ready_one(self, entrant: Entrant, px: int) -> Candidate | None:
         """A ready network at a resolution; None where it takes no such images."""

@@ -20,6 +20,7 @@ from scipy.special import log_ndtr
 from nas.networks.counts import counts_of
 from nas.quality.candidate import Candidate
 from nas.quality.prior import PriorTier
+from nas.search.needs import CHANCE
 from nas.search.sampling import SpaceSampler, log_improvement
 from nas.search.seen import PROPOSED, Point, Seen, Tried
 from nas.search.variations import crossed, varied
@@ -45,8 +46,6 @@ KEPT = 2000
 """Networks that stay in the choice, the most promising ones."""
 FEW = 6
 """One proposal in so many goes to a family that has had few trials."""
-CHANCE = 0.02
-"""Of meeting the budget: networks below are not judged."""
 JUDGED = 200
 """Networks of a choice that a tier that trains judges, the most likely to meet the budget."""
 SCORE_ERROR = 0.5

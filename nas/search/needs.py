@@ -15,6 +15,8 @@ from scipy.special import log_ndtr
 if TYPE_CHECKING:
     from nas.measure.budget import Limits
 
+CHANCE = 0.02
+"""Of meeting budget and limits: networks below are surely over."""
 BYTES = {"fp16": 2.0, "int8": 1.0}
 """Of a parameter in the file; in other precisions 4."""
 MEMORY = (1.0, 2.6)

@@ -20,7 +20,7 @@ from scipy.special import log_ndtr
 
 from nas.networks.counts import counts_of
 from nas.quality.surrogate import DESCRIBED, LEAST, Surrogate, TrainedNetwork, describe
-from nas.search.needs import Need, Needs
+from nas.search.needs import CHANCE, Need, Needs
 from nas.search.sampling import SpaceSampler, log_improvement
 from nas.search.seen import Point
 from nas.search.variations import varied
@@ -38,8 +38,6 @@ POOL = 48
 """Networks compared in a trial; half of them are variations of the best."""
 PARENTS = 6
 """How many of the best are varied."""
-CHANCE = 0.02
-"""Of meeting the limits: networks below are surely over."""
 LATENCY_NOISE = 0.02
 """Standard deviation of a measured latency's logarithm."""
 
@@ -89,6 +87,7 @@ class Promise:
 
     def __init__(self, measured: Sequence[Measured], quality: Surrogate, request: SearchRequest) -> None:
         """quality: fitted to all trainings so far."""
+        self._measured = bool(measured)
         self._needs = Needs(
             request.limits,
             request.settings.precision,
@@ -106,8 +105,8 @@ class Promise:
         self._best = max(found, default=0.0)
 
     def may_meet(self, features: np.ndarray) -> bool:
-        """Whether a network is not surely over a limit of memory or size."""
-        return float(self._needs.chances(np.array([_params_m(features)]))[0]) >= math.log(CHANCE)
+        """Whether a network is not surely over a limit of memory or size; known once one is measured."""
+        return not self._measured or float(self._needs.chances(np.array([_params_m(features)]))[0]) >= math.log(CHANCE)
 
     def of(self, features: np.ndarray) -> float:
         """Of a network that has not been trained; its features begin with log2 of its parameters, which stand for its

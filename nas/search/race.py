@@ -112,6 +112,9 @@ class Race:
         lines = []
         if over := self._field.over(latencies):
             lines.append(f"surely over {budget_ms:g} ms, and so not measured: {', '.join(over)}")
+        if over := sorted(self._chooser.over_limits - latencies.keys()):
+            limits = self._request.limits.words.removeprefix(", ")
+            lines.append(f"surely over {limits}, and so not measured: {', '.join(over)}")
         if latencies and min(latencies.values()) > budget_ms:
             name = min(latencies, key=latencies.__getitem__)
             lines.append(
