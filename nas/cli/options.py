@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from nas.export.options import OPSETS
+from nas.export.options import OPSETS, FileOptions
 
 log = logging.getLogger("nas")
 Device = Annotated[str, typer.Option(help="Device to measure on: cpu, cuda, or ssh://[user@]host[:port][/cuda].")]
@@ -36,6 +36,15 @@ Opset = Annotated[int, typer.Option(help=f"ONNX's operators, {OPSETS[0]} to {OPS
 Probabilities = Annotated[
     bool, typer.Option("--probabilities", help="Write an ONNX file that ends with softmax: probabilities, not logits.")
 ]
+
+
+def file_options(
+    *, dynamic_batch: bool, in_graph: bool, opset: int, probabilities: bool, batch_size: int = 1
+) -> FileOptions:
+    """How an ONNX file is to be written, in fp32."""
+    return FileOptions(None if dynamic_batch else batch_size, in_graph, opset, probabilities)
+
+
 PRECISIONS = "fp32, tf32, bf16, fp16 or int8, as the runtime can"
 Precision = Annotated[str, typer.Option(help=f"{PRECISIONS}.")]
 MaxDrop = Annotated[

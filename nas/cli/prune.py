@@ -26,8 +26,9 @@ from nas.cli.options import (
     TrainThreads,
     Verbose,
     command_line,
+    file_options,
 )
-from nas.export.options import OPSET, FileOptions
+from nas.export.options import OPSET
 from nas.export.quantize import MAX_DROP
 
 app = typer.Typer()
@@ -138,7 +139,9 @@ def prune(
         num_classes=num_classes,
         seed=seed,
         max_drop=max_drop,
-        file=FileOptions(None if dynamic_batch else 1, preprocess_in_graph, opset, probabilities),
+        file=file_options(
+            dynamic_batch=dynamic_batch, in_graph=preprocess_in_graph, opset=opset, probabilities=probabilities
+        ),
     )
     request.check()
     with watch_phases(quiet) as (progress, say), training_threads(train_threads, say, compute_device(request.settings)):

@@ -27,9 +27,10 @@ from nas.cli.options import (
     Verbose,
     WeightsFrom,
     command_line,
+    file_options,
 )
 from nas.errors import UserError, unknown
-from nas.export.options import OPSET, FileOptions
+from nas.export.options import OPSET
 from nas.export.quantize import MAX_DROP
 
 app = typer.Typer()
@@ -202,7 +203,9 @@ def search(
         max_drop=max_drop,
         cache=not no_cache,
         limits=limits,
-        file=FileOptions(None if dynamic_batch else 1, preprocess_in_graph, opset, probabilities),
+        file=file_options(
+            dynamic_batch=dynamic_batch, in_graph=preprocess_in_graph, opset=opset, probabilities=probabilities
+        ),
     )
     if plan is not None and tier == "race" and epochs is None and (begun := epochs_in(request.folder)):
         request = replace(request, plan=replace(plan, epochs=begun))

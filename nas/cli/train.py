@@ -21,9 +21,10 @@ from nas.cli.options import (
     Verbose,
     WeightsFrom,
     command_line,
+    file_options,
 )
 from nas.errors import UserError
-from nas.export.options import OPSET, FileOptions
+from nas.export.options import OPSET
 
 app = typer.Typer()
 
@@ -186,7 +187,9 @@ def train(
         workers=default_workers(device) if workers is None else workers,
         seed=seed,
         minutes=minutes,
-        file=FileOptions(None if dynamic_batch else 1, preprocess_in_graph, opset, probabilities),
+        file=file_options(
+            dynamic_batch=dynamic_batch, in_graph=preprocess_in_graph, opset=opset, probabilities=probabilities
+        ),
     )
     if distillation is not None and teacher is None:
         raise UserError(f"--distillation {distillation} needs --teacher")

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from timm.models import PretrainedCfg
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
@@ -38,6 +40,14 @@ class Pixels:
 
         found = resolve_data_config(pretrained_cfg=config.to_dict())
         return cls(tuple(found["mean"]), tuple(found["std"]), found["interpolation"], found["crop_pct"])
+
+    def normalise(self, values: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """(..., 3) from 0 to 255 -> the same shape, to the bit as torchvision's ToTensor and Normalize make it."""
+        import numpy as np
+
+        mean, std = (np.array(each, np.float32) for each in (self.mean, self.std))
+        found: NDArray[np.float32] = (values.astype(np.float32) / np.float32(255) - mean) / std
+        return found
 
     def whole(self) -> Pixels:
         """The same with nothing cut off the shorter side."""

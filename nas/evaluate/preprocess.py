@@ -198,5 +198,4 @@ def crop(image: Image.Image, how: Preprocess) -> NDArray[np.uint8]:
 def normalise(values: NDArray[np.uint8], how: Preprocess) -> NDArray[np.float32]:
     """(..., 3) from 0 to 255 -> float32 of the same shape, to the bit as torchvision's ToTensor and Normalize make
     it."""
-    mean, std = (np.array(each, np.float32) for each in (how.mean, how.std))
-    return (values.astype(np.float32) / np.float32(255) - mean) / std
+    return how.pixels.normalise(values)

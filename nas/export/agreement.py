@@ -30,7 +30,9 @@ CHECKED = 8
 BATCH = 8
 """Of PyTorch, and the largest of a file that takes any."""
 LEAST = 1e-30
-"""Probabilities below are compared as this."""
+"""Probabilities and largest logits below are compared as this."""
+SMALLEST = 1e-2
+"""The largest logit at least, of a file of probabilities: around 1 they cannot tell smaller logits apart to 1e-5."""
 NUDGES = (-7, -5, -3, -1, 1, 3, 5, 7)
 """Millionths of the pixels."""
 
@@ -46,7 +48,9 @@ class Agreement:
     made: int
     """Images of noise among them."""
     left_out: int
-    """Images on which rounding picks other tokens."""
+    """Images on which they differ by more, because rounding keeps other tokens, or in fp16 may."""
+    others: float
+    """The largest difference on those, as `difference`."""
     changed: int
     """Real images, left out or not, whose most probable class is another one."""
     total: int
@@ -55,11 +59,13 @@ class Agreement:
     """What the real images are, in words."""
 
     def __str__(self) -> str:
+        verb = "agree to" if self.difference <= LIMITS["fp16"] else "differ by up to"
         text = (
-            f"ONNX Runtime and PyTorch agree to {self.difference:.0e} of the largest logit on "
+            f"ONNX Runtime and PyTorch {verb} {self.difference:.0e} of the largest logit on "
             f"{self.real} {self.source} and {counted(self.made, 'image')} of noise"
         )
-        text += f", not on {self.left_out} more, where rounding picks tokens" * bool(self.left_out)
+        if self.left_out:
+            text += f", to {self.others:.0e} on {self.left_out} more, where rounding may keep other tokens"
         return f"{text}; top-1 changed on {self.changed} of {self.total}"
 
 
@@ -112,7 +118,7 @@ def agreement(
             f"float16 ends at 65,504, and {counted(len(beyond), 'value')} of this network pass it, the first "
             f"{beyond[0]}: leave out --precision fp16"
         )
-    largest = max(abs(wanted).max(), 1e-30)
+    largest = max(abs(wanted).max(), SMALLEST if options.probabilities else LEAST)
     told = np.full(len(given), True)
     errors = _errors(found, wanted, options.probabilities) / largest
     off = np.flatnonzero(errors > limit)
@@ -128,7 +134,10 @@ def agreement(
             f"the exported network disagrees with PyTorch by {errors[told].max():.1e} of its largest logit{remedy}"
         )
     if half and (~told).mean() > OTHER_TOKENS:
-        raise UserError(f"fp16 picks other tokens on {(~told).sum()} of {len(told)} images: leave out --precision fp16")
+        raise UserError(
+            f"in fp16 a logit differs by more than {limit:.0%} of the largest on {(~told).sum()} of {len(told)} "
+            "images, where other tokens may be kept: leave out --precision fp16"
+        )
     if not told.any():
         raise UserError("float32 is too coarse for this network: its logits change with the last digits of the pixels")
     changed = found.argmax(1) != wanted.argmax(1)
@@ -137,6 +146,7 @@ def agreement(
         real=int(told[: len(real)].sum()),
         made=int(told[len(real) :].sum()),
         left_out=int((~told).sum()),
+        others=float(errors[~told].max(initial=0)),
         changed=int(changed[: len(real)].sum()),
         total=len(real),
         source="photographs" if images is None else "images of the data",

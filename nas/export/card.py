@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
@@ -16,6 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, 
 
 from nas.data.pixels import IMAGENET, Interpolation, Pixels
 from nas.errors import UserError
+from nas.export.options import PLAIN, FileOptions
 from nas.files import replace_file
 from nas.networks.hub import ARCH, CONFIG
 from nas.networks.timm_form import TimmForm
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
     from torchvision.transforms import Compose
 
     from nas.data.dataset import ImageData
-    from nas.export.options import FileOptions
     from nas.networks.timm_network import TimmNetwork
     from search_spaces import Arch
 
@@ -207,6 +208,7 @@ class Card(BaseModel):
     def of_file(self, options: FileOptions) -> Card:
         """Of the same network's file, written as `options` say. What was measured with other ones is left out: the
         accuracy where the precision differs, the latency where anything does."""
+        latency = self.latency
         preprocess = self.preprocess and self.preprocess.model_copy(
             update={"layout": "NHWC" if options.in_graph else "NCHW"}
         )
@@ -214,7 +216,7 @@ class Card(BaseModel):
             update={
                 "preprocess": preprocess,
                 "accuracy": self.accuracy if options.precision == "fp32" else None,
-                "latency": None if str(options) else self.latency,
+                "latency": latency if latency and options == replace(PLAIN, batch_size=latency.batch_size) else None,
                 "in_graph": options.in_graph,
                 "probabilities": options.probabilities,
             }

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Literal, get_args
 
 from nas.errors import UserError
+
+if TYPE_CHECKING:
+    from pydantic import JsonValue
 
 FilePrecision = Literal["fp32", "fp16", "int8"]
 OPSET = 17
@@ -31,16 +34,18 @@ class FileOptions:
     precision: FilePrecision = "fp32"
     """Of weights and arithmetic. Input and output are in every precision those of fp32."""
 
-    def __str__(self) -> str:
-        """What differs from the defaults, in words; empty where nothing does. A static batch size is left out."""
-        parts = {
-            "dynamic batch": self.batch_size is None,
-            "preprocessing in the graph": self.in_graph,
-            f"opset {self.opset}": self.opset != OPSET,
-            "probabilities": self.probabilities,
-            self.precision: self.precision != "fp32",
-        }
-        return ", ".join(part for part, chosen in parts.items() if chosen)
+    @property
+    def plain(self) -> bool:
+        """Whether nothing but a static batch size is chosen."""
+        return self.batch_size is not None and replace(self, batch_size=1) == FileOptions()
+
+    def identity(self) -> dict[str, JsonValue] | None:
+        """What must be equal for a run to go on; None where nothing is chosen. A static batch size is not in it."""
+        if self.plain:
+            return None
+        chosen = asdict(self) | {"dynamic_batch": self.batch_size is None}
+        del chosen["batch_size"]
+        return chosen
 
     def of_batch(self, batch_size: int) -> FileOptions:
         """The same for batches of this size, unless any are taken."""

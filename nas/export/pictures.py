@@ -47,9 +47,7 @@ def from_bytes(values: np.ndarray, pixels: Pixels) -> np.ndarray:
     """uint8 (N, R, R, 3) -> float32 (N, 3, R, R), normalised."""
     import numpy as np
 
-    mean, std = (np.array(each, np.float32) for each in (pixels.mean, pixels.std))
-    normalised = (values.astype(np.float32) / np.float32(255) - mean) / std
-    return np.ascontiguousarray(normalised.transpose(0, 3, 1, 2))
+    return np.ascontiguousarray(pixels.normalise(values).transpose(0, 3, 1, 2))
 
 
 def to_bytes(values: np.ndarray, pixels: Pixels) -> np.ndarray:

@@ -6,6 +6,7 @@ network) and the widths of its layers in prune.json. What state/ keeps is as in 
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -39,6 +40,7 @@ from nas.units import counted
 if TYPE_CHECKING:
     from torch import nn
 
+    from nas.data.images import Images
     from nas.networks.pretrained import Pretrained
 
 
@@ -132,7 +134,7 @@ def _finish(
     if end.interrupted:
         raise KeyboardInterrupt
     with end.step("closing run"), job.phase("closing run") as progress:
-        results = _closing_run(request, both, resolution, steps.card_of(job, kept), progress)
+        results = _closing_run(request, both, resolution, steps.card_of(job, kept), progress, job.evaluated)
     if end.interrupted:
         raise KeyboardInterrupt
     found = job.state.found["cut"]
@@ -257,9 +259,12 @@ def _closing_run(
     resolution: int,
     card: Card,
     progress: Callable[[int, int], None],
+    evaluated: Images,
 ) -> dict[str, Measurement]:
     """Export both networks, measure them side by side, and write the pruned one's file."""
     batch_size = request.settings.batch_size
+    from nas.data.dataset import some_of
+
     options, network = request.file.of_batch(batch_size), models["after"]
     card = card.of_file(options)
     with scratch(request.folder) as room:
@@ -269,12 +274,14 @@ def _closing_run(
             path = stem.with_suffix(".onnx")
             try:
                 to_onnx(model, path, resolution, batch_size)
-                if model is network:
+                if model is network and options.plain:
+                    shutil.copyfile(path, kept)
+                elif model is network:
                     to_file(model, kept, resolution, options, card.pixels)
             except (RuntimeError, ValueError) as error:
                 raise UserError(f"{request.model} cannot be exported: {first_line(error)}") from None
             if model is network:
-                agreement(model, kept, resolution, options, pixels=card.pixels)
+                agreement(model, kept, resolution, options, some_of(evaluated), card.pixels)
             return path
 
         results = steps.closing_run(models, export, request, progress)

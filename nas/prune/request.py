@@ -106,7 +106,7 @@ class PruneRequest:
         """What must be equal for a run to go on, as JSON holds it."""
         found: dict[str, JsonValue] = asdict(self) | {"kinds": list(self.kinds), "data": self.data or None}
         del found["folder"], found["control"], found["max_drop"], found["file"]
-        found["onnx"] = str(self.file) or None
+        found["onnx"] = self.file.identity()
         return found
 
     def check(self) -> None:

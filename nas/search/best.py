@@ -124,7 +124,7 @@ class BestFolder:
                 card = self._card(candidate, weights).model_copy(
                     update={"accuracy": None, "latency": self._latency(row)}
                 )
-                if not str(self.request.file):
+                if self.request.file.plain:
                     shutil.copyfile(path, draft)
                 elif weights:  # as it was measured, whatever was chosen of model.onnx
                     write_trained(candidate.network, weights.path, draft, settings.batch_size, card)

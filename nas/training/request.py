@@ -85,7 +85,7 @@ class TrainRequest:
         for name in ("source", "teacher"):
             del recipe[name]
         known: dict[str, Any] = json.loads(
-            json.dumps(found | {"onnx": str(self.file) or None, "recipe": recipe.pop("name")} | recipe)
+            json.dumps(found | {"onnx": self.file.identity(), "recipe": recipe.pop("name")} | recipe)
         )
         return known
 

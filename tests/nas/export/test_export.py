@@ -219,7 +219,8 @@ def test_images_that_rounding_decides_are_left_out_and_told(tmp_path):
     found = agreement(jumpy(0), path, 8, FileOptions(2))
     assert found.real + found.made + found.left_out == 40
     assert found.left_out > 0
-    assert f" of noise, not on {found.left_out} more, where rounding picks tokens; top-1 changed on " in str(found)
+    assert found.others > 1e-3
+    assert f" on {found.left_out} more, where rounding may keep other tokens; top-1 changed on " in str(found)
     to_onnx(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), Plus()), path, 8, 2)
     with pytest.raises(UserError, match=r"^float32 is too coarse for this network: "):
         agreement(jumpy(9), path, 8, FileOptions(2))

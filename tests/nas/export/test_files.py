@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,15 @@ from nas.errors import UserError
 from nas.evaluate.onnx_file import OnnxFile
 from nas.export.agreement import agreement, logits_of
 from nas.export.card import CLASSIFY, Accuracy, Card, Latency, Preprocess, load_onnx
-from nas.export.folder import save_model, save_onnx
+from nas.export.folder import save_model, save_onnx, save_weights
 from nas.export.graph import to_half
 from nas.export.onnx import label_onnx, to_file, to_onnx
 from nas.export.options import OPSETS, FileOptions
 from nas.export.pictures import CROPS, from_bytes, photographs, to_bytes
+from nas.measure.runtime import Settings
 from nas.networks.build import build
+from nas.prune.request import PruneRequest, parse_pruning_budget
+from nas.search.best import save_best
 from search_spaces import create_model
 from search_spaces import tokens as token_choice
 from search_spaces.registry import FAMILIES
@@ -77,6 +80,11 @@ class Tokens(nn.Module):
         return logits
 
 
+def named(options: FileOptions) -> str:
+    """How a test of these is called."""
+    return "-".join(str(each) for each in asdict(options).values())
+
+
 def create(kind: type[nn.Module]) -> nn.Module:
     torch.manual_seed(0)
     return kind().eval()
@@ -93,7 +101,7 @@ def written(network: nn.Module, path: Path, options: FileOptions, size: int = SI
 @pytest.mark.parametrize(
     ("kind", "options"),
     [(kind, each) for kind, some in ((Convolutions, FEW), (Tokens, MANY)) for each in dict.fromkeys(some)],
-    ids=lambda each: f"{each} b{each.batch_size}" if isinstance(each, FileOptions) else each.__name__,
+    ids=lambda each: named(each) if isinstance(each, FileOptions) else each.__name__,
 )
 def test_every_file_answers_as_pytorch_on_both_runtimes(
     kind: type[nn.Module], options: FileOptions, tmp_path: Path
@@ -107,7 +115,8 @@ def test_every_file_answers_as_pytorch_on_both_runtimes(
     pictures = [Image.fromarray(each) for each in to_bytes(photographs(SIZE, PIXELS)[:5], PIXELS)]
     values = np.stack([np.array(each) for each in pictures])
     wanted = torch.from_numpy(logits_of(network, torch.from_numpy(from_bytes(values, PIXELS))))
-    for runtime in ("onnxruntime", "openvino"):
+    both = options.opset in (OPSETS[0], OPSETS[-1], FileOptions().opset)
+    for runtime in ("onnxruntime", "openvino") if both else ("onnxruntime",):
         file = OnnxFile.open(path, runtime, threads=1)
         assert (file.batch_size, file.precision) == (options.batch_size, options.precision)
         assert (file.preprocess, file.in_graph, file.probabilities) == (
@@ -144,7 +153,9 @@ def test_every_family_s_file_answers_as_pytorch(
     network, size = build(arch), arch.resolution
     written(network, path, options, size)
     if (family, options) == ("sepvit", RICH):  # irregular, with more choices of tokens than a network that is of use
-        with pytest.raises(UserError, match=r"^fp16 picks other tokens on \d+ of 40 images: leave out --"):
+        with pytest.raises(
+            UserError, match=r"^in fp16 a logit differs by more than 3% of the largest on \d+ of 40 images, where"
+        ):
             agreement(network, path, size, options, pixels=PIXELS)
         options = replace(RICH, precision="fp32")
         written(network, path, options, size)
@@ -259,10 +270,7 @@ def test_a_card_tells_what_is_true_of_its_file(options: FileOptions) -> None:
     else:
         assert card.metadata().keys() == {f"vitnas.{key}" for key in ("preprocess", "accuracy", "latency")}
         assert card.preprocess.layout == "NCHW"
-    assert (
-        whole.of_file(replace(options, in_graph=False, probabilities=False, precision="fp32", batch_size=None)).latency
-        is None
-    )
+    assert whole.of_file(FileOptions(None)).latency is None
 
 
 @pytest.fixture
@@ -338,7 +346,9 @@ def test_what_cannot_be_is_refused(words: tuple[str, ...], message: str, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("options", [FileOptions(in_graph=True), replace(RICH, precision="fp32")], ids=str)
+@pytest.mark.parametrize(
+    "options", [FileOptions(in_graph=True), replace(RICH, precision="fp32")], ids=lambda each: named(each)
+)
 def test_the_guide_s_lines_use_every_file(
     options: FileOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -356,3 +366,52 @@ def test_the_guide_s_lines_use_every_file(
     answers = file.logits(np.stack([file.pixels(Image.fromarray(each)) for each in pictures])).argmax(1)
     assert found == ["abcde"[i] for i in answers]
     assert len(set(found)) > 1
+
+
+def test_a_training_leaves_the_file_that_was_asked_for(run: Path, tmp_path: Path, vitnas: Any) -> None:
+    """Another one needs another folder; a training of an earlier version, which knew no choice, goes on."""
+    words = ("train", str(run), "--data", str(tmp_path / "images"), "--out", str(tmp_path / "out"), "--from-scratch")
+    words += ("--epochs", "1", "--batch-size", "4", "--device", "cpu")
+    asked = ("--dynamic-batch", "--preprocess-in-graph", "--probabilities", "--opset", "18")
+    assert vitnas(*words, *asked)[0] == 0
+    file = OnnxFile.open(tmp_path / "out")
+    assert (file.batch_size, file.in_graph, file.probabilities, file.classes) == (None, True, True, ("dark", "light"))
+    assert load_onnx(tmp_path / "out" / "model.onnx").opset_import[0].version == 18
+    vitnas.refused(vitnas(*words), "'dynamic_batch': True}, now not given")
+    state = tmp_path / "out" / "state" / "state.json"
+    known = json.loads(state.read_text())
+    del known["options"]["onnx"]
+    state.write_text(json.dumps(known))
+    assert vitnas(*words)[0] == 0
+    vitnas.refused(vitnas(*words, *asked), "onnx None, not {")
+
+
+def test_a_pruning_continues_with_its_file_only(tmp_path: Path) -> None:
+    plain = PruneRequest("shvit_s1", parse_pruning_budget(macs="0.5x"), Settings(), tmp_path)
+    assert plain.identity()["onnx"] is None
+    assert replace(plain, file=RICH).identity()["onnx"] == {
+        "dynamic_batch": True,
+        "in_graph": True,
+        "opset": 20,
+        "probabilities": True,
+        "precision": "fp16",
+    }
+    assert "file" not in plain.identity()
+    with pytest.raises(UserError, match="--opset 12"):
+        replace(plain, file=FileOptions(opset=12)).check()
+    assert RICH.of_batch(8) == RICH
+    assert FileOptions(opset=18).of_batch(8) == FileOptions(8, opset=18)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_search_s_file_is_as_asked_for(trained: bool, tmp_path: Path, helpers: Any) -> None:
+    arch = helpers.random_arch("shvit", 0, num_classes=2, resolution=32)
+    weights = None
+    if trained:
+        weights = tmp_path / "weights.safetensors"
+        save_weights(create_model(arch), weights)
+    options = replace(RICH, precision="fp32")
+    save_best(arch, tmp_path, weights, options, Card(preprocess=Preprocess.own(32, PIXELS), classes=["a", "b"]))
+    file = OnnxFile.open(tmp_path)
+    assert (file.batch_size, file.in_graph, file.probabilities) == (None, True, True)
+    assert file.softmax(np.zeros((3, 32, 32, 3), np.uint8)).shape == (3, 2)
