@@ -6,10 +6,10 @@ import re
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, at most 200 characters of it; the error's class where it has none. What
-    OpenVINO says of its own source files is no such line."""
-    lines = (line for line in str(error).strip().splitlines() if not line.startswith("Exception from src/"))
-    return next(lines, type(error).__name__)[:200]
+    """The first line of an error's message, at most 200 characters of it; the error's class where it has none. Of
+    OpenVINO's, which begin with its source files, the last line."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1 if lines[0].startswith("Exception from src/") else 0][:200]
 
 
 SECRETS = [  # what precedes a password in a URL, and the password

@@ -147,6 +147,9 @@ def test_other_errors_are_no_full_disk(tmp_path):
 def test_first_line():
     assert first_line(ValueError("\n one\ntwo")) == "one"
     assert first_line(ValueError("a" * 300)) == "a" * 200
+    assert (
+        first_line(RuntimeError("Exception from src/a.cpp:1:\nCheck failed at src/b.cpp:2:\nno room\n\n")) == "no room"
+    )
     assert first_line(MemoryError()) == "MemoryError"
     assert first_line(KeyError()) == "KeyError"
 

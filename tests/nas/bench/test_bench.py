@@ -936,6 +936,11 @@ def test_a_file_that_is_no_onnx(vitnas, onnx_file, tmp_path: Path, content: byte
     vitnas.refused(vitnas("bench", onnx_file(), str(tmp_path / "broken.onnx")), "broken.onnx")
 
 
+def test_the_network_is_not_overwritten(vitnas, onnx_file) -> None:
+    path = onnx_file()
+    vitnas.refused(vitnas("bench", path, "--csv", path), "--csv", "would overwrite what is read: name another file")
+
+
 def test_parse_shape() -> None:
     assert parse_shape("a=b=1x3x224x200") == ("a=b", (1, 3, 224, 200))
     assert parse_shape("x=7") == ("x", (7,))
