@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nas.errors import UserError
-from nas.export.card import IN_GRAPH, LABELS, PREFIX, PREPROCESS, Card, load_onnx, metadata_of
+from nas.export.card import LABELS, PREPROCESS, Card, load_onnx, metadata_of
 from nas.files import replace_file, scratch, unwritable
 from nas.hub.facts import RunFacts, public
 from nas.hub.page import OnnxFacts, Subject, page
@@ -149,11 +149,11 @@ def _write_onnx(source: Path, path: Path) -> OnnxFacts:
         onnx.save(model, path)
     (image,) = [each for each in model.graph.input if each.name not in {one.name for one in model.graph.initializer}]
     batch = image.type.tensor_type.shape.dim[0]
+    kind = onnx.TensorProto.UINT8 if told.in_graph else onnx.TensorProto.FLOAT
     plain = (
         image.name == "images"
-        and image.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+        and image.type.tensor_type.elem_type == kind
         and (batch.dim_value == 1 or bool(batch.dim_param))
-        and found.get(PREFIX + IN_GRAPH, "false") == "false"
         and told.classes is not None
     )
     return OnnxFacts(path.name, path.stat().st_size, told, plain)

@@ -165,6 +165,19 @@ def test_the_page_classifies_a_photo_with_and_without_vitnas(
     assert json.loads(out)["predictions"][0]["classes"][0]["class"] == best
 
 
+def test_the_page_s_code_is_right_for_a_file_that_normalises_itself(made: Path, tmp_path: Path) -> None:
+    run, look = tmp_path / "run", tmp_path / "look"
+    model = load(str(made))
+    save_model(model, run)
+    card = Card(preprocess=Preprocess.own(32), classes=CLASSES)
+    save_onnx(model, run, FileOptions(batch_size=None, in_graph=True), trained=True, card=card)
+    write_to(of(run), look)
+    Image.new("RGB", (40, 50), (200, 30, 90)).save(look / "photo.jpg")
+    (snippet,) = re.findall(r"^```python\n(.*?)^```", (look / "README.md").read_text(), re.M | re.S)
+    ran = subprocess.run([sys.executable, "-c", snippet], cwd=look, capture_output=True, text=True)
+    assert (ran.stdout.rstrip("\n") in CLASSES, ran.stderr) == (True, "")
+
+
 def test_a_later_push_replaces_and_removes_what_it_says(hub: Hub, known: None, made: Path) -> None:
     push(of(made))
     repository = hub.repositories["me/net"]
