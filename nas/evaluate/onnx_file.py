@@ -5,29 +5,26 @@ PyTorch is not imported, and onnx only where a file cannot be opened or its prec
 
 from __future__ import annotations
 
-import importlib.metadata
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags
 
 from nas.data.decoding import to_rgb
-from nas.errors import UserError, unknown
+from nas.errors import UserError
 from nas.evaluate.preprocess import PRESETS, WAYS, GivenPreprocess, crop, normalise
+from nas.evaluate.session import Output, Pixels, open_session
 from nas.export.card import IN_GRAPH, PREFIX, PROBABILITIES, Card, Preprocess
 from nas.export.onnx_input import CHANNELS, OnnxInput, written
 from nas.identity import file_digest
 from nas.machine import default_threads
-from nas.measure.runtime import Settings, check_settings
-from nas.measure.runtimes import openvino, ort
 from nas.networks.hub import HUB, fetch_onnx
 from nas.networks.targets import find_target
 from nas.networks.timm_network import LARGEST
@@ -40,39 +37,14 @@ if TYPE_CHECKING:
     from nas.evaluate.preprocess import Layout
     from nas.export.options import FilePrecision
 
-Pixels = NDArray[Any]
 Runtime = Literal["onnxruntime", "openvino"]
 WEIGHTS = (".safetensors", ".pth", ".pt", ".bin")
 """Suffixes of files that no runtime here opens."""
 PIXEL_KINDS = ("float32", "float16", "uint8")
 MOST_VALUES = 2**30
 """Pixel values that one inference takes, at most: 4 GiB in float32."""
-TOO_NEW = re.compile("only .?guarantees.? support|max supported IR version")
-"""What ONNX Runtime says of an opset, or an IR, that it does not know."""
-FATAL = 4
-"""ONNX Runtime's level of messages: what fails is raised."""
 SUM_TOLERANCE = 1e-3
 """How far the sum of a row of probabilities may be from 1; float16's are 1e-3 off."""
-
-
-class _Output(NamedTuple):
-    """sizes: None where they are dynamic, and for all where their number is unknown."""
-
-    name: str
-    sizes: tuple[int | None, ...] | None
-
-    def __str__(self) -> str:
-        return "of any shape" if self.sizes is None else written(self.sizes)
-
-
-class _Opened(NamedTuple):
-    """A file on a runtime."""
-
-    inputs: list[OnnxInput]
-    outputs: list[_Output]
-    metadata: Mapping[str, str]
-    run: Callable[[Pixels, int], Pixels]
-    """(a batch, which output) -> the output's values."""
 
 
 @dataclass(frozen=True)
@@ -128,25 +100,25 @@ class OnnxFile:
                 has no bf16 here; nothing says how an image becomes its input; another number of classes than names.
         """
         found = find_onnx(path)
-        opened = _opened(found, runtime, default_threads() if threads is None else threads, bf16)
-        in_graph = _flag(opened.metadata, IN_GRAPH, found)
-        card = Card.of_metadata(opened.metadata, found)
+        session = open_session(found, runtime, default_threads() if threads is None else threads, bf16)
+        in_graph = _flag(session.metadata, IN_GRAPH, found)
+        card = Card.of_metadata(session.metadata, found)
         if card.preprocess is None and Path(path).is_dir():
             card = Card.read(found.parent)
-        pixels = _image_input(found, opened.inputs)
+        pixels = _image_input(found, session.inputs)
         how, channels_last = _preprocess(found, pixels, card.preprocess, preprocess, in_graph)
-        index, count = _logits_output(found, opened.outputs)
+        index, count = _logits_output(found, session.outputs)
 
         def run(batch: Pixels) -> Pixels:
             try:
-                return opened.run(batch, index)
+                return session.run(batch, index)
             except MemoryError:
                 raise
             except Exception as error:  # each runtime has its own kinds
                 raise UserError(f"{found} fails on {runtime}: {first_line(error)}") from error
 
-        probabilities, notes = _flag(opened.metadata, PROBABILITIES, found), []
-        if count is None or f"{PREFIX}preprocess" not in opened.metadata:
+        probabilities, notes = _flag(session.metadata, PROBABILITIES, found), list[str]()
+        if count is None or f"{PREFIX}preprocess" not in session.metadata:
             answer = _flat(found, run(_zeros(how.size, pixels, channels_last)))
             count = answer.shape[1]
             if not probabilities and _are_probabilities(answer):
@@ -156,19 +128,16 @@ class OnnxFile:
             raise UserError(f"{found} has one output: a classifier has one for each class, two or more")
         if preprocess is not None and card.preprocess is not None:
             notes.append(f"{found}: pixels as --preprocess says, not as the file's own metadata do")
-        if opened.metadata.get(f"{PREFIX}weights") == "untrained":
+        if session.metadata.get(f"{PREFIX}weights") == "untrained":
             notes.append(f"{found}: its weights are random, and so are its answers")
-        names = classes if classes is not None else card.classes
-        if names is not None and len(names) != count:
-            whose = "are given" if classes is not None else "are in its metadata"
-            raise UserError(f"{found} has {count} outputs, {len(names)} names of classes {whose}: the two must agree")
+        names = _names(found, count, classes, card.classes)
         if twice := [shown(name) for name, many in Counter(names).items() if many > 1]:
             notes.append(f"{found}: several outputs are called {listed(twice)}: their index tells them apart")
         return cls(
             path=found,
             runtime=cast(Runtime, runtime),
             preprocess=how,
-            classes=None if names is None else tuple(names),
+            classes=names,
             num_classes=count,
             batch_size=pixels.batch_size,
             in_graph=in_graph,
@@ -290,66 +259,6 @@ def _remedy(path: str | Path) -> str:
     return "give an .onnx file, or the folder of a run or a network"
 
 
-def _opened(path: Path, runtime: str, threads: int, bf16: bool) -> _Opened:
-    openers = {"onnxruntime": _onnxruntime, "openvino": _openvino}
-    if runtime not in openers:
-        raise unknown("runtime", runtime, openers)
-    check_settings(Settings(runtime, threads=threads, precision="bf16" if bf16 else "fp32"))
-    try:
-        return openers[runtime](path, threads, bf16)
-    except MemoryError:
-        raise
-    except Exception as error:  # each runtime has its own kinds
-        about = OnnxInput.read(path)  # which tells what is wrong, where it is the file
-        if TOO_NEW.search(str(error)):
-            raise UserError(
-                f"{path} (opset {about.opset}) is newer than {runtime} {importlib.metadata.version(runtime)} reads: "
-                f"pip install -U {runtime}, or export it of a lower opset and IR version"
-            ) from error
-        raise UserError(f"{runtime} cannot open {path}: {first_line(error)}") from error
-
-
-def _onnxruntime(path: Path, threads: int, _bf16: bool) -> _Opened:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = threads, FATAL
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    inputs = [
-        OnnxInput(path, each.name, ort.KINDS.get(each.type) or each.type[len("tensor(") : -1], _sizes(each.shape))
-        for each in session.get_inputs()
-    ]
-    outputs = [_Output(each.name, _sizes(each.shape)) for each in session.get_outputs()]
-    metadata = session.get_modelmeta().custom_metadata_map
-    return _Opened(
-        inputs, outputs, metadata, lambda batch, i: session.run([outputs[i].name], {inputs[0].name: batch})[0]
-    )
-
-
-def _openvino(path: Path, threads: int, bf16: bool) -> _Opened:
-    core = openvino.the_core()
-    model = core.read_model(path)
-    inputs = [
-        OnnxInput(path, port.any_name, openvino.KINDS.get(kind := port.element_type.get_type_name(), kind), sizes)
-        for port, sizes in ((port, _dimensions(port)) for port in model.inputs)
-    ]
-    outputs = [_Output(port.any_name, _dimensions(port)) for port in model.outputs]
-    told = model.get_rt_info("framework").value if model.has_rt_info("framework") else {}
-    metadata = {key: str(getattr(value, "value", value)) for key, value in told.items()}
-    options = {"INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32", "INFERENCE_NUM_THREADS": threads}
-    request = core.compile_model(model, "CPU", options).create_infer_request()
-    return _Opened(inputs, outputs, metadata, lambda batch, i: np.array(request.infer([batch])[i]))
-
-
-def _sizes(shape: Sequence[int | str | None]) -> tuple[int | None, ...]:
-    return tuple(size if isinstance(size, int) and size > 0 else None for size in shape)
-
-
-def _dimensions(port: Any) -> tuple[int | None, ...] | None:
-    shape = port.partial_shape
-    return None if shape.rank.is_dynamic else tuple(size.get_length() if size.is_static else None for size in shape)
-
-
 def _image_input(path: Path, inputs: Sequence[OnnxInput]) -> OnnxInput:
     """The only input of a file.
 
@@ -427,7 +336,7 @@ def _square(path: Path, pixels: OnnxInput, otherwise: Layout) -> tuple[int | Non
     return side, last
 
 
-def _logits_output(path: Path, outputs: Sequence[_Output]) -> tuple[int, int | None]:
+def _logits_output(path: Path, outputs: Sequence[Output]) -> tuple[int, int | None]:
     """Which output holds one number for each class, and how many they are, where it says so.
 
     Raises:
@@ -467,6 +376,19 @@ def _flat(path: Path, answer: Pixels) -> Pixels:
     return answer.reshape(len(answer), -1)
 
 
+def _names(path: Path, count: int, given: Sequence[str] | None, own: Sequence[str] | None) -> tuple[str, ...] | None:
+    """Of the classes.
+
+    Raises:
+        UserError: other than `count`.
+    """
+    names = own if given is None else given
+    if names is not None and len(names) != count:
+        whose = "are in its metadata" if given is None else "are given"
+        raise UserError(f"{path} has {count} outputs, {len(names)} names of classes {whose}: the two must agree")
+    return None if names is None else tuple(names)
+
+
 def _zeros(size: int, pixels: OnnxInput, channels_last: bool) -> Pixels:
     shape = (size, size, 3) if channels_last else (3, size, size)
     return np.zeros((pixels.batch_size or 1, *shape), pixels.kind)
@@ -488,5 +410,5 @@ def _flag(metadata: Mapping[str, str], key: str, path: Path) -> bool:
     return found == "true"
 
 
-def _listed(ports: Sequence[OnnxInput] | Sequence[_Output]) -> str:
+def _listed(ports: Sequence[OnnxInput] | Sequence[Output]) -> str:
     return ", ".join(f"{each.name} ({each})" for each in ports)

@@ -17,7 +17,7 @@ from toy_onnx import CLASSES, flags, odd_images, toy_card, write_toy
 from nas.data.decoding import RibbonError, decode
 from nas.data.images import plain_transform
 from nas.errors import UserError
-from nas.evaluate import onnx_file
+from nas.evaluate import onnx_file, session
 from nas.evaluate.onnx_file import OnnxFile, softmax
 from nas.evaluate.preprocess import PRESETS, parse_preprocess
 from nas.export.card import Preprocess
@@ -160,12 +160,12 @@ def test_a_machine_without_memory_is_not_the_files_fault(tmp_path: Path, monkeyp
     def no_memory(*_: object) -> Any:
         raise MemoryError
 
-    path, opened = write_toy(tmp_path / "net.onnx", card=toy_card()), onnx_file._onnxruntime
-    monkeypatch.setattr(onnx_file, "_onnxruntime", lambda *given: opened(*given)._replace(run=no_memory))
+    path, opened = write_toy(tmp_path / "net.onnx", card=toy_card()), session._onnxruntime
+    monkeypatch.setattr(session, "_onnxruntime", lambda *given: opened(*given)._replace(run=no_memory))
     file = OnnxFile.open(path)
     with pytest.raises(MemoryError):
         file.logits(random_pixels(1))
-    monkeypatch.setattr(onnx_file, "_onnxruntime", no_memory)
+    monkeypatch.setattr(session, "_onnxruntime", no_memory)
     with pytest.raises(MemoryError):
         OnnxFile.open(path)
 
