@@ -20,6 +20,7 @@ import nas.prune
 import nas.prune.figures
 from nas.errors import DiskFull
 from nas.export.card import CLASSIFY
+from nas.export.options import FileOptions
 from nas.measure.budget import LatencyBudget
 from nas.prune.figures import BEFORE, CUT, GROWN, SAME
 from nas.prune.records import PruneResult
@@ -85,6 +86,7 @@ def invent() -> dict[str, Any]:
         "options": {
             "compensate": True,
             "unlabelled": None,
+            "onnx": FileOptions().identity(),
             "reallocate": True,
             "kinds": ["ffn", "qk"],
             "criterion": "taylor",
