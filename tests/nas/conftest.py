@@ -203,9 +203,11 @@ def _no_power_cut(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _warnings_on_stderr() -> Iterator[None]:
-    """As without pytest, whose own handlers stand in the way. What -q and -v have set ends with the test."""
+    """As without pytest, whose own handlers stand in the way. What -q and -v have set ends with the test, and what the
+    tests of the documentation have set, which parse such commands, before it."""
     log = logging.getLogger("nas")
     log.handlers[:] = [logging.lastResort]
+    log.setLevel(logging.NOTSET)
     yield
     log.handlers.clear()
     log.setLevel(logging.NOTSET)
