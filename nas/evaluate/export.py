@@ -9,7 +9,7 @@ from pathlib import Path
 from nas.errors import UserError
 from nas.evaluate.precision import quantize_file
 from nas.export.card import PREFIX, Accuracy, metadata_of
-from nas.export.folder import data_beside, move_into, write_folder
+from nas.export.folder import data_beside, move_into, refuse_run, write_folder
 from nas.export.options import PLAIN, FileOptions
 from nas.export.quantize import MAX_DROP, check_max_drop
 from nas.files import scratch, tell, unwritable
@@ -41,13 +41,14 @@ def export(
         What was written, how nearly ONNX Runtime and PyTorch agree, and what int8 costs.
 
     Raises:
-        UserError: no such network or data, a network that cannot be exported, or int8 that costs more than it may;
-            nothing has been written then.
+        UserError: the folder is a run's own, no such network or data, a network that cannot be exported, or int8 that
+            costs more than it may; nothing has been written then.
     """
     from nas.data.dataset import open_data
 
     options.check()
     check_max_drop(max_drop, options.precision == "int8")
+    refuse_run(Path(folder))
     if options.precision != "int8":
         return write_folder(network, Path(folder), weights, num_classes, options, data)
     target = find_target(network)

@@ -90,6 +90,14 @@ def save_weights(model: nn.Module, path: Path, metadata: dict[str, str] | None =
     replace_file(path, save(tensors, metadata))
 
 
+def refuse_run(folder: Path) -> None:
+    """Raises UserError for the folder of a training, a pruning or a search, or a search's best/: what it says of its
+    files would be of others."""
+    best = folder.resolve().name == "best" and (folder.resolve().parent / "result.json").is_file()
+    if best or (folder / "state").is_dir() or (folder / "result.json").is_file():
+        raise UserError(f"{folder} is a run's own folder: give another --out")
+
+
 def write_folder(
     network: str, folder: Path, weights: str | None, num_classes: int | None, options: FileOptions, data: str | None
 ) -> str:

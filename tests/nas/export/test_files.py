@@ -415,3 +415,15 @@ def test_a_search_s_file_is_as_asked_for(trained: bool, tmp_path: Path, helpers:
     file = OnnxFile.open(tmp_path)
     assert (file.batch_size, file.in_graph, file.probabilities) == (None, True, True)
     assert file.softmax(np.zeros((3, 32, 32, 3), np.uint8)).shape == (3, 2)
+
+
+@pytest.mark.parametrize("kept", ["run/state/state.json", "run/result.json", "result.json"])
+def test_a_run_s_own_folder_is_not_written_over(kept: str, run: Path, tmp_path: Path, vitnas: Any) -> None:
+    if kept == "result.json":
+        run = run.rename(tmp_path / "best")
+    (tmp_path / kept).parent.mkdir(exist_ok=True)
+    (tmp_path / kept).write_text("{}")
+    before = (run / "model.onnx").read_bytes()
+    words = ("export", str(run), "--out", str(run), "--dynamic-batch")
+    vitnas.refused(vitnas(*words), f"{run.name} is a run's own folder: give another --out")
+    assert (run / "model.onnx").read_bytes() == before
