@@ -13,6 +13,7 @@ from nas.data import batches
 from nas.intervals import Interval
 from nas.lock import DeviceLock, ProcessLock, in_turn
 from nas.measure import device
+from nas.measure.budget import Limits
 from nas.measure.device import device_lock
 from nas.quality.candidate import Candidate
 from nas.quality.tier import Estimate
@@ -240,7 +241,7 @@ def test_a_search_leaves_the_device_before_it_trains(latency, monkeypatch):
         return estimate
 
     runner = object.__new__(TrialRunner)
-    runner.request, runner.study = SimpleNamespace(budget_ms=2.0), None
+    runner.request, runner.study = SimpleNamespace(budget_ms=2.0, limits=Limits()), None
     runner.tier = SimpleNamespace(name="train", trained=True, estimate=train, predict=train)
     told = TrialLatency.read({"latency_ms": latency, "throughput": 1.0})
     monkeypatch.setattr(runner, "_known", lambda digest: told)

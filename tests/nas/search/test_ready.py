@@ -123,7 +123,7 @@ def test_networks_whose_weights_are_here_race_at_their_checkpoints_sizes(
 ) -> None:
     monkeypatch.setattr("search_spaces.weights.unreachable", lambda: "no internet")
     monkeypatch.delenv("VITNAS_WEIGHTS", raising=False)
-    monkeypatch.setattr("nas.networks.pretrained._cached", lambda *_: None)
+    monkeypatch.setattr("nas.networks.pretrained.cached", lambda *_: None)
     store = zoo(tmp_path / "zoo", "levit_128s", "lcnet_050", "sepvit_lite")
     found, lacking = find_entrants(["levit", "sepvit"], None, 7, store)
     by_name = {each.name: each for each in found}
@@ -154,7 +154,7 @@ def test_a_damaged_file_of_weights_is_told(
 
     monkeypatch.setattr("search_spaces.weights.unreachable", lambda: "no internet")
     monkeypatch.delenv("VITNAS_WEIGHTS", raising=False)
-    monkeypatch.setattr("nas.networks.pretrained._cached", lambda *_: None)
+    monkeypatch.setattr("nas.networks.pretrained.cached", lambda *_: None)
     store = zoo(tmp_path / "zoo", "shvit_s1", "levit_128s")
     file = tmp_path / "zoo" / "shvit_s1.safetensors"
     weights = load_file(file)
