@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from nas.errors import UserError
 
@@ -46,6 +47,14 @@ class FileOptions:
         chosen = asdict(self) | {"dynamic_batch": self.batch_size is None}
         del chosen["batch_size"]
         return chosen
+
+    @classmethod
+    def of_identity(cls, found: Mapping[str, Any] | None) -> FileOptions:
+        """What `identity` says, for batches of 1 unless it is any; None: nothing is chosen."""
+        if found is None:
+            return PLAIN
+        chosen = {name: value for name, value in found.items() if name != "dynamic_batch"}
+        return cls(batch_size=None if found["dynamic_batch"] else 1, **chosen)
 
     def of_batch(self, batch_size: int) -> FileOptions:
         """The same for batches of this size, unless any are taken."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import AliasChoices, Field, JsonValue, TypeAdapter
 
+from nas.export.options import FileOptions
 from nas.intervals import Interval, agreement, of_difference
 from nas.measure.budget import Verdict
 from nas.measure.runtime import Settings
@@ -315,9 +316,9 @@ class PruneResult:
         options = document.get("options")
         if not isinstance(options, dict):
             raise ValueError("a result of a pruning holds its options")
-        return _READER.validate_python(
-            {**document, "options": {**NEWER, **options, "folder": folder}, "parts": document}
-        )
+        file = FileOptions.of_identity(options.get("onnx"))
+        known = {**NEWER, **options, "folder": folder, "file": file}
+        return _READER.validate_python({**document, "options": known, "parts": document})
 
 
 NEWER: Mapping[str, bool] = {"compensate": False}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -27,3 +28,10 @@ def test_what_no_file_can_have_is_refused(changes: dict[str, Any], message: str)
 def test_what_a_file_can_have_is_not() -> None:
     for options in (FileOptions(), FileOptions(None, True, OPSETS[0], True, "int8"), FileOptions(opset=OPSETS[-1])):
         options.check()
+
+
+def test_what_a_run_keeps_of_a_file_is_read_back() -> None:
+    for options in (FileOptions(), FileOptions(None, True, OPSETS[0], True, "int8"), FileOptions(opset=OPSETS[-1])):
+        kept = json.loads(json.dumps(options.identity()))
+        assert FileOptions.of_identity(kept) == options
+    assert FileOptions.of_identity(FileOptions(8, opset=OPSETS[-1]).identity()) == FileOptions(opset=OPSETS[-1])

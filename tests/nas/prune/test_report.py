@@ -259,6 +259,15 @@ class Page(HTMLParser):
 Report = Callable[[dict[str, Any]], Page]
 
 
+def test_what_was_chosen_of_the_file_is_read_back(tmp_path: Path) -> None:
+    data, chosen = invent(), FileOptions(None, True)
+    assert PruneResult.from_json(data, tmp_path).options.file == FileOptions()
+    data["options"]["onnx"] = chosen.identity()
+    assert PruneResult.from_json(data, tmp_path).options.file == chosen
+    del data["options"]["onnx"]
+    assert PruneResult.from_json(data, tmp_path).options.file == FileOptions()
+
+
 @pytest.fixture
 def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Report:
     """Write a report without drawing its figures, and read it."""
