@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from nas.data.decoding import MAX_ASPECT
-from nas.data.images import Images, Key, Ribbon
+from nas.data.decoding import MAX_ASPECT, Ribbon
+from nas.data.images import Images, Key
 from nas.errors import UserError
 from nas.lock import in_turn
 from nas.process import die_with_parent

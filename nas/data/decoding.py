@@ -29,8 +29,24 @@ class Stored(Protocol):
 Source = Path | np.ndarray | Stored
 
 
+class Ribbon(str):
+    """The name of an image beyond `MAX_ASPECT`, which is left out."""
+
+
 class RibbonError(ValueError):
     """An image is longer than `MAX_ASPECT` allows."""
+
+
+def decode_or_name(source: Source) -> Image.Image | str:
+    """The image, see `decode`, or its name where it cannot be decoded or is a `Ribbon`."""
+    try:
+        return decode(source)
+    except MemoryError:  # the machine's fault, not the file's
+        raise MemoryError(f"{source} cannot be decoded") from None
+    except RibbonError:
+        return Ribbon(source)
+    except Exception:  # Pillow's decoders raise a dozen kinds, from OSError to struct.error
+        return str(source)
 
 
 def decode(source: Source) -> Image.Image:

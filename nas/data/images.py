@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import Compose, InterpolationMode
 from torchvision.transforms.functional import resize
 
-from nas.data.decoding import RibbonError, Source, decode
+from nas.data.decoding import Source, decode, decode_or_name
 from nas.data.memory import free_memory
 from nas.data.pixels import IMAGENET, Interpolation, Pixels
 from nas.errors import UserError
@@ -77,12 +77,9 @@ class Rows(Sequence[Source]):
         return Rows(self.fetch, self.rows[np.asarray(indices, dtype=np.int64)])
 
 
-class Ribbon(str):
-    """The name of an image beyond `MAX_ASPECT`, which is left out."""
-
-
 class Images(Dataset["tuple[Tensor, int] | str"]):
-    """Map-style: index -> (image (3, R, R) float32, label), or its name where it cannot be decoded or is a `Ribbon`.
+    """Map-style: index -> (image (3, R, R) float32, label), or its name where it cannot be decoded or is a
+    `nas.data.decoding.Ribbon`.
 
     files: for images that are read fastest in the order of the files that hold them, the number of each one's file.
     """
@@ -101,16 +98,8 @@ class Images(Dataset["tuple[Tensor, int] | str"]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int] | str:
         """One image; a random transform draws from the global generators."""
-        source = self.sources[index]
-        try:
-            image = decode(source)
-        except MemoryError:  # the machine's fault, not the file's
-            raise MemoryError(f"{source} cannot be decoded") from None
-        except RibbonError:
-            return Ribbon(source)
-        except Exception:  # Pillow's decoders raise a dozen kinds, from OSError to struct.error
-            return str(source)
-        return self.transform(image), self.labels[index]
+        image = decode_or_name(self.sources[index])
+        return image if isinstance(image, str) else (self.transform(image), self.labels[index])
 
     def __getitems__(self, keys: Sequence[Key]) -> list[tuple[Tensor, int] | str]:
         """Many images; random transforms draw from generators that each key seeds, the global ones stay as they are."""

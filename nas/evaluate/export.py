@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from nas.errors import UserError
 from nas.evaluate.precision import quantize_file
 from nas.export.card import PREFIX, Accuracy, metadata_of
-from nas.export.folder import data_beside, move_into, refuse_run, write_folder
+from nas.export.folder import data_beside, drafted_network, refuse_run, write_folder
 from nas.export.options import PLAIN, FileOptions
 from nas.export.quantize import MAX_DROP, check_max_drop
-from nas.files import scratch, tell, unwritable
+from nas.files import tell
 from nas.networks.targets import find_target
 
 
@@ -61,20 +60,13 @@ def export(
     size = target.require().resolution
     images = open_data(name, size, None, 0, used)
     folder = Path(folder)
-    try:
-        with scratch(folder) as place:
-            line = write_folder(network, place, weights, num_classes, replace(options, precision="fp32"), data)
-            path = place / "model.onnx"
-            price = quantize_file(path, images, network, max_drop, tell)
-            if not price.within:
-                raise UserError(f"infeasible, nothing is written: {price.refusal}")
-            _tell_accuracy(path, Accuracy.counted(price.top1, price.images, images.name))
-            move_into(place, folder)
-    except OSError as error:
-        raise unwritable(folder, error) from None
-    finally:
-        with suppress(OSError):  # it holds something
-            folder.rmdir()
+    with drafted_network(folder) as draft:
+        line = write_folder(network, draft, weights, num_classes, replace(options, precision="fp32"), data)
+        path = draft / "model.onnx"
+        price = quantize_file(path, images, network, max_drop, tell)
+        if not price.within:
+            raise UserError(f"infeasible, nothing is written: {price.refusal}")
+        _tell_accuracy(path, Accuracy.counted(price.top1, price.images, images.name))
     cost, *more = price.lines
     return "\n".join([f"{folder}/model.onnx: {cost}", *more, f"in fp32: {line.partition(': ')[2]}", *images.notes])
 

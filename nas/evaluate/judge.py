@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nas.data.batches import skipped_line
-from nas.data.decoding import RibbonError, decode
-from nas.data.images import Ribbon
+from nas.data.decoding import decode_or_name
 from nas.errors import UserError
 from nas.evaluate.classes import Matched
 from nas.evaluate.images import JudgedImages
@@ -21,8 +20,6 @@ from nas.evaluate.networks import Judged
 from nas.units import counted
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from nas.data.decoding import Source
 
 BATCH = 32
@@ -89,14 +86,9 @@ class _Prepared:
 
 def _prepared(source: Source, feeds: Mapping[tuple[object, ...], Judged]) -> _Prepared | str:
     """Or its name, where it cannot be decoded."""
-    try:
-        image: Image = decode(source)
-    except MemoryError:  # the machine's fault, not the file's
-        raise MemoryError(f"{source} cannot be decoded") from None
-    except RibbonError:
-        return Ribbon(source)
-    except Exception:  # Pillow's decoders raise a dozen kinds
-        return str(source)
+    image = decode_or_name(source)
+    if isinstance(image, str):
+        return image
     return _Prepared({feed: each.classifier.pixels(image) for feed, each in feeds.items()}, min(image.size))
 
 

@@ -314,14 +314,10 @@ def judging(runtime: str) -> str:
 
 
 def _pixels(file: OnnxFile, source: Source) -> np.ndarray | None:
-    from nas.data.decoding import decode
+    from nas.data.decoding import decode_or_name
 
-    try:
-        return file.pixels(decode(source))
-    except MemoryError:
-        raise
-    except Exception:  # Pillow's decoders raise a dozen kinds
-        return None
+    image = decode_or_name(source)
+    return None if isinstance(image, str) else file.pixels(image)
 
 
 def _batches(total: int) -> Iterator[range]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -218,29 +218,37 @@ def replace_network(
     Returns, Raises:
         As `save_onnx`.
     """
+    with drafted_network(folder) as draft:
+        save_model(model, draft, with_weights=trained)
+        agreed = save_onnx(model, draft, options, trained, card, images)
+        for fact in facts:
+            replace_file(draft / fact.name, fact.read_bytes())
+    return agreed
+
+
+@contextmanager
+def drafted_network(folder: Path) -> Iterator[Path]:
+    """A place for a network's files, which move to `folder` at the end, all of them or none; those of an earlier
+    network go from it.
+
+    Raises:
+        DiskFull: there is no room for them.
+        UserError: a folder that cannot be written.
+    """
     try:
         with scratch(folder) as draft:
-            save_model(model, draft, with_weights=trained)
-            agreed = save_onnx(model, draft, options, trained, card, images)
-            for fact in facts:
-                replace_file(draft / fact.name, fact.read_bytes())
-            move_into(draft, folder)
+            yield draft
+            for name in ("metrics.json", "prune.json", PREPROCESS, LABELS):
+                (folder / name).unlink(missing_ok=True)
+            for earlier in folder.glob("model.*"):
+                earlier.unlink()
+            for path in draft.iterdir():
+                path.replace(folder / path.name)
     except OSError as error:
         raise unwritable(folder, error) from None
     finally:
         with suppress(OSError):  # it holds something
             folder.rmdir()
-    return agreed
-
-
-def move_into(draft: Path, folder: Path) -> None:
-    """Move a network's files to a folder, from which those of an earlier network go."""
-    for name in ("metrics.json", "prune.json", PREPROCESS, LABELS):
-        (folder / name).unlink(missing_ok=True)
-    for earlier in folder.glob("model.*"):
-        earlier.unlink()
-    for path in draft.iterdir():
-        path.replace(folder / path.name)
 
 
 def _other_classifier(model: Network | TimmModel, weights: str) -> str:

@@ -108,8 +108,8 @@ def test_networks_are_compared_on_the_same_images(
 ) -> None:
     other = str(write_toy(tmp_path / "other.onnx", card=toy_card(classes=CLASSES), scale=-1))
     decoded = []
-    decode = judge.decode
-    monkeypatch.setattr(judge, "decode", lambda source: decoded.append(source) or decode(source))
+    decode = judge.decode_or_name
+    monkeypatch.setattr(judge, "decode_or_name", lambda source: decoded.append(source) or decode(source))
     runtimes = ("--runtime", "onnxruntime", "--runtime", "openvino")
     found = judged(vitnas, toy, other, "--data", str(images), *runtimes)
     assert len(decoded) == len(set(decoded)) == 3 * PER_CLASS
@@ -309,7 +309,7 @@ def test_ctrl_c_while_judging_leaves_nothing(
     def interrupt(source: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(judge, "decode", interrupt)
+    monkeypatch.setattr(judge, "decode_or_name", interrupt)
     code, out, err = vitnas("evaluate", toy, "--data", str(images), *BARE, "--out", str(tmp_path / "out"))
     assert (code, out, err) == (130, "", "interrupted\n")
     assert not (tmp_path / "out").exists()
