@@ -21,6 +21,7 @@ gc.set_threshold(100_000, 20, 20)
 # Nothing is fetched, whatever this machine has: tests serve what they need themselves.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("VITNAS_WEIGHTS", None)
+os.environ.pop("VITNAS_STORAGE", None)
 os.environ["VITNAS_CACHE"] = tempfile.mkdtemp(prefix="vitnas-tests-")  # of fixtures wider than a test
 # A run started in a shell's background inherits an ignored SIGINT; tests that send Ctrl-C to children need it back.
 signal.signal(signal.SIGINT, signal.default_int_handler)

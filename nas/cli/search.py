@@ -104,7 +104,11 @@ def search(
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Ignore cached latencies.")] = False,
     sampler: Annotated[str, typer.Option(help="auto, gp, tpe, nsga2 or random. auto is the one of vitnas.")] = "auto",
     storage: Annotated[
-        str | None, typer.Option(help="Database URL for workers on several machines.  [default: a journal in the run]")
+        str | None,
+        typer.Option(
+            help="Database URL for workers on several machines.  [default: a journal in the run]",
+            envvar="VITNAS_STORAGE",
+        ),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the sampler, of splits and of trainings.", **SEEDS)] = None,
     num_classes: Annotated[

@@ -69,6 +69,13 @@ def test_bad_search_option(vitnas, tmp_path, option, value, words):
     assert not list((tmp_path / "runs").rglob("study.journal"))
 
 
+def test_the_environment_names_a_storage_whose_password_is_not_told(vitnas, tmp_path, monkeypatch):
+    monkeypatch.setenv("VITNAS_STORAGE", "postgresql://me:secret@127.0.0.1:1/none")
+    result = vitnas("search", "--out", str(tmp_path / "runs"), "--latency-budget", "2ms")
+    vitnas.refused(result, "postgresql://me:***@127.0.0.1:1/none")
+    assert "secret" not in result[2]
+
+
 def test_a_folder_of_weights_is_for_pretrained_networks(vitnas, tmp_path):
     words = ("search", "--latency-budget", "2ms", "--out", str(tmp_path / "runs"), "--weights-from", str(tmp_path))
     vitnas.refused(vitnas(*words), "--weights-from", "--data")
