@@ -5,6 +5,10 @@ therefore carries a lease (`lease`) that names the process that runs it; any wor
 expired and enqueues their parameters again (`sweep`). Optuna's own heartbeats exist only on databases and only inside
 ``study.optimize``. One process at a time takes a decision that reads, then writes (create, ask, sweep, enqueue).
 
+A trial that needs a training keeps what was measured of it (`MEASURED`). Its worker goes on with the training or hands
+the trial over: it stays RUNNING, without a lease, until a worker claims it. Where that one dies, the trial waits again,
+so that no network is measured twice.
+
 The first ``tell`` of a trial wins a race for it, by the order of Optuna's log of operations.
 """
 
@@ -15,7 +19,7 @@ import os
 import socket
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -40,8 +44,11 @@ IDENTITY = "vitnas"  # the study attribute that holds the study's identity
 BEAT_S = 30.0  # between two extensions of a lease
 LEASE_S = PATIENCE_S + 4 * BEAT_S  # no lease expires while its worker waits for a lost database
 LOOK_S = 2.0  # between two looks at other machines' leases
+MEASURED = "measured"  # the attribute of a trial that is trained, or waits for that: what its training needs
+DEATHS = 3  # of a trial's training workers, after which it is failed: it may be what kills them
 
-_BOOKKEEPING = {"lease", "error", "retry", "retry_of"}  # attributes that a retry does not inherit
+_LOST = "lost"  # the attribute that counts them
+_BOOKKEEPING = {"lease", "error", "retry", "retry_of", MEASURED, _LOST}  # attributes that a retry does not inherit
 
 
 def open_study(
@@ -175,8 +182,48 @@ def lease(trial: optuna.Trial, seconds: float = LEASE_S) -> None:
     )
 
 
+def hand_over(trial: optuna.Trial) -> None:
+    """Give up the lease of a trial that keeps what was measured of it: a worker that trains claims it."""
+    assert MEASURED in trial.user_attrs
+    trial.set_user_attr("lease", None)
+
+
+def claim(study: optuna.Study) -> optuna.Trial | None:
+    """The oldest trial that waits for its training, leased to this process; None where there is none."""
+
+    import copy
+
+    import optuna
+
+    def decide() -> optuna.Trial | None:
+        waiting = waiting_for_training(study)
+        if not waiting:
+            return None
+        asked = copy.copy(study)
+        asked.sampler = optuna.samplers.RandomSampler()  # the study's proposes whenever a trial is made
+        trial = optuna.Trial(asked, waiting[0]._trial_id)
+        lease(trial)
+        return trial
+
+    return alone_in(study, decide) if waiting_for_training(study) else None
+
+
+def waiting_for_training(study: optuna.Study) -> list[FrozenTrial]:
+    """The trials that are measured and that nobody trains, oldest first."""
+    return [trial for trial in in_training(study) if trial.user_attrs.get("lease") is None]
+
+
+def in_training(study: optuna.Study) -> list[FrozenTrial]:
+    """The trials that are trained or wait for that, oldest first."""
+    from optuna.trial import TrialState
+
+    return [t for t in study.get_trials(False, [TrialState.RUNNING]) if MEASURED in t.user_attrs]
+
+
 def sweep(study: optuna.Study) -> list[int]:
     """Fail the running trials whose lease has expired and enqueue their parameters again, once.
+
+    One that keeps what was measured waits for its training again, until `DEATHS` workers have died in it.
 
     A trial is told FAIL with the attributes ``error: "worker died"`` and, unless it was itself a retry (``retry_of``),
     ``retry: true``. What is enqueued is derived from the study: every failed trial marked ``retry`` that no trial names
@@ -192,7 +239,15 @@ def sweep(study: optuna.Study) -> list[int]:
 
     def decide() -> None:
         for trial in _dead(study):
-            if _tell_fail(study, trial, "worker died", retry="retry_of" not in trial.user_attrs):
+            lost = trial.user_attrs.get(_LOST, 0) + 1
+            if MEASURED not in trial.user_attrs:
+                again = "retry_of" not in trial.user_attrs
+                told = _tell_fail(study, trial, "worker died", again)
+            elif told := lost >= DEATHS:
+                told = _tell_fail(study, trial, f"{lost} workers died while they trained it", retry=False)
+            else:
+                _wait_again(study, trial, lost)
+            if told:
                 swept.append(trial.number)
         for trial in _owed(study):
             kept = {k: v for k, v in trial.user_attrs.items() if k not in _BOOKKEEPING}
@@ -346,12 +401,21 @@ def _dead(study: optuna.Study) -> list[FrozenTrial]:
 
 def _worker_is_dead(trial: FrozenTrial) -> bool:
     held = trial.user_attrs.get("lease")
-    if held is None:  # see `ask`
-        return True
+    if held is None:  # see `ask` and `hand_over`
+        return MEASURED not in trial.user_attrs
     if held["host"] != _host():
         return bool(time.time() > held["expires"])
     started = _process(held["pid"])
     return started is None or abs(started - held["started"]) > 1
+
+
+def _wait_again(study: optuna.Study, trial: FrozenTrial, lost: int) -> None:
+    """Let a trial wait for its training, unless its worker was alive after all and has told it."""
+    from optuna.exceptions import UpdateFinishedTrialError
+
+    with suppress(UpdateFinishedTrialError):
+        study._storage.set_trial_user_attr(trial._trial_id, _LOST, lost)
+        study._storage.set_trial_user_attr(trial._trial_id, "lease", None)
 
 
 def _owed(study: optuna.Study) -> list[FrozenTrial]:

@@ -27,7 +27,22 @@ from nas.search.log import SearchLog
 from nas.study import trials as layer
 from nas.study.storage import open_storage
 from nas.study.trials import ask as next_trial
-from nas.study.trials import due, enqueue, fail, finish, heartbeat, open_study, remaining, sweep
+from nas.study.trials import (
+    DEATHS,
+    MEASURED,
+    claim,
+    due,
+    enqueue,
+    fail,
+    finish,
+    hand_over,
+    heartbeat,
+    in_training,
+    open_study,
+    remaining,
+    sweep,
+    waiting_for_training,
+)
 
 META = {"budget_ms": 2.0, "runtime": "onnxruntime", "hardware": {"cpu": "Zen 3", "threads": 1}}
 CHOICES = {"width": range(7), "depth": range(7)}
@@ -36,7 +51,7 @@ PROLOGUE = f"""
 import os, sys, time
 from optuna.samplers import RandomSampler
 from pathlib import Path
-from nas.study.trials import ask as next_trial, due, enqueue, finish, heartbeat, open_study, remaining, sweep
+from nas.study.trials import ask as next_trial, claim, due, enqueue, finish, heartbeat, open_study, remaining, sweep
 storage = sys.argv[1]
 META, CHOICES = {META!r}, {CHOICES!r}
 def start():
@@ -414,6 +429,75 @@ def test_result_of_a_swept_trial_is_dropped(storage: str) -> None:
     assert dead.state == TrialState.FAIL
     assert dead.user_attrs["error"] == "worker died"
     assert ask(study).params == trial.params
+
+
+# ------------------------------------------------------------------------ trained elsewhere
+
+
+def measured(study: optuna.Study) -> optuna.Trial:
+    trial = ask(study)
+    trial.set_user_attr(MEASURED, {"latency_ms": 1.5})
+    return trial
+
+
+def test_a_trial_that_is_handed_over_is_claimed_once_and_told_by_who_claims_it(storage: str, tmp_path: Path) -> None:
+    study = start(storage)
+    assert claim(study) is None
+    ask(study)  # not measured yet
+    trials = [measured(study) for _ in range(4)]
+    assert claim(study) is None, "its own worker goes on with each"
+    for trial in trials:
+        hand_over(trial)
+    assert sweep(study) == []
+    assert [t.number for t in waiting_for_training(study)] == [1, 2, 3, 4]
+    assert remaining(study, 6) == 1
+    body = """
+study = start()
+wait_for_all(3)
+trial = claim(study)
+print(trial.number, trial.user_attrs["measured"]["latency_ms"], *trial.params.values())
+finish(study, trial, 70.0, 500.0, -0.1, {})
+"""
+    told = outputs(3, body, storage, barrier(tmp_path))
+    expected = {(str(t.number), "1.5", *map(str, t.params.values())) for t in trials[:3]}
+    assert {tuple(out) for out in told} == expected, "the oldest, each once, with its parameters"
+    assert [t.state.name for t in study.trials] == ["RUNNING", *3 * ["COMPLETE"], "RUNNING"]
+    assert [t.number for t in in_training(study)] == [4]
+
+
+def test_the_sampler_proposes_nothing_for_a_claimed_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = start(tmp_path / "j")
+    hand_over(measured(study))
+    monkeypatch.setattr(study.sampler, "before_trial", lambda *_: pytest.fail("asked"))
+    assert claim(study).number == 0
+
+
+def test_a_training_whose_worker_dies_waits_again_and_keeps_what_was_measured(storage: str) -> None:
+    study = start(storage)
+    hand_over(measured(study))
+    for death in range(1, DEATHS + 1):
+        trial = claim(study)
+        assert (trial.number, trial.user_attrs[MEASURED]) == (0, {"latency_ms": 1.5})
+        put_lease(study, trial, pid=dead_pid())
+        assert sweep(study) == ([0] if death == DEATHS else [])
+    assert claim(study) is None
+    assert len(study.trials) == 1
+    assert study.trials[0].user_attrs["error"] == "3 workers died while they trained it"
+
+
+def test_who_measured_and_died_in_its_own_training_is_followed_by_another(storage: str) -> None:
+    study = start(storage)
+    put_lease(study, measured(study), pid=dead_pid())
+    assert sweep(study) == []
+    trial = claim(study)
+    assert finish(study, trial, 70.0, 500.0, -0.1, {})
+    assert [t.state for t in study.trials] == [TrialState.COMPLETE]
+
+
+def test_a_trained_trial_that_failed_is_measured_again_where_it_is_retried(tmp_path: Path) -> None:
+    study = start(tmp_path / "j")
+    assert fail(study, measured(study), "interrupted", retry=True)
+    assert MEASURED not in ask(study).user_attrs
 
 
 def test_finish_sets_one_constraint_and_the_attributes(storage: str) -> None:
