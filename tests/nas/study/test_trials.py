@@ -26,7 +26,6 @@ from nas.search import trial as search_trial
 from nas.search.log import SearchLog
 from nas.study import trials as layer
 from nas.study.storage import open_storage
-from nas.study.trials import ask as next_trial
 from nas.study.trials import (
     DEATHS,
     MEASURED,
@@ -43,6 +42,7 @@ from nas.study.trials import (
     sweep,
     waiting_for_training,
 )
+from nas.study.trials import ask as next_trial
 
 META = {"budget_ms": 2.0, "runtime": "onnxruntime", "hardware": {"cpu": "Zen 3", "threads": 1}}
 CHOICES = {"width": range(7), "depth": range(7)}
