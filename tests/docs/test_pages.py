@@ -26,7 +26,7 @@ def shell_lines(text: str) -> list[str]:
     """Commands of vitnas in blocks of shell code."""
     blocks = [code for language, code in FENCE.findall(text) if language == "sh"]
     parts = [part.strip() for block in blocks for part in re.split(r"\n|&&", block.replace("\\\n", " "))]
-    return [part for part in parts if re.match(r"(\.venv/bin/)?vitnas ", part)]
+    return [part for part in parts if re.match(r"(srun )?(\.venv/bin/)?vitnas ", part)]
 
 
 def inline(text: str) -> list[str]:
@@ -42,7 +42,7 @@ def cases(find) -> Iterator[object]:
 
 @pytest.mark.parametrize("line", cases(shell_lines))
 def test_a_command_is_one_that_vitnas_takes(line):
-    name, *words = shlex.split(line)[1:]
+    name, *words = shlex.split(line.removeprefix("srun "))[1:]
     if name == "--version":
         return
     with contextlib.suppress(typer.Exit):
