@@ -10,7 +10,8 @@ from timm.data import ImageNetInfo
 from nas.errors import UserError
 from nas.evaluate.classes import match, read_labels
 
-DESCRIBED = [ImageNetInfo().index_to_description(i) for i in range(1000)]
+INFO = ImageNetInfo()
+DESCRIBED = [INFO.index_to_description(i) for i in range(1000)]
 
 
 def test_the_order_of_folders_says_nothing() -> None:
