@@ -15,8 +15,6 @@ The first ``tell`` of a trial wins a race for it, by the order of Optuna's log o
 from __future__ import annotations
 
 import json
-import os
-import socket
 import threading
 import time
 from contextlib import contextmanager, suppress
@@ -27,9 +25,10 @@ from nas.errors import UserError
 from nas.identity import differences, older
 from nas.study.errors import storage_errors
 from nas.study.exclusive import exclusive
-from nas.study.patient import PATIENCE_S
+from nas.study.leases import BEAT_S, LEASE_S, Lease
 from nas.study.storage import alone, open_storage
 from nas.text import mask_url
+from nas.version import version
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
@@ -41,8 +40,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 METRICS = ["quality", "throughput"]  # both maximised
 IDENTITY = "vitnas"  # the study attribute that holds the study's identity
-BEAT_S = 30.0  # between two extensions of a lease
-LEASE_S = PATIENCE_S + 4 * BEAT_S  # no lease expires while its worker waits for a lost database
 LOOK_S = 2.0  # between two looks at other machines' leases
 MEASURED = "measured"  # the attribute of a trial that is trained, or waits for that: what its training needs
 DEATHS = 3  # of a trial's training workers, after which it is failed: it may be what kills them
@@ -104,6 +101,11 @@ def open_study(
             raise UserError(f"this study was begun with {was}, this command says {now}; use --study for a new one")
         elif stored != given | accepted:
             raise UserError(f"this study has {differences(stored, given | accepted)}; use --study for a new one")
+        for other in sorted({held.version for held in _leases(study).values() if held.is_fresh()} - {"", version()}):
+            raise UserError(
+                f"vitnas {other} works at this study, and this is {version()}: give all workers the same version, or "
+                "wait for its end"
+            )
         return study
 
     with storage_errors(storage):
@@ -153,6 +155,9 @@ def heartbeat(trial: optuna.Trial) -> Iterator[None]:
     def beat() -> None:
         while not ended.wait(BEAT_S):
             try:
+                held = trial.storage.get_trial(trial._trial_id).user_attrs.get("lease")
+                if held is None or not Lease.read(held).is_mine():  # it was handed over, or taken for dead
+                    return
                 lease(trial)
             except UpdateFinishedTrialError:
                 return
@@ -169,17 +174,8 @@ def heartbeat(trial: optuna.Trial) -> Iterator[None]:
 
 
 def lease(trial: optuna.Trial, seconds: float = LEASE_S) -> None:
-    """Store in `trial` that this process runs it and extends this lease within `seconds`.
-
-    Workers on this machine check the process itself, whatever the time. Workers on other machines go by the time, so
-    the machines' clocks should agree within a small part of `seconds`.
-    """
-    process = _process(os.getpid())
-    assert process is not None
-    trial.set_user_attr(
-        "lease",
-        {"host": _host(), "pid": os.getpid(), "started": process, "expires": time.time() + seconds},
-    )
+    """Store in `trial` that this process runs it and extends this lease within `seconds`."""
+    trial.set_user_attr("lease", Lease.mine(seconds).to_json())
 
 
 def hand_over(trial: optuna.Trial) -> None:
@@ -338,7 +334,7 @@ def due(
     left = remaining(study, total)
     silent = {} if left else _elsewhere(study)
     if silent and not expired():
-        minutes = (max(held["expires"] for held in silent.values()) - time.time()) / 60
+        minutes = max(held.left_s(number) for number, held in silent.items()) / 60
         say(
             f"waiting for other machines' workers (trial {', '.join(map(str, silent))}) to extend their leases: one "
             f"that is not extended expires within {minutes:.0f} minutes, and its trial is retried here"
@@ -385,12 +381,17 @@ def enqueue(
     return alone_in(study, decide)
 
 
-def _elsewhere(study: optuna.Study) -> dict[int, dict[str, Any]]:
-    """The leases of the trials that run on other machines, by number."""
+def _leases(study: optuna.Study) -> dict[int, Lease]:
+    """Of the trials that run, by number."""
     from optuna.trial import TrialState
 
-    leases = {t.number: t.user_attrs.get("lease") for t in study.get_trials(False, [TrialState.RUNNING])}
-    return {number: held for number, held in leases.items() if held and held["host"] != _host()}
+    found = {t.number: t.user_attrs.get("lease") for t in study.get_trials(False, [TrialState.RUNNING])}
+    return {number: Lease.read(held) for number, held in found.items() if held}
+
+
+def _elsewhere(study: optuna.Study) -> dict[int, Lease]:
+    """The leases of the trials that run on other machines, by number."""
+    return {number: held for number, held in _leases(study).items() if held.elsewhere}
 
 
 def _dead(study: optuna.Study) -> list[FrozenTrial]:
@@ -403,10 +404,7 @@ def _worker_is_dead(trial: FrozenTrial) -> bool:
     held = trial.user_attrs.get("lease")
     if held is None:  # see `ask` and `hand_over`
         return MEASURED not in trial.user_attrs
-    if held["host"] != _host():
-        return bool(time.time() > held["expires"])
-    started = _process(held["pid"])
-    return started is None or abs(started - held["started"]) > 1
+    return Lease.read(held).has_expired(trial.number)
 
 
 def _wait_again(study: optuna.Study, trial: FrozenTrial, lost: int) -> None:
@@ -452,25 +450,3 @@ def _tell_fail(study: optuna.Study, trial: optuna.Trial | FrozenTrial, reason: s
     except (UpdateFinishedTrialError, ValueError):  # told by another process, before or just now
         return False
     return True
-
-
-def _host() -> str:
-    """Where a process id means something: this machine since it was booted, this container."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
-        return f"{socket.gethostname()} {boot} {os.stat('/proc/self/ns/pid').st_ino}"
-    except OSError:  # not Linux
-        return socket.gethostname()
-
-
-def _process(pid: int) -> float | None:
-    """When process `pid` was started, in seconds after boot (clocks are stepped); None if dead."""
-    import psutil
-
-    try:
-        process = psutil.Process(pid)
-        if process.status() == psutil.STATUS_ZOMBIE:
-            return None
-        return float(process.create_time() - psutil.boot_time())
-    except psutil.NoSuchProcess:
-        return None

@@ -24,6 +24,7 @@ from nas.identity import IMAGES
 from nas.measure.runtime import Settings
 from nas.search import trial as search_trial
 from nas.search.log import SearchLog
+from nas.study import leases
 from nas.study import trials as layer
 from nas.study.storage import open_storage
 from nas.study.trials import (
@@ -43,6 +44,7 @@ from nas.study.trials import (
     waiting_for_training,
 )
 from nas.study.trials import ask as next_trial
+from nas.version import version
 
 META = {"budget_ms": 2.0, "runtime": "onnxruntime", "hardware": {"cpu": "Zen 3", "threads": 1}}
 CHOICES = {"width": range(7), "depth": range(7)}
@@ -286,11 +288,67 @@ def test_who_counts_as_dead(tmp_path: Path) -> None:
     elsewhere = ask(study)
     put_lease(study, elsewhere, host="elsewhere", pid=dead_pid())
     expired = ask(study)
-    put_lease(study, expired, host="elsewhere", pid=os.getpid(), expires=time.time() - 1)
+    put_lease(study, expired, host="elsewhere", pid=os.getpid(), expires=time.time() - leases.CLOCKS_S - 1)
     unleased = ask(study, leased=False)
     assert sweep(study) == [reused_pid.number, expired.number, unleased.number]
     states = {t.number: t.state for t in study.trials}
     assert states[alive.number] == states[elsewhere.number] == TrialState.RUNNING
+
+
+def test_another_machine_s_worker_lives_while_its_lease_changes_whatever_its_clock_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, now = start(tmp_path / "j"), [0.0]
+    monkeypatch.setattr(leases, "time", SimpleNamespace(time=time.time, monotonic=lambda: now[0]))
+    beating, silent = ask(study), ask(study)
+    for trial, clock in ((beating, -600), (silent, 600)):
+        put_lease(study, trial, host=f"elsewhere {clock}", expires=time.time() + clock)
+    for beat in range(1, 4):
+        assert sweep(study) == []
+        now[0] += 0.4 * leases.LEASE_S
+        put_lease(study, beating, expires=time.time() - 600 + beat)
+    assert sweep(study) == [silent.number]
+    now[0] += 0.9 * leases.LEASE_S
+    assert sweep(study) == []
+
+
+def test_a_lease_of_an_older_vitnas_is_read(tmp_path: Path) -> None:
+    study = start(tmp_path / "j")
+    trial = ask(study)
+    known = {name: trial.user_attrs["lease"][name] for name in ("host", "pid", "started", "expires")}
+    trial.set_user_attr("lease", known | {"host": "elsewhere"})
+    assert sweep(study) == []
+    trial.set_user_attr("lease", known | {"pid": dead_pid()})
+    assert sweep(study) == [0]
+    start(tmp_path / "j")
+
+
+@pytest.mark.parametrize("host", ["here", "elsewhere"])
+def test_a_worker_of_another_version_is_refused_while_others_work(tmp_path: Path, host: str) -> None:
+    study = start(tmp_path / "j")
+    trial = ask(study)
+    there = {"host": "elsewhere", "pid": dead_pid()} if host == "elsewhere" else {}
+    put_lease(study, trial, version="0.0.9 (code 12345678)", **there)
+    with pytest.raises(
+        UserError, match=r"^vitnas 0\.0\.9 \(code 12345678\) works at .* \(code [0-9a-f]{8}\): "
+    ) as refused:
+        start(tmp_path / "j")
+    assert version() in str(refused.value)
+    put_lease(study, trial, expires=0, pid=dead_pid())
+    start(tmp_path / "j")
+
+
+def test_a_lease_that_was_given_up_is_not_taken_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer, "BEAT_S", 0.001)
+    study = start(tmp_path / "j")
+    handed_over, taken = ask(study), ask(study)
+    for trial, held in ((handed_over, None), (taken, taken.user_attrs["lease"] | {"pid": dead_pid()})):
+        trial.set_user_attr("lease", held)
+        with heartbeat(trial):
+            deadline = time.monotonic() + 60
+            while any(thread.name == "heartbeat" for thread in threading.enumerate()):
+                assert time.monotonic() < deadline
+        assert study.trials[trial.number].user_attrs["lease"] == held
 
 
 def test_trial_without_parameters_yet_is_failed_and_neither_retried_nor_counted(tmp_path: Path) -> None:
@@ -334,7 +392,8 @@ def test_trial_is_leased_while_it_is_measured(tmp_path: Path, monkeypatch: pytes
     def measure_and_tell(*_: Any) -> bool:
         return all(beats.acquire(timeout=60) for _ in range(3))
 
-    monkeypatch.setattr(layer, "lease", lambda *_: beats.release())
+    extend = layer.lease
+    monkeypatch.setattr(layer, "lease", lambda trial: (extend(trial), beats.release()))
     monkeypatch.setattr(search_trial, "suggest", lambda *_: None)
     runner, run = search_trial.TrialRunner(SimpleNamespace(settings=Settings()), study, None), SearchLog("now")
     monkeypatch.setattr(runner, "_measure_and_tell", measure_and_tell)
