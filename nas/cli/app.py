@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from nas.cli import bench, dashboard, evaluate, export, models, predict, prune, push, runs, search, show, train
+from nas.cli import bench, dashboard, evaluate, export, models, predict, prune, push, runs, search, show, storage, train
 from nas.cli.options import command_line, log
 from nas.errors import DiskFull, UserError
 
@@ -31,6 +31,7 @@ app = typer.Typer(
 
 for verb in (search, runs, models, show, bench, prune, train, evaluate, export, predict, push, dashboard):
     app.add_typer(verb.app)
+app.add_typer(storage.app, name="storage")
 
 VERSIONS = ("vitnas", "torch", "onnxruntime", "optuna")
 

@@ -1,8 +1,10 @@
-"""The URL of a study's database, and how it is connected to."""
+"""The URL of a study's database or of a proxy of one, and how it is connected to."""
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import urlsplit
 
 from nas.errors import UserError
 from nas.text import mask_url
@@ -22,6 +24,10 @@ EXCLUSIVE_SQL = {
     "mysql": [f"SELECT GET_LOCK('vitnas', {EXCLUSIVE_TIMEOUT_S})"],
 }
 """Statements that take the lock, by database. The connection holds it, so it ends with its process."""
+
+
+SCHEME, PORT = "grpc://", 13000
+"""Of a proxy's URL, and the port where none is given."""
 
 
 def engine_of(storage: BaseStorage) -> sqlalchemy.Engine:
@@ -81,3 +87,40 @@ def engine_options(url: sqlalchemy.URL) -> dict[str, Any]:
     if url.get_backend_name() == "sqlite":
         return {"connect_args": {"timeout": 60}}  # Optuna's default loses to "database is locked"
     return {"connect_args": {"connect_timeout": CONNECT_TIMEOUT_S}, "pool_pre_ping": True}
+
+
+def is_proxy(storage: object) -> bool:
+    """Whether it is the URL of a proxy."""
+    return str(storage).startswith(SCHEME)
+
+
+def proxy_address(url: str) -> tuple[str, int]:
+    """Host and port of a proxy's URL.
+
+    Raises:
+        UserError: it cannot be read; the message repeats no part of a password.
+    """
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, PORT if parts.port is None else parts.port
+    except ValueError:
+        host, port = None, 0
+    if not host or not port or "@" in parts.netloc or parts.path.strip("/") or parts.query or parts.fragment:
+        raise UserError(f"cannot read the storage URL {mask_url(url)}: it should look like {SCHEME}HOST:{PORT}")
+    return host, port
+
+
+def joined(host: str, port: int) -> str:
+    """host:port, an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def need_grpc(what: str) -> None:
+    """Raises: UserError: gRPC's packages are not installed, which `what` needs."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # it would tell each lost connection in a paragraph
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # no process that is forked off talks to the server
+    try:
+        import google.protobuf  # noqa: F401
+        import grpc  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"no driver for {what}: {error}: pip install '.[grpc]'") from None

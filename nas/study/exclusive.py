@@ -8,9 +8,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from nas.errors import UserError
-from nas.study.database import EXCLUSIVE_SQL, EXCLUSIVE_TIMEOUT_S, engine_of, engine_options, sql_url
+from nas.study.database import (
+    EXCLUSIVE_SQL,
+    EXCLUSIVE_TIMEOUT_S,
+    engine_of,
+    engine_options,
+    is_proxy,
+    need_grpc,
+    proxy_address,
+    sql_url,
+)
 from nas.study.errors import file_error
 from nas.study.journal import Journal, journal_path
+from nas.study.samplers import quiet_optuna
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,23 +28,37 @@ if TYPE_CHECKING:
     import sqlalchemy
     from optuna.storages import BaseStorage
 
+    from nas.study.proxy import Proxy
+
 
 @contextmanager
 def exclusive(storage: str | Path | BaseStorage) -> Iterator[sqlalchemy.Connection | None]:
     """Hold the lock of a storage, which one process at a time has.
 
-    The kernel, or the database server, releases it when its holder dies.
+    The kernel, or the server, releases it when its holder dies.
 
     Args:
         storage: where it is, or what `open_storage` opened there.
 
     Yields:
-        The connection that holds the lock, for a server; else None.
+        The connection that holds the lock, for a database's server; else None.
 
     Raises:
         UserError: the path or URL cannot be used, or another process holds the lock for EXCLUSIVE_TIMEOUT_S.
         SQLAlchemyError: what a server says of either (see `storage_errors`).
     """
+    if is_proxy(storage):
+        proxy = open_proxy(str(storage))
+        try:
+            with proxy.hold():
+                yield None
+        finally:
+            proxy.close()
+        return
+    if hold := getattr(storage, "hold", None):  # a `Proxy`
+        with hold():
+            yield None
+        return
     guard = _guard(storage)
     if isinstance(guard, Path):
         import filelock
@@ -78,3 +102,17 @@ def _guard(storage: str | Path | BaseStorage) -> Path | sqlalchemy.Engine:
     else:
         engine = engine_of(storage)
     return Path(str(engine.url.database)).absolute() if engine.dialect.name == "sqlite" else engine
+
+
+def open_proxy(url: str) -> Proxy:
+    """The client of the server at grpc://HOST:PORT, which is not asked yet.
+
+    Raises:
+        UserError: a URL that cannot be read, or gRPC's packages are not installed.
+    """
+    proxy_address(url)
+    need_grpc(url)
+    quiet_optuna()
+    from nas.study.proxy import Proxy
+
+    return Proxy(url)

@@ -1,20 +1,21 @@
-"""A database's storage whose calls wait for a lost server."""
+"""A storage behind a server, a database or a proxy of one, whose calls wait for a lost server."""
 
 from __future__ import annotations
 
 import threading
 import time
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from nas.files import tell
-from nas.study.database import engine_of
+from nas.study.database import engine_of, is_proxy
 from nas.study.errors import driver_reason
 from nas.study.exclusive import exclusive
 from nas.text import mask_url
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from optuna.storages import BaseStorage
     from optuna.trial import TrialState
@@ -22,13 +23,13 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 PATIENCE_S = 600
-"""How long a lost database is waited for."""
+"""How long a lost server is waited for."""
 PAUSES_S = (0.2, 5.0)
 """Seconds between attempts: the first pause, and the longest."""
 
 
 class PatientStorage:
-    """A database's storage whose calls wait for a lost server, PATIENCE_S at most; told as it goes and as it is back.
+    """A server's storage whose calls wait for a lost server, PATIENCE_S at most; told as it goes and as it is back.
 
     An answer may be lost after the server has acted on it, so that each call must bear to be made twice: attributes
     and parameters are then stored again, whether a trial was told is looked up, and trials are made in `alone` only.
@@ -36,12 +37,14 @@ class PatientStorage:
     """
 
     def __init__(self, storage: BaseStorage, url: str) -> None:
-        import sqlalchemy
-
         self._storage, self._url = storage, url
+        self._server = "storage proxy" if is_proxy(url) else "database"
         self._alone: int | None = None
         self._gave_up = False
-        sqlalchemy.event.listen(engine_of(storage), "checkout", self._keep_connection)
+        if not is_proxy(url):
+            import sqlalchemy
+
+            sqlalchemy.event.listen(engine_of(storage), "checkout", self._keep_connection)
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._storage, name)
@@ -79,7 +82,7 @@ class PatientStorage:
         self._gave_up = True
         lost, pause = time.monotonic(), PAUSES_S[0]
         tell(
-            f"the database {mask_url(self._url)} is away ({driver_reason(error, self._url)}): it is waited for, "
+            f"the {self._server} {mask_url(self._url)} is away ({driver_reason(error, self._url)}): it is waited for, "
             f"{PATIENCE_S / 60:g} minutes at most"
         )
         while time.monotonic() + pause < lost + PATIENCE_S:
@@ -93,22 +96,31 @@ class PatientStorage:
                 error = again
             else:
                 self._gave_up = False
-                tell(f"the database is back after {time.monotonic() - lost:.0f} s")
+                tell(f"the {self._server} is back after {time.monotonic() - lost:.0f} s")
                 return result
         raise error
 
     def decide(self, action: Callable[[], T]) -> T:
-        """The result of `action`, whose calls all use the connection that holds the lock: they end with it."""
-        sessions = cast(Any, self._storage)._backend.scoped_session
+        """The result of `action`, called in `holding`."""
+        with self.holding():
+            return action()
+
+    @contextmanager
+    def holding(self) -> Iterator[None]:
+        """Hold the storage's lock. The calls that this thread makes meanwhile end with it: on a database, they all use
+        the connection that holds it."""
         with exclusive(self._storage) as connection:
-            sessions.remove()
-            sessions(bind=connection)
+            sessions = None if connection is None else cast(Any, self._storage)._backend.scoped_session
+            if sessions is not None:
+                sessions.remove()
+                sessions(bind=connection)
             self._alone = threading.get_ident()
             try:
-                return action()
+                yield
             finally:
                 self._alone = None
-                sessions.remove()
+                if sessions is not None:
+                    sessions.remove()
 
     def _keep_connection(self, *_: Any) -> None:
         if self._alone == threading.get_ident():
@@ -116,7 +128,7 @@ class PatientStorage:
 
 
 def database_errors() -> tuple[type[Exception], ...]:
-    """The errors of a database's storage."""
+    """The errors of a server's storage."""
     from optuna.exceptions import StorageInternalError
     from sqlalchemy.exc import SQLAlchemyError
 

@@ -1,4 +1,5 @@
-"""Where a study is kept: a journal file (one machine) or a database behind a URL (several machines).
+"""Where a study is kept: a journal file (one machine), a database behind a URL (several machines), or either behind a
+proxy (`serve`, hundreds of workers).
 
 Optuna's storages are used as they are, plus what a search that may be killed at any moment needs: a journal that
 survives a torn last line and interrupts (`journal`), decisions that one process at a time takes (`alone`), a database
@@ -8,13 +9,14 @@ that goes away and comes back (`patient`), and errors in one line without the UR
 from __future__ import annotations
 
 import shlex
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from nas.errors import UserError
-from nas.study.database import engine_options, holds_studies, sql_url
+from nas.study.database import engine_options, holds_studies, is_proxy, sql_url
 from nas.study.errors import file_error, storage_errors
-from nas.study.exclusive import exclusive
+from nas.study.exclusive import exclusive, open_proxy
 from nas.study.journal import Journal, UninterruptedLock, journal_path
 from nas.study.patient import PatientStorage
 from nas.study.samplers import quiet_optuna
@@ -22,7 +24,7 @@ from nas.text import mask_url
 
 if TYPE_CHECKING:
     from _thread import LockType
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from optuna.storages import BaseStorage
     from optuna.storages.journal import BaseJournalBackend
@@ -31,7 +33,7 @@ T = TypeVar("T")
 
 
 def open_storage(storage: str | Path, read_only: bool = False) -> BaseStorage:
-    """Open the journal file or database at `storage`.
+    """Open the journal file, database or proxy at `storage`.
 
     Args:
         read_only: for the dashboard: nothing is created or repaired, and a database comes without the cache that hides
@@ -44,7 +46,7 @@ def open_storage(storage: str | Path, read_only: bool = False) -> BaseStorage:
     if "://" not in str(storage):
         return _open_journal(journal_path(storage), read_only)
     with storage_errors(storage):
-        return _open_database(str(storage), read_only)
+        return (_open_proxy if is_proxy(storage) else _open_database)(str(storage), read_only)
 
 
 def _open_journal(path: Path, read_only: bool) -> BaseStorage:
@@ -64,6 +66,13 @@ def _open_journal(path: Path, read_only: bool) -> BaseStorage:
         raise file_error(path, error) from error
     except (ValueError, KeyError, TypeError, AssertionError) as error:
         raise UserError(f"the study journal {path} is damaged: {error!r}") from error
+
+
+def _open_proxy(storage: str, read_only: bool) -> BaseStorage:
+    proxy = open_proxy(storage)
+    with suppress(KeyError):  # the server is there
+        proxy.get_study_id_from_name("")
+    return proxy if read_only else cast("BaseStorage", PatientStorage(proxy, storage))
 
 
 def _open_database(storage: str, read_only: bool) -> BaseStorage:
@@ -92,10 +101,17 @@ def _open_database(storage: str, read_only: bool) -> BaseStorage:
 def alone(storage: BaseStorage, decide: Callable[[], T]) -> T:
     """Call `decide` while no other process of this storage decides (see `exclusive`); returns its result.
 
-    A lost database takes the lock with it: `decide` is then called again, and reads again.
+    A lost server takes the lock with it: `decide` is then called again, and reads again.
     """
     if isinstance(patient := cast(Any, storage), PatientStorage):
         result: T = patient.wait(patient.decide, decide)
         return result
     with exclusive(storage):
         return decide()
+
+
+@contextmanager
+def holding(storage: BaseStorage) -> Iterator[None]:
+    """Hold the lock of a storage for the calls that this thread makes, which end with it."""
+    with storage.holding() if isinstance(storage, PatientStorage) else exclusive(storage):
+        yield

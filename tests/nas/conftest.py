@@ -3,16 +3,20 @@ why."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import errno
 import functools
 import logging
 import os
 import pwd
+import queue
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -48,6 +52,35 @@ def _own_locks(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["VITNAS_LOCKS"] = str(tmp_path_factory.mktemp("locks"))
 
 
+@contextlib.contextmanager
+def proxy_of(storage: str | Path, port: int = 0) -> Iterator[str]:
+    """The URL of a proxy that serves a storage in a thread of this process."""
+    pytest.importorskip("grpc", reason="grpcio is missing: proxies not tested")
+    from nas.study.serve import serve_until
+
+    started: queue.SimpleQueue[tuple[int, asyncio.AbstractEventLoop, asyncio.Event]] = queue.SimpleQueue()
+
+    async def serve() -> None:
+        ended = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        await serve_until(ended, storage, "127.0.0.1", port, lambda port: started.put((port, loop, ended)))
+
+    thread = threading.Thread(target=asyncio.run, args=[serve()], daemon=True)
+    thread.start()
+    listens, loop, ended = started.get(timeout=60)
+    try:
+        yield f"grpc://127.0.0.1:{listens}"
+    finally:
+        loop.call_soon_threadsafe(ended.set)
+        thread.join(60)
+
+
+@pytest.fixture
+def proxied() -> Callable[..., contextlib.AbstractContextManager[str]]:
+    """`proxy_of`."""
+    return proxy_of
+
+
 @pytest.fixture
 def ended() -> int:
     """The number of a process that is no more."""
@@ -56,12 +89,16 @@ def ended() -> int:
     return process.pid
 
 
-@pytest.fixture(params=["journal", "postgres"])
-def storage(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+@pytest.fixture(params=["journal", "postgres", "grpc"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """A fresh storage of each kind that several processes may share."""
     if request.param == "journal":
-        return str(tmp_path / "study.journal")
-    return request.getfixturevalue("postgres_url")
+        yield str(tmp_path / "study.journal")
+    elif request.param == "grpc":
+        with proxy_of(tmp_path / "study.journal") as url:
+            yield url
+    else:
+        yield request.getfixturevalue("postgres_url")
 
 
 SSHD = """

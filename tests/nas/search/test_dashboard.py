@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from wsgiref.util import setup_testing_defaults
@@ -48,13 +49,17 @@ def get(app: Any, path: str) -> tuple[str, bytes]:
     return answer[0], body
 
 
-@pytest.fixture(params=["journal", "sqlite", "postgres"])
-def any_storage(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+@pytest.fixture(params=["journal", "sqlite", "postgres", "grpc"])
+def any_storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     if request.param == "journal":
-        return str(tmp_path / "study.journal")
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/study.db"
-    return request.getfixturevalue("postgres_url")
+        yield str(tmp_path / "study.journal")
+    elif request.param == "sqlite":
+        yield f"sqlite:///{tmp_path}/study.db"
+    elif request.param == "grpc":
+        with request.getfixturevalue("proxied")(tmp_path / "study.journal") as url:
+            yield url
+    else:
+        yield request.getfixturevalue("postgres_url")
 
 
 def test_lists_the_study_and_every_trials_constraint(any_storage: str) -> None:

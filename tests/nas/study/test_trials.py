@@ -514,11 +514,11 @@ def test_a_trial_that_is_handed_over_is_claimed_once_and_told_by_who_claims_it(s
 study = start()
 wait_for_all(3)
 trial = claim(study)
-print(trial.number, trial.user_attrs["measured"]["latency_ms"], *trial.params.values())
+print(trial.number, trial.user_attrs["measured"]["latency_ms"], *map(trial.params.get, CHOICES))
 finish(study, trial, 70.0, 500.0, -0.1, {})
 """
     told = outputs(3, body, storage, barrier(tmp_path))
-    expected = {(str(t.number), "1.5", *map(str, t.params.values())) for t in trials[:3]}
+    expected = {(str(t.number), "1.5", *(str(t.params[name]) for name in CHOICES)) for t in trials[:3]}
     assert {tuple(out) for out in told} == expected, "the oldest, each once, with its parameters"
     assert [t.state.name for t in study.trials] == ["RUNNING", *3 * ["COMPLETE"], "RUNNING"]
     assert [t.number for t in in_training(study)] == [4]
