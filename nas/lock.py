@@ -3,7 +3,8 @@
 Each kind of device has two locks, files in a folder that all users share: a gate and the device itself. A process that
 measures takes the gate, then the device, and keeps both. Trainings and other long computations share the devices.
 Before each batch they check the gates; where one is closed they release the devices until it opens. So a measurement
-waits for one batch at most, and a training waits only while something is measured.
+waits for one batch at most, and a training waits only while something is measured. Of the processes that train on a
+GPU, one has it at a time (`training_alone`).
 
 The environment variable VITNAS_LOCKS names another folder for the locks.
 """
@@ -122,6 +123,33 @@ class DeviceLock:
         self._device.release()
         self._gate.release()
         self._through = False
+
+
+_alone: set[str] = set()
+"""Devices that this process has for its trainings."""
+
+
+@contextlib.contextmanager
+def training_alone(device: str) -> Iterator[None]:
+    """Have a device for this process's trainings, one process at a time; a wait is told once.
+
+    It keeps no measurement waiting: those go by other locks (`in_turn`), whose holders do not wait for this one.
+
+    device: a name that is the same in all processes, a GPU's UUID.
+    """
+    if device in _alone:  # taken by the caller's caller
+        yield
+        return
+    lock = ProcessLock(f"vitnas-train-{device}.lock")
+    if not lock.acquire(PATIENCE_S):
+        tell_once(f"waiting for another vitnas process that trains on {device}")
+        lock.acquire(math.inf)
+    _alone.add(device)
+    try:
+        yield
+    finally:
+        _alone.remove(device)
+        lock.release()
 
 
 def in_turn(items: Iterable[T]) -> Iterator[T]:

@@ -53,13 +53,14 @@ def prune(
     Raises:
         UserError: anything that the user can put right.
     """
+    from nas.training.device import alone_on
     from pruning.allocation import BudgetError
     from pruning.importance import ImportanceError
     from search_spaces import ArchError
 
     request.check()
     try:
-        with job_folder(request.folder):
+        with job_folder(request.folder), alone_on(compute_device(request.settings)):
             if request.model.startswith(TIMM):
                 return prune_outside(request, command, say, progress)
             return Pruning(request, command, say, progress).run()

@@ -83,7 +83,8 @@ class Parents:
                 raise TrainingError(f"its parent {name}: {self.uncut[key]}")
             check_weights(name, resolution, published, self.trainer)
             try:
-                self._tuned[key] = self._open(name, resolution, published)
+                with self.trainer.alone():
+                    self._tuned[key] = self._open(name, resolution, published)
             except FAULTS as error:
                 if is_full(error):
                     raise

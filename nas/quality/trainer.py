@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -70,7 +71,7 @@ class CandidateTrainer:
     seed: int
     """Of the split, of samples and of trainings."""
     device: str
-    """Where networks train: "cpu" or "cuda"."""
+    """Where networks train: "cpu", "cuda" or "cuda:1"."""
     folder: Path
     """Where unfinished trainings are kept."""
     results: Callable[[], Sequence[TrainedNetwork]]
@@ -149,6 +150,12 @@ class CandidateTrainer:
     def plain(self, images: Images, resolution: int, pixels: Pixels) -> Images:
         """Images as they are, without augmentation."""
         return images.transformed(self.data.at(resolution, pixels=pixels).calibration.transform)
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Have a GPU that it trains on for this process; see `nas.training.device.alone_on`."""
+        from nas.training.device import alone_on
+
+        return alone_on(self.device)
 
     def judge(self, network: nn.Module, images: Images) -> Accuracy:
         """Accuracy on images, in order."""

@@ -374,11 +374,11 @@ def tried_in(study: optuna.Study) -> list[Tried]:
     found = []
     for trial in study.get_trials(deepcopy=False):
         failed = trial.state == TrialState.FAIL
-        measured = Measured.of(trial) if "detail" in trial.user_attrs else None
         try:
+            measured = Measured.of(trial)
             if GIVEN in trial.user_attrs:
                 found.append(Tried(Candidate.from_json(trial.user_attrs[GIVEN]), measured, failed))
-            elif measured is not None:
+            elif measured is not None and "detail" in trial.user_attrs:
                 found.append(Tried(candidate_of(trial_of(trial)), measured, failed))
         except (ValueError, UserError):  # of another worker's timm: it cannot be offered here either
             continue

@@ -23,7 +23,8 @@ from nas.search.folder import TRAINING_INPUTS, make_folder, quality_in, training
 from nas.search.log import Clock, SearchLog
 from nas.search.published import begun_by_an_older, enqueue_published
 from nas.search.request import default_study, storage_of
-from nas.search.trial import Stage, TrialRunner, open_cache
+from nas.search.trial import TrialRunner, open_cache
+from nas.search.trial_training import Stage
 
 if TYPE_CHECKING:
     import optuna

@@ -23,7 +23,9 @@ from nas.quality.surrogate import DESCRIBED, LEAST, Surrogate, TrainedNetwork, d
 from nas.search.needs import CHANCE, Need, Needs
 from nas.search.sampling import SpaceSampler, log_improvement
 from nas.search.seen import Point
+from nas.search.trial_training import MeasuredNetwork
 from nas.search.variations import varied
+from nas.study.trials import MEASURED
 from search_spaces.registry import FAMILIES
 from search_spaces.space import random_params
 
@@ -63,13 +65,16 @@ class Measured:
     @classmethod
     def all_of(cls, study: optuna.Study) -> list[Self]:
         """Every measured trial of a study, in order."""
-        trials = study.get_trials(deepcopy=False)
-        return [cls.of(trial) for trial in trials if "detail" in trial.user_attrs]
+        found = map(cls.of, study.get_trials(deepcopy=False))
+        return [each for each in found if each is not None]
 
     @classmethod
-    def of(cls, trial: FrozenTrial) -> Self:
-        detail = trial.user_attrs["detail"]
+    def of(cls, trial: FrozenTrial) -> Self | None:
+        """What a trial measured, whether or not its training has ended; None before it is measured."""
         levels = dict(trial.params)
+        if "detail" not in trial.user_attrs:
+            return cls._in_training(trial, levels)
+        detail = trial.user_attrs["detail"]
         return cls(
             family=levels.pop("family", "") or trial.user_attrs["family"],
             levels=levels,
@@ -79,6 +84,22 @@ class Measured:
             feasible=bool(trial.user_attrs["feasible"]),
             memory_mb=detail.get("memory_mb"),
             file_mb=detail.get("file_mb"),
+        )
+
+    @classmethod
+    def _in_training(cls, trial: FrozenTrial, levels: dict[str, Any]) -> Self | None:
+        if MEASURED not in trial.user_attrs or trial.state.is_finished():
+            return None
+        found = MeasuredNetwork.from_json(trial.user_attrs[MEASURED])
+        return cls(
+            family=levels.pop("family", "") or found.candidate.network.family,
+            levels=levels,
+            digest=found.candidate.key,
+            features=found.features,
+            latency_ms=found.latency.latency_ms,
+            feasible=True,
+            memory_mb=found.latency.memory_mb,
+            file_mb=found.latency.file_mb,
         )
 
 

@@ -1,22 +1,20 @@
 """One trial: ask the study for a network, export it, measure it, estimate its quality, tell the study.
 
-A trial that cannot be built, exported or measured is a failed trial with its reason. On a CPU, the measured device also
-runs the search, so a worker holds the device's lock for a whole trial except its training, which yields to what is
-timed (`nas.lock`).
+A trial that cannot be built, exported or measured is a failed trial with its reason. Its first step, until it is
+measured, holds the lock of the measured device. The second, its training (`nas.search.trial_training`), is made here
+without that lock, or by a worker that this one hands the trial over to. A network over the budget has no second step.
 """
 
 from __future__ import annotations
 
-import json
-import logging
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from nas.errors import FAULTS, DiskFull, UserError, is_full, reason
+from nas.errors import DiskFull, UserError, is_full, reason
 from nas.export.artifact import Exporter
 from nas.files import scratch
 from nas.measure.cache import REFERENCE
@@ -25,44 +23,28 @@ from nas.measure.remote import LinkLost
 from nas.measure.samples import SEARCH_PRECISION, MeasureError, is_decided, quanta, quanta_line
 from nas.process import WorkerError
 from nas.quality.candidate import Candidate, Kind
-from nas.search.contest import RACE
-from nas.search.given import GIVEN, origin, parameters_of
+from nas.search.given import GIVEN, parameters_of
 from nas.search.latency import TrialLatency
 from nas.search.log import Clock, keep_samples
-from nas.search.rows import INTERRUPTED
+from nas.search.trial_training import LEASE_EXPIRED, MeasuredNetwork, Stage, TrainStep, judge, telling
 
 if TYPE_CHECKING:
     import numpy as np
     import optuna
 
-    from nas.measure.budget import Limits
     from nas.measure.cache import Cache
     from nas.measure.protocol import Measurer
     from nas.measure.remote import RemoteMeasurer
     from nas.measure.samples import Measurement
-    from nas.networks.counts import Counts
     from nas.networks.timm_network import TimmNetwork
-    from nas.quality.tier import Estimate, Tier
+    from nas.quality.tier import Tier
     from nas.search.log import SearchLog
     from nas.search.request import SearchRequest
     from search_spaces import Arch
 
-logger = logging.getLogger(__name__)
 PROBES, PROBE_PAUSE_S = 4, 2.0
 """How often the reference network is measured, and the pause between, before a busy machine is refused."""
 T = TypeVar("T")
-LEASE_EXPIRED = "trial {}: its lease expired; another worker retried it, so this result was dropped"
-
-
-@dataclass
-class Stage:
-    """Tells a display what goes on (what, done, total), and in which trial."""
-
-    tell: Callable[[str, int, int], None]
-    trial: int | None = None
-
-    def __call__(self, what: str, done: int = 0, total: int = 0) -> None:
-        self.tell(what if self.trial is None else f"trial {self.trial}: {what}", done, total)
 
 
 class TrialRunner:
@@ -82,9 +64,12 @@ class TrialRunner:
         cache: Cache | None = None,
         calibration: np.ndarray | None = None,
         stage: Stage | None = None,
+        hands_over: bool = False,
     ) -> None:
+        """hands_over: other workers train what is measured."""
         self.request, self.study, self.tier, self.cache = request, study, tier, cache
         self.stage = stage or Stage(lambda *_: None)
+        self.training = None if hands_over else TrainStep(request, study, tier, self.stage)
         self._calibration = calibration
         self.notes: list[str] = []
         self._stack = ExitStack()
@@ -139,59 +124,29 @@ class TrialRunner:
             UserError: what ends the search: a full disk, or a connection that does not come back. The trial is retried.
             KeyboardInterrupt: the trial is retried by the next run of the command.
         """
-        from optuna.exceptions import UpdateFinishedTrialError
-
-        from nas.study.trials import ask, fail, heartbeat
+        from nas.study.trials import MEASURED, ask, hand_over, heartbeat
 
         clock, self.notes = Clock(log.phases), log.notes
-        with ExitStack() as leased, ExitStack() as device:
+        with ExitStack() as device:
             device.enter_context(device_lock(self.request.settings.device))
             clock.lap("waiting for the device")
             trial = ask(self.study, enqueue_one)
             clock.lap("sampler")
-            self.stage.trial = trial.number
-            leased.callback(setattr, self.stage, "trial", None)
-            try:
-                leased.enter_context(heartbeat(trial))
-                clock.lap("storage")
-                candidate = suggest(trial, self.request, self.tier)
-                clock.lap("sampler")
-                if not self._measure_and_tell(trial, candidate, clock, device.close):
-                    log.notes.append(LEASE_EXPIRED.format(trial.number))
-            except LinkLost as error:
-                clock.lap("timed runs")
-                again = "retry_of" not in trial.user_attrs
-                fail(self.study, trial, str(error), retry=again)
-                log.notes.append(f"trial {trial.number}: {error}" + "; its parameters were tried again" * again)
-            except UpdateFinishedTrialError:
-                log.notes.append(LEASE_EXPIRED.format(trial.number))
-            except FAULTS as error:
-                clock.lap("timed runs" if isinstance(error, MeasureError) else "build and export")
-                try:
-                    self._fail(trial, error)
-                finally:
+            with self.stage.of(trial.number), telling(self.request, self.study, trial, log, clock):
+                with heartbeat(trial):
                     clock.lap("storage")
-            except KeyboardInterrupt:
-                fail(self.study, trial, INTERRUPTED, retry=True)
-                raise
-
-    def _fail(self, trial: optuna.Trial, error: BaseException) -> None:
-        """Tell the study that a trial failed; raise what ends the search, whose trial is then retried."""
-        from nas.study.trials import fail
-
-        logger.debug("trial %d failed", trial.number, exc_info=True)
-        full = is_full(error)
-        ends = full or isinstance(error, UserError)  # a full disk, a connection that does not come back
-        fail(self.study, trial, reason(error), retry=ends)
-        if full and not isinstance(error, DiskFull):
-            raise DiskFull(self.request.folder, error=error) from error
-        if ends:
-            raise error
+                    candidate = suggest(trial, self.request, self.tier)
+                    clock.lap("sampler")
+                    if not self._measure_and_tell(trial, candidate, clock, device.close):
+                        log.notes.append(LEASE_EXPIRED.format(trial.number))
+                if self.training is None and MEASURED in trial.user_attrs:
+                    hand_over(trial)
+                    clock.lap("storage")
 
     def _measure_and_tell(
         self, trial: optuna.Trial, candidate: Candidate, clock: Clock, leave_device: Callable[[], None]
     ) -> bool:
-        """Measure a network, estimate its quality and tell the study.
+        """Measure a network; where it is to be trained, do so or keep what was measured for others; tell the study.
 
         Args:
             leave_device: called before a training.
@@ -199,10 +154,8 @@ class TrialRunner:
         Returns:
             False if the trial's lease had expired and another worker finished it.
         """
-        from optuna.exceptions import UpdateFinishedTrialError
-
         from nas.networks.counts import counts_of
-        from nas.study.trials import fail, finish
+        from nas.study.trials import MEASURED, fail
 
         try:
             counts = counts_of(candidate.network)
@@ -214,34 +167,16 @@ class TrialRunner:
         latency = self._known(network.digest()) or self._latency(trial, network, clock)
         clock.lap("other")
         budget_ms = self.request.budget_ms
-        excess, limits = latency.excess(budget_ms), self.request.limits
-        may_fit = excess <= 0 or (candidate.kind == Kind.READY and latency.holds(budget_ms))
-        may_fit = may_fit and not latency.over(limits)
+        may_fit = latency.excess(budget_ms) <= 0 or (candidate.kind == Kind.READY and latency.holds(budget_ms))
+        may_fit = may_fit and not latency.over(self.request.limits)
         if self.tier.trained:  # a family's shared weights are trained for whatever comes first
             leave_device()
-        try:
-            estimate = (self.tier.estimate if may_fit else self.tier.predict)(candidate, counts)
-        except UpdateFinishedTrialError:
-            raise
-        except FAULTS as error:  # this network's alone: it is not retried
-            if is_full(error):
-                raise
-            clock.lap("training")
-            logger.debug("trial %d failed", trial.number, exc_info=True)
-            return fail(self.study, trial, reason(error))
-        clock.lap("training" if self.tier.trained else "estimate")
-        more = origin(candidate) if self.tier.name == RACE else {}
-        told = finish(
-            self.study,
-            trial,
-            quality=estimate.score,
-            throughput=latency.throughput,
-            constraint=excess,
-            attrs=attributes(candidate, counts, latency, estimate, budget_ms, limits) | more,
-            limits=limits.excess(latency.memory_mb, latency.file_mb),
-        )
+        if not (may_fit and self.tier.trained):
+            return judge(self.request, self.study, self.tier, trial, candidate, counts, latency, clock, trains=may_fit)
+        found = MeasuredNetwork.of(candidate, counts, latency)
+        trial.set_user_attr(MEASURED, found.to_json())
         clock.lap("storage")
-        return told
+        return self.training is None or self.training.train(trial, found, clock)
 
     def _known(self, digest: str) -> TrialLatency | None:
         """What an earlier trial of this study measured for the same network, by the same code."""
@@ -317,40 +252,6 @@ class TrialRunner:
         if not quanta(result):
             self._cached(lambda cache: cache.put(network, batch_size, result))
         return result
-
-
-def attributes(
-    candidate: Candidate,
-    counts: Counts,
-    latency: TrialLatency,
-    estimate: Estimate,
-    budget_ms: float,
-    limits: Limits,
-) -> dict[str, object]:
-    """The attributes of a measured trial in its study: columns of the dashboard, and the rest as its detail."""
-    from nas.measure.cache import code_digest
-
-    network, over = candidate.network, latency.over(limits)
-    document: object = json.loads(network.to_json())
-    return {
-        "family": network.family,
-        "latency_ms": latency.latency_ms,
-        "feasible": int(latency.excess(budget_ms) <= 0 and not over),
-        "budget_ms": budget_ms,
-        "params_m": counts.params / 1e6,
-        "macs_m": counts.macs / 1e6,
-        "resolution": network.resolution,
-        "arch": document,
-        "detail": {
-            "digest": network.digest(),
-            "key": candidate.key,
-            **estimate.to_dict(),
-            "training": estimate.training.to_json() if estimate.training else {},
-            "code": code_digest(),
-            **latency.to_json(),
-            **({"over": [*over]} if over else {}),
-        },
-    }
 
 
 def suggest(trial: optuna.Trial, request: SearchRequest, tier: Tier | None = None) -> Candidate:

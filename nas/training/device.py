@@ -1,10 +1,11 @@
-"""Batches on the device that trains or judges, and what PyTorch raises there."""
+"""The devices that train: which there are, batches on them, and what PyTorch raises there."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,9 +13,64 @@ from torch import distributed as dist
 
 from nas.data.batches import Batch
 from nas.errors import TrainingError, UserError
+from nas.lock import training_alone
 from nas.text import first_line
 
 OUT_OF_MEMORY = ("allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED", "std::bad_alloc")
+
+
+@dataclass(frozen=True)
+class TrainingDevice:
+    """Where a process may train."""
+
+    name: str
+    """As torch calls it here: "cpu", "cuda:0"."""
+    uuid: str = ""
+    """Of a GPU, the same whatever CUDA_VISIBLE_DEVICES says; "" of the CPU."""
+
+
+CPU = TrainingDevice("cpu")
+
+
+def visible_gpus() -> list[TrainingDevice]:
+    """The GPUs that this process may see, in CUDA's order."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return [TrainingDevice(f"cuda:{i}", f"GPU-{torch.cuda.get_device_properties(i).uuid}") for i in range(count)]
+
+
+def training_devices(names: Sequence[str] = ()) -> list[TrainingDevice]:
+    """Those that an option names: cpu, cuda (every GPU), cuda:1, or GPU-UUID; without names every GPU, or the CPU where
+    there is none.
+
+    Raises:
+        UserError: one that is not here, or is named twice.
+    """
+    gpus = visible_gpus()
+    if not names:
+        return gpus or [CPU]
+    found: list[TrainingDevice] = []
+    for name in names:
+        here = [CPU, *gpus] if name != "cuda" else gpus
+        those = [each for each in here if name in ("cuda", each.name, each.uuid)]
+        if not those:
+            able = ", ".join(each.name for each in gpus) or "no GPU"
+            raise UserError(f"--train-device {name!r}: this process sees {able}; give cpu, or cuda:N of these")
+        found += those
+    if len(set(found)) < len(found):
+        raise UserError(f"--train-device {','.join(names)} names a device twice")
+    return found
+
+
+def alone_on(device: str) -> AbstractContextManager[None]:
+    """Have a GPU for the trainings of this process: they take turns, as each fills its memory. On the CPU they share.
+
+    Args:
+        device: "cpu", "cuda" or "cuda:1".
+    """
+    kind, _, index = device.partition(":")
+    if kind == "cpu":
+        return nullcontext()
+    return training_alone(visible_gpus()[int(index or 0)].uuid)
 
 
 def to_stderr(line: str) -> None:

@@ -33,6 +33,17 @@ def ranks() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def together(device: str) -> list[str]:
+    """The devices of this machine whose locks this process takes: its own; of torchrun's processes the first takes
+    those of all, as two runs that each wait for a GPU of the other would wait for ever."""
+    if not dist.is_initialized():
+        return [device]
+    if int(os.environ["LOCAL_RANK"]):
+        return []
+    count = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    return [f"cuda:{i}" for i in range(count)] if device.startswith("cuda") else [device]
+
+
 @contextmanager
 def processes(device: str) -> Iterator[str]:
     """Join the processes that `torchrun` started, if it did; yields the device that this one trains on.

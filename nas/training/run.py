@@ -17,10 +17,11 @@ from nas.files import LOCK, folder_lock
 from nas.job import Job, Progress, Say
 from nas.training.begun import as_begun, defaults
 from nas.training.course import Course
+from nas.training.device import alone_on
 from nas.training.folder import WEIGHTS, Trained, TrainFolder
 from nas.training.inputs import digests_of, first_network, lend_oracle, open_inputs, open_teacher
 from nas.training.prepare import JUDGED_AT_ONCE, Preparation
-from nas.training.processes import agreed, processes, ranks
+from nas.training.processes import agreed, processes, ranks, together
 from nas.training.request import check_device
 from nas.training.result import LINEAR_PROBE, RESULT, Epoch, Final, TrainResult
 
@@ -65,6 +66,8 @@ def train(
     check_device(request.device)
     request = as_begun(request)
     with processes(request.device) as device, ExitStack() as locks:
+        for each in together(device):
+            locks.enter_context(alone_on(each))
         try:
             return TrainingRun(request, device, command, say, progress, locks, start).run()
         except ArchError as error:

@@ -4,6 +4,7 @@ import errno
 import os
 import stat
 import threading
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from nas import lock
 from nas.data import batches
 from nas.intervals import Interval
-from nas.lock import DeviceLock, ProcessLock, in_turn
+from nas.lock import DeviceLock, ProcessLock, in_turn, training_alone
 from nas.measure import device
 from nas.measure.budget import Limits
 from nas.measure.device import device_lock
@@ -19,6 +20,7 @@ from nas.quality.candidate import Candidate
 from nas.quality.tier import Estimate
 from nas.search.latency import TrialLatency
 from nas.search.trial import TrialRunner
+from nas.search.trial_training import TrainStep
 from search_spaces import get_arch
 
 PATIENT_S = 60
@@ -242,10 +244,39 @@ def test_a_search_leaves_the_device_before_it_trains(latency, monkeypatch):
 
     runner = object.__new__(TrialRunner)
     runner.request, runner.study = SimpleNamespace(budget_ms=2.0, limits=Limits()), None
-    runner.tier = SimpleNamespace(name="train", trained=True, estimate=train, predict=train)
+    trainer = SimpleNamespace(alone=nullcontext)
+    runner.tier = SimpleNamespace(name="train", trained=True, estimate=train, predict=train, trainer=trainer)
+    runner.training = TrainStep(runner.request, None, runner.tier, None)
     told = TrialLatency.read({"latency_ms": latency, "throughput": 1.0})
     monkeypatch.setattr(runner, "_known", lambda digest: told)
     monkeypatch.setattr("nas.study.trials.finish", lambda *_, **__: True)
     clock = SimpleNamespace(lap=lambda name: None)
-    assert runner._measure_and_tell(None, Candidate(get_arch("shvit_s1")), clock, lambda: left.append("left"))
+    trial = SimpleNamespace(set_user_attr=lambda *_: None)
+    assert runner._measure_and_tell(trial, Candidate(get_arch("shvit_s1")), clock, lambda: left.append("left"))
     assert left == ["left", "trained"], "over the budget too: shared weights may have to be trained first"
+
+
+def test_trainings_on_a_gpu_take_turns_and_keep_no_measurement_waiting(capsys, monkeypatch):
+    monkeypatch.setattr(lock, "PATIENCE_S", 0.05)
+    began, end = threading.Event(), threading.Event()
+
+    def another_process():
+        taken = ProcessLock("vitnas-train-GPU-a.lock")
+        assert taken.acquire(0)
+        began.set()
+        end.wait(PATIENT_S)
+        taken.release()
+
+    other = threading.Thread(target=another_process)
+    other.start()
+    assert began.wait(PATIENT_S)
+    with training_alone("GPU-b"), device_lock("cpu"):
+        pass
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(lock, "tell_once", lambda line: (end.set(), told.append(line)))
+    told = []
+    with training_alone("GPU-a"), training_alone("GPU-a"):
+        assert not ProcessLock("vitnas-train-GPU-a.lock").acquire(0)
+        other.join()
+    assert told == ["waiting for another vitnas process that trains on GPU-a"]
+    assert ProcessLock("vitnas-train-GPU-a.lock").acquire(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -218,7 +219,11 @@ def test_a_ready_network_that_may_meet_the_budget_is_in_the_race(
         return Estimate(50.0, Interval(48.0, 52.0), 49.0)
 
     tier = SimpleNamespace(
-        name="race", trained=True, estimate=lambda *_: judge("estimate"), predict=lambda *_: judge("predict")
+        name="race",
+        trained=True,
+        estimate=lambda *_: judge("estimate"),
+        predict=lambda *_: judge("predict"),
+        trainer=SimpleNamespace(alone=nullcontext),
     )
     runner = TrialRunner(SimpleNamespace(budget_ms=BUDGET_MS, limits=Limits()), study, tier)
     latency = TrialLatency(ms, ms, ms - 0.005, ms + 0.005, 100, 20, 1.0, 0.0, 1.0, "measured")
@@ -244,7 +249,11 @@ def test_a_network_over_a_limit_is_infeasible_and_not_trained(
         return Estimate(50.0, Interval(48.0, 52.0), 49.0)
 
     tier = SimpleNamespace(
-        name="race", trained=True, estimate=lambda *_: judge("estimate"), predict=lambda *_: judge("predict")
+        name="race",
+        trained=True,
+        estimate=lambda *_: judge("estimate"),
+        predict=lambda *_: judge("predict"),
+        trainer=SimpleNamespace(alone=nullcontext),
     )
     limits = Limits(memory_mb=64.0)
     runner = TrialRunner(SimpleNamespace(budget_ms=BUDGET_MS, limits=limits), study, tier)
