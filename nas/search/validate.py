@@ -99,6 +99,8 @@ def validate(
     the search has not trained them; of a race see `raced`. Full trainings have another seed, all training images but
     those that judge, and are judged by those.
     """
+    from nas.study.trials import alone_in
+
     plan = known(request.plan)
     wanted = plan.validate
     sizes = [known(row.macs_m) for row in rows if row.feasible]
@@ -122,16 +124,21 @@ def validate(
             note(f"a network of the validation could not be trained: {error}")
             row = {}
         study.set_user_attr(RUN + candidate.key, row)
-    found = ValidatedNetwork.all_of(study, plan.full_epochs)
+
+    def conclude() -> tuple[list[ValidatedNetwork], dict[str, Any] | None]:
+        found = ValidatedNetwork.all_of(study, plan.full_epochs)
+        if len(found) < LEAST_VALIDATED:
+            return found, None
+        ranks = taus(estimates_of(found), [row.top1 for row in found])
+        told = {name: each.to_json() for name, each in ranks.items()}
+        result = {"tier": tier.name, "networks": len(found), "tau": told, "selects": selects(ranks[GATE])}
+        study.set_user_attr(RESULT, result)
+        return found, result
+
+    found, result = alone_in(study, conclude)  # of all machines' networks: none may store what it read before another
     if len(found) < wanted:
         note(f"the validation found only {len(found)} of {wanted} networks of the budget's size")
-    if len(found) < LEAST_VALIDATED:
-        return None
-    ranks = taus(estimates_of(found), [row.top1 for row in found])
-    told = {name: each.to_json() for name, each in ranks.items()}
-    result = {"tier": tier.name, "networks": len(found), "tau": told, "selects": selects(ranks[GATE])}
-    study.set_user_attr(RESULT, result)
-    return Validation.from_json(result)
+    return None if result is None else Validation.from_json(result)
 
 
 def estimates_of(rows: Sequence[ValidatedNetwork]) -> dict[str, list[float]]:

@@ -1,14 +1,21 @@
 """What a validation of a race trains fully."""
 
 import json
+import threading
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+from optuna.samplers import RandomSampler
 from records import COMPLETE
 
 from nas.networks.counts import counts_of
 from nas.quality.candidate import Kind
-from nas.search.validate import raced
+from nas.search import validate as layer
+from nas.search.validate import RESULT, RUN, ValidatedNetwork, raced, validate
+from nas.study import storage as study_storage
+from nas.study.trials import open_study
 from search_spaces import get_arch
 
 
@@ -34,3 +41,40 @@ def test_a_race_is_validated_by_its_ready_networks_and_by_new_ones_cut_from_its_
     }
     assert all(5 <= counts_of(each.network).macs / 1e6 <= 9 for each in made)
     assert list(raced(request, rows[:2], 5.0, 9.0))[2:] == [], "no parent was tuned"
+
+
+def test_a_validation_is_of_every_machine_s_networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another machine trains one more while this one concludes: whichever stores last has read it."""
+    ours, others = (open_study("s", tmp_path / "j", {}, RandomSampler()) for _ in range(2))
+    for n in range(7):
+        row = ValidatedNetwork("shvit", n, n, 2, n, n, n, {"1": n}, n)
+        ours.set_user_attr(RUN + str(n), row.to_json())
+    request = SimpleNamespace(plan=SimpleNamespace(validate=7, full_epochs=2), seed=0, num_classes=5)
+    tier = SimpleNamespace(name="train", candidate_of=lambda _: None)
+    monkeypatch.setattr(layer, "draw", lambda *_: iter([None]))
+    rows = [replace(COMPLETE, macs_m=float(n), feasible=True) for n in (5, 9)]
+    taus, exclusive, waits = layer.taus, study_storage.exclusive, threading.Event()
+
+    def watched(storage):
+        if threading.current_thread() is other:
+            waits.set()
+        return exclusive(storage)
+
+    def conclude() -> None:
+        others.set_user_attr(RUN + "8", ValidatedNetwork("shvit", 8, 8, 2, 8, 8, 8, {"1": 8}, 8).to_json())
+        assert validate(request, others, tier, rows, pytest.fail)
+
+    other = threading.Thread(target=conclude)
+
+    def meanwhile(*given):
+        monkeypatch.setattr(layer, "taus", taus)
+        other.start()
+        while other.is_alive() and not waits.wait(0.01):
+            pass
+        return taus(*given)
+
+    monkeypatch.setattr(layer, "taus", meanwhile)
+    monkeypatch.setattr(study_storage, "exclusive", watched)
+    assert validate(request, ours, tier, rows, pytest.fail).networks == 7
+    other.join()
+    assert open_study("s", tmp_path / "j", {}, RandomSampler()).user_attrs[RESULT]["networks"] == 8
