@@ -179,7 +179,7 @@ class _Search:
             while due(study, request.trials, self.say, self._late) and not self._late():
                 started = time.perf_counter()
                 try:
-                    if not make_trial():
+                    if not (runner.training and runner.training.claimed(log)) and not make_trial():
                         break
                 finally:
                     log.trial_s.append(time.perf_counter() - started)

@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 import time
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
+from nas.errors import UserError
 from nas.study.patient import PATIENCE_S
 from nas.version import version
 
 BEAT_S = 30.0  # between two extensions of a lease
 LEASE_S = PATIENCE_S + 4 * BEAT_S  # no lease expires while its worker waits for a lost database
+LOOK_S = 2.0  # between two looks at others' leases
 CLOCKS_S = 3600.0  # by which two machines' clocks may differ
 
 _watched: dict[Hashable, tuple[float, float]] = {}
@@ -92,6 +96,36 @@ class Lease:
         if expires != self.expires:
             _watched[of] = self.expires, (since := now)
         return since + self.seconds - now
+
+
+@contextmanager
+def beating(extend: Callable[[], bool], every_s: float = BEAT_S) -> Iterator[None]:
+    """Call what extends a lease every so many seconds, in a thread, while the block runs, whatever it does.
+
+    extend: returns False where there is nothing to extend any more.
+    """
+    from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
+    from sqlalchemy.exc import SQLAlchemyError
+
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(every_s):
+            try:
+                if not extend():
+                    return
+            except UpdateFinishedTrialError:
+                return
+            except (UserError, SQLAlchemyError, StorageInternalError):  # the block's own calls meet and tell it
+                continue
+
+    thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(LOOK_S)  # a lost server may keep it longer
 
 
 def host() -> str:

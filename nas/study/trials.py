@@ -15,7 +15,6 @@ The first ``tell`` of a trial wins a race for it, by the order of Optuna's log o
 from __future__ import annotations
 
 import json
-import threading
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,7 +24,7 @@ from nas.errors import UserError
 from nas.identity import differences, older
 from nas.study.errors import storage_errors
 from nas.study.exclusive import exclusive
-from nas.study.leases import BEAT_S, LEASE_S, Lease
+from nas.study.leases import BEAT_S, LEASE_S, LOOK_S, Lease, beating
 from nas.study.storage import alone, open_storage
 from nas.text import mask_url
 from nas.version import version
@@ -40,7 +39,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 METRICS = ["quality", "throughput"]  # both maximised
 IDENTITY = "vitnas"  # the study attribute that holds the study's identity
-LOOK_S = 2.0  # between two looks at other machines' leases
 MEASURED = "measured"  # the attribute of a trial that is trained, or waits for that: what its training needs
 DEATHS = 3  # of a trial's training workers, after which it is failed: it may be what kills them
 
@@ -147,30 +145,16 @@ def ask(study: optuna.Study, enqueue_one: Callable[[], None] = lambda: None) -> 
 @contextmanager
 def heartbeat(trial: optuna.Trial) -> Iterator[None]:
     """Extend a trial's lease every BEAT_S, in a thread, while the block runs, whatever it does."""
-    from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
-    from sqlalchemy.exc import SQLAlchemyError
 
-    ended = threading.Event()
+    def extend() -> bool:
+        held = trial.storage.get_trial(trial._trial_id).user_attrs.get("lease")
+        if held is None or not Lease.read(held).is_mine():  # it was handed over, or taken for dead
+            return False
+        lease(trial)
+        return True
 
-    def beat() -> None:
-        while not ended.wait(BEAT_S):
-            try:
-                held = trial.storage.get_trial(trial._trial_id).user_attrs.get("lease")
-                if held is None or not Lease.read(held).is_mine():  # it was handed over, or taken for dead
-                    return
-                lease(trial)
-            except UpdateFinishedTrialError:
-                return
-            except (UserError, SQLAlchemyError, StorageInternalError):  # the block's own calls meet and tell it
-                continue
-
-    thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
-    thread.start()
-    try:
+    with beating(extend, BEAT_S):
         yield
-    finally:
-        ended.set()
-        thread.join(LOOK_S)  # a lost server may keep it longer
 
 
 def lease(trial: optuna.Trial, seconds: float = LEASE_S) -> None:
@@ -321,7 +305,7 @@ def remaining(study: optuna.Study, total: int) -> int:
 def due(
     study: optuna.Study, total: int, say: Callable[[str], None], expired: Callable[[], bool] = lambda: False
 ) -> int:
-    """How many more trials to start (see `remaining`), after a sweep.
+    """How many more trials to start (see `remaining`) or to train, after a sweep.
 
     Where there are none, wait until each worker on another machine has extended its lease, or until its lease expires:
     this process then retries its trial.
@@ -331,7 +315,7 @@ def due(
         expired: ends the wait.
     """
     sweep(study)
-    left = remaining(study, total)
+    left = _left(study, total)
     silent = {} if left else _elsewhere(study)
     if silent and not expired():
         minutes = max(held.left_s(number) for number, held in silent.items()) / 60
@@ -342,10 +326,14 @@ def due(
     while silent and not left and not expired():
         time.sleep(LOOK_S)
         sweep(study)
-        left = remaining(study, total)
+        left = _left(study, total)
         now = _elsewhere(study)
         silent = {number: held for number, held in silent.items() if now.get(number) == held}
     return left
+
+
+def _left(study: optuna.Study, total: int) -> int:
+    return remaining(study, total) + len(waiting_for_training(study))
 
 
 def enqueue(

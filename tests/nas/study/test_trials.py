@@ -510,6 +510,7 @@ def test_a_trial_that_is_handed_over_is_claimed_once_and_told_by_who_claims_it(s
     assert sweep(study) == []
     assert [t.number for t in waiting_for_training(study)] == [1, 2, 3, 4]
     assert remaining(study, 6) == 1
+    assert due(study, 6, lambda line: None) == 5, "one to start, four to train"
     body = """
 study = start()
 wait_for_all(3)

@@ -1,0 +1,143 @@
+"""What the processes of a study share besides its trials: who is at work, and trainings that one of them makes for all.
+
+Such a job is made once, by whichever process takes it first. Each of its attributes has a key of its own and one
+process at a time that writes it: `TASK`, by who wants it done; `HELD`, the lease of who does it; `RESULT`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from nas.errors import TrainingError
+from nas.study.leases import Lease, beating, host
+from nas.study.trials import alone_in
+
+if TYPE_CHECKING:
+    import optuna
+    from pydantic import JsonValue
+
+TASK, HELD, RESULT = "job: ", "job held: ", "job result: "
+WORKER = "worker "
+"""With its machine and process id, the attribute that holds the lease of a process, and what it does."""
+MEASURES, TRAINS = "measures", "trains"
+
+
+@contextmanager
+def at_work(study: optuna.Study, does: Sequence[str]) -> Iterator[None]:
+    """Have the study say while the block runs that this process works for it.
+
+    does: `MEASURES`, which the end of the search goes with, `TRAINS` or both.
+    """
+    key = f"{WORKER}{host()} {os.getpid()}"
+
+    def extend() -> bool:
+        study.set_user_attr(key, {"does": [*does], **Lease.mine().to_json()})
+        return True
+
+    extend()
+    try:
+        with beating(extend):
+            yield
+    finally:
+        study.set_user_attr(key, None)
+
+
+def workers(study: optuna.Study, does: str) -> int:
+    """How many processes measure, or train, this one included."""
+    found = {key: value for key, value in study.user_attrs.items() if key.startswith(WORKER) and value}
+    return sum(does in value["does"] and not Lease.read(value).has_expired(key) for key, value in found.items())
+
+
+@dataclass(frozen=True)
+class Job:
+    """Something to be done once."""
+
+    name: str
+    """Its own in the study."""
+    task: Mapping[str, JsonValue]
+    """What a process must know to do it."""
+
+
+def post(study: optuna.Study, jobs: Sequence[Job]) -> None:
+    """Have jobs done, unless they are or have been."""
+    for job in jobs:
+        if study.user_attrs.get(TASK + job.name) is None:
+            study.set_user_attr(TASK + job.name, dict(job.task))
+
+
+def withdraw(study: optuna.Study, name: str) -> None:
+    """Forget a job and its result; who does it now is not disturbed."""
+    study.set_user_attr(TASK + name, None)
+    study.set_user_attr(RESULT + name, None)
+
+
+def take(study: optuna.Study, among: Sequence[str] | None = None) -> Job | None:
+    """A job that nobody does or has done, leased to this process; None where there is none.
+
+    among: names of those that it may be, the first first; None: any.
+    """
+
+    def decide() -> Job | None:
+        found = _open(study)
+        name = next((each for each in (sorted(found) if among is None else among) if each in found), None)
+        if name is None:
+            return None
+        study.set_user_attr(HELD + name, Lease.mine().to_json())
+        return Job(name, found[name])
+
+    return alone_in(study, decide) if _open(study).keys() & (among or _open(study)) else None
+
+
+def do(study: optuna.Study, job: Job, work: Callable[[], JsonValue]) -> None:
+    """Do a job that was taken, and keep its result. A training that fails is its result, too.
+
+    Raises:
+        UserError, KeyboardInterrupt: what `work` raises; another process may then take the job.
+    """
+
+    def extend() -> bool:
+        study.set_user_attr(HELD + job.name, Lease.mine().to_json())
+        return True
+
+    try:
+        with beating(extend):
+            try:
+                found: dict[str, JsonValue] = {"found": work()}
+            except TrainingError as error:
+                found = {"error": str(error)}
+        study.set_user_attr(RESULT + job.name, found)
+    finally:
+        study.set_user_attr(HELD + job.name, None)
+
+
+def result_of(study: optuna.Study, name: str) -> JsonValue:
+    """What came of a job.
+
+    Raises:
+        KeyError: it is not done.
+        TrainingError: it failed; it is withdrawn, so that the next command tries again.
+    """
+    found: Any = study.user_attrs.get(RESULT + name)
+    if found is None:
+        raise KeyError(name)
+    if "error" in found:
+        withdraw(study, name)
+        raise TrainingError(found["error"])
+    kept: JsonValue = found["found"]
+    return kept
+
+
+def _open(study: optuna.Study) -> dict[str, Mapping[str, JsonValue]]:
+    """The tasks of jobs that nobody does or has done, by name."""
+    attrs: Mapping[str, Any] = study.user_attrs
+    tasks = {key.removeprefix(TASK): value for key, value in attrs.items() if key.startswith(TASK) and value}
+    return {name: task for name, task in tasks.items() if not attrs.get(RESULT + name) and not _is_held(attrs, name)}
+
+
+def _is_held(attrs: Mapping[str, Any], name: str) -> bool:
+    held: Any = attrs.get(HELD + name)
+    return bool(held) and not Lease.read(held).has_expired(HELD + name)

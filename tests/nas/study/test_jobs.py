@@ -1,0 +1,91 @@
+"""Trainings that one process of a study makes for all, and who is at work."""
+
+from __future__ import annotations
+
+import optuna
+import pytest
+from optuna.samplers import RandomSampler
+
+from nas.errors import TrainingError, UserError
+from nas.study import jobs
+from nas.study.jobs import HELD, MEASURES, TRAINS, Job, at_work, do, post, result_of, take, withdraw, workers
+from nas.study.leases import Lease, beating
+from nas.study.trials import open_study
+
+JOBS = [Job("b", {"seed": 1}), Job("a", {"seed": 0})]
+
+
+@pytest.fixture
+def study(storage: str) -> optuna.Study:
+    return open_study("s", storage, {"a": 1}, RandomSampler())
+
+
+def test_a_job_is_done_once(study: optuna.Study, storage: str) -> None:
+    other = open_study("s", storage, {"a": 1}, RandomSampler())
+    assert take(study) is None
+    post(study, JOBS)
+    post(other, JOBS)
+    first, second = take(study, ["b", "a"]), take(other)
+    assert (first, second) == (JOBS[0], JOBS[1])
+    assert take(study) is None
+    with pytest.raises(KeyError):
+        result_of(study, "b")
+    do(study, JOBS[0], lambda: {"top1": 50.0})
+    assert result_of(other, "b") == {"top1": 50.0}
+    post(study, JOBS)
+    assert take(other) is None, "it is done"
+
+
+def test_a_job_whose_worker_died_or_gave_up_is_taken_by_another(study: optuna.Study, ended: int) -> None:
+    post(study, JOBS[1:])
+    job = take(study)
+    study.set_user_attr(HELD + job.name, {**Lease.mine().to_json(), "pid": ended})
+    assert take(study) == job
+
+    def gives_up() -> None:
+        raise UserError("no space left")
+
+    with pytest.raises(UserError):
+        do(study, job, gives_up)
+    assert take(study) == job
+
+
+def test_a_job_is_leased_while_it_is_done(study: optuna.Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(jobs, "beating", lambda extend: calls.append(extend) or beating(extend))
+    post(study, JOBS[1:])
+    job = take(study)
+    seen = []
+
+    def work() -> None:
+        study.set_user_attr(HELD + job.name, None)
+        calls[0]()
+        seen.append(study.user_attrs[HELD + job.name]["pid"])
+
+    do(study, job, work)
+    assert seen == [Lease.mine().pid]
+    assert study.user_attrs[HELD + job.name] is None
+
+
+def test_a_training_that_failed_is_told_once_and_may_be_tried_again(study: optuna.Study) -> None:
+    def fails() -> None:
+        raise TrainingError("the loss is no longer finite")
+
+    post(study, JOBS[1:])
+    do(study, take(study), fails)
+    with pytest.raises(TrainingError, match="no longer finite"):
+        result_of(study, "a")
+    assert take(study) is None
+    post(study, JOBS[1:])
+    assert take(study) == JOBS[1]
+    withdraw(study, "a")
+    assert take(study) is None
+
+
+def test_who_is_at_work(study: optuna.Study, ended: int) -> None:
+    with at_work(study, [MEASURES]):
+        assert (workers(study, MEASURES), workers(study, TRAINS)) == (1, 0)
+        gone = {"does": [TRAINS], **Lease.mine().to_json(), "pid": ended}
+        study.set_user_attr(f"{jobs.WORKER}here {ended}", gone)
+        assert workers(study, TRAINS) == 0
+    assert workers(study, MEASURES) == 0
