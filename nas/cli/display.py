@@ -74,8 +74,10 @@ def show_result(
 def show_answer(console: Console, outcome: Outcome) -> None:
     """The winner, or the fastest network and what may help."""
     budget, settings = outcome.budget, outcome.settings
+    precisions = " or ".join(outcome.precisions) or settings.precision
+    lower = outcome.winner.precision if outcome.winner else None
     where = (
-        f"{settings.runtime} {settings.precision}, {settings.device}, "
+        f"{settings.runtime} {lower or precisions}, {settings.device}, "
         f"{counted(settings.threads, 'thread')}, batch {settings.batch_size}"
     )
     fastest, winner = outcome.fastest, outcome.winner
@@ -139,12 +141,14 @@ def show_accuracy(console: Console, outcome: Outcome) -> None:
 
 def show_final(console: Console, final: Sequence[ClosingRow], tier: str) -> None:
     """The table of the closing run, then what could not be measured in it. tier: whose scores these are."""
+    lower = any(row.precision not in (None, "fp32") for row in final)
     rows = [
         (
             row.label if row.name else f"{row.label} ({row.family})",
             row.role if row.role == role_of(row) or row.kind is None else f"{row.role}, {row.kind}",
             " ".join(filter(None, (row.verdict, ", ".join(row.over)))),
             str(row.resolution),
+            (row.precision or "") if lower else "",
             f"{told_score(row.quality):.1f}",
             "{:.1f}..{:.1f}".format(*row.quality_ci),
             f"{row.published_top1:.1f}" if row.published_top1 else "",
@@ -163,6 +167,7 @@ def show_final(console: Console, final: Sequence[ClosingRow], tier: str) -> None
         Column("role", label=True),
         Column("in budget", label=True),
         Column("px", drop=5),
+        Column("in", label=True, drop=8),
         Column(f"score ({tier})", drop=1),
         Column("95% of estimate", drop=2),
         Column("published", drop=5),

@@ -48,7 +48,7 @@ def file_options(
 PRECISIONS = "fp32, tf32, bf16, fp16 or int8, as the runtime can"
 Precision = Annotated[str, typer.Option(help=f"{PRECISIONS}.")]
 MaxDrop = Annotated[
-    float, typer.Option(help="Points of top-1 that int8 may cost on held-out images; more is infeasible.")
+    float, typer.Option(help="Points of top-1 that int8, fp16 or bf16 may cost on held-out images; more is infeasible.")
 ]
 Data = Annotated[
     str | None,

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from nas.cli.options import (
+    PRECISIONS,
     SEEDS,
     BatchSize,
     Device,
@@ -18,7 +19,6 @@ from nas.cli.options import (
     Json,
     MaxDrop,
     Opset,
-    Precision,
     Probabilities,
     Quiet,
     RuntimeName,
@@ -36,6 +36,7 @@ from nas.export.quantize import MAX_DROP
 app = typer.Typer()
 
 
+AUTO = "auto"
 TRAINING_OPTIONS = ("train_images", "epochs", "final_epochs", "seeds", "validate", "train_threads")
 
 
@@ -89,7 +90,10 @@ def search(
     batch_size: BatchSize = 1,
     threads: Threads = None,
     runtime: RuntimeName = None,
-    precision: Precision = "fp32",
+    precision: Annotated[
+        str,
+        typer.Option(help=f"{PRECISIONS}; auto, with --data: of each network the first in which it meets the budget."),
+    ] = "fp32",
     max_drop: MaxDrop = MAX_DROP,
     throughput_at: Annotated[
         int | None, typer.Option(help="Batch size whose throughput is maximised too.  [default: that of the latency]")
@@ -159,7 +163,7 @@ def search(
         file_mb=parse_size("--size-budget", size_budget) if size_budget else None,
     )
     timeout_s = parse_duration(timeout) if timeout else None
-    settings = settings_for(runtime, device, threads, batch_size, precision)
+    settings = settings_for(runtime, device, threads, batch_size, "fp32" if precision == AUTO else precision)
     families = families_of(family)
     tier = tier_of(quality, data, parent, from_scratch)
     if weights_from is not None and tier != "race":
@@ -185,11 +189,13 @@ def search(
 
     from nas.networks.targets import find_target
     from nas.search.folder import epochs_in
+    from nas.search.precision import ladder
     from nas.search.request import SearchRequest
 
     request = SearchRequest(
         budget_ms=budget_ms,
         settings=settings,
+        lower=ladder(settings)[1:] if precision == AUTO else (),
         families=families,
         trials=(40 if plan else 100) if trials is None else trials,
         timeout_s=timeout_s,

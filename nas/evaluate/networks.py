@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, Self
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from nas.networks.timm_network import TimmNetwork
 from nas.networks.weights import load, load_as_trained
 
 if TYPE_CHECKING:
+    import torch
     from PIL.Image import Image
     from torch import nn
 
@@ -70,7 +71,7 @@ class Classifier(Protocol):
 
 @dataclass(frozen=True)
 class TorchClassifier:
-    """A network of ours or of timm's in PyTorch, in fp32 on the CPU."""
+    """A network of ours or of timm's in PyTorch on the CPU."""
 
     model: nn.Module
     network: Arch | TimmNetwork
@@ -81,6 +82,15 @@ class TorchClassifier:
     notes: tuple[str, ...] = ()
     runtime: str = TORCH
     precision: str = "fp32"
+    """Of the model's weights and arithmetic: fp32, fp16 or bf16."""
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, network: Arch | TimmNetwork, preprocess: Preprocess, threads: int, precision: str
+    ) -> Self:
+        """The model is cast to the precision, in place."""
+        model = model.eval().to(_dtype(precision))
+        return cls(model, network, preprocess, None, threads, precision=precision)
 
     @property
     def num_classes(self) -> int:
@@ -102,12 +112,19 @@ class TorchClassifier:
         torch.set_num_threads(self.threads)
         try:
             with torch.inference_mode():
-                found: np.ndarray = self.model(torch.from_numpy(pixels)).float().numpy()
+                images = torch.from_numpy(pixels).to(_dtype(self.precision))
+                found: np.ndarray = self.model(images).float().numpy()
         finally:
             torch.set_num_threads(before)
         if not np.isfinite(found).all():
             raise UserError("its outputs are NaN or infinite: train it again")
         return found
+
+
+def _dtype(precision: str) -> torch.dtype:
+    import torch
+
+    return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
 
 
 @dataclass(frozen=True)

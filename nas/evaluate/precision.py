@@ -1,4 +1,4 @@
-"""What int8 costs in accuracy: quantised files judged on held-out images, beside the float32 file they are made of."""
+"""What lower precisions cost in accuracy: files judged on held-out images, beside the float32 file they are made of."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Protocol, get_args
 
 import numpy as np
 
@@ -15,8 +15,8 @@ from nas.errors import UserError
 from nas.evaluate.classes import match
 from nas.evaluate.onnx_file import OnnxFile, Runtime
 from nas.evaluate.pairs import compare
-from nas.export.artifact import write_trained
-from nas.export.card import Card
+from nas.export.artifact import CONVERTED, lower_precision, write_trained
+from nas.export.card import Card, Preprocess
 from nas.export.onnx import label_onnx
 from nas.export.quantize import (
     INSTALL,
@@ -30,10 +30,13 @@ from nas.export.quantize import (
 from nas.files import scratch
 from nas.job import Say
 from nas.machine import default_threads
+from nas.measure.runtime import RUNTIMES
 from nas.text import first_line
 from nas.units import counted, listed
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from nas.data.dataset import ImageData
     from nas.data.decoding import Source
     from nas.data.images import Images
@@ -59,6 +62,16 @@ COARSE = 1.0
 """Points of top-1 that are always worth telling apart."""
 BATCH = 32
 """Images that are decoded at a time."""
+
+
+class Answers(Protocol):
+    """What answers: `OnnxFile` or `nas.evaluate.networks.TorchClassifier`."""
+
+    def pixels(self, image: Image) -> np.ndarray:
+        """One image as it is fed, without the batch."""
+
+    def logits(self, pixels: np.ndarray) -> np.ndarray:
+        """(N, classes) of N of `pixels`."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +111,10 @@ class HeldOut:
         Raises:
             UserError: a file that cannot be judged, or no image that can be decoded.
         """
-        file = OnnxFile.open(path, runtime, threads=threads, bf16=bf16)
+        return self.answered(OnnxFile.open(path, runtime, threads=threads, bf16=bf16), threads)
+
+    def answered(self, file: Answers, threads: int | None = None) -> np.ndarray:
+        """As `right`, of what is open already."""
         sources = self.images.sources
         labels = np.asarray(self.images.labels)
         truth = labels if self.outputs is None else np.asarray(self.outputs)[labels]
@@ -118,30 +134,51 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Price:
-    """What an int8 file costs."""
+    """What a lower precision costs a network."""
 
-    recipe: Recipe
+    recipe: Recipe | None
+    """By which it is int8; None in other precisions."""
     runtime: str
-    """That both files were judged on, on this machine's CPU."""
+    """That both were judged on, on this machine's CPU."""
     images: int
-    """Held out, the same for both files."""
+    """Held out, the same for both."""
     float_top1: float
-    """Of the float32 file, in percent."""
+    """In float32, in percent."""
     top1: float
-    """Of the int8 file, in percent."""
+    """In the lower precision, in percent."""
     drop: float
-    """Points of top-1 that int8 costs; below 0 where it gains."""
+    """Points of top-1 that it costs; below 0 where it gains."""
     drop_ci: tuple[float, float]
     """95% interval of the drop (Newcombe 1998, method 10, for paired answers)."""
     max_drop: float
     """Points that it may cost."""
-    tried: int
+    tried: int = 1
     """Recipes, this one included. Of several this one is the best on these images, and may cost a little more on
     others."""
-    left_in_float: tuple[str, ...]
-    """See `nas.export.quantize.left_in_float`."""
+    left_in_float: tuple[str, ...] = ()
+    """Of int8: see `nas.export.quantize.left_in_float`."""
     notes: tuple[str, ...] = ()
     """What was not tried, and why."""
+    precision: str = "int8"
+    """One of LOWER."""
+
+    @classmethod
+    def of(
+        cls, right: np.ndarray, full: np.ndarray, runtime: str, max_drop: float, precision: str, recipe: Recipe | None
+    ) -> Price:
+        """right, full: (N,) bool, of each held-out image, in the lower precision and in float32."""
+        (pair,) = compare({precision: right, "fp32": full})
+        return cls(
+            recipe=recipe,
+            runtime=runtime,
+            images=len(full),
+            float_top1=100 * float(full.mean()),
+            top1=100 * float(right.mean()),
+            drop=pair.difference,
+            drop_ci=pair.difference_ci,
+            max_drop=max_drop,
+            precision=precision,
+        )
 
     @property
     def within(self) -> bool:
@@ -150,16 +187,17 @@ class Price:
 
     def __str__(self) -> str:
         (low, high), verb = self.drop_ci, "gains" if self.drop <= -0.05 else "costs"
+        made = f"; {self.recipe}" if self.recipe else ""
         return (
-            f"int8 {verb} {abs(self.drop):.1f} points of top-1 (95% of the drop: {low:.1f} to {high:.1f}): "
-            f"{self.top1:.1f}% beside {self.float_top1:.1f}%, {counted(self.images, 'image')}, {self.runtime}; "
-            f"{self.recipe}" + (f", the best of {self.tried} recipes" if self.tried > 1 else "")
+            f"{self.precision} {verb} {abs(self.drop):.1f} points of top-1 (95% of the drop: {low:.1f} to {high:.1f}): "
+            f"{self.top1:.1f}% beside {self.float_top1:.1f}%, {counted(self.images, 'image')}, {self.runtime}{made}"
+            + (f", the best of {self.tried} recipes" if self.tried > 1 else "")
         )
 
     @property
     def as_timed(self) -> bool:
         """Whether its operators are those of the default recipe, which is what searches and prunings time."""
-        return self.recipe.tool == "onnxruntime" and not self.recipe.kept
+        return self.recipe is None or (self.recipe.tool == "onnxruntime" and not self.recipe.kept)
 
     @property
     def refusal(self) -> str:
@@ -170,7 +208,9 @@ class Price:
     def lines(self) -> list[str]:
         """All that there is to know of it."""
         told = str(self) if self.within else f"infeasible: {self.refusal}"
-        (low, high), lines = self.drop_ci, [f"left in float: {listed(self.left_in_float, 8) or 'nothing'}"]
+        (low, high), lines = self.drop_ci, list[str]()
+        if self.recipe:
+            lines.append(f"left in float: {listed(self.left_in_float, 8) or 'nothing'}")
         if (high - low) / 2 > max(self.max_drop, COARSE):
             lines.append(f"{counted(self.images, 'held-out image')} are too few to tell a drop of {self.max_drop:g}")
         return [told, *lines, *self.notes]
@@ -223,7 +263,7 @@ def quantize_within(
                 notes.append(f"{recipe} fails on this network: {first_line(error)}")
                 continue
             used = replace(recipe, images=min(recipe.images, len(calibration)))
-            found.append((_price(used, runtime, full, right, max_drop, draft), draft))
+            found.append((_quantised(Price.of(right, full, runtime, max_drop, "int8", used), draft), draft))
             if found[-1][0].within:
                 break
         if not found:
@@ -234,7 +274,35 @@ def quantize_within(
     return replace(best, tried=len(found), notes=told)
 
 
-def write_int8(
+def lower_within(
+    path: Path,
+    settings: Settings,
+    held_out: HeldOut,
+    max_drop: float = MAX_DROP,
+    calibration: np.ndarray | None = None,
+    say: Say = lambda _: None,
+) -> Price:
+    """Turn a trained float32 ONNX file into what a runtime loads for a lower precision, in place, and judge it, see
+    `quantize_within`. In bf16 the file stays: it is judged as the runtime computes it.
+
+    Args:
+        settings: precision (one of LOWER), runtime and threads that the file is for.
+        calibration: of int8.
+
+    Raises:
+        UserError: as `quantize_within`; a runtime without bf16 here.
+    """
+    runtime, threads, precision = judging(settings.runtime), settings.threads, settings.precision
+    if precision == "int8":
+        assert calibration is not None
+        return quantize_within(path, calibration, held_out, runtime, max_drop, threads, say=say)
+    full = held_out.right(path, runtime, threads)
+    lower_precision(path, settings)
+    right = held_out.right(path, runtime, threads, precision == "bf16")
+    return Price.of(right, full, runtime, max_drop, precision, None)
+
+
+def write_lower(
     network: Arch | TimmNetwork,
     weights: Path,
     path: Path,
@@ -244,27 +312,80 @@ def write_int8(
     max_drop: float = MAX_DROP,
     part: str = "",
 ) -> Price:
-    """Write a trained network as int8 ONNX whose card has its own accuracy, see `quantize_within`.
+    """Judge a trained network in the precision of the settings; where that has an ONNX file of its own, write it, with
+    its accuracy on its card.
 
     Args:
         weights: a file of PyTorch or safetensors.
-        data: what it was trained on, at its resolution, with its `Pixels`; `data.calibration` calibrates.
+        data: what it was trained on, at its resolution, with its `Pixels`; `data.calibration` calibrates int8.
         images: of the same classes, held out.
-        settings: runtime, threads and batch size that the file is for.
+        settings: precision (one of LOWER), runtime, threads and batch size that it is for.
         part: what the card calls `images`; "": those for validation.
 
     Raises:
-        UserError: weights that do not fit, or as `quantize_within`.
+        UserError: weights that do not fit, or as `lower_within`.
         RuntimeError, ValueError: the network cannot be exported.
     """
     from nas.data.images import sample
 
-    write_trained(network, weights, path, settings.batch_size, Card.of(data))
-    calibration, _ = calibration_images(data, network.resolution, MORE)
     held_out = HeldOut(sample(images, HELD_OUT, 0))
-    price = quantize_within(path, calibration, held_out, judging(settings.runtime), max_drop, settings.threads)
-    label_onnx(path, network, True, Card.of(data, price.top1, price.images, part))
+    if RUNTIMES[settings.runtime].artifact == "module":
+        full = in_torch(network, weights, data, held_out.images, settings, "fp32")
+        right = in_torch(network, weights, data, held_out.images, settings)
+        return Price.of(right, full, settings.runtime, max_drop, settings.precision, None)
+    write_trained(network, weights, path, settings.batch_size, Card.of(data))
+    calibration = calibration_images(data, network.resolution, MORE)[0] if settings.precision == "int8" else None
+    price = lower_within(path, settings, held_out, max_drop, calibration)
+    if settings.precision in CONVERTED:
+        label_onnx(path, network, True, Card.of(data, price.top1, price.images, part))
+    else:
+        path.unlink()
     return price
+
+
+def deployed_right(
+    network: Arch | TimmNetwork,
+    weights: Path,
+    path: Path,
+    data: ImageData,
+    images: Images,
+    settings: Settings,
+    recipe: Recipe | None,
+) -> np.ndarray:
+    """(N,) bool: which of all of `images` a trained network gets right as it is deployed, see `write_lower`.
+
+    Args:
+        path: where its file may be written.
+        recipe: of int8, as `write_lower` has chosen it.
+    """
+    if RUNTIMES[settings.runtime].artifact == "module":
+        return in_torch(network, weights, data, images, settings)
+    write_trained(network, weights, path, settings.batch_size, Card.of(data))
+    if recipe:
+        quantize(path, calibration_images(data, network.resolution, MORE)[0], recipe)
+    else:
+        lower_precision(path, settings)
+    return HeldOut(images).right(path, judging(settings.runtime), settings.threads, settings.precision == "bf16")
+
+
+def in_torch(
+    network: Arch | TimmNetwork,
+    weights: Path,
+    data: ImageData,
+    images: Images,
+    settings: Settings,
+    precision: str | None = None,
+) -> np.ndarray:
+    """(N,) bool: which images a trained network gets right in PyTorch, on the CPU, with weights and arithmetic of a
+    precision, fp32, fp16 or bf16; None: that of the settings."""
+    from nas.evaluate.networks import TorchClassifier
+    from nas.networks.build import for_inference
+    from nas.networks.weights import load
+
+    model, kind = for_inference(load(network, weights)), precision or settings.precision
+    how = Preprocess.of(data.val.transform, data.pixels)
+    classifier = TorchClassifier.of(model, network, how, settings.threads, kind)
+    return HeldOut(images).answered(classifier, settings.threads)
 
 
 def quantize_file(
@@ -290,22 +411,10 @@ def quantize_file(
     return quantize_within(path, np.stack(usable), held_out, max_drop=max_drop, say=say)
 
 
-def _price(recipe: Recipe, runtime: str, full: np.ndarray, right: np.ndarray, max_drop: float, path: Path) -> Price:
+def _quantised(price: Price, path: Path) -> Price:
     import onnx
 
-    (pair,) = compare({"int8": right, "fp32": full})
-    return Price(
-        recipe=recipe,
-        runtime=runtime,
-        images=len(full),
-        float_top1=100 * float(full.mean()),
-        top1=100 * float(right.mean()),
-        drop=pair.difference,
-        drop_ci=pair.difference_ci,
-        max_drop=max_drop,
-        tried=1,
-        left_in_float=left_in_float(onnx.load(path)),
-    )
+    return replace(price, left_in_float=left_in_float(onnx.load(path)))
 
 
 def judging(runtime: str) -> str:
@@ -313,7 +422,7 @@ def judging(runtime: str) -> str:
     return runtime if runtime in get_args(Runtime) else "onnxruntime"
 
 
-def _pixels(file: OnnxFile, source: Source) -> np.ndarray | None:
+def _pixels(file: Answers, source: Source) -> np.ndarray | None:
     from nas.data.decoding import decode_or_name
 
     image = decode_or_name(source)

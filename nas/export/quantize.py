@@ -36,7 +36,7 @@ Ranges = Literal["min-max", "percentile", "entropy", "mse"]
 Part = Literal["first", "last", "attention"]
 
 MAX_DROP = 1.0
-"""Points of top-1 that int8 may cost."""
+"""Points of top-1 that a lower precision may cost."""
 IMAGES = 16  # calibrated on; enough for ranges
 LEAST = 8  # of those, where images are given
 NOISE = "int8 is calibrated on noise, without --data: latency is real, accuracy is not"
@@ -185,7 +185,7 @@ def _dequantised(name: str, producers: dict[str, NodeProto]) -> bool:
 
 
 def check_max_drop(points: float, judges: bool = True) -> None:
-    """Check --max-drop. judges: whether there is an int8 file, and images to judge it by.
+    """Check --max-drop. judges: whether there is a lower precision, and images to judge it by.
 
     Raises:
         UserError: it is no number of points, or there is nothing to judge.
@@ -193,7 +193,9 @@ def check_max_drop(points: float, judges: bool = True) -> None:
     if not 0 <= points <= 100:
         raise UserError(f"--max-drop is {points:g}: give 0 to 100 points of top-1")
     if points != MAX_DROP and not judges:
-        raise UserError("--max-drop is for int8 that images judge: add --precision int8 and --data, or leave it out")
+        raise UserError(
+            "--max-drop is for int8, fp16 or bf16 that images judge: add --precision and --data, or leave it out"
+        )
 
 
 class _Input(NamedTuple):

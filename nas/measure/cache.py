@@ -96,29 +96,36 @@ class Cache:
             "result TEXT)"
         )
 
-    def get(self, network: Arch | TimmNetwork, batch_size: int, reference_ms: float) -> tuple[str, Measurement] | None:
+    def get(
+        self, network: Arch | TimmNetwork, batch_size: int, reference_ms: float, precision: str | None = None
+    ) -> tuple[str, Measurement] | None:
         """When it was measured (ISO 8601), and the result; None where there is none from a machine at this speed.
 
         Args:
             reference_ms: the reference network's median now.
+            precision: of this network, where it is not that of the settings, and so of the reference network.
         """
-        found = self.last(network, batch_size)
+        found = self.last(network, batch_size, precision)
         then = found[1].reference_p50_ms if found else None
         return found if then is not None and abs(then / reference_ms - 1) <= SAME_SPEED else None
 
-    def last(self, network: Arch | TimmNetwork, batch_size: int) -> tuple[str, Measurement] | None:
+    def last(
+        self, network: Arch | TimmNetwork, batch_size: int, precision: str | None = None
+    ) -> tuple[str, Measurement] | None:
         """As `get`, whatever the machine's speed is now: to be told with its date."""
         row = self._rows.execute(
-            "SELECT measured, result FROM latency WHERE key = ?", [self._key(network, batch_size)]
+            "SELECT measured, result FROM latency WHERE key = ?", [self._key(network, batch_size, precision)]
         ).fetchone()
         return row and (row[0], Measurement.from_dict(json.loads(row[1])))
 
-    def put(self, network: Arch | TimmNetwork, batch_size: int, result: Measurement) -> None:
+    def put(
+        self, network: Arch | TimmNetwork, batch_size: int, result: Measurement, precision: str | None = None
+    ) -> None:
         """Keep a result, in place of an earlier one."""
         self._rows.execute(
             "INSERT OR REPLACE INTO latency VALUES (?, ?, ?, ?, ?)",
             [
-                self._key(network, batch_size),
+                self._key(network, batch_size, precision),
                 network.to_json(),
                 json.dumps(self._machine, sort_keys=True),
                 datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -129,8 +136,8 @@ class Cache:
     def close(self) -> None:
         self._rows.close()
 
-    def _key(self, network: Arch | TimmNetwork, batch_size: int) -> str:
-        document = [network.digest(), batch_size, self._machine]
+    def _key(self, network: Arch | TimmNetwork, batch_size: int, precision: str | None) -> str:
+        document = [network.digest(), batch_size, self._machine, *([precision] if precision else [])]
         return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 

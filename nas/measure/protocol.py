@@ -75,14 +75,15 @@ class Measurer:
         pause: Sequence[Worker] = (),
         batch_size: int | None = None,
         precision: float = PRECISION,
+        computed_in: str | None = None,
     ) -> Measurement:
         """Latency of the network in `path`, in a process of its own; see `enough` for how long.
 
-        pause: workers of the caller, stopped while anything is timed. batch_size: of the network, where it is not
-        that of the settings. timeout_s: None is the runtime's own. precision: half-width of the interval over the
-        median, at which timing ends. A network is not given up early as over the budget while the reference waits for
-        a CPU, too. Raises MeasureError where the process raises, crashes, hangs, or gets fewer than 3 rounds done in
-        that time.
+        pause: workers of the caller, stopped while anything is timed. batch_size, computed_in: of the network, where
+        its batch or its precision is not that of the settings. timeout_s: None is the runtime's own. precision:
+        half-width of the interval over the median, at which timing ends. A network is not given up early as over the
+        budget while the reference waits for a CPU, too. Raises MeasureError where the process raises, crashes, hangs,
+        or gets fewer than 3 rounds done in that time.
         """
         timeout_s = timeout_s or self._patience_s
         started = time.monotonic()
@@ -90,11 +91,15 @@ class Measurer:
         result = Measurement()
         candidate: _Model | None = None
         try:
-            if batch_size is None or batch_size == self._settings.batch_size:
-                candidate, self._prepared = self._prepared or self._new_candidate(self._settings), None
+            own = dataclasses.replace(
+                self._settings,
+                batch_size=batch_size or self._settings.batch_size,
+                precision=computed_in or self._settings.precision,
+            )
+            if own == self._settings:
+                candidate, self._prepared = self._prepared or self._new_candidate(own), None
             else:
-                other = dataclasses.replace(self._settings, batch_size=batch_size)
-                candidate = self._new_candidate(other)
+                candidate = self._new_candidate(own)
             candidate.load(path, deadline)
             result.load_s = time.monotonic() - started
             with _stopped(pause):

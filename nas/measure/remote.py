@@ -367,6 +367,7 @@ class RemoteMeasurer:
         pause: Sequence[Worker] = (),
         batch_size: int | None = None,
         precision: float = PRECISION,
+        computed_in: str | None = None,
     ) -> Measurement:
         """As there, but raises LinkLost too, and UserError where a lost connection does not come back.
 
@@ -379,7 +380,7 @@ class RemoteMeasurer:
             self._open(connection)
         with connection.files([path]) as [name]:
             limits: dict[str, Any] = {"budget_ms": budget_ms, "timeout_s": timeout_s, "batch_size": batch_size}
-            limits["precision"] = precision
+            limits |= {"precision": precision, "computed_in": computed_in}
             fields = connection.call("measure", timeout_s + GRACE_S, measurer=self._id, name=name, **limits)
         result = Measurement.from_dict(fields)
         wall_s = time.monotonic() - started

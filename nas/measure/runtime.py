@@ -15,6 +15,8 @@ from nas.machine import memory_bytes, usable_cpus
 
 DEVICES = ("cpu", "cuda", "ssh://user@host")
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "int8")
+LOWER = ("fp16", "bf16", "int8")
+"""Those whose answers are judged beside fp32's."""
 IMAGE_SIDE = 224  # the images that are weighed against this machine's memory
 
 

@@ -14,7 +14,7 @@ from nas.export.options import PLAIN, FileOptions
 from nas.export.quantize import MAX_DROP, check_max_drop
 from nas.job import default_folder_of
 from nas.measure.device import check_settings
-from nas.measure.runtime import Settings
+from nas.measure.runtime import LOWER, Settings
 from nas.report.page import significant
 from nas.units import parse_budget, parse_count, parse_share
 
@@ -95,7 +95,7 @@ class PruneRequest:
     seed: int = 0
     """Of splits, samples and training."""
     max_drop: float = MAX_DROP
-    """Points of top-1 that int8 may cost the pruned network on held-out images."""
+    """Points of top-1 that a lower precision may cost the pruned network on held-out images."""
     file: FileOptions = PLAIN
     """How model.onnx is written; unless it takes any batch, it has that of `settings`."""
 
@@ -133,7 +133,7 @@ class PruneRequest:
                 raise UserError(f"--{name} is {value}: give {least} or more")
         if not 0 <= self.finetune < 1e4:
             raise UserError(f"--finetune is {self.finetune:g}: give a number of epochs, 0 for none")
-        check_max_drop(self.max_drop, self.settings.precision == "int8" and not self.unlabelled)
+        check_max_drop(self.max_drop, self.settings.precision in LOWER and not self.unlabelled)
         check_settings(self.settings)
         self.file.check()
 

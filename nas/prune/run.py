@@ -14,6 +14,7 @@ from nas.export.card import pixels_of
 from nas.export.folder import save_model, save_onnx
 from nas.files import job_folder, scratch
 from nas.job import Progress, Say
+from nas.measure.runtime import LOWER
 from nas.measure.samples import Measurement
 from nas.networks.timm_network import TIMM
 from nas.prune import steps
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from search_spaces import Arch
     from search_spaces.network import Network
 
-INT8 = "model.int8.onnx"
 CALIBRATED_ON_NOISE = (
     "the int8 files that are timed are calibrated on noise: latency is real, nothing is said of accuracy"
 )
@@ -115,8 +115,8 @@ class Pruning:
         model, kept = self._recover(dense)
         self._control()
         self._export(model, kept)
-        if request.settings.precision == "int8" and not request.unlabelled:
-            self._export_int8(model.arch)
+        if request.settings.precision in LOWER and not request.unlabelled:
+            self._export_lower(model.arch)
         return self._write(dense.arch, model.arch, kept, rounds)
 
     def _dense(self, arch: Arch, weights: str | Path | None) -> Network:
@@ -173,18 +173,21 @@ class Pruning:
             images = some_of(job.evaluated)
             save_onnx(model, self.request.folder, options, trained=True, card=card, images=images)
 
-    def _export_int8(self, arch: Arch) -> None:
-        """Write model.int8.onnx, unless int8 costs more than it may, which is noted."""
-        from nas.evaluate.precision import NOT_TIMED, write_int8
+    def _export_lower(self, arch: Arch) -> None:
+        """Judge the network in the precision that is timed, and write its file there, where it has one of its own,
+        unless it costs more than it may; both are noted."""
+        from nas.evaluate.precision import NOT_TIMED, write_lower
 
-        job, request, path = self.job, self.request, self.request.folder / INT8
+        job, request, precision = self.job, self.request, self.request.settings.precision
+        path = request.folder / f"model.{precision}.onnx"
         path.unlink(missing_ok=True)
-        with self.end.step(INT8), job.phase("quantising"), scratch(request.folder) as folder:
-            draft, weights = folder / INT8, request.folder / "model.safetensors"
-            price = write_int8(arch, weights, draft, job.data, job.evaluated, request.settings, request.max_drop)
+        with self.end.step(path.name), job.phase(f"judging {precision}"), scratch(request.folder) as folder:
+            draft, weights = folder / path.name, request.folder / "model.safetensors"
+            price = write_lower(arch, weights, draft, job.data, job.evaluated, request.settings, request.max_drop)
+            what = path.name if draft.exists() else "model.onnx"
             for line in [*price.lines, *[NOT_TIMED] * (not price.as_timed)]:
-                job.note(f"{INT8}: {line}")
-            if price.within:
+                job.note(f"{what}: {line}")
+            if price.within and draft.exists():
                 draft.replace(path)
 
     def _write(self, before: Arch, after: Arch, kept: Kept, rounds: Rounds) -> PruneResult:

@@ -60,6 +60,8 @@ class Accuracies:
     """Of a network whose parent was tuned, in addition to `seconds`."""
     epochs: int | None = None
     """That its own trainings had; 0 where it was left as they begin; None in results of an older vitnas."""
+    precision: str = "fp32"
+    """That the network answers in."""
 
     @property
     def mean(self) -> float:
@@ -102,7 +104,8 @@ class Accuracies:
 
     @property
     def words(self) -> str:
-        return top1_words(self.mean, self.ci, self.images, None if self.seedless else len(self.top1))
+        told = top1_words(self.mean, self.ci, self.images, None if self.seedless else len(self.top1))
+        return told if self.precision == "fp32" else f"{told}, in {self.precision}"
 
     @property
     def ci(self) -> tuple[float, float]:
@@ -120,6 +123,7 @@ class Accuracies:
             "top1_ci": list(self.ci),
             "seeds": len(self.top1),
             "words": self.words,
+            "precision": self.precision,
             **({"parent_tuning": asdict(self.before)} if self.before else {}),
             **({} if self.epochs is None else {"epochs": self.epochs}),
         }

@@ -12,7 +12,7 @@ from nas.measure.device import device_kind
 from nas.measure.hardware import CROWDED_CPUS, Hardware
 from nas.measure.runtime import RUNTIMES
 from nas.networks.counts import counts_of
-from nas.search.rows import ACCURACY, ClosingRow, Network, Trial, known, network_of
+from nas.search.rows import ClosingRow, Network, Trial, known, lost_in, network_of
 
 if TYPE_CHECKING:
     from nas.search.log import SearchLog
@@ -46,8 +46,10 @@ def advice(
     if budget > request.budget_ms:
         told = f"{budget:g} ms, which {fastest.label} meets" if ci else f"about {budget:g} ms ({fastest.label})"
         lines.append(f"a budget of {told}: {with_budget(command, budget)}")
-    if any(ACCURACY in row.over for row in final):
-        lines.append("a larger --max-drop, --precision fp32, or longer trainings: int8 costs these networks too much")
+    if lost := lost_in(final):
+        lines.append(
+            f"a larger --max-drop, --precision fp32, or longer trainings: {lost} costs these networks too much"
+        )
     smaller = lower_resolution(fastest, request.budget_ms)
     if smaller:
         lines.append(smaller)

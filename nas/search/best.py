@@ -16,12 +16,12 @@ from nas.export.folder import save_onnx
 from nas.export.onnx import label_onnx, write_onnx
 from nas.export.options import FileOptions
 from nas.files import drafted, replace_file
-from nas.measure.runtime import RUNTIMES
+from nas.measure.runtime import LOWER, RUNTIMES
 from nas.networks.weights import load
 from nas.quality.kept import Kept, path_of, read
 from nas.quality.parent import parent_weights
 from nas.search.final import FullTraining, result_path, weights_of
-from nas.search.precision import Int8Files
+from nas.search.lower import LowerFiles
 from nas.search.rows import Network, candidate_of, known
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from nas.data.images import Images
     from nas.evaluate.precision import Price
+    from nas.measure.runtime import Settings
     from nas.networks.timm_network import TimmNetwork
     from nas.quality.candidate import Candidate
     from nas.quality.tier import TrainedTier
@@ -47,7 +48,9 @@ class Weights:
     kept: Kept | None
     """Set where it is the search's own training, not a full one."""
     price: Price | None = None
-    """What int8 costs with them, where that was asked for."""
+    """What the precision costs that the network is shipped in, where that is a lower one."""
+    file: str = "model.onnx"
+    """What is shipped."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,8 @@ class BestFolder:
     """The tier of the search, if it trains."""
     step: Callable[[str], AbstractContextManager[None]]
     """Runs a block as a step of the search's end; one that fails is told, and the next goes on."""
-    int8: Int8Files | None = None
-    """Of a search that trains, and measures in int8."""
+    lower: LowerFiles | None = None
+    """Of a search that trains, and measures in lower precisions."""
 
     @property
     def folder(self) -> Path:
@@ -79,33 +82,39 @@ class BestFolder:
         Returns:
             The weights; None where model.onnx has random ones.
         """
-        request, candidate = self.request, candidate_of(row)
+        request, candidate, settings = self.request, candidate_of(row), self._settings(row)
         weights = self._weights(candidate)
         path = weights.path if weights else None
         with self.step("best/"):
             start_best(candidate.network, self.folder, path)
             if weights and request.plan:
                 record(self.folder, weights.images, parent_weights(request.plan.parent))
-        converted = request.settings.precision in CONVERTED and RUNTIMES[request.settings.runtime].artifact == "onnx"
+        converted = settings.precision in CONVERTED and RUNTIMES[settings.runtime].artifact == "onnx"
         with self.step("best/model.onnx"):
             card = self._card(candidate, weights)
             if not converted:
                 card = card.model_copy(update={"latency": self._latency(row)})
-            options = request.file.of_batch(request.settings.batch_size)
+            options = request.file.of_batch(settings.batch_size)
             save_best(candidate.network, self.folder, path, options, card, self._images(candidate))
-        if weights and self.int8:
-            return replace(weights, price=self._write_int8(row, candidate, self.int8))
+        if weights and self.lower and settings.precision in LOWER:
+            file = f"model.{settings.precision}.onnx" if converted else "model.onnx"
+            return replace(weights, price=self._write_lower(row, candidate, self.lower, file), file=file)
         if converted:
             self._write_converted(row, candidate, weights)
         return weights
 
-    def _write_int8(self, row: Network, candidate: Candidate, files: Int8Files) -> Price | None:
-        """Write the int8 file, unless it costs more than it may. It tells a latency where that is its own."""
-        path = self.folder / "model.int8.onnx"
-        path.unlink(missing_ok=True)
-        with self.step(f"best/{path.name}"):
-            made = files.of(candidate)
-            if made and made.price.within:
+    def _settings(self, row: Network) -> Settings:
+        """That it was measured with."""
+        settings = self.request.settings
+        return replace(settings, precision=row.precision or settings.precision)
+
+    def _write_lower(self, row: Network, candidate: Candidate, files: LowerFiles, file: str) -> Price | None:
+        """Write the file of a lower precision, where it has its own, unless it costs more than it may. It tells a
+        latency where that is its own."""
+        path, precision = self.folder / file, self._settings(row).precision
+        with self.step(f"best/{file}"):
+            made = files.of(candidate, precision)
+            if made and made.price.within and made.content is not None:
                 with drafted(path) as draft:
                     draft.write_bytes(made.content)
                     if made.price.as_timed:
@@ -116,9 +125,8 @@ class BestFolder:
 
     def _write_converted(self, row: Network, candidate: Candidate, weights: Weights | None) -> None:
         """Write the file that was measured: its latency is known, and its accuracy is not."""
-        settings, path = self.request.settings, self.folder / "model.onnx"
+        settings, path = self._settings(row), self.folder / "model.onnx"
         lower = self.folder / f"model.{settings.precision}.onnx"
-        lower.unlink(missing_ok=True)
         if path.is_file():
             with self.step(f"best/{lower.name}"), drafted(lower) as draft:
                 card = self._card(candidate, weights).model_copy(
@@ -161,7 +169,7 @@ class BestFolder:
         """The network's: of the closing run, or of its trial where there was none; None where it has no interval."""
         if row.latency_ci is None:
             return None
-        settings = self.request.settings
+        settings = self._settings(row)
         return Latency(
             ms=known(row.latency_ms),
             ci=row.latency_ci,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,7 @@ from nas.quality.surrogate import LEAST, describe_candidate
 from nas.search import ready
 from nas.search.derive import Cutter, levels_of, reduced, within
 from nas.search.given import GIVEN
+from nas.search.precision import Faster
 from nas.search.propose import Measured, Promise
 from nas.search.rows import candidate_of, trial_of
 from search_spaces import Arch, ArchError, count
@@ -115,6 +116,12 @@ class Chooser:
         """How many parents have been opened, and so tuned where no run had tuned them."""
         return len(self._cutters)
 
+    def tried(self, study: optuna.Study) -> list[Tried]:
+        """The candidates of a study's trials, with the latencies that are likely in their fastest precision."""
+        faster = Faster.of_study(self._request.precisions, study)
+        self._field.ratio, self._field.leeway = faster.ratio, faster.leeway
+        return [_in_fastest(each, faster) for each in tried_in(study)]
+
     def offer(self, study: optuna.Study) -> list[Candidate]:
         """Candidates that are worth trying, best first; none where nothing is left. A parent may be tuned for them.
         Where the user has named a sampler, ready networks alone: the sampler makes up others.
@@ -122,7 +129,7 @@ class Chooser:
         Raises:
             UserError: as `nas.quality.parents.Parents.tuned`.
         """
-        tried = tried_in(study)
+        tried = self.tried(study)
         latencies = latencies_of(tried)
         open_ready = self._ready(tried, latencies)
         promise = Promise([each.measured for each in tried if each.measured], self._tier.surrogate(), self._request)
@@ -145,7 +152,7 @@ class Chooser:
 
     def why_none(self, study: optuna.Study) -> str:
         """Why nothing is left to try, and what may help, where no sampler is named."""
-        tried = tried_in(study)
+        tried = self.tried(study)
         latencies = latencies_of(tried)
         low, high = OVER
         over = [
@@ -383,6 +390,14 @@ def tried_in(study: optuna.Study) -> list[Tried]:
         except (ValueError, UserError):  # of another worker's timm: it cannot be offered here either
             continue
     return found
+
+
+def _in_fastest(tried: Tried, faster: Faster) -> Tried:
+    found = tried.measured
+    if found is None or not found.by_precision:
+        return tried
+    likely = faster.fastest_ms(found.family, found.by_precision)
+    return replace(tried, measured=replace(found, latency_ms=likely))
 
 
 def latencies_of(tried: Iterable[Tried]) -> dict[str, float]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from nas.errors import UserError
@@ -83,7 +82,7 @@ def closing_run(
     interrupted = False
     with Exporter(calibration) as exporter:
         try:
-            run.results = run.measure(exporter, request.settings, CLOSING_ROUNDS, longer)
+            run.results = run.measure(exporter, request.settings.batch_size, CLOSING_ROUNDS, longer)
         except Interrupted as interrupt:
             if interrupt.done < CLOSING_ROUNDS:
                 raise
@@ -115,17 +114,24 @@ class _ClosingRun:
         self.rivals = rivals_of(self.request, list(self.finalists.values()))
         self.outside, self.refused = outside_of((*self.request.against, *self.rivals), self.finalists)
 
-    @cached_property
-    def many(self) -> Settings | None:
-        """Settings of the throughput, where it has a batch size of its own."""
-        size = self.request.throughput_at
-        return replace(self.request.settings, batch_size=size) if size else None
+    @property
+    def many(self) -> int | None:
+        """The batch size of the throughput, where it has its own."""
+        return self.request.throughput_at
 
-    def measure(self, exporter: Exporter, settings: Settings, rounds: int, longer: Longer | None = None) -> Results:
+    def settings_of(self, label: str, batch_size: int) -> Settings:
+        """Of a finalist in the precision of its trial; of a network outside of the search in the first."""
+        row, settings = self.finalists.get(label), self.request.settings
+        precision = (row and row.precision) or settings.precision
+        return replace(settings, batch_size=batch_size, precision=precision)
+
+    def measure(self, exporter: Exporter, batch_size: int, rounds: int, longer: Longer | None = None) -> Results:
         """One interleaved run of the finalists and the networks outside of the search."""
+        networks = self.networks | self.outside
+        settings = {label: self.settings_of(label, batch_size) for label in networks}
         return measure_side_by_side(
-            self.networks | self.outside,
-            lambda network, stem: exporter.write(network, settings, stem),
+            {label: (network, settings[label]) for label, network in networks.items()},
+            lambda each, stem: exporter.write(*each, stem),
             settings,
             rounds,
             self.request.folder,
@@ -187,9 +193,9 @@ class _ClosingRun:
         throughput = None
         batch = self.batches.get(label) if self.many else result
         if isinstance(batch, Measurement):
-            throughput = batch.throughput((self.many or request.settings).batch_size)
+            throughput = batch.throughput(self.many or request.settings.batch_size)
             if self.many:
-                keep_samples(request.folder, {"closing": label, "batch_size": self.many.batch_size, **batch.to_dict()})
+                keep_samples(request.folder, {"closing": label, "batch_size": self.many, **batch.to_dict()})
         low, high = result.ci_ms
         return self._latency(result) | {
             "ci_low_ms": low,
@@ -201,6 +207,7 @@ class _ClosingRun:
             "file_mb": result.file_mb,
             "energy_mj": result.energy_mj,
             "over": self.request.limits.over(result.memory_mb, result.file_mb),
+            "precision": self.settings_of(label, 1).precision,
         }
 
 

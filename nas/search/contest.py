@@ -39,6 +39,8 @@ class Standing:
     """That its parent had been tuned for before its own training; None where it has none, or is not trained."""
     parent_seconds: float | None = None
     """That this took."""
+    precision: str | None = None
+    """That it is shipped in, which its latency and its accuracy are of; None in studies of earlier versions."""
 
     @classmethod
     def of(cls, row: ClosingRow) -> Self:
@@ -54,6 +56,7 @@ class Standing:
             verdict=known(row.verdict),
             parent_epochs=found.before.epochs if found and found.before else None,
             parent_seconds=found.before.seconds if found and found.before else None,
+            precision=row.precision,
         )
 
     @property
@@ -62,7 +65,8 @@ class Standing:
         origin = f"derived from {self.parent}{tuned}" if self.parent else str(self.kind)
         told = "" if self.accuracy is None else f"{self.accuracy:.1f}%, "
         over = ", which may be over the budget" * (self.verdict == Verdict.UNSURE)
-        return f"{self.name} ({origin}, {self.resolution} px, {told}{self.latency_ms:.2f} ms{over})"
+        lower = "" if self.precision in (None, "fp32") else f" in {self.precision}"
+        return f"{self.name} ({origin}, {self.resolution} px{lower}, {told}{self.latency_ms:.2f} ms{over})"
 
 
 @dataclass(frozen=True)

@@ -212,7 +212,11 @@ def latency_words(latency: TrialLatency, budget_ms: float) -> str:
     if ci is None and latency.rounds is None:  # an earlier version kept no interval
         return f"Latency {latency.latency_ms:.3f} ms, budget {budget_ms:g} ms."
     ends = "measured briefly" if ci is None else f"95%: {ci[0]:.3f} to {ci[1]:.3f}"
-    return f"Latency {latency.latency_ms:.3f} ms ({ends}), budget {budget_ms:g} ms: {latency.verdict(budget_ms)}."
+    told = f"Latency {latency.latency_ms:.3f} ms ({ends}), budget {budget_ms:g} ms: {latency.verdict(budget_ms)}."
+    if not latency.by_precision:
+        return told
+    each = ", ".join(f"{precision} {ms:.3f} ms" for precision, ms in latency.by_precision.items())
+    return f"{told} In {latency.precision}; measured: {each}."
 
 
 def score_words(trial: FrozenTrial) -> str:

@@ -22,6 +22,7 @@ from nas.files import replace_file
 from nas.quality.candidate import Candidate, Kind
 from nas.search.accuracy import Accuracies, Tuning
 from nas.search.folder import FINAL
+from nas.search.precision import expected_drop, less, lowers
 from nas.search.rows import Trial, candidate_of, known
 from nas.search.trainings import COMPLETED, TUNED, results_of
 
@@ -44,6 +45,7 @@ def review(tier: TrainedTier, rows: Sequence[Trial], selects: bool) -> list[Tria
     for row in rows:
         estimate = estimates.get(row.trial)
         if estimate is not None:
+            estimate = less(estimate, expected_drop(row.precision, row.by_precision))
             row = dataclasses.replace(
                 row,
                 quality=estimate.score,
@@ -141,7 +143,7 @@ def train_fully(request: SearchRequest, tier: TrainedTier, label: str, candidate
                     None, lambda d, t, *_, s=seed: trainer.progress(f"final training, {label}, seed {s}", d, t)
                 )
             training.loader.close()
-            if seed == 0:
+            if seed == 0 or lowers(request.precisions):  # each is judged as it is shipped
                 save_weights(training.network, path.with_suffix(".safetensors"))
             found = trainer.judge(training.network, data.val)
             hits = "".join("01"[hit] for hit in found.hits)

@@ -15,6 +15,7 @@ from nas.evaluate.precision import NOT_TIMED
 from nas.files import folder_lock
 from nas.intervals import guessing
 from nas.measure.budget import Verdict
+from nas.measure.runtime import LOWER
 from nas.measure.samples import BUSY_SPREAD
 from nas.search.accuracy import Accuracies, FinalTrainings
 from nas.search.advice import advice, latencies
@@ -23,8 +24,9 @@ from nas.search.closing import ClosingInterrupted, closing_run, without
 from nas.search.contest import RACE, contest_of, contestants, decision, opponents, winner_of, with_winner
 from nas.search.final import weights_of
 from nas.search.log import breakdown
+from nas.search.lower import LowerFiles
 from nas.search.outcome import Fastest, Outcome, ShortTraining, TierFacts, Validation, Winner
-from nas.search.precision import Int8Files, quantises
+from nas.search.precision import lowers
 from nas.search.repredict import repredict
 from nas.search.request import storage_of
 from nas.search.rows import (
@@ -42,6 +44,7 @@ from nas.search.rows import (
 )
 from nas.search.words import protocol, skipped_lines, ties_of, winner_line
 from nas.study.errors import storage_errors
+from nas.units import counted
 
 if TYPE_CHECKING:
     import optuna
@@ -91,8 +94,8 @@ class _Finish:
         self.trained = cast("TrainedTier", self.tier) if self.tier.trained else None
         self.end = Ending(say)
         self.end.interrupted = log.interrupted
-        self.int8 = Int8Files(request, self.trained) if self.trained and quantises(request) else None
-        self.best = BestFolder(request, log, self.trained, self._step, self.int8)
+        self.lower = LowerFiles(request, self.trained) if self.trained and lowers(request.precisions) else None
+        self.best = BestFolder(request, log, self.trained, self._step, self.lower)
         self.notes: list[str] = []
         self.rows = rows_of(study)
         kept = study.user_attrs.get("validation")
@@ -108,8 +111,8 @@ class _Finish:
             self.rows, line = repredict(self.tier, self.rows)
             self.notes += [line] if line else []
         self._measure()
-        if self.int8 and not self.end.interrupted:
-            self._price(self.int8, [row for row in self.final if not row.error])
+        if self.lower and not self.end.interrupted:
+            self._price(self.lower, [row for row in self.final if not row.error])
         if self.trained and self.final and self.winner and not self.end.interrupted:
             if weights_of(self.request, candidate_of(self.winner)) is None:
                 self._write()
@@ -178,20 +181,23 @@ class _Finish:
                 "no network of --against was measured: there was no closing run, or they are all in its table"
             )
 
-    def _price(self, files: Int8Files, rows: Sequence[ClosingRow]) -> bool:
-        """Judge the int8 files of networks of the closing run: those that cost more than they may are infeasible.
+    def _price(self, files: LowerFiles, rows: Sequence[ClosingRow]) -> bool:
+        """Judge networks of the closing run in their precisions: those that cost more than they may are infeasible.
 
         Returns:
             Whether any of them has become so.
         """
         lost = False
         for row in rows:
-            with self._step(f"int8 of {row.label}"):
+            precision = self._precision_of(row)
+            if precision not in LOWER:
+                continue
+            with self._step(f"{precision} of {row.label}"):
                 if self.phase:
-                    self.phase(f"judging {row.label} in int8", 0, 0)
-                made = files.of(candidate_of(row))
+                    self.phase(f"judging {row.label} in {precision}", 0, 0)
+                made = files.of(candidate_of(row), precision)
                 if made is None:
-                    self.notes.append(f"{row.label}: what int8 costs is not known: no weights of it are kept")
+                    self.notes.append(f"{row.label}: what {precision} costs is not known: no weights of it are kept")
                     continue
                 price = made.price
                 self.notes.append(f"{row.label}: {price.lines[0]}")
@@ -201,11 +207,12 @@ class _Finish:
                     self.final, lost = without(self.final, row, ACCURACY), True
         return lost
 
+    def _precision_of(self, row: ClosingRow) -> str:
+        return row.precision or self.request.settings.precision
+
     def _train(self, tier: TrainedTier) -> None:
         """Full trainings over the same seeds: of the winner and of the published network nearest it by one recipe; in a
         race of the networks that are compared, which settle the winner."""
-        from nas.search.final import train_fully
-
         winner = next(row for row in self.final if row.role == "winner")
         baseline = None if self.races else baseline_of(self.final, winner)
         rows = (
@@ -216,11 +223,11 @@ class _Finish:
         found: dict[str, Accuracies] = {}
         for row in rows:
             with self._step(f"final training of {row.label}"):
-                found[row.label] = train_fully(self.request, tier, row.label, candidate_of(row))
+                found[row.label] = self._trained(tier, row)
                 self.final = [replace(each, accuracy=found.get(each.label)) for each in self.final]
             if self.end.interrupted:
                 return
-        if self.int8 and self._price(self.int8, [row for row in self.final if row.label in found]):
+        if self.lower and self._price(self.lower, [row for row in self.final if row.label in found]):
             if self.winner and not self.end.interrupted:
                 self._train(tier)  # what was trained is kept
             return
@@ -228,6 +235,24 @@ class _Finish:
             self._crown(tier, len(found) == len(rows))
         elif winner.label in found:
             self.accuracy = self._trainings(tier, winner, baseline, list(found.values()))
+
+    def _trained(self, tier: TrainedTier, row: ClosingRow) -> Accuracies:
+        """A network's full trainings, and its accuracies as it is shipped."""
+        from nas.search.final import train_fully
+
+        candidate, precision = candidate_of(row), self._precision_of(row)
+        found = train_fully(self.request, tier, row.label, candidate)
+        if self.lower is None or precision not in LOWER:
+            return found
+        if self.phase:
+            self.phase(f"judging {row.label} in {precision}", 0, 0)
+        shipped = self.lower.shipped(candidate, precision, found)
+        if lost := len(found.top1) - len(shipped.top1):
+            self.notes.append(
+                f"{row.label}: an earlier version kept no weights of {counted(lost, 'seed')}: its accuracy in "
+                f"{precision} is of the others"
+            )
+        return shipped
 
     def _crown(self, tier: TrainedTier, whole: bool) -> None:
         """Settle the winner by the full trainings. whole: none of them has failed."""
@@ -307,6 +332,7 @@ class _Finish:
             budget_ms=request.budget_ms,
             limits=request.limits,
             settings=request.settings,
+            precisions=request.precisions,
             throughput_at=request.throughput_at,
             num_classes=request.num_classes,
             seed=request.seed,
@@ -353,7 +379,7 @@ class _Finish:
             if skipped:
                 yield skipped
         if weights and weights.price:
-            yield from (f"best/model.int8.onnx: {line}" for line in weights.price.lines)
+            yield from (f"best/{weights.file}: {line}" for line in weights.price.lines)
         if self.accuracy:
             told = guessing(self.accuracy.rows[0].ci, self.request.num_classes)
             if told:

@@ -45,9 +45,13 @@ class TrialLatency:
     """As `nas.measure.samples.Measurement` has it, as the next two."""
     file_mb: float | None = None
     energy_mj: float | None = None
+    precision: str | None = None
+    """That it was measured in; None in studies of earlier versions."""
+    by_precision: Mapping[str, float] | None = None
+    """Of a search of several precisions: the latencies in ms in those that were measured, this one included."""
 
     @classmethod
-    def of(cls, found: Measurement, throughput: float, source: str) -> Self:
+    def of(cls, found: Measurement, throughput: float, source: str, precision: str) -> Self:
         """Of a measurement at the batch size of the latency."""
         rounds = len(found.rounds_ms)
         low, high = found.ci_ms if rounds >= SURE_ROUNDS else (None, None)
@@ -65,6 +69,7 @@ class TrialLatency:
             memory_mb=found.memory_mb,
             file_mb=found.file_mb,
             energy_mj=found.energy_mj,
+            precision=precision,
         )
 
     @classmethod
@@ -96,5 +101,5 @@ class TrialLatency:
         """The limits beside the latency that it does not meet."""
         return limits.over(self.memory_mb, self.file_mb)
 
-    def to_json(self) -> dict[str, float | str | None]:
+    def to_json(self) -> dict[str, float | str | Mapping[str, float] | None]:
         return asdict(self)

@@ -134,7 +134,7 @@ class _Search:
         from nas.measure.hardware import busy_line
         from search_spaces.registry import with_earlier_space
 
-        precision = self.request.settings.precision
+        precisions = self.request.precisions
         lines = [busy_line(self.log.hardware)]
         lines += [
             f"the study was begun when {family} had fewer options: it goes on with these"
@@ -147,9 +147,9 @@ class _Search:
 
             self.say(describe(self.data))
             lines += oddities(self.data)
-        if precision != "fp32":
-            lines.append(f"latency is measured in {precision}; quality is that of fp32")
-        if precision == "int8":
+        if precisions != ("fp32",):
+            lines.append(measured_in(precisions))
+        if "int8" in precisions:
             if self.data is None:
                 lines.append(NOISE)
             else:
@@ -284,6 +284,16 @@ def open_run(request: SearchRequest, data: ImageData | None) -> tuple[optuna.Stu
     if inputs is not None:
         replace_file(request.folder / TRAINING_INPUTS, inputs)
     return study, created
+
+
+def measured_in(precisions: Sequence[str]) -> str:
+    """A line on the precisions of a search."""
+    if len(precisions) == 1:
+        return f"latency is measured in {precisions[0]}; quality is that of fp32"
+    return (
+        f"each network is measured in {', '.join(precisions[:-1])} and {precisions[-1]} in turn, until it meets the "
+        "budget; its quality is that of fp32 until the end, where the file is judged"
+    )
 
 
 def refuse_from_scratch(request: SearchRequest) -> None:

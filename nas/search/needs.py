@@ -39,6 +39,11 @@ class Need:
     file_mb: float | None
 
 
+def smallest(precisions: Sequence[str]) -> str:
+    """That whose files are smallest."""
+    return min(precisions, key=lambda each: BYTES.get(each, 4.0))
+
+
 class Needs:
     """Foretells memory and file size: each a line in the number of parameters, by least squares of the relative error.
 

@@ -36,6 +36,7 @@ FRONT_KEYS = (
     "quality_ci",
     "latency_ms",
     "verdict",
+    "precision",
     "throughput",
     "params_m",
     "macs_m",
@@ -119,6 +120,8 @@ class Winner:
     """That a derived network's parent was tuned for before its own training, as the next; None without one."""
     parent_seconds: float | None = None
     """That this took."""
+    precision: str | None = None
+    """That it was measured in, and is shipped in; None in studies of earlier versions."""
 
     @classmethod
     def of(cls, row: Network) -> Winner:
@@ -148,6 +151,7 @@ class Winner:
             resolution=row.resolution,
             parent_epochs=before.epochs if before else None,
             parent_seconds=before.seconds if before else None,
+            precision=row.precision,
         )
 
     def to_json(self) -> dict[str, object]:
@@ -209,6 +213,8 @@ class Outcome:
     limits: Limits = field(default_factory=Limits)
     """Beside the latency."""
     settings: Settings
+    precisions: tuple[str, ...] = ()
+    """That networks were tried in; that of the settings is the first."""
     throughput_at: int | None
     """The batch size of the throughput, where it is not that of the latency."""
     num_classes: int
@@ -287,6 +293,7 @@ class Outcome:
             "budget_ms": self.budget_ms,
             "limits": asdict(self.limits),
             "settings": asdict(self.settings),
+            "precisions": self.precisions,
             "throughput_at": self.throughput_at,
             "num_classes": self.num_classes,
             "seed": self.seed,

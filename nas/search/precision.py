@@ -1,69 +1,169 @@
-"""What int8 costs the networks of a search that trains: their files with trained weights, judged on held-out images."""
+"""The precisions of a search: which one a network is tried in, and how fast others may be.
+
+With `--precision auto` a trial measures its network in one precision after the other, by the accuracy that is expected,
+until it meets the budget: a larger network in int8 competes with a smaller one in fp32.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import TYPE_CHECKING
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Self
 
-from nas.export.card import HELD_OUT
-from nas.files import scratch
-from nas.measure.runtime import RUNTIMES
-from nas.quality.kept import path_of, read
-from nas.search.final import weights_of
+from nas.errors import UserError, reason
+from nas.intervals import Interval
+from nas.measure.device import check_settings, device_kind
+from nas.measure.remote import LinkLost
+from nas.measure.runtime import LOWER, RUNTIMES, Settings
+from nas.measure.samples import MeasureError
+from nas.process import WorkerError
 
 if TYPE_CHECKING:
-    from nas.evaluate.precision import Price
-    from nas.quality.candidate import Candidate
-    from nas.quality.tier import TrainedTier
+    import optuna
+
+    from nas.quality.tier import Estimate
+    from nas.search.latency import TrialLatency
     from nas.search.request import SearchRequest
 
+ORDER = ("fp32", "tf32", "fp16", "bf16", "int8")
+"""By the accuracy that is expected, highest first."""
+RATIOS = {"tf32": (0.5, 0.9), "fp16": (0.35, 0.7), "bf16": (0.4, 0.8), "int8": (0.4, 0.95)}
+"""Of a latency to that in fp32, at least and likely, before a search has measured some. Of bf16 and int8: from seven
+networks of five families on two runtimes (docs/results/int8.md); the others are guesses."""
+TELLING = 3
+"""Networks measured in two precisions whose ratios say the least that there is,"""
+LESS = 0.8
+"""less than which, times this, is not expected."""
+EXPECTED_DROP = {"int8": 0.2, "bf16": 0.1}
+"""Points of top-1 that a network is ranked lower by, until its file is judged: mean drops of those seven networks."""
+
+
+def ladder(settings: Settings) -> tuple[str, ...]:
+    """The precisions that a runtime can compute in on the settings' device, in `ORDER`."""
+    able = RUNTIMES[settings.runtime].precisions[device_kind(settings.device)]
+    found = []
+    for precision in ORDER:
+        if precision in able:
+            try:
+                check_settings(replace(settings, precision=precision))
+            except UserError:  # this machine has no instructions for it
+                continue
+            found.append(precision)
+    return tuple(found)
+
 
 @dataclass(frozen=True)
-class Int8File:
-    """A network's int8 file, and what it costs."""
+class Faster:
+    """How fast networks are in the precisions of a search, as far as its trials tell."""
 
-    content: bytes
-    price: Price
+    precisions: Sequence[str]
+    """Those of the search, in order."""
+    seen: Sequence[tuple[str, Mapping[str, float]]] = ()
+    """Of each network that was measured: its family, and its latencies by precision, the first included."""
+
+    @classmethod
+    def of_study(cls, precisions: Sequence[str], study: optuna.Study) -> Self:
+        if len(precisions) == 1:
+            return cls(precisions)
+        attrs = (trial.user_attrs for trial in study.get_trials(deepcopy=False))
+        found = ((each.get("family", ""), each.get("detail", {}).get("by_precision")) for each in attrs)
+        return cls(precisions, [(family, latencies) for family, latencies in found if latencies])
+
+    def likely(self, precision: str, family: str) -> float:
+        """The ratio of a latency to that in the first precision: the median of the family, else of all."""
+        ratios = self._ratios(precision)
+        own = [ratio for whose, ratio in ratios if whose == family]
+        return statistics.median(own or [ratio for _, ratio in ratios] or [RATIOS[precision][1]])
+
+    def least(self, precision: str) -> float:
+        """The ratio that is not undercut, as far as is known."""
+        found = [ratio for _, ratio in self._ratios(precision)]
+        return LESS * min(found) if len(found) >= TELLING else RATIOS[precision][0]
+
+    def fastest_ms(self, family: str, by_precision: Mapping[str, float]) -> float:
+        """The likely latency of a measured network in its fastest precision."""
+        first = by_precision[self.precisions[0]]
+        open_ones = (precision for precision in self.precisions if precision not in by_precision)
+        return min(*by_precision.values(), *(first * self.likely(each, family) for each in open_ones), first)
+
+    @property
+    def ratio(self) -> float:
+        """Of any network: its likely latency in its fastest precision over that in the first."""
+        return min((self.likely(each, "") for each in self.precisions[1:]), default=1.0)
+
+    @property
+    def leeway(self) -> float:
+        """How many times less than such a likely latency it may be."""
+        least = min((self.least(each) for each in self.precisions[1:]), default=1.0)
+        return max(1.0, min(1.0, self.ratio) / least)
+
+    def _ratios(self, precision: str) -> list[tuple[str, float]]:
+        first = self.precisions[0]
+        return [(family, each[precision] / each[first]) for family, each in self.seen if precision in each]
 
 
-@dataclass(frozen=True)
-class Int8Files:
-    """Makes each network's int8 file once for each of its trainings."""
+def first_that_fits(
+    request: SearchRequest,
+    faster: Faster,
+    family: str,
+    measure: Callable[[str], TrialLatency],
+    note: Callable[[str], None],
+) -> TrialLatency:
+    """The latency of a network in the first precision in which it meets the budget and the limits, or else in that in
+    which it is nearest to them. A precision that surely is not fast enough is not measured.
 
-    request: SearchRequest
-    tier: TrainedTier
-    made: dict[Path, Int8File] = field(default_factory=dict)
-    """By the file of their weights."""
-
-    def of(self, candidate: Candidate) -> Int8File | None:
-        """With the weights of its fullest training; None where there are none.
-
-        A full training is judged on the validation images, the search's own on the training images that it held out.
-
-        Raises:
-            UserError: see `nas.evaluate.precision.write_int8`.
-            RuntimeError, ValueError: the network cannot be exported.
-        """
-        from nas.evaluate.precision import write_int8
-
-        request, trainer, data, part = self.request, self.tier.trainer, self.tier.data(candidate), ""
-        weights, images = weights_of(request, candidate), data.val
-        if weights is None:
-            weights, part = path_of(trainer.kept, candidate.key), HELD_OUT
-            if read(weights) is None:
-                return None
-            resolution = candidate.network.resolution
-            taught, images = trainer.taught(resolution, data.pixels), trainer.halves(resolution, data.pixels)[1]
-            data = replace(data, calibration=trainer.plain(taught, resolution, data.pixels))
-        if weights not in self.made:
-            with scratch(request.folder) as folder:
-                path, settings = folder / "model.onnx", request.settings
-                price = write_int8(candidate.network, weights, path, data, images, settings, request.max_drop, part)
-                self.made[weights] = Int8File(path.read_bytes(), price)
-        return self.made[weights]
+    Args:
+        measure: the latency in a precision.
+        note: told of a precision in which the network cannot be measured; its failure in the first one is raised.
+    """
+    if not request.lower:
+        return measure(request.settings.precision)
+    found: dict[str, TrialLatency] = {}
+    for precision in request.precisions:
+        if found:
+            first = found[request.settings.precision]
+            if first.latency_ms * faster.least(precision) > request.budget_ms:
+                continue
+        try:
+            found[precision] = measure(precision)
+        except LinkLost:
+            raise
+        except (MeasureError, WorkerError) as error:
+            if not found:
+                raise
+            note(f"not measured in {precision}: {reason(error)}")
+            continue
+        if _excess(request, found[precision]) <= 0:
+            break
+    best = min(found.values(), key=lambda each: _excess(request, each))
+    return replace(best, by_precision={precision: each.latency_ms for precision, each in found.items()})
 
 
-def quantises(request: SearchRequest) -> bool:
-    """Whether the files that are measured are int8."""
-    return request.settings.precision == "int8" and RUNTIMES[request.settings.runtime].artifact == "onnx"
+def _excess(request: SearchRequest, latency: TrialLatency) -> float:
+    limits = request.limits.excess(latency.memory_mb, latency.file_mb)
+    return max(latency.excess(request.budget_ms), *limits.values(), -1.0)
+
+
+def expected_drop(precision: str | None, by_precision: Mapping[str, float] | None) -> float:
+    """Points of top-1 that a network is ranked lower by: in a search of one precision all lose alike, so none."""
+    return EXPECTED_DROP.get(precision or "", 0.0) if by_precision else 0.0
+
+
+def as_shipped(estimate: Estimate, latency: TrialLatency) -> Estimate:
+    """An estimate of the weights in fp32, less what the precision is expected to cost."""
+    return less(estimate, expected_drop(latency.precision, latency.by_precision))
+
+
+def less(estimate: Estimate, drop: float) -> Estimate:
+    """An estimate, lower by so many points of top-1."""
+    if not drop:
+        return estimate
+    interval = Interval(estimate.interval.low - drop, estimate.interval.high - drop).clipped()
+    value, score = (max(0.0, each - drop) for each in (estimate.value, estimate.score))
+    return replace(estimate, value=value, interval=interval, score=score)
+
+
+def lowers(precisions: Iterable[str]) -> bool:
+    """Whether networks are measured in precisions that are judged beside fp32."""
+    return any(each in LOWER for each in precisions)

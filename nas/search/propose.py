@@ -20,7 +20,7 @@ from scipy.special import log_ndtr
 
 from nas.networks.counts import counts_of
 from nas.quality.surrogate import DESCRIBED, LEAST, Surrogate, TrainedNetwork, describe
-from nas.search.needs import CHANCE, Need, Needs
+from nas.search.needs import CHANCE, Need, Needs, smallest
 from nas.search.sampling import SpaceSampler, log_improvement
 from nas.search.seen import Point
 from nas.search.trial_training import MeasuredNetwork
@@ -59,8 +59,9 @@ class Measured:
     feasible: bool
     """Whether it meets the budget and the limits."""
     memory_mb: float | None = None
-    """As `nas.search.rows.Trial` has it, as the next."""
+    """As `nas.search.rows.Trial` has it, as the next two."""
     file_mb: float | None = None
+    by_precision: Mapping[str, float] | None = None
 
     @classmethod
     def all_of(cls, study: optuna.Study) -> list[Self]:
@@ -84,6 +85,7 @@ class Measured:
             feasible=bool(trial.user_attrs["feasible"]),
             memory_mb=detail.get("memory_mb"),
             file_mb=detail.get("file_mb"),
+            by_precision=detail.get("by_precision"),
         )
 
     @classmethod
@@ -111,7 +113,7 @@ class Promise:
         self._measured = bool(measured)
         self._needs = Needs(
             request.limits,
-            request.settings.precision,
+            smallest(request.precisions),
             [Need(_params_m(one.features), one.memory_mb, one.file_mb) for one in measured],
         )
         self._latency = Surrogate(

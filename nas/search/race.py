@@ -110,7 +110,7 @@ class Race:
         budget_ms = self._request.budget_ms
         latencies = latencies_of(tried_in(self._study))
         lines = []
-        if over := self._field.over(latencies):
+        if over := self._field.over(latencies_of(self._chooser.tried(self._study))):
             lines.append(f"surely over {budget_ms:g} ms, and so not measured: {', '.join(over)}")
         if over := sorted(self._chooser.over_limits - latencies.keys()):
             limits = self._request.limits.words.removeprefix(", ")

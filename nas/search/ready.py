@@ -52,6 +52,10 @@ class Forecast:
     def within(cls, likely: float, factor: float) -> Self:
         return cls(likely / factor, likely, likely * factor)
 
+    def longer(self, leeway: float) -> Forecast:
+        """The same, but so many times less is possible."""
+        return replace(self, low=self.low / leeway)
+
 
 @dataclass(frozen=True)
 class Entrant:
@@ -125,6 +129,9 @@ class Field:
     def __init__(self, entrants: Sequence[Entrant], budget_ms: float, reference: tuple[float, float]) -> None:
         """reference: the reference network's multiply-accumulates, and its latency in ms."""
         self.entrants, self._budget, self._reference = entrants, budget_ms, reference
+        self.ratio, self.leeway = 1.0, 1.0
+        """Of a search of several precisions, where latencies are the likely ones in the fastest: what a guess is of the
+        latency in the first, and how many times less than is likely it may be (`nas.search.precision.Faster`)."""
 
     def next(self, latencies: Mapping[str, float], tried: Collection[str], failed: Collection[str] = ()) -> list[Open]:
         """What is worth measuring, one a network, those nearest the budget first: of each group without one a network,
@@ -170,19 +177,19 @@ class Field:
         the reference network's."""
         measured = _measured(entrant, latencies)
         if measured:
-            return entrant.forecast(px, measured)
+            return entrant.forecast(px, measured).longer(self.leeway)
         macs = entrant.macs(px)
         kin = [each for each in self.entrants if each.group == entrant.group]
         known = [(each.macs(at), ms) for each in kin for at, ms in _measured(each, latencies).items()]
         if not known:
             return self.guess(macs)
         others, ms = min(known, key=lambda each: abs(math.log(each[0] / macs)))
-        return Forecast.within(ms * (macs / others) ** POWER, ALIKE)
+        return Forecast.within(ms * (macs / others) ** POWER, ALIKE).longer(self.leeway)
 
     def guess(self, macs: float) -> Forecast:
         """The latency of a network of any family with so many multiply-accumulates, from the reference network's."""
         others, ms = self._reference
-        return Forecast.within(ms * (macs / others) ** POWER, GUESSED)
+        return Forecast.within(self.ratio * ms * (macs / others) ** POWER, GUESSED).longer(self.leeway)
 
     def _stands(self, entrant: Entrant, latencies: Mapping[str, float], tried: Collection[str]) -> bool:
         """Whether a network is in the race: it fits at a resolution, or that is not known yet."""

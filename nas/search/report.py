@@ -51,7 +51,7 @@ COLUMNS = (
         "spread",
         "reference_ms",
     ),
-    *("throughput", "memory_mb", "file_mb", "energy_mj"),
+    *("throughput", "precision", "memory_mb", "file_mb", "energy_mj"),
     *("params_m", "macs_m", "resolution", "feasible", "verdict", "source"),
     "error",
 )
@@ -125,6 +125,7 @@ def _html(outcome: Outcome, plot: bytes) -> str:
         "front": outcome.front,
         "families": _families(outcome),
         "raced": any(trial.kind for trial in trials),
+        "auto": len(outcome.precisions) > 1,
         "complete": [trial for trial in trials if trial.complete],
         "feasible": [trial for trial in trials if trial.feasible],
         "reasons": reasons[:REASONS_SHOWN],

@@ -14,7 +14,7 @@ from nas.export.options import PLAIN, FileOptions
 from nas.export.quantize import MAX_DROP, check_max_drop
 from nas.measure.budget import Limits
 from nas.measure.device import check_settings, default_threads, device_label
-from nas.measure.runtime import RUNTIMES, Settings
+from nas.measure.runtime import LOWER, RUNTIMES, Settings
 from nas.search.folder import JOURNAL
 
 if TYPE_CHECKING:
@@ -67,13 +67,17 @@ class SearchRequest:
     against: tuple[Target, ...] = ()
     """Networks to measure beside the finalists in the closing run; no .onnx files."""
     max_drop: float = MAX_DROP
-    """Points of top-1 that int8 may cost a network of the closing run on held-out images, where the search trains."""
+    """Points of top-1 that a lower precision may cost a network of the closing run on held-out images, where the search
+    trains."""
     cache: bool = True
     """Whether to use latencies that were measured earlier on this machine."""
     limits: Limits = field(default_factory=Limits)
     """What a network may need beside time; one over them is infeasible."""
     file: FileOptions = PLAIN
     """How best/model.onnx is written; unless it takes any batch, it has that of `settings`."""
+    lower: tuple[str, ...] = ()
+    """Precisions that a trial tries after that of the settings, until its network meets the budget; see
+    `nas.search.precision.ladder`."""
 
     def __post_init__(self) -> None:
         from search_spaces.registry import FAMILIES
@@ -91,6 +95,11 @@ class SearchRequest:
             object.__setattr__(self, "quality", tier)
         if not self.study:
             object.__setattr__(self, "study", default_study(self))
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """All that a network is tried in, in order."""
+        return (self.settings.precision, *self.lower)
 
     @property
     def folder(self) -> Path:
@@ -116,8 +125,11 @@ class SearchRequest:
                 raise UserError(f"--against {target.label}: give a published name, an arch.json or timm/NAME")
         if self.plan is not None:
             self.plan.check()
-        check_max_drop(self.max_drop, self.settings.precision == "int8" and self.plan is not None)
-        check_settings(self.settings)
+        check_max_drop(self.max_drop, any(each in LOWER for each in self.precisions) and self.plan is not None)
+        if self.lower and self.plan is None:
+            raise UserError("--precision auto needs --data: images to judge lower precisions by")
+        for precision in self.precisions:
+            check_settings(replace(self.settings, precision=precision))
         if self.limits.file_mb is not None and RUNTIMES[self.settings.runtime].artifact != "onnx":
             able = " or ".join(name for name, each in RUNTIMES.items() if each.artifact == "onnx")
             raise UserError(f"--size-budget: runtime {self.settings.runtime} loads no file; use {able}")
@@ -153,6 +165,8 @@ class SearchRequest:
             "quality": self.quality,
             "hardware": cast("dict[str, JsonValue]", fingerprint(self.settings)),
         }
+        if self.lower:
+            agreed["precisions"] = [*self.precisions]
         if self.resolution is not None:
             agreed["resolution"] = self.resolution
         if self.throughput_at is not None:
@@ -174,9 +188,10 @@ def default_study(request: SearchRequest) -> str:
     from search_spaces.registry import FAMILIES
 
     settings = request.settings
+    precision = "auto" if request.lower else settings.precision
     parts = [
         device_label(settings.device),
-        settings.runtime if settings.precision == "fp32" else f"{settings.runtime}-{settings.precision}",
+        settings.runtime if precision == "fp32" else f"{settings.runtime}-{precision}",
         f"{request.budget_ms:g}ms",
         "all" if set(request.families) == set(FAMILIES) else "+".join(sorted(request.families)),
     ]

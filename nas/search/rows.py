@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from search_spaces import Arch
 
 ACCURACY = "accuracy"
-"""In `over`, of a network that int8 costs more than it may."""
+"""In `over`, of a network that its precision costs more than it may."""
 INTERRUPTED = "interrupted"
 """The error of a trial that Ctrl-C has ended; the next run of the command makes it again."""
 RESERVES = 3
@@ -83,6 +83,9 @@ class Trial:
     """Size of its ONNX file."""
     energy_mj: float | None = None
     """Of an image, in millijoules, idle power included."""
+    precision: str | None = None
+    """That it was measured in, as the next one as `nas.search.latency.TrialLatency` has it."""
+    by_precision: Mapping[str, float] | None = None
     over: tuple[str, ...] = ()
     """Limits beside the latency that it does not meet: memory, size."""
     params_m: float | None = None
@@ -147,10 +150,11 @@ class Timed:
     throughput: float | None = None
     """Images a second."""
     memory_mb: float | None = None
-    """As `Trial` has it, as the next three."""
+    """As `Trial` has it, as the next four."""
     file_mb: float | None = None
     energy_mj: float | None = None
     over: tuple[str, ...] = ()
+    precision: str | None = None
 
     @property
     def latency_ci(self) -> Pair | None:
@@ -394,6 +398,12 @@ def network_of(row: Network) -> Arch | TimmNetwork:
 
 def candidate_of(row: Network) -> Candidate:
     return Candidate(network_of(row), row.kind or Kind.SCRATCH, row.parent, row.name)
+
+
+def lost_in(final: Sequence[ClosingRow]) -> str:
+    """The precisions that cost networks of the closing run more than they may: "int8"; "" where none does."""
+    found = dict.fromkeys(row.precision or "int8" for row in final if ACCURACY in row.over)
+    return " and ".join(found)
 
 
 def published_top1(row: Trial) -> float | None:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nas.search.needs import Need, Needs
+from nas.search.needs import Need, Needs, smallest
+from nas.search.precision import Faster
 from nas.search.speed import Speed, coordinates
 from search_spaces import Arch
 from search_spaces.registry import FAMILIES
@@ -60,7 +61,7 @@ class Tried:
     key: str = ""
     """Of its candidate, as the next ones set once it is measured."""
     relative: float | None = None
-    """Latency over that of the reference network in the same rounds."""
+    """Latency, in the fastest precision, over that of the reference network in the same rounds."""
     feasible: bool = False
     over: bool = False
     """Whether it does not meet a limit beside the latency."""
@@ -81,25 +82,26 @@ class Seen:
         """Of latencies over the reference network's."""
         self.limit = 0.0
         """Log of the budget over the reference network's latency now."""
-        self._needs = Needs(request.limits, request.settings.precision)
+        self._needs = Needs(request.limits, smallest(request.precisions))
 
     def read(self, study: optuna.Study) -> None:
         """Take in what has been tried by now."""
         trials = study.get_trials(deepcopy=False)
         found = [(trial, self._point(trial)) for trial in trials]
-        self.tried = [_tried(trial, point) for trial, point in found if point is not None]
+        faster = Faster.of_study(self._request.precisions, study)
+        self.tried = [_tried(trial, point, faster) for trial, point in found if point is not None]
         details = [trial.user_attrs.get("detail", {}) for trial in trials]
         lately = [each["reference_ms"] for each in details if each.get("reference_ms")][-RECENT:]
         now = statistics.median(lately) if lately else self._first_ms
         self.limit = math.log(self._request.budget_ms / now)
         measured = [(each.point.coordinates, each.relative) for each in self.tried if each.relative]
-        self.speed = Speed((self._reference, 1.0), measured)
+        self.speed = Speed((self._reference, faster.ratio), measured)
         needs = [
             Need(_params_m(point.coordinates), detail.get("memory_mb"), detail.get("file_mb"))
             for (_, point), detail in zip(found, details, strict=True)
             if point is not None
         ]
-        self._needs = Needs(self._request.limits, self._request.settings.precision, needs)
+        self._needs = Needs(self._request.limits, smallest(self._request.precisions), needs)
 
     def meets(self, rows: np.ndarray) -> np.ndarray:
         """Logarithms of the chances to meet the limits of memory and size, (n,). rows: (n, 8 + families)."""
@@ -132,15 +134,16 @@ def params_of(trial: FrozenTrial) -> tuple[str, dict[str, int]]:
     return found.pop("family", ""), found
 
 
-def _tried(trial: FrozenTrial, point: Point) -> Tried:
+def _tried(trial: FrozenTrial, point: Point, faster: Faster) -> Tried:
     detail = trial.user_attrs.get("detail")
     if not detail or not trial.values:
         return Tried(point, ended=trial.state.is_finished())
-    reference = detail.get("reference_ms")
+    reference, measured = detail.get("reference_ms"), detail.get("by_precision")
+    latency_ms = faster.fastest_ms(point.family, measured) if measured else detail["latency_ms"]
     return Tried(
         point,
         detail.get("key", detail["digest"]),
-        detail["latency_ms"] / reference if reference else None,
+        latency_ms / reference if reference else None,
         bool(trial.user_attrs["feasible"]),
         bool(detail.get("over")),
         trial.values[0],

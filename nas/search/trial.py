@@ -26,6 +26,7 @@ from nas.quality.candidate import Candidate, Kind
 from nas.search.given import GIVEN, parameters_of
 from nas.search.latency import TrialLatency
 from nas.search.log import Clock, keep_samples
+from nas.search.precision import Faster, first_that_fits
 from nas.search.trial_training import LEASE_EXPIRED, MeasuredNetwork, Stage, TrainStep, judge, telling
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from nas.measure.cache import Cache
     from nas.measure.protocol import Measurer
     from nas.measure.remote import RemoteMeasurer
+    from nas.measure.runtime import Settings
     from nas.measure.samples import Measurement
     from nas.networks.timm_network import TimmNetwork
     from nas.quality.tier import Tier
@@ -164,7 +166,7 @@ class TrialRunner:
             return fail(self.study, trial, reason(error))
         clock.lap("build and export")
         network = candidate.network
-        latency = self._known(network.digest()) or self._latency(trial, network, clock)
+        latency = self._known(network.digest()) or self._latency_of(trial, network, clock)
         clock.lap("other")
         budget_ms = self.request.budget_ms
         may_fit = latency.excess(budget_ms) <= 0 or (candidate.kind == Kind.READY and latency.holds(budget_ms))
@@ -188,20 +190,32 @@ class TrialRunner:
                 return TrialLatency.read({**detail, "source": "reused"})
         return None
 
-    def _latency(self, trial: optuna.Trial, network: Arch | TimmNetwork, clock: Clock) -> TrialLatency:
-        """The latency of a network, and its throughput at the batch size that the search asks for."""
-        batch_size, many = self.request.settings.batch_size, self.request.throughput_at
-        result, when = self._timed(trial, network, batch_size, self.request.budget_ms, clock)
+    def _latency_of(self, trial: optuna.Trial, network: Arch | TimmNetwork, clock: Clock) -> TrialLatency:
+        """The latency of a network in the first precision of the search in which it meets the budget."""
+        return first_that_fits(
+            self.request,
+            Faster.of_study(self.request.precisions, self.study),
+            network.family,
+            lambda precision: self._latency(trial, network, clock, precision),
+            lambda line: self.notes.append(f"trial {trial.number}: {line}"),
+        )
+
+    def _latency(self, trial: optuna.Trial, network: Arch | TimmNetwork, clock: Clock, precision: str) -> TrialLatency:
+        """The latency of a network in a precision, and its throughput at the batch size that the search asks for."""
+        settings, many = replace(self.request.settings, precision=precision), self.request.throughput_at
+        batch_size = settings.batch_size
+        result, when = self._timed(trial, network, settings, self.request.budget_ms, clock)
         throughput = result.throughput(batch_size)
         if many is not None:
             goal = None if result.p50_ms <= self.request.budget_ms else 0.0  # over budget: a few rounds are enough
             try:
-                throughput = self._timed(trial, network, many, goal, clock)[0].throughput(many)
+                larger = replace(settings, batch_size=many)
+                throughput = self._timed(trial, network, larger, goal, clock)[0].throughput(many)
             except LinkLost:
                 raise
             except MeasureError as error:
                 raise MeasureError(f"at batch {many}: {error}") from None
-        return TrialLatency.of(result, throughput, "measured" if when is None else f"cache, {when}")
+        return TrialLatency.of(result, throughput, "measured" if when is None else f"cache, {when}", precision)
 
     def _cached(self, action: Callable[[Cache], T]) -> T | None:
         """What the cache returns. A cache whose file fails (a full disk, say) is noted once and no longer used."""
@@ -218,24 +232,35 @@ class TrialRunner:
             return None
 
     def _timed(
-        self, trial: optuna.Trial, network: Arch | TimmNetwork, batch_size: int, budget_ms: float | None, clock: Clock
+        self,
+        trial: optuna.Trial,
+        network: Arch | TimmNetwork,
+        settings: Settings,
+        budget_ms: float | None,
+        clock: Clock,
     ) -> tuple[Measurement, str | None]:
         """A network's measurement and, where it is from the cache, when it was made."""
         when: str | None = None
-        found = self._cached(lambda cache: cache.get(network, batch_size, self.reference_ms))
+        batch_size, precision = settings.batch_size, self._other_precision(settings)
+        found = self._cached(lambda cache: cache.get(network, batch_size, self.reference_ms, precision))
         if found is not None and not quanta(found[1]) and is_decided(found[1].rounds_ms, budget_ms, SEARCH_PRECISION):
             when, result = found
         else:
-            result = self._measured(network, batch_size, budget_ms, clock)
+            result = self._measured(network, settings, budget_ms, clock)
         record = {"trial": trial.number, "batch_size": batch_size, "cached": when}
+        record |= {"precision": precision} if precision else {}
         keep_samples(self.request.folder, record | result.to_dict())
         return result, when
 
+    def _other_precision(self, settings: Settings) -> str | None:
+        """Where it is not that of the reference network."""
+        return settings.precision if settings.precision != self.request.settings.precision else None
+
     def _measured(
-        self, network: Arch | TimmNetwork, batch_size: int, budget_ms: float | None, clock: Clock
+        self, network: Arch | TimmNetwork, settings: Settings, budget_ms: float | None, clock: Clock
     ) -> Measurement:
         """Export a network and measure it; the cache keeps the result, unless the machine was busy."""
-        settings = replace(self.request.settings, batch_size=batch_size)
+        precision = self._other_precision(settings)
         if settings == self.request.settings:
             self.measurer.prepare()
         self.stage("exporting")
@@ -243,14 +268,19 @@ class TrialRunner:
         clock.lap("build and export")
         self.stage("measuring")
         result = self.measurer.measure(
-            path, budget_ms, pause=self._exporter.running, batch_size=batch_size, precision=SEARCH_PRECISION
+            path,
+            budget_ms,
+            pause=self._exporter.running,
+            batch_size=settings.batch_size,
+            precision=SEARCH_PRECISION,
+            computed_in=precision,
         )
         clock.add("session", result.load_s)
         clock.lap("timed runs", less=result.load_s)
         if result.reference_p50_ms is not None:
             self.reference_ms = result.reference_p50_ms
         if not quanta(result):
-            self._cached(lambda cache: cache.put(network, batch_size, result))
+            self._cached(lambda cache: cache.put(network, settings.batch_size, result, precision))
         return result
 
 

@@ -20,6 +20,7 @@ from nas.search.contest import RACE
 from nas.search.given import origin
 from nas.search.latency import TrialLatency
 from nas.search.log import Clock
+from nas.search.precision import as_shipped
 from nas.search.rows import INTERRUPTED
 
 if TYPE_CHECKING:
@@ -168,6 +169,7 @@ def judge(
         logger.debug("trial %d failed", trial.number, exc_info=True)
         return fail(study, trial, reason(error))
     clock.lap("training" if tier.trained else "estimate")
+    estimate = as_shipped(estimate, latency)
     limits = request.limits
     told = finish(
         study,

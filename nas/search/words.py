@@ -9,7 +9,7 @@ from nas.measure.budget import Verdict
 from nas.quality.tier import told_score
 from nas.search.latency import Pair
 from nas.search.outcome import Outcome, TierFacts, Validation, Winner
-from nas.search.rows import ACCURACY, ClosingRow, Trial, known
+from nas.search.rows import ACCURACY, ClosingRow, Trial, known, lost_in
 from nas.units import counted
 
 if TYPE_CHECKING:
@@ -60,8 +60,8 @@ def winner_line(outcome: Outcome) -> str:
     """The study's result in one line."""
     winner = outcome.winner
     if winner is None:
-        lost = any(ACCURACY in row.over for row in outcome.final)
-        return f"nothing fits {outcome.budget}" + f" and keeps its {ACCURACY} in int8 (--max-drop)" * lost
+        lost = lost_in(outcome.final)
+        return f"nothing fits {outcome.budget}" + (f" and keeps its {ACCURACY} in {lost} (--max-drop)" if lost else "")
     how = "within" if winner.verdict == Verdict.FITS else "may be within"
     accuracy = f", {winner.words}" if winner.words else ""
     gain = outcome.contest.gain_over_ready if outcome.contest else None

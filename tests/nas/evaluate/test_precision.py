@@ -171,7 +171,7 @@ def test_words() -> None:
         "ONNX Runtime, min-max of 16 images"
     )
     check_max_drop(1.0, judges=False)
-    with pytest.raises(UserError, match=r"^--max-drop is for int8 that images judge: add --precision int8 and --data"):
+    with pytest.raises(UserError, match=r"^--max-drop is for int8, fp16 or bf16 that images judge: add --pre"):
         check_max_drop(2.0, judges=False)
     for wrong in (-1, 101, float("nan")):
         with pytest.raises(UserError, match=r"^--max-drop is "):

@@ -75,6 +75,7 @@ class Bench:
             resolution=PX,
             limits=limits,
             settings=Settings(),
+            precisions=("fp32",),
         )
         entrants = [
             Entrant(name, "efficientvit", get_arch(name).replace(num_classes=5), (PX,))

@@ -14,6 +14,7 @@ from records import COMPLETE
 
 from nas.export import side_by_side
 from nas.measure.budget import Limits
+from nas.measure.runtime import Settings
 from nas.measure.samples import MeasureError, Measurement
 from nas.networks.targets import find_target
 from nas.search import closing
@@ -66,7 +67,7 @@ def close(
     """The final table, and the notes, of trials of falling quality: t0, t1, ..."""
     clock.medians = {int(name[1:]): value if isinstance(value, list) else [value] for name, value in medians.items()}
     rows = [replace(COMPLETE, trial=trial, quality=70.0 - trial, arch={"number": trial}) for trial in clock.medians]
-    settings = SimpleNamespace(device="cpu", batch_size=1)
+    settings = Settings()
     options = SimpleNamespace(
         budget_ms=2.0, settings=settings, folder=tmp_path, against=(), throughput_at=None, limits=limits
     )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import html
 import json
 import shutil
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,7 +44,9 @@ from nas.quality.candidate import Candidate
 from nas.quality.shared import SupernetTier
 from nas.quality.trained import HalvingTier
 from nas.quality.trainer import CandidateTrainer
-from nas.search.precision import Int8File, Int8Files
+from nas.search.accuracy import Accuracies
+from nas.search.lower import LowerFile, LowerFiles
+from nas.search.precision import EXPECTED_DROP, RATIOS
 from search_spaces import Arch, create_model, table
 
 TRIALS = 4
@@ -58,6 +62,8 @@ class Device:
 
     def __init__(self) -> None:
         self.faults: dict[int, BaseException] = {}
+        self.ratios: dict[str | None, float] = {}
+        """Of latency, by precision; 1 else."""
         self.measured: list[Arch] = []
         self.compared = 0
         self.running: list[Any] = []
@@ -70,19 +76,19 @@ class Device:
     def prepare(self) -> None:
         pass
 
-    def measure(self, path: Path, *_: Any, **__: Any) -> Measurement:
+    def measure(self, path: Path, *_: Any, computed_in: str | None = None, **__: Any) -> Measurement:
         fault = self.faults.pop(len(self.measured), None)
         self.measured.append(Arch.from_json(path.read_text()))
         if fault is not None:
             raise fault
-        return self.timed(path)
+        return self.timed(path, computed_in)
 
-    def compare(self, paths: dict[str, Path], *_: Any, **__: Any) -> dict[str, Measurement]:
+    def compare(self, paths: dict[str, Path], settings: Any, *_: Any, **__: Any) -> dict[str, Measurement]:
         self.compared += 1
-        return {label: self.timed(path) for label, path in paths.items()}
+        return {label: self.timed(path, settings[label].precision) for label, path in paths.items()}
 
-    def timed(self, path: Path) -> Measurement:
-        latency = table(Arch.from_json(path.read_text())).macs() / 1e8
+    def timed(self, path: Path, precision: str | None) -> Measurement:
+        latency = self.ratios.get(precision, 1.0) * table(Arch.from_json(path.read_text())).macs() / 1e8
         return Measurement([[latency] * 3] * 8, [[1.0] * 3] * 8)
 
 
@@ -562,15 +568,19 @@ def priced(monkeypatch: pytest.MonkeyPatch, trained: dict[str, float], kept: dic
     point else. Holds the keys in the order in which they are judged."""
     judged: list[str] = []
 
-    def of(self: Int8Files, candidate: Candidate) -> Int8File:
+    def of(self: LowerFiles, candidate: Candidate, precision: str) -> LowerFile:
         judged.append(candidate.key)
         drops = kept if nas.search.final.weights_of(self.request, candidate) is None else trained
         drop = drops.get(candidate.key, 0.5)
         ci, softmax = (drop - 1, drop + 1), ("2 x softmax",)
         price = Price(Recipe(), "onnxruntime", 200, 50.0, 50 - drop, drop, ci, self.request.max_drop, 1, softmax)
-        return Int8File(b"lower", price)
+        return LowerFile(b"lower", price)
 
-    monkeypatch.setattr(Int8Files, "of", of)
+    def shipped(self: LowerFiles, candidate: Candidate, precision: str, trained: Accuracies) -> Accuracies:
+        return replace(trained, top1=[of(self, candidate, precision).price.top1], precision=precision)
+
+    monkeypatch.setattr(LowerFiles, "of", of)
+    monkeypatch.setattr(LowerFiles, "shipped", shipped)
     monkeypatch.setattr(Card, "read", lambda path: Card())
     return judged
 
@@ -601,6 +611,44 @@ def test_a_network_that_int8_costs_too_much_wins_nothing(vitnas, device, tier, p
     code, out, err = vitnas(*command)
     assert (code, json.loads(out)["winner"]) == (1, None)
     assert study_of(tmp_path).user_attrs["result"] == "nothing fits 10 ms and keeps its accuracy in int8 (--max-drop)"
+
+
+def test_a_network_is_tried_and_shipped_in_the_first_precision_that_meets_the_budget(
+    vitnas, device, tier, pictures, tmp_path, monkeypatch
+):
+    """Its file, its latency and its accuracy are those of that precision, at every place that tells it."""
+    cards = cards_of(monkeypatch)
+    priced(monkeypatch, {}, {})
+    device.ratios["int8"] = 0.5
+    monkeypatch.setitem(EXPECTED_DROP, "int8", -0.5)  # all answer alike: so it ranks first
+    words = trained(tmp_path, pictures, "--precision", "auto", "--latency-budget", "0.02ms", "--trials", "8")
+    code, out, err = vitnas(*words)
+    assert code == 0, err
+    assert "each network is measured in fp32 and int8 in turn, until it meets the budget" in err
+    with (tmp_path / "s" / "trials.csv").open() as file:
+        rows = {int(row["trial"]): row for row in csv.DictReader(file)}
+    kept = {"fp32": 0, "int8": 0}
+    for trial in study_of(tmp_path).trials:
+        found = trial.user_attrs["detail"]
+        first, told = found["by_precision"]["fp32"], found["by_precision"][found["precision"]]
+        assert found["latency_ms"] == told
+        assert found["precision"] == rows[trial.number]["precision"] == ("fp32" if first <= 0.02 else "int8")
+        assert trial.user_attrs["feasible"] == (told <= 0.02)
+        assert ("int8" in found["by_precision"]) == (0.02 < first <= 0.02 / RATIOS["int8"][0])
+        kept[found["precision"]] += 1
+    result = json.loads(out)
+    assert all(kept.values()), kept
+    winner = result["winner"]
+    assert (winner["precision"], winner["top1"]) == ("int8", 49.5)
+    assert rows[winner["trial"]]["latency_ms"] == str(winner["latency_ms"])
+    assert all(row["precision"] == rows[row["trial"]]["precision"] for row in result["final"])
+    assert all(row["precision"] == rows[row["trial"]]["precision"] for row in result["pareto"])
+    assert best(tmp_path)["model.int8.onnx"] == b"lower"
+    assert (cards["model.int8.onnx"].latency.precision, cards["model.onnx"].latency) == ("int8", None)
+    page = (tmp_path / "s" / "report.html").read_text()
+    assert "onnxruntime int8" in page
+    assert "<th>precision</th>" in page
+    vitnas.refused(vitnas(*command(tmp_path, "--precision", "auto")), "--precision auto needs --data")
 
 
 def cards_of(monkeypatch: pytest.MonkeyPatch) -> dict[str, Card]:

@@ -65,7 +65,7 @@ def test_waiting_times_do_not_enter_the_cache(tmp_path, slice_ms, kept):
     runner.measurer = SimpleNamespace(prepare=lambda: None, measure=lambda *_, **__: found)
     clock = SimpleNamespace(lap=lambda *_, **__: None, add=lambda *_: None)
     arch = get_arch("shvit_s1")
-    assert runner._timed(SimpleNamespace(number=0), arch, 1, 9.0, clock) == (found, None)
+    assert runner._timed(SimpleNamespace(number=0), arch, settings, 9.0, clock) == (found, None)
     assert (cache.last(arch, 1) is not None) == kept
 
 
@@ -74,7 +74,7 @@ def test_a_few_rounds_have_no_interval_of_95_percent(rounds, ci):
     runner = TrialRunner(SimpleNamespace(settings=Settings(), budget_ms=2.0, throughput_at=None), None, None)
     found = Measurement([[4.0]] * rounds, [[2.0]] * rounds)
     runner._timed = lambda *_: (found, None)
-    told = runner._latency(None, None, None)
+    told = runner._latency(None, None, None, "fp32")
     assert (told.latency_ci_low_ms, told.latency_ci_high_ms) == ci
     assert told.rounds == rounds
     assert told.verdict(2.0) == "over", "it was ended so early because it is far over the budget"

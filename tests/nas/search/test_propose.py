@@ -87,6 +87,7 @@ def proposer(measured: list[SimpleNamespace], seed: int | None = 0) -> Proposer:
         seed=seed,
         limits=Limits(),
         settings=Settings(),
+        precisions=("fp32",),
     )
     return Proposer(tier, options)
 

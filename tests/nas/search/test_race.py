@@ -81,6 +81,7 @@ def race(folder: Path, ms: float = 0.5, digests: dict[str, str] | None = None) -
         num_classes=5,
         limits=Limits(),
         settings=Settings(),
+        precisions=("fp32",),
     )
     return Race(request, study, tier, entrants(), runner), runner
 

@@ -66,6 +66,7 @@ def trial(number: int, family: str, latency: float, quality: float | None, budge
         "samples": 150,
         "reference_ms": 1.31,
         "throughput": 1000 / latency,
+        "precision": "fp32",
         "params_m": 2 + 3 * latency,
         "macs_m": 160 * latency,
         "resolution": 224,
@@ -102,7 +103,7 @@ def invent(trials: int = 100, budget: float = 2.0, seed: int = 0) -> dict[str, A
         if not front or t["quality"] > front[-1]["quality"]:
             front.append(t)
     keys = ["arch", "family", "name", "quality", "quality_estimate", "quality_ci", "latency_ms", "verdict"]
-    pareto = [{k: t[k] for k in [*keys, "throughput", "params_m", "macs_m", "trial"]} for t in front]
+    pareto = [{k: t[k] for k in [*keys, "precision", "throughput", "params_m", "macs_m", "trial"]} for t in front]
     measured = [t for t in rows if t["state"] == "complete"]
     fastest = min(measured, key=lambda t: t["latency_ms"], default=None)
     winner = front[-1] if front else None

@@ -1,0 +1,93 @@
+"""Networks of a search that trains in lower precisions: their files with trained weights, judged on held-out images."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nas.export.card import HELD_OUT
+from nas.files import scratch
+from nas.quality.kept import path_of, read
+from nas.search.final import result_path, weights_of
+
+if TYPE_CHECKING:
+    from nas.evaluate.precision import Price
+    from nas.quality.candidate import Candidate
+    from nas.quality.tier import TrainedTier
+    from nas.search.accuracy import Accuracies
+    from nas.search.request import SearchRequest
+
+
+@dataclass(frozen=True)
+class LowerFile:
+    """A network in a lower precision: its file, and what it costs."""
+
+    content: bytes | None
+    """None of a precision without a file of its own."""
+    price: Price
+
+
+@dataclass(frozen=True)
+class LowerFiles:
+    """Judges each network in its precision, once for each of its trainings."""
+
+    request: SearchRequest
+    tier: TrainedTier
+    made: dict[tuple[Path, str], LowerFile] = field(default_factory=dict)
+    """By the file of their weights, and the precision."""
+
+    def of(self, candidate: Candidate, precision: str) -> LowerFile | None:
+        """With the weights of its fullest training; None where there are none.
+
+        A full training is judged on the validation images, the search's own on the training images that it held out.
+
+        Args:
+            precision: one of LOWER.
+
+        Raises:
+            UserError: see `nas.evaluate.precision.write_lower`.
+            RuntimeError, ValueError: the network cannot be exported.
+        """
+        from nas.evaluate.precision import write_lower
+
+        request, trainer, data, part = self.request, self.tier.trainer, self.tier.data(candidate), ""
+        weights, images = weights_of(request, candidate), data.val
+        if weights is None:
+            weights, part = path_of(trainer.kept, candidate.key), HELD_OUT
+            if read(weights) is None:
+                return None
+            resolution = candidate.network.resolution
+            taught, images = trainer.taught(resolution, data.pixels), trainer.halves(resolution, data.pixels)[1]
+            data = replace(data, calibration=trainer.plain(taught, resolution, data.pixels))
+        key = weights, precision
+        if key not in self.made:
+            with scratch(request.folder) as folder:
+                path, settings = folder / "model.onnx", replace(request.settings, precision=precision)
+                price = write_lower(candidate.network, weights, path, data, images, settings, request.max_drop, part)
+                self.made[key] = LowerFile(path.read_bytes() if path.exists() else None, price)
+        return self.made[key]
+
+    def shipped(self, candidate: Candidate, precision: str, trained: Accuracies) -> Accuracies:
+        """The accuracies of a network's full trainings as they are shipped: each in its precision, on all validation
+        images. Of seeds whose weights an earlier version did not keep there is none.
+
+        Raises: as `of`.
+        """
+        from nas.evaluate.precision import deployed_right
+
+        made = self.of(candidate, precision)
+        assert made is not None
+        data, settings = self.tier.data(candidate), replace(self.request.settings, precision=precision)
+        hits = []
+        for seed in range(len(trained.top1)):
+            weights = result_path(self.request, candidate, seed).with_suffix(".safetensors")
+            if weights.is_file():
+                with scratch(self.request.folder) as folder:
+                    right = deployed_right(
+                        candidate.network, weights, folder / "model.onnx", data, data.val, settings, made.price.recipe
+                    )
+                hits.append(right.tolist())
+        top1 = [100 * statistics.fmean(each) for each in hits]
+        return replace(trained, top1=top1, images=len(hits[0]), hits=hits, precision=precision)

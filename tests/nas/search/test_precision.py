@@ -1,0 +1,119 @@
+"""Which precision a trial keeps, and how fast networks may be in those that are not measured."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from nas.errors import UserError
+from nas.intervals import Interval
+from nas.measure.budget import Limits
+from nas.measure.remote import LinkLost
+from nas.measure.runtime import Settings
+from nas.measure.samples import MeasureError
+from nas.quality.tier import Estimate
+from nas.search import precision
+from nas.search.latency import TrialLatency
+from nas.search.precision import RATIOS, Faster, expected_drop, first_that_fits, ladder, less
+from nas.search.request import SearchRequest
+
+ALL = ("fp32", "bf16", "int8")
+LATENCY = TrialLatency(1.0, 1.0, 1.0, 1.0, 100, 20, 1.0, 0.0, 1.0, "measured", file_mb=4.0)
+
+
+def tried(measured: dict[str, Any], faster: Faster | None = None, **fields: Any) -> tuple[TrialLatency, list[str]]:
+    """What a trial keeps at a budget of 1 ms of latencies, or errors, by precision; and what it measured and noted."""
+    request = SearchRequest(budget_ms=1.0, lower=ALL[1:], **fields)
+    told: list[str] = []
+
+    def measure(name: str) -> TrialLatency:
+        told.append(name)
+        found = measured[name]
+        if isinstance(found, Exception):
+            raise found
+        ms, size = found if isinstance(found, tuple) else (found, 4.0)
+        return replace(LATENCY, latency_ms=ms, file_mb=size, precision=name)
+
+    return first_that_fits(request, faster or Faster(ALL), "shvit", measure, told.append), told
+
+
+def test_the_first_precision_that_meets_the_budget_is_kept() -> None:
+    found, told = tried({"fp32": 1.5, "bf16": 0.9, "int8": 0.5})
+    assert (found.precision, found.latency_ms, told) == ("bf16", 0.9, ["fp32", "bf16"])
+    assert found.by_precision == {"fp32": 1.5, "bf16": 0.9}
+    assert tried({"fp32": 1.0})[1] == ["fp32"]
+
+
+def test_where_none_meets_it_the_nearest_is_kept() -> None:
+    found, told = tried({"fp32": 2.0, "bf16": 1.2, "int8": 1.6})
+    assert (found.precision, told) == ("bf16", [*ALL])
+    assert TrialLatency.read(found.to_json()) == found
+
+
+def test_limits_beside_the_latency_count() -> None:
+    measured = {"fp32": (0.8, 4.0), "bf16": (0.5, 4.0), "int8": (0.9, 1.0)}
+    found, told = tried(measured, limits=Limits(file_mb=2.0))
+    assert (found.precision, told) == ("int8", [*ALL])
+
+
+def test_what_surely_does_not_fit_is_not_measured() -> None:
+    least = RATIOS["int8"][0]
+    assert tried({"fp32": 1.01 / least})[1] == ["fp32"]
+    learnt = Faster(ALL, [("shvit", {"fp32": 1.0, "bf16": 0.9, "int8": 0.2})] * 3)
+    assert tried({"fp32": 1.01 / least, "int8": 0.6}, learnt)[1] == ["fp32", "int8"]
+
+
+def test_a_precision_that_fails_is_told_and_the_first_one_s_failure_raised() -> None:
+    found, told = tried({"fp32": 1.5, "bf16": MeasureError("no such kernel"), "int8": 0.7})
+    assert (found.precision, told[2]) == ("int8", "not measured in bf16: MeasureError: no such kernel")
+    with pytest.raises(MeasureError):
+        tried({"fp32": MeasureError("broken")})
+    with pytest.raises(LinkLost):
+        tried({"fp32": 1.5, "bf16": LinkLost("gone")})
+
+
+def test_one_precision_is_measured_as_ever() -> None:
+    request = SearchRequest(budget_ms=1.0, settings=Settings(precision="int8"))
+    assert request.precisions == ("int8",)
+    found = first_that_fits(request, Faster(("int8",)), "shvit", lambda _: LATENCY, print)
+    assert found is LATENCY
+    assert expected_drop("int8", found.by_precision) == 0
+
+
+def test_ratios_are_learnt_from_what_was_measured() -> None:
+    empty = Faster(ALL)
+    assert (empty.likely("int8", "shvit"), empty.least("int8")) == (RATIOS["int8"][1], RATIOS["int8"][0])
+    assert empty.fastest_ms("shvit", {"fp32": 2.0}) == 2.0 * RATIOS["bf16"][1]
+    assert empty.leeway == RATIOS["bf16"][1] / RATIOS["bf16"][0]
+    seen = [("shvit", {"fp32": 2.0, "int8": 1.0}), ("levit", {"fp32": 2.0, "int8": 1.8}), ("levit", {"fp32": 1.0})]
+    faster = Faster(("fp32", "int8"), seen)
+    assert [faster.likely("int8", name) for name in ("shvit", "levit", "evit")] == [0.5, 0.9, pytest.approx(0.7)]
+    assert faster.least("int8") == RATIOS["int8"][0], "two tell too little"
+    assert Faster(("fp32", "int8"), [*seen, ("evit", {"fp32": 1.0, "int8": 0.6})]).least("int8") == 0.4
+    assert faster.fastest_ms("shvit", {"fp32": 3.0}) == 1.5
+    assert faster.fastest_ms("shvit", {"fp32": 3.0, "int8": 3.2}) == 3.0
+    assert (Faster(("fp32",)).ratio, Faster(("fp32",)).leeway) == (1.0, 1.0)
+
+
+def test_an_estimate_is_lowered_by_what_is_expected() -> None:
+    assert expected_drop("int8", {"fp32": 1.0}) > expected_drop("bf16", {"fp32": 1.0}) > 0
+    assert expected_drop("fp32", {"fp32": 1.0}) == 0
+    found = less(Estimate(50.0, Interval(0.1, 60.0), 48.0), 0.5)
+    assert (found.value, found.interval, found.score) == (49.5, Interval(0.0, 59.5), 47.5)
+
+
+def test_the_ladder_has_what_this_machine_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    lacking = {"bf16"}
+
+    def check(settings: Settings) -> None:
+        if settings.precision in lacking:
+            raise UserError("no bf16 here")
+
+    monkeypatch.setattr(precision, "check_settings", check)
+    assert ladder(Settings("openvino")) == ("fp32", "int8")
+    lacking.clear()
+    assert ladder(Settings("openvino")) == ALL
+    assert ladder(Settings("onnxruntime", "cuda")) == ("fp32", "tf32", "fp16")
+    assert ladder(Settings("torch", "ssh://me@there/cuda"))[:1] == ("fp32",)
