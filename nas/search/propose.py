@@ -102,6 +102,7 @@ class Measured:
             feasible=True,
             memory_mb=found.latency.memory_mb,
             file_mb=found.latency.file_mb,
+            by_precision=found.latency.by_precision,
         )
 
 
