@@ -337,7 +337,7 @@ def test_waiting_times_are_not_ranked(vitnas, device, tmp_path, monkeypatch, thr
     monkeypatch.setattr(nas.search.trial, "PROBE_PAUSE_S", 0.0)
     monkeypatch.setattr(nas.search.request, "check_settings", lambda settings: None)
     monkeypatch.setattr("nas.measure.device.settings_for", lambda *_: Settings(threads=threads))
-    device.timed = lambda path: Measurement([[1.0, 8.0, 9.0]] * 8, [[1.0] * 3] * 8)
+    device.timed = lambda path, *_: Measurement([[1.0, 8.0, 9.0]] * 8, [[1.0] * 3] * 8)
     code, _, err = vitnas(*command(tmp_path, budget="20ms"))
     if threads == 1:
         assert code == 0
@@ -356,7 +356,7 @@ def test_waiting_times_are_not_ranked(vitnas, device, tmp_path, monkeypatch, thr
 
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_where_nothing_surely_fits_the_headline_and_the_exit_code_say_so(vitnas, device, tmp_path, interrupted):
-    device.timed = lambda path: Measurement([[9.0] * 3, [11.0] * 3] * 4, [[1.0] * 3] * 8)
+    device.timed = lambda path, *_: Measurement([[9.0] * 3, [11.0] * 3] * 4, [[1.0] * 3] * 8)
     if interrupted:
         device.faults[3] = KeyboardInterrupt()
     code, out, _ = vitnas(*command(tmp_path))
