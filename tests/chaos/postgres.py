@@ -10,6 +10,8 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -107,6 +109,25 @@ class Server:
     def execute(self, statement: str) -> None:
         with self._connect(f"{self.url}/postgres", autocommit=True) as connection:
             connection.execute(statement)
+
+    @contextmanager
+    def full(self) -> Iterator[int]:
+        """Cut every connection and take all that the server has to give, so that nobody gets one; yields how many."""
+        taken = [self._connect(f"{self.url}/postgres", autocommit=True)]
+        try:
+            others = "backend_type = 'client backend' AND pid <> ALL(%s)"
+            for _ in range(2):
+                taken[0].execute(
+                    f"SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE {others}",
+                    [[connection.info.backend_pid for connection in taken]],
+                )
+                with suppress(self._no_connection):
+                    while True:
+                        taken.append(self._connect(f"{self.url}/postgres"))
+            yield len(taken)
+        finally:
+            for connection in taken:
+                connection.close()
 
     def cut(self) -> None:
         """End every client's connection, and with it its transaction and its locks."""

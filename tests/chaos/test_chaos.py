@@ -28,3 +28,15 @@ def test_kills() -> None:
 @pytest.mark.slow  # by default test_storage stops the server within every call of a search
 def test_outages() -> None:
     assert "2 outages" in chaos("outages.py", "--kills", "3", "--away", "2")
+
+
+def test_a_cluster_whose_proxy_dies() -> None:
+    words = ("--workers", "3", "--machines", "1", "--kills", "1", "--rounds", "1", "--away", "1", "--only", "grpc")
+    assert "gRPC: 3 workers, 1 kills, 1 times no connection" in chaos("cluster.py", *words)
+
+
+@pytest.mark.slow  # by default test_trials has other machines' leases
+def test_a_cluster_of_machines_whose_clocks_differ() -> None:
+    told = chaos("cluster.py", "--kills", "3", "--rounds", "1")
+    assert "PostgreSQL: 8 workers, 3 kills" in told
+    assert "gRPC: 8 workers, 3 kills" in told

@@ -18,9 +18,12 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -33,7 +36,7 @@ from nas.measure.samples import Measurement
 from nas.search import loop
 from nas.search import trial as search_trial
 from nas.search.request import SearchRequest
-from nas.study import journal
+from nas.study import journal, leases
 from nas.study import trials as study_trials
 from nas.study.storage import open_storage
 
@@ -82,12 +85,31 @@ def options(out: Path, storage: str | None, trials: int) -> SearchRequest:
     )
 
 
-class Workers:
-    """The forks that search one study together. log: what they say."""
+@dataclass(frozen=True)
+class Machine:
+    """Another machine that a worker pretends to be on."""
 
-    def __init__(self, out: Path, storage: str | None = None) -> None:
+    host: str
+    clock_s: float = 0.0
+    """Its clock's lead over this machine's."""
+
+    def pretend(self) -> None:
+        """In the worker's process. The machine has a device of its own."""
+        locks = Path(os.environ["VITNAS_LOCKS"], self.host)
+        locks.mkdir(exist_ok=True)
+        os.environ["VITNAS_LOCKS"] = str(locks)
+        leases.host = lambda: self.host
+        leases.time = SimpleNamespace(time=lambda: time.time() + self.clock_s, monotonic=time.monotonic)
+
+
+class Workers:
+    """The forks that search one study together. log: what they say. looked_at: the storage where the parent looks."""
+
+    def __init__(self, out: Path, storage: str | None = None, looked_at: str | None = None) -> None:
+        self.looked_at = looked_at or storage or out / STUDY / "study.journal"
         self.out, self.storage, self.log = out, storage, out / "log"
         self.pids: list[int] = []
+        self.killed: dict[int, datetime] = {}
         search_trial.Exporter, search_trial.open_measurer = Exporter, Measurer
         journal.JOURNAL_LOCK_GRACE_S = GRACE_S
         described = {"busy_share": None}
@@ -97,11 +119,14 @@ class Workers:
         with tempfile.TemporaryDirectory() as folder:  # fills the caches that forks share
             loop.search(options(Path(folder), None, 2), lambda _: None, lambda _: None)
 
-    def start(self, trials: int) -> int:
+    def start(self, trials: int, machine: Machine | None = None) -> int:
+        """Start a worker, on this machine or as if on another; its process id."""
         pid = os.fork()
         if pid:
             self.pids.append(pid)
             return pid
+        if machine:
+            machine.pretend()
         code = 1
         try:
             log = os.open(self.log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
@@ -135,6 +160,7 @@ class Workers:
     def kill(self, pid: int) -> bool:
         """Whether it was still alive."""
         self.pids.remove(pid)
+        self.killed[pid] = datetime.now()
         os.kill(pid, signal.SIGKILL)
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
 
@@ -160,7 +186,7 @@ class Workers:
         return codes
 
     def trials(self) -> list[FrozenTrial]:
-        return trials_of(self.storage or self.out / STUDY / "study.journal")
+        return trials_of(self.looked_at)
 
 
 def trials_of(storage: str | Path) -> list[FrozenTrial]:
@@ -202,6 +228,12 @@ class Witness:
     @property
     def count(self) -> int:
         return len(self._seen)
+
+
+def taken_for_dead(trials: Sequence[FrozenTrial], killed: Mapping[int, datetime]) -> int:
+    """Trials that were failed as those of dead workers while theirs lived. killed: when, by process id."""
+    failed = [t for t in trials if t.user_attrs.get("error") == "worker died" and t.user_attrs.get("lease")]
+    return sum(t.datetime_complete < killed.get(t.user_attrs["lease"]["pid"], datetime.max) for t in failed)
 
 
 def _content(trial: FrozenTrial) -> str:
