@@ -17,6 +17,7 @@ app = typer.Typer()
     short_help="Judge networks on images, as they are deployed.",
     epilog="Example:  vitnas evaluate runs/pets/best/model.onnx --data ./images --out runs/pets-evaluated\n\n"
     "Example:  vitnas evaluate model.onnx model.int8.onnx --data ./images --runtime onnxruntime --runtime openvino\n\n"
+    "Example:  vitnas evaluate model.onnx --data ./images --runtime openvino --precision fp32 --precision bf16\n\n"
     "Example:  vitnas evaluate theirs.onnx --data ./images --labels labels.txt --preprocess try",
 )
 def evaluate(
@@ -46,6 +47,13 @@ def evaluate(
         typer.Option(
             help="onnxruntime, openvino or torch (a run's model.safetensors); repeatable.  [default: onnxruntime for "
             "ONNX files and for folders that hold one, else torch]"
+        ),
+    ] = None,
+    precision: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="fp32, or bf16 on openvino and torch, where the CPU has it; repeatable. A file of int8 or fp16 is "
+            "judged as it is.  [default: fp32]"
         ),
     ] = None,
     preprocess: Annotated[
@@ -95,6 +103,7 @@ def evaluate(
         throughput=throughput,
         weights_from=weights_from,
         folder=out,
+        precisions=precision or (),
     )
     request.check()
     load("nas.evaluate.run", quiet)

@@ -17,6 +17,8 @@ from nas.evaluate.onnx_file import WEIGHTS, OnnxFile, find_onnx
 from nas.evaluate.preprocess import crop, normalise, parse_preprocess
 from nas.evaluate.request import ONNX_RUNTIMES, TORCH, TRY, EvaluateRequest
 from nas.export.card import Card, Preprocess, described, pixels_of
+from nas.export.onnx_input import OnnxInput
+from nas.measure.runtime import no_bf16
 from nas.networks.hub import HUB
 from nas.networks.pretrained import find_pretrained
 from nas.networks.targets import Target, find_target, published
@@ -86,11 +88,17 @@ class TorchClassifier:
 
     @classmethod
     def of(
-        cls, model: nn.Module, network: Arch | TimmNetwork, preprocess: Preprocess, threads: int, precision: str
+        cls,
+        model: nn.Module,
+        network: Arch | TimmNetwork,
+        preprocess: Preprocess,
+        classes: tuple[str, ...] | None,
+        threads: int,
+        precision: str,
     ) -> Self:
         """The model is cast to the precision, in place."""
         model = model.eval().to(_dtype(precision))
-        return cls(model, network, preprocess, None, threads, precision=precision)
+        return cls(model, network, preprocess, classes, threads, precision=precision)
 
     @property
     def num_classes(self) -> int:
@@ -144,6 +152,11 @@ class Judged:
     """What --preprocess said."""
 
     @property
+    def as_run(self) -> tuple[str, str, str]:
+        """Its name, runtime and precision: networks for which it is equal differ in how images are prepared."""
+        return self.name, self.classifier.runtime, self.classifier.precision
+
+    @property
     def feeds(self) -> tuple[object, ...]:
         """What its pixels depend on: networks for which it is equal are fed the same."""
         found = self.classifier
@@ -153,7 +166,7 @@ class Judged:
 
 
 def open_networks(request: EvaluateRequest, threads: int) -> tuple[list[Judged], list[str]]:
-    """Open each network of a request, which has been checked, on each runtime.
+    """Open each network of a request, which has been checked, on each runtime and in each precision.
 
     Returns:
         The networks, and a line on the ways to prepare images that a file does not take.
@@ -164,11 +177,13 @@ def open_networks(request: EvaluateRequest, threads: int) -> tuple[list[Judged],
     found, notes = list[Judged](), list[str]()
     for name in _distinct(request.models):
         for runtime in dict.fromkeys(request.runtimes) or [_usual_runtime(name)]:
-            if runtime == TORCH:
-                found.append(_in_torch(name, request, threads))
-            else:
-                opened, refused = _on_a_runtime(name, runtime, request, threads)
-                found += opened
+            for precision in dict.fromkeys(request.precisions) or ["fp32"]:
+                if runtime == TORCH:
+                    found.append(_in_torch(name, request, threads, precision))
+                    continue
+                opened, refused = _on_a_runtime(name, runtime, request, threads, precision == "bf16")
+                known = {(each.as_run, each.given) for each in found}  # of int8 and fp16 in whatever precision
+                found += [each for each in opened if (each.as_run, each.given) not in known]
                 notes += [refused] if refused and refused not in notes else []
     if request.labels is not None and all(each.own_classes for each in found):
         raise UserError("--labels is for networks that do not say their classes, and all of these do: leave it out")
@@ -193,7 +208,9 @@ def _usual_runtime(name: str) -> str:
     return ONNX_RUNTIMES[0] if os.path.isdir(name) and holds else TORCH
 
 
-def _on_a_runtime(name: str, runtime: str, request: EvaluateRequest, threads: int) -> tuple[list[Judged], str]:
+def _on_a_runtime(
+    name: str, runtime: str, request: EvaluateRequest, threads: int, bf16: bool
+) -> tuple[list[Judged], str]:
     """An ONNX file, prepared as it says, as --preprocess does, or in each of the usual ways; and a line on those of
     these that it does not take."""
     path = Path(name)
@@ -203,13 +220,15 @@ def _on_a_runtime(name: str, runtime: str, request: EvaluateRequest, threads: in
             f"with `vitnas export {name} --out DIR`"
         )
     file = find_onnx(name)
+    about = OnnxInput.read(file)
+    bf16 = bf16 and not about.quantised and not about.half
 
     def opened(given: str | None) -> Judged:
         how = parse_preprocess(given) if given is not None else None
-        classifier = OnnxFile.open(name, runtime, how, threads=threads)
+        classifier = OnnxFile.open(name, runtime, how, threads=threads, bf16=bf16)
         own = classifier.classes is not None
         if not own and request.labels is not None:
-            classifier = OnnxFile.open(name, runtime, how, request.labels, threads)
+            classifier = OnnxFile.open(name, runtime, how, request.labels, threads, bf16)
         return Judged(name, classifier, file, file, own, given)
 
     if not request.tries or request.preprocess is None:
@@ -228,7 +247,7 @@ def _on_a_runtime(name: str, runtime: str, request: EvaluateRequest, threads: in
     return found, why
 
 
-def _in_torch(name: str, request: EvaluateRequest, threads: int) -> Judged:
+def _in_torch(name: str, request: EvaluateRequest, threads: int, precision: str) -> Judged:
     """A network of ours or of timm's with its weights."""
     weights_from = Path(request.weights_from) if request.weights_from is not None else None
     model, weights = _loaded(name, weights_from)
@@ -240,7 +259,11 @@ def _in_torch(name: str, request: EvaluateRequest, threads: int) -> Judged:
     if known is not None and len(known) != network.num_classes:
         raise UserError(f"{name} has {network.num_classes:,} classes, and {len(known):,} names of them are given")
     assert card.preprocess is not None
-    classifier = TorchClassifier(model.eval(), network, card.preprocess, tuple(known) if known else None, threads)
+    if precision == "bf16" and (lacking := no_bf16()):
+        raise UserError(lacking)
+    classifier = TorchClassifier.of(
+        model, network, card.preprocess, tuple(known) if known else None, threads, precision
+    )
     return Judged(name, classifier, weights or TIMM_WEIGHTS, weights, card.classes is not None)
 
 

@@ -384,7 +384,7 @@ def in_torch(
 
     model, kind = for_inference(load(network, weights)), precision or settings.precision
     how = Preprocess.of(data.val.transform, data.pixels)
-    classifier = TorchClassifier.of(model, network, how, settings.threads, kind)
+    classifier = TorchClassifier.of(model, network, how, None, settings.threads, kind)
     return HeldOut(images).answered(classifier, settings.threads)
 
 

@@ -11,6 +11,7 @@ from nas.evaluate.preprocess import parse_preprocess
 
 ONNX_RUNTIMES = ("onnxruntime", "openvino")
 TORCH = "torch"
+PRECISIONS = ("fp32", "bf16")
 PARTS = ("train", "val", "test", "all")
 TRY = "try"
 """What --preprocess says to compare the usual ways."""
@@ -42,6 +43,8 @@ class EvaluateRequest:
     """A folder of published weights."""
     folder: Path | str | None = None
     """Where report.html and evaluate.json are written; None: nowhere."""
+    precisions: Sequence[str] = ()
+    """What is computed in, beside what a file itself says: fp32, bf16 (OpenVINO and PyTorch); none: fp32."""
 
     @property
     def tries(self) -> bool:
@@ -52,14 +55,17 @@ class EvaluateRequest:
         """Check what can be checked without opening networks or images.
 
         Raises:
-            UserError: no networks, a runtime, part or number of images that there is not, or a --preprocess that says
-                nothing.
+            UserError: no networks, a runtime, precision, part or number of images that there is not, or a --preprocess
+                that says nothing.
         """
         if not self.models:
             raise UserError("name the networks to judge: .onnx files, runs' folders, .safetensors, names or timm/NAME")
         for runtime in self.runtimes:
             if runtime not in (*ONNX_RUNTIMES, TORCH):
                 raise unknown("runtime", runtime, (*ONNX_RUNTIMES, TORCH))
+        for precision in self.precisions:
+            if precision not in PRECISIONS:
+                raise unknown("precision", precision, PRECISIONS)
         if self.split not in (None, *PARTS):
             raise unknown("--split", str(self.split), PARTS)
         if self.limit is not None and self.limit < 1:

@@ -106,14 +106,16 @@ def described(images: JudgedImages) -> str:
 
 
 def labelled(networks: Sequence[Judged]) -> dict[str, Judged]:
-    """Networks by a name unlike any other's: the end of a path, and the runtime, or how images are prepared, where
-    these differ."""
+    """Networks by a name unlike any other's: the end of a path, and the runtime, the precision, or how images are
+    prepared, where these differ."""
     names, found = short_names([each.name for each in networks]), dict[str, Judged]()
     for each in networks:
         alike = [other for other in networks if other.name == each.name]
         parts = [names[each.name]]
         if len({other.classifier.runtime for other in alike}) > 1:
             parts.append(each.classifier.runtime)
+        if len({other.classifier.precision for other in alike}) > 1:
+            parts.append(each.classifier.precision)
         if len({other.given for other in alike}) > 1:
             parts.append(each.given or "as it says")
         found[", ".join(parts)] = each
@@ -211,9 +213,9 @@ def _notes(
         if chance := guessing(top1(found.answers[label]).ci, outputs):
             told.setdefault(chance, []).append(label)
     notes += [f"{listed(dict.fromkeys(whose))}: {line}." for line, whose in told.items()]
-    ways: dict[tuple[str, str], list[str]] = {}
+    ways: dict[tuple[str, str, str], list[str]] = {}
     for label, network in networks.items():
-        ways.setdefault((network.name, network.classifier.runtime), []).append(label)
+        ways.setdefault(network.as_run, []).append(label)
     for labels in ways.values():
         if len(labels) > 1:
             best = max(labels, key=lambda label: found.answers[label].right.mean())

@@ -36,9 +36,9 @@ def time_networks(networks: Mapping[str, Judged], threads: int, progress: Callab
     with several ways to prepare images is timed once."""
     with device_lock("cpu"):  # what another vitnas does there is not this machine's load
         hardware = describe(Settings(threads=threads))
-    first: dict[tuple[str, str], str] = {}
+    first: dict[tuple[str, str, str], str] = {}
     for label, each in networks.items():
-        first.setdefault((each.name, each.classifier.runtime), label)
+        first.setdefault(each.as_run, label)
     chosen = {label: networks[label] for label in first.values()}
     settings = {label: _settings(each, threads) for label, each in chosen.items()}
     try:
@@ -54,7 +54,7 @@ def time_networks(networks: Mapping[str, Judged], threads: int, progress: Callab
             notes.append(f"{label} could not be timed: {plain(str(result))}")
     if any(each.waiting for each in speeds.values()):
         notes.append(quanta_line(hardware, "the latencies marked waiting"))
-    own = {label: first[each.name, each.classifier.runtime] for label, each in networks.items()}
+    own = {label: first[each.as_run] for label, each in networks.items()}
     return Timed({label: speeds[of] for label, of in own.items() if of in speeds}, tuple(notes), hardware["cpu"])
 
 

@@ -26,7 +26,7 @@ JOURNAL, HARDWARE, TRAINING_INPUTS = "study.journal", "hardware.json", "lessons.
 
 FINAL = "final"
 """Folder of the results of final trainings in a run's: KEY-EPOCHS-seedN.json."""
-ELSEWHERE = ("budget_ms", "families", "space", "hardware", "throughput_at")
+ELSEWHERE = ("budget_ms", "families", "space", "hardware", "precisions", "throughput_at")
 """What a study must agree on and a training does not depend on."""
 
 

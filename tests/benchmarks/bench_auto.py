@@ -41,6 +41,7 @@ from nas.measure.runtime import Settings
 from nas.measure.samples import Measurement, paired_ratio
 from nas.networks.build import from_document
 from nas.networks.counts import counts_of
+from nas.search.folder import TRAINING_INPUTS
 from search_spaces import get_arch
 
 ARMS = ("fp32", "auto")
@@ -157,6 +158,7 @@ def share_parents(first: Path, second: Path) -> None:
     for part in ("parents", "rates"):
         if (first / "training" / part).is_dir() and not (second / "training" / part).exists():
             shutil.copytree(first / "training" / part, second / "training" / part)
+            shutil.copyfile(first / TRAINING_INPUTS, second / TRAINING_INPUTS)
 
 
 def shipped(folder: Path) -> tuple[Path, str] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -336,3 +337,23 @@ def test_paths_are_called_by_their_ends(tmp_path: Path, monkeypatch: pytest.Monk
     assert short_names(["a/best", "b/best"]) == {"a/best": "a/best", "b/best": "b/best"}
     assert short_names(["a/best", "a/best/"]) == {"a/best": "a/best", "a/best/": "a/best/"}
     assert short_names(["a/best", "best"]) == {"a/best": "a/best", "best": "best"}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="openvino is not installed")
+def test_bf16_stands_beside_fp32(
+    vitnas: Cli, toy: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the file is neither int8 nor fp16 already, and the runtime has it."""
+    opened = []
+    monkeypatch.setattr("nas.evaluate.session.check_settings", lambda settings: opened.append(settings.precision))
+    half = str(write_toy(tmp_path / "half.onnx", half=True, card=toy_card(classes=CLASSES)))
+    both = ("--precision", "fp32", "--precision", "bf16")
+    found = judged(vitnas, toy, half, "--data", str(images), "--runtime", "openvino", *both)
+    told = [(each["label"], each["precision"]) for each in found["results"]]
+    assert told == [("toy.onnx, fp32", "fp32"), ("toy.onnx, bf16", "bf16"), ("half.onnx", "fp16")]
+    assert opened.count("bf16") == 1
+    assert not any("ways to prepare images" in note for note in found["notes"])
+    monkeypatch.undo()
+    refused = vitnas("evaluate", toy, "--data", str(images), "--precision", "bf16", *BARE)
+    vitnas.refused(refused, "runtime onnxruntime has", "not bf16", "openvino")
+    vitnas.refused(vitnas("evaluate", toy, "--data", str(images), "--precision", "int8", *BARE), "int8", "bf16")
