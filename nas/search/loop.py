@@ -28,6 +28,7 @@ from nas.search.trial_training import Stage
 
 if TYPE_CHECKING:
     import optuna
+    from optuna.trial import FrozenTrial
 
     from nas.data.dataset import ImageData
     from nas.quality.tier import Tier
@@ -348,10 +349,16 @@ def state_of(study: optuna.Study, request: SearchRequest, log: SearchLog) -> Pro
 
 def durations(study: optuna.Study) -> list[float]:
     """Seconds of every trial that was measured."""
+    from nas.study.ledger import ledger_of
+
+    return [seconds for seconds in ledger_of(study).read(_duration) if seconds is not None]
+
+
+def _duration(trial: FrozenTrial) -> float | None:
     from optuna.trial import TrialState
 
-    times = (each.duration for each in study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]))
-    return [time.total_seconds() for time in times if time is not None]
+    time = trial.duration if trial.state == TrialState.COMPLETE else None
+    return None if time is None else time.total_seconds()
 
 
 @contextmanager

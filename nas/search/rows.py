@@ -259,10 +259,9 @@ def _flat(row: Trial | Timed, leaving_out: Sequence[str]) -> dict[str, object]:
 
 def rows_of(study: optuna.Study) -> list[Trial]:
     """The trials of a study that have ended, in order."""
-    from optuna.trial import TrialState
+    from nas.study.ledger import ledger_of
 
-    ended = (TrialState.COMPLETE, TrialState.FAIL)
-    return [trial_of(trial) for trial in study.get_trials(deepcopy=False) if trial.state in ended]
+    return ledger_of(study).read(trial_of)
 
 
 def trial_of(trial: FrozenTrial) -> Trial:

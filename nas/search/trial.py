@@ -8,11 +8,11 @@ without that lock, or by a worker that this one hands the trial over to. A netwo
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from nas.errors import DiskFull, UserError, is_full, reason
 from nas.export.artifact import Exporter
@@ -32,6 +32,7 @@ from nas.search.trial_training import LEASE_EXPIRED, MeasuredNetwork, Stage, Tra
 if TYPE_CHECKING:
     import numpy as np
     import optuna
+    from optuna.trial import FrozenTrial
 
     from nas.measure.cache import Cache
     from nas.measure.protocol import Measurer
@@ -183,9 +184,9 @@ class TrialRunner:
     def _known(self, digest: str) -> TrialLatency | None:
         """What an earlier trial of this study measured for the same network, by the same code."""
         from nas.measure.cache import code_digest
+        from nas.study.ledger import ledger_of
 
-        for trial in self.study.get_trials(deepcopy=False):
-            detail = trial.user_attrs.get("detail")
+        for detail in ledger_of(self.study).read(_detail_of):
             if detail and detail["digest"] == digest and detail.get("code") == code_digest():
                 return TrialLatency.read({**detail, "source": "reused"})
         return None
@@ -335,3 +336,8 @@ def reference_arch() -> Arch:
     from search_spaces import get_arch
 
     return get_arch(REFERENCE)
+
+
+def _detail_of(trial: FrozenTrial) -> Mapping[str, Any] | None:
+    found: Mapping[str, Any] | None = trial.user_attrs.get("detail")
+    return found

@@ -25,6 +25,7 @@ from nas.identity import differences, older
 from nas.study.errors import storage_errors
 from nas.study.exclusive import exclusive
 from nas.study.leases import BEAT_S, LEASE_S, LOOK_S, Lease, beating
+from nas.study.ledger import Ledger, ledger_of
 from nas.study.storage import alone, open_storage
 from nas.text import mask_url
 from nas.version import version
@@ -130,10 +131,9 @@ def ask(study: optuna.Study, enqueue_one: Callable[[], None] = lambda: None) -> 
     Args:
         enqueue_one: called where no trial waits; what it enqueues is the new trial.
     """
-    from optuna.trial import TrialState
 
     def decide() -> optuna.Trial:
-        if not study.get_trials(deepcopy=False, states=[TrialState.WAITING]):
+        if not ledger_of(study).waiting:
             enqueue_one()
         trial = study.ask()
         lease(trial)
@@ -195,9 +195,7 @@ def waiting_for_training(study: optuna.Study) -> list[FrozenTrial]:
 
 def in_training(study: optuna.Study) -> list[FrozenTrial]:
     """The trials that are trained or wait for that, oldest first."""
-    from optuna.trial import TrialState
-
-    return [t for t in study.get_trials(False, [TrialState.RUNNING]) if MEASURED in t.user_attrs]
+    return [trial for trial in ledger_of(study).running if MEASURED in trial.user_attrs]
 
 
 def sweep(study: optuna.Study) -> list[int]:
@@ -218,7 +216,7 @@ def sweep(study: optuna.Study) -> list[int]:
     swept: list[int] = []
 
     def decide() -> None:
-        for trial in _dead(study):
+        for trial in _dead(ledger_of(study)):
             lost = trial.user_attrs.get(_LOST, 0) + 1
             if MEASURED not in trial.user_attrs:
                 again = "retry_of" not in trial.user_attrs
@@ -229,11 +227,12 @@ def sweep(study: optuna.Study) -> list[int]:
                 _wait_again(study, trial, lost)
             if told:
                 swept.append(trial.number)
-        for trial in _owed(study):
+        for trial in _owed(ledger_of(study)):
             kept = {k: v for k, v in trial.user_attrs.items() if k not in _BOOKKEEPING}
             study.enqueue_trial(_params(trial), {**kept, "retry_of": trial.number})
 
-    if _dead(study) or _owed(study):
+    now = ledger_of(study)
+    if _dead(now) or _owed(now):
         alone_in(study, decide)
     return swept
 
@@ -296,10 +295,8 @@ def remaining(study: optuna.Study, total: int) -> int:
     A trial that is to be run again is not counted: its retry will be. Asked before each trial, several workers
     overshoot by at most one each.
     """
-    from optuna.trial import TrialState
-
-    trials = study.get_trials(deepcopy=False)
-    return max(0, total - sum(t.state != TrialState.WAITING and not t.user_attrs.get("retry") for t in trials))
+    now = ledger_of(study)
+    return max(0, total - now.counted - sum(not trial.user_attrs.get("retry") for trial in now.running))
 
 
 def due(
@@ -361,7 +358,8 @@ def enqueue(
             raise ValueError(f"{name} = {params[name]!r} is not among {permitted}")
 
     def decide() -> bool:
-        if any(_params(trial) == params for trial in study.get_trials(deepcopy=False)):
+        now = ledger_of(study)
+        if params in [*now.read(_params), *map(_params, now.open)]:
             return False
         study.enqueue_trial(dict(params), dict(attrs))
         return True
@@ -371,9 +369,7 @@ def enqueue(
 
 def _leases(study: optuna.Study) -> dict[int, Lease]:
     """Of the trials that run, by number."""
-    from optuna.trial import TrialState
-
-    found = {t.number: t.user_attrs.get("lease") for t in study.get_trials(False, [TrialState.RUNNING])}
+    found = {t.number: t.user_attrs.get("lease") for t in ledger_of(study).running}
     return {number: Lease.read(held) for number, held in found.items() if held}
 
 
@@ -382,10 +378,8 @@ def _elsewhere(study: optuna.Study) -> dict[int, Lease]:
     return {number: held for number, held in _leases(study).items() if held.elsewhere}
 
 
-def _dead(study: optuna.Study) -> list[FrozenTrial]:
-    from optuna.trial import TrialState
-
-    return [t for t in study.get_trials(False, [TrialState.RUNNING]) if _worker_is_dead(t)]
+def _dead(now: Ledger) -> list[FrozenTrial]:
+    return [trial for trial in now.running if _worker_is_dead(trial)]
 
 
 def _worker_is_dead(trial: FrozenTrial) -> bool:
@@ -404,17 +398,9 @@ def _wait_again(study: optuna.Study, trial: FrozenTrial, lost: int) -> None:
         study._storage.set_trial_user_attr(trial._trial_id, "lease", None)
 
 
-def _owed(study: optuna.Study) -> list[FrozenTrial]:
+def _owed(now: Ledger) -> list[FrozenTrial]:
     """Failed trials to be run again that nobody has enqueued yet."""
-    from optuna.trial import TrialState
-
-    trials = study.get_trials(deepcopy=False)
-    paid = {t.user_attrs.get("retry_of") for t in trials}
-    return [
-        t
-        for t in trials
-        if t.state == TrialState.FAIL and t.user_attrs.get("retry") and t.number not in paid and _begun(t)
-    ]
+    return [trial for _, trial in sorted(now.owed.items()) if _begun(trial)]
 
 
 def _begun(trial: FrozenTrial) -> bool:
