@@ -25,7 +25,10 @@ def storage() -> None:
 )
 def serve(
     url: Annotated[
-        str, typer.Argument(metavar="URL", help="postgresql://, mysql:// or sqlite:///, or a journal file.")
+        str,
+        typer.Argument(
+            metavar="URL", help="postgresql://, mysql:// or sqlite:///, or a journal file.", envvar="VITNAS_STORAGE"
+        ),
     ],
     host: Annotated[
         str, typer.Option(help="Address to listen on; anyone who reaches it can change the studies.")

@@ -247,6 +247,7 @@ def laboratory() -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="vitnas-chaos-"))
     for name in ("tmp", "locks", "cache"):
         (folder / name).mkdir()
+    before = os.environ.copy()
     os.environ |= {"TMPDIR": f"{folder}/tmp", "VITNAS_LOCKS": f"{folder}/locks", "VITNAS_CACHE": f"{folder}/cache"}
     tempfile.tempdir = None
     try:
@@ -255,6 +256,9 @@ def laboratory() -> Iterator[Path]:
         for process in survivors(0):
             process.kill()
         shutil.rmtree(folder, ignore_errors=True)
+        os.environ.clear()
+        os.environ.update(before)
+        tempfile.tempdir = None
 
 
 def survivors(wait_s: float = 15, known: Sequence[int] = ()) -> list[psutil.Process]:

@@ -252,6 +252,13 @@ def test_bad_input_is_one_line(
     assert "hunter2" not in result[2]
 
 
+def test_the_environment_may_name_the_storage(vitnas: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VITNAS_STORAGE", "postgresql://me:secret@127.0.0.1:1/none")
+    result = vitnas("storage", "serve")
+    vitnas.refused(result, "postgresql://me:***@127.0.0.1:1/none")  # type: ignore[attr-defined]
+    assert "secret" not in result[2]
+
+
 @pytest.mark.parametrize("module", ["grpc", "google.protobuf"])
 def test_missing_packages_are_named(vitnas: Any, monkeypatch: pytest.MonkeyPatch, module: str) -> None:
     monkeypatch.setitem(sys.modules, module, None)
