@@ -2,61 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from nas.bench.shapes import static_shape
 from nas.data.lineage import TIMM, remark
 from nas.data.pixels import IMAGENET, Pixels
 from nas.errors import UserError
-from nas.evaluate.precision import MORE, HeldOut, Price, judging, quantize_within
+from nas.evaluate.precision import MORE, HeldOut, Price, judging, lower_within
 from nas.export.artifact import Exporter, export_here, lower_precision, write_trained
 from nas.export.onnx_input import fix_shape
 from nas.export.quantize import NOISE, Recipe, calibration_images, quantize
-from nas.measure.runtime import Settings
-from nas.process import WorkerError
+from nas.measure.runtime import LOWER, RUNTIMES, Settings
 
 if TYPE_CHECKING:
     from nas.bench.request import BenchRequest, Waiting
+    from nas.data.dataset import ImageData
     from nas.export.onnx_input import OnnxInput
     from nas.networks.targets import Target
 
 
+JUDGING = 10
+"""Times as long as another step the judging of a file may take: some thousand images, and several recipes."""
+
+
 class Calibration:
-    """Images that int8 is calibrated on and judged by. Raises UserError where they cannot be had, or nothing needs
-    them."""
+    """Images that int8 is calibrated on, and lower precisions are judged by. Raises UserError where they cannot be had,
+    or nothing needs them."""
 
     def __init__(self, options: BenchRequest, folder: Path, notes: list[str]) -> None:
-        self._folder, self._notes, self._data = folder, notes, None
-        int8 = any(settings.precision == "int8" for settings in options.settings)
+        self._folder, self._notes = folder, notes
+        self._data: ImageData | None = None
+        self.name, self.weights = options.data or "", list[str]()
+        """Of the data, and where its networks' weights are, as `nas.data.dataset.open_data` takes them."""
+        precisions = {settings.precision for settings in options.settings}
         if options.data is None:
-            notes += [NOISE] * int8
-        elif not int8:
-            raise UserError("--data is for calibrating int8: add --precision int8")
+            notes += [NOISE] * ("int8" in precisions)
+        elif not precisions.intersection(LOWER):
+            raise UserError("--data is for judging lower precisions: add --precision int8, fp16 or bf16")
         else:
-            from nas.data.dataset import open_data
+            given = dict.fromkeys(_weights(target) for target in options.targets)
+            self.weights = [str(each) for each in given if each]
+            self._data = _opened(self.name, tuple(self.weights))
 
-            given = [_weights(target) for target in options.targets]
-            weights: dict[Path | str, None] = {each: None for each in given if each}
-            self._data = open_data(options.data, 224, None, 0, *weights)
+    @property
+    def given(self) -> bool:
+        """Whether there are any."""
+        return self._data is not None
 
-    def held_out(self, path: Path, name: str, target: Target) -> HeldOut:
-        """The validation images, with --data, for a file with trained weights. What is known to be among its training
-        images, or is not known not to be, is noted.
-
-        Raises:
-            UserError: it does not know their classes, or does not say how an image becomes its input.
-        """
+    def remark(self, target: Target) -> None:
+        """Note what is known to be among a network's training images, or is not known not to be."""
         assert self._data is not None
-        found = HeldOut.of(self._data.val, self._data.classes, path, name)
         line = remark(_weights(target), self._data.val, "validation")
         if line and line not in self._notes:
             self._notes.append(line)
-        return found
 
     def at(self, resolution: int, target: Target) -> str | None:
         """The file (.npy) of float32 images (N, 3, R, R), prepared as the network's own; None without --data."""
@@ -89,12 +94,17 @@ class Files:
         self._calibration = calibration
         self._made: dict[tuple[str, Settings], Path] = {}
         self._max_drop, self._notes = options.max_drop, notes
-        self.prices: dict[tuple[str, str], Price] = {}
-        """What int8 costs on the validation images, by label and runtime."""
+        self.prices: dict[tuple[str, str, str], Price] = {}
+        """What lower precisions cost on the validation images, by label, runtime and precision."""
         self._label = ""  # what is being made
         self._child = Exporter(
             module="nas.bench.files",
             timeout_s=options.timeout_s,
+            waiting=lambda *waited: waiting(self._label, *waited),
+        )
+        self._judge = Exporter(
+            module="nas.bench.files",
+            timeout_s=options.timeout_s * JUDGING,
             waiting=lambda *waited: waiting(self._label, *waited),
         )
 
@@ -103,6 +113,7 @@ class Files:
 
     def __exit__(self, *_: object) -> None:
         self._child.__exit__()
+        self._judge.__exit__()
 
     def of(self, label: str, settings: Settings) -> Path:
         """The network's file for these settings, whatever the threads. Raises WorkerError where it cannot be made."""
@@ -117,7 +128,7 @@ class Files:
         if target.network is not None:
             resolution = target.network.resolution
             method, source = "export", {"document": target.network.to_json()}
-            if weights:
+            if weights and RUNTIMES[settings.runtime].artifact == "onnx":
                 method, source = "trained", source | {"weights": str(weights)}
         else:
             given = self._inputs[label]
@@ -127,30 +138,53 @@ class Files:
             if given.quantised:
                 settings = replace(settings, precision="fp32")  # there is nothing left to convert
         images = self._calibration.at(resolution, target) if settings.precision == "int8" else None
-        if images is None or (target.network is not None and weights is None):
+        judged = settings.precision in LOWER and self._calibration.given
+        if not judged or method == "export":
+            if judged and weights:
+                self._notes.append(f"{label}: what {settings.precision} costs on {settings.runtime} was not judged")
             return self._child.call(method, settings, stem, images, **source)
         full = self._child.call(method, replace(settings, precision="fp32"), stem, None, **source)
-        recipe = self._recipe(label, settings, full, images)
-        return self._child.call("quantize", settings, stem, images, recipe=asdict(recipe)) if recipe else full
+        if self._judged(label, settings, full, images):
+            return full
+        price = self.prices.get(self._key(label, settings))
+        recipe = (price and price.recipe) or Recipe()
+        return self._child.call("lower", settings, stem, images, recipe=asdict(recipe))
 
-    def _recipe(self, label: str, settings: Settings, path: Path, images: str) -> Recipe | None:
-        """The recipe by which a float32 file is to become int8: the default one where validation images cannot judge
-        it, which is noted. None: it has become int8, by the recipe that they choose."""
-        key = label, judging(settings.runtime)
-        if key in self.prices:  # another batch size
-            return self.prices[key].recipe
-        try:
-            held_out = self._calibration.held_out(path, label, self._targets[label])
-        except UserError as error:
-            self._notes.append(f"{label}: what int8 costs is not known: {error}")
-            return Recipe()
-        try:
-            price = quantize_within(path, np.load(images), held_out, key[1], self._max_drop, settings.threads)
-        except UserError as error:
-            raise WorkerError(str(error)) from None
-        self.prices[key] = price
-        self._notes += [f"{label}: {line}" for line in price.lines]
-        return None
+    @staticmethod
+    def _key(label: str, settings: Settings) -> tuple[str, str, str]:
+        return label, judging(settings.runtime), settings.precision
+
+    def _judged(self, label: str, settings: Settings, path: Path, images: str | None) -> bool:
+        """Turn a float32 file into what is loaded for a lower precision and judge it, in place; of int8 by the recipe
+        that the validation images choose. False: it is as it was, as it has been judged at another batch size, or
+        cannot be, which is noted."""
+        key = self._key(label, settings)
+        if key in self.prices:
+            return False
+        images_of = self._calibration
+        source = {"data": images_of.name, "weights": images_of.weights, "name": label, "max_drop": self._max_drop}
+        told = _Told.read(self._judge.call("judge", settings, path.with_suffix(""), images, **source))
+        if told.price is None:
+            self._notes.append(f"{label}: what {settings.precision} costs is not known: {told.unknown}")
+            return False
+        self.prices[key] = told.price
+        self._calibration.remark(self._targets[label])
+        self._notes += [f"{label}: {line}" for line in told.price.lines]
+        return True
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What the child says of a file that it has judged, beside which it lies."""
+
+    price: Price | None
+    unknown: str = ""
+    """Why there is no price."""
+
+    @classmethod
+    def read(cls, path: Path) -> _Told:
+        found: _Told = TypeAdapter(cls).validate_json(path.read_bytes())
+        return found
 
 
 def _weights(target: Target) -> Path | str | None:
@@ -180,11 +214,45 @@ def _trained(document: str, weights: str, settings: dict[str, Any], stem: str, i
     return {"path": str(path)}
 
 
-def _quantize(settings: dict[str, Any], stem: str, images: str, recipe: dict[str, Any]) -> dict[str, str]:
-    """In the child: the float32 file at `stem` as int8."""
-    path = Path(f"{stem}.onnx")
-    quantize(path, np.load(images), Recipe(**recipe | {"kept": tuple(recipe["kept"])}))
+def _lower(settings: dict[str, Any], stem: str, images: str | None, recipe: dict[str, Any]) -> dict[str, str]:
+    """In the child: the float32 file at `stem` in the precision of the settings; int8 by a recipe."""
+    path, own = Path(f"{stem}.onnx"), Settings(**settings)
+    if own.precision == "int8":
+        quantize(path, np.load(images) if images else None, Recipe(**recipe | {"kept": tuple(recipe["kept"])}))
+    else:
+        lower_precision(path, own)
     return {"path": str(path)}
+
+
+def _judge(
+    settings: dict[str, Any],
+    stem: str,
+    images: str | None,
+    data: str,
+    weights: Sequence[str],
+    name: str,
+    max_drop: float,
+) -> dict[str, str]:
+    """In a child: turn the float32 file at `stem` into what is loaded for the precision of the settings, judge it, and
+    write what was found (`_Told`) beside it."""
+    path, told = Path(f"{stem}.onnx"), Path(f"{stem}.json")
+    found = _opened(data, tuple(weights))
+    try:
+        held_out = HeldOut.of(found.val, found.classes, path, name)
+    except UserError as error:
+        answer = _Told(None, str(error))
+    else:
+        calibration = np.load(images) if images else None
+        answer = _Told(lower_within(path, Settings(**settings), held_out, max_drop, calibration))
+    told.write_bytes(TypeAdapter(_Told).dump_json(answer))
+    return {"path": str(told)}
+
+
+@cache
+def _opened(data: str, weights: Sequence[str]) -> ImageData:
+    from nas.data.dataset import open_data
+
+    return open_data(data, 224, None, 0, *weights)
 
 
 def _fix(
@@ -200,4 +268,4 @@ def _fix(
 if __name__ == "__main__":
     from nas.process import serve
 
-    serve({"export": export_here, "trained": _trained, "fix": _fix, "quantize": _quantize})
+    serve({"export": export_here, "trained": _trained, "fix": _fix, "lower": _lower, "judge": _judge})

@@ -11,7 +11,7 @@ from nas.errors import UserError
 from nas.export.onnx_input import OnnxInput, written
 from nas.export.quantize import MAX_DROP, check_max_drop
 from nas.measure.device import check_settings
-from nas.measure.runtime import RUNTIMES, Settings
+from nas.measure.runtime import LOWER, RUNTIMES, Settings
 from nas.measure.samples import MAX_ROUNDS, SURE_ROUNDS
 
 if TYPE_CHECKING:
@@ -58,10 +58,10 @@ class BenchRequest:
     shapes: Mapping[str, Shape] = field(default_factory=dict)
     """Of the inputs of ONNX files, by their names."""
     data: str | None = None
-    """Images that int8 is calibrated on, and those of trained networks judged on, as `nas.data.dataset.open_data` takes
-    them; None: noise."""
+    """Images that int8 is calibrated on, and lower precisions of trained networks are judged by, as
+    `nas.data.dataset.open_data` takes them; None: noise, and none is judged."""
     max_drop: float = MAX_DROP
-    """Points of top-1 that int8 may cost on the validation images of `data`."""
+    """Points of top-1 that a lower precision may cost on the validation images of `data`."""
     timeout_s: float = TIMEOUT_S
     """Time for a network to be prepared, to load and warm up, and for each of its rounds."""
 
@@ -75,8 +75,8 @@ class BenchRequest:
         if not self.targets:
             raise UserError("name the networks to measure: published names, timm/NAME, arch.json or .onnx files")
         check_rounds(self.rounds)
-        int8 = any(settings.precision == "int8" for settings in self.settings)
-        check_max_drop(self.max_drop, int8 and self.data is not None)
+        lower = any(settings.precision in LOWER for settings in self.settings)
+        check_max_drop(self.max_drop, lower and self.data is not None)
         if len({each.device for each in self.settings}) != 1:
             raise UserError("networks are measured side by side on one device: give settings, all of the same device")
         for settings in self.settings:

@@ -55,13 +55,13 @@ class BenchRow(Combination):
     top1: float | None = None
     """Percent of validation images that the file gets right on its runtime, or on ONNX Runtime's CPU where it is for
     another one than that and OpenVINO; of several batch sizes, that of the first. None where they were not judged, as
-    are int8 files of trained networks, and the fp32 ones beside these."""
+    are trained networks in int8, fp16 and bf16, and in fp32 beside these."""
     drop: float | None = None
-    """Points of top-1 that int8 costs."""
+    """Points of top-1 that its precision costs."""
     drop_ci: tuple[float, float] | None = None
     """95% interval of the drop, paired on the same images."""
     within: bool | None = None
-    """Whether int8 costs no more than it may; None where that was not judged."""
+    """Whether its precision costs no more than it may; None where that was not judged."""
     memory_mb: float | None = None
     """Peak resident memory of its process above that of the runtime alone, in 10^6 bytes, as the next one; None where
     it cannot be read."""

@@ -17,7 +17,7 @@ from nas.export.side_by_side import measure_side_by_side
 from nas.files import scratch
 from nas.measure.protocol import Interrupted
 from nas.measure.reasons import plain
-from nas.measure.runtime import RUNTIMES
+from nas.measure.runtime import LOWER, RUNTIMES
 from nas.measure.samples import BUSY_SPREAD, SURE_ROUNDS, MeasureError, Measurement, paired_ratio, quanta
 from nas.process import TOLD_S, WorkerError
 
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from nas.networks.targets import Target
 
 Results = dict[Cell, Measurement | MeasureError]
-Prices = Mapping[tuple[str, str], "Price"]
+Prices = Mapping[tuple[str, str, str], "Price"]
+"""By label, runtime that judges, and precision."""
 
 
 class Unprepared(MeasureError):
@@ -139,7 +140,7 @@ def _rows(planned: Plan, results: Results, prices: Prices) -> list[BenchRow]:
         if isinstance(result, Measurement):
             first = first or result
             row = _row(planned, cell, result, first, results)
-            rows.append(_judged(row, prices.get((cell.label, judging(cell.settings.runtime)))))
+            rows.append(_judged(row, prices))
     return rows
 
 
@@ -167,12 +168,16 @@ def _row(planned: Plan, cell: Cell, result: Measurement, first: Measurement, res
     )
 
 
-def _judged(row: BenchRow, price: Price | None) -> BenchRow:
+def _judged(row: BenchRow, prices: Prices) -> BenchRow:
     """With its accuracy, where that is known."""
-    if price is None or row.precision not in ("fp32", "int8"):
-        return row
+    runtime = judging(row.runtime)
     if row.precision == "fp32":
-        return replace(row, top1=price.float_top1)
+        beside = (prices.get((row.model, runtime, precision)) for precision in LOWER)
+        price = next(filter(None, beside), None)
+        return replace(row, top1=price.float_top1) if price else row
+    price = prices.get((row.model, runtime, row.precision))
+    if price is None or RUNTIMES[row.runtime].artifact != "onnx":
+        return row
     return replace(row, top1=price.top1, drop=price.drop, drop_ci=price.drop_ci, within=price.within)
 
 

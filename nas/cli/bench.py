@@ -61,8 +61,8 @@ def bench(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Images that int8 is calibrated on, and judged by where a network is trained on their classes; as for "
-            "`vitnas train`.  [default: noise]"
+            help="Images that int8 is calibrated on, and that judge int8, fp16 and bf16 of networks trained on their "
+            "classes; as for `vitnas train`.  [default: noise]"
         ),
     ] = None,
     max_drop: MaxDrop = MAX_DROP,

@@ -9,6 +9,9 @@ thread and batch; which of them is first changes from seed to seed. The second o
 has tuned: tuning them depends on images, weights and seed, not on a precision. Then the files that won are judged on
 the images that nothing has seen, and timed in one interleaved run.
 
+What is timed, here and in the searches, is the measuring process's CPU time at one thread: on an idle machine that is
+the latency, on a busy one it holds no waiting. --wall times by the clock, as `vitnas search` does for users.
+
 OUT/auto.jsonl has a row for each budget and seed; those that are there are skipped, a search that was killed goes on,
 and nothing begins after --minutes. With all rows, or as far as they are, a table is printed at the end.
 """
@@ -18,6 +21,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import resource
 import shutil
 import statistics
@@ -47,6 +51,7 @@ from search_spaces import get_arch
 ARMS = ("fp32", "auto")
 TIMES = (0.7, 1.0, 1.4)
 BASE = "efficientvit_m0"
+CLOCK = "import time\n\ntime.perf_counter_ns = time.process_time_ns  # which nas.measure.worker alone uses\n"
 JUDGED = 3
 """One of so many images of val/ is for the search."""
 ROUNDS = 40
@@ -144,7 +149,9 @@ def search(arm: str, folder: Path, budget_ms: float, seed: int, args: argparse.N
     words += ["--trials", args.trials, "--final-epochs", args.final_epochs, "--seeds", 1, "--seed", seed]
     words += ["--train-threads", 1, "--out", args.out, "--study", folder.name, "--quiet", *args.options]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    code = subprocess.run([sys.executable, "-m", "nas.cli", *map(str, words)]).returncode
+    path = os.pathsep.join(map(os.path.abspath, sys.path))
+    command = [sys.executable, "-m", "nas.cli", *map(str, words)]
+    code = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}).returncode
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     if code == 130:
         raise KeyboardInterrupt
@@ -297,6 +304,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=120, help="begin no search after that")
     parser.add_argument("--runtime", default="openvino", help="onnxruntime or openvino")
+    parser.add_argument("--wall", action="store_true", help="time by the clock; for a quiet machine")
     parser.add_argument("--times", type=float, action="append", help=f"a budget; repeatable  [default: {TIMES}]")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--px", type=int, default=64)
@@ -305,6 +313,11 @@ def main() -> None:
     parser.add_argument("--options", nargs=argparse.REMAINDER, default=[], help="further options of the searches")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    if not args.wall:
+        clock = args.out / "clock"
+        clock.mkdir(exist_ok=True)
+        (clock / "sitecustomize.py").write_text(CLOCK)
+        sys.path.insert(0, str(clock.resolve()))  # of all processes that are started
     until = time.monotonic() + 60 * args.minutes
     for seed, times in itertools.product(range(args.seeds), args.times or TIMES):
         if (args.runtime, times, seed) in {(row.runtime, row.times, row.seed) for row in rows_of(args.out)}:

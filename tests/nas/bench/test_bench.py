@@ -23,6 +23,7 @@ from nas.bench.shapes import parse_shape
 from nas.errors import UserError
 from nas.export import side_by_side
 from nas.export.artifact import Exporter
+from nas.export.folder import save_weights
 from nas.export.onnx_input import OnnxInput
 from nas.files import check_output
 from nas.measure.device import compare
@@ -32,6 +33,7 @@ from nas.measure.samples import MeasureError, Measurement, paired_ratio
 from nas.networks.targets import Target, find_arch, find_target
 from nas.networks.timm_network import TimmNetwork
 from nas.process import WorkerError
+from search_spaces import create_model
 
 KEYS = [
     *(
@@ -75,7 +77,7 @@ def fixed_here(monkeypatch: pytest.MonkeyPatch, exports_here: None) -> None:
     in_a_child = Exporter.call
 
     def call(self: Exporter, method: str, settings: Settings, stem: Path, images: str | None, **source: Any) -> Path:
-        here = {"fix": bench_files._fix, "quantize": bench_files._quantize}
+        here = {"fix": bench_files._fix, "lower": bench_files._lower, "judge": bench_files._judge}
         if method not in here:
             return in_a_child(self, method, settings, stem, images, **source)
         return Path(here[method](settings=asdict(settings), stem=str(stem), images=images, **source)["path"])
@@ -353,6 +355,27 @@ def judged(onnx_file, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> BenchR
 
 
 @pytest.mark.usefixtures("fixed_here")
+def test_bf16_is_judged_as_int8_is(judged: BenchRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the fp32 file, as the runtime computes it."""
+    from nas.evaluate.precision import HeldOut
+
+    asked = []
+
+    def right(self: HeldOut, path: Path, runtime: str, threads: int, bf16: bool = False) -> np.ndarray:
+        asked.append((runtime, bf16))
+        return np.arange(32) >= 8 * bf16
+
+    monkeypatch.setattr(HeldOut, "right", right)
+    monkeypatch.setattr("nas.bench.request.check_settings", lambda _: None)
+    settings = tuple(Settings("openvino", precision=precision) for precision in ("fp32", "bf16"))
+    found = bench(replace(judged, settings=settings, max_drop=10))
+    full, lower = found.rows
+    assert asked == [("openvino", False), ("openvino", True)]
+    assert (full.top1, lower.top1, lower.drop, lower.within) == (100, 75, 25, False)
+    assert any("infeasible: bf16 costs 25.0 points of top-1" in note for note in found.notes)
+
+
+@pytest.mark.usefixtures("fixed_here")
 def test_another_batch_size_has_the_same_recipe(judged: BenchRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     from nas.evaluate import precision
     from nas.export.quantize import Recipe
@@ -365,6 +388,23 @@ def test_another_batch_size_has_the_same_recipe(judged: BenchRequest, monkeypatc
     assert [row.batch_size for row in found.rows] == [1, 4]
     assert found.rows[0].top1 == found.rows[1].top1 is not None
     assert f"which images {judged.targets[0].onnx} was trained on is unknown" in " ".join(found.notes)
+
+
+def test_a_trained_network_is_built_where_pytorch_runs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its folder has weights, but what PyTorch's runtimes load is its document."""
+    network = find_arch("efficientvit_m0").replace(num_classes=2)
+    (tmp_path / "arch.json").write_text(network.to_json())
+    save_weights(create_model(network), tmp_path / "model.safetensors")
+    called = []
+
+    def call(self: Exporter, method: str, settings: Settings, stem: Path, images: str | None, **source: Any) -> Path:
+        called.append((settings.runtime, method))
+        return stem
+
+    monkeypatch.setattr(Exporter, "call", call)
+    monkeypatch.setattr(side_by_side, "compare", lambda paths, *_: dict.fromkeys(paths, Measurement([[1.0]] * 3)))
+    bench(BenchRequest([find_target(str(tmp_path))], (Settings("torch"), Settings("onnxruntime"))))
+    assert called == [("torch", "export"), ("onnxruntime", "trained")]
 
 
 @pytest.mark.usefixtures("fixed_here")
