@@ -99,6 +99,27 @@ def test_the_inputs_of_trainings_are_as_earlier_versions_stored_them(tmp_path):
     assert training_inputs(tmp_path, identity) == KEPT_INPUTS
 
 
+@pytest.mark.parametrize(
+    ("function", "other", "told"),
+    [
+        (
+            "nas.measure.hardware.fingerprint",
+            {**HARDWARE, "runtime_version": "1.31.0"},
+            "hardware.runtime_version 1.20.0, this command says 1.31.0",
+        ),
+        ("nas.measure.hardware.fingerprint", {**HARDWARE, "cpu": "B"}, "hardware.cpu a CPU, this command says B"),
+        ("nas.data.inputs.data_digest", "2:fedcba9876543210", "the images of --data 2:0123456789abcdef, this command"),
+    ],
+)
+def test_a_worker_that_differs_is_refused_with_the_difference_named(tmp_path, monkeypatch, function, other, told):
+    request = replace(requested("train"), storage=f"sqlite:///{tmp_path}/studies")
+    open_run(replace(request, out=tmp_path / "here"), IMAGES)
+    monkeypatch.setattr(function, lambda _: other)
+    with pytest.raises(UserError, match=f"^this study has {told}.*; use --study for a new one$"):
+        open_run(replace(request, out=tmp_path / "there"), IMAGES)
+    assert not (tmp_path / "there" / "s").exists()
+
+
 def test_a_study_of_an_earlier_version_goes_on(tmp_path):
     request = requested("prior", tmp_path)
     request.folder.mkdir()
