@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -37,7 +37,10 @@ app = typer.Typer()
 
 
 AUTO = "auto"
-TRAINING_OPTIONS = ("train_images", "epochs", "final_epochs", "seeds", "validate", "train_threads")
+TRAINING_OPTIONS = (
+    *("train_images", "epochs", "final_epochs", "seeds", "validate"),
+    *("train_device", "train_threads", "workers", "only"),
+)
 
 
 @app.command(
@@ -133,7 +136,27 @@ def search(
         typer.Option(help="Epochs of the final trainings.  [default: 30; a race 3 to 30, for about 24,000 images]"),
     ] = None,
     seeds: Annotated[int, typer.Option(help="Number of seeds of the final trainings.")] = 3,
+    train_device: Annotated[
+        str | None,
+        typer.Option(
+            help="Where networks train: cpu, cuda, cuda:0,cuda:1.  [default: every GPU that is visible, or the CPU]"
+        ),
+    ] = None,
     train_threads: TrainThreads = None,
+    workers: Annotated[
+        str,
+        typer.Option(
+            help="Processes to start that train what this one measures: a number, or auto: one a training device where "
+            "there are several or --device is on another machine."
+        ),
+    ] = "auto",
+    only: Annotated[
+        str | None,
+        typer.Option(
+            help="measure: others train what this process measures. train: train what others have measured, without "
+            "--device. Both share the folder or --storage."
+        ),
+    ] = None,
     validate: Annotated[
         int, typer.Option(help="Held-out networks to train fully, to measure how well the tier ranks; 0: none.")
     ] = 0,
@@ -154,7 +177,7 @@ def search(
     Exit codes: 0 a network surely fits, 1 none does or a step at the end failed, 2 bad input, 130 Ctrl-C.
     """
     from nas.measure.budget import Limits
-    from nas.measure.device import settings_for
+    from nas.measure.device import settings_for, unchecked_settings
     from nas.units import parse_budget, parse_duration, parse_size
 
     budget_ms = parse_budget(latency_budget)
@@ -163,7 +186,12 @@ def search(
         file_mb=parse_size("--size-budget", size_budget) if size_budget else None,
     )
     timeout_s = parse_duration(timeout) if timeout else None
-    settings = settings_for(runtime, device, threads, batch_size, "fp32" if precision == AUTO else precision)
+    first = "fp32" if precision == AUTO else precision
+    settings = (
+        unchecked_settings(runtime, device, threads, batch_size, first)
+        if only == "train"
+        else settings_for(runtime, device, threads, batch_size, first)
+    )
     families = families_of(family)
     tier = tier_of(quality, data, parent, from_scratch)
     if weights_from is not None and tier != "race":
@@ -213,6 +241,10 @@ def search(
         max_drop=max_drop,
         cache=not no_cache,
         limits=limits,
+        train_devices=tuple(filter(None, (train_device or "").split(","))),
+        train_threads=train_threads,
+        workers=workers_of(workers),
+        only=only_of(only),
         file=file_options(
             dynamic_batch=dynamic_batch, in_graph=preprocess_in_graph, opset=opset, probabilities=probabilities
         ),
@@ -225,14 +257,21 @@ def search(
 
     load("nas.search.loop" if plan is None else "nas.training.engine", quiet)
     from nas.cli.display import show_result
-    from nas.cli.progress import watch
+    from nas.cli.progress import watch, watch_phases
     from nas.search.run import read_images
     from nas.search.run import search as run_search
-    from nas.threads import training_threads
 
+    if request.only == "train":
+        from nas.search.helping import refuse_alone, train_measured
+
+        refuse_alone(request)
     with waiting(f"reading {data}", quiet or plan is None):
         images = read_images(request)
-    with watch(request, images, quiet) as (progress, say, phase), training_threads(train_threads, say):
+    if request.only == "train":
+        with watch_phases(quiet) as (phase, say):
+            train_measured(request, say, phase, images=images)
+        return
+    with watch(request, images, quiet) as (progress, say, phase):
         outcome = run_search(request, progress, say, phase, images=images, command=command_line())
     show_result(outcome, request.folder, as_json, verbose, data)
     if as_json:
@@ -240,6 +279,31 @@ def search(
     if outcome.interrupted and not outcome.failures:
         raise KeyboardInterrupt
     raise typer.Exit(outcome.exit_code)
+
+
+def workers_of(text: str) -> int | None:
+    """--workers; None: auto.
+
+    Raises:
+        UserError: no such number.
+    """
+    if text == "auto":
+        return None
+    if not text.isdecimal():
+        raise UserError(f"--workers {text!r}: give a number, or auto")
+    return int(text)
+
+
+def only_of(text: str | None) -> Literal["measure", "train"] | None:
+    """--only.
+
+    Raises:
+        UserError: another word.
+    """
+    match text:
+        case None | "measure" | "train":
+            return text
+    raise UserError(f"--only {text!r}: give measure or train")
 
 
 def tier_of(quality: str, data: str | None, parent: str | None, from_scratch: bool = False) -> str:

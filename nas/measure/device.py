@@ -57,15 +57,18 @@ def settings_for(
     Raises:
         UserError: settings that cannot be measured there.
     """
-    settings = Settings(
-        runtime=runtime or ("torch" if device_kind(device) == "cuda" else "onnxruntime"),
-        device=device,
-        threads=default_threads(device) if threads is None else threads,
-        batch_size=batch_size,
-        precision=precision,
-    )
+    given = default_threads(device) if threads is None else threads
+    settings = unchecked_settings(runtime, device, given, batch_size, precision)
     check_settings(settings)
     return settings
+
+
+def unchecked_settings(
+    runtime: str | None, device: str, threads: int | None, batch_size: int, precision: str
+) -> Settings:
+    """As `settings_for`, without the device, which may be out of reach; 0 threads: its default."""
+    kind = runtime or ("torch" if device_kind(device) == "cuda" else "onnxruntime")
+    return Settings(kind, device, threads or 0, batch_size, precision)
 
 
 def device_kind(device: str) -> str:

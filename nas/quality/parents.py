@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from nas.errors import FAULTS, DiskFull, TrainingError, UserError, is_full, reason
@@ -34,6 +34,8 @@ class Parents:
         self.uncut: dict[tuple[str, int], str] = {}
         """Names and resolutions in px at which a parent cannot be tuned or cut, with the reason."""
         self._tuned: dict[tuple[str, int], Parent] = {}
+        self.elsewhere: Callable[[str, int], None] | None = None
+        """Has a parent tuned by another process that shares the folder; None: this one does."""
 
     def parent_for(self, arch: Arch) -> str | None:
         """The nearest parent by shape and size of those that are larger, and in no axis smaller; None: there is none.
@@ -83,6 +85,10 @@ class Parents:
                 raise TrainingError(f"its parent {name}: {self.uncut[key]}")
             check_weights(name, resolution, published, self.trainer)
             try:
+                if self.elsewhere and self.record(name, resolution) is None:
+                    self.elsewhere(name, resolution)
+                    if self.record(name, resolution) is None:
+                        self.trainer.say(f"{name} is tuned here, too: who has tuned it keeps it in another folder")
                 with self.trainer.alone():
                     self._tuned[key] = self._open(name, resolution, published)
             except FAULTS as error:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import FiniteFloat, NonNegativeInt, PositiveInt, TypeAdapter
 
@@ -24,10 +25,12 @@ from nas.search.accuracy import Accuracies, Tuning
 from nas.search.folder import FINAL
 from nas.search.precision import expected_drop, less, lowers
 from nas.search.rows import Trial, candidate_of, known
+from nas.search.tasks import Task, Tasks, What
 from nas.search.trainings import COMPLETED, TUNED, results_of
 
 if TYPE_CHECKING:
     import optuna
+    from pydantic import JsonValue
 
     from nas.quality.tier import TrainedTier
     from nas.search.request import SearchRequest
@@ -65,11 +68,10 @@ def settle(
     rows: Sequence[Trial],
     selects: bool,
     note: Callable[[str], None],
+    tasks: Tasks,
 ) -> list[Trial]:
-    """Train the best to the last rung, until the first `BEST`, and the first ready and derived one, all are; trials
-    reviewed by what it showed."""
-    from nas.networks.counts import counts_of
-
+    """Have the best trained to the last rung, until the first `BEST`, and the first ready and derived one, all are;
+    trials reviewed by what it showed."""
     failed: set[str | None] = set()
     while True:
         reviewed = review(tier, rows, selects)
@@ -81,17 +83,30 @@ def settle(
         pending = [row for row in best if row.key not in full]
         if not pending:
             return [dataclasses.replace(row, feasible=row.feasible and row.key not in failed) for row in reviewed]
-        candidate = candidate_of(pending[0])
+        wanted = [Task(What.COMPLETE, candidate_of(row), tier.epochs, row.label) for row in pending]
+        tasks.post(wanted)
         try:
-            training = tier.complete(candidate, counts_of(candidate.network)).training
+            tasks.result(wanted[0])
         except TrainingError as error:
             note(f"trial {pending[0].trial} could not be trained to the end: {error}")
-            failed.add(candidate.key)
+            failed.add(wanted[0].candidate.key)
             continue
-        record = known(training)
-        if record.tuned is not None:
-            study.set_user_attr(TUNED + candidate.key, record.tuned)
-        study.set_user_attr(COMPLETED + candidate.key, record.to_json()["rungs"])
+        if wanted[0].candidate.key not in {each.key for each in results_of(study) if tier.epochs in each.rungs}:
+            tasks.forget(wanted[0])  # its result is lost
+
+
+def complete(study: optuna.Study, tier: TrainedTier, candidate: Candidate) -> None:
+    """Train a network to the last rung, which the study keeps.
+
+    Raises:
+        TrainingError: it cannot be trained.
+    """
+    from nas.networks.counts import counts_of
+
+    record = known(tier.complete(candidate, counts_of(candidate.network)).training)
+    if record.tuned is not None:
+        study.set_user_attr(TUNED + candidate.key, record.tuned)
+    study.set_user_attr(COMPLETED + candidate.key, record.to_json()["rungs"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +133,59 @@ class FullTraining:
             raise UserError(f"{path} is damaged: remove it, and the network is trained again") from None
 
 
+def seeds_of(request: SearchRequest, tier: TrainedTier, candidate: Candidate) -> range:
+    """The seeds of a network's final trainings. A ready one that stays as it begins has one: no seed changes it."""
+    return range(known(request.plan).seeds if tier.tuning_pays(candidate) or candidate.parent else 1)
+
+
+def have_trained(
+    request: SearchRequest, tier: TrainedTier, tasks: Tasks, label: str, candidate: Candidate
+) -> Iterator[str]:
+    """Have a network trained from every seed, here or elsewhere; its results are then in the folder.
+
+    Yields:
+        A line for each training whose weights are not.
+
+    Raises:
+        TrainingError: the loss is no longer finite.
+    """
+    for task in final_tasks(request, tier, label, candidate):
+        path = result_path(request, candidate, task.seed)
+        kept: Any = tasks.result(task)
+        if not path.is_file() and kept["where"] == _where(path):
+            tasks.forget(task)  # somebody has removed it
+            kept = tasks.result(task)
+        if not path.is_file():
+            path.parent.mkdir(exist_ok=True)
+            replace_file(path, json.dumps(kept["training"]).encode())
+            if task.seed == 0:
+                yield f"{label}: the weights of its final training are in {kept['where']}"
+
+
+def final_tasks(request: SearchRequest, tier: TrainedTier, label: str, candidate: Candidate) -> list[Task]:
+    """The final trainings of a network that are not in the folder."""
+    epochs = known(request.plan).full_epochs
+    left = [seed for seed in seeds_of(request, tier, candidate) if not result_path(request, candidate, seed).is_file()]
+    return [Task(What.FINAL, candidate, epochs, label, seed) for seed in left]
+
+
+def train_final(request: SearchRequest, tier: TrainedTier, task: Task) -> JsonValue:
+    """Make a final training, or read it where the folder has it; what the study keeps of it.
+
+    Raises:
+        TrainingError: the loss is no longer finite.
+    """
+    path = result_path(request, task.candidate, task.seed)
+    if not path.is_file():
+        train_from(request, tier, task.label, task.candidate, task.seed)
+    found: JsonValue = json.loads(path.read_bytes())
+    return {"training": found, "where": _where(path)}
+
+
+def _where(path: Path) -> str:
+    return f"{path.parent.absolute()} on {socket.gethostname()}"
+
+
 def train_fully(request: SearchRequest, tier: TrainedTier, label: str, candidate: Candidate) -> Accuracies:
     """Train a network from every seed on all training images; weights of the first seed are kept beside the result. A
     ready one that stays as it begins is judged once: no seed changes it.
@@ -125,31 +193,12 @@ def train_fully(request: SearchRequest, tier: TrainedTier, label: str, candidate
     Raises:
         TrainingError: the loss is no longer finite.
     """
-    trainer, plan = tier.trainer, known(request.plan)
-    data = tier.data(candidate)
-    recipe = tier.recipe(plan.full_epochs, candidate)
+    recipe = tier.recipe(known(request.plan).full_epochs, candidate)
     made: list[FullTraining] = []
-    pays = tier.tuning_pays(candidate)
-    for seed in range(plan.seeds if pays or candidate.parent else 1):
+    for seed in seeds_of(request, tier, candidate):
         path = result_path(request, candidate, seed)
         if not path.is_file():
-            path.parent.mkdir(exist_ok=True)
-            begun = time.monotonic()
-            training = tier.begin(candidate, data.train, recipe, seed, path.with_suffix(".state"))
-            if candidate.parent:  # whose tuning is told by itself
-                begun = time.monotonic()
-            if pays:
-                training.run(
-                    None, lambda d, t, *_, s=seed: trainer.progress(f"final training, {label}, seed {s}", d, t)
-                )
-            training.loader.close()
-            if seed == 0 or lowers(request.precisions):  # each is judged as it is shipped
-                save_weights(training.network, path.with_suffix(".safetensors"))
-            found = trainer.judge(training.network, data.val)
-            hits = "".join("01"[hit] for hit in found.hits)
-            row = FullTraining(found.top1, found.total, time.monotonic() - begun, hits, training.epoch)
-            replace_file(path, json.dumps(dataclasses.asdict(row)).encode())
-            path.with_suffix(".state").unlink(missing_ok=True)
+            train_from(request, tier, label, candidate, seed)
         made.append(FullTraining.read(path))
     answers = [[digit == "1" for digit in each.hits] for each in made if each.hits is not None]
     top1, seconds = [each.top1 for each in made], sum(each.seconds for each in made)
@@ -166,8 +215,29 @@ def train_fully(request: SearchRequest, tier: TrainedTier, label: str, candidate
         seconds,
         answers if len(answers) == len(made) else [],
         before,
-        epochs if epochs is not None else recipe.epochs if pays else 0,
+        epochs if epochs is not None else recipe.epochs if tier.tuning_pays(candidate) else 0,
     )
+
+
+def train_from(request: SearchRequest, tier: TrainedTier, label: str, candidate: Candidate, seed: int) -> None:
+    """Train a network fully from a seed, and keep what came of it in the folder."""
+    path, trainer, data = result_path(request, candidate, seed), tier.trainer, tier.data(candidate)
+    path.parent.mkdir(exist_ok=True)
+    begun = time.monotonic()
+    recipe = tier.recipe(known(request.plan).full_epochs, candidate)
+    training = tier.begin(candidate, data.train, recipe, seed, path.with_suffix(".state"))
+    if candidate.parent:  # whose tuning is told by itself
+        begun = time.monotonic()
+    if tier.tuning_pays(candidate):
+        training.run(None, lambda d, t, *_: trainer.progress(f"final training, {label}, seed {seed}", d, t))
+    training.loader.close()
+    if seed == 0 or lowers(request.precisions):  # each is judged as it is shipped
+        save_weights(training.network, path.with_suffix(".safetensors"))
+    found = trainer.judge(training.network, data.val)
+    hits = "".join("01"[hit] for hit in found.hits)
+    row = FullTraining(found.top1, found.total, time.monotonic() - begun, hits, training.epoch)
+    replace_file(path, json.dumps(dataclasses.asdict(row)).encode())
+    path.with_suffix(".state").unlink(missing_ok=True)
 
 
 def weights_of(request: SearchRequest, candidate: Candidate) -> Path | None:

@@ -43,6 +43,7 @@ from nas.search.rows import (
     rows_of,
 )
 from nas.search.words import protocol, skipped_lines, ties_of, winner_line
+from nas.search.work import open_tasks
 from nas.study.errors import storage_errors
 from nas.units import counted
 
@@ -92,6 +93,8 @@ class _Finish:
         self.request, self.study, self.log, self.command, self.phase = request, study, log, command, phase
         self.tier = known(log.tier)
         self.trained = cast("TrainedTier", self.tier) if self.tier.trained else None
+        waits = phase or (lambda *_: None)
+        self.tasks = open_tasks(request, study, self.trained, request.trains, say, waits) if self.trained else None
         self.end = Ending(say)
         self.end.interrupted = log.interrupted
         self.lower = LowerFiles(request, self.trained) if self.trained and lowers(request.precisions) else None
@@ -105,6 +108,13 @@ class _Finish:
         self.accuracy: FinalTrainings | None = None
 
     def run(self) -> Outcome:
+        try:
+            return self._run()
+        finally:
+            if self.tasks:
+                self.tasks.close()
+
+    def _run(self) -> Outcome:
         if self.trained:
             self._judge(self.trained)
         else:
@@ -146,7 +156,9 @@ class _Finish:
 
         if not self.end.interrupted:
             with self._step("validation"):
-                self.validation = validate(self.request, self.study, tier, self.rows, self.notes.append)
+                self.validation = validate(
+                    self.request, self.study, tier, self.rows, self.notes.append, known(self.tasks)
+                )
         found = self.validation
         selects = not tier.needs_validation if found is None else found.selects
         if not selects:
@@ -158,7 +170,7 @@ class _Finish:
         self.rows = review(tier, self.rows, selects)
         if not self.end.interrupted:
             with self._step("training of the best to the end"):
-                self.rows = settle(self.study, tier, self.rows, selects, self.notes.append)
+                self.rows = settle(self.study, tier, self.rows, selects, self.notes.append, known(self.tasks))
 
     def _measure(self) -> None:
         watched = partial(self.phase, "closing side-by-side run") if self.phase else None
@@ -213,6 +225,8 @@ class _Finish:
     def _train(self, tier: TrainedTier) -> None:
         """Full trainings over the same seeds: of the winner and of the published network nearest it by one recipe; in a
         race of the networks that are compared, which settle the winner."""
+        from nas.search.final import final_tasks, have_trained
+
         winner = next(row for row in self.final if row.role == "winner")
         baseline = None if self.races else baseline_of(self.final, winner)
         rows = (
@@ -221,8 +235,12 @@ class _Finish:
             else [winner, *([baseline] if baseline else [])]
         )
         found: dict[str, Accuracies] = {}
+        tasks = known(self.tasks)
+        with self._step("final trainings"):
+            tasks.post([task for row in rows for task in final_tasks(self.request, tier, row.label, candidate_of(row))])
         for row in rows:
             with self._step(f"final training of {row.label}"):
+                self.notes += have_trained(self.request, tier, tasks, row.label, candidate_of(row))
                 found[row.label] = self._trained(tier, row)
                 self.final = [replace(each, accuracy=found.get(each.label)) for each in self.final]
             if self.end.interrupted:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 PHASES = (
     "start",
     "waiting for the device",
+    "waiting for trainings",
     "sampler",
     "build and export",
     "session",

@@ -19,23 +19,34 @@ from typing import TYPE_CHECKING
 from nas.errors import UserError
 from nas.files import replace_file, sweep_drafts
 from nas.measure.device import device_lock
+from nas.quality.candidate import Candidate, Kind
 from nas.search.folder import TRAINING_INPUTS, make_folder, quality_in, training_inputs, withdraw, write_hardware
 from nas.search.log import Clock, SearchLog
 from nas.search.published import begun_by_an_older, enqueue_published
 from nas.search.request import default_study, storage_of
+from nas.search.tasks import Task, Tasks, What
 from nas.search.trial import TrialRunner, open_cache
 from nas.search.trial_training import Stage
+from nas.search.work import open_tasks
+from nas.study.jobs import TRAINS, workers
+from nas.study.leases import LOOK_S
+from nas.units import counted
 
 if TYPE_CHECKING:
     import optuna
     from optuna.trial import FrozenTrial
 
     from nas.data.dataset import ImageData
+    from nas.quality.race import RaceTier
     from nas.quality.tier import Tier
     from nas.search.ready import Entrant
     from nas.search.request import SearchRequest
     from nas.search.rows import Trial
+    from nas.search.workers import Crew
 
+AHEAD = 2
+"""Networks for each worker that may wait for their training before no more are proposed: of those that wait only the
+latency is known."""
 RECENT = 20
 """Trials whose time says how long the next ones take."""
 
@@ -59,6 +70,7 @@ def search(
     say: Callable[[str], None],
     phase: Callable[[str, int, int], None] = lambda *_: None,
     data: ImageData | None = None,
+    crew: Crew | None = None,
 ) -> tuple[optuna.Study, SearchLog]:
     """Run trials until the study holds `request.trials`, the time is up, or Ctrl-C.
 
@@ -68,6 +80,7 @@ def search(
         say: called with each line to show.
         phase: called with what goes on inside a trial, how much of it is done and its total, 0 where it is not counted.
         data: the images that candidates train on, with `request.plan`.
+        crew: the processes that train for this one.
 
     Returns:
         The study, and what happened in this process.
@@ -76,7 +89,7 @@ def search(
         UserError: a folder or storage that cannot be used, a study that disagrees with this request.
         KeyboardInterrupt: before the first trial could start.
     """
-    return _Search(request, progress, say, phase, data).run()
+    return _Search(request, progress, say, phase, data, crew).run()
 
 
 class _Search:
@@ -89,8 +102,9 @@ class _Search:
         say: Callable[[str], None],
         phase: Callable[[str, int, int], None],
         data: ImageData | None,
+        crew: Crew | None = None,
     ) -> None:
-        self.request, self.progress, self.say, self.data = request, progress, say, data
+        self.request, self.progress, self.say, self.data, self.crew = request, progress, say, data, crew
         self.stage = Stage(phase)
         self.log = SearchLog(datetime.now().astimezone().isoformat(timespec="seconds"))
         self.deadline = math.inf
@@ -105,6 +119,8 @@ class _Search:
         with device_lock(self.request.settings.device):  # what another vitnas does there is not this machine's load
             log.hardware = write_hardware(self.request.folder, self.request.settings)
         self._describe_inputs()
+        if self.crew is not None:
+            self.crew.start(self.study)
         begun = time.perf_counter()
         if self.request.timeout_s is not None:
             self.deadline = begun + self.request.timeout_s
@@ -173,11 +189,13 @@ class _Search:
             cache = open_cache(request, self.say) if request.cache else None
             if cache is not None:
                 stack.callback(cache.close)
-            runner = stack.enter_context(TrialRunner(request, study, tier, cache, log.calibration, self.stage))
+            hands_over = not request.trains
+            runner = TrialRunner(request, study, tier, cache, log.calibration, self.stage, hands_over)
+            stack.enter_context(runner)
             self._note(*runner.unread)
             make_trial = self._trials(stack, runner, tier)
             starting.lap("start")
-            while due(study, request.trials, self.say, self._late) and not self._late():
+            while self._goes_on():
                 started = time.perf_counter()
                 try:
                     if not (runner.training and runner.training.claimed(log)) and not make_trial():
@@ -189,6 +207,41 @@ class _Search:
                 self.progress(state_of(study, request, log))
                 around.lap("other")
 
+    def _goes_on(self) -> bool:
+        """Whether there is a trial to make; where others train, once few enough wait for that."""
+        from nas.study.trials import due, in_training, remaining, sweep, waiting_for_training
+
+        request, study = self.request, self.study
+        if request.trains:
+            return bool(due(study, request.trials, self.say, self._late)) and not self._late()
+        waits = Clock(self.log.phases)
+        told = ended = -1
+        while True:
+            sweep(study)
+            waiting, late = len(waiting_for_training(study)), self._late()
+            trainers = workers(study, TRAINS)
+            ahead = waiting < AHEAD * max(1, trainers)
+            if ahead and not late and remaining(study, request.trials):
+                return True
+            if not in_training(study) or (late and not trainers):
+                if late or not due(study, request.trials, self.say, self._late):
+                    return False
+                continue
+            if waiting and not trainers and not self.crew and told < 0:
+                told = waiting
+                self.say(
+                    f"nobody trains: {counted(waiting, 'network')} wait for workers (the same command, --only train)"
+                )
+            if self.crew is not None:
+                self.crew.check()
+            now = sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))
+            if now != ended:
+                ended = now
+                self.progress(state_of(study, request, self.log))
+                self.stage(f"waiting for {counted(len(in_training(study)), 'training')}")
+            time.sleep(LOOK_S)
+            waits.lap("waiting for trainings")
+
     def _trials(self, stack: ExitStack, runner: TrialRunner, tier: Tier) -> Callable[[], bool]:
         """What makes a trial; it returns False where nothing is left to try. stack: closed after the last one."""
         request, study, log = self.request, self.study, self.log
@@ -197,6 +250,10 @@ class _Search:
             from nas.search.race import Race
 
             assert isinstance(tier, RaceTier)
+            if not request.trains:
+                tasks = open_tasks(request, study, tier, False, self.say, self.stage)
+                stack.callback(tasks.close)
+                tier.parents.elsewhere = partial(_tuned_elsewhere, tier, tasks)
             race = Race(request, study, tier, self.entrants, runner)
             stack.callback(lambda: self._note(*race.lines()))
             return lambda: race.trial(log)
@@ -225,29 +282,50 @@ class _Search:
             self.log.notes.append(line)
 
     def _open_tier(self) -> Tier:
-        """The quality tier; one that trains also proposes what a study tries that an older vitnas has begun, unless a
-        sampler is named."""
-        from nas.quality.tier import TrainedTier
-        from nas.quality.tiers import TIERS
-        from nas.search.trainings import open_trainer
-
-        request, trainer = self.request, None
-        if request.plan is not None and self.data is not None:
-            folder, seed, px = request.folder / "training", request.seed or 0, request.resolution
-            trainer = open_trainer(request.plan, self.data, self.study, folder, seed, px, self.stage, self.say)
-            if request.quality == "race":
-                from nas.search.race import find_field
-
-                self.entrants = find_field(request, self.study, trainer, self._note)
-        tier = TIERS[request.quality](trainer)
-        if isinstance(tier, TrainedTier) and request.sampler == "auto":
-            from nas.search.propose import Proposer
-
-            self.study.sampler = Proposer(tier, request)
+        """The quality tier."""
+        tier, self.entrants = open_tier(self.request, self.study, self.data, self.stage, self.say, self._note)
         return tier
 
     def _late(self) -> bool:
         return time.perf_counter() >= self.deadline
+
+
+def _tuned_elsewhere(tier: RaceTier, tasks: Tasks, name: str, px: int) -> None:
+    """Have a parent tuned by a process that trains."""
+    arch = tier.parents.arch(name, px)
+    if arch is not None:
+        tasks.result(Task(What.PARENT, Candidate(arch, Kind.READY, name=name), tier.trainer.plan.full_epochs, name))
+
+
+def open_tier(
+    request: SearchRequest,
+    study: optuna.Study,
+    data: ImageData | None,
+    stage: Stage,
+    say: Callable[[str], None],
+    note: Callable[[str], None],
+) -> tuple[Tier, list[Entrant]]:
+    """The quality tier, and the networks of a race. One that trains also proposes what a study tries that an older
+    vitnas has begun, unless a sampler is named."""
+    from nas.quality.tier import TrainedTier
+    from nas.quality.tiers import TIERS
+    from nas.search.trainings import open_trainer
+
+    trainer, entrants = None, []
+    if request.plan is not None and data is not None:
+        folder, seed, px = request.folder / "training", request.seed or 0, request.resolution
+        devices = () if request.only == "measure" else request.train_devices
+        trainer = open_trainer(request.plan, data, study, folder, seed, px, stage, say, devices)
+        if request.quality == "race":
+            from nas.search.race import find_field
+
+            entrants = find_field(request, study, trainer, note)
+    tier = TIERS[request.quality](trainer)
+    if isinstance(tier, TrainedTier) and request.sampler == "auto":
+        from nas.search.propose import Proposer
+
+        study.sampler = Proposer(tier, request)
+    return tier, entrants
 
 
 def open_run(request: SearchRequest, data: ImageData | None) -> tuple[optuna.Study, bool]:
@@ -262,7 +340,7 @@ def open_run(request: SearchRequest, data: ImageData | None) -> tuple[optuna.Stu
             folder that was made is removed.
     """
     from nas.study.samplers import make_sampler
-    from nas.study.trials import IDENTITY, open_study
+    from nas.study.trials import IDENTITY, identity_of, open_study
     from search_spaces.registry import use_spaces
 
     use_spaces(earlier=True)
@@ -273,6 +351,8 @@ def open_run(request: SearchRequest, data: ImageData | None) -> tuple[optuna.Stu
     sweep_drafts(request.folder)
     try:
         identity = request.identity(data)
+        if request.only == "train":  # the measured machine's, which this one need not reach
+            identity["hardware"] = (identity_of(request.study, storage_of(request)) or {}).get("hardware")
         refuse_from_scratch(request)
         inputs = training_inputs(request.folder, identity) if request.plan else None
         study = open_study(request.study, storage_of(request), identity, sampler, earlier)

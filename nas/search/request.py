@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 from nas.data.inputs import identity
 from nas.errors import UserError
@@ -78,6 +78,18 @@ class SearchRequest:
     lower: tuple[str, ...] = ()
     """Precisions that a trial tries after that of the settings, until its network meets the budget; see
     `nas.search.precision.ladder`."""
+    train_devices: tuple[str, ...] = ()
+    """Where networks train: cpu, cuda (every GPU), cuda:N, GPU-UUID; empty: every GPU that this process may see, or the
+    CPU. Not what latency is measured on."""
+    train_threads: int | None = None
+    """CPU threads of trainings; None: the CPUs that are idle, adjusted as others come and go."""
+    workers: int | None = None
+    """Processes that this search starts to train what it measures, one a training device; 0: it trains by itself.
+    None: as many as there are training devices, where there are several or the measured device is another machine's;
+    else 0."""
+    only: Literal["measure", "train"] | None = None
+    """What this process does of a search that others share: measure, and end it, while others train; or train alone
+    (`nas.search.helping.train_measured`). None: both."""
 
     def __post_init__(self) -> None:
         from search_spaces.registry import FAMILIES
@@ -106,6 +118,11 @@ class SearchRequest:
         """The run's folder."""
         return self.out / self.study
 
+    @property
+    def trains(self) -> bool:
+        """Whether this process trains; else it waits for others."""
+        return self.only != "measure" and not self.workers
+
     def check(self) -> None:
         """Check every value that can be checked without reading images or opening the study.
 
@@ -128,6 +145,9 @@ class SearchRequest:
         check_max_drop(self.max_drop, any(each in LOWER for each in self.precisions) and self.plan is not None)
         if self.lower and self.plan is None:
             raise UserError("--precision auto needs --data: images to judge lower precisions by")
+        self._check_processes()
+        if self.only == "train":
+            return  # the measured device is others'
         for precision in self.precisions:
             check_settings(replace(self.settings, precision=precision))
         if self.limits.file_mb is not None and RUNTIMES[self.settings.runtime].artifact != "onnx":
@@ -136,6 +156,25 @@ class SearchRequest:
         self.file.check()
         if self.throughput_at is not None:
             check_settings(replace(self.settings, batch_size=self.throughput_at))
+
+    def _check_processes(self) -> None:
+        if self.workers is not None and self.workers < 0:
+            raise UserError(f"--workers is {self.workers}: give 0 or more, or auto")
+        for option, given in (
+            ("--only", self.only),
+            ("--workers", self.workers),
+            ("--train-device", self.train_devices),
+        ):
+            if given and self.plan is None:
+                raise UserError(f"{option} needs --data: without images nothing is trained")
+            if given and option != "--train-device" and self.quality == "supernet":
+                raise UserError(f"{option}: --quality supernet trains one network for all of a family, in one process")
+        if self.train_devices and self.only != "measure":
+            from nas.training.device import training_devices
+
+            training_devices(self.train_devices)
+        if self.only and self.workers:
+            raise UserError("--only and --workers: give one of them")
 
     def space(self) -> str:
         """A digest of the axes that its families are searched along."""
@@ -152,6 +191,9 @@ class SearchRequest:
         Args:
             data: the images that candidates train on, with a `plan`.
 
+        Returns:
+            Without the hardware where this process only trains.
+
         Raises:
             UserError: weights of the parent that cannot be read.
         """
@@ -163,10 +205,11 @@ class SearchRequest:
             "space": self.space(),
             "num_classes": self.num_classes,
             "quality": self.quality,
-            "hardware": cast("dict[str, JsonValue]", fingerprint(self.settings)),
         }
         if self.lower:
             agreed["precisions"] = [*self.precisions]
+        if self.only != "train":
+            agreed["hardware"] = cast("dict[str, JsonValue]", fingerprint(self.settings))
         if self.resolution is not None:
             agreed["resolution"] = self.resolution
         if self.throughput_at is not None:
@@ -189,6 +232,7 @@ def default_study(request: SearchRequest) -> str:
 
     settings = request.settings
     precision = "auto" if request.lower else settings.precision
+    usual = settings.threads if request.only == "train" and not settings.threads else default_threads(settings.device)
     parts = [
         device_label(settings.device),
         settings.runtime if precision == "fp32" else f"{settings.runtime}-{precision}",
@@ -196,7 +240,7 @@ def default_study(request: SearchRequest) -> str:
         "all" if set(request.families) == set(FAMILIES) else "+".join(sorted(request.families)),
     ]
     for form, value, default in (
-        ("{}t", settings.threads, default_threads(settings.device)),
+        ("{}t", settings.threads, usual),
         ("b{}", settings.batch_size, 1),
         ("at{}", request.throughput_at, None),
         ("{:g}MB-memory", request.limits.memory_mb, None),

@@ -6,11 +6,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from nas.errors import UserError
 from nas.search.finish import finish_run
 from nas.search.folder import final_epochs_in
 from nas.search.loop import Progress, interruptible
 from nas.search.loop import search as run_trials
 from nas.search.request import storage_of
+from nas.search.workers import open_crew
+from nas.threads import training_threads
 
 if TYPE_CHECKING:
     from nas.data.dataset import ImageData
@@ -67,14 +70,23 @@ def search(
     from nas.study.trials import sweep
 
     request.check()
+    if request.only == "train":
+        raise UserError("a search that measures nothing is nas.search.helping.train_measured")
     images = images or read_images(request)
     if images is not None:
-        plan = request.plan and request.plan.settled(
-            request.quality, len(images.train), final_epochs_in(request.folder)
-        )
-        request = replace(request, num_classes=len(images.classes), plan=plan)
-    study, log = run_trials(request, progress, say, phase, images)
-    with storage_errors(storage_of(request)), interruptible():
-        outcome = finish_run(request, study, log, command, phase, say)
-        sweep(study)
+        request = settled(request, images)
+    with training_threads(request.train_threads, say), open_crew(request, say, phase) as crew:
+        request = replace(request, workers=crew.size)
+        study, log = run_trials(request, progress, say, phase, images, crew)
+        if log.interrupted:
+            crew.close()
+        with storage_errors(storage_of(request)), interruptible():
+            outcome = finish_run(request, study, log, command, phase, say)
+            sweep(study)
     return outcome
+
+
+def settled(request: SearchRequest, images: ImageData) -> SearchRequest:
+    """The request with what these images say."""
+    plan = request.plan and request.plan.settled(request.quality, len(images.train), final_epochs_in(request.folder))
+    return replace(request, num_classes=len(images.classes), plan=plan)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,6 +36,7 @@ def open_trainer(
     resolution: int | None,
     progress: Callable[[str, int, int], None],
     say: Callable[[str], None],
+    devices: Sequence[str] = (),
 ) -> CandidateTrainer:
     """What trains a search's candidates.
 
@@ -44,13 +45,14 @@ def open_trainer(
         folder: where unfinished trainings are kept.
         resolution: of all networks; None where the search varies it.
         progress: called with what is trained, and images done and in total.
+        devices: as `nas.training.device.training_devices`, of which this process takes the first.
 
     Raises:
-        UserError: a parent without weights.
+        UserError: a parent without weights, or a device that is not here.
     """
-    import torch
+    from nas.training.device import training_devices
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = training_devices(devices)[0].name
     known = seen_by(parent_weights(plan.parent))
     trainer = CandidateTrainer(
         data,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -16,6 +17,7 @@ from nas.search.contest import RACE
 from nas.search.derive import levels_of, within
 from nas.search.outcome import Validation
 from nas.search.rows import Trial, candidate_of, known, rank
+from nas.search.tasks import Task, Tasks, What
 from nas.search.trainings import collected
 
 if TYPE_CHECKING:
@@ -92,6 +94,7 @@ def validate(
     tier: TrainedTier,
     rows: Sequence[Trial],
     note: Callable[[str], None],
+    tasks: Tasks,
 ) -> Validation | None:
     """Train `request.plan.validate` networks fully, and rank them by every estimate.
 
@@ -113,17 +116,19 @@ def validate(
         drawn = raced(request, rows, *limits)
     else:
         drawn = (tier.candidate_of(arch) for arch in draw(request, *limits))
-    for candidate in drawn:
-        if len(ValidatedNetwork.all_of(study, plan.full_epochs)) >= wanted:
+    fresh = (each for each in drawn if each.key not in seen and each.key not in collected(study, RUN))
+    while left := max(0, wanted - len(ValidatedNetwork.all_of(study, plan.full_epochs))):
+        batch = [Task(What.VALIDATE, each, plan.full_epochs) for each in islice(fresh, left)]
+        if not batch:
             break
-        if candidate.key in seen or candidate.key in collected(study, RUN):
-            continue
-        try:
-            row = measure_one(tier, candidate).to_json()
-        except TrainingError as error:
-            note(f"a network of the validation could not be trained: {error}")
-            row = {}
-        study.set_user_attr(RUN + candidate.key, row)
+        tasks.post(batch)
+        for task in batch:
+            try:
+                row: Any = tasks.result(task)
+            except TrainingError as error:
+                note(f"a network of the validation could not be trained: {error}")
+                row = {}
+            study.set_user_attr(RUN + task.candidate.key, row)
 
     def conclude() -> tuple[list[ValidatedNetwork], dict[str, Any] | None]:
         found = ValidatedNetwork.all_of(study, plan.full_epochs)

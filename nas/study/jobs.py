@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from nas.errors import TrainingError
+from nas.errors import TrainingError, UserError
 from nas.study.leases import Lease, beating, host
 from nas.study.trials import alone_in
 
@@ -39,11 +39,15 @@ def at_work(study: optuna.Study, does: Sequence[str]) -> Iterator[None]:
         return True
 
     extend()
-    try:
-        with beating(extend):
+    with beating(extend):
+        try:
             yield
-    finally:
-        study.set_user_attr(key, None)
+        except UserError:  # of a storage that is lost, or withdrawn, perhaps; the lease expires
+            raise
+        except BaseException:
+            study.set_user_attr(key, None)
+            raise
+    study.set_user_attr(key, None)
 
 
 def workers(study: optuna.Study, does: str) -> int:

@@ -113,6 +113,24 @@ def open_study(
         return alone(backend, load_or_create)
 
 
+def identity_of(name: str, storage: str | Path) -> dict[str, Any] | None:
+    """What must agree to continue the study `name`; None where there is none.
+
+    Raises:
+        UserError: the storage cannot be used.
+    """
+    if "://" not in str(storage) and not Path(storage).exists():
+        return None
+    with storage_errors(storage):
+        backend = open_storage(storage)
+        try:
+            study = backend.get_study_id_from_name(name)
+        except KeyError:
+            return None
+        found: dict[str, Any] | None = backend.get_study_user_attrs(study).get(IDENTITY)
+        return found
+
+
 def _tier(identity: Mapping[str, Any]) -> str:
     """How a study estimates quality, as options of a command."""
     return f"--quality {identity.get('quality')} {'and' if 'training' in identity else 'without'} --data"

@@ -21,6 +21,7 @@ from nas.quality.ranking import GATE, RESAMPLES, Tau, rung_ranks, selects, tau, 
 from nas.quality.surrogate import Surrogate, TrainedNetwork, describe
 from nas.quality.trained import SCREEN_FROM, HalvingTier, low_resolution
 from nas.quality.trainer import ETA, CandidateTrainer
+from nas.search import work
 from nas.search.accuracy import Accuracies, compare_means, verdict
 from nas.search.final import FullTraining, settle
 from nas.search.rows import Trial, rank
@@ -285,7 +286,7 @@ def test_the_best_are_settled_by_training_them_to_the_end(trainer):
     study = SimpleNamespace(user_attrs=attrs, set_user_attr=keep, get_trials=lambda deepcopy: trials)
     monkey = pytest.MonkeyPatch()
     monkey.setattr("nas.search.final.results_of", lambda study: known)
-    found = settle(study, tier, rows, True, print)
+    found = settle(study, tier, rows, True, print, at_once(study, tier))
     monkey.undo()
     best = sorted((row for row in found if row.feasible), key=lambda row: -row.quality_estimate)[:3]
     done = {one.key for one in known if 9 in one.rungs}
@@ -293,6 +294,12 @@ def test_the_best_are_settled_by_training_them_to_the_end(trainer):
     archs = [Arch.from_json(json.dumps(row.arch)) for row in rows if row.feasible]
     assert best[0].arch == max(archs, key=skill).model_dump(mode="json")
     assert len(done) < len(known)
+
+
+def at_once(study, tier):
+    """Trainings that are made as soon as they are wanted."""
+    made = functools.partial(work._made, None, study, tier)
+    return SimpleNamespace(post=lambda tasks: None, result=made, forget=lambda task: None)
 
 
 def test_trainings_of_a_study_are_read_or_damaged():
@@ -347,12 +354,12 @@ def test_machines_keep_each_others_trainings(trainer, tmp_path, monkeypatch):
     store = mine.set_user_attr
 
     def store_last(key, value):
-        settle(theirs, tier, rows[1:], True, print)
+        settle(theirs, tier, rows[1:], True, print, at_once(theirs, tier))
         store(key, value)
 
     with monkeypatch.context() as patch:
         patch.setattr(mine, "set_user_attr", store_last)
-        settle(mine, tier, rows[:1], True, print)
+        settle(mine, tier, rows[:1], True, print, at_once(mine, tier))
     assert [sorted(one.rungs) for one in results_of(mine)] == [[1, 3, 9]] * 2
 
     def measure_one(tier, candidate):
@@ -363,9 +370,9 @@ def test_machines_keep_each_others_trainings(trainer, tmp_path, monkeypatch):
 
     drawn = [arch_at(seed) for seed in (5, 6)]
     monkeypatch.setattr(validation, "draw", lambda *_: drawn)
-    monkeypatch.setattr(validation, "measure_one", measure_one)
+    monkeypatch.setattr(work, "measure_one", measure_one)
     options = SimpleNamespace(plan=dataclasses.replace(PLAN, validate=6))
-    validation.validate(options, mine, tier, rows, print)
+    validation.validate(options, mine, tier, rows, print, at_once(mine, tier))
     assert set(collected(theirs, validation.RUN)) == {arch.digest() for arch in drawn}
 
 

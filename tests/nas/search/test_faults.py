@@ -6,7 +6,9 @@ import csv
 import html
 import json
 import shutil
-from contextlib import nullcontext
+import threading
+import time
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,12 +43,14 @@ from nas.measure.runtime import Settings
 from nas.measure.samples import MeasureError, Measurement
 from nas.process import WorkerError
 from nas.quality.candidate import Candidate
+from nas.quality.plan import TrainingPlan
 from nas.quality.shared import SupernetTier
 from nas.quality.trained import HalvingTier
 from nas.quality.trainer import CandidateTrainer
 from nas.search.accuracy import Accuracies
 from nas.search.lower import LowerFile, LowerFiles
 from nas.search.precision import EXPECTED_DROP, RATIOS
+from nas.search.request import SearchRequest
 from search_spaces import Arch, create_model, table
 
 TRIALS = 4
@@ -421,16 +425,16 @@ def test_a_network_that_cannot_be_exported_is_there_with_its_weights(
 
 @pytest.mark.parametrize("fault", [MemoryError(), alike(UserError("no batch")), OSError(28, "No space left on device")])
 def test_a_final_training_that_fails(vitnas, device, tier, pictures, tmp_path, monkeypatch, fault):
-    real = nas.search.final.train_fully
+    real = nas.search.final.train_from
 
-    def refused(options: Any, tier: Any, label: str, arch: Arch) -> Any:
+    def refused(options: Any, tier: Any, label: str, arch: Arch, seed: int) -> Any:
         if not failed:
             failed.append(label)
             raise fault
-        return real(options, tier, label, arch)
+        return real(options, tier, label, arch, seed)
 
     failed: list[str] = []
-    monkeypatch.setattr(nas.search.final, "train_fully", refused)
+    monkeypatch.setattr(nas.search.final, "train_from", refused)
     code, out, err = vitnas(*trained(tmp_path, pictures))
     assert code == 1, err
     data = json.loads(out)
@@ -474,7 +478,7 @@ def test_ctrl_c_at_the_end_keeps_what_was_done(vitnas, device, tier, pictures, t
 
     where = {
         "closing": (nas.export.side_by_side, "compare"),
-        "training": (nas.search.final, "train_fully"),
+        "training": (nas.search.final, "train_from"),
         "judging": (nas.search.final, "settle"),
     }
     with monkeypatch.context() as patch:
@@ -675,7 +679,7 @@ def test_what_is_known_is_on_disk_before_the_final_trainings(vitnas, device, tie
         seen.append({path.name for path in (tmp_path / "s").iterdir()} | set(best(tmp_path)))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(nas.search.final, "train_fully", killed)
+    monkeypatch.setattr(nas.search.final, "train_from", killed)
     vitnas(*trained(tmp_path, pictures))
     assert {"report.html", "trials.csv", "pareto.json", "arch.json", "model.onnx"} <= seen[0]
 
@@ -752,3 +756,94 @@ def test_a_trained_network_stays_where_later_all_are_over_the_budget(
     assert code == 1
     assert any("best/ is left as it was" in note for note in json.loads(out)["notes"])
     assert best(tmp_path) == kept
+
+
+# Two processes
+
+
+def test_one_process_measures_and_another_trains(vitnas, device, tier, pictures, tmp_path, monkeypatch):
+    from nas.search import helping, loop, tasks
+    from nas.study import jobs
+    from nas.study.leases import Lease
+
+    for module in (helping, loop, tasks):
+        monkeypatch.setattr(module, "LOOK_S", 0.01)
+    for name in ("interruptible", "training_threads"):
+        monkeypatch.setattr(helping, name, lambda *_: nullcontext())
+
+    @contextmanager
+    def at_work(study: Any, does: Any) -> Any:
+        study.set_user_attr(f"{jobs.WORKER}other", {"does": does, **Lease.mine().to_json()})
+        yield
+
+    trained_by, begin = set(), tier.begin
+
+    def watched(*given: Any, **named: Any) -> Any:
+        trained_by.add(threading.current_thread().name)
+        return begin(*given, **named)
+
+    monkeypatch.setattr(helping, "at_work", at_work)
+    monkeypatch.setattr(tier, "begin", watched)
+    made, said = [], []
+
+    def help_it() -> None:
+        while not study_of_measuring():
+            time.sleep(0.01)
+        settings = Settings(threads=0)
+        plan = TrainingPlan(str(pictures), 100, 1, 1, 1)
+        request = SearchRequest(
+            10.0,
+            settings,
+            ("shvit",),
+            TRIALS,
+            study="s",
+            out=tmp_path,
+            quality="train",
+            resolution=64,
+            seed=1,
+            plan=plan,
+        )
+        made.append(helping.train_measured(request, said.append))
+
+    def study_of_measuring() -> bool:
+        try:
+            return jobs.workers(study_of(tmp_path), jobs.MEASURES) > 0
+        except (UserError, KeyError):
+            return False
+
+    helper = threading.Thread(target=help_it, name="helper")
+    helper.start()
+    code, out, err = vitnas(*trained(tmp_path, pictures, "--only", "measure"))
+    helper.join()
+    assert code == 0, err
+    assert trained_by == {"helper"}
+    assert states(tmp_path) == ["COMPLETE"] * TRIALS
+    found = json.loads(out)
+    assert best(tmp_path)["model.onnx"] == b"trained"
+    finals = len(found["accuracy"]["rows"])
+    within = sum(trial.user_attrs["feasible"] for trial in study_of(tmp_path).get_trials(deepcopy=False))
+    assert made == [within + finals]
+    assert said[-1] == f"the search that measures has ended: {made[0]} trainings made here"
+    assert jobs.workers(study_of(tmp_path), jobs.MEASURES) == 0
+    vitnas.refused(vitnas(*trained(tmp_path, pictures, "--only", "train")), "nothing waits for a training")
+
+
+def test_who_trains_alone_needs_a_study(vitnas, pictures, tmp_path):
+    vitnas.refused(vitnas(*trained(tmp_path, pictures, "--only", "train")), "there is no study 's' in")
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (("--only", "both"), "--only 'both'"),
+        (("--workers", "many"), "--workers 'many'"),
+        (("--workers", "2"), "--workers is 2: one a training device"),
+        (("--only", "measure", "--workers", "1"), "give one of them"),
+        (("--train-device", "cuda:7"), "cuda:7"),
+        (("--only", "measure", "--quality", "supernet"), "supernet"),
+    ],
+)
+def test_bad_words_on_processes(vitnas, device, pictures, tmp_path, words, why):
+    vitnas.refused(vitnas(*trained(tmp_path, pictures, *words)), why)
+    assert not (tmp_path / "s").exists()

@@ -43,6 +43,10 @@ def test_a_race_is_validated_by_its_ready_networks_and_by_new_ones_cut_from_its_
     assert list(raced(request, rows[:2], 5.0, 9.0))[2:] == [], "no parent was tuned"
 
 
+NO_TASKS = SimpleNamespace()
+"""All is trained."""
+
+
 def test_a_validation_is_of_every_machine_s_networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another machine trains one more while this one concludes: whichever stores last has read it."""
     ours, others = (open_study("s", tmp_path / "j", {}, RandomSampler()) for _ in range(2))
@@ -62,7 +66,7 @@ def test_a_validation_is_of_every_machine_s_networks(tmp_path: Path, monkeypatch
 
     def conclude() -> None:
         others.set_user_attr(RUN + "8", ValidatedNetwork("shvit", 8, 8, 2, 8, 8, 8, {"1": 8}, 8).to_json())
-        assert validate(request, others, tier, rows, pytest.fail)
+        assert validate(request, others, tier, rows, pytest.fail, NO_TASKS)
 
     other = threading.Thread(target=conclude)
 
@@ -75,6 +79,6 @@ def test_a_validation_is_of_every_machine_s_networks(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(layer, "taus", meanwhile)
     monkeypatch.setattr(study_storage, "exclusive", watched)
-    assert validate(request, ours, tier, rows, pytest.fail).networks == 7
+    assert validate(request, ours, tier, rows, pytest.fail, NO_TASKS).networks == 7
     other.join()
     assert open_study("s", tmp_path / "j", {}, RandomSampler()).user_attrs[RESULT]["networks"] == 8
