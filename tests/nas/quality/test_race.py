@@ -199,7 +199,9 @@ def test_a_derived_network_ends_with_its_parent_tuned_on_all_images_as_ready_one
         return train(self, model, images, recipe, **options)
 
     monkeypatch.setattr(CandidateTrainer, "train", watched)
-    request = SimpleNamespace(folder=tmp_path / "run", plan=dataclasses.replace(trainer.plan, seeds=2))
+    request = SimpleNamespace(
+        precisions=("fp32",), folder=tmp_path / "run", plan=dataclasses.replace(trainer.plan, seeds=2)
+    )
     request.folder.mkdir()
     found = train_fully(request, tier, "x", child)
     final = [(is_child, options["seed"]) for is_child, images, _, options in trained if images == 60]
@@ -350,7 +352,7 @@ def test_a_final_training_is_left_out_where_tuning_did_not_pay(trainer, tmp_path
     trainer.results().append(TrainedNetwork(candidate.key, features, {0: 50.0, 1: 50.0}))
     monkeypatch.setattr("nas.quality.race.choose_rate", lambda *_: 1e-3)
     monkeypatch.setattr("nas.training.engine.Training.run", None)
-    request = SimpleNamespace(folder=tmp_path, plan=dataclasses.replace(trainer.plan, seeds=3))
+    request = SimpleNamespace(precisions=("fp32",), folder=tmp_path, plan=dataclasses.replace(trainer.plan, seeds=3))
     found = train_fully(request, RaceTier(trainer), "x", candidate)
     assert found.as_begun
     assert len(found.top1) == 1, "no seed changes it"
