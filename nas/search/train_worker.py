@@ -7,7 +7,6 @@ import logging
 import os
 import pickle
 import time
-from typing import Any
 
 from nas.process import serve, tell
 
@@ -22,7 +21,7 @@ class _Forward(logging.Handler):
         tell("say", record.getMessage())
 
 
-def train(visible: str, request: str) -> dict[str, Any]:
+def train(visible: str, request: str) -> dict[str, int]:
     """Train until the search that started this process ends.
 
     Args:
