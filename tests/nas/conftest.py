@@ -81,6 +81,14 @@ def proxied() -> Callable[..., contextlib.AbstractContextManager[str]]:
     return proxy_of
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _brief_looks() -> Iterator[None]:
+    """Nothing here depends on what other processes do: how busy the machine is, is seen in a moment."""
+    with pytest.MonkeyPatch.context() as patch:
+        quick.brief_looks(patch)
+        yield
+
+
 @pytest.fixture
 def ended() -> int:
     """The number of a process that is no more."""

@@ -58,16 +58,25 @@ def small_reference() -> Arch:
 def small_shvit(patch: pytest.MonkeyPatch) -> None:
     """Decode every point of SHViT's space, published ones too, to a quarter of its widths and at most two blocks a
     stage."""
+    _smaller(patch, "shvit", {"depth": 2})
+
+
+def small_levit(patch: pytest.MonkeyPatch) -> None:
+    """The same of LeViT's, to one block a stage, of two heads."""
+    _smaller(patch, "levit", {"depth": 1, "heads": 2})
+
+
+def _smaller(patch: pytest.MonkeyPatch, name: str, most: dict[str, int]) -> None:
     from search_spaces.registry import FAMILIES
 
-    family = FAMILIES["shvit"]
+    family = FAMILIES[name]
 
     def arch(values: Any, num_classes: int) -> Any:
         small = {k: v // 4 for k, v in values.items() if k.startswith("width")}
-        small |= {k: min(v, 2) for k, v in values.items() if k.startswith("depth")}
+        small |= {k: min(v, limit) for k, v in values.items() for axis, limit in most.items() if k.startswith(axis)}
         return family.space.arch({**values, **small}, num_classes)
 
-    patch.setitem(FAMILIES, "shvit", replace(family, space=replace(family.space, arch=arch)))
+    patch.setitem(FAMILIES, name, replace(family, space=replace(family.space, arch=arch)))
 
 
 def exports_here(patch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -98,6 +107,12 @@ def brief_slices(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("nas.measure.protocol.WORKER", "brief_worker")
 
 
+def brief_looks(patch: pytest.MonkeyPatch) -> None:
+    """Look for 0.05 s at how busy the machine is."""
+    patch.setattr("nas.measure.hardware.SAMPLE_S", 0.05)
+    patch.setattr("nas.threads.SAMPLE_S", 0.05)
+
+
 def blank_plots(patch: pytest.MonkeyPatch) -> None:
     """Draw no plot into a search's report; what it shows is tested in test_report."""
     patch.setattr("nas.search.report.plot_front", lambda outcome: b"")
@@ -116,7 +131,8 @@ def program(exporting: Path | None = None) -> str:
     """
     lines = [
         f"import sys, pathlib; sys.path.insert(0, {str(Path(__file__).parent)!r}); import pytest, quick",
-        "patch = pytest.MonkeyPatch(); quick.few_rounds(patch); quick.small_shvit(patch)",
+        "patch = pytest.MonkeyPatch(); quick.few_rounds(patch); quick.brief_looks(patch)",
+        "quick.small_shvit(patch); quick.small_levit(patch)",
     ]
     if exporting is not None:
         lines.append(f"quick.exports_here(patch, pathlib.Path({str(exporting)!r}))")

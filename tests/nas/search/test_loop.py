@@ -19,7 +19,7 @@ from forked import Forked
 STUDY = "short"
 FAMILIES = ("--family", "levit", "--family", "shvit")
 SHORT = (*FAMILIES, "--sampler", "random", "--seed", "3", "--threads", "1", "--resolution", "64")
-TRIALS = 6
+TRIALS = 4
 MANY = 16  # more than are done by the time a worker is stopped
 
 
@@ -216,7 +216,8 @@ def test_reported_latency_holds_in_an_independent_loop(course, tmp_path):
     pytest.fail(f"never near the reported ratio: {ratios}")
 
 
-def test_a_finished_study_is_only_reported_again(course, vitnas, small_shvit, exports_here):
+def test_a_finished_study_is_only_reported_again(course, vitnas, monkeypatch, small_shvit, exports_here):
+    quick.small_levit(monkeypatch)
     code, text, err = vitnas(*command(course.out, "--json", trials=course.trials))
     assert code == 0, err
     assert len(trials_of(course.out)) == len(course.done.trials)
@@ -244,7 +245,8 @@ def test_resuming_with_another_budget_is_refused(course, vitnas):
     vitnas.refused(vitnas(*command(course.out, budget="3ms")), "budget_ms 30")
 
 
-def test_nothing_fits(tmp_path, vitnas, small_shvit, exports_here):
+def test_nothing_fits(tmp_path, vitnas, monkeypatch, small_shvit, exports_here):
+    quick.small_levit(monkeypatch)
     code, text, err = vitnas(*command(tmp_path, budget="1us", trials=2))
     assert code == 1, err
     assert "Nothing fits" in text
