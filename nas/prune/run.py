@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,6 +85,8 @@ class Pruning:
         self.job = PruneJob(request.folder, request.identity(), say, progress, compute_device(request.settings))
         self.request = steps.as_begun(self.job, request)
         self.state, self.end = self.job.state, Ending(say)
+        self.chosen: Path | None = None
+        """The file of the pruned network, where it is int8 by another recipe than the default."""
 
     def run(self) -> PruneResult:
         from pruning.units import anatomy
@@ -176,7 +179,7 @@ class Pruning:
     def _export_lower(self, arch: Arch) -> None:
         """Judge the network in the precision that is timed, and write its file there, where it has one of its own,
         unless it costs more than it may; both are noted."""
-        from nas.evaluate.precision import NOT_TIMED, write_lower
+        from nas.evaluate.precision import write_lower
 
         job, request, precision = self.job, self.request, self.request.settings.precision
         path = request.folder / f"model.{precision}.onnx"
@@ -185,10 +188,11 @@ class Pruning:
             draft, weights = folder / path.name, request.folder / "model.safetensors"
             price = write_lower(arch, weights, draft, job.data, job.evaluated, request.settings, request.max_drop)
             what = path.name if draft.exists() else "model.onnx"
-            for line in [*price.lines, *[NOT_TIMED] * (not price.as_timed)]:
+            for line in price.lines:
                 job.note(f"{what}: {line}")
             if price.within and draft.exists():
                 draft.replace(path)
+                self.chosen = None if price.as_timed else path
 
     def _write(self, before: Arch, after: Arch, kept: Kept, rounds: Rounds) -> PruneResult:
         """Measure both networks side by side, and write the results."""
@@ -198,9 +202,13 @@ class Pruning:
         results: dict[str, Measurement] = {}
         with self.end.step("closing run"), job.phase("closing run") as progress:
             archs = {"before": before, "after": after}
-            results = steps.closing_run(
-                archs, lambda arch, stem: export_untrained(arch, stem, request), request, progress
-            )
+
+            def export(arch: Arch, stem: Path) -> Path:
+                if arch is after and self.chosen:  # of other operators than the default recipe's file
+                    return Path(shutil.copyfile(self.chosen, f"{stem}.onnx"))
+                return export_untrained(arch, stem, request)
+
+            results = steps.closing_run(archs, export, request, progress)
         self._stop_if_interrupted()
         blocks = block_rows(before, after, self.state.origins)
         if any(row.before.heads for row in blocks) and not any(row.after and row.after.heads for row in blocks):

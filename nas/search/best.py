@@ -117,7 +117,7 @@ class BestFolder:
             if made and made.price.within and made.content is not None:
                 with drafted(path) as draft:
                     draft.write_bytes(made.content)
-                    if made.price.as_timed:
+                    if made.price.as_timed or files.timed.get(candidate.key) == made.price.recipe:
                         card = Card.read(draft).model_copy(update={"latency": self._latency(row)})
                         label_onnx(draft, candidate.network, True, card)
             return made.price if made else None

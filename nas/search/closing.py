@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nas.errors import UserError
@@ -17,6 +18,7 @@ from nas.quality.candidate import Kind
 from nas.search.log import keep_samples
 from nas.search.rivals import rivals_of, told_of, top1_of
 from nas.search.rows import (
+    ACCURACY,
     ClosingRow,
     OutsideRow,
     Trial,
@@ -145,8 +147,11 @@ class _ClosingRun:
         found = []
         for label, row in self.finalists.items():
             result = results[label]
-            timed = {"verdict": None} if isinstance(result, MeasureError) else self._latency(result)
-            found.append(replace(row, **timed))
+            if isinstance(result, MeasureError):
+                found.append(replace(row, verdict=None))
+            else:
+                verdict = _fields(self.request, result)["verdict"]
+                found.append(replace(row, latency_ms=result.p50_ms, latency_p95_ms=result.p95_ms, verdict=verdict))
         ready = [row for row in found if row.kind == Kind.READY]
         return list(dict.fromkeys([*_open(found), *_open(ready)]))
 
@@ -179,11 +184,6 @@ class _ClosingRun:
         rows += [OutsideRow(label=label, error=error) for label, error in self.refused.items()]
         return told_of(rows) if self.rivals else rows
 
-    def _latency(self, result: Measurement) -> dict[str, Any]:
-        over = self.request.limits.over(result.memory_mb, result.file_mb)
-        verdict = Verdict.OVER if over else LatencyBudget(self.request.budget_ms).judge(result.ci_ms)
-        return {"latency_ms": result.p50_ms, "latency_p95_ms": result.p95_ms, "verdict": verdict}
-
     def _kept(self, label: str) -> dict[str, Any]:
         """A network's fields of `Timed`; its samples are kept."""
         result, request = self.results[label], self.request
@@ -196,19 +196,56 @@ class _ClosingRun:
             throughput = batch.throughput(self.many or request.settings.batch_size)
             if self.many:
                 keep_samples(request.folder, {"closing": label, "batch_size": self.many, **batch.to_dict()})
-        low, high = result.ci_ms
-        return self._latency(result) | {
-            "ci_low_ms": low,
-            "ci_high_ms": high,
-            "samples": result.n,
+        return _fields(request, result) | {
             "rounds_alone": max(0, len(result.rounds_ms) - CLOSING_ROUNDS),
             "throughput": throughput,
-            "memory_mb": result.memory_mb,
-            "file_mb": result.file_mb,
-            "energy_mj": result.energy_mj,
-            "over": self.request.limits.over(result.memory_mb, result.file_mb),
             "precision": self.settings_of(label, 1).precision,
         }
+
+
+def _fields(request: SearchRequest, result: Measurement) -> dict[str, Any]:
+    """Of `Timed`, those that are a measurement's own."""
+    over, (low, high) = request.limits.over(result.memory_mb, result.file_mb), result.ci_ms
+    return {
+        "latency_ms": result.p50_ms,
+        "latency_p95_ms": result.p95_ms,
+        "verdict": Verdict.OVER if over else LatencyBudget(request.budget_ms).judge(result.ci_ms),
+        "ci_low_ms": low,
+        "ci_high_ms": high,
+        "samples": result.n,
+        "memory_mb": result.memory_mb,
+        "file_mb": result.file_mb,
+        "energy_mj": result.energy_mj,
+        "over": over,
+    }
+
+
+def timed_anew(request: SearchRequest, final: Sequence[ClosingRow], row: ClosingRow, file: bytes) -> list[ClosingRow]:
+    """The table, ordered anew, where a network is shipped as a file of other operators than the one that was timed:
+    that file is timed, alone, in as many rounds.
+
+    Raises:
+        MeasureError: it cannot be timed.
+        KeyboardInterrupt: Ctrl-C.
+    """
+
+    def written(content: bytes, stem: Path) -> Path:
+        path = stem.with_suffix(".onnx")
+        path.write_bytes(content)
+        return path
+
+    settings = replace(request.settings, precision=row.precision or request.settings.precision)
+    result = measure_side_by_side({row.label: file}, written, settings, CLOSING_ROUNDS, request.folder)[row.label]
+    if isinstance(result, MeasureError):
+        raise result
+    keep_samples(request.folder, {"closing": row.label, "anew": True, **result.to_dict()})
+    own = _fields(request, result) | {"rounds_alone": len(result.rounds_ms)}
+    if ACCURACY in row.over:
+        own |= {"verdict": Verdict.OVER, "over": (*own["over"], ACCURACY)}
+    if not request.throughput_at:
+        own["throughput"] = result.throughput(settings.batch_size)
+    rows = [replace(each, **own) if each.label == row.label else each for each in final]
+    return ordered([replace(each, role=role_of(each)) for each in rows])
 
 
 def _open(rows: Sequence[Trial]) -> list[str]:

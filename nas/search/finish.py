@@ -16,11 +16,11 @@ from nas.files import folder_lock
 from nas.intervals import guessing
 from nas.measure.budget import Verdict
 from nas.measure.runtime import LOWER
-from nas.measure.samples import BUSY_SPREAD
+from nas.measure.samples import BUSY_SPREAD, MeasureError
 from nas.search.accuracy import Accuracies, FinalTrainings
 from nas.search.advice import advice, latencies
 from nas.search.best import BestFolder, Weights
-from nas.search.closing import ClosingInterrupted, closing_run, without
+from nas.search.closing import ClosingInterrupted, closing_run, timed_anew, without
 from nas.search.contest import RACE, contest_of, contestants, decision, opponents, winner_of, with_winner
 from nas.search.final import weights_of
 from nas.search.log import breakdown
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     import optuna
 
     from nas.data.about import Summary
+    from nas.export.quantize import Recipe
     from nas.quality.tier import TrainedTier
     from nas.search.log import SearchLog
     from nas.search.request import SearchRequest
@@ -213,11 +214,32 @@ class _Finish:
                     continue
                 price = made.price
                 self.notes.append(f"{row.label}: {price.lines[0]}")
-                if not price.as_timed:
-                    self.notes.append(f"{row.label}: {NOT_TIMED}")
+                if price.within and not price.as_timed and made.content is not None:
+                    lost = self._time_anew(files, row, made.content, price.recipe) or lost
                 if not price.within and ACCURACY not in row.over:
                     self.final, lost = without(self.final, row, ACCURACY), True
         return lost
+
+    def _time_anew(self, files: LowerFiles, row: ClosingRow, content: bytes, recipe: Recipe | None) -> bool:
+        """Time the file that a network is shipped as, which is made by another recipe than the one that was timed.
+
+        Returns:
+            Whether it is over the budget now, and was not.
+        """
+        key = candidate_of(row).key
+        if files.timed.get(key) == recipe:
+            return False
+        files.timed.pop(key, None)
+        try:
+            self.final = timed_anew(self.request, self.final, row, content)
+        except MeasureError as error:
+            self.notes.append(f"{row.label}: {NOT_TIMED}: {error}")
+            return False
+        files.timed[key] = recipe
+        now = next(each for each in self.final if each.label == row.label)
+        told = f"is made by another recipe than the default, and timed again, alone: {known(now.latency_ms):.3g} ms"
+        self.notes.append(f"{row.label}: its file {told}")
+        return now.verdict == Verdict.OVER and row.verdict != Verdict.OVER
 
     def _precision_of(self, row: ClosingRow) -> str:
         return row.precision or self.request.settings.precision

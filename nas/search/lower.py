@@ -14,6 +14,7 @@ from nas.search.final import result_path, weights_of
 
 if TYPE_CHECKING:
     from nas.evaluate.precision import Price
+    from nas.export.quantize import Recipe
     from nas.quality.candidate import Candidate
     from nas.quality.tier import TrainedTier
     from nas.search.accuracy import Accuracies
@@ -37,6 +38,8 @@ class LowerFiles:
     tier: TrainedTier
     made: dict[tuple[Path, str], LowerFile] = field(default_factory=dict)
     """By the file of their weights, and the precision."""
+    timed: dict[str, Recipe | None] = field(default_factory=dict)
+    """By the key of a candidate: the recipe of the file whose latency is told, where it is not the default one."""
 
     def of(self, candidate: Candidate, precision: str) -> LowerFile | None:
         """With the weights of its fullest training; None where there are none.

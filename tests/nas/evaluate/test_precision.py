@@ -15,10 +15,21 @@ from nas.data.dataset import ImageData
 from nas.data.images import Images, plain_transform
 from nas.errors import UserError
 from nas.evaluate import precision
-from nas.evaluate.precision import HeldOut, Price, quantize_within
+from nas.evaluate.precision import (
+    HeldOut,
+    Price,
+    deployed_right,
+    in_torch,
+    lower_within,
+    quantize_within,
+    write_lower,
+)
 from nas.export.card import Card
+from nas.export.folder import save_weights
 from nas.export.onnx import label_onnx, to_onnx
 from nas.export.quantize import Recipe, check_max_drop
+from nas.measure.runtime import Settings
+from search_spaces import create_model, get_arch
 
 SIDE = 16
 
@@ -176,3 +187,42 @@ def test_words() -> None:
     for wrong in (-1, 101, float("nan")):
         with pytest.raises(UserError, match=r"^--max-drop is "):
             check_max_drop(wrong)
+
+
+def test_fp16_is_judged_by_its_own_file(full: Path, held: HeldOut) -> None:
+    top1 = 100 * held.right(full, threads=1).mean()
+    price = lower_within(full, Settings(precision="fp16"), held, 100.0)
+    half = {tensor.data_type for tensor in onnx.load(full).graph.initializer}
+    assert half == {onnx.TensorProto.FLOAT16}
+    assert (price.precision, price.recipe, price.as_timed) == ("fp16", None, True)
+    assert (price.float_top1, price.top1) == (top1, 100 * held.right(full, threads=1).mean())
+    assert price.lines[0].startswith("fp16 costs ")
+    assert price.lines[0].endswith("40 images, onnxruntime")
+    assert not any("left in float" in line for line in price.lines)
+
+
+def test_bf16_is_judged_of_the_same_file(full: Path, held: HeldOut, monkeypatch: pytest.MonkeyPatch) -> None:
+    def right(self: HeldOut, path: Path, runtime: str, threads: int, bf16: bool = False) -> np.ndarray:
+        assert (path, runtime) == (full, "openvino")
+        return np.arange(40) >= 10 * bf16
+
+    monkeypatch.setattr(HeldOut, "right", right)
+    content = full.read_bytes()
+    price = lower_within(full, Settings("openvino", precision="bf16"), held, 1.0)
+    assert (price.top1, price.drop, price.within, full.read_bytes()) == (75, 25, False, content)
+    assert price.refusal.startswith("bf16 costs 25.0 points")
+
+
+def test_what_pytorch_runs_is_judged_there(tmp_path: Path, sources: list[np.ndarray]) -> None:
+    """Without a file; of a network whose weights round in bf16 to others."""
+    network = get_arch("efficientvit_m0").replace(num_classes=2).at(64)
+    torch.manual_seed(0)
+    save_weights(create_model(network), tmp_path / "model.safetensors")
+    images = Images(sources[:6], [0, 1] * 3, plain_transform(64))
+    data = ImageData("greys", ["a", "b"], images, images, images, demo=False)
+    draft, settings = tmp_path / "model.onnx", Settings("torch", precision="bf16")
+    price = write_lower(network, tmp_path / "model.safetensors", draft, data, images, settings, 100.0)
+    assert (price.runtime, price.precision, price.images, draft.exists()) == ("torch", "bf16", 6, False)
+    full = in_torch(network, tmp_path / "model.safetensors", data, images, settings, "fp32")
+    right = deployed_right(network, tmp_path / "model.safetensors", draft, data, images, settings, None)
+    assert (price.float_top1, price.top1) == (100 * full.mean(), 100 * right.mean())

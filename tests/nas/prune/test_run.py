@@ -162,9 +162,15 @@ def test_end_to_end_without_data(vitnas, arch_file, tmp_path):
 def test_int8_is_judged_on_held_out_images(
     vitnas, images, tmp_path, monkeypatch: pytest.MonkeyPatch, wrong: int
 ) -> None:
-    """Its file is there where it costs no more than it may, and says its own accuracy."""
-    monkeypatch.setattr(precision, "RECIPES", (Recipe(),))
-    monkeypatch.setattr(side_by_side, "compare", lambda paths, *_: dict.fromkeys(paths, Measurement([[1.0]] * 30)))
+    """Its file is there where it costs no more than it may, says its own accuracy, and is what is timed."""
+    monkeypatch.setattr(precision, "RECIPES", (Recipe(kept=("first",)),))
+    timed: dict[str, bytes] = {}
+
+    def compare(paths: dict[str, Path], *_: object) -> dict[str, Measurement]:
+        timed.update({name: path.read_bytes() for name, path in paths.items()})
+        return dict.fromkeys(paths, Measurement([[1.0]] * 30))
+
+    monkeypatch.setattr(side_by_side, "compare", compare)
 
     def right(self: HeldOut, path: Path, runtime: str, threads: int) -> np.ndarray:
         assert (runtime, threads, len(self.images)) == ("onnxruntime", 1, 6)
@@ -185,6 +191,7 @@ def test_int8_is_judged_on_held_out_images(
     else:
         assert notes[0].startswith("model.int8.onnx: int8 costs 0.0 points of top-1")
         assert Card.read(out / "model.int8.onnx").accuracy.top1 == 100
+        assert timed["after"] == (out / "model.int8.onnx").read_bytes()
     assert (out / "model.onnx").is_file()
 
 

@@ -567,7 +567,9 @@ def test_a_file_says_only_what_was_found_out_with_it(vitnas, device, tier, pictu
     assert card.latency.precision == precision
 
 
-def priced(monkeypatch: pytest.MonkeyPatch, trained: dict[str, float], kept: dict[str, float]) -> list[str]:
+def priced(
+    monkeypatch: pytest.MonkeyPatch, trained: dict[str, float], kept: dict[str, float], recipe: Recipe | None = None
+) -> list[str]:
     """Has int8 cost so many points of 50% with full trainings and the search's own, by the key of a candidate; half a
     point else. Holds the keys in the order in which they are judged."""
     judged: list[str] = []
@@ -577,7 +579,9 @@ def priced(monkeypatch: pytest.MonkeyPatch, trained: dict[str, float], kept: dic
         drops = kept if nas.search.final.weights_of(self.request, candidate) is None else trained
         drop = drops.get(candidate.key, 0.5)
         ci, softmax = (drop - 1, drop + 1), ("2 x softmax",)
-        price = Price(Recipe(), "onnxruntime", 200, 50.0, 50 - drop, drop, ci, self.request.max_drop, 1, softmax)
+        price = Price(
+            recipe or Recipe(), "onnxruntime", 200, 50.0, 50 - drop, drop, ci, self.request.max_drop, 1, softmax
+        )
         return LowerFile(b"lower", price)
 
     def shipped(self: LowerFiles, candidate: Candidate, precision: str, trained: Accuracies) -> Accuracies:
@@ -653,6 +657,33 @@ def test_a_network_is_tried_and_shipped_in_the_first_precision_that_meets_the_bu
     assert "onnxruntime int8" in page
     assert "<th>precision</th>" in page
     vitnas.refused(vitnas(*command(tmp_path, "--precision", "auto")), "--precision auto needs --data")
+
+
+def test_a_file_of_another_recipe_is_timed_as_it_is_shipped(vitnas, device, tier, pictures, tmp_path, monkeypatch):
+    """Its latency is told everywhere, once timed; over the budget it wins nothing."""
+    cards = cards_of(monkeypatch)
+    priced(monkeypatch, {}, {}, Recipe("nncf"))
+    first, alone = device.compare, []
+
+    def compare(paths: dict[str, Path], *rest: Any) -> dict[str, Measurement]:
+        if {path.read_bytes() for path in paths.values()} != {b"lower"}:
+            return first(paths, *rest)
+        alone.append([*paths])
+        return dict.fromkeys(paths, Measurement([[slow]] * 30))
+
+    monkeypatch.setattr(nas.export.side_by_side, "compare", compare)
+    slow, words = 9.0, trained(tmp_path, pictures, "--precision", "int8")
+    code, out, err = vitnas(*words)
+    result = json.loads(out)
+    assert (code, result["winner"]["latency_ms"]) == (0, 9.0), err
+    assert cards["model.int8.onnx"].latency.ms == 9.0
+    assert len(alone) == len({label for (label,) in alone}) == len(result["final"])
+    assert f"{result['winner']['label']}: its file is made by another recipe" in "\n".join(result["notes"])
+    shutil.rmtree(tmp_path / "s")
+    slow = 11.0
+    code, out, _ = vitnas(*words)
+    result = json.loads(out)
+    assert (code, result["winner"], {row["verdict"] for row in result["final"]}) == (1, None, {"over"})
 
 
 def cards_of(monkeypatch: pytest.MonkeyPatch) -> dict[str, Card]:
