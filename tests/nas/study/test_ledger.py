@@ -10,6 +10,7 @@ import pytest
 from optuna.samplers import RandomSampler
 from optuna.trial import FrozenTrial, TrialState
 
+from nas.study import trials
 from nas.study.ledger import ledger_of
 from nas.study.trials import ask, fail, finish, open_study, remaining, sweep
 
@@ -26,7 +27,7 @@ def a_step(study: optuna.Study, running: list[optuna.Trial], rng: random.Random)
         running.append(trial)
         return
     trial = running.pop(rng.randrange(len(running)))
-    match rng.randrange(4):
+    match rng.randrange(5):
         case 0:
             finish(study, trial, rng.random(), 500.0, -0.1, {"n": trial.number})
         case 1:
@@ -36,10 +37,12 @@ def a_step(study: optuna.Study, running: list[optuna.Trial], rng: random.Random)
         case 3:
             trial.set_user_attr("lease", {**trial.user_attrs["lease"], "started": -100})
             sweep(study)
+        case 4:  # killed before it enqueues the retry, as the next sweep does
+            trials._tell_fail(study, trial, "interrupted", retry=True)
 
 
-def numbers(trials: list[FrozenTrial]) -> list[int]:
-    return [trial.number for trial in trials]
+def numbers(found: list[FrozenTrial]) -> list[int]:
+    return [trial.number for trial in found]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -49,15 +52,15 @@ def test_a_ledger_agrees_with_a_look_at_every_trial(tmp_path: Path, seed: int) -
     for _ in range(40):
         for _ in range(rng.randrange(4)):  # this process looks now and then
             a_step(others, running, rng)
-        now, trials = ledger_of(ours), start(tmp_path / "j").trials
-        ended = [trial for trial in trials if trial.state.is_finished()]
-        retried = {trial.user_attrs.get("retry_of") for trial in trials}
+        now, every = ledger_of(ours), start(tmp_path / "j").trials
+        ended = [trial for trial in every if trial.state.is_finished()]
+        retried = {trial.user_attrs.get("retry_of") for trial in every}
         again = [trial for trial in ended if trial.user_attrs.get("retry")]
-        assert numbers(now.running) == numbers([t for t in trials if t.state == TrialState.RUNNING])
-        assert numbers(now.waiting) == numbers([t for t in trials if t.state == TrialState.WAITING])
+        assert numbers(now.running) == numbers([t for t in every if t.state == TrialState.RUNNING])
+        assert numbers(now.waiting) == numbers([t for t in every if t.state == TrialState.WAITING])
         assert sorted(now.owed) == [trial.number for trial in again if trial.number not in retried]
         assert now.read(FrozenTrial.__str__) == [*map(str, ended)]
-        counted = [t for t in trials if t.state != TrialState.WAITING and not t.user_attrs.get("retry")]
+        counted = [t for t in every if t.state != TrialState.WAITING and not t.user_attrs.get("retry")]
         assert remaining(ours, 1000) == 1000 - len(counted)
     assert len(again) > 3
 
