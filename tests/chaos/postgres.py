@@ -27,9 +27,12 @@ class Unavailable(Exception):
 
 
 class Server:
-    """Its data is made at once, in a folder of its own; use it as a context. url: without a database's name."""
+    """Its data is made at once, in a folder of its own; use it as a context. url: without a database's name.
 
-    def __init__(self) -> None:
+    connections: how many it takes at a time.
+    """
+
+    def __init__(self, connections: int = 100) -> None:
         try:
             import psycopg
         except ImportError:
@@ -39,6 +42,7 @@ class Server:
         self._drop = _unprivileged()
         self._home = Path(tempfile.mkdtemp(prefix="vitnas-postgres-"))
         self._process: subprocess.Popen[bytes] | None = None
+        self._options = [*POSTGRES, "-c", f"max_connections={connections}"]
         self.port = free_port()
         self.url = f"postgresql://vitnas:{PASSWORD.replace('/', '%2F')}@127.0.0.1:{self.port}"
         secret = self._home / "password"
@@ -74,7 +78,7 @@ class Server:
 
     def start(self) -> None:
         """Start it and wait until it answers."""
-        words = [self._binaries / "postgres", "-D", self._home / "data", "-p", str(self.port), *POSTGRES]
+        words = [self._binaries / "postgres", "-D", self._home / "data", "-p", str(self.port), *self._options]
         with (self._home / "log").open("ab") as log:
             self._process = subprocess.Popen(words, stdout=log, stderr=log, cwd=self._home, **self._drop)
         deadline = time.monotonic() + PATIENCE_S
