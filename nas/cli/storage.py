@@ -53,7 +53,7 @@ def serve(
     from nas.study.serve import serve as serve_storage
 
     def started(port: int) -> None:
-        every = host in ("", "0.0.0.0", "::")
+        every, alone = host in ("", "0.0.0.0", "::"), host == "localhost" or host.startswith("127.") or host == "::1"
         address = SCHEME + joined(socket.gethostname() if every else host, port)
         if as_json:
             print(json.dumps({"storage": mask_url(url), "address": address}), flush=True)
@@ -61,7 +61,7 @@ def serve(
         print(f"{mask_url(url)} is served at {address} (Ctrl-C ends it)", flush=True)
         if not quiet:
             print(f"workers: vitnas search ... --storage {shlex.quote(address)}", flush=True)
-        if every:
-            tell("it has no login: whoever reaches this address can read and change the studies")
+        if not alone:
+            tell("it has no login and no encryption: whoever reaches this address can read and change the studies")
 
     serve_storage(url, host, port, started)

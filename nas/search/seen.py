@@ -26,6 +26,8 @@ PROPOSED = "vitnas:proposed"
 """The system attribute of a trial that holds the parameters that the sampler proposed."""
 RECENT = 5
 """Trials whose median latency of the reference network is the machine's speed now."""
+MOST = 1000
+"""The latest measurements, which foretell latencies: the time that takes grows with the cube of their number."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class Seen:
         now = statistics.median(lately) if lately else self._first_ms
         self.limit = math.log(self._request.budget_ms / now)
         measured = [(each.point.coordinates, each.relative) for each in self.tried if each.relative]
-        self.speed = Speed((self._reference, faster.ratio), measured)
+        self.speed = Speed((self._reference, faster.ratio), measured[-MOST:])
         needs = [
             Need(_params_m(point.coordinates), detail.get("memory_mb"), detail.get("file_mb"))
             for (_, point), detail in zip(found, details, strict=True)

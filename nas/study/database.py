@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from optuna.storages import BaseStorage
 
 CONNECT_TIMEOUT_S = 5
-EXCLUSIVE_TIMEOUT_S = 60
-"""How long a process waits for the lock of another one."""
+EXCLUSIVE_TIMEOUT_S = 600
+"""How long a process waits for the lock: hundreds of others may decide before it, each for seconds."""
 EXCLUSIVE_SQL = {
     "postgresql": [
         f"SET lock_timeout = '{EXCLUSIVE_TIMEOUT_S}s'",

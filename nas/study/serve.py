@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 THREADS = 14
-"""Calls answered at a time; of a database's 15 connections, one is left for who decides."""
+"""Calls answered at a time; of a database's 15 connections, one is left for the client whose turn it is."""
 GRACE_S = 2
 """For the calls that are being answered when the server ends."""
 OPTIONS = [

@@ -100,10 +100,13 @@ def open_study(
             raise UserError(f"this study was begun with {was}, this command says {now}; use --study for a new one")
         elif stored != given | accepted:
             raise UserError(f"this study has {differences(stored, given | accepted)}; use --study for a new one")
-        for other in sorted({held.version for held in _leases(study).values() if held.is_fresh()} - {"", version()}):
+        others = [held for held in _leases(study).values() if held.version not in ("", version()) and held.is_fresh()]
+        for other in others:
+            minutes = max((held.expires - time.time()) / 60 for held in others)
+            killed = f" (where it was killed, {minutes:.0f} minutes)" if other.elsewhere else ""
             raise UserError(
-                f"vitnas {other} works at this study, and this is {version()}: give all workers the same version, or "
-                "wait for its end"
+                f"vitnas {other.version} works at this study, and this is {version()}: give all workers the same "
+                f"version, or wait for its end{killed}"
             )
         return study
 

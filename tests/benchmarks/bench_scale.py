@@ -7,8 +7,8 @@ and what trains only sleeps (3 s and 60 s, a fifth more or less at random). The 
 and the networks' documents are real, and all of them share this machine's CPUs. The ideal is what the workers would do
 if nothing but these sleeps took time. Then the storage time of a trial in studies that hold few trials and many.
 
-About 75 minutes with 6 minutes a row. --write enters the figures into tests/benchmarks/results/scale.json; its readings
-are written by hand. Needs PostgreSQL and grpcio.
+About 75 minutes with 6 minutes a row. --write enters the figures into tests/benchmarks/results/scale.json
+and writes docs/results/scale.md; the readings in the former are written by hand. Needs PostgreSQL and grpcio.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ import workers as chaos  # noqa: E402
 from optuna.trial import FrozenTrial, TrialState, create_trial  # noqa: E402
 from postgres import Server  # noqa: E402
 from proxy import Proxy  # noqa: E402
-from write_pages import Page, Section  # noqa: E402
+from write_pages import Page, Section, pages  # noqa: E402
 
 from nas.measure.samples import Measurement  # noqa: E402
 from nas.networks.counts import counts_of  # noqa: E402
@@ -75,6 +75,8 @@ class Meter:
     """In calls of the storage, those under the lock included."""
     waited_s: float = 0.0
     """For the lock."""
+    longest_s: float = 0.0
+    """Of such a wait."""
     held_s: float = 0.0
     """With it: the sampler included."""
     calls: int = 0
@@ -94,6 +96,7 @@ class Row:
     ideal_per_hour: float
     storage_s: float
     waited_s: float
+    longest_s: float
     held_s: float
     worker_cpu_s: float
     server_cpu_s: float
@@ -122,6 +125,7 @@ class Row:
             f"{100 * self.share:.1f}%",
             f"{self.storage_s:.2f}",
             f"{self.waited_s:.2f}",
+            f"{self.longest_s:.1f}",
             f"{self.held_s:.2f}",
             f"{self.worker_cpu_s:.2f}",
             f"{self.server_cpu_s:.2f}",
@@ -135,7 +139,15 @@ class Row:
 
 COLUMNS = [
     *("storage", "workers", "trials", "trials an hour", "ideal", "of the ideal"),
-    *("storage s", "waiting for the lock s", "lock held s", "worker CPU s", "server CPU s", "machine busy"),
+    *(
+        "storage s",
+        "waiting for the lock s",
+        "the longest s",
+        "lock held s",
+        "worker CPU s",
+        "server CPU s",
+        "machine busy",
+    ),
     *("duplicates", "repeated proposals", "lost", "workers that quit"),
 ]
 HELD_COLUMNS = ["storage", "trials held", "CPU ms of a trial", "of them of the server", "times that of the first row"]
@@ -207,6 +219,7 @@ def stand_in(measure_s: float, train_s: float) -> None:
         with exclusive(storage) as connection:
             entered = time.perf_counter()
             meter.waited_s += entered - begun
+            meter.longest_s = max(meter.longest_s, entered - begun)
             yield connection
             meter.held_s += time.perf_counter() - entered
 
@@ -301,9 +314,9 @@ def _row(
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         if len(lines) > 1:
             first, last = lines[0], lines[-1]
-            spans.append({key: last[key] - first[key] for key in first})
+            spans.append({key: last[key] - first[key] for key in first} | {"longest_s": last["longest_s"]})
     total = {key: sum(span[key] for span in spans) for key in spans[0]}
-    told = int(total["told"])
+    told, longest = int(total["told"]), max(span["longest_s"] for span in spans)
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     networks = Counter(trial.user_attrs["detail"]["digest"] for trial in complete)
     witness = chaos.Witness()
@@ -318,6 +331,7 @@ def _row(
         ideal_per_hour=3600 * size * told / total["slept_s"],
         storage_s=total["storage_s"] / told,
         waited_s=total["waited_s"] / told,
+        longest_s=longest,
         held_s=total["held_s"] / told,
         worker_cpu_s=total["cpu_s"] / told,
         server_cpu_s=spent / len(complete),
@@ -461,6 +475,8 @@ def write(heading: str, columns: list[str], rows: list[list[str]], text: list[st
     kept = [section if each.heading == heading else each for each in page.sections]
     page = page.model_copy(update={"sections": kept if earlier else [*kept, section]})
     PAGE.write_text(json.dumps(page.model_dump(), indent=1, ensure_ascii=False) + "\n")
+    for path, content in pages().items():
+        path.write_text(content)
 
 
 def main() -> None:

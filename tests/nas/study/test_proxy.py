@@ -273,3 +273,16 @@ def test_help_has_an_example(vitnas: Any, monkeypatch: pytest.MonkeyPatch) -> No
     assert code == 0
     assert "Example:  vitnas storage serve" in out
     assert all(len(line) <= 80 for line in out.splitlines())
+
+
+@pytest.mark.parametrize(("host", "warns"), [("127.0.0.1", False), ("::1", False), ("10.0.0.5", True), ("", True)])
+def test_an_address_that_others_reach_is_told(
+    vitnas: Any, monkeypatch: pytest.MonkeyPatch, host: str, warns: bool
+) -> None:
+    from nas.study import serve
+
+    monkeypatch.setattr(serve, "serve", lambda url, host, port, started: started(port))
+    code, out, err = vitnas("storage", "serve", "postgresql://u:hunter2@h/d", "--host", host)
+    assert code == 0
+    assert out.startswith("postgresql://u:***@h/d is served at grpc://")
+    assert ("no login and no encryption" in err) == warns
