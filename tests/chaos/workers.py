@@ -120,7 +120,11 @@ class Workers:
             loop.search(options(Path(folder), None, 2), lambda _: None, lambda _: None)
 
     def start(self, trials: int, machine: Machine | None = None) -> int:
-        """Start a worker, on this machine or as if on another; its process id."""
+        """Start a search, on this machine or as if on another; its process id."""
+        return self.fork(lambda: loop.search(options(self.out, self.storage, trials), lambda _: None, print), machine)
+
+    def fork(self, work: Callable[[], object], machine: Machine | None = None) -> int:
+        """Start a worker; its process id."""
         pid = os.fork()
         if pid:
             self.pids.append(pid)
@@ -132,7 +136,7 @@ class Workers:
             log = os.open(self.log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
             os.dup2(log, 1)
             os.dup2(log, 2)
-            loop.search(options(self.out, self.storage, trials), lambda _: None, print)
+            work()
             code = 0
         except BaseException:
             traceback.print_exc()
@@ -185,15 +189,15 @@ class Workers:
             codes.append(-signal.SIGKILL)
         return codes
 
-    def trials(self) -> list[FrozenTrial]:
-        return trials_of(self.looked_at)
+    def trials(self, study: str = STUDY) -> list[FrozenTrial]:
+        return trials_of(self.looked_at, study)
 
 
-def trials_of(storage: str | Path) -> list[FrozenTrial]:
+def trials_of(storage: str | Path, study: str = STUDY) -> list[FrozenTrial]:
     """The study's trials now; of a connection that was had for it, nothing is left for forks to share."""
     opened = open_storage(storage, read_only=True)
     try:
-        return optuna.load_study(study_name=STUDY, storage=opened).get_trials(deepcopy=False)
+        return optuna.load_study(study_name=study, storage=opened).get_trials(deepcopy=False)
     finally:
         if "://" in str(storage):
             opened.engine.dispose()

@@ -1,0 +1,241 @@
+"""Workers that measure and workers that train, on machines whose clocks differ, share a study; both are killed.
+
+    python tests/chaos/steps.py --kills 12 --rounds 3
+
+A training is a ledger of epochs in a folder that all see. Workers that train are killed in the middle of a training;
+all that measure are gone for a while, as where a board reboots; connections are cut, and the proxy is killed and
+started again. Exits with 1 if a network was measured or an epoch trained twice, a measurement or a training was lost, a
+trial is left RUNNING, nothing was trained while nobody measured, or a living worker's trial was taken; with 77 where
+there is no PostgreSQL.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import sys
+import time
+from collections import Counter
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import optuna
+from cluster import BEAT_S, LEASE_S, MACHINES
+from optuna.samplers import RandomSampler
+from optuna.trial import FrozenTrial, TrialState
+from postgres import Server, Unavailable
+from proxy import Proxy
+from workers import LATENCY_S, Witness, Workers, laboratory, moment, survivors, taken_for_dead, verdict
+
+from nas.intervals import Interval
+from nas.measure.budget import Limits
+from nas.measure.runtime import Settings
+from nas.quality.candidate import Candidate
+from nas.quality.tier import Estimate
+from nas.search import trial as search_trial
+from nas.search.latency import TrialLatency
+from nas.search.log import SearchLog
+from nas.search.trial import TrialRunner
+from nas.search.trial_training import Stage, TrainStep
+from nas.study import trials as study_trials
+from nas.study.trials import MEASURED, open_study, sweep, waiting_for_training
+from search_spaces import get_arch
+
+STUDY = "steps"
+EPOCHS, EPOCH_S = 5, 0.3
+AHEAD = 6
+"""Trials that wait for their training at most."""
+PAUSE_S = 0.1
+
+
+class Steps:
+    """What the workers do. Every measurement and every epoch is a line of `ledger`, with who made it."""
+
+    def __init__(self, out: Path, storage: str) -> None:
+        self.storage, self.ledger, self.enough = storage, out / "ledger", out / "enough"
+        trainer = SimpleNamespace(alone=nullcontext)
+        self.tier: Any = SimpleNamespace(
+            name="train", trained=True, trainer=trainer, estimate=self._train, predict=self._train, surrogate=None
+        )
+        self.request: Any = SimpleNamespace(settings=Settings(threads=1), budget_ms=2.0, limits=Limits(), folder=out)
+        self._arch = get_arch("efficientvit_m0").at(64)
+        self._measured = 0
+        search_trial.suggest = self._suggest
+
+    def open(self) -> optuna.Study:
+        return open_study(STUDY, self.storage, {"of": "steps"}, RandomSampler())
+
+    def measure(self) -> None:
+        """Measure networks, and hand them over, until there are enough."""
+        study, log = self.open(), SearchLog("now")
+        runner: Any = TrialRunner(self.request, study, self.tier, hands_over=True)
+        runner._known = self._latency
+        while not self.enough.exists():
+            sweep(study)
+            if len(waiting_for_training(study)) < AHEAD:
+                runner.trial(log)
+            else:
+                time.sleep(PAUSE_S)
+
+    def train(self) -> None:
+        """Train what was measured, until there are enough and nothing is left."""
+        study, log = self.open(), SearchLog("now")
+        step = TrainStep(self.request, study, self.tier, Stage(lambda *_: None))
+        while True:
+            sweep(study)
+            if not step.claimed(log):
+                if self.enough.exists() and not study.get_trials(False, [TrialState.RUNNING, TrialState.WAITING]):
+                    return
+                time.sleep(PAUSE_S)
+
+    def lines(self) -> list[tuple[int, str, int]]:
+        """Trial, what was done, and the process."""
+        rows = [line.split() for line in self.ledger.read_text().splitlines()] if self.ledger.exists() else []
+        return [(int(trial), what, int(pid)) for trial, what, pid in rows]
+
+    def _note(self, trial: int | str, what: object) -> None:
+        file = os.open(self.ledger, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+        os.write(file, f"{trial} {what} {os.getpid()}\n".encode())
+        os.close(file)
+
+    def _suggest(self, trial: optuna.Trial, *_: Any) -> Candidate:
+        trial.suggest_int("width", 0, 6)
+        self._measured = trial.number
+        return Candidate(self._arch, name=f"{trial.number}")
+
+    def _latency(self, _: str) -> TrialLatency:
+        time.sleep(LATENCY_S)
+        self._note(self._measured, "measured")
+        return TrialLatency.read({"latency_ms": 1.0, "throughput": 800.0, "source": "measured"})
+
+    def _train(self, candidate: Candidate, *_: Any) -> Estimate:
+        done = sum(f"{trial}" == candidate.name and what != "measured" for trial, what, _ in self.lines())
+        for epoch in range(done, EPOCHS):
+            time.sleep(EPOCH_S)
+            self._note(candidate.name, epoch)
+        return Estimate(50.0, Interval(48.0, 52.0), 49.0)
+
+    def faults(self, trials: list[FrozenTrial], killed: dict[int, Any]) -> dict[str, int]:
+        lines = self.lines()
+        done = Counter((trial, what) for trial, what, _ in lines)
+        kept = [trial for trial in trials if MEASURED in trial.user_attrs]
+        epochs = Counter(trial for trial, what in done if what != "measured")
+        whose: dict[int, list[int]] = {}
+        for trial, what, pid in lines:
+            if what != "measured" and pid not in whose.setdefault(trial, []):
+                whose[trial].append(pid)
+        return {
+            "measured twice": sum(n - 1 for (_, what), n in done.items() if what == "measured"),
+            "epochs trained twice": sum(n - 1 for (_, what), n in done.items() if what != "measured"),
+            "measurements lost": sum(trial.state != TrialState.COMPLETE for trial in kept),
+            "trainings cut short": sum(epochs[trial.number] != EPOCHS for trial in kept),
+            "taken from the living": sum(pid not in killed for pids in whose.values() for pid in pids[:-1]),
+        }
+
+
+def run(folder: Path, server: Server, proxied: bool, size: int, kills: int, rounds: int, away_s: float) -> bool:
+    """Every round kills its part of those that train, takes the connections away, and then those that measure.
+
+    Args:
+        size: number of workers; a quarter of them measures.
+        away_s: seconds in which there is no connection, and then nobody measures.
+    """
+    begun, database, stack = time.monotonic(), server.new_database(), ExitStack()
+    proxy = stack.enter_context(Proxy(database)) if proxied else None
+    storage = proxy.url if proxy else database
+    team, witness = Workers(folder / "steps", storage, database), Witness()
+    steps = Steps(team.out, storage)
+    measuring: list[int] = []
+    quit_by_themselves = started = idle = 0
+
+    def refill() -> None:
+        nonlocal started
+        while len(team.pids) < size:
+            measures = len(measuring) < size // 4
+            pid = team.fork(steps.measure if measures else steps.train, MACHINES[started % len(MACHINES)])
+            if measures:
+                measuring.append(pid)
+            started += 1
+
+    def in_epochs() -> list[int]:
+        """Processes in the middle of a training."""
+        last = {pid: what for _, what, pid in steps.lines() if what != "measured"}
+        return [pid for pid in team.pids if last.get(pid) not in (None, str(EPOCHS - 1))]
+
+    with stack:
+        refill()
+        for part in range(rounds):
+            while len(team.killed) < kills * (part + 1) // rounds + part * (size // 4):
+                moment(1.0)
+                quit_by_themselves += len(team.quitters())
+                if busy := in_epochs():
+                    team.kill(random.choice(busy))
+                refill()
+            witness.see(team.trials(STUDY))
+            if proxy:
+                proxy.kill()
+                time.sleep(away_s)
+                proxy.start()
+            with server.full():
+                time.sleep(away_s)
+            moment(1.0)
+            while measuring:
+                team.kill(measuring.pop())
+            before = len(steps.lines())
+            time.sleep(away_s)
+            idle += len(steps.lines()) == before
+            refill()
+            moment(2.0)
+            witness.see(team.trials(STUDY))
+        steps.enough.touch()
+        codes = team.finish()
+        trials = team.trials(STUDY)
+        servers = [*server.pids(), *(proxy.pids if proxy else [])]
+        faults = witness.faults(trials) | steps.faults(trials, team.killed)
+        faults |= {
+            "taken for dead": taken_for_dead(trials, team.killed),
+            "times that nothing was trained while nobody measured": idle,
+            "processes": len(survivors(known=servers)),
+            "workers that quit": quit_by_themselves + sum(code != 0 for code in codes),
+        }
+    resumed = len({(trial, pid) for trial, what, pid in steps.lines() if what != "measured"}) - len(
+        {trial for trial, what, _ in steps.lines() if what != "measured"}
+    )
+    told = (
+        f"{size} workers, {len(team.killed)} kills, {rounds} times no connection and nobody who measures in "
+        f"{time.monotonic() - begun:.0f} s, {resumed} trainings went on elsewhere, {witness.count} finished trials "
+        f"seen of {len(trials)}"
+    )
+    return verdict("gRPC" if proxy else "PostgreSQL", faults, told, lambda: team.log.read_text())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--kills", type=int, default=12, help="of those that train")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--away", type=float, default=5.0, help="seconds of each outage")
+    parser.add_argument("--only", choices=("postgresql", "grpc"))
+    args = parser.parse_args()
+    study_trials.BEAT_S, lease = BEAT_S, study_trials.lease
+    study_trials.lease = lambda trial: lease(trial, LEASE_S)
+    study_trials.DEATHS = args.kills + 1  # the same trial may be hit again and again
+    try:
+        server = Server()
+    except Unavailable as error:
+        print(error)
+        return 77
+    good = True
+    with server:
+        for name in ("postgresql", "grpc"):
+            if args.only in (None, name):
+                with laboratory() as folder:
+                    good &= run(folder, server, name == "grpc", args.workers, args.kills, args.rounds, args.away)
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
