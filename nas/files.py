@@ -147,6 +147,10 @@ def tell(line: str) -> None:
     _log.warning("%s", line)
 
 
+class FolderInUse(UserError):
+    """Another command has a folder."""
+
+
 @contextmanager
 def folder_lock(
     folder: Path, *, waiting: bool = False, name: str = LOCK, say: Callable[[str], None] = tell
@@ -158,7 +162,7 @@ def folder_lock(
         name: of the lock's file; commands that take different names do not exclude each other.
 
     Raises:
-        UserError: another command has it; the line names that command.
+        FolderInUse: another command has it; the line names that command.
     """
     path = folder / name
     try:
@@ -169,7 +173,7 @@ def folder_lock(
         if not _locked(file, folder, say):
             holder = os.pread(file, 1000, 0).decode(errors="replace").strip() or "another vitnas command"
             if not waiting:
-                raise UserError(f"{folder} is in use by {holder}: wait for its end, or give another --out")
+                raise FolderInUse(f"{folder} is in use by {holder}: wait for its end, or give another --out")
             say(f"waiting for {holder}, which uses {folder}")
             fcntl.flock(file, fcntl.LOCK_EX)
         since = datetime.now().astimezone().isoformat(" ", timespec="seconds")

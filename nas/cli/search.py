@@ -262,9 +262,10 @@ def search(
     from nas.search.run import search as run_search
 
     if request.only == "train":
-        from nas.search.helping import refuse_alone, train_measured
+        from nas.files import tell
+        from nas.search.helping import await_search, train_measured
 
-        refuse_alone(request)
+        await_search(request, tell)
     with waiting(f"reading {data}", quiet or plan is None):
         images = read_images(request)
     if request.only == "train":

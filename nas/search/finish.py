@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, cast
 
 from nas.ending import Ending
 from nas.evaluate.precision import NOT_TIMED
-from nas.files import folder_lock
+from nas.files import FolderInUse, folder_lock
 from nas.intervals import guessing
 from nas.measure.budget import Verdict
 from nas.measure.runtime import LOWER
@@ -73,9 +73,17 @@ def finish_run(
     next goes on; after Ctrl-C those that take long are left out. What is known is written before the final trainings.
 
     Raises:
-        UserError: another worker is at its end, and after Ctrl-C that is not waited for.
+        KeyboardInterrupt: another worker is at its end, and after Ctrl-C that is not waited for.
+        FolderInUse: so it is, after an error that ended the trials.
     """
-    with folder_lock(request.folder, waiting=not log.interrupted, name=LOCK, say=say):
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(folder_lock(request.folder, waiting=not log.interrupted, name=LOCK, say=say))
+        except FolderInUse:
+            if log.failures:
+                raise
+            say("another worker of this search is at its end, and writes the report")
+            raise KeyboardInterrupt from None
         return _Finish(request, study, log, command, phase, say).run()
 
 

@@ -21,6 +21,9 @@ from nas.text import mask_url
 from nas.threads import training_threads
 from nas.units import counted
 
+START_S = 600.0
+"""In which the search that measures should have begun."""
+
 if TYPE_CHECKING:
     import optuna
 
@@ -56,39 +59,69 @@ def train_measured(
 
     request = replace(request, only="train", workers=0)
     request.check()
-    refuse_alone(request)
+    await_search(request, say)
     images = images or read_images(request)
     assert images is not None
     request = settled(request, images)
     with storage_errors(storage_of(request)), interruptible():
         study, _ = open_run(request, images)
-        refuse_idle(study)
+        await_work(request, study, say)
         with training_threads(request.train_threads, say), at_work(study, [TRAINS]):
             return _Helper(request, study, images, say, phase).run()
 
 
-def refuse_alone(request: SearchRequest) -> None:
-    """Raises: UserError: there is no such study."""
+def await_search(request: SearchRequest, say: Callable[[str], None]) -> None:
+    """Wait for the study, `START_S` at most, where a storage is shared: a cluster starts its workers in any order.
+
+    Raises:
+        UserError: there is no such study.
+    """
     from nas.study.trials import identity_of
 
     storage = storage_of(request)
-    if identity_of(request.study, storage) is None:
-        where = mask_url(str(storage))
-        raise UserError(
-            f"--only train: there is no study {request.study!r} in {where}: start the search that measures first, and "
-            "give the same --study, --out or --storage, which both can reach"
-        )
+    where = mask_url(str(storage))
+    begins = _beginning(request, say, f"there is no study {request.study!r} in {where} yet")
+    while identity_of(request.study, storage) is None:
+        if not begins():
+            raise UserError(
+                f"--only train: there is no study {request.study!r} in {where}: start the search that measures, and "
+                "give the same --study, --out or --storage, which both can reach"
+            )
 
 
-def refuse_idle(study: optuna.Study) -> None:
-    """Raises: UserError: there is nothing to train, and nobody makes something."""
+def await_work(request: SearchRequest, study: optuna.Study, say: Callable[[str], None]) -> None:
+    """Wait until something is to be trained or somebody measures, as `await_search`.
+
+    Raises:
+        UserError: there is nothing to train, and nobody makes something.
+    """
     from nas.study.trials import sweep, waiting_for_training
 
     sweep(study)
-    if not waiting_for_training(study) and not workers(study, MEASURES):
-        raise UserError(
-            "--only train: nothing waits for a training, and nobody measures: start the search that measures first"
-        )
+    begins = _beginning(request, say, "nothing waits for a training, and nobody measures yet")
+    while not waiting_for_training(study) and not workers(study, MEASURES):
+        if not begins():
+            raise UserError(
+                "--only train: nothing waits for a training, and nobody measures: start the search that measures"
+            )
+
+
+def _beginning(request: SearchRequest, say: Callable[[str], None], why: str) -> Callable[[], bool]:
+    """A wait for the search that measures, told once; it returns False where there is none or it has been too long."""
+    deadline = time.monotonic() + (START_S if request.storage else 0)
+    told = False
+
+    def wait() -> bool:
+        nonlocal told
+        if time.monotonic() >= deadline:
+            return False
+        if not told:
+            told = True
+            say(f"waiting for the search that measures, {START_S / 60:g} minutes at most: {why}")
+        time.sleep(LOOK_S)
+        return True
+
+    return wait
 
 
 class _Helper:

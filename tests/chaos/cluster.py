@@ -108,26 +108,18 @@ def main() -> int:
     workers.LATENCY_S = LATENCY_S
     study_trials.BEAT_S, lease = BEAT_S, study_trials.lease
     study_trials.lease = lambda trial: lease(trial, LEASE_S)
-    try:
-        server = Server()
-    except Unavailable as error:
-        print(error)
-        return 77
     good = True
-    with server:
-        for name in ("postgresql", "grpc"):
-            if args.only in (None, name):
-                with laboratory() as folder:
-                    good &= run(
-                        folder,
-                        server,
-                        name == "grpc",
-                        args.workers,
-                        args.machines,
-                        args.kills,
-                        args.rounds,
-                        args.away,
-                    )
+    for name in ("postgresql", "grpc"):
+        if args.only in (None, name):
+            try:
+                server = Server()
+            except Unavailable as error:
+                print(error)
+                return 77
+            with server, laboratory() as folder:
+                good &= run(
+                    folder, server, name == "grpc", args.workers, args.machines, args.kills, args.rounds, args.away
+                )
     return 0 if good else 1
 
 

@@ -42,7 +42,7 @@ def test_kubernetes_jobs_run_vitnas_on_the_storage_of_their_secret() -> None:
         assert container["resources"]["requests"].items() <= container["resources"]["limits"].items()
         mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
         assert mounts.keys() == {volume["name"] for volume in pod["volumes"]}
-        assert str(check(container["args"])["out"]) == mounts["runs"]
+        assert (mounts["work"], str(check(container["args"])["out"])) == (container["workingDir"], "runs")
 
 
 def test_compose_services_run_vitnas_on_their_database() -> None:
@@ -63,12 +63,13 @@ def test_a_slurm_script_hands_the_storage_to_vitnas(body: str, tmp_path: Path) -
     """Run as the array's task is, with an srun and a vitnas that tell what they get."""
     (tmp_path / ".venv/bin").mkdir(parents=True)
     (tmp_path / ".venv/bin/activate").write_text("PATH=$PWD/.venv/bin:$PATH\n")
-    (tmp_path / ".venv/bin/srun").write_text('#!/bin/bash\nexec "$@"\n')
+    (tmp_path / ".venv/bin/srun").write_text('#!/bin/bash\nexec "${@:2}"\n')
     (tmp_path / ".venv/bin/vitnas").write_text('#!/bin/bash\necho "$VITNAS_STORAGE" "$@"\n')
     for name in ("srun", "vitnas"):
         os.chmod(tmp_path / ".venv/bin" / name, 0o755)
     (tmp_path / "vitnas.env").write_text("VITNAS_STORAGE=postgresql://me:a%2Fb@host/studies\n")
-    told = subprocess.run(["bash", "-e"], input=body, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    ran = subprocess.run(["bash", "-e"], input=body, cwd=tmp_path, capture_output=True, text=True, check=True)
+    told = ran.stdout
     storage, *words = shlex.split(told)
     assert storage == "postgresql://me:a%2Fb@host/studies"
     check(words)

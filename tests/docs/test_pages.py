@@ -19,6 +19,7 @@ README = ROOT / "README.md"
 CODE_PAGES = [ROOT / "docs/reference" / name for name in ("arch.md",)]
 PAGES = (README, ROOT / "CONTRIBUTING.md", ROOT / "runs/README.md", *sorted((ROOT / "docs").rglob("*.md")))
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
+SRUN = r"srun (?:--\S+ )*"
 COMMANDS = typer.main.get_command(app).commands
 
 
@@ -26,7 +27,7 @@ def shell_lines(text: str) -> list[str]:
     """Commands of vitnas in blocks of shell code."""
     blocks = [code for language, code in FENCE.findall(text) if language == "sh"]
     parts = [part.strip() for block in blocks for part in re.split(r"\n|&&", block.replace("\\\n", " "))]
-    return [part for part in parts if re.match(r"(srun )?(\.venv/bin/)?vitnas ", part)]
+    return [part for part in parts if re.match(rf"({SRUN})?(\.venv/bin/)?vitnas ", part)]
 
 
 def inline(text: str) -> list[str]:
@@ -42,7 +43,7 @@ def cases(find) -> Iterator[object]:
 
 @pytest.mark.parametrize("line", cases(shell_lines))
 def test_a_command_is_one_that_vitnas_takes(line):
-    name, *words = shlex.split(line.removeprefix("srun "))[1:]
+    name, *words = shlex.split(re.sub(SRUN, "", line))[1:]
     if name == "--version":
         return
     with contextlib.suppress(typer.Exit):

@@ -1,0 +1,71 @@
+"""A worker that only trains comes before the search that measures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from optuna.samplers import RandomSampler
+
+from nas.errors import UserError
+from nas.quality.plan import TrainingPlan
+from nas.search import helping
+from nas.search.helping import await_search, await_work
+from nas.search.request import SearchRequest
+from nas.study.jobs import MEASURES, at_work
+from nas.study.trials import open_study
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[float]]:
+    """Has something happen in the first sleep; returns the time, which only sleeps pass."""
+
+    def set_clock(happens: Callable[[], object] = lambda: None) -> list[float]:
+        now = [0.0]
+
+        def sleep(seconds: float) -> None:
+            if not now[0]:
+                happens()
+            now[0] += seconds
+
+        monkeypatch.setattr(helping, "time", SimpleNamespace(sleep=sleep, monotonic=lambda: now[0]))
+        return now
+
+    return set_clock
+
+
+def requested(tmp_path: Path) -> SearchRequest:
+    storage = f"sqlite:///{tmp_path}/studies"
+    return SearchRequest(2.0, study="s", storage=storage, plan=TrainingPlan("images"), only="train")
+
+
+def test_the_study_and_work_are_waited_for_where_a_storage_is_shared(
+    tmp_path: Path, clock: Callable[..., list[float]]
+) -> None:
+    request, said = requested(tmp_path), []
+    clock(lambda: open_study("s", request.storage, {"a": 1}, RandomSampler()))
+    await_search(request, said.append)
+    study = open_study("s", request.storage, {"a": 1}, RandomSampler())
+    measuring = at_work(study, [MEASURES])
+    clock(measuring.__enter__)
+    await_work(request, study, said.append)
+    measuring.__exit__(None, None, None)
+    assert said == [
+        f"waiting for the search that measures, 10 minutes at most: there is no study 's' in {request.storage} yet",
+        "waiting for the search that measures, 10 minutes at most: nothing waits for a training, and nobody measures "
+        "yet",
+    ]
+
+
+def test_a_search_that_does_not_come_is_not_waited_for_any_longer(
+    tmp_path: Path, clock: Callable[..., list[float]]
+) -> None:
+    request, now = requested(tmp_path), clock()
+    with pytest.raises(UserError, match="there is no study 's' in sqlite"):
+        await_search(request, lambda _: None)
+    assert now == [helping.START_S]
+    study = open_study("s", request.storage, {"a": 1}, RandomSampler())
+    with pytest.raises(UserError, match="nothing waits for a training, and nobody measures"):
+        await_work(request, study, lambda _: None)
