@@ -48,7 +48,7 @@ STUDY = "steps"
 EPOCHS, EPOCH_S = 5, 0.3
 AHEAD = 6
 """Trials that wait for their training at most."""
-PAUSE_S = 0.1
+PAUSE_S = 0.5
 
 
 class Steps:
@@ -140,7 +140,7 @@ def run(folder: Path, server: Server, proxied: bool, size: int, kills: int, roun
     """Every round kills its part of those that train, takes the connections away, and then those that measure.
 
     Args:
-        size: number of workers; a quarter of them measures.
+        size: number of workers; a quarter of them measure.
         away_s: seconds in which there is no connection, and then nobody measures.
     """
     begun, database, stack = time.monotonic(), server.new_database(), ExitStack()
@@ -154,7 +154,7 @@ def run(folder: Path, server: Server, proxied: bool, size: int, kills: int, roun
     def refill() -> None:
         nonlocal started
         while len(team.pids) < size:
-            measures = len(measuring) < size // 4
+            measures = len(measuring) < max(1, size // 4)
             pid = team.fork(steps.measure if measures else steps.train, MACHINES[started % len(MACHINES)])
             if measures:
                 measuring.append(pid)
@@ -168,7 +168,7 @@ def run(folder: Path, server: Server, proxied: bool, size: int, kills: int, roun
     with stack:
         refill()
         for part in range(rounds):
-            while len(team.killed) < kills * (part + 1) // rounds + part * (size // 4):
+            while len(team.killed) < kills * (part + 1) // rounds + part * max(1, size // 4):
                 moment(1.0)
                 quit_by_themselves += len(team.quitters())
                 if busy := in_epochs():

@@ -30,9 +30,17 @@ def test_outages() -> None:
     assert "2 outages" in chaos("outages.py", "--kills", "3", "--away", "2")
 
 
-def test_a_cluster_whose_proxy_dies() -> None:
-    words = ("--workers", "3", "--machines", "1", "--kills", "1", "--rounds", "1", "--away", "1", "--only", "grpc")
-    assert "gRPC: 3 workers, 1 kills, 1 times no connection" in chaos("cluster.py", *words)
+def test_measuring_and_training_workers_whose_proxy_dies() -> None:
+    told = chaos("steps.py", *"--workers 3 --kills 1 --rounds 1 --away 1 --only grpc".split())
+    assert "gRPC: 3 workers, " in told
+    assert "0 measured twice, 0 epochs trained twice" in told
+
+
+@pytest.mark.slow
+def test_measuring_and_training_workers() -> None:
+    told = chaos("steps.py", "--kills", "3", "--rounds", "1")
+    assert "PostgreSQL: 8 workers" in told
+    assert "gRPC: 8 workers" in told
 
 
 @pytest.mark.slow  # by default test_trials has other machines' leases
