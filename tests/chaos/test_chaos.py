@@ -31,7 +31,7 @@ def test_outages() -> None:
 
 
 def test_measuring_and_training_workers_whose_proxy_dies() -> None:
-    told = chaos("steps.py", *"--workers 3 --kills 1 --rounds 1 --away 1 --only grpc".split())
+    told = chaos("steps.py", "--workers=3", "--kills=1", "--rounds=1", "--away=1", "--only=grpc")
     assert "gRPC: 3 workers, " in told
     assert "0 measured twice, 0 epochs trained twice" in told
 
