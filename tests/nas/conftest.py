@@ -82,6 +82,14 @@ def proxied() -> Callable[..., contextlib.AbstractContextManager[str]]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _no_power_cut() -> Iterator[None]:
+    """Files are not waited for until the disk has them: no test cuts the power."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _brief_looks() -> Iterator[None]:
     """Nothing here depends on what other processes do: how busy the machine is, is seen in a moment."""
     with pytest.MonkeyPatch.context() as patch:
@@ -238,12 +246,6 @@ class Cli:
 @pytest.fixture
 def vitnas(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
     return Cli(capsys, monkeypatch)
-
-
-@pytest.fixture(autouse=True)
-def _no_power_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files are not waited for until the disk has them: no test cuts the power."""
-    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 @pytest.fixture(autouse=True)

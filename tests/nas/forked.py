@@ -51,6 +51,7 @@ def _run(program: str, words: tuple[str, ...], env: dict[str, str], printed: lis
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.environ.clear()
     os.environ.update(env)
+    os.fsync = lambda _: None  # no test cuts the power
     sys.argv = ["-c", *words]
     try:
         exec(compile(program, "<program>", "exec"), {"__name__": "__main__"})

@@ -216,7 +216,7 @@ def test_runtimes_and_precisions_in_one_run(vitnas, onnx_file, tmp_path: Path, m
     assert out.count("calibrated on noise") == 1
 
 
-@pytest.mark.usefixtures("quiet")
+@pytest.mark.usefixtures("quiet", "fixed_here")
 def test_the_others_are_told_where_one_fails(vitnas, onnx_file, tmp_path: Path, monkeypatch) -> None:
     onnx_file("good.onnx")
     onnx_file("bad.onnx", operator="Unheard")

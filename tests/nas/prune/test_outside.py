@@ -51,7 +51,8 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nas.prune.outside, "_closing_run", closing_run)
     monkeypatch.setattr(steps, "BRIEF_IMAGES", 48)
     monkeypatch.setattr(nas.prune.images, "CALIBRATION_IMAGES", 16)
-    monkeypatch.setattr(nas.prune.figures, "png_of", lambda figure: b"")
+    monkeypatch.setattr(nas.prune.figures, "reallocation_plot", lambda result: b"")
+    monkeypatch.setattr(nas.prune.figures, "importance_plot", lambda parts: b"")
 
 
 @pytest.fixture

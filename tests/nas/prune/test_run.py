@@ -64,7 +64,8 @@ def fake_clock(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return found
 
     monkeypatch.setattr(side_by_side, "compare", compare)
-    monkeypatch.setattr(nas.prune.figures, "png_of", lambda figure: b"")
+    monkeypatch.setattr(nas.prune.figures, "reallocation_plot", lambda result: b"")
+    monkeypatch.setattr(nas.prune.figures, "importance_plot", lambda parts: b"")
     return runs
 
 

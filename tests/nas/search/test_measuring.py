@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import quick
 
 from nas.measure.cache import Cache, default_path
 from nas.measure.runtime import Settings
@@ -93,7 +94,8 @@ def test_a_cache_that_fails_later_is_told_once(tmp_path):
     assert note.startswith(f"the cache of latencies is no longer used: no space left in {tmp_path} (")
 
 
-def test_throughput_at_a_batch_and_networks_beside(vitnas, tmp_path, exports_here):
+def test_throughput_at_a_batch_and_networks_beside(vitnas, tmp_path, monkeypatch, exports_here):
+    quick.small_levit(monkeypatch)
     words = (
         "--trials",
         "2",
@@ -102,7 +104,7 @@ def test_throughput_at_a_batch_and_networks_beside(vitnas, tmp_path, exports_her
         "--against",
         "timm/test_vit",
         "--against",
-        "efficientvit_m0",
+        "levit_128s",
         "--no-cache",
     )
     code, out, err = vitnas("search", *SMALL, *words, "--out", str(tmp_path), "--study", "s", "--json")
@@ -117,7 +119,7 @@ def test_throughput_at_a_batch_and_networks_beside(vitnas, tmp_path, exports_her
         assert float(row["throughput"]) == pytest.approx(4000 / p50[len(p50) // 2], rel=0.2)
         assert float(row["throughput"]) != pytest.approx(1000 / float(row["latency_ms"]), rel=1e-6)
     beside = {row["label"]: row for row in found["against"]}
-    assert set(beside) == {"timm/test_vit", "efficientvit_m0"}
+    assert set(beside) == {"timm/test_vit", "levit_128s"}
     winner = found["final"][0]
     for row in beside.values():
         assert row["verdict"] == "fits"

@@ -661,6 +661,7 @@ def trained(helpers, small, tmp_path_factory) -> Path:
 
 
 @pytest.mark.usefixtures("few")
+@pytest.mark.usefixtures("few")
 def test_fine_tuning_begins_with_the_weights_given(vitnas, trained, tmp_path, monkeypatch):
     """At another resolution the bias tables are resized; without --weights they are those beside the Arch."""
     begun = {}
