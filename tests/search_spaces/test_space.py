@@ -133,7 +133,7 @@ def test_options_are_ordered(family: str) -> None:
     for name in space.options:
         if not name.startswith(GROWING):
             continue
-        macs = [search_spaces.table(space.decode(base | {name: level}, 10)).macs() for level in (0, 3, 6)]
+        macs = [search_spaces.count(space.decode(base | {name: level}, 10)).macs for level in (0, 3, 6)]
         assert macs == sorted(macs), name
         assert macs[0] < macs[-1], name
 
