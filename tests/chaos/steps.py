@@ -33,6 +33,7 @@ from workers import LATENCY_S, Witness, Workers, laboratory, moment, survivors, 
 from nas.intervals import Interval
 from nas.measure.budget import Limits
 from nas.measure.runtime import Settings
+from nas.networks import counts as network_counts
 from nas.quality.candidate import Candidate
 from nas.quality.tier import Estimate
 from nas.search import trial as search_trial
@@ -41,7 +42,8 @@ from nas.search.log import SearchLog
 from nas.search.trial import TrialRunner
 from nas.search.trial_training import Stage, TrainStep
 from nas.study import trials as study_trials
-from nas.study.trials import MEASURED, open_study, sweep, waiting_for_training
+from nas.study.trials import MEASURED, sweep, waiting_for_training
+from nas.version import version
 from search_spaces import get_arch
 
 STUDY = "steps"
@@ -62,11 +64,14 @@ class Steps:
         )
         self.request: Any = SimpleNamespace(settings=Settings(threads=1), budget_ms=2.0, limits=Limits(), folder=out)
         self._arch = get_arch("efficientvit_m0").at(64)
+        counts = network_counts.counts_of(self._arch)
+        network_counts.counts_of = lambda _: counts  # once, before the forks, as the version
+        version()
         self._measured = 0
         search_trial.suggest = self._suggest
 
     def open(self) -> optuna.Study:
-        return open_study(STUDY, self.storage, {"of": "steps"}, RandomSampler())
+        return study_trials.open_study(STUDY, self.storage, {"of": "steps"}, RandomSampler())
 
     def measure(self) -> None:
         """Measure networks, and hand them over, until there are enough."""
@@ -174,6 +179,7 @@ def run(folder: Path, server: Server, proxied: bool, size: int, kills: int, roun
                 if busy := in_epochs():
                     team.kill(random.choice(busy))
                 refill()
+            team.wait_until_open()
             witness.see(team.trials(STUDY))
             if proxy:
                 proxy.kill()
@@ -188,6 +194,7 @@ def run(folder: Path, server: Server, proxied: bool, size: int, kills: int, roun
             time.sleep(away_s)
             idle += len(steps.lines()) == before
             refill()
+            team.wait_until_open()
             moment(2.0)
             witness.see(team.trials(STUDY))
         steps.enough.touch()

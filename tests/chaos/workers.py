@@ -42,6 +42,7 @@ from nas.study.storage import open_storage
 
 STUDY = "chaos"
 LATENCY_S = 0.02
+OPEN_STUDY = study_trials.open_study
 GRACE_S = 10
 """The journal's lock of a killed worker; long enough for a live one on a busy machine."""
 PR_SET_CHILD_SUBREAPER = 36
@@ -114,7 +115,7 @@ class Workers:
         journal.JOURNAL_LOCK_GRACE_S = GRACE_S
         described = {"busy_share": None}
         loop.write_hardware = lambda *_: described
-        study_trials.open_study = self._opened(study_trials.open_study)
+        study_trials.open_study = self._opened(OPEN_STUDY)
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:  # fills the caches that forks share
             loop.search(options(Path(folder), None, 2), lambda _: None, lambda _: None)
