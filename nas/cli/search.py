@@ -217,13 +217,13 @@ def search(
 
     from nas.networks.targets import find_target
     from nas.search.folder import epochs_in
-    from nas.search.precision import ladder
+    from nas.search.precision import ladder, named_ladder
     from nas.search.request import SearchRequest
 
     request = SearchRequest(
         budget_ms=budget_ms,
         settings=settings,
-        lower=ladder(settings)[1:] if precision == AUTO else (),
+        lower=(named_ladder if only == "train" else ladder)(settings)[1:] if precision == AUTO else (),
         families=families,
         trials=(40 if plan else 100) if trials is None else trials,
         timeout_s=timeout_s,

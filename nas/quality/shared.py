@@ -77,9 +77,11 @@ class SupernetTier(TrainedTier):
         """What each was found to have: other networks' results say nothing more of it."""
         own = {each.key: each.rungs for each in self.trainer.results()}
         judged = self.trainer.judged
+        unknown = {self.epochs: 0.0}  # another worker judges it now
+        rungs = [own.get(key, unknown) for key, _ in networks]
         return [
-            with_training(estimate_of(own[key][self.epochs], judged), HOW, np.asarray(features), own[key])
-            for key, features in networks
+            with_training(estimate_of(each[self.epochs], judged), HOW, np.asarray(features), each)
+            for each, (_, features) in zip(rungs, networks, strict=True)
         ]
 
     def held_out(self) -> None:

@@ -59,7 +59,7 @@ def train_measured(
 
     request = replace(request, only="train", workers=0)
     request.check()
-    await_search(request, say)
+    request = await_search(request, say)
     images = images or read_images(request)
     assert images is not None
     request = settled(request, images)
@@ -70,8 +70,11 @@ def train_measured(
             return _Helper(request, study, images, say, phase).run()
 
 
-def await_search(request: SearchRequest, say: Callable[[str], None]) -> None:
+def await_search(request: SearchRequest, say: Callable[[str], None]) -> SearchRequest:
     """Wait for the study, `START_S` at most, where a storage is shared: a cluster starts its workers in any order.
+
+    Returns:
+        The request with the precisions of the study, which are those of the measured device.
 
     Raises:
         UserError: there is no such study.
@@ -81,12 +84,13 @@ def await_search(request: SearchRequest, say: Callable[[str], None]) -> None:
     storage = storage_of(request)
     where = mask_url(str(storage))
     begins = _beginning(request, say, f"there is no study {request.study!r} in {where} yet")
-    while identity_of(request.study, storage) is None:
+    while (found := identity_of(request.study, storage)) is None:
         if not begins():
             raise UserError(
                 f"--only train: there is no study {request.study!r} in {where}: start the search that measures, and "
                 "give the same --study, --out or --storage, which both can reach"
             )
+    return replace(request, lower=tuple(found.get("precisions", ())[1:]))
 
 
 def await_work(request: SearchRequest, study: optuna.Study, say: Callable[[str], None]) -> None:

@@ -177,7 +177,7 @@ class _Search:
             self.say(line)
 
     def _run_trials(self) -> None:
-        from nas.study.trials import due
+        from nas.study.trials import due, remaining
 
         request, study, log, starting = self.request, self.study, self.log, Clock(self.log.phases)
         log.tier = tier = self._open_tier()
@@ -198,14 +198,37 @@ class _Search:
             while self._goes_on():
                 started = time.perf_counter()
                 try:
-                    if not (runner.training and runner.training.claimed(log)) and not make_trial():
-                        break
+                    if runner.training is None or not runner.training.claimed(log):
+                        if not remaining(study, request.trials):  # another worker has claimed what waited
+                            time.sleep(LOOK_S)
+                            continue
+                        if not make_trial() and not self._trainings_ended():
+                            break
                 finally:
                     log.trial_s.append(time.perf_counter() - started)
                 refuse_hopeless(tier, request.families)
                 around = Clock(log.phases)
                 self.progress(state_of(study, request, log))
                 around.lap("other")
+
+    def _trainings_ended(self) -> bool:
+        """Wait for what others train where nothing else is left to try; whether there was something, whose result may
+        open what to try."""
+        from nas.study.trials import in_training, sweep
+
+        if self.request.trains or not in_training(self.study):
+            return False
+        waits = Clock(self.log.phases)
+        while in_training(self.study) and not self._late():
+            if self.crew is not None:
+                self.crew.check()
+            self.stage(f"waiting for {counted(len(in_training(self.study)), 'training')}")
+            time.sleep(LOOK_S)
+            sweep(self.study)
+        waits.lap("waiting for trainings")
+        self.log.exhausted = False
+        self.log.notes = [note for note in self.log.notes if not note.startswith("nothing is left to try")]
+        return True
 
     def _goes_on(self) -> bool:
         """Whether there is a trial to make; where others train, once few enough wait for that."""

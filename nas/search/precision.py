@@ -41,16 +41,20 @@ EXPECTED_DROP = {"int8": 0.2, "bf16": 0.1}
 
 def ladder(settings: Settings) -> tuple[str, ...]:
     """The precisions that a runtime can compute in on the settings' device, in `ORDER`."""
-    able = RUNTIMES[settings.runtime].precisions[device_kind(settings.device)]
     found = []
-    for precision in ORDER:
-        if precision in able:
-            try:
-                check_settings(replace(settings, precision=precision))
-            except UserError:  # this machine has no instructions for it
-                continue
-            found.append(precision)
+    for precision in named_ladder(settings):
+        try:
+            check_settings(replace(settings, precision=precision))
+        except UserError:  # this machine has no instructions for it
+            continue
+        found.append(precision)
     return tuple(found)
+
+
+def named_ladder(settings: Settings) -> tuple[str, ...]:
+    """The precisions of a runtime on some device of the settings' kind, in `ORDER`."""
+    able = RUNTIMES[settings.runtime].precisions[device_kind(settings.device)]
+    return tuple(precision for precision in ORDER if precision in able)
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,10 @@ class Measured:
     def _in_training(cls, trial: FrozenTrial, levels: dict[str, Any]) -> Self | None:
         if MEASURED not in trial.user_attrs or trial.state.is_finished():
             return None
-        found = MeasuredNetwork.from_json(trial.user_attrs[MEASURED])
+        try:
+            found = MeasuredNetwork.from_json(trial.user_attrs[MEASURED])
+        except ValueError:  # of another worker's timm
+            return None
         return cls(
             family=levels.pop("family", "") or found.candidate.network.family,
             levels=levels,

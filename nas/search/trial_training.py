@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self, cast
 
-from nas.errors import FAULTS, DiskFull, UserError, is_full, reason
+from nas.errors import FAULTS, DiskFull, TrainingError, UserError, is_full, reason
 from nas.measure.remote import LinkLost
 from nas.measure.samples import MeasureError
 from nas.quality.candidate import Candidate
@@ -22,6 +22,7 @@ from nas.search.latency import TrialLatency
 from nas.search.log import Clock
 from nas.search.precision import as_shipped
 from nas.search.rows import INTERRUPTED
+from nas.study.jobs import TRAINS, workers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 LEASE_EXPIRED = "trial {}: its lease expired; another worker retried it, so this result was dropped"
+UNABLE = 2
+"""Trials in a row that a worker cannot train before it ends: a GPU that is lost fails each within a second."""
 WAITS = "trial {} is measured and waits for its training: the same command goes on with it"
 
 
@@ -85,13 +88,17 @@ class MeasuredNetwork:
         """Read what `to_json` wrote.
 
         Raises:
-            UserError: a network that cannot be read here, of another version of timm's, say.
+            ValueError: a network that cannot be read here, of another version of timm's, say.
         """
         from pydantic import TypeAdapter
 
         latency = TypeAdapter(dict[str, object]).validate_python(kept["latency"])
         features = TypeAdapter(list[float]).validate_python(kept["features"])
-        return cls(Candidate.from_json(kept["candidate"]), TrialLatency.read(latency), features)
+        try:
+            candidate = Candidate.from_json(kept["candidate"])
+        except UserError as error:
+            raise ValueError(str(error)) from None
+        return cls(candidate, TrialLatency.read(latency), features)
 
 
 class TrainStep:
@@ -99,39 +106,92 @@ class TrainStep:
 
     def __init__(self, request: SearchRequest, study: optuna.Study, tier: Tier, stage: Stage) -> None:
         self._request, self._study, self._tier, self._stage = request, study, tier, stage
+        self.passed_on: set[int] = set()
+        """Numbers of trials that this process cannot train, and other workers may."""
+        self._unable = 0
+        """How many in a row."""
 
     def claimed(self, log: SearchLog) -> bool:
         """Train the oldest trial that waits for it; False where none does.
 
         Raises:
-            UserError: what ends the search, a full disk, say. The trial waits again.
+            UserError: what ends the search: a full disk, or `UNABLE` trials in a row that cannot be trained here. The
+                trial waits again.
             KeyboardInterrupt: as UserError.
         """
-        from nas.study.trials import MEASURED, claim, heartbeat
+        from nas.study.trials import MEASURED, claim, fail, heartbeat, pass_on
 
         clock = Clock(log.phases)
-        trial = claim(self._study)
+        others = workers(self._study, TRAINS) > 1
+        trial = claim(self._study, self.passed_on if others else ())
         clock.lap("storage")
         if trial is None:
             return False
-        with self._stage.of(trial.number), heartbeat(trial), telling(self._request, self._study, trial, log, clock):
-            found = MeasuredNetwork.from_json(trial.user_attrs[MEASURED])
-            if not self.train(trial, found, clock):
+        why = ""
+        with self._stage.of(trial.number), telling(self._request, self._study, trial, log, clock):
+            with heartbeat(trial):
+                try:
+                    found = MeasuredNetwork.from_json(trial.user_attrs[MEASURED])
+                    told = self.train(trial, found, clock, passes_on=others)
+                except Unable as error:
+                    why, told = str(error), True
+                except ValueError as error:  # another version of timm, say
+                    why, told = reason(error), True
+            if why and not others:
+                told = fail(self._study, trial, why)
+            elif why and pass_on(self._study, trial, why):
+                self.passed_on.add(trial.number)
+                log.notes.append(f"trial {trial.number} cannot be trained here, and waits for another worker: {why}")
+            if not told:
                 log.notes.append(LEASE_EXPIRED.format(trial.number))
+        self._unable = self._unable + 1 if why and others else 0
+        if self._unable >= UNABLE:
+            raise UserError(f"this process trains no more, which others may: {why}")
         return True
 
-    def train(self, trial: optuna.Trial, found: MeasuredNetwork, clock: Clock) -> bool:
+    def train(self, trial: optuna.Trial, found: MeasuredNetwork, clock: Clock, passes_on: bool = False) -> bool:
         """Train a network as far as its tier lets it go, and tell the study.
+
+        Args:
+            passes_on: another worker may try what this one cannot.
 
         Returns:
             False if the trial's lease had expired and another worker finished it.
+
+        Raises:
+            Unable: this worker cannot train it.
         """
         from nas.networks.counts import counts_of
 
         request, tier, candidate = self._request, self._tier, found.candidate
         with cast("TrainedTier", tier).trainer.alone():
             counts = counts_of(candidate.network)
-            return judge(request, self._study, tier, trial, candidate, counts, found.latency, clock, trains=True)
+            return judge(
+                request,
+                self._study,
+                tier,
+                trial,
+                candidate,
+                counts,
+                found.latency,
+                clock,
+                trains=True,
+                passes_on=passes_on,
+            )
+
+
+class Unable(Exception):
+    """This worker cannot make a training; the reason."""
+
+
+def is_of_worker(error: BaseException) -> bool:
+    """Whether a training failed for want of what another worker may have: memory, a file, weights, a GPU that works."""
+    from nas.training.device import out_of_memory
+
+    cause = error.__cause__ if isinstance(error, TrainingError) else error
+    if cause is None:
+        return False
+    return isinstance(cause, OSError | UserError) or out_of_memory(cause) or "CUDA error" in str(cause)
 
 
 def judge(
@@ -145,14 +205,19 @@ def judge(
     clock: Clock,
     *,
     trains: bool,
+    passes_on: bool = False,
 ) -> bool:
     """Estimate the quality of a measured network, and tell the study.
 
     Args:
         trains: the tier may train it.
+        passes_on: another worker may try what this one cannot.
 
     Returns:
         False if the trial's lease had expired and another worker finished it.
+
+    Raises:
+        Unable: with `passes_on`, it is this worker that lacks something: memory, a file.
     """
     from optuna.exceptions import UpdateFinishedTrialError
 
@@ -167,6 +232,8 @@ def judge(
             raise
         clock.lap("training")
         logger.debug("trial %d failed", trial.number, exc_info=True)
+        if passes_on and is_of_worker(error):
+            raise Unable(reason(error)) from error
         return fail(study, trial, reason(error))
     clock.lap("training" if tier.trained else "estimate")
     estimate = as_shipped(estimate, latency)

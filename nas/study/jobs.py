@@ -24,6 +24,9 @@ TASK, HELD, RESULT = "job: ", "job held: ", "job result: "
 WORKER = "worker "
 """With its machine and process id, the attribute that holds the lease of a process, and what it does."""
 MEASURES, TRAINS = "measures", "trains"
+_taken: set[str] = set()
+"""Names of the jobs that this process has. An answer may be lost after its server has acted on it: a job that is leased
+to this process and not among these is nobody's."""
 
 
 @contextmanager
@@ -93,7 +96,10 @@ def take(study: optuna.Study, among: Sequence[str] | None = None) -> Job | None:
         study.set_user_attr(HELD + name, Lease.mine().to_json())
         return Job(name, found[name])
 
-    return alone_in(study, decide) if _open(study).keys() & (among or _open(study)) else None
+    found = alone_in(study, decide) if _open(study).keys() & (among or _open(study)) else None
+    if found is not None:
+        _taken.add(found.name)
+    return found
 
 
 def do(study: optuna.Study, job: Job, work: Callable[[], JsonValue]) -> None:
@@ -104,6 +110,9 @@ def do(study: optuna.Study, job: Job, work: Callable[[], JsonValue]) -> None:
     """
 
     def extend() -> bool:
+        held = study.user_attrs.get(HELD + job.name)
+        if held is None or not Lease.read(held).is_mine():  # it is over, or was taken for dead
+            return False
         study.set_user_attr(HELD + job.name, Lease.mine().to_json())
         return True
 
@@ -115,6 +124,7 @@ def do(study: optuna.Study, job: Job, work: Callable[[], JsonValue]) -> None:
                 found = {"error": str(error)}
         study.set_user_attr(RESULT + job.name, found)
     finally:
+        _taken.discard(job.name)
         study.set_user_attr(HELD + job.name, None)
 
 
@@ -144,4 +154,7 @@ def _open(study: optuna.Study) -> dict[str, Mapping[str, JsonValue]]:
 
 def _is_held(attrs: Mapping[str, Any], name: str) -> bool:
     held: Any = attrs.get(HELD + name)
-    return bool(held) and not Lease.read(held).has_expired(HELD + name)
+    if not held:
+        return False
+    found = Lease.read(held)
+    return not (found.has_expired(HELD + name) or (name not in _taken and found.is_mine()))

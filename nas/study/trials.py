@@ -43,6 +43,9 @@ IDENTITY = "vitnas"  # the study attribute that holds the study's identity
 MEASURED = "measured"  # the attribute of a trial that is trained, or waits for that: what its training needs
 DEATHS = 3  # of a trial's training workers, after which it is failed: it may be what kills them
 
+_mine: set[int] = set()
+"""Ids of the trials that this process has asked for or claimed. An answer may be lost after its server has acted on it:
+a trial that is leased to this process and not among these is nobody's."""
 _LOST = "lost"  # the attribute that counts them
 _BOOKKEEPING = {"lease", "error", "retry", "retry_of", MEASURED, _LOST}  # attributes that a retry does not inherit
 
@@ -160,7 +163,7 @@ def ask(study: optuna.Study, enqueue_one: Callable[[], None] = lambda: None) -> 
         lease(trial)
         return trial
 
-    return alone_in(study, decide)
+    return _kept(alone_in(study, decide))
 
 
 @contextmanager
@@ -189,15 +192,17 @@ def hand_over(trial: optuna.Trial) -> None:
     trial.set_user_attr("lease", None)
 
 
-def claim(study: optuna.Study) -> optuna.Trial | None:
-    """The oldest trial that waits for its training, leased to this process; None where there is none."""
+def claim(study: optuna.Study, passing_over: Collection[int] = ()) -> optuna.Trial | None:
+    """The oldest trial that waits for its training, leased to this process; None where there is none.
 
+    passing_over: numbers of trials that it is not to be.
+    """
     import copy
 
     import optuna
 
     def decide() -> optuna.Trial | None:
-        waiting = waiting_for_training(study)
+        waiting = waiting_for_training(study, passing_over)
         if not waiting:
             return None
         asked = copy.copy(study)
@@ -206,12 +211,34 @@ def claim(study: optuna.Study) -> optuna.Trial | None:
         lease(trial)
         return trial
 
-    return alone_in(study, decide) if waiting_for_training(study) else None
+    found = alone_in(study, decide) if waiting_for_training(study, passing_over) else None
+    return None if found is None else _kept(found)
 
 
-def waiting_for_training(study: optuna.Study) -> list[FrozenTrial]:
-    """The trials that are measured and that nobody trains, oldest first."""
-    return [trial for trial in in_training(study) if trial.user_attrs.get("lease") is None]
+def _kept(trial: optuna.Trial) -> optuna.Trial:
+    _mine.add(trial._trial_id)
+    return trial
+
+
+def pass_on(study: optuna.Study, trial: optuna.Trial, why: str) -> bool:
+    """Have another worker train a trial that this one cannot; the `DEATHS`th time it is failed instead.
+
+    Returns:
+        Whether it waits again.
+    """
+    lost = trial.user_attrs.get(_LOST, 0) + 1
+    if lost >= DEATHS:
+        fail(study, trial, why)
+        return False
+    trial.set_user_attr(_LOST, lost)
+    hand_over(trial)
+    return True
+
+
+def waiting_for_training(study: optuna.Study, passing_over: Collection[int] = ()) -> list[FrozenTrial]:
+    """The trials that are measured and that nobody trains, oldest first, but for some by their numbers."""
+    waiting = [trial for trial in in_training(study) if trial.user_attrs.get("lease") is None]
+    return [trial for trial in waiting if trial.number not in passing_over]
 
 
 def in_training(study: optuna.Study) -> list[FrozenTrial]:
@@ -407,7 +434,8 @@ def _worker_is_dead(trial: FrozenTrial) -> bool:
     held = trial.user_attrs.get("lease")
     if held is None:  # see `ask` and `hand_over`
         return MEASURED not in trial.user_attrs
-    return Lease.read(held).has_expired(trial.number)
+    found = Lease.read(held)
+    return found.has_expired(trial.number) or (trial._trial_id not in _mine and found.is_mine())
 
 
 def _wait_again(study: optuna.Study, trial: FrozenTrial, lost: int) -> None:

@@ -66,10 +66,11 @@ def train(
     check_device(request.device)
     request = as_begun(request)
     with processes(request.device) as device, ExitStack() as locks:
-        for each in together(device):
-            locks.enter_context(alone_on(each))
         try:
-            return TrainingRun(request, device, command, say, progress, locks, start).run()
+            made = TrainingRun(request, device, command, say, progress, locks, start)
+            for each in together(device):
+                locks.enter_context(alone_on(each))
+            return made.run()
         except ArchError as error:
             raise UserError(str(error)) from None
 

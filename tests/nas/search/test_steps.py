@@ -11,19 +11,21 @@ import optuna
 import pytest
 from optuna.samplers import RandomSampler
 
-from nas.errors import DiskFull, TrainingError
+from nas.errors import DiskFull, TrainingError, UserError
 from nas.intervals import Interval
 from nas.measure.budget import Limits
 from nas.measure.runtime import Settings
 from nas.quality.candidate import Candidate
 from nas.quality.tier import Estimate
 from nas.search import trial as search_trial
+from nas.search import trial_training
 from nas.search.latency import TrialLatency
 from nas.search.log import SearchLog
 from nas.search.propose import Measured
 from nas.search.trial import TrialRunner
 from nas.search.trial_training import Stage, TrainStep
-from nas.study.trials import in_training, open_study, waiting_for_training
+from nas.study import trials as layer
+from nas.study.trials import DEATHS, MEASURED, claim, in_training, open_study, sweep, waiting_for_training
 from search_spaces import get_arch
 
 BUDGET_MS = 2.0
@@ -137,3 +139,69 @@ def test_a_training_that_fails_is_a_failed_trial(steps: Steps) -> None:
     assert steps.states == ["FAIL"]
     assert in_training(steps.study) == []
     assert Measured.all_of(steps.study) == []
+
+
+def two_workers(steps: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps.measure(hands_over=True)
+    monkeypatch.setattr(trial_training, "workers", lambda study, does: 2)
+
+
+def test_what_one_worker_has_no_memory_for_waits_for_another(steps: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
+    two_workers(steps, monkeypatch)
+    worker = TrainStep(steps.request, steps.study, steps.tier, Stage(lambda *_: None))
+    steps.faults = [MemoryError()]
+    assert worker.claimed(steps.log)
+    assert [trial.number for trial in waiting_for_training(steps.study)] == [0]
+    assert steps.log.notes == ["trial 0 cannot be trained here, and waits for another worker: MemoryError"]
+    assert not worker.claimed(steps.log), "not again"
+    assert steps.claim(), "another worker"
+    assert steps.states == ["COMPLETE"]
+
+
+def test_a_worker_whose_gpu_is_lost_ends(steps: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
+    two_workers(steps, monkeypatch)
+    steps.measure(hands_over=True)
+    worker = TrainStep(steps.request, steps.study, steps.tier, Stage(lambda *_: None))
+    steps.faults = [RuntimeError("CUDA error: unspecified launch failure") for _ in range(2)]
+    assert worker.claimed(steps.log)
+    with pytest.raises(UserError, match="trains no more, which others may: CUDA error"):
+        worker.claimed(steps.log)
+    assert [trial.number for trial in waiting_for_training(steps.study)] == [0, 1]
+
+
+def test_what_no_worker_can_train_is_failed_in_the_end(steps: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
+    two_workers(steps, monkeypatch)
+    steps.faults = [MemoryError() for _ in range(DEATHS)]
+    for _ in range(DEATHS):
+        assert steps.claim()
+    assert steps.states == ["FAIL"]
+    assert steps.study.trials[0].user_attrs["error"] == "MemoryError"
+
+
+@pytest.mark.parametrize("others", [False, True])
+def test_a_network_that_cannot_be_read_here_ends_no_search(
+    steps: Steps, monkeypatch: pytest.MonkeyPatch, others: bool
+) -> None:
+    """It is of another version of timm."""
+    steps.measure(hands_over=True)
+    monkeypatch.setattr(trial_training, "workers", lambda study, does: 1 + others)
+    (trial,) = steps.study.trials
+    document = trial.user_attrs[MEASURED]
+    document["candidate"]["network"] = {"timm": "nosuchnet", "num_classes": 2, "resolution": 64}
+    steps.study._storage.set_trial_user_attr(trial._trial_id, MEASURED, document)
+    assert Measured.all_of(steps.study) == []
+    assert steps.claim()
+    assert steps.states == ["RUNNING" if others else "FAIL"]
+
+
+def test_a_claim_whose_answer_was_lost_is_made_again(steps: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps.measure(hands_over=True)
+    monkeypatch.setattr(layer, "_kept", lambda trial: trial)
+    layer._mine.clear()
+    assert claim(steps.study).number == 0
+    assert claim(steps.study) is None
+    sweep(steps.study)
+    monkeypatch.undo()
+    assert claim(steps.study).number == 0, "the first answer was lost"
+    assert sweep(steps.study) == []
+    assert claim(steps.study) is None, "it is at work"

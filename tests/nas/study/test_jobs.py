@@ -58,12 +58,14 @@ def test_a_job_is_leased_while_it_is_done(study: optuna.Study, monkeypatch: pyte
     seen = []
 
     def work() -> None:
-        study.set_user_attr(HELD + job.name, None)
-        calls[0]()
-        seen.append(study.user_attrs[HELD + job.name]["pid"])
+        study.set_user_attr(HELD + job.name, {**Lease.mine().to_json(), "expires": 0.0})
+        seen.append(calls[0]())
+        seen.append(study.user_attrs[HELD + job.name]["expires"] > 0)
+        study.set_user_attr(HELD + job.name, {**Lease.mine().to_json(), "host": "another"})
+        seen.append(calls[0]())
 
     do(study, job, work)
-    assert seen == [Lease.mine().pid]
+    assert seen == [True, True, False], "extended, but not where another has taken it"
     assert study.user_attrs[HELD + job.name] is None
 
 
@@ -89,3 +91,11 @@ def test_who_is_at_work(study: optuna.Study, ended: int) -> None:
         study.set_user_attr(f"{jobs.WORKER}here {ended}", gone)
         assert workers(study, TRAINS) == 0
     assert workers(study, MEASURES) == 0
+
+
+def test_a_job_whose_answer_was_lost_is_taken_again(study: optuna.Study) -> None:
+    post(study, JOBS[1:])
+    assert take(study) == JOBS[1]
+    assert take(study) is None, "it is at work"
+    jobs._taken.clear()
+    assert take(study) == JOBS[1], "the first answer was lost"
