@@ -164,7 +164,7 @@ def test_a_worker_whose_gpu_is_lost_ends(steps: Steps, monkeypatch: pytest.Monke
     worker = TrainStep(steps.request, steps.study, steps.tier, Stage(lambda *_: None))
     steps.faults = [RuntimeError("CUDA error: unspecified launch failure") for _ in range(2)]
     assert worker.claimed(steps.log)
-    with pytest.raises(UserError, match="trains no more, which others may: CUDA error"):
+    with pytest.raises(UserError, match="trains no more, which others may: RuntimeError: CUDA error"):
         worker.claimed(steps.log)
     assert [trial.number for trial in waiting_for_training(steps.study)] == [0, 1]
 
