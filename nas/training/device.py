@@ -53,8 +53,9 @@ def training_devices(names: Sequence[str] = ()) -> list[TrainingDevice]:
         here = [CPU, *gpus] if name != "cuda" else gpus
         those = [each for each in here if name in ("cuda", each.name, each.uuid)]
         if not those:
-            able = ", ".join(each.name for each in gpus) or "no GPU"
-            raise UserError(f"--train-device {name!r}: this process sees {able}; give cpu, or cuda:N of these")
+            able = ", ".join(each.name for each in gpus)
+            seen = f"{able}; give cpu, or cuda:N of these" if gpus else "no GPU: give cpu"
+            raise UserError(f"--train-device {name!r}: this process sees {seen}")
         found += those
     if len(set(found)) < len(found):
         raise UserError(f"--train-device {','.join(names)} names a device twice")
