@@ -47,13 +47,15 @@ def serve(
     from nas.study.database import SCHEME, is_proxy, joined, need_grpc
     from nas.text import mask_url
 
+    if not url:
+        raise UserError("the URL is empty: give a database's, or a journal file")
     if is_proxy(url):
         raise UserError(f"{mask_url(url)} is a proxy already: give the database or the journal that it is to serve")
     need_grpc("vitnas storage serve")
     from nas.study.serve import serve as serve_storage
 
     def started(port: int) -> None:
-        every, alone = host in ("", "0.0.0.0", "::"), host == "localhost" or host.startswith("127.") or host == "::1"
+        every, alone = host in ("0.0.0.0", "::"), host == "localhost" or host.startswith("127.") or host == "::1"
         address = SCHEME + joined(socket.gethostname() if every else host, port)
         if as_json:
             print(json.dumps({"storage": mask_url(url), "address": address}), flush=True)

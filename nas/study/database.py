@@ -77,7 +77,8 @@ def sql_url(storage: str) -> sqlalchemy.URL:
     try:
         url.get_dialect().import_dbapi()
     except (ImportError, ArgumentError) as error:
-        hint = ": pip install '.[postgresql]'" if url.drivername == "postgresql+psycopg" else ""
+        hints = {"postgresql+psycopg": "pip install '.[postgresql]'", "mysql": "pip install mysqlclient"}
+        hint = f": {hints[url.drivername]}" if url.drivername in hints else ""
         raise UserError(f"no driver for {mask_url(storage)}: {error}{hint}") from None
     return url
 

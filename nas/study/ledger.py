@@ -5,6 +5,7 @@ Without it each trial would cost time in proportion to all before it.
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 from weakref import WeakKeyDictionary
@@ -31,7 +32,7 @@ class Ledger:
         """Failed trials that are to be run again and that no other trial retries, by number."""
         self._known = 0
         self._retried: set[int] = set()
-        self._read: dict[Callable[[FrozenTrial], object], dict[int, object]] = {}
+        self._read: dict[Callable[[FrozenTrial], object], tuple[list[int], list[object]]] = {}
 
     def update(self, trials: list[FrozenTrial]) -> None:
         """Take in what has changed. trials: all of the study, by number, which counts from 0."""
@@ -57,10 +58,12 @@ class Ledger:
     def read(self, what: Callable[[FrozenTrial], T]) -> list[T]:
         """What a function says of every ended trial, in order. It is asked once of each: give the same function each
         time, and one that goes by the trial alone."""
-        found = self._read.setdefault(what, {})
+        numbers, found = self._read.setdefault(what, ([], []))
         for trial in self.ended[len(found) :]:
-            found[trial.number] = what(trial)
-        return [found[number] for number in sorted(found)]  # type: ignore[misc]
+            said, place = what(trial), bisect(numbers, trial.number)
+            numbers.insert(place, trial.number)
+            found.insert(place, said)
+        return [*found]  # type: ignore[list-item]
 
     @property
     def running(self) -> list[FrozenTrial]:

@@ -164,6 +164,8 @@ def _free(host: str, port: int) -> int:
     Raises:
         UserError: it cannot be listened on; gRPC does not say why.
     """
+    if not host:
+        raise UserError("--host is empty: give an address, such as 127.0.0.1, or 0.0.0.0 for all of this machine's")
     if not 0 <= port <= 65535:
         raise UserError(f"--port is {port}: give 1 to 65535, or 0 for any free one")
     try:

@@ -152,6 +152,7 @@ COLUMNS = [
 ]
 HELD_COLUMNS = ["storage", "trials held", "CPU ms of a trial", "of them of the server", "times that of the first row"]
 
+ZEROS = 64 * "0"
 COPIES = [
     "INSERT INTO trials (number, study_id, state, datetime_start, datetime_complete) SELECT n, study_id, state, "
     "datetime_start, datetime_complete FROM trials, generate_series(1, {last} - 1) n",
@@ -354,19 +355,34 @@ def example(folder: Path) -> FrozenTrial:
     return study.trials[0]
 
 
-def copies(trial: FrozenTrial, count: int) -> Iterator[FrozenTrial]:
-    """Ended trials of as many networks."""
-    rng = random.Random(1)
-    for number in range(count):
-        detail = trial.user_attrs["detail"] | {"digest": f"{number:064x}", "key": f"{number:064x}"}
-        params = {key: value if key == "family" else rng.randrange(7) for key, value in trial.params.items()}
-        yield create_trial(
-            params=params,
+def fill(storage: str, trial: FrozenTrial, count: int) -> None:
+    """Put a study with `count` ended trials of as many networks into a storage: copies of one, made in seconds."""
+    study = open_study(chaos.STUDY, storage, {"space": ""}, make_sampler("random", None))
+    detail = trial.user_attrs["detail"] | {"digest": ZEROS, "key": ZEROS}
+    study.add_trial(
+        create_trial(
+            params=trial.params,
             distributions=trial.distributions,
-            values=[60 + rng.random(), 1000.0],
+            values=[60.0, 1000.0],
             user_attrs={**trial.user_attrs, "detail": detail},
             system_attrs={"constraints:latency": -0.5},
         )
+    )
+    if storage.startswith("postgresql://"):
+        import psycopg
+
+        with psycopg.connect(storage) as connection:
+            for statement in COPIES:
+                connection.execute(statement.format(last=count))
+        return
+    first, rng = Path(storage).read_text().splitlines()[-1], random.Random(1)
+    with Path(storage).open("a") as journal:
+        for number in range(1, count):
+            line = json.loads(first.replace(ZEROS, f"{number:064d}"))
+            line["params"] = {
+                name: value if name == "family" else rng.randrange(7) for name, value in line["params"].items()
+            }
+            print(json.dumps(line, separators=(",", ":")), file=journal)
 
 
 def trial_cpu_s(storage: str, trial: FrozenTrial, folder: Path, servers: Callable[[], float]) -> tuple[float, float]:
@@ -389,20 +405,6 @@ def trial_cpu_s(storage: str, trial: FrozenTrial, folder: Path, servers: Callabl
         one()
     of_servers = servers() - of_servers
     return (time.process_time() - spent + of_servers) / TAKEN, of_servers / TAKEN
-
-
-def fill(storage: str, trial: FrozenTrial, count: int) -> None:
-    """Put a study with `count` ended trials into a storage; a database copies the first one itself, in seconds."""
-    study = open_study(chaos.STUDY, storage, {"space": ""}, make_sampler("random", None))
-    by_itself = storage.startswith("postgresql://")
-    for each in copies(trial, 1 if by_itself else count):
-        study.add_trial(each)
-    if by_itself:
-        import psycopg
-
-        with psycopg.connect(storage) as connection:
-            for statement in COPIES:
-                connection.execute(statement.format(last=count))
 
 
 def in_a_child(call: Callable[[], Any]) -> Any:

@@ -226,11 +226,12 @@ def test_serve_tells_its_address_and_ends_cleanly(tmp_path: Path, vitnas: Any) -
         assert told["storage"] == str(tmp_path / "j")
         assert open_storage(told["address"]).get_all_studies() == []
         port = told["address"].rpartition(":")[2]
-        vitnas.refused(vitnas("storage", "serve", str(tmp_path / "k"), "--port", port), "in use", "--port")
+        database = f"sqlite:///{tmp_path / 'k.db'}"
+        vitnas.refused(vitnas("storage", "serve", database, "--port", port), "in use", "--port")
         server.send_signal(signal.SIGTERM)
         assert server.wait(60) == 0
         assert server.stderr.read() == ""
-    assert not (tmp_path / "k").exists()
+    assert not (tmp_path / "k.db").exists()
 
 
 @pytest.mark.parametrize(
@@ -240,6 +241,8 @@ def test_serve_tells_its_address_and_ends_cleanly(tmp_path: Path, vitnas: Any) -
         (("postgresql://u:hunter2@127.0.0.1:9/db", "--port", "0"), "refused"),
         (("here/is/no/folder",), "No such file or directory"),
         (("j", "--port", "70000"), "--port is 70000"),
+        (("j", "--host", ""), "--host is empty"),
+        (("",), "the URL is empty"),
         (("j", "--host", "no-such-host.invalid"), "no-such-host.invalid"),
     ],
 )
@@ -275,7 +278,9 @@ def test_help_has_an_example(vitnas: Any, monkeypatch: pytest.MonkeyPatch) -> No
     assert all(len(line) <= 80 for line in out.splitlines())
 
 
-@pytest.mark.parametrize(("host", "warns"), [("127.0.0.1", False), ("::1", False), ("10.0.0.5", True), ("", True)])
+@pytest.mark.parametrize(
+    ("host", "warns"), [("127.0.0.1", False), ("::1", False), ("10.0.0.5", True), ("0.0.0.0", True)]
+)
 def test_an_address_that_others_reach_is_told(
     vitnas: Any, monkeypatch: pytest.MonkeyPatch, host: str, warns: bool
 ) -> None:
