@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from nas.prune.request import PruneRequest, parse_pruning_budget
     from nas.prune.run import prune
     from nas.quality.plan import TrainingPlan
+    from nas.search.helping import train_measured
     from nas.search.outcome import Outcome
     from nas.search.request import SearchRequest
     from nas.search.run import search
@@ -73,6 +74,7 @@ HOMES = {
     "search": "nas.search.run",
     "settings_for": "nas.measure.device",
     "train": "nas.training.run",
+    "train_measured": "nas.search.helping",
 }
 """The module that defines each name."""
 
@@ -109,6 +111,7 @@ __all__ = [
     "search",
     "settings_for",
     "train",
+    "train_measured",
 ]
 
 

@@ -113,7 +113,7 @@ class _Search:
 
     def run(self) -> tuple[optuna.Study, SearchLog]:
         from nas.study.errors import storage_errors
-        from nas.study.trials import sweep
+        from nas.study.trials import sweep, waiting_for_training
 
         log = self.log
         with device_lock(self.request.settings.device):  # what another vitnas does there is not this machine's load
@@ -142,6 +142,9 @@ class _Search:
                 self.say(f"{error}; finishing with what was measured; the same command continues")
             if not log.failures:
                 sweep(self.study)
+                left = 0 if log.interrupted else len(waiting_for_training(self.study))
+                if left:
+                    self._note(f"{counted(left, 'network')} measured and not trained: the same command goes on")
         log.wall_s = time.perf_counter() - begun
         return self.study, log
 

@@ -89,7 +89,7 @@ class SearchRequest:
     else 0."""
     only: Literal["measure", "train"] | None = None
     """What this process does of a search that others share: measure, and end it, while others train; or train alone
-    (`nas.search.helping.train_measured`). None: both."""
+    (`vitnas.train_measured`). None: both."""
 
     def __post_init__(self) -> None:
         from search_spaces.registry import FAMILIES

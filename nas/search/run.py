@@ -71,7 +71,7 @@ def search(
 
     request.check()
     if request.only == "train":
-        raise UserError("a search that measures nothing is nas.search.helping.train_measured")
+        raise UserError("a search that measures nothing is vitnas.train_measured")
     images = images or read_images(request)
     if images is not None:
         request = settled(request, images)
