@@ -74,6 +74,8 @@ class Course:
     nothing is left to choose."""
     epochs: int | None = None
     """Where a time was given for them."""
+    crops: float | None = None
+    """Least share of an image's area that random crops of the tuning keep; None: the recipe's."""
     tuned: Held | None = None
     """The fine-tuned network."""
     kept: str | None = None

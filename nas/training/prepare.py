@@ -13,6 +13,7 @@ from nas.training.course import Course, Held, Probed, Trial
 from nas.training.holdout import HELD
 from nas.training.processes import agreed
 from nas.training.rates import choose_trial, speak_for_tuning
+from nas.training.recipes import LONG_CROPS, LONG_EPOCHS
 from nas.units import counted
 
 if TYPE_CHECKING:
@@ -64,7 +65,11 @@ class Preparation:
     @property
     def images(self) -> Images:
         """Those that the network is tuned on."""
-        return self.inputs.data.train if self.course.whole else self.inputs.train
+        images = self.inputs.data.train if self.course.whole else self.inputs.train
+        if self.course.crops is None:
+            return images
+        augmentation = replace(self.request.recipe.augmentation, scale=self.course.crops)
+        return images.transformed(self.inputs.data.at(self.inputs.network.resolution, augmentation).train.transform)
 
     def keep(self) -> None:
         if self.rank == 0:
@@ -294,6 +299,18 @@ class Preparation:
             )
         self.course.lr = recipe.rates[self.course.trials.index(best)]
         self.keep()
+
+    # Crops
+
+    def choose_crops(self, epochs: int) -> None:
+        """Crop more of each image where the tuning is a long one."""
+        gentle = self.request.recipe.augmentation.scale
+        if epochs >= LONG_EPOCHS and gentle > LONG_CROPS and not self.inputs.data.demo:
+            self.course.crops = LONG_CROPS
+            self.note(
+                f"{epochs} epochs: random crops keep at least {LONG_CROPS:.0%} of an image's area, not {gentle:.0%}"
+            )
+            self.keep()
 
     # Time
 

@@ -85,6 +85,9 @@ INHERITED = Recipe(
 )
 """For weights cut from another network, whose statistics BatchNorm has to find again; once it was `finetune` itself."""
 FINETUNE = replace(INHERITED, lr=3e-4, batch_norm="frozen", from_probe=True, rates=(1e-4, 3e-4, 1e-3))
+LONG_EPOCHS, LONG_CROPS = 20, 0.08
+"""A fine-tuning of so many epochs or more crops as trainings from scratch do: the least share of the image's area. With
+gentle crops 30 epochs of 2,000 images end below 10 (docs/results/finetune.md)."""
 EVIT = Recipe(
     name="evit",
     source="DeiT (ICML 2021) and EViT (ICLR 2022): 300 epochs, keep rate down over epochs 10 to 110",

@@ -221,6 +221,8 @@ class TrainingRun:
                 self.steps.try_rates(model, recipe, brief, None if teacher is None else taught)
             if minutes is not None and course.epochs is None:
                 self.steps.choose_epochs(minutes, checked)
+            if inputs.fine_tunes:
+                self.steps.choose_crops(course.epochs or recipe.epochs)
             if tries:
                 self.steps.choose_rate(recipe, course.epochs or recipe.epochs)
         elif inputs.fine_tunes:

@@ -276,6 +276,38 @@ def images_trained_on(monkeypatch) -> list[tuple[int, bool]]:
     return found
 
 
+def test_a_long_tuning_crops_more_of_its_images(vitnas, weights, tmp_path, monkeypatch):
+    """Its trials do not; where it was interrupted it goes on so."""
+    images, (model, given) = folder_of_images(tmp_path / "images", train=60, val=4), weights
+    monkeypatch.setattr(nas.training.prepare, "LONG_EPOCHS", 2)
+    scales: list[float] = []
+
+    class Watched(nas.training.engine.Training):
+        def __init__(self, model, data, *args, **kwargs) -> None:
+            (crop,) = (each for each in data.transform.transforms if hasattr(each, "scale"))
+            scales.append(crop.scale[0])
+            super().__init__(model, data, *args, **kwargs)
+
+    def run(epochs: int) -> str:
+        scales.clear()
+        out = str(tmp_path / f"of {epochs}")
+        more = ("--epochs", str(epochs), "--batch-size", "32", "--device", "cpu")
+        code, _, err = vitnas("train", model, "--weights", given, "--data", str(images), "--out", out, *more)
+        assert code in (0, 130), err
+        return err
+
+    monkeypatch.setattr(nas.training.engine, "Training", Watched)
+    told = "2 epochs: random crops keep at least 8% of an image's area, not 35%"
+    assert told not in run(1)
+    assert set(scales) == {0.35}
+    with monkeypatch.context() as patched:
+        patched.setattr(nas.training.run.TrainingRun, "_epochs", interrupt)
+        assert run(2).count(told) == 1
+    assert scales == [0.35] * 3 + [0.08], "what is checked, two trials, and the tuning"
+    run(2)
+    assert scales == [0.08]
+
+
 def test_a_rate_that_an_older_vitnas_chose_is_trained_with_as_then(tune, tmp_path, monkeypatch):
     """On the images that were not held out."""
     with monkeypatch.context() as patched:
