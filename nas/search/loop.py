@@ -14,10 +14,12 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from nas.errors import UserError
 from nas.files import replace_file, sweep_drafts
+from nas.measure.budget import Verdict
 from nas.measure.device import device_lock
 from nas.quality.candidate import Candidate, Kind
 from nas.search.folder import TRAINING_INPUTS, make_folder, quality_in, training_inputs, withdraw, write_hardware
@@ -47,6 +49,8 @@ if TYPE_CHECKING:
 AHEAD = 2
 """Networks for each worker that may wait for their training before no more are proposed: of those that wait only the
 latency is known."""
+CHOSEN = [Verdict.FITS, Verdict.UNSURE]
+"""Verdicts of which the best is chosen, the first before the second."""
 RECENT = 20
 """Trials whose time says how long the next ones take."""
 
@@ -435,22 +439,32 @@ def refuse_hopeless(tier: Tier, families: Sequence[str]) -> None:
 
 def state_of(study: optuna.Study, request: SearchRequest, log: SearchLog) -> Progress:
     """Progress between trials."""
-    from nas.search.rows import choose, rows_of
+    from nas.study.ledger import ledger_of
     from nas.study.trials import remaining
 
-    rows = rows_of(study)
     left = remaining(study, request.trials)
-    feasible = [row for row in rows if row.feasible]
+    feasible = [each for each in ledger_of(study).read(_placed) if each is not None]
+    place, best = min(feasible, key=itemgetter(0), default=((math.inf,), None))
     recent = log.trial_s[-RECENT:] or durations(study)[-RECENT:]
     measuring = sum(log.phases[name] for name in ("build and export", "session", "timed runs"))
     return Progress(
         done=max(0, request.trials - left),
         total=request.trials,
         feasible=len(feasible),
-        best=choose(feasible),
+        best=best if place[0] < len(CHOSEN) else None,
         trial_s=statistics.mean(recent) if recent else None,
         measuring_s=measuring / len(log.trial_s) if log.trial_s else 0.0,
     )
+
+
+def _placed(trial: FrozenTrial) -> tuple[tuple[float, ...], Trial] | None:
+    """A trial that is feasible, after what sorts it as `nas.search.rows.choose` would: once, not after every trial."""
+    from nas.search.rows import rank, trial_of
+
+    row = trial_of(trial)
+    if not row.feasible:
+        return None
+    return (CHOSEN.index(row.verdict) if row.verdict in CHOSEN else len(CHOSEN), *rank(row)), row
 
 
 def durations(study: optuna.Study) -> list[float]:
