@@ -111,7 +111,10 @@ def _as_databases(error: Any) -> StorageInternalError:
     """An error of gRPC as Optuna's of a database."""
     import grpc
 
-    told = StorageInternalError(error.details())
+    why = str(error.details())
+    if why.startswith("failed to connect"):  # then come all addresses, and what each said
+        why = f"nothing answers there: {why.rpartition(': ')[2]}"
+    told = StorageInternalError(why)
     if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.ABORTED, grpc.StatusCode.CANCELLED):
-        told.__cause__ = ConnectionError(error.details())
+        told.__cause__ = ConnectionError(why)
     return told

@@ -117,7 +117,7 @@ def test_mask_url(url: str, masked: str) -> None:
         ("sqlite://st/x.db", "names the host 'st': for a file write sqlite:///st/x.db"),
         ("://hunter2", "should look like"),
         ("sqlite://", "needs a file"),
-        ("grpc://127.0.0.1:9", "refused"),
+        ("grpc://127.0.0.1:9", "cannot use the storage grpc://127.0.0.1:9: nothing answers there: Connection refused"),
         ("grpc://no-such-host.invalid", "no-such-host.invalid"),
         ("grpc://u:hunter2@host:13000", "should look like grpc://HOST:13000"),
         ("grpc://host:port", "should look like"),
