@@ -75,9 +75,9 @@ def show_answer(console: Console, outcome: Outcome) -> None:
     """The winner, or the fastest network and what may help."""
     budget, settings = outcome.budget, outcome.settings
     precisions = " or ".join(outcome.precisions) or settings.precision
-    lower = outcome.winner.precision if outcome.winner else None
+    own = outcome.winner.precision if outcome.winner else None
     where = (
-        f"{settings.runtime} {lower or precisions}, {settings.device}, "
+        f"{settings.runtime} {own or precisions}, {settings.device}, "
         f"{counted(settings.threads, 'thread')}, batch {settings.batch_size}"
     )
     fastest, winner = outcome.fastest, outcome.winner
@@ -89,8 +89,11 @@ def show_answer(console: Console, outcome: Outcome) -> None:
         prose(console, "No trial was measured.")
     elif winner is None:
         prose(console, f"Nothing fits {budget} ({where}).")
-        ends = interval_words(fastest.latency_ci)
-        prose(console, f"Fastest measured: {fastest.label} ({fastest.family}), {fastest.latency_ms:.2f} ms ({ends}).")
+        ends, lower = interval_words(fastest.latency_ci), f" in {fastest.precision}" if outcome.precisions[1:] else ""
+        prose(
+            console,
+            f"Fastest measured: {fastest.label} ({fastest.family}), {fastest.latency_ms:.2f} ms{lower} ({ends}).",
+        )
         for line in outcome.advice:
             prose(console, f"  may help: {line}")
     else:
@@ -108,9 +111,11 @@ def what_now(outcome: Outcome, folder: Path, images: str | None) -> list[str]:
     """A search's file, its report, and the next useful command; nothing is wrapped, so that it can be copied."""
     lines, best = [], folder / "best"
     trained = (best / "model.safetensors").is_file()
-    if (best / "model.onnx").is_file():
+    lower = best / f"model.{outcome.winner.precision if outcome.winner else None}.onnx"
+    network = lower if lower.is_file() else best / "model.onnx"
+    if network.is_file():
         kind = "random" if not trained else "briefly trained" if outcome.short_training else "trained"
-        lines.append(f"Network: {best / 'model.onnx'} ({kind} weights{first_seed(outcome)})")
+        lines.append(f"Network: {network} ({kind} weights{first_seed(outcome)})")
     lines.append(f"Report: {folder / 'report.html'}")
     if outcome.failures:
         lines.append(f"To go on: {outcome.command}")
@@ -230,6 +235,8 @@ def show_against(console: Console, rows: Sequence[OutsideRow], first: ClosingRow
     show_failed(console, rows)
     if told:
         sizes = {row.label: row.resolution for row in (first, *rows) if not row.error}
+        if any(row.precision != first.precision for row in rows if not row.error):
+            prose(console, f"They are measured in {rows[0].precision}, {first.label} in {first.precision}.")
         prose(console, unequal(sizes, ()) or f"All of these run at {first.resolution} px, as {first.label} does.")
 
 

@@ -92,7 +92,8 @@ class BestFolder:
         converted = settings.precision in CONVERTED and RUNTIMES[settings.runtime].artifact == "onnx"
         with self.step("best/model.onnx"):
             card = self._card(candidate, weights)
-            if not converted:
+            in_fp32 = weights is None or settings.precision not in LOWER  # as its accuracy is
+            if not converted and in_fp32:
                 card = card.model_copy(update={"latency": self._latency(row)})
             options = request.file.of_batch(settings.batch_size)
             save_best(candidate.network, self.folder, path, options, card, self._images(candidate))

@@ -11,20 +11,19 @@ from functools import partial
 from typing import TYPE_CHECKING, cast
 
 from nas.ending import Ending
-from nas.evaluate.precision import NOT_TIMED
 from nas.files import FolderInUse, folder_lock
 from nas.intervals import guessing
 from nas.measure.budget import Verdict
 from nas.measure.runtime import LOWER
-from nas.measure.samples import BUSY_SPREAD, MeasureError
+from nas.measure.samples import BUSY_SPREAD
 from nas.search.accuracy import Accuracies, FinalTrainings
 from nas.search.advice import advice, latencies
 from nas.search.best import BestFolder, Weights
-from nas.search.closing import ClosingInterrupted, closing_run, timed_anew, without
+from nas.search.closing import ClosingInterrupted, closing_run, without
 from nas.search.contest import RACE, contest_of, contestants, decision, opponents, winner_of, with_winner
 from nas.search.final import weights_of
 from nas.search.log import breakdown
-from nas.search.lower import LowerFiles
+from nas.search.lower import LowerFiles, time_anew
 from nas.search.outcome import Fastest, Outcome, ShortTraining, TierFacts, Validation, Winner
 from nas.search.precision import lowers
 from nas.search.repredict import repredict
@@ -51,7 +50,6 @@ if TYPE_CHECKING:
     import optuna
 
     from nas.data.about import Summary
-    from nas.export.quantize import Recipe
     from nas.quality.tier import TrainedTier
     from nas.search.log import SearchLog
     from nas.search.request import SearchRequest
@@ -208,7 +206,9 @@ class _Finish:
         Returns:
             Whether any of them has become so.
         """
-        lost = False
+        lost, device = False, self.request.settings.device
+        if device != "cpu" and any(self._precision_of(row) in LOWER for row in rows):
+            self.notes.append(f"what lower precisions cost is judged on this machine's CPU, not on {device}")
         for row in rows:
             precision = self._precision_of(row)
             if precision not in LOWER:
@@ -223,31 +223,11 @@ class _Finish:
                 price = made.price
                 self.notes.append(f"{row.label}: {price.lines[0]}")
                 if price.within and not price.as_timed and made.content is not None:
-                    lost = self._time_anew(files, row, made.content, price.recipe) or lost
+                    self.final, over = time_anew(files, self.final, row, made, self.notes.append)
+                    lost = lost or over
                 if not price.within and ACCURACY not in row.over:
                     self.final, lost = without(self.final, row, ACCURACY), True
         return lost
-
-    def _time_anew(self, files: LowerFiles, row: ClosingRow, content: bytes, recipe: Recipe | None) -> bool:
-        """Time the file that a network is shipped as, which is made by another recipe than the one that was timed.
-
-        Returns:
-            Whether it is over the budget now, and was not.
-        """
-        key = candidate_of(row).key
-        if files.timed.get(key) == recipe:
-            return False
-        files.timed.pop(key, None)
-        try:
-            self.final = timed_anew(self.request, self.final, row, content)
-        except MeasureError as error:
-            self.notes.append(f"{row.label}: {NOT_TIMED}: {error}")
-            return False
-        files.timed[key] = recipe
-        now = next(each for each in self.final if each.label == row.label)
-        told = f"is made by another recipe than the default, and timed again, alone: {known(now.latency_ms):.3g} ms"
-        self.notes.append(f"{row.label}: its file {told}")
-        return now.verdict == Verdict.OVER and row.verdict != Verdict.OVER
 
     def _precision_of(self, row: ClosingRow) -> str:
         return row.precision or self.request.settings.precision
@@ -278,6 +258,9 @@ class _Finish:
         if self.lower and self._price(self.lower, [row for row in self.final if row.label in found]):
             if self.winner and not self.end.interrupted:
                 self._train(tier)  # what was trained is kept
+                return
+            epochs, why = known(self.request.plan).full_epochs, "not compared: one of them is infeasible"
+            self.accuracy = FinalTrainings(tuple(found.values()), epochs, tier.recipe(epochs).name, why)
             return
         if self.races and found:
             self._crown(tier, len(found) == len(rows))
@@ -294,7 +277,11 @@ class _Finish:
             return found
         if self.phase:
             self.phase(f"judging {row.label} in {precision}", 0, 0)
-        shipped = self.lower.shipped(candidate, precision, found)
+        shipped = None
+        with self._step(f"accuracy of {row.label} in {precision}"):
+            shipped = self.lower.shipped(candidate, precision, found)
+        if shipped is None:
+            return found
         if lost := len(found.top1) - len(shipped.top1):
             self.notes.append(
                 f"{row.label}: an earlier version kept no weights of {counted(lost, 'seed')}: its accuracy in "

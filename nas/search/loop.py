@@ -24,6 +24,7 @@ from nas.measure.device import device_lock
 from nas.quality.candidate import Candidate, Kind
 from nas.search.folder import TRAINING_INPUTS, make_folder, quality_in, training_inputs, withdraw, write_hardware
 from nas.search.log import Clock, SearchLog
+from nas.search.precision import EXPECTED_DROP
 from nas.search.published import begun_by_an_older, enqueue_published
 from nas.search.request import default_study, storage_of
 from nas.search.tasks import Task, Tasks, What
@@ -401,9 +402,11 @@ def measured_in(precisions: Sequence[str]) -> str:
     """A line on the precisions of a search."""
     if len(precisions) == 1:
         return f"latency is measured in {precisions[0]}; quality is that of fp32"
+    told = ", ".join(f"{each} {EXPECTED_DROP.get(each, 0.0):g}" for each in precisions[1:])
     return (
         f"each network is measured in {', '.join(precisions[:-1])} and {precisions[-1]} in turn, until it meets the "
-        "budget; its quality is that of fp32 until the end, where the file is judged"
+        "budget; until the end, where its file is judged, its quality is that of fp32, less what lower precisions cost "
+        f"others in the mean ({told})"
     )
 
 

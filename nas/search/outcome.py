@@ -177,11 +177,13 @@ class Fastest:
     latency_ms: float
     latency_ci_low_ms: float | None
     latency_ci_high_ms: float | None
+    precision: str | None = None
+    """That it was measured in; None in studies of earlier versions."""
 
     @classmethod
     def of(cls, row: Network) -> Fastest:
         low, high = row.latency_ci or (None, None)
-        return cls(row.label, row.family, known(row.latency_ms), low, high)
+        return cls(row.label, row.family, known(row.latency_ms), low, high, row.precision)
 
     @property
     def latency_ci(self) -> Pair | None:

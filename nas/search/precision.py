@@ -30,13 +30,17 @@ ORDER = ("fp32", "tf32", "fp16", "bf16", "int8")
 """By the accuracy that is expected, highest first."""
 RATIOS = {"tf32": (0.5, 0.9), "fp16": (0.35, 0.7), "bf16": (0.4, 0.8), "int8": (0.4, 0.95)}
 """Of a latency to that in fp32, at least and likely, before a search has measured some. Of bf16 and int8: from seven
-networks of five families on two runtimes (docs/results/int8.md); the others are guesses."""
+networks of five families on two runtimes at 64 px, on a CPU with AMX (docs/results/int8.md); the others are guesses."""
+HOPELESS = 0.5
+"""A measured network is not tried in a precision where even this times the least ratio would not do: larger images and
+other CPUs may gain more than is known."""
 TELLING = 3
 """Networks measured in two precisions whose ratios say the least that there is,"""
 LESS = 0.8
 """less than which, times this, is not expected."""
 EXPECTED_DROP = {"int8": 0.2, "bf16": 0.1}
-"""Points of top-1 that a network is ranked lower by, until its file is judged: mean drops of those seven networks."""
+"""Points of top-1 that a network is ranked lower by, until its file is judged: about the mean drops of those seven
+networks. Of nearly every one the drop cannot be told from 0; fp16's has not been measured."""
 
 
 def ladder(settings: Settings) -> tuple[str, ...]:
@@ -115,7 +119,7 @@ def first_that_fits(
     note: Callable[[str], None],
 ) -> TrialLatency:
     """The latency of a network in the first precision in which it meets the budget and the limits, or else in that in
-    which it is nearest to them. A precision that surely is not fast enough is not measured.
+    which it is nearest to them. A precision that is most likely not fast enough is not measured.
 
     Args:
         measure: the latency in a precision.
@@ -127,7 +131,7 @@ def first_that_fits(
     for precision in request.precisions:
         if found:
             first = found[request.settings.precision]
-            if first.latency_ms * faster.least(precision) > request.budget_ms:
+            if first.latency_ms * HOPELESS * faster.least(precision) > request.budget_ms:
                 continue
         try:
             found[precision] = measure(precision)

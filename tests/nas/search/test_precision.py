@@ -16,7 +16,7 @@ from nas.measure.samples import MeasureError
 from nas.quality.tier import Estimate
 from nas.search import precision
 from nas.search.latency import TrialLatency
-from nas.search.precision import RATIOS, Faster, expected_drop, first_that_fits, ladder, less
+from nas.search.precision import HOPELESS, RATIOS, Faster, expected_drop, first_that_fits, ladder, less
 from nas.search.request import SearchRequest
 
 ALL = ("fp32", "bf16", "int8")
@@ -58,8 +58,8 @@ def test_limits_beside_the_latency_count() -> None:
     assert (found.precision, told) == ("int8", [*ALL])
 
 
-def test_what_surely_does_not_fit_is_not_measured() -> None:
-    least = RATIOS["int8"][0]
+def test_what_hardly_fits_is_not_measured() -> None:
+    least = HOPELESS * RATIOS["int8"][0]
     assert tried({"fp32": 1.01 / least})[1] == ["fp32"]
     learnt = Faster(ALL, [("shvit", {"fp32": 1.0, "bf16": 0.9, "int8": 0.2})] * 3)
     assert tried({"fp32": 1.01 / least, "int8": 0.6}, learnt)[1] == ["fp32", "int8"]
