@@ -106,6 +106,10 @@ def evaluate(
         precisions=precision or (),
     )
     request.check()
+    from nas.evaluate.networks import needs_torch, open_networks
+
+    if not needs_torch(request):
+        open_networks(request, threads=1)  # PyTorch takes long to load: what is wrong is told before
     load("nas.evaluate.run", quiet)
     from nas.cli.progress import watch_phases
     from nas.evaluate.run import evaluate as run_evaluate

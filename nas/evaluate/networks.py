@@ -200,6 +200,11 @@ def _distinct(names: Sequence[str]) -> list[str]:
     return list(found.values())
 
 
+def needs_torch(request: EvaluateRequest) -> bool:
+    """Whether a network is judged in PyTorch."""
+    return any(TORCH in (request.runtimes or [_usual_runtime(name)]) for name in request.models)
+
+
 def _usual_runtime(name: str) -> str:
     path = Path(name)
     if path.suffix.lower() == ".onnx":
@@ -220,8 +225,9 @@ def _on_a_runtime(
             f"with `vitnas export {name} --out DIR`"
         )
     file = find_onnx(name)
-    about = OnnxInput.read(file)
-    bf16 = bf16 and not about.quantised and not about.half
+    if bf16:
+        about = OnnxInput.read(file)
+        bf16 = not (about.quantised or about.half)
 
     def opened(given: str | None) -> Judged:
         how = parse_preprocess(given) if given is not None else None

@@ -209,6 +209,18 @@ def test_what_cannot_be_judged_leaves_nothing(vitnas: Cli, toy: str, images: Pat
     )
 
 
+def test_a_damaged_file_is_told_before_pytorch_is_loaded(
+    vitnas: Cli, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(module: str, quiet: bool) -> None:
+        raise AssertionError(f"{module} is loaded")
+
+    monkeypatch.setattr("nas.cli.progress.load", load)
+    broken = tmp_path / "broken.onnx"
+    broken.write_bytes(b"no network")
+    vitnas.refused(vitnas("evaluate", str(broken), "--data", str(images), *BARE), "broken.onnx")
+
+
 def test_the_usual_ways_to_prepare_images_are_compared(vitnas: Cli, images: Path, tmp_path: Path) -> None:
     (tmp_path / "labels.txt").write_text("".join(f"{name}\n" for name in CLASSES))
     foreign = str(write_toy(tmp_path / "foreign.onnx"))
