@@ -227,10 +227,10 @@ class _Search:
         if self.request.trains or not in_training(self.study):
             return False
         waits = Clock(self.log.phases)
+        self.stage(f"waiting for {counted(len(in_training(self.study)), 'training')}")
         while in_training(self.study) and not self._late():
             if self.crew is not None:
                 self.crew.check()
-            self.stage(f"waiting for {counted(len(in_training(self.study)), 'training')}")
             time.sleep(LOOK_S)
             sweep(self.study)
         waits.lap("waiting for trainings")

@@ -113,11 +113,12 @@ class Tasks:
             except KeyError:
                 if self._trains and self.help([task.name, *self._posted]):
                     continue
-                what = f"the {task.what} training of {task.label or task.candidate.key[:8]}"
-                if not told and not workers(self._study, TRAINS):
-                    self._say(f"{what} is to make, and there is no worker: start some (this command, --only train)")
-                told = True
-                self._phase(f"waiting for {what}", 0, 0)
+                if not told:
+                    told = True
+                    what = f"the {task.what} training of {task.label or task.candidate.key[:8]}"
+                    self._phase(f"waiting for {what}", 0, 0)
+                    if not workers(self._study, TRAINS):
+                        self._say(f"{what} is to make, and there is no worker: start some (this command, --only train)")
                 time.sleep(LOOK_S)
                 sweep(self._study)
             else:
