@@ -14,6 +14,7 @@ from scipy.stats import kendalltau
 
 from nas.errors import TrainingError, UserError
 from nas.measure.budget import Limits
+from nas.measure.runtime import Settings
 from nas.networks.counts import counts_of
 from nas.quality.candidate import Candidate
 from nas.quality.plan import TrainingPlan
@@ -401,7 +402,7 @@ def test_the_closing_run_leaves_it_to_parameters_too(tmp_path, monkeypatch):
     monkeypatch.setattr(closing, "Exporter", lambda images: nullcontext(exporter))
     monkeypatch.setattr(side_by_side, "device_lock", lambda device: nullcontext())
     monkeypatch.setattr(side_by_side, "compare", lambda paths, *_, **__: dict.fromkeys(paths, Measurement([[1.0]] * 6)))
-    settings = SimpleNamespace(device="cpu", batch_size=1)
+    settings = Settings()
     options = SimpleNamespace(
         budget_ms=2.0, settings=settings, folder=tmp_path, against=(), throughput_at=None, limits=Limits()
     )
