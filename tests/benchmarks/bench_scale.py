@@ -150,6 +150,10 @@ COLUMNS = [
     ),
     *("duplicates", "repeated proposals", "lost", "workers that quit"),
 ]
+HELD_TEXT = (
+    "A trial without its network: due, asked for, its parameters and results stored, told, shown. CPU time, so that "
+    "other work on the machine matters little."
+)
 HELD_COLUMNS = ["storage", "trials held", "CPU ms of a trial", "of them of the server", "times that of the first row"]
 
 ZEROS = 64 * "0"
@@ -511,7 +515,7 @@ def main() -> None:
         if args.held:
             found = held_rows(args.held, server, folder)
             if args.write:
-                text = ["A trial without its network: due, asked for, its parameters and results stored, told, shown."]
+                text = [HELD_TEXT]
                 write("Trials that a study holds", HELD_COLUMNS, found, text, command)
 
 
