@@ -96,7 +96,8 @@ def take(study: optuna.Study, among: Sequence[str] | None = None) -> Job | None:
         study.set_user_attr(HELD + name, Lease.mine().to_json())
         return Job(name, found[name])
 
-    found = alone_in(study, decide) if _open(study).keys() & (among or _open(study)) else None
+    offered = _open(study)
+    found = alone_in(study, decide) if offered.keys() & (offered if among is None else among) else None
     if found is not None:
         _taken.add(found.name)
     return found

@@ -43,10 +43,10 @@ IDENTITY = "vitnas"  # the study attribute that holds the study's identity
 MEASURED = "measured"  # the attribute of a trial that is trained, or waits for that: what its training needs
 DEATHS = 3  # of a trial's training workers, after which it is failed: it may be what kills them
 
+_LOST = "lost"  # the attribute that counts them
 _mine: set[int] = set()
 """Ids of the trials that this process has asked for or claimed. An answer may be lost after its server has acted on it:
 a trial that is leased to this process and not among these is nobody's."""
-_LOST = "lost"  # the attribute that counts them
 _BOOKKEEPING = {"lease", "error", "retry", "retry_of", MEASURED, _LOST}  # attributes that a retry does not inherit
 
 

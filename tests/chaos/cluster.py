@@ -13,6 +13,7 @@ import argparse
 import random
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -96,6 +97,26 @@ def run(
     return verdict("gRPC" if proxy else "PostgreSQL", faults, told, lambda: f"{left}\n{team.log.read_text()}")
 
 
+def on_each(only: str | None, run: Callable[[Path, Server, bool], bool]) -> int:
+    """The exit status of a script that runs on PostgreSQL and on a proxy in front of it; 77 where there is none.
+
+    Args:
+        only: "postgresql" or "grpc"; None: both.
+        run: given a folder, the server and whether workers use the proxy; returns whether all was well.
+    """
+    good = True
+    for name in ("postgresql", "grpc"):
+        if only in (None, name):
+            try:
+                server = Server()
+            except Unavailable as error:
+                print(error)
+                return 77
+            with server, laboratory() as folder:
+                good &= run(folder, server, name == "grpc")
+    return 0 if good else 1
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=8)
@@ -108,19 +129,8 @@ def main() -> int:
     workers.LATENCY_S = LATENCY_S
     study_trials.BEAT_S, lease = BEAT_S, study_trials.lease
     study_trials.lease = lambda trial: lease(trial, LEASE_S)
-    good = True
-    for name in ("postgresql", "grpc"):
-        if args.only in (None, name):
-            try:
-                server = Server()
-            except Unavailable as error:
-                print(error)
-                return 77
-            with server, laboratory() as folder:
-                good &= run(
-                    folder, server, name == "grpc", args.workers, args.machines, args.kills, args.rounds, args.away
-                )
-    return 0 if good else 1
+    counts = args.workers, args.machines, args.kills, args.rounds, args.away
+    return on_each(args.only, lambda folder, server, proxy: run(folder, server, proxy, *counts))
 
 
 if __name__ == "__main__":

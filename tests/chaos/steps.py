@@ -23,12 +23,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import optuna
-from cluster import BEAT_S, LEASE_S, MACHINES
+from cluster import BEAT_S, LEASE_S, MACHINES, on_each
 from optuna.samplers import RandomSampler
 from optuna.trial import FrozenTrial, TrialState
-from postgres import Server, Unavailable
+from postgres import Server
 from proxy import Proxy
-from workers import LATENCY_S, Witness, Workers, laboratory, moment, survivors, taken_for_dead, verdict
+from workers import LATENCY_S, Witness, Workers, moment, survivors, taken_for_dead, verdict
 
 from nas.intervals import Interval
 from nas.measure.budget import Limits
@@ -230,17 +230,8 @@ def main() -> int:
     study_trials.BEAT_S, lease = BEAT_S, study_trials.lease
     study_trials.lease = lambda trial: lease(trial, LEASE_S)
     study_trials.DEATHS = args.kills + 1  # the same trial may be hit again and again
-    good = True
-    for name in ("postgresql", "grpc"):
-        if args.only in (None, name):
-            try:
-                server = Server()
-            except Unavailable as error:
-                print(error)
-                return 77
-            with server, laboratory() as folder:
-                good &= run(folder, server, name == "grpc", args.workers, args.kills, args.rounds, args.away)
-    return 0 if good else 1
+    counts = args.workers, args.kills, args.rounds, args.away
+    return on_each(args.only, lambda folder, server, proxy: run(folder, server, proxy, *counts))
 
 
 if __name__ == "__main__":
