@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,8 +16,8 @@ from nas.search.request import SearchRequest, storage_of
 from nas.search.run import read_images, settled
 from nas.search.trial_training import Stage, TrainStep
 from nas.search.work import open_tasks
-from nas.study.jobs import MEASURES, TRAINS, at_work, workers
-from nas.study.leases import LOOK_S
+from nas.study.jobs import MEASURES, TRAINS, at_work, has_died, workers
+from nas.study.leases import LEASE_S, LOOK_S
 from nas.text import mask_url
 from nas.threads import training_threads
 from nas.units import counted
@@ -140,6 +141,7 @@ class _Helper:
         phase: Callable[[str, int, int], None],
     ) -> None:
         self.study, self.say = study, say
+        self._until, self._told = -math.inf, False
         self.log = SearchLog(datetime.now().astimezone().isoformat(timespec="seconds"))
         stage = Stage(phase)
         tier, _ = open_tier(request, study, images, stage, say, lambda *_: None)
@@ -152,15 +154,28 @@ class _Helper:
         made = 0
         while True:
             sweep(self.study)
-            if self.step.claimed(self.log) or (workers(self.study, MEASURES) and self.tasks.help()):
+            goes_on = self._goes_on()
+            if self.step.claimed(self.log) or (goes_on and self.tasks.help()):
                 made += 1
                 self._tell()
-            elif not workers(self.study, MEASURES):
+            elif not goes_on:
                 break
             else:
                 time.sleep(LOOK_S)
         self.say(f"the search that measures has ended: {counted(made, 'training')} made here")
         return made
+
+    def _goes_on(self) -> bool:
+        """Whether somebody measures, or died while this process worked and may be started again."""
+        now = time.monotonic()
+        if workers(self.study, MEASURES):
+            self._until, self._told = now + LEASE_S, False
+        elif not has_died(self.study, MEASURES):
+            return False
+        elif now < self._until and not self._told:
+            self._told = True
+            self.say(f"what measures has died: waiting {LEASE_S / 60:g} minutes at most until it is started again")
+        return now < self._until
 
     def _tell(self) -> None:
         """Say what the log has noted since."""

@@ -6,14 +6,13 @@ process at a time that writes it: `TASK`, by who wants it done; `HELD`, the leas
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nas.errors import TrainingError, UserError
-from nas.study.leases import Lease, beating, host
+from nas.study.leases import Lease, beating
 from nas.study.trials import alone_in
 
 if TYPE_CHECKING:
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
 TASK, HELD, RESULT = "job: ", "job held: ", "job result: "
 WORKER = "worker "
-"""With its machine and process id, the attribute that holds the lease of a process, and what it does."""
+"""With a number, the attribute that holds the lease of a process, and what it does; used again once it has ended."""
 MEASURES, TRAINS = "measures", "trains"
 _taken: set[str] = set()
 """Names of the jobs that this process has. An answer may be lost after its server has acted on it: a job that is leased
@@ -35,10 +34,27 @@ def at_work(study: optuna.Study, does: Sequence[str]) -> Iterator[None]:
 
     does: `MEASURES`, which the end of the search goes with, `TRAINS` or both.
     """
-    key = f"{WORKER}{host()} {os.getpid()}"
+    key = ""
+
+    def choose() -> str:
+        """A key that nobody has; of one that died, to one that does the same (see `has_died`)."""
+        attrs: Mapping[str, Any] = study.user_attrs
+        known = [name for name in attrs if name.startswith(WORKER)]
+        free = (name for name in known if not attrs[name] or (attrs[name]["does"] == [*does] and _is_dead(attrs, name)))
+        name = next(free, f"{WORKER}{len(known)}")
+        study.set_user_attr(name, mine())
+        return name
+
+    def mine() -> dict[str, Any]:
+        return {"does": [*does], **Lease.mine().to_json()}
 
     def extend() -> bool:
-        study.set_user_attr(key, {"does": [*does], **Lease.mine().to_json()})
+        nonlocal key
+        held: Any = study.user_attrs.get(key)
+        if held and Lease.read(held).is_mine():
+            study.set_user_attr(key, mine())
+        else:  # it has none yet, or was taken for dead
+            key = alone_in(study, choose)
         return True
 
     extend()
@@ -55,8 +71,22 @@ def at_work(study: optuna.Study, does: Sequence[str]) -> Iterator[None]:
 
 def workers(study: optuna.Study, does: str) -> int:
     """How many processes measure, or train, this one included."""
-    found = {key: value for key, value in study.user_attrs.items() if key.startswith(WORKER) and value}
-    return sum(does in value["does"] and not Lease.read(value).has_expired(key) for key, value in found.items())
+    attrs = study.user_attrs
+    return sum(not _is_dead(attrs, key) for key in _at_work(attrs, does))
+
+
+def has_died(study: optuna.Study, does: str) -> bool:
+    """Whether a process that measured, or trained, has died, and none has come in its place."""
+    attrs = study.user_attrs
+    return any(_is_dead(attrs, key) for key in _at_work(attrs, does))
+
+
+def _at_work(attrs: Mapping[str, Any], does: str) -> list[str]:
+    return [key for key, value in attrs.items() if key.startswith(WORKER) and value and does in value["does"]]
+
+
+def _is_dead(attrs: Mapping[str, Any], key: str) -> bool:
+    return Lease.read(attrs[key]).has_expired(key)
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ from optuna.samplers import RandomSampler
 from nas.errors import UserError
 from nas.quality.plan import TrainingPlan
 from nas.search import helping
-from nas.search.helping import await_search, await_work
+from nas.search.helping import _Helper, await_search, await_work
 from nas.search.request import SearchRequest
-from nas.study.jobs import MEASURES, at_work
+from nas.study.jobs import MEASURES, WORKER, at_work
+from nas.study.leases import Lease
 from nas.study.trials import open_study
 
 
@@ -69,3 +70,30 @@ def test_a_search_that_does_not_come_is_not_waited_for_any_longer(
     study = open_study("s", request.storage, {"a": 1}, RandomSampler())
     with pytest.raises(UserError, match="nothing waits for a training, and nobody measures"):
         await_work(request, study, lambda _: None)
+
+
+@pytest.mark.parametrize("dies", [True, False])
+def test_a_search_that_died_is_waited_for_and_one_that_ended_is_not(
+    tmp_path: Path, clock: Callable[..., list[float]], monkeypatch: pytest.MonkeyPatch, ended: int, dies: bool
+) -> None:
+    study, said = open_study("s", tmp_path / "j", {"a": 1}, RandomSampler()), []
+    step, tasks = SimpleNamespace(claimed=lambda _: False), SimpleNamespace(help=lambda: False)
+    monkeypatch.setattr(helping, "open_tier", lambda *_: (None, []))
+    monkeypatch.setattr(helping, "TrainStep", lambda *_: step)
+    monkeypatch.setattr(helping, "open_tasks", lambda *_: tasks)
+    monkeypatch.setattr(helping, "LEASE_S", 60.0)
+    measuring = at_work(study, [MEASURES])
+    measuring.__enter__()
+
+    def end() -> None:
+        if dies:
+            key = next(each for each in study.user_attrs if each.startswith(WORKER))
+            study.set_user_attr(key, {"does": [MEASURES], **Lease.mine().to_json(), "pid": ended})
+        else:
+            measuring.__exit__(None, None, None)
+
+    now = clock(end)
+    assert _Helper(requested(tmp_path), study, None, said.append, lambda *_: None).run() == 0
+    waits = ["what measures has died: waiting 1 minutes at most until it is started again"]
+    assert said == [*(waits if dies else []), "the search that measures has ended: 0 trainings made here"]
+    assert now[0] == (60.0 if dies else helping.LOOK_S)

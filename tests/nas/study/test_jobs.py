@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import optuna
 import pytest
 from optuna.samplers import RandomSampler
 
 from nas.errors import TrainingError, UserError
 from nas.study import jobs
-from nas.study.jobs import HELD, MEASURES, TRAINS, Job, at_work, do, post, result_of, take, withdraw, workers
+from nas.study.jobs import HELD, MEASURES, TRAINS, WORKER, Job, at_work, do, has_died, post, result_of, take, withdraw, workers
 from nas.study.leases import Lease, beating
 from nas.study.trials import open_study
 
@@ -88,9 +90,25 @@ def test_who_is_at_work(study: optuna.Study, ended: int) -> None:
     with at_work(study, [MEASURES]):
         assert (workers(study, MEASURES), workers(study, TRAINS)) == (1, 0)
         gone = {"does": [TRAINS], **Lease.mine().to_json(), "pid": ended}
-        study.set_user_attr(f"{jobs.WORKER}here {ended}", gone)
-        assert workers(study, TRAINS) == 0
+        study.set_user_attr(f"{WORKER}1", gone)
+        assert (workers(study, TRAINS), has_died(study, TRAINS), has_died(study, MEASURES)) == (0, True, False)
+        with at_work(study, [TRAINS]):
+            assert (workers(study, TRAINS), has_died(study, TRAINS)) == (1, False), "in the place of the dead one"
     assert workers(study, MEASURES) == 0
+    with at_work(study, [TRAINS]), at_work(study, [MEASURES]):
+        assert {key for key in study.user_attrs if key.startswith(WORKER)} == {f"{WORKER}0", f"{WORKER}1"}
+
+
+def test_a_process_that_was_taken_for_dead_is_at_work_again(
+    study: optuna.Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beats = []
+    monkeypatch.setattr(jobs, "beating", lambda extend: beats.append(extend) or nullcontext())
+    with at_work(study, [TRAINS]):
+        study.set_user_attr(f"{WORKER}0", {"does": [TRAINS], **Lease.mine().to_json(), "host": "another"})
+        assert beats[0]()
+        assert workers(study, TRAINS) == 2
+    assert workers(study, TRAINS) == 1
 
 
 def test_a_job_whose_answer_was_lost_is_taken_again(study: optuna.Study) -> None:
