@@ -39,7 +39,7 @@ app = typer.Typer()
 AUTO = "auto"
 TRAINING_OPTIONS = (
     *("train_images", "epochs", "final_epochs", "seeds", "validate"),
-    *("train_device", "train_threads", "workers", "only"),
+    *("train_device", "train_threads", "train_processes", "workers", "only"),
 )
 
 
@@ -143,6 +143,12 @@ def search(
         ),
     ] = None,
     train_threads: TrainThreads = None,
+    train_processes: Annotated[
+        int,
+        typer.Option(
+            help="Processes that make each final training together: one a GPU of --train-device, or all on the CPU."
+        ),
+    ] = 1,
     workers: Annotated[
         str,
         typer.Option(
@@ -243,6 +249,7 @@ def search(
         limits=limits,
         train_devices=tuple(filter(None, (train_device or "").split(","))),
         train_threads=train_threads,
+        train_processes=train_processes,
         workers=workers_of(workers),
         only=only_of(only),
         file=file_options(

@@ -233,7 +233,7 @@ class RaceTier(HalvingTier):
             training = self.begin(candidate, images, recipe, seed, state)
             what = f"tuning the parent {child.parent} on all images, seed {seed}"
             try:
-                training.run(None, lambda done, total, _: self.trainer.progress(what, done, total))
+                self.trainer.run_fully(training, what)
             finally:
                 training.loader.close()
             save_weights(training.network, weights)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from nas.data.pixels import Pixels
     from nas.quality.plan import TrainingPlan
     from nas.quality.surrogate import TrainedNetwork
+    from nas.training.device import TrainingDevice
     from nas.training.engine import Training
     from nas.training.evaluation import Accuracy
     from nas.training.recipes import Recipe
@@ -89,6 +90,8 @@ class CandidateTrainer:
     """What every loader so far skipped."""
     say: Callable[[str], None] = tell
     """Called with a line where memory is short."""
+    together: Sequence[TrainingDevice] = ()
+    """Where full trainings are made, in a process for each; empty: in this process, on its device."""
 
     @cached_property
     def rungs(self) -> tuple[int, ...]:
@@ -156,6 +159,28 @@ class CandidateTrainer:
         from nas.training.device import alone_on
 
         return alone_on(self.device)
+
+    def alone_together(self) -> AbstractContextManager[None]:
+        """Have the GPUs that it makes full trainings on for this process."""
+        from nas.training.device import all_alone
+
+        return all_alone(self.together) if self.together else self.alone()
+
+    def run_fully(self, training: Training, what: str) -> None:
+        """Train to the last epoch, on all devices of full trainings.
+
+        Args:
+            what: what a display says.
+
+        Raises:
+            as `Training.run` and `nas.training.together.run_together`.
+        """
+        if self.together:
+            from nas.training.together import run_together
+
+            run_together(training, self.together, lambda done, total: self.progress(what, done, total), self.say)
+        else:
+            training.run(None, lambda done, total, _: self.progress(what, done, total))
 
     def judge(self, network: nn.Module, images: Images) -> Accuracy:
         """Accuracy on images, in order."""

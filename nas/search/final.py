@@ -229,7 +229,7 @@ def train_from(request: SearchRequest, tier: TrainedTier, label: str, candidate:
     if candidate.parent:  # whose tuning is told by itself
         begun = time.monotonic()
     if tier.tuning_pays(candidate):
-        training.run(None, lambda d, t, *_: trainer.progress(f"final training, {label}, seed {seed}", d, t))
+        trainer.run_fully(training, f"final training, {label}, seed {seed}")
     training.loader.close()
     if seed == 0 or lowers(request.precisions):  # each is judged as it is shipped
         save_weights(training.network, path.with_suffix(".safetensors"))

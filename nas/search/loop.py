@@ -346,7 +346,9 @@ def open_tier(
     if request.plan is not None and data is not None:
         folder, seed, px = request.folder / "training", request.seed or 0, request.resolution
         devices = () if request.only == "measure" else request.train_devices
-        trainer = open_trainer(request.plan, data, study, folder, seed, px, stage, say, devices)
+        trainer = open_trainer(
+            request.plan, data, study, folder, seed, px, stage, say, devices, request.train_processes
+        )
         if request.quality == "race":
             from nas.search.race import find_field
 

@@ -83,6 +83,9 @@ class SearchRequest:
     CPU. Not what latency is measured on."""
     train_threads: int | None = None
     """CPU threads of trainings; None: the CPUs that are idle, adjusted as others come and go."""
+    train_processes: int = 1
+    """Processes that make a full training together, at the end and for a validation: each on one of the training
+    devices, or all on the CPU."""
     workers: int | None = None
     """Processes that this search starts to train what it measures, one a training device; 0: it trains by itself.
     None: as many as there are training devices, where there are several or the measured device is another machine's;
@@ -163,16 +166,19 @@ class SearchRequest:
         for option, given in (
             ("--only", self.only),
             ("--workers", self.workers),
+            ("--train-processes", self.train_processes != 1),
             ("--train-device", self.train_devices),
         ):
             if given and self.plan is None:
                 raise UserError(f"{option} needs --data: without images nothing is trained")
             if given and option != "--train-device" and self.quality == "supernet":
                 raise UserError(f"{option}: --quality supernet trains one network for all of a family, in one process")
-        if self.train_devices and self.only != "measure":
-            from nas.training.device import training_devices
+        if self.train_processes != 1 and self.only == "measure":
+            raise UserError("--train-processes: --only measure trains nothing")
+        if (self.train_devices and self.only != "measure") or self.train_processes != 1:
+            from nas.training.device import together_on, training_devices
 
-            training_devices(self.train_devices)
+            together_on(training_devices(self.train_devices), self.train_processes)
         if self.only and self.workers:
             raise UserError("--only and --workers: give one of them")
 

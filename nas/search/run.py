@@ -78,8 +78,10 @@ def search(
     with training_threads(request.train_threads, say), open_crew(request, say, phase) as crew:
         request = replace(request, workers=crew.size)
         study, log = run_trials(request, progress, say, phase, images, crew)
-        if log.interrupted:
+        if log.interrupted or request.train_processes > 1:
             crew.close()
+        if request.train_processes > 1:  # what is left to train, this process does with others of its own
+            request = replace(request, workers=0)
         with storage_errors(storage_of(request)), interruptible():
             outcome = finish_run(request, study, log, command, phase, say)
             sweep(study)

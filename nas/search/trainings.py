@@ -37,6 +37,7 @@ def open_trainer(
     progress: Callable[[str, int, int], None],
     say: Callable[[str], None],
     devices: Sequence[str] = (),
+    processes: int = 1,
 ) -> CandidateTrainer:
     """What trains a search's candidates.
 
@@ -46,13 +47,15 @@ def open_trainer(
         resolution: of all networks; None where the search varies it.
         progress: called with what is trained, and images done and in total.
         devices: as `nas.training.device.training_devices`, of which this process takes the first.
+        processes: that make full trainings together, each on one of the devices; on the CPU all.
 
     Raises:
         UserError: a parent without weights, or a device that is not here.
     """
-    from nas.training.device import training_devices
+    from nas.training.device import together_on, training_devices
 
-    device = training_devices(devices)[0].name
+    found = training_devices(devices)
+    device = found[0].name
     known = seen_by(parent_weights(plan.parent))
     trainer = CandidateTrainer(
         data,
@@ -66,6 +69,7 @@ def open_trainer(
         seen=None if known is None else seen_among(data.train, known),
         weights=Store(plan.weights_from, say),
         say=say,
+        together=together_on(found, processes) if processes > 1 else (),
     )
     say(
         f"training on {device}: {trainer.used:,} of {len(data.train):,} images of {data.name} "

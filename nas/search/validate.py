@@ -209,7 +209,7 @@ def measure_one(tier: TrainedTier, candidate: Candidate) -> ValidatedNetwork:
     folder = trainer.folder / f"{candidate.key[:16]}-full"
     training = tier.begin(candidate, rest, tier.recipe(trainer.plan.full_epochs, candidate), SEED, folder)
     try:
-        training.run(None, lambda done, total, *_: trainer.progress("validation", done, total))
+        trainer.run_fully(training, "validation")
     finally:
         training.loader.close()
     found = trainer.judge(training.network, judge)

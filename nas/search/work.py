@@ -29,7 +29,8 @@ def open_tasks(
     as in `Tasks`."""
 
     def work(task: Task) -> JsonValue:
-        with tier.trainer.alone():
+        full = task.what in (What.FINAL, What.VALIDATE)
+        with tier.trainer.alone_together() if full else tier.trainer.alone():
             return _made(request, study, tier, task)
 
     return Tasks(study, work, trains, say, phase)

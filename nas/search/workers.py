@@ -122,7 +122,7 @@ class Crew:
 def start_of(request: SearchRequest, device: TrainingDevice) -> dict[str, str]:
     """What a worker is started with: its environment's CUDA_VISIBLE_DEVICES, and the request, pickled by its parent."""
     names = ("cuda:0",) if device.uuid and device.name != "cpu" else (device.name,)
-    own = replace(request, only="train", workers=0, train_devices=names)
+    own = replace(request, only="train", workers=0, train_devices=names, train_processes=1)
     return {
         "visible": device.uuid if device.name != "cpu" else "",
         "request": base64.b64encode(pickle.dumps(own)).decode(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from torch import distributed as dist
 from nas.data.batches import Batch
 from nas.errors import TrainingError, UserError
 from nas.lock import training_alone
+from nas.machine import usable_cpus
 from nas.text import first_line
 
 OUT_OF_MEMORY = ("allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED", "std::bad_alloc")
@@ -62,6 +63,21 @@ def training_devices(names: Sequence[str] = ()) -> list[TrainingDevice]:
     return found
 
 
+def together_on(devices: Sequence[TrainingDevice], processes: int) -> list[TrainingDevice]:
+    """The devices of processes that train one network together: each has a GPU of its own, or all have the CPU.
+
+    Raises:
+        UserError: more processes than there are GPUs, or CPUs.
+    """
+    if devices[0] == CPU:
+        able, what = len(usable_cpus()), "the CPUs that this process may use"
+    else:
+        able, what = len(devices), f"one a GPU, and there is {', '.join(each.name for each in devices)}"
+    if not 1 <= processes <= able:
+        raise UserError(f"--train-processes is {processes}: give 1 to {able}, {what}")
+    return [CPU] * processes if devices[0] == CPU else [*devices[:processes]]
+
+
 def alone_on(device: str) -> AbstractContextManager[None]:
     """Have a GPU for the trainings of this process: they take turns, as each fills its memory. On the CPU they share.
 
@@ -72,6 +88,15 @@ def alone_on(device: str) -> AbstractContextManager[None]:
     if kind == "cpu":
         return nullcontext()
     return training_alone(visible_gpus()[int(index or 0)].uuid)
+
+
+@contextmanager
+def all_alone(devices: Sequence[TrainingDevice]) -> Iterator[None]:
+    """Have several GPUs for the trainings of this process. They are taken in one order by all processes."""
+    with ExitStack() as stack:
+        for uuid in sorted(device.uuid for device in devices if device.uuid):
+            stack.enter_context(training_alone(uuid))
+        yield
 
 
 def to_stderr(line: str) -> None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,19 @@ class Training:
         Raises:
             UserError: a checkpoint of another training, or fewer than two images an update.
         """
+        self.again = partial(
+            Training,
+            model,
+            data,
+            recipe,
+            seed=seed,
+            precision=precision,
+            teacher=teacher,
+            checkpoint=checkpoint,
+            accumulate=accumulate,
+            compiled=compiled,
+        )
+        """Prepares it in another process."""
         self.model, self.seed, self._checkpoint = model.to(device), seed, checkpoint
         self._validate, self._accumulate = validate, accumulate
         self.epoch, self.judged, self.within = 0, True, Within()
@@ -146,7 +160,7 @@ class Training:
             "network": _digest(model),
             "images": len(data),
             "labels": hashlib.sha256(np.asarray(data.labels).tobytes()).hexdigest()[:16],
-            "batch": batch,
+            "batch": batch * world,
             "precision": precision,
             "teacher": teacher is not None,
         }

@@ -33,7 +33,8 @@ def test_outages() -> None:
 def test_measuring_and_training_workers_whose_proxy_dies() -> None:
     told = chaos("steps.py", "--workers=3", "--kills=1", "--rounds=1", "--away=1", "--only=grpc")
     assert "gRPC: 3 workers, " in told
-    assert "0 measured twice, 0 epochs trained twice" in told
+    assert "2 kills in 4 finals" in told
+    assert "0 measured twice, 0 epochs trained twice, 0 finals made twice, 0 finals lost" in told
 
 
 @pytest.mark.slow

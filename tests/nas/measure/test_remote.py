@@ -13,20 +13,25 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import psutil
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from optuna.samplers import RandomSampler
 
 import nas
 from nas import machine, process
 from nas.errors import UserError
-from nas.lock import ProcessLock
+from nas.intervals import Interval
+from nas.lock import ProcessLock, in_turn
 from nas.measure import device as measure_device
 from nas.measure import remote
+from nas.measure.budget import Limits
 from nas.measure.device import (
     check_settings,
     compare,
@@ -41,7 +46,14 @@ from nas.measure.remote import LinkLost, RemoteMeasurer
 from nas.measure.runtime import Settings
 from nas.measure.samples import MeasureError
 from nas.process import Worker, WorkerError
+from nas.quality.candidate import Candidate
+from nas.quality.tier import Estimate
+from nas.search import trial
+from nas.search.latency import TrialLatency
+from nas.search.log import SearchLog
 from nas.search.trial import TrialRunner
+from nas.study.trials import open_study
+from search_spaces import get_arch
 
 DEVICE = "ssh://board"
 SETTINGS = Settings(device=DEVICE)
@@ -182,6 +194,37 @@ def test_takes_turns_with_whoever_measures_there(server, monkeypatch: pytest.Mon
         assert theirs._file is None
         assert not theirs.acquire(0)
     assert capsys.readouterr().err == f"waiting for another vitnas process that measures on {DEVICE}\n"
+
+
+def test_a_trial_holds_the_board_while_it_is_measured_and_this_machine_while_it_trains(
+    server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    board = ProcessLock(LOCK)
+    monkeypatch.setenv("VITNAS_LOCKS", str(tmp_path))  # those of this machine; the board's stay where they were
+    here, seen = ProcessLock(LOCK), []
+
+    def look(when: str) -> None:
+        seen.append((when, *(each.acquire(0) for each in (board, here))))
+        board.release()
+        here.release()
+
+    def latency(_: str) -> TrialLatency:
+        look("measures")
+        return TrialLatency.read({"latency_ms": 1.0, "throughput": 1.0})
+
+    def train(*_: object) -> Estimate:
+        for _ in in_turn([1]):
+            look("trains")
+        return Estimate.within(50.0, 1.0, Interval(48.0, 52.0))
+
+    monkeypatch.setattr(trial, "suggest", lambda *_: Candidate(get_arch("shvit_s1")))
+    trainer = SimpleNamespace(alone=nullcontext)
+    tier = SimpleNamespace(name="train", trained=True, estimate=train, predict=train, trainer=trainer)
+    request = SimpleNamespace(settings=SETTINGS, budget_ms=2.0, limits=Limits(), folder=tmp_path)
+    runner = TrialRunner(request, open_study("s", tmp_path / "j", {"a": 1}, RandomSampler()), tier)
+    monkeypatch.setattr(runner, "_known", latency)
+    runner.trial(SearchLog("now"))
+    assert seen == [("measures", False, True), ("trains", True, False)]
 
 
 # --- a connection that ends ---

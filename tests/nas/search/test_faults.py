@@ -872,12 +872,29 @@ def test_who_trains_alone_needs_a_study(vitnas, pictures, tmp_path):
         (("--workers", "2"), "--workers is 2: one a training device"),
         (("--only", "measure", "--workers", "1"), "give one of them"),
         (("--train-device", "cuda:7"), "cuda:7"),
+        (("--train-processes", "0"), "--train-processes is 0: give 1 to "),
+        (("--train-processes", "999"), "the CPUs that this process may use"),
+        (("--only", "measure", "--train-processes", "2"), "--only measure trains nothing"),
         (("--only", "measure", "--quality", "supernet"), "supernet"),
     ],
 )
 def test_bad_words_on_processes(vitnas, device, pictures, tmp_path, words, why):
     vitnas.refused(vitnas(*trained(tmp_path, pictures, *words)), why)
     assert not (tmp_path / "s").exists()
+
+
+def test_final_trainings_alone_are_made_together(vitnas, device, tier, pictures, tmp_path, monkeypatch):
+    made = []
+
+    def run_together(training: Any, devices: Any, *_: Any) -> None:
+        made.append((len(devices), training.recipe.epochs))
+        training.epoch = training.recipe.epochs
+
+    monkeypatch.setattr("nas.training.device.usable_cpus", lambda: [0, 1])
+    monkeypatch.setattr("nas.training.together.run_together", run_together)
+    code, out, err = vitnas(*trained(tmp_path, pictures, "--train-processes", "2", "--seeds", "2"))
+    assert code == 0, err
+    assert made == [(2, 1)] * 2 * len(json.loads(out)["accuracy"]["rows"])
 
 
 def test_every_seed_is_judged_as_it_is_shipped_and_once(vitnas, device, tier, pictures, tmp_path, monkeypatch):

@@ -10,7 +10,21 @@ from optuna.samplers import RandomSampler
 
 from nas.errors import TrainingError, UserError
 from nas.study import jobs
-from nas.study.jobs import HELD, MEASURES, TRAINS, WORKER, Job, at_work, do, has_died, post, result_of, take, withdraw, workers
+from nas.study.jobs import (
+    HELD,
+    MEASURES,
+    TRAINS,
+    WORKER,
+    Job,
+    at_work,
+    do,
+    has_died,
+    post,
+    result_of,
+    take,
+    withdraw,
+    workers,
+)
 from nas.study.leases import Lease, beating
 from nas.study.trials import open_study
 

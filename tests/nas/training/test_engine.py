@@ -22,6 +22,8 @@ from nas.data.batches import loader
 from nas.data.images import Images, plain_transform
 from nas.data.pixels import IMAGENET
 from nas.errors import DiskFull, TrainingError, UserError
+from nas.training import together
+from nas.training.device import CPU
 from nas.training.engine import Training
 from nas.training.evaluation import evaluate
 from nas.training.recipes import RECIPES, Recipe
@@ -611,3 +613,33 @@ def test_the_loss_curve_is_timm_s(family):
         wanted.append(loss.item())
     assert ours == pytest.approx(wanted, rel=1e-6)
     assert max(wanted) - min(wanted) > 0.01
+
+
+# Several processes
+
+
+def unnormalised() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 4))
+
+
+def test_processes_that_train_together_end_as_one_does(tmp_path):
+    recipe, said, seen = dataclasses.replace(PLAIN, epochs=2), [], []
+    alone = Training(unnormalised(), pictures(16), recipe, checkpoint=tmp_path / "alone")
+    alone.run(1)
+    (tmp_path / "together").write_bytes((tmp_path / "alone").read_bytes())
+    alone.run()
+    made = Training(unnormalised(), pictures(16), recipe, checkpoint=tmp_path / "together")
+    together.run_together(made, [CPU] * 3, lambda *told: seen.append(told), said.append)
+    assert said == ["updates of 8 images: 2 of 3 processes train"]
+    assert seen[-1] == (32, 32)
+    assert (made.epoch, made.history[0]) == (2, alone.history[0])
+    for name, value in alone.network.state_dict().items():
+        assert torch.allclose(value, made.network.state_dict()[name], atol=1e-4)
+
+
+def test_where_one_of_them_fails_the_training_has(tmp_path, monkeypatch):
+    monkeypatch.setattr(together, "MODULE", "crew_worker")
+    made = Training(unnormalised(), pictures(16), PLAIN, checkpoint=tmp_path / "c")
+    with pytest.raises(TrainingError, match="of 2 processes that trained together one failed: TypeError: "):
+        together.run_together(made, [CPU] * 2, lambda *_: None, print)
