@@ -14,6 +14,8 @@ CLOSING_NETWORKS = 8
 LEAST_CLOSING_S = 2.0
 """Networks of a closing run, about, and seconds that each takes at least."""
 FINAL = re.compile(r"final training, (.+), seed (\d+)$")
+PARENT = re.compile(r"tuning the (parent .+) on all images, seed (\d+)$")
+"""Of a network that is cut, before its own final training of a seed, which has as many images."""
 VALIDATION = "validation"
 
 
@@ -46,7 +48,8 @@ class Plan:
     """What a search has before it, as far as it is known at its start.
 
     final_images, validation_images: trained on in one training at its end, and in one network's validation, over all
-    epochs. seeds: of a network at the end. timeout_s: after which no trial begins.
+    epochs. seeds: of a network at the end. networks: that are trained at the end, parents among them. timeout_s: after
+    which no trial begins.
     """
 
     trials: int
@@ -69,8 +72,8 @@ class Forecast:
         self._trial_s: float | None = None
         self._trial_began = now()
         self._closing: tuple[float, float] | None = None  # when it began, seconds left as of its own pace
-        self._networks: list[str] = []
-        self._trained = 0.0  # images of the trainings at the end
+        self._trained: dict[str, int] = {}  # images of the trainings at the end, by network
+        self._last = ""  # of these trainings
         self._validated = self._validating = 0.0
 
     def trial(self, done: int, trial_s: float | None, measuring_s: float) -> None:
@@ -82,7 +85,8 @@ class Forecast:
     def phase(self, what: str, done: int, total: int) -> None:
         """What goes on now."""
         plan = self._plan
-        if "training, epoch" in what or what == VALIDATION or FINAL.match(what):
+        final = FINAL.match(what) or PARENT.match(what)
+        if "training, epoch" in what or what == VALIDATION or final:
             self._pace.see(what, done)
         if what == VALIDATION:
             if done < self._validating:
@@ -93,14 +97,15 @@ class Forecast:
             began = self._now() if self._closing is None else self._closing[0]
             spent = self._now() - began
             self._closing = began, spent / done * (total - done) if done else self._closing_s()
-        elif match := FINAL.match(what):
+        elif final:
             self._trials_left = 0
             self._closing = self._now(), 0.0
             self._validated = plan.validated * plan.validation_images
-            if match[1] not in self._networks:
-                self._networks.append(match[1])
-            before = self._networks.index(match[1]) * plan.seeds + int(match[2])
-            self._trained = before * plan.final_images + done
+            if final[1] not in self._trained:  # those before it are done, but for a parent that it is cut from
+                last = next(reversed(self._trained), "")
+                own = {last} if PARENT.match(self._last) else set()
+                self._trained |= dict.fromkeys(self._trained.keys() - own, plan.seeds * plan.final_images)
+            self._trained[final[1]], self._last = int(final[2]) * plan.final_images + done, what
 
     def left_s(self) -> float | None:
         """Seconds; None where nothing can be said yet."""
@@ -113,7 +118,7 @@ class Forecast:
             trials = (self._trials_left - 1) * self._trial_s + current
             if plan.timeout_s is not None:
                 trials = min(trials, max(0.0, self._begun + plan.timeout_s - now) + current)
-        images = plan.final_images * plan.seeds * plan.networks - self._trained
+        images: float = plan.final_images * plan.seeds * plan.networks - sum(self._trained.values())
         images += max(0.0, plan.validation_images * plan.validated - self._validated - self._validating)
         training = 0.0
         if images > 0:

@@ -221,6 +221,7 @@ def plan_of(options: SearchRequest, images: ImageData | None) -> Plan:
         options.trials,
         final_images=plan.full_epochs * every,
         seeds=plan.seeds,
+        networks=3 if options.quality == "race" else 2,  # one is cut from a parent, which is tuned for it
         validation_images=plan.full_epochs * every,
         validated=plan.validate,
         timeout_s=options.timeout_s,

@@ -150,7 +150,8 @@ class RaceTier(HalvingTier):
             model = self._cut_fully(candidate, images, recipe.epochs, seed, checkpoint.parent)
         else:
             model = self._start(candidate, images)
-        return self.trainer.train(model, images, recipe, seed=seed, checkpoint=checkpoint)
+        augmented = self.trainer.augmented(images, candidate.network.resolution, pixels_of(candidate), recipe)
+        return self.trainer.train(model, augmented, recipe, seed=seed, checkpoint=checkpoint)
 
     def _start(self, candidate: Candidate, images: Images) -> nn.Module:
         """A pretrained network of the user's classes, before any epoch.

@@ -263,10 +263,10 @@ class _Tuning:
         if self.found.lr is None:
             self._keep(lr=choose_rate(self.arch, trainer, lambda: (first, images, judges)))
         epochs, lr = self.found.epochs or 1, self.found.lr or 0.0
+        recipe = tuning_recipe(epochs, lr)
+        augmented = trainer.augmented(images, self.arch.resolution, own_pixels(self.arch), recipe)
         try:
-            tuned = _trained(
-                copy.deepcopy(first), images, trainer, tuning_recipe(epochs, lr), f"tuning the parent {name}", state
-            )
+            tuned = _trained(copy.deepcopy(first), augmented, trainer, recipe, f"tuning the parent {name}", state)
             top1 = trainer.judge(tuned, judges).top1
         except TrainingError as error:
             trainer.say(f"the parent {name} stays as its tuning began: {error}")

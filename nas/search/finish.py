@@ -147,6 +147,10 @@ class _Finish:
         return self.tier.name == RACE
 
     @property
+    def opponents(self) -> tuple[ClosingRow | None, ClosingRow | None]:
+        return opponents(self.final, self.request.budget_ms)
+
+    @property
     def feasible(self) -> list[Trial]:
         return [row for row in self.rows if row.feasible]
 
@@ -295,7 +299,7 @@ class _Finish:
 
         winner = winner_of(self.final, self.request.budget_ms)
         self.final = with_winner(self.final, winner)
-        made, ready = opponents(self.final, self.request.budget_ms)
+        made, ready = self.opponents
         rows = sorted(
             (row.accuracy for row in self.final if row.accuracy),
             key=lambda each: (each.label != winner.label, -each.mean),
@@ -419,11 +423,11 @@ class _Finish:
             told = guessing(self.accuracy.rows[0].ci, self.request.num_classes)
             if told:
                 yield f"{self.accuracy.rows[0].label}: {told}"
-        if self.accuracy and self.accuracy.comparison and self.races:
-            found, ready = opponents(self.final, self.request.budget_ms)
-            yield decision(known(found), known(ready), self.accuracy.rows[0].label)
         if self.races and self.final:
-            yield from remarks_on_size(opponents(self.final, self.request.budget_ms)[0], self.final)
+            found, ready = self.opponents
+            if self.accuracy and self.accuracy.comparison:
+                yield decision(known(found), known(ready), self.accuracy.rows[0].label)
+            yield from remarks_on_size(found, self.final)
         for row in self.accuracy.rows if self.accuracy else ():
             if row.before:
                 yield f"{row.label}: {row.before.words}, which its own training and seconds do not count"

@@ -18,6 +18,7 @@ from nas.networks.pretrained import label_of
 from nas.networks.ready import Ready, ready_networks
 from nas.networks.timm_network import TIMM, TimmNetwork
 from nas.quality.candidate import Candidate, Kind, label_at
+from nas.search.speed import POWER
 
 if TYPE_CHECKING:
     from nas.networks.store import Store
@@ -31,10 +32,6 @@ SIZES = range(64, 513, 32)
 GUESSED, ALIKE, LINE = 2.5, 2.0, 1.15
 """A latency that is foretold from another network's is wrong by less than these factors, either way: from the reference
 network's, from that of a network of the same group, and from the same network's at two other resolutions."""
-POWER = 0.7
-"""Between networks latency grows about with this power of the multiply-accumulates, as small ones keep a CPU less busy.
-Eleven networks from 5 to 127 MMACs are foretold so from EfficientViT-M0 within `GUESSED`, on one CPU; in proportion to
-their MACs they are up to 4 times off."""
 EXPONENTS = (0.6, 0.85, 1.1)
 """Of one network latency grows with this power of the pixels: at least, likely and at most. Of three CNNs from 64 to
 128 px, measured on one CPU: 0.72, 0.85 and 0.90."""

@@ -13,7 +13,6 @@ from nas.training.course import Course, Held, Probed, Trial
 from nas.training.holdout import HELD
 from nas.training.processes import agreed
 from nas.training.rates import choose_trial, speak_for_tuning
-from nas.training.recipes import LONG_CROPS, LONG_EPOCHS
 from nas.units import counted
 
 if TYPE_CHECKING:
@@ -304,12 +303,11 @@ class Preparation:
 
     def choose_crops(self, epochs: int) -> None:
         """Crop more of each image where the tuning is a long one."""
-        gentle = self.request.recipe.augmentation.scale
-        if epochs >= LONG_EPOCHS and gentle > LONG_CROPS and not self.inputs.data.demo:
-            self.course.crops = LONG_CROPS
-            self.note(
-                f"{epochs} epochs: random crops keep at least {LONG_CROPS:.0%} of an image's area, not {gentle:.0%}"
-            )
+        recipe = self.request.recipe
+        gentle, crops = recipe.augmentation.scale, replace(recipe, epochs=epochs).tuning_crops
+        if crops < gentle and not self.inputs.data.demo:
+            self.course.crops = crops
+            self.note(f"{epochs} epochs: random crops keep at least {crops:.0%} of an image's area, not {gentle:.0%}")
             self.keep()
 
     # Time

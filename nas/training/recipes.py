@@ -62,6 +62,12 @@ class Recipe:
     def peak_lr(self) -> float:
         return self.lr * self.batch_size / self.lr_batch
 
+    @property
+    def tuning_crops(self) -> float:
+        """The least share of an image's area that random crops keep in a fine-tuning: its own, unless it is long."""
+        own = self.augmentation.scale
+        return min(own, LONG_CROPS) if self.epochs >= LONG_EPOCHS else own
+
 
 QUICK = Recipe(
     name="quick",

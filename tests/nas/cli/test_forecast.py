@@ -85,6 +85,21 @@ def test_final_trainings_of_an_earlier_run_are_not_counted_again(clock):
     assert forecast.left_s() == pytest.approx(9000 / 100)
 
 
+def test_a_parent_is_tuned_before_each_final_training_of_what_is_cut_from_it(clock):
+    forecast = Forecast(Plan(trials=2, final_images=3000, seeds=2, networks=3), clock)
+    trained(forecast, clock, 100)
+    forecast.trial(2, 10.0, 2.0)
+    parent, child = "tuning the parent efficientvit_m1 on all images, seed {}", "final training, trial 1, seed {}"
+    left = 18_000
+    for seed in range(2):
+        for what in (parent, child):
+            for done in (0, 3000):
+                forecast.phase(what.format(seed), done, 3000)
+                clock.now += 30
+            left -= 3000
+            assert forecast.left_s() == pytest.approx(left / 100)
+
+
 def test_networks_of_the_validation_are_counted_down(clock):
     forecast = Forecast(Plan(trials=2, validation_images=1000, validated=6), clock)
     trained(forecast, clock, 50)

@@ -27,6 +27,7 @@ from nas.quality.trainer import CandidateTrainer
 from nas.quality.tuning import Tuned, choose_rate, tuning_recipe
 from nas.search.accuracy import compare_means
 from nas.search.final import result_path, train_fully
+from nas.training.recipes import LONG_CROPS
 from search_spaces import create_model, get_arch
 
 PX = 32
@@ -191,11 +192,15 @@ def test_a_cut_is_repaired_where_that_is_better(trainer, monkeypatch):
 
 
 def test_a_derived_network_ends_with_its_parent_tuned_on_all_images_as_ready_ones_are(trainer, tmp_path, monkeypatch):
-    tier, child, trained = RaceTier(trainer), derived(), []
+    tier, child, trained, crops = RaceTier(trainer), derived(), [], set()
     train = CandidateTrainer.train
+    monkeypatch.setattr("nas.training.recipes.LONG_EPOCHS", 1)
 
     def watched(self, model, images, recipe, **options):
         trained.append((model.arch == child.arch, len(images), recipe, options))
+        crops.update(
+            each.scale[0] for each in images.transform.transforms if len(images) == 60 and hasattr(each, "scale")
+        )
         return train(self, model, images, recipe, **options)
 
     monkeypatch.setattr(CandidateTrainer, "train", watched)
@@ -206,6 +211,7 @@ def test_a_derived_network_ends_with_its_parent_tuned_on_all_images_as_ready_one
     found = train_fully(request, tier, "x", child)
     final = [(is_child, options["seed"]) for is_child, images, _, options in trained if images == 60]
     assert final == [(False, 0), (True, 0), (False, 1), (True, 1)]
+    assert crops == {LONG_CROPS}, "as where one network is trained for long"
     rates = {is_child: recipe.lr for is_child, images, recipe, _ in trained if images == 60}
     assert rates[True] == lower_rate(rates[False])
     assert (found.before.epochs, found.before.images, len(found.top1)) == (1, 60, 2)

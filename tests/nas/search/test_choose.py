@@ -20,7 +20,8 @@ from nas.search import choose, derive, propose
 from nas.search.choose import Chooser, Sized, Tried
 from nas.search.given import GIVEN
 from nas.search.propose import Measured
-from nas.search.ready import GUESSED, POWER, Entrant, Field
+from nas.search.ready import GUESSED, Entrant, Field
+from nas.search.speed import POWER
 from pruning.units import anatomy, equal_scores
 from search_spaces import get_arch
 

@@ -279,7 +279,7 @@ def images_trained_on(monkeypatch) -> list[tuple[int, bool]]:
 def test_a_long_tuning_crops_more_of_its_images(vitnas, weights, tmp_path, monkeypatch):
     """Its trials do not; where it was interrupted it goes on so."""
     images, (model, given) = folder_of_images(tmp_path / "images", train=60, val=4), weights
-    monkeypatch.setattr(nas.training.prepare, "LONG_EPOCHS", 2)
+    monkeypatch.setattr(nas.training.recipes, "LONG_EPOCHS", 2)
     scales: list[float] = []
 
     class Watched(nas.training.engine.Training):
