@@ -204,13 +204,14 @@ def pixels_of_target(target: Target) -> Pixels:
 
 
 def _trained(document: str, weights: str, settings: dict[str, Any], stem: str, images: str | None) -> dict[str, str]:
-    """In the child: a network with its weights, in float32."""
+    """In the child: a network with its weights, in the precision of the settings."""
     from nas.export.folder import card_for
     from nas.networks.build import from_document
 
-    network, path = from_document(document), Path(f"{stem}.onnx")
+    network, path, own = from_document(document), Path(f"{stem}.onnx"), Settings(**settings)
     card, _ = card_for(network, weights)
-    write_trained(network, Path(weights), path, Settings(**settings).batch_size, card)
+    write_trained(network, Path(weights), path, own.batch_size, card)
+    lower_precision(path, own, np.load(images) if images else None)
     return {"path": str(path)}
 
 

@@ -140,9 +140,14 @@ class Preprocess(BaseModel):
     @classmethod
     def own(cls, resolution: int, pixels: Pixels = IMAGENET) -> Preprocess:
         """What vitnas validates with at R = `resolution` pixels a side."""
-        from nas.data.images import plain_transform
-
-        return cls.of(plain_transform(resolution, pixels), pixels)
+        return cls(
+            resize=math.floor(resolution / pixels.crop_pct),
+            size=resolution,
+            interpolation=pixels.interpolation,
+            mean=_colour(pixels.mean),
+            std=_colour(pixels.std),
+            crop_pct=pixels.crop_pct,
+        )
 
 
 def _crop_of(size: int, resize: int) -> float:

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+import quick
 
 from nas.bench import files as bench_files
 from nas.bench import report, run
@@ -73,7 +75,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def fixed_here(monkeypatch: pytest.MonkeyPatch, exports_here: None) -> None:
-    """ONNX files get their shape and precision in this process; tests that measure for real leave it to a child."""
+    """ONNX files get their shape and precision in this process; runs of several runtimes leave it to a child."""
     in_a_child = Exporter.call
 
     def call(self: Exporter, method: str, settings: Settings, stem: Path, images: str | None, **source: Any) -> Path:
@@ -92,7 +94,6 @@ def onnx_file(tmp_path: Path) -> Callable[..., str]:
     def write(
         name: str = "mine.onnx", *, operator: str = "Conv", kind: str = "FLOAT", opset: int = 17, **inputs: list | None
     ) -> str:
-        import onnx
         from onnx import TensorProto, helper
 
         inputs = inputs or {"images": ["batch", 3, 8, 8]}
@@ -164,7 +165,7 @@ def failures(err: str) -> list[str]:
 # --- measured for real ---
 
 
-@pytest.mark.usefixtures("quiet")
+@pytest.mark.usefixtures("quiet", "fixed_here")
 def test_networks_of_all_kinds(vitnas, onnx_file, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: dict[str, Measurement] = {}
     monkeypatch.setattr(side_by_side, "compare", lambda *args: made.update(compare(*args)) or made)
@@ -273,7 +274,6 @@ def test_int8_of_a_file_that_knows_the_classes_is_judged(
     onnx_file, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, max_drop: float, within: bool
 ) -> None:
     """The file that is timed is the one that is judged, on the runtime that it is timed on."""
-    import onnx
     from PIL import Image
 
     from nas.bench.table import show_bench
@@ -487,13 +487,26 @@ def test_what_fails_is_told_and_the_ratio_is_to_the_first_row(given) -> None:
     assert [(row.model, row.threads, row.error) for row in found.failed] == [("a", 1, "it broke")]
 
 
-def test_what_cannot_be_prepared_is_told(onnx_file, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(side_by_side, "compare", lambda paths, *_: dict.fromkeys(paths, Measurement([[1.0]] * 6)))
+def test_what_cannot_be_prepared_is_told(onnx_file, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a trained network, whose file is in the precision asked for."""
+    made: list[set[str]] = []
+
+    def compare(paths: dict[str, Path], *_: object) -> dict[str, Measurement]:
+        made.extend({node.op_type for node in onnx.load(path).graph.node} for path in paths.values())
+        return dict.fromkeys(paths, Measurement([[1.0]] * 6))
+
+    monkeypatch.setattr(side_by_side, "compare", compare)
     monkeypatch.setattr("nas.process.TOLD_S", 0.01)
+    network, folder = quick.small_reference(), tmp_path / "net"
+    folder.mkdir()
+    (folder / "arch.json").write_text(network.to_json())
+    save_weights(create_model(network), folder / "model.safetensors")
     path, said = onnx_file(operator="Unheard"), []
-    found = bench(BenchRequest([find_target(path)], (Settings(precision="int8"),)), say=said.append)
+    targets = [find_target(path), find_target(str(folder))]
+    found = bench(BenchRequest(targets, (Settings(precision="int8"),)), say=said.append)
     assert said[0] == f"waiting for {path}: no answer for 0 s, will give up after 600 s (--timeout)"
-    assert found.rows == []
+    assert [row.model for row in found.rows] == [str(folder)]
+    assert ["QuantizeLinear" in each for each in made] == [True]
     assert len(found.errors) == 1
     assert found.errors[0].startswith(f"{path}: cannot be prepared: ")
     assert "Unheard" in found.errors[0]
@@ -881,7 +894,6 @@ def test_images_of_data_are_not_for_inputs_of_bytes(vitnas, onnx_file, given, tm
 def test_weights_of_float16_are_told(onnx_file, given) -> None:
     path = onnx_file()
     given({path: [1.0] * 6})
-    import onnx
 
     model = onnx.load(path)
     model.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(3, np.float16), "more"))
@@ -916,7 +928,6 @@ def test_a_damaged_file_is_refused_before_the_device_is_waited_for(vitnas, tmp_p
 
 @pytest.mark.parametrize(("held", "said"), [(None, "not there"), (3, "cut off, 3 of 432 bytes")])
 def test_weights_beside_the_file_that_are_not_all_there(vitnas, onnx_file, given, held, said: str) -> None:
-    import onnx
 
     given({})
     path = Path(onnx_file())
@@ -930,7 +941,6 @@ def test_weights_beside_the_file_that_are_not_all_there(vitnas, onnx_file, given
 
 
 def test_a_file_without_outputs(vitnas, onnx_file, given) -> None:
-    import onnx
 
     given({})
     path = onnx_file()

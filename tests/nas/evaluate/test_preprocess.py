@@ -30,6 +30,7 @@ from nas.export.card import Preprocess
 )
 def test_pixels_are_those_of_evaluation_to_the_bit(tmp_path: Path, size: int, pixels: Pixels) -> None:
     how, transform = Preprocess.own(size, pixels), plain_transform(size, pixels)
+    assert how == Preprocess.of(transform, pixels)
     for kind, path in toy_onnx.odd_images(tmp_path).items():
         image = decode(path)
         found = normalise(crop(image, how), how)
