@@ -355,6 +355,14 @@ def int8(full: Path, path: Path, calibration: np.ndarray | None = None, name: st
     return onnx.load(path)
 
 
+@pytest.fixture(scope="module")
+def quantised(full: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`full` in int8, calibrated on noise; alone in its folder."""
+    path = tmp_path_factory.mktemp("quantised") / "int8.onnx"
+    int8(full, path)
+    return path
+
+
 def image_scale(model: onnx.ModelProto) -> tuple[float, int]:
     """Scale and zero point that the images are quantised with."""
     node = next(node for node in model.graph.node if node.op_type == "QuantizeLinear" and node.input[0] == "images")
@@ -375,27 +383,26 @@ def own_arithmetic(path: Path, batch_size: int, resolution: int) -> np.ndarray:
     return session.run(None, {"images": fixed_images((batch_size, 3, resolution, resolution))})[0]
 
 
-def test_int8_is_int8_and_the_same_network(full: Path, tmp_path: Path) -> None:
+def test_int8_is_int8_and_the_same_network(full: Path, quantised: Path) -> None:
     """A runtime rounds as the file says, give or take a step: off by 0.04 at most; kernels that saturate, by 0.2."""
-    network, path = smallest("shvit"), tmp_path / "int8.onnx"
-    model = int8(full, path)
-    quantised = {n.output[0] for n in model.graph.node if n.op_type == "DequantizeLinear"}
+    network, model = smallest("shvit"), onnx.load(quantised)
+    in_int8 = {n.output[0] for n in model.graph.node if n.op_type == "DequantizeLinear"}
     convs = [node for node in model.graph.node if node.op_type == "Conv"]
     assert convs
-    assert all(node.input[0] in quantised and node.input[1] in quantised for node in convs)
-    assert path.stat().st_size < 0.5 * full.stat().st_size
-    assert [found.name for found in tmp_path.iterdir()] == ["int8.onnx"]
-    said = own_arithmetic(path, 2, network.resolution)
+    assert all(node.input[0] in in_int8 and node.input[1] in in_int8 for node in convs)
+    assert quantised.stat().st_size < 0.5 * full.stat().st_size
+    assert [found.name for found in quantised.parent.iterdir()] == ["int8.onnx"]
+    said = own_arithmetic(quantised, 2, network.resolution)
     assert error_of(said, expected(network, 2)) < 0.06
     for name in ("onnxruntime", "openvino"):
         settings = Settings(name, batch_size=2, precision="int8")
         check_or_skip(settings)
-        assert error_of(RUNTIMES[name].load(path, settings)(), said) < 0.1
+        assert error_of(RUNTIMES[name].load(quantised, settings)(), said) < 0.1
 
 
-def test_int8_weights_do_not_saturate(full: Path, tmp_path: Path) -> None:
+def test_int8_weights_do_not_saturate(full: Path, quantised: Path, tmp_path: Path) -> None:
     """Two products of an unsigned byte and a weight fit into 16 bits; one file for all runtimes."""
-    model = int8(full, tmp_path / "a.onnx")
+    model = onnx.load(quantised)
     weights = [
         onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer if tensor.data_type == TensorProto.INT8
     ]
@@ -406,12 +413,12 @@ def test_int8_weights_do_not_saturate(full: Path, tmp_path: Path) -> None:
     assert int8(full, tmp_path / "b.onnx", name="openvino") == model
 
 
-def test_int8_is_calibrated_on_the_given_images(full: Path, tmp_path: Path) -> None:
+def test_int8_is_calibrated_on_the_given_images(full: Path, quantised: Path, tmp_path: Path) -> None:
     images = np.random.default_rng(1).uniform(0, 51, (5, 3, 40, 40)).astype(np.float32)
     scale, zero = image_scale(int8(full, tmp_path / "a.onnx", images))
     assert 0.15 < scale <= 0.2  # 51 in 255 steps; resizing to the network's resolution smooths
     assert zero == 0
-    scale, zero = image_scale(int8(full, tmp_path / "b.onnx"))
+    scale, zero = image_scale(onnx.load(quantised))
     assert 0.02 < scale < 0.05  # noise, about -4.5 to 4.5
     assert 100 < zero < 155
 

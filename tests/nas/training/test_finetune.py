@@ -178,20 +178,20 @@ def test_each_image_is_looked_at_once_for_the_given_statistics(tune, monkeypatch
     assert taken == [120, 50] + [120] * ("are taken from these images" in err)
 
 
-@pytest.mark.parametrize("there", [True, False])
-def test_a_start_that_fails_leaves_the_folder_to_another(tune, tmp_path, monkeypatch, there):
+def test_a_start_that_fails_leaves_the_folder_to_another(tune, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise TrainingError("taking features failed: no")
 
     out = tmp_path / "out"
-    if there:
-        out.mkdir()
-    with monkeypatch.context() as patched:
-        patched.setattr(nas.training.probe, "find_features", fail)
-        code, _, err = tune("--probe", "--device", "cpu")
-    assert (code, err.splitlines()[-1]) == (2, "vitnas: taking features failed: no")
-    assert out.exists() == there
-    assert not (out / "state").exists()
+    for there in (False, True):
+        if there:
+            out.mkdir()
+        with monkeypatch.context() as patched:
+            patched.setattr(nas.training.probe, "find_features", fail)
+            code, _, err = tune("--probe", "--device", "cpu")
+        assert (code, err.splitlines()[-1]) == (2, "vitnas: taking features failed: no")
+        assert out.exists() == there
+        assert not (out / "state").exists()
     assert tune(*ARGS)[0] == 0
 
 
@@ -328,17 +328,18 @@ def interrupt(*args, **kwargs) -> None:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize(("failing", "code"), [(TrainingError("the loss is nan"), 1), (KeyboardInterrupt(), 130)])
-def test_what_ends_in_the_first_epoch_leaves_the_probe(tune, tmp_path, monkeypatch, failing, code):
-    def fail(run, training):
-        raise failing
+def test_what_ends_in_the_first_epoch_leaves_the_probe(tune, tmp_path, monkeypatch):
+    for failing, ends in ((TrainingError("the loss is nan"), 1), (KeyboardInterrupt(), 130)):
 
-    with monkeypatch.context() as patched:
-        patched.setattr(nas.training.run.TrainingRun, "_epochs", fail)
-        assert tune(*ARGS)[0] == code
-    found = metrics(tmp_path)
-    assert (found["kept"], found["final"]["of"]) == ("probe", "linear probe")
-    assert (tmp_path / "out" / "model.onnx").is_file()
+        def fail(run, training, failing=failing):
+            raise failing
+
+        with monkeypatch.context() as patched:
+            patched.setattr(nas.training.run.TrainingRun, "_epochs", fail)
+            assert tune(*ARGS)[0] == ends
+        found = metrics(tmp_path)
+        assert (found["kept"], found["final"]["of"]) == ("probe", "linear probe")
+        (tmp_path / "out" / "model.onnx").unlink()
     code, _, err = tune(*ARGS)
     assert code == 0, err
     assert metrics(tmp_path)["tuned"] is not None
@@ -362,19 +363,18 @@ STEPS = {
 }
 
 
-@pytest.mark.parametrize("step", STEPS)
-def test_what_is_done_is_not_done_again(tune, whole, tmp_path, monkeypatch, step):
-    """Killed at any step, the same command ends with the same weights, and with no step done twice."""
-    owner, name = STEPS[step]
+def test_what_is_done_is_not_done_again(tune, whole, tmp_path, monkeypatch):
+    """Killed at one step after the other, the same command ends with the same weights, and with no step done twice."""
     done: list[str] = []
     monkeypatch.setattr(
         nas.training.prepare.Preparation,
         "keep",
         lambda self, keep=nas.training.prepare.Preparation.keep: (done.append(state(self)), keep(self)),
     )
-    with monkeypatch.context() as patched:
-        patched.setattr(owner, name, interrupt)
-        assert tune(*ARGS)[0] == 130
+    for step, (owner, name) in STEPS.items():
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, name, interrupt)
+            assert tune(*ARGS)[0] == 130, step
     code, _, err = tune(*ARGS)
     assert code == 0, err
     steps = [step for step, _ in itertools.groupby(done)]

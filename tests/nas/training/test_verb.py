@@ -31,6 +31,7 @@ import nas.training.evaluation
 import nas.training.prepare
 import nas.training.run
 import nas.training.updater
+from nas.bench import files as bench_files
 from nas.cli.app import main
 from nas.data.batches import loader
 from nas.data.dataset import open_data
@@ -38,7 +39,10 @@ from nas.data.images import sample
 from nas.data.pixels import Pixels
 from nas.errors import TrainingError, UserError
 from nas.export import folder as export_folder
+from nas.export import side_by_side
+from nas.export.artifact import Exporter
 from nas.files import folder_lock
+from nas.measure.samples import Measurement
 from nas.networks.targets import Target
 from nas.training.evaluation import evaluate
 from nas.training.inputs import first_network
@@ -48,6 +52,7 @@ from nas.training.start import Start
 from search_spaces import Arch, create_model, get_arch
 
 ARGS = ("--epochs", "2", "--batch-size", "32", "--device", "cpu")
+BRIEF = ("--epochs", "1", "--batch-size", "64", "--device", "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +99,8 @@ def metrics(folder: Path) -> dict:
     return json.loads((folder / "metrics.json").read_text())
 
 
-def test_a_folder_that_export_and_bench_take(vitnas, deit, tmp_path):
+def test_a_folder_that_export_and_bench_take(vitnas, deit, tmp_path, monkeypatch):
+    """What bench's child does with weights is tested in test_bench."""
     out = tmp_path / "out"
     code, _, err = vitnas("train", deit, "--out", str(out), *ARGS, "--lr", "0.004", "--json")
     assert code == 0, err
@@ -156,14 +162,30 @@ def test_a_folder_that_export_and_bench_take(vitnas, deit, tmp_path):
     assert (code, "with the given weights" in text) == (0, True)
     again = load_file(tmp_path / "exported" / "model.safetensors")
     assert all(torch.equal(value, again[name]) for name, value in load_file(out / "model.safetensors").items())
-    assert vitnas("bench", str(out), "--rounds", "6", "--threads", "1")[0] == 0
+    timed: list[bytes] = []
+
+    def call(self, method, settings, stem, images, **source):
+        assert method == "trained"
+        return Path(
+            bench_files._trained(settings=dataclasses.asdict(settings), stem=stem, images=images, **source)["path"]
+        )
+
+    def compare(paths, *_):
+        timed.extend(path.read_bytes() for path in paths.values())
+        return dict.fromkeys(paths, Measurement([[1.0]] * 6))
+
+    monkeypatch.setattr(Exporter, "call", call)
+    monkeypatch.setattr(side_by_side, "compare", compare)
+    code, text, err = vitnas("bench", str(out), "--rounds", "6", "--threads", "1")
+    assert (code, len(timed)) == (0, 1), err
+    assert str(out) in text
 
 
 @pytest.mark.usefixtures("few")
 def test_what_an_onnx_check_refuses_is_written(vitnas, deit, tmp_path, monkeypatch):
     """Weights and metrics are there, an older model.onnx is not; the same command exports again, without training."""
     out = tmp_path / "out"
-    args = ("train", deit, "--out", str(out), "--epochs", "1", "--batch-size", "64", "--device", "cpu")
+    args = ("train", deit, "--out", str(out), *BRIEF)
     out.mkdir()
     (out / "model.onnx").write_text("of an older network")
     agreement = export_folder.agreement
@@ -236,15 +258,14 @@ def test_a_second_command_on_a_folder_is_refused(vitnas, deit, tmp_path):
         ("state/checkpoint", "no checkpoint"),
     ],
 )
-def test_a_damaged_file_is_one_line(vitnas, deit, tmp_path, file, content):
+def test_a_damaged_file_is_one_line(vitnas, deit, finished, tmp_path, file, content):
     out = tmp_path / "out"
-    args = ("train", deit, "--out", str(out), "--epochs", "1", "--batch-size", "64", "--device", "cpu")
     if file == "state/checkpoint":
         (out / "state").mkdir(parents=True)
     else:
-        assert vitnas(*args)[0] == 0
+        shutil.copytree(finished, out)
     (out / file).write_text(content)
-    code, _, err = vitnas(*args)
+    code, _, err = vitnas("train", deit, "--out", str(out), *BRIEF)
     assert (code, err.count("\n")) == (2, 1 + ("no --data" in err)), err
     assert str(out / file) in err
     assert (out / file).read_text() == content
@@ -257,14 +278,24 @@ ONCE = ("--epochs", "3", "--batch-size", "32", "--device", "cpu")
 @pytest.fixture(scope="module")
 def whole(deit, tmp_path_factory) -> dict[str, Tensor]:
     """Weights of the training ONCE that nothing has interrupted."""
-    out = tmp_path_factory.mktemp("whole")
+    return load_file(trained_in(tmp_path_factory.mktemp("whole"), deit, ONCE) / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def finished(deit, tmp_path_factory) -> Path:
+    """The folder of a training that is finished: to be copied."""
+    return trained_in(tmp_path_factory.mktemp("finished"), deit, BRIEF)
+
+
+def trained_in(out: Path, model: str, words: tuple[str, ...]) -> Path:
+    """A folder in which a few digits have trained a network."""
     with pytest.MonkeyPatch.context() as patch:
         few_digits(patch)
-        patch.setattr(sys, "argv", ["vitnas", "train", deit, "--out", str(out), *ONCE])
+        patch.setattr(sys, "argv", ["vitnas", "train", model, "--out", str(out), *words])
         with pytest.raises(SystemExit) as stop:
             main()
     assert stop.value.code == 0
-    return load_file(out / "model.safetensors")
+    return out
 
 
 def signalled(monkeypatch, at: int, number: int = signal.SIGINT) -> None:
@@ -419,11 +450,11 @@ def _interrupt(*_: object, **__: object) -> None:
 
 
 @pytest.mark.usefixtures("few")
-def test_a_finished_training_writes_again_what_was_lost(vitnas, deit, tmp_path, monkeypatch):
+def test_a_finished_training_writes_again_what_was_lost(vitnas, deit, finished, tmp_path, monkeypatch):
     """From its weights; without those it says what is lost."""
     out = tmp_path / "out"
-    args = ("train", deit, "--out", str(out), "--epochs", "1", "--batch-size", "64", "--device", "cpu")
-    assert vitnas(*args)[0] == 0
+    shutil.copytree(finished, out)
+    args = ("train", deit, "--out", str(out), *BRIEF)
     arch = (out / "arch.json").read_text()
     monkeypatch.setattr(nas.training.updater.Updater, "step", None)
     (out / "model.onnx").unlink()
@@ -457,7 +488,7 @@ def test_of_a_failed_training_all_processes_exit_with_1(vitnas, deit, tmp_path, 
 def test_a_failing_judge_loses_no_epoch(vitnas, deit, tmp_path, monkeypatch):
     """The next run of the command judges the epoch that was not."""
     out = tmp_path / "out"
-    args = ("train", deit, "--out", str(out), "--epochs", "1", "--batch-size", "64", "--device", "cpu")
+    args = ("train", deit, "--out", str(out), *BRIEF)
 
     def failing(*args):
         raise TrainingError("out of memory with one image to judge")
@@ -661,7 +692,6 @@ def trained(helpers, small, tmp_path_factory) -> Path:
 
 
 @pytest.mark.usefixtures("few")
-@pytest.mark.usefixtures("few")
 def test_fine_tuning_begins_with_the_weights_given(vitnas, trained, tmp_path, monkeypatch):
     """At another resolution the bias tables are resized; without --weights they are those beside the Arch."""
     begun = {}
@@ -673,11 +703,10 @@ def test_fine_tuning_begins_with_the_weights_given(vitnas, trained, tmp_path, mo
             super().__init__(model, *args, **kwargs)
 
     monkeypatch.setattr(nas.training.engine, "Training", Peek)
-    monkeypatch.setitem(RECIPES, "finetune", dataclasses.replace(RECIPES["finetune"], rates=(1e-4, 1e-3)))
     weights, checkpoint = str(trained / "model.safetensors"), str(tmp_path / "checkpoint.pth")
-    given = load_file(weights)
+    given, short = load_file(weights), ("--lr", "1e-3", "--epochs", "1", "--batch-size", "64")
     torch.save({"model": {f"module.{name}": value for name, value in given.items()}, "epoch": 9}, checkpoint)
-    args = ("--weights", checkpoint, "--epochs", "1", "--batch-size", "64")
+    args = ("--weights", checkpoint, *short)
     for size in (64, 96):
         out = tmp_path / str(size)
         code, _, err = vitnas("train", str(trained), "--resolution", str(size), *args, "--out", str(out))
@@ -689,7 +718,6 @@ def test_fine_tuning_begins_with_the_weights_given(vitnas, trained, tmp_path, mo
     changed = {name for name, value in begun[96].items() if not torch.equal(given[name], value)}
     assert changed
     assert all(name.endswith("bias.table") for name in changed)
-    short = ("--epochs", "1", "--batch-size", "64")
     for name, more, recipe in (("own", (), "finetune"), ("random", ("--from-scratch",), "quick")):
         begun.clear()
         args = ("train", str(trained), *short, *more, "--out", str(tmp_path / name))
