@@ -67,7 +67,9 @@ def words(tmp_path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("criterion", ["taylor", pytest.param("random", marks=pytest.mark.slow)])
-def test_an_interrupted_run_goes_on(vitnas, words, tmp_path: Path, monkeypatch, criterion: str) -> None:
+def test_an_interrupted_run_goes_on_and_a_finished_one_is_left_as_it_is(
+    vitnas, words, tmp_path: Path, monkeypatch, criterion: str
+) -> None:
     words += ["--criterion", criterion, "--distill"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     code, _, said = vitnas(*words, "--out", str(whole))
@@ -99,17 +101,13 @@ def test_an_interrupted_run_goes_on(vitnas, words, tmp_path: Path, monkeypatch, 
     assert len(first["rounds"]) == 1
     assert not list(cut.glob("state/*.safetensors"))
 
-
-def test_a_finished_run_is_left_as_it_is(vitnas, words, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    assert vitnas(*words, "--out", str(out))[0] == 0
-    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    code, _, said = vitnas(*words, "--out", str(out))
+    before = {path: path.read_bytes() for path in cut.rglob("*") if path.is_file()}
+    code, _, said = vitnas(*words, "--out", str(cut))
     assert code == 0
     assert "is finished: these are its results" in said
-    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert {path: path.read_bytes() for path in cut.rglob("*") if path.is_file()} == before
     Image.new("RGB", (32, 32)).save(tmp_path / "images/cat/new.png")
-    vitnas.refused(vitnas(*words, "--out", str(out)), "another content of the images of --data", "another --out")
+    vitnas.refused(vitnas(*words, "--out", str(cut)), "another content of the images of --data", "another --out")
 
 
 def test_published_weights_of_another_network_are_refused(vitnas, words, tmp_path: Path, monkeypatch) -> None:

@@ -467,6 +467,7 @@ def test_a_step_of_the_end_that_fails_leaves_the_others(vitnas, images, tmp_path
         assert {"arch.json", "model.safetensors"} <= files
         assert not files & set(missing)
     assert {"arch.json", "model.safetensors", "model.onnx", "report.html"} <= files
+    assert json.loads(printed)["after"]["macs"] == result(out)["after"]["macs"]
     assert "finished" in vitnas(*command)[2]
 
 
@@ -484,16 +485,6 @@ def test_broken_images_are_named(vitnas, images, tmp_path, fake_clock):
     code, _, said = vitnas(*command)
     assert code == 2
     assert "cannot be decoded" in said
-
-
-def test_json_for_machines(vitnas, images, tmp_path, fake_clock):
-    trained(images, tmp_path / "net")
-    command = words(
-        tmp_path / "net", tmp_path / "out", "--data", str(images), "--finetune", "0", "--rounds", "1", "--json"
-    )
-    code, printed, _ = vitnas(*command)
-    assert code == 0
-    assert json.loads(printed)["after"]["macs"] == result(tmp_path / "out")["after"]["macs"]
 
 
 @pytest.mark.parametrize("criterion", ["taylor2", "magnitude", "random", "torch-pruning"])

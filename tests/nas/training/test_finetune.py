@@ -345,16 +345,6 @@ def test_what_ends_in_the_first_epoch_leaves_the_probe(tune, tmp_path, monkeypat
     assert metrics(tmp_path)["tuned"] is not None
 
 
-def test_of_a_finished_training_the_weights_may_be_gone(tune, weights, tmp_path):
-    assert tune("--probe", "--device", "cpu")[0] == 0
-    given = Path(weights[1])
-    given.rename(given.with_suffix(".away"))
-    code, text, err = tune("--probe", "--device", "cpu")
-    given.with_suffix(".away").rename(given)
-    assert (code, "is finished" in err) == (0, True), err
-    assert "linear probe" in text
-
-
 STEPS = {
     "probe": (nas.training.probe, "install"),
     "first trial": (nas.training.updater.Updater, "step"),
@@ -388,13 +378,19 @@ def state(steps) -> str:
     return f"{course.probe is not None} {len(course.trials)} {course.lr} {course.kept}"
 
 
-def test_other_weights_are_refused_with_the_difference(tune, weights, vitnas, tmp_path):
+def test_of_a_finished_training_the_weights_may_be_gone_but_not_be_others(tune, weights, vitnas, tmp_path):
+    """Others are refused with the difference."""
     assert tune("--probe", "--device", "cpu")[0] == 0
     model, given = weights
-    other = tmp_path / "other.safetensors"
+    other, away = tmp_path / "other.safetensors", tmp_path / "away.safetensors"
     save_file(
         {name: value * 2 if value.is_floating_point() else value for name, value in load_file(given).items()}, other
     )
+    Path(given).rename(away)
+    code, text, err = tune("--probe", "--device", "cpu")
+    away.rename(given)
+    assert (code, "is finished" in err) == (0, True), err
+    assert "linear probe" in text
     refused = vitnas("train", model, "--weights", str(other), "--out", str(tmp_path / "out"), "--probe")
     digest = metrics(tmp_path)["start"]["digest"]
     vitnas.refused(refused, f"was begun with {given} (sha256 {digest}), not {other} (sha256 ", "give another --out")
