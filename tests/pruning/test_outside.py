@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import signal
 import subprocess
 import sys
 import textwrap
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import psutil
 import pytest
 import torch
 import torch_pruning as tp
+from forked import Forked
 from torch import Tensor, nn
 
 from pruning import outside, outside_graph, outside_probe
@@ -133,34 +134,30 @@ def test_killed_child_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux binds a child to its parent")
-def test_a_probe_dies_with_its_parent() -> None:
+def test_a_probe_dies_with_its_parent(tmp_path: Path) -> None:
     probe = """
-        import os, time
+        import json, os, sys, time
+        from pathlib import Path
         from pruning import outside_probe
-        outside_probe._attempt = lambda stage, **_: (stage(str(os.getpid())), time.sleep(100))
-        outside_probe.answer_probe()
+
+        request = {"fallback": False, "time_limit_s": 90, "parent": os.getpid()}
+        read, write = os.pipe()
+        os.write(write, json.dumps(request).encode())
+        os.close(write)
+        if os.fork() == 0:
+            sys.stdin = os.fdopen(read)
+            outside_probe._attempt = lambda **_: (Path(sys.argv[1]).write_text(str(os.getpid())), time.sleep(100))
+            outside_probe.answer_probe()
+        time.sleep(100)
     """
-    parent = f"""
-        import json, os, subprocess, sys
-        child = subprocess.Popen(
-            [sys.executable, "-c", {textwrap.dedent(probe)!r}], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        json.dump({{"fallback": False, "time_limit_s": 90, "parent": os.getpid()}}, child.stdin)
-        child.stdin.close()
-        print(child.stdout.readline(), flush=True)
-        child.wait()
-    """
-    path = os.pathsep.join(map(os.path.abspath, sys.path))
-    with subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(parent)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": path},
-    ) as process:
-        pid = int(process.stdout.readline())
-        assert psutil.pid_exists(pid)
-        process.kill()
-        process.wait()
+    told = tmp_path / "pid"
+    parent = Forked(textwrap.dedent(probe), str(told))
+    deadline = time.monotonic() + 60
+    while not (told.exists() and told.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    pid = int(told.read_text())
+    assert psutil.pid_exists(pid)
+    parent.kill()
     psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], 60)
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
