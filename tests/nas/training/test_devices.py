@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 
 from nas.errors import UserError
 from nas.training import device
-from nas.training.device import CPU, TrainingDevice, alone_on, training_devices
+from nas.training.device import CPU, TrainingDevice, all_alone, alone_on, together_on, training_devices
 
 GPUS = [TrainingDevice("cuda:0", "GPU-a"), TrainingDevice("cuda:1", "GPU-b")]
 
@@ -54,3 +56,24 @@ def test_a_gpu_is_locked_by_its_uuid_and_the_cpu_is_not(monkeypatch: pytest.Monk
     for name in ("cpu", "cuda", "cuda:1"):
         alone_on(name)
     assert locked == ["GPU-a", "GPU-b"]
+
+
+def test_gpus_of_one_training_are_locked_in_the_same_order_by_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    locked = []
+    monkeypatch.setattr(device, "training_alone", lambda uuid: locked.append(uuid) or nullcontext())
+    for devices in (GPUS, GPUS[::-1], [CPU, CPU]):
+        with all_alone(devices):
+            pass
+    assert locked == ["GPU-a", "GPU-b"] * 2
+
+
+def test_processes_that_train_together_have_a_gpu_each_or_share_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "usable_cpus", lambda: [0, 1, 2])
+    assert together_on([*GPUS, TrainingDevice("cuda:2", "GPU-c")], 2) == GPUS
+    assert together_on([CPU], 3) == [CPU] * 3
+    for devices, able in (
+        (GPUS, "give 1 to 2, one a GPU, and there is cuda:0, cuda:1"),
+        ([CPU], "give 1 to 3, the CPUs"),
+    ):
+        with pytest.raises(UserError, match=f"--train-processes is 4: {able}"):
+            together_on(devices, 4)
