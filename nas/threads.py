@@ -11,10 +11,15 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING
 
 from nas.errors import UserError
 from nas.machine import default_threads, usable_cpus
 from nas.units import counted
+
+if TYPE_CHECKING:
+    from threadpoolctl import ThreadpoolController
 
 SAMPLE_S = 0.3
 AGAIN_S = 20.0
@@ -100,6 +105,21 @@ def training_threads(fixed: int | None, say: Callable[[str], None], device: str 
     finally:
         _current.restore()
         _current = None
+
+
+@contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """Within this, NumPy and SciPy compute on one thread: beside others that are busy, more of them wait for each other
+    and take several times the CPU time."""
+    with _libraries().limit(limits=1, user_api="blas"):
+        yield
+
+
+@cache
+def _libraries() -> ThreadpoolController:
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController()
 
 
 def busy_cpus() -> float:

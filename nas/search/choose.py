@@ -27,12 +27,14 @@ from nas.search.given import GIVEN
 from nas.search.precision import Faster
 from nas.search.propose import Measured, Promise
 from nas.search.rows import candidate_of, trial_of
+from nas.study.ledger import ledger_of
 from search_spaces import Arch, ArchError, count
 from search_spaces.registry import FAMILIES
 from search_spaces.space import random_params
 
 if TYPE_CHECKING:
     import optuna
+    from optuna.trial import FrozenTrial
 
     from nas.quality.race import RaceTier
     from nas.search.ready import Entrant, Field, Open
@@ -375,21 +377,24 @@ class Chooser:
 
 
 def tried_in(study: optuna.Study) -> list[Tried]:
-    """The candidates of a study's trials, those that wait or run included; not of trials that a sampler has begun."""
+    """The candidates of a study's trials, then those that wait or run; not of trials that a sampler has begun."""
+    now = ledger_of(study)
+    return [each for each in (*now.read(_tried), *map(_tried, now.open)) if each is not None]
+
+
+def _tried(trial: FrozenTrial) -> Tried | None:
     from optuna.trial import TrialState
 
-    found = []
-    for trial in study.get_trials(deepcopy=False):
-        failed = trial.state == TrialState.FAIL
-        try:
-            measured = Measured.of(trial)
-            if GIVEN in trial.user_attrs:
-                found.append(Tried(Candidate.from_json(trial.user_attrs[GIVEN]), measured, failed))
-            elif measured is not None and "detail" in trial.user_attrs:
-                found.append(Tried(candidate_of(trial_of(trial)), measured, failed))
-        except (ValueError, UserError):  # of another worker's timm: it cannot be offered here either
-            continue
-    return found
+    failed = trial.state == TrialState.FAIL
+    try:
+        measured = Measured.of(trial)
+        if GIVEN in trial.user_attrs:
+            return Tried(Candidate.from_json(trial.user_attrs[GIVEN]), measured, failed)
+        if measured is not None and "detail" in trial.user_attrs:
+            return Tried(candidate_of(trial_of(trial)), measured, failed)
+    except (ValueError, UserError):  # of another worker's timm: it cannot be offered here either
+        pass
+    return None
 
 
 def _in_fastest(tried: Tried, faster: Faster) -> Tried:

@@ -4,7 +4,8 @@ It compares thousands of networks (random ones, mutations and crossovers of the 
 improvement (Gardner et al., Bayesian Optimization with Inequality Constraints, ICML 2014): how much better than the
 best so far a network is expected to be, times how likely it is to meet the budget, by what the study has measured
 (`nas.search.speed`). What it has compared once stays in the choice. Now and then it tries a family that has had few
-trials. No network is proposed twice, by whatever worker.
+trials. No network is proposed twice, by whatever worker: a choice is ranked while others decide, and of those whom
+nobody has tried by then the first is proposed.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from scipy.special import log_ndtr
@@ -21,16 +22,14 @@ from nas.networks.counts import counts_of
 from nas.quality.candidate import Candidate
 from nas.quality.prior import PriorTier
 from nas.search.needs import CHANCE
-from nas.search.sampling import SpaceSampler, log_improvement
-from nas.search.seen import PROPOSED, Point, Seen, Tried
+from nas.search.sampling import log_improvement
+from nas.search.seen import Point, Seen, Tried
+from nas.search.speed import Speed
 from nas.search.variations import crossed, varied
 from search_spaces import ArchError
 from search_spaces.space import random_params
 
 if TYPE_CHECKING:
-    import optuna
-    from optuna.trial import FrozenTrial
-
     from nas.quality.tier import TrainedTier
     from nas.search.request import SearchRequest
 
@@ -138,53 +137,50 @@ class Choice:
         return found
 
 
-class Finder(SpaceSampler):
-    """See the module. With a seed, a trial's proposal depends on it, the trial's number, and what the same process has
-    compared before."""
+class Finder:
+    """See the module. With a seed, what one worker proposes depends on it and the study."""
 
     def __init__(self, request: SearchRequest, seen: Seen, judge: Judge) -> None:
-        super().__init__(request)
-        self._seen, self._judge = seen, judge
+        self._request, self._seen, self._judge = request, seen, judge
         self._pool: dict[str, Point] = {}
+        self._foretold: tuple[Speed, dict[str, tuple[float, float]]] = (seen.speed, {})
         self.choice: Choice | None = None
         """The last one."""
-
-    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        """Store the proposal in the trial, so that other workers, which ask later, see it."""
-        if "fixed_params" in trial.system_attrs:
-            return
-        self._seen.read(study)
-        found = self.propose(trial.number)
-        if found is not None:
-            study._storage.set_trial_system_attr(trial._trial_id, PROPOSED, found.params)
-
-    def sample_relative(self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, Any]) -> dict[str, Any]:
-        attrs: Mapping[str, Any] = study._storage.get_trial(trial._trial_id).system_attrs
-        return dict(attrs.get(PROPOSED, {}))
+        self._ranked: list[Point] = []
+        """Of the choice, the most promising first,"""
+        self._of_few: list[Point] = []
+        """and those of the family that has had few trials."""
 
     def add(self, points: Iterable[Point]) -> None:
         """Put networks into the choice."""
         for point in points:
             self._pool.setdefault(point.digest, point)
 
-    def propose(self, number: int) -> Point | None:
-        """The network that a trial of this number should try; None where every one of the pool has been tried."""
-        rng = np.random.default_rng(None if self._request.seed is None else [self._request.seed, number])
+    def compare(self) -> None:
+        """Renew the choice for the study's next trial; tenths of a second."""
+        seed = self._request.seed
+        rng = np.random.default_rng(None if seed is None else [seed, self._seen.number])
         self._draw(FIRST if self.choice is None else DRAWN, rng)
         for _ in range(GENERATIONS):
             self._breed(rng)
-        choice = self._judged()
-        self.choice = choice
-        if choice is None:
-            return None
-        promise = choice.promise(self._judge.best(self._seen.tried))
-        kept = [choice.points[i] for i in np.argsort(-promise)[:KEPT]]
-        self._pool = {point.digest: point for point in kept}
-        if number % FEW == FEW - 1 and (family := self._neglected(choice)) is not None:
+        self.choice, self._ranked, self._of_few = self._judged(), [], []
+        if self.choice is None:
+            return
+        promise = self.choice.promise(self._judge.best(self._seen.tried))
+        self._ranked = [self.choice.points[i] for i in np.argsort(-promise)]
+        self._pool = {point.digest: point for point in self._ranked[:KEPT]}
+        family = self._neglected(self.choice)
+        if family is not None:
             best = self._judge.best([each for each in self._seen.tried if each.point.family == family])
-            own = [point.family == family for point in choice.points]
-            promise = np.where(own, choice.promise(best), -np.inf)
-        return choice.points[int(np.argmax(promise))]
+            order = np.argsort(-self.choice.promise(best))
+            self._of_few = [point for i in order if (point := self.choice.points[i]).family == family]
+
+    def propose(self) -> Point | None:
+        """The network of the choice that the study's next trial should try; None where all have been tried."""
+        if self.choice is None:
+            self.compare()
+        few = self._of_few if self._seen.number % FEW == FEW - 1 else []
+        return next((point for point in (*few, *self._ranked) if point.digest not in self._seen.digests), None)
 
     def nothing_better(self) -> bool:
         """Whether nothing of the last choice, fast or slow, promises more than the best; only the size prior is so sure
@@ -201,14 +197,25 @@ class Finder(SpaceSampler):
         fresh = [point for digest, point in self._pool.items() if digest not in known]
         if not fresh:
             return None
-        rows = np.array([point.coordinates for point in fresh])
-        mean, error = self._seen.speed.predict(rows)
-        fits = log_ndtr((self._seen.limit - mean) / error) + self._seen.meets(rows)
+        mean, error = self._latencies(fresh)
+        fits = log_ndtr((self._seen.limit - mean) / error)
+        fits += self._seen.meets(np.array([point.coordinates for point in fresh]))
         order = np.argsort(-fits)[: JUDGED if isinstance(self._judge, ByTraining) else len(fresh)]
         chosen = [int(i) for i in order if fits[i] >= math.log(CHANCE)] or [int(order[0])]
         points = [fresh[i] for i in chosen]
         excluded = [fresh[i] for i in np.flatnonzero(fits < math.log(CHANCE))]
         return Choice(points, fits[chosen], *self._judge.judge(points), excluded)
+
+    def _latencies(self, points: Sequence[Point]) -> np.ndarray:
+        """Means and standard deviations as `Speed.predict` has them, (2, n); each is foretold once."""
+        speed, known = self._foretold
+        if speed is not self._seen.speed:
+            self._foretold = speed, known = self._seen.speed, {}
+        new = [point for point in points if point.digest not in known]
+        if new:
+            found = speed.predict(np.array([point.coordinates for point in new]))
+            known.update(zip((point.digest for point in new), zip(*found, strict=True), strict=True))
+        return np.array([known[point.digest] for point in points]).T
 
     def _neglected(self, choice: Choice) -> str | None:
         """Of the families that have had no more trials than the others in the median, the one that may hold most."""

@@ -1,8 +1,10 @@
-"""What a search from scratch tries next: how it begins, then its sampler, until nothing better is left."""
+"""What a search from scratch tries next: how it begins, then what its sampler finds, until nothing better is left."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+
+from optuna.samplers import RandomSampler
 
 from nas.quality.prior import PriorTier
 from nas.quality.tier import TrainedTier
@@ -10,6 +12,7 @@ from nas.search import trial
 from nas.search.finder import BySize, ByTraining, Finder
 from nas.search.opening import Opening
 from nas.search.seen import Seen
+from nas.threads import one_blas_thread
 
 if TYPE_CHECKING:
     import optuna
@@ -37,23 +40,37 @@ class Guide:
         self._finder: Finder | None = None
         if request.sampler == "auto":
             judge = ByTraining(tier, size) if isinstance(tier, TrainedTier) else size
-            self._finder = study.sampler = Finder(request, self._seen, judge)
+            self._finder = Finder(request, self._seen, judge)
             self._finder.add(self._opening.shapes())
+            study.sampler = RandomSampler(seed=request.seed)  # for a trial that is given nothing
+
+    def prepare(self) -> None:
+        """Compare networks, so that `enqueue_one` keeps nobody waiting; others may decide meanwhile. Call both as
+        `nas.study.trials.ask` does, which has just looked at the study's trials."""
+        self._seen.read(self._study, look=False)
+        with one_blas_thread():
+            self._seen.learn()
+            if self._finder is None:
+                return
+            others_try = any(not each.ended for each in self._seen.tried)  # and may end the beginning meanwhile
+            if self._opening.next() is None or (others_try and self._finder.choice is None):
+                self._finder.compare()
 
     def enqueue_one(self) -> None:
-        """Enqueue a network of the beginning; after it none, as the study's sampler proposes.
-
-        Call it while no other process of the study decides (`nas.study.trials.ask`).
+        """Enqueue a network of the beginning, after it what the finder proposes; nothing where the user has named a
+        sampler.
 
         Raises:
             NothingLeft: no network can meet the budget, or none that was compared is better than the best.
         """
-        self._seen.read(self._study)
+        self._seen.read(self._study, look=False)
         budget = f"{self._request.budget_ms:g} ms{self._request.limits.words}"
         if self._opening.hopeless():
             raise NothingLeft(f"the smallest shape of every family was measured, far over {budget}")
         point = self._opening.next()
+        if point is None and self._finder is not None:
+            if self._finder.nothing_better():
+                raise NothingLeft(f"of all networks compared, over {budget} or not, none promises more than the best")
+            point = self._finder.propose()
         if point is not None:
             self._study.enqueue_trial(point.params, {"name": point.name} if point.name else {})
-        elif self._finder is not None and self._finder.nothing_better():
-            raise NothingLeft(f"of all networks compared, over {budget} or not, none promises more than the best")

@@ -240,6 +240,7 @@ class _Search:
 
     def _goes_on(self) -> bool:
         """Whether there is a trial to make; where others train, once few enough wait for that."""
+        from nas.study.ledger import ledger_of
         from nas.study.trials import due, in_training, remaining, sweep, waiting_for_training
 
         request, study = self.request, self.study
@@ -265,7 +266,7 @@ class _Search:
                 )
             if self.crew is not None:
                 self.crew.check()
-            now = sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))
+            now = len(ledger_of(study).ended)
             if now != ended:
                 ended = now
                 self.progress(state_of(study, request, self.log))
@@ -290,17 +291,18 @@ class _Search:
             return lambda: race.trial(log)
         if begun_by_an_older(study):
             enqueue_published(request, study, runner.reference_ms)
-            return partial(self._one, runner)
+            return partial(self._one, partial(runner.trial, self.log))
         from nas.search.guide import Guide
 
-        return partial(self._one, runner, Guide(request, study, tier, runner.reference_ms).enqueue_one)
+        guide = Guide(request, study, tier, runner.reference_ms)
+        return partial(self._one, partial(runner.trial, self.log, guide.enqueue_one, guide.prepare))
 
-    def _one(self, runner: TrialRunner, enqueue_one: Callable[[], None] = lambda: None) -> bool:
+    def _one(self, trial: Callable[[], None]) -> bool:
         """Make a trial; False where nothing is left to try, which the log notes."""
         from nas.search.guide import NothingLeft
 
         try:
-            runner.trial(self.log, enqueue_one)
+            trial()
         except NothingLeft as why:
             self._note(f"nothing is left to try: {why}")
             self.log.exhausted = True

@@ -110,14 +110,14 @@ class Opening:
         near: list[tuple[float, Point]] = []
         above: list[tuple[float, Point]] = []
         for family in self._request.families:
+            number = sum(each.point.family == family for each in tried)
             rows = [rung for rung in self._ladder(family) if rung.name and rung.digest not in known]
-            if not rows:
+            if not rows or (over and (number >= PUBLISHED or len(tried) >= most)):
                 continue
             coordinates = np.array([row.coordinates for row in rows])
             mean, _ = self._seen.speed.predict(coordinates)
             times = [float(each) for each in np.exp(mean - self._seen.limit)]
             may = self._seen.meets(coordinates) >= math.log(1 - LIKELY)
-            number = sum(each.point.family == family for each in tried)
             least = NEAR[0] if number else 0.0
             if number < PUBLISHED:
                 near += [

@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Self
 
 from nas.errors import UserError, reason
@@ -18,9 +19,11 @@ from nas.measure.remote import LinkLost
 from nas.measure.runtime import LOWER, RUNTIMES, Settings
 from nas.measure.samples import MeasureError
 from nas.process import WorkerError
+from nas.study.ledger import Ledger, ledger_of
 
 if TYPE_CHECKING:
     import optuna
+    from optuna.trial import FrozenTrial
 
     from nas.quality.tier import Estimate
     from nas.search.latency import TrialLatency
@@ -72,17 +75,16 @@ class Faster:
 
     @classmethod
     def of_study(cls, precisions: Sequence[str], study: optuna.Study) -> Self:
-        if len(precisions) == 1:
-            return cls(precisions)
-        attrs = (trial.user_attrs for trial in study.get_trials(deepcopy=False))
-        found = ((each.get("family", ""), each.get("detail", {}).get("by_precision")) for each in attrs)
-        return cls(precisions, [(family, latencies) for family, latencies in found if latencies])
+        return cls(precisions) if len(precisions) == 1 else cls.of_trials(precisions, ledger_of(study))
+
+    @classmethod
+    def of_trials(cls, precisions: Sequence[str], trials: Ledger) -> Self:
+        return cls(precisions, [each for each in trials.read(_by_precision) if each is not None])
 
     def likely(self, precision: str, family: str) -> float:
         """The ratio of a latency to that in the first precision: the median of the family, else of all."""
-        ratios = self._ratios(precision)
-        own = [ratio for whose, ratio in ratios if whose == family]
-        return statistics.median(own or [ratio for _, ratio in ratios] or [RATIOS[precision][1]])
+        medians = self._medians[precision]
+        return medians.get(family, medians[""])
 
     def least(self, precision: str) -> float:
         """The ratio that is not undercut, as far as is known."""
@@ -106,9 +108,29 @@ class Faster:
         least = min((self.least(each) for each in self.precisions[1:]), default=1.0)
         return max(1.0, min(1.0, self.ratio) / least)
 
+    @cached_property
+    def _medians(self) -> Mapping[str, Mapping[str, float]]:
+        """By precision, the median ratio of each family, and of all by the name ""."""
+        found: dict[str, dict[str, float]] = {}
+        for precision in self.precisions[1:]:
+            ratios: dict[str, list[float]] = {"": []}
+            for family, ratio in self._ratios(precision):
+                for whose in {family, ""}:
+                    ratios.setdefault(whose, []).append(ratio)
+            found[precision] = {
+                whose: statistics.median(known or [RATIOS[precision][1]]) for whose, known in ratios.items()
+            }
+        return found
+
     def _ratios(self, precision: str) -> list[tuple[str, float]]:
         first = self.precisions[0]
         return [(family, each[precision] / each[first]) for family, each in self.seen if precision in each]
+
+
+def _by_precision(trial: FrozenTrial) -> tuple[str, Mapping[str, float]] | None:
+    """The family and the latencies of a network that was measured in several."""
+    latencies = trial.user_attrs.get("detail", {}).get("by_precision")
+    return (trial.user_attrs.get("family", ""), latencies) if latencies else None
 
 
 def first_that_fits(

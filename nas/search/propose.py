@@ -16,18 +16,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+from optuna.distributions import CategoricalDistribution, IntDistribution
+from optuna.samplers import BaseSampler, RandomSampler
 from scipy.special import log_ndtr
 
 from nas.networks.counts import counts_of
 from nas.quality.surrogate import DESCRIBED, LEAST, Surrogate, TrainedNetwork, describe
 from nas.search.needs import CHANCE, Need, Needs, smallest
-from nas.search.sampling import SpaceSampler, log_improvement
+from nas.search.sampling import log_improvement
 from nas.search.seen import Point
 from nas.search.trial_training import MeasuredNetwork
 from nas.search.variations import varied
 from nas.study.trials import MEASURED
 from search_spaces.registry import FAMILIES
-from search_spaces.space import random_params
+from search_spaces.space import LEVELS, PARAMETERS, random_params
 
 if TYPE_CHECKING:
     import optuna
@@ -157,12 +159,28 @@ def _shape(features: Sequence[float] | np.ndarray) -> np.ndarray:
     return np.asarray(features)[: DESCRIBED + len(FAMILIES)]
 
 
-class Proposer(SpaceSampler):
-    """See the module. With a seed, what a trial proposes depends only on the seed, its number and the trials before."""
+class Proposer(BaseSampler):
+    """See the module. With a seed, what a trial proposes depends only on the seed, its number and the trials before.
+
+    It proposes all of a trial's parameters at once (`sample_relative`); what that leaves open is random.
+    """
 
     def __init__(self, tier: TrainedTier, request: SearchRequest) -> None:
-        super().__init__(request)
-        self._tier = tier
+        self._tier, self._request = tier, request
+        self._random = RandomSampler(seed=request.seed)
+        self._space = {
+            "family": CategoricalDistribution(list(request.families)),
+            **{name: IntDistribution(0, LEVELS - 1) for name in PARAMETERS},
+        }
+
+    def reseed_rng(self) -> None:
+        self._random.reseed_rng()
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, Any]:
+        return {} if "fixed_params" in trial.system_attrs else dict(self._space)
+
+    def sample_independent(self, study: optuna.Study, trial: FrozenTrial, param_name: str, distribution: Any) -> Any:
+        return self._random.sample_independent(study, trial, param_name, distribution)
 
     def sample_relative(self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, Any]) -> dict[str, Any]:
         """Parameters of the most promising network of the pool; none, so random ones, where too little is measured."""

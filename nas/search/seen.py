@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ import numpy as np
 from nas.search.needs import Need, Needs, smallest
 from nas.search.precision import Faster
 from nas.search.speed import Speed, coordinates
+from nas.study.ledger import ledger_of
 from search_spaces import Arch
 from search_spaces.registry import FAMILIES
 
@@ -22,8 +24,6 @@ if TYPE_CHECKING:
 
     from nas.search.request import SearchRequest
 
-PROPOSED = "vitnas:proposed"
-"""The system attribute of a trial that holds the parameters that the sampler proposed."""
 RECENT = 5
 """Trials whose median latency of the reference network is the machine's speed now."""
 MOST = 1000
@@ -72,46 +72,72 @@ class Tried:
 
 
 class Seen:
-    """Reads a study again and again; each trial's network is decoded once."""
+    """Reads a study again and again; a trial that has ended is looked at once, and its network decoded once."""
 
     def __init__(self, request: SearchRequest, reference: Arch, reference_ms: float) -> None:
         """reference_ms: latency of the reference network, until trials tell it."""
         self._request, self._first_ms = request, reference_ms
         self._reference = coordinates(reference)
         self._points: dict[int, Point | None] = {}
+        self._looked = 0
+        """Ended trials that were looked at."""
+        self._ended: list[tuple[FrozenTrial, Point]] = []
+        """Those of them that had a network,"""
+        self._told: list[Tried] = []
+        """and what was told of it."""
+        self._lately: deque[float] = deque(maxlen=RECENT)
+        self._faster = Faster(request.precisions)
+        self._learnt = 0
         self.tried: list[Tried] = []
-        self.speed = Speed((self._reference, 1.0))
-        """Of latencies over the reference network's."""
+        self.digests: set[str] = set()
+        """Of their networks."""
+        self.number = 0
+        """Of the study's next trial."""
         self.limit = 0.0
         """Log of the budget over the reference network's latency now."""
+        self.speed = Speed((self._reference, 1.0))
+        """Of latencies over the reference network's, by what had ended when `learn` was called last; so is `meets`."""
         self._needs = Needs(request.limits, smallest(request.precisions))
 
-    def read(self, study: optuna.Study) -> None:
-        """Take in what has been tried by now."""
-        trials = study.get_trials(deepcopy=False)
-        found = [(trial, self._point(trial)) for trial in trials]
-        faster = Faster.of_study(self._request.precisions, study)
-        self.tried = [_tried(trial, point, faster) for trial, point in found if point is not None]
-        details = [trial.user_attrs.get("detail", {}) for trial in trials]
-        lately = [each["reference_ms"] for each in details if each.get("reference_ms")][-RECENT:]
-        now = statistics.median(lately) if lately else self._first_ms
-        self.limit = math.log(self._request.budget_ms / now)
-        measured = [(each.point.coordinates, each.relative) for each in self.tried if each.relative]
-        self.speed = Speed((self._reference, faster.ratio), measured[-MOST:])
+    def read(self, study: optuna.Study, look: bool = True) -> None:
+        """Take in what has been tried by now: milliseconds, but for what `learn` does.
+
+        Args:
+            look: as `nas.study.ledger.ledger_of` has it.
+        """
+        now = ledger_of(study, look)
+        new = now.ended[self._looked :]
+        self._looked = len(now.ended)
+        self._ended += [(trial, point) for trial in new if (point := self._point(trial)) is not None]
+        details = [trial.user_attrs.get("detail", {}) for trial in new]
+        self._lately.extend(each["reference_ms"] for each in details if each.get("reference_ms"))
+        if len(self._request.precisions) > 1 and new:  # may change what is likely of those before
+            self._faster, self._told = Faster.of_trials(self._request.precisions, now), []
+        self._told += [_tried(trial, point, self._faster) for trial, point in self._ended[len(self._told) :]]
+        begun = [point for trial in now.open if (point := self._point(trial)) is not None]
+        self.tried = [*self._told, *map(Tried, begun)]
+        self.digests = {each.point.digest for each in self.tried}
+        self.number = len(now.ended) + len(now.open)
+        now_ms = statistics.median(self._lately) if self._lately else self._first_ms
+        self.limit = math.log(self._request.budget_ms / now_ms)
+
+    def learn(self) -> None:
+        """Fit to what was read what latencies and needs are foretold by: up to 0.1 s."""
+        if self._learnt == len(self._ended):
+            return
+        self._learnt = len(self._ended)
+        measured = [(each.point.coordinates, each.relative) for each in self._told if each.relative]
+        self.speed = Speed((self._reference, self._faster.ratio), measured[-MOST:])
+        details = [(point, trial.user_attrs.get("detail", {})) for trial, point in self._ended]
         needs = [
             Need(_params_m(point.coordinates), detail.get("memory_mb"), detail.get("file_mb"))
-            for (_, point), detail in zip(found, details, strict=True)
-            if point is not None
+            for point, detail in details
         ]
         self._needs = Needs(self._request.limits, smallest(self._request.precisions), needs)
 
     def meets(self, rows: np.ndarray) -> np.ndarray:
         """Logarithms of the chances to meet the limits of memory and size, (n,). rows: (n, 8 + families)."""
         return self._needs.chances(_params_m(rows.T))
-
-    @property
-    def digests(self) -> set[str]:
-        return {each.point.digest for each in self.tried}
 
     def _point(self, trial: FrozenTrial) -> Point | None:
         """None of a trial without parameters, or whose worker is about to suggest them."""
@@ -129,17 +155,16 @@ def _params_m(coordinates: np.ndarray) -> Any:
 
 
 def params_of(trial: FrozenTrial) -> tuple[str, dict[str, int]]:
-    """The family and its parameters that a trial has, was given, or will have by the sampler's proposal; "" where there
-    is none."""
-    attrs = trial.system_attrs
-    found = {**attrs.get(PROPOSED, {}), **attrs.get("fixed_params", {}), **trial.params}
+    """The family and its parameters that a trial has or was given; "" where there is none."""
+    found = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
     return found.pop("family", ""), found
 
 
 def _tried(trial: FrozenTrial, point: Point, faster: Faster) -> Tried:
+    """What an ended trial tells."""
     detail = trial.user_attrs.get("detail")
     if not detail or not trial.values:
-        return Tried(point, ended=trial.state.is_finished())
+        return Tried(point, ended=True)
     reference, measured = detail.get("reference_ms"), detail.get("by_precision")
     latency_ms = faster.fastest_ms(point.family, measured) if measured else detail["latency_ms"]
     return Tried(

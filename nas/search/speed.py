@@ -35,8 +35,10 @@ OFFSET, SLOPE = 0.5, 0.15
 REST, LENGTH = 0.15, 1.0
 """Standard deviation of the smooth remainder, and how far it reaches in the coordinates above."""
 NOISES = (0.03, 0.06, 0.12, 0.25)
-"""Standard deviations that a measurement's logarithm may have: that under which all of them are likeliest counts. Small
-on a quiet machine."""
+"""Standard deviations that a measurement's logarithm may have: that under which the last ones are likeliest counts.
+Small on a quiet machine."""
+LAST = 300
+"""How many these are: time grows with the cube of their number."""
 GUESSED = 0.06
 """The same before anything is measured."""
 
@@ -67,7 +69,7 @@ class Speed:
 
     Args:
         reference: coordinates and latency in ms of a network that was measured; the first guess.
-        measured: of the study's networks, in any order.
+        measured: of the study's networks, the last ones last.
     """
 
     def __init__(self, reference: tuple[np.ndarray, float], measured: Sequence[tuple[np.ndarray, float]] = ()) -> None:
@@ -77,9 +79,9 @@ class Speed:
         if measured:
             residual = np.log([ms for _, ms in measured]) - self._guess(self._rows)
             shared = self._covariance(self._rows, self._rows)
-            roots = {noise: cholesky(shared + noise**2 * np.eye(len(measured)), lower=True) for noise in NOISES}
-            self.noise = max(roots, key=lambda noise: _evidence(roots[noise], residual))
-            self._root = roots[self.noise]
+            last = shared[-LAST:, -LAST:], residual[-LAST:]
+            self.noise = max(NOISES, key=lambda noise: _evidence(_root(last[0], noise), last[1]))
+            self._root = _root(shared, self.noise)
             self._weights = cho_solve((self._root, True), residual)
 
     def predict(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -113,6 +115,12 @@ class Speed:
         return found
 
 
+def _root(shared: np.ndarray, noise: float) -> np.ndarray:
+    """Of a covariance with this noise, by Cholesky."""
+    found: np.ndarray = cholesky(shared + noise**2 * np.eye(len(shared)), lower=True, check_finite=False)
+    return found
+
+
 def _evidence(root: np.ndarray, residual: np.ndarray) -> float:
-    """Log likelihood of normal residuals, but for a constant. root: of their covariance, by Cholesky."""
+    """Log likelihood of normal residuals, but for a constant. root: of their covariance."""
     return -float((solve_triangular(root, residual, lower=True) ** 2).sum()) / 2 - float(np.log(np.diag(root)).sum())

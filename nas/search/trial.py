@@ -117,11 +117,13 @@ class TrialRunner:
 
         raise UserError(quanta_line(describe(self.request.settings)))
 
-    def trial(self, log: SearchLog, enqueue_one: Callable[[], None] = lambda: None) -> None:
+    def trial(
+        self, log: SearchLog, enqueue_one: Callable[[], None] = lambda: None, prepare: Callable[[], None] = lambda: None
+    ) -> None:
         """Run one trial, and tell the study its result or why it failed.
 
         Args:
-            enqueue_one: as `nas.study.trials.ask` calls it.
+            enqueue_one, prepare: as `nas.study.trials.ask` calls them.
 
         Raises:
             UserError: what ends the search: a full disk, or a connection that does not come back. The trial is retried.
@@ -133,7 +135,7 @@ class TrialRunner:
         with ExitStack() as device:
             device.enter_context(device_lock(self.request.settings.device))
             clock.lap("waiting for the device")
-            trial = ask(self.study, enqueue_one)
+            trial = ask(self.study, enqueue_one, prepare)
             clock.lap("sampler")
             with self.stage.of(trial.number), telling(self.request, self.study, trial, log, clock):
                 with heartbeat(trial):

@@ -147,14 +147,19 @@ def alone_in(study: optuna.Study, decide: Callable[[], T]) -> T:
     return alone(study._storage, decide)
 
 
-def ask(study: optuna.Study, enqueue_one: Callable[[], None] = lambda: None) -> optuna.Trial:
+def ask(
+    study: optuna.Study, enqueue_one: Callable[[], None] = lambda: None, prepare: Callable[[], None] = lambda: None
+) -> optuna.Trial:
     """A new trial, leased to this process: one that waits or, where none does, one that the sampler proposes.
 
     All of it is one decision: who decides next and finds a running trial without a lease knows that its worker died.
 
     Args:
         enqueue_one: called where no trial waits; what it enqueues is the new trial.
+        prepare: called before the decision, where no trial waits: what would keep others from theirs.
     """
+    if not ledger_of(study).waiting:
+        prepare()
 
     def decide() -> optuna.Trial:
         if not ledger_of(study).waiting:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from types import SimpleNamespace
+from typing import Self
 
 import numpy as np
 import pytest
@@ -85,8 +86,11 @@ class Bench:
         ]
         self.chooser = Chooser(tier, request, Field(entrants, BUDGET_MS, (6e6, 0.3)))
 
-    def study(self) -> SimpleNamespace:
-        return SimpleNamespace(get_trials=lambda deepcopy: self.trials)
+    def study(self) -> Self:
+        return self
+
+    def get_trials(self, deepcopy: bool) -> list[SimpleNamespace]:
+        return self.trials
 
     def offer(self) -> list[Candidate]:
         return self.chooser.offer(self.study())

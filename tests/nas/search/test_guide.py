@@ -26,6 +26,7 @@ from nas.search.opening import ladder, rungs_of, smallest_of
 from nas.search.request import SearchRequest
 from nas.search.seen import Point, Seen, params_of
 from nas.search.speed import Speed, coordinates
+from nas.study.ledger import ledger_of
 from nas.study.samplers import make_sampler
 from nas.study.trials import ask, finish, open_study
 from search_spaces import Arch, get_arch
@@ -73,7 +74,7 @@ class Worker:
     def ask(self) -> tuple[optuna.Trial, Point]:
         from nas.search.trial import suggest
 
-        trial = ask(self.study, self.guide.enqueue_one)
+        trial = ask(self.study, self.guide.enqueue_one, self.guide.prepare)
         arch = suggest(trial, self.request).arch
         params = dict(trial.params)
         point = Point.at(self.request, params.pop("family"), params, trial.user_attrs.get("name", ""))
@@ -143,32 +144,58 @@ def test_the_sampler_finds_better_ones_than_the_beginning_and_chance(tmp_path):
     assert best["auto"] > best["random"] + 1
 
 
-def test_families_with_few_trials_keep_their_share(tmp_path):
-    worker = Worker(request(3.0, families=("levit", "shvit")), tmp_path)
-    points = worker.run(22)
-    proposed = [trial for trial in worker.study.trials if "fixed_params" not in trial.system_attrs]
-    families = [points[trial.number].family for trial in proposed]
+@pytest.fixture
+def proposed(monkeypatch) -> list[Point]:
+    """What finders have proposed."""
+    found, propose = [], Finder.propose
+    monkeypatch.setattr(Finder, "propose", lambda self: found.append(propose(self)) or found[-1])
+    return found
+
+
+def test_families_with_few_trials_keep_their_share(tmp_path, proposed):
+    Worker(request(3.0, families=("levit", "shvit")), tmp_path).run(22)
+    families = [point.family for point in proposed]
+    assert len(families) > 10
     assert min(families.count(name) for name in ("levit", "shvit")) >= math.floor(0.15 * len(families))
 
 
-def test_workers_do_not_propose_the_same(tmp_path):
+def test_workers_do_not_propose_the_same(tmp_path, monkeypatch):
+    """They compare at the same time, and so find the same, which one after the other proposes then."""
     request_ = request(3.0, families=("levit",))
     one = Worker(request_, tmp_path)
     one.run(6)
-    two = Worker(request_, tmp_path)
-    running = [worker.ask() for worker in (one, two, one, two)]
+    two, three = Worker(request_, tmp_path), Worker(request_, tmp_path)
+    for worker in (two, three):
+        ledger_of(worker.study)
+        worker.guide.prepare()
+    first, again = (worker.guide._finder.propose() for worker in (two, three))
+    assert first.digest == again.digest
+    for worker in (two, three):
+        monkeypatch.setattr(worker.guide, "prepare", lambda: None)
+    with monkeypatch.context() as context:
+        context.setattr(Finder, "compare", lambda _: pytest.fail("it keeps others waiting"))
+        running = [worker.ask() for worker in (two, three, two, three)]
     assert len({point.digest for _, point in running}) == 4
-    for worker, (trial, point) in zip((one, two, one, two), running, strict=True):
+    for worker, (trial, point) in zip((two, three, two, three), running, strict=True):
         worker.tell(trial, point)
     seen = Seen(request_, get_arch("efficientvit_m0"), REFERENCE_MS)
     seen.read(two.study)
     assert len(seen.digests) == len(two.study.trials) == 10
 
 
+def test_a_worker_proposes_the_same_again_with_the_same_seed(tmp_path, proposed):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        Worker(request(3.0, families=("shvit",)), tmp_path / name).run(12)
+    half = len(proposed) // 2
+    assert half > 1
+    assert [point.digest for point in proposed[:half]] == [point.digest for point in proposed[half:]]
+
+
 def test_a_proposal_is_seen_before_its_parameters_are_suggested(tmp_path):
     worker = Worker(request(3.0, families=("levit",)), tmp_path)
     worker.run(6)
-    trial = ask(worker.study, worker.guide.enqueue_one)
+    trial = ask(worker.study, worker.guide.enqueue_one, worker.guide.prepare)
     assert not trial.params
     family, found = params_of(worker.study.trials[-1])
     assert family == "levit"
@@ -208,13 +235,13 @@ def test_one_family_at_two_milliseconds(tmp_path):
     assert any(latency(point.arch) <= 2 for point in points)
 
 
-@pytest.mark.parametrize(("older", "sampler"), [(True, "AutoSampler"), (False, "Finder")])
+@pytest.mark.parametrize(("older", "sampler"), [(True, "AutoSampler"), (False, "RandomSampler")])
 def test_an_older_study_goes_on_as_it_was_begun(tmp_path, older, sampler):
     options = request(3.0, families=("levit",), out=tmp_path)
     search = _Search(options, lambda _: None, lambda _: None, lambda *_: None, None)
     if older:
         search.study.set_user_attr("published", ["levit_192"])
-    search._trials(ExitStack(), SimpleNamespace(reference_ms=REFERENCE_MS), PriorTier())
+    search._trials(ExitStack(), SimpleNamespace(reference_ms=REFERENCE_MS, trial=print), PriorTier())
     assert type(search.study.sampler).__name__ == sampler
     assert [trial.user_attrs["name"] for trial in search.study.trials] == ["levit_192"] * older
 
@@ -271,9 +298,9 @@ def test_a_tier_that_trains_judges_by_its_surrogate(tmp_path):
 
     surrogate = SimpleNamespace(trained=[SimpleNamespace(key="", features=np.array([20.0]))] * 3, predict=predict)
     judge = ByTraining(SimpleNamespace(surrogate=lambda: surrogate), BySize(PriorTier(recipes=False)))
-    chosen = Finder(options, seen, judge).propose(0)
+    chosen = Finder(options, seen, judge).propose()
     assert asked
-    large = Finder(options, seen, BySize(PriorTier())).propose(0)
+    large = Finder(options, seen, BySize(PriorTier())).propose()
     assert chosen.coordinates[3] < large.coordinates[3] - 0.2
 
 

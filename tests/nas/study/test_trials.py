@@ -30,6 +30,7 @@ from nas.study.storage import open_storage
 from nas.study.trials import (
     DEATHS,
     MEASURED,
+    alone_in,
     claim,
     due,
     enqueue,
@@ -146,16 +147,20 @@ def test_created_study_is_loaded_again(storage: str) -> None:
 
 
 def test_what_is_enqueued_where_none_waits_is_asked_next(tmp_path: Path) -> None:
-    study, called = start(tmp_path / "study.journal"), []
+    study, called, prepared = start(tmp_path / "study.journal"), [], []
 
     def enqueue_one() -> None:
         called.append(1)
         study.enqueue_trial({}, {"given": len(called)})
 
-    assert next_trial(study, enqueue_one).user_attrs["given"] == 1
+    def prepare() -> None:
+        prepared.append(len(called))
+        alone_in(start(tmp_path / "study.journal"), lambda: None)  # others may decide
+
+    assert next_trial(study, enqueue_one, prepare).user_attrs["given"] == 1
     study.enqueue_trial({}, {"given": "before"})
-    assert next_trial(study, enqueue_one).user_attrs["given"] == "before"
-    assert len(called) == 1
+    assert next_trial(study, enqueue_one, prepare).user_attrs["given"] == "before"
+    assert (len(called), prepared) == (1, [0])
     with pytest.raises(LookupError):
         next_trial(study, lambda: {}["nothing"])
     assert len(study.trials) == 2
