@@ -16,6 +16,7 @@ LEAST_CLOSING_S = 2.0
 FINAL = re.compile(r"final training, (.+), seed (\d+)$")
 PARENT = re.compile(r"tuning the (parent .+) on all images, seed (\d+)$")
 """Of a network that is cut, before its own final training of a seed, which has as many images."""
+TEACHER = re.compile(r"trying the teacher .+, (without|by) it$")
 VALIDATION = "validation"
 
 
@@ -49,13 +50,14 @@ class Plan:
 
     final_images, validation_images: trained on in one training at its end, and in one network's validation, over all
     epochs. seeds: of a network at the end. networks: that are trained at the end, parents among them. timeout_s: after
-    which no trial begins.
+    which no trial begins. taught_images: trained on in all to see whether a teacher helps.
     """
 
     trials: int
     final_images: int = 0
     seeds: int = 0
     networks: int = 2
+    taught_images: int = 0
     validation_images: int = 0
     validated: int = 0
     timeout_s: float | None = None
@@ -74,6 +76,7 @@ class Forecast:
         self._closing: tuple[float, float] | None = None  # when it began, seconds left as of its own pace
         self._trained: dict[str, int] = {}  # images of the trainings at the end, by network
         self._last = ""  # of these trainings
+        self._taught = 0  # images of a teacher's trial
         self._validated = self._validating = 0.0
 
     def trial(self, done: int, trial_s: float | None, measuring_s: float) -> None:
@@ -86,7 +89,8 @@ class Forecast:
         """What goes on now."""
         plan = self._plan
         final = FINAL.match(what) or PARENT.match(what)
-        if "training, epoch" in what or what == VALIDATION or final:
+        teacher = TEACHER.match(what)
+        if "training, epoch" in what or what == VALIDATION or final or teacher:
             self._pace.see(what, done)
         if what == VALIDATION:
             if done < self._validating:
@@ -97,9 +101,11 @@ class Forecast:
             began = self._now() if self._closing is None else self._closing[0]
             spent = self._now() - began
             self._closing = began, spent / done * (total - done) if done else self._closing_s()
+        elif teacher:
+            self._trials_left, self._closing = 0, (self._now(), 0.0)
+            self._taught = done + (plan.taught_images // 2 if teacher[1] == "by" else 0)
         elif final:
-            self._trials_left = 0
-            self._closing = self._now(), 0.0
+            self._trials_left, self._closing, self._taught = 0, (self._now(), 0.0), plan.taught_images
             self._validated = plan.validated * plan.validation_images
             if final[1] not in self._trained:  # those before it are done, but for a parent that it is cut from
                 last = next(reversed(self._trained), "")
@@ -119,6 +125,7 @@ class Forecast:
             if plan.timeout_s is not None:
                 trials = min(trials, max(0.0, self._begun + plan.timeout_s - now) + current)
         images: float = plan.final_images * plan.seeds * plan.networks - sum(self._trained.values())
+        images += max(0, plan.taught_images - self._taught)
         images += max(0.0, plan.validation_images * plan.validated - self._validated - self._validating)
         training = 0.0
         if images > 0:

@@ -215,13 +215,16 @@ def plan_of(options: SearchRequest, images: ImageData | None) -> Plan:
     plan = options.plan
     if plan is None or images is None:
         return Plan(options.trials, timeout_s=options.timeout_s)
-    every = len(images.train)
+    from nas.quality.plan import NO_TEACHER
+
+    every, races = len(images.train), options.quality == "race"
     plan = plan.settled(options.quality, every)
     return Plan(
         options.trials,
         final_images=plan.full_epochs * every,
         seeds=plan.seeds,
-        networks=3 if options.quality == "race" else 2,  # one is cut from a parent, which is tuned for it
+        networks=3 if races else 2,  # one is cut from a parent, which is tuned for it
+        taught_images=2 * plan.full_epochs * min(plan.images, every) if races and plan.teacher != NO_TEACHER else 0,
         validation_images=plan.full_epochs * every,
         validated=plan.validate,
         timeout_s=options.timeout_s,

@@ -78,6 +78,13 @@ def search(
     from_scratch: Annotated[
         bool, typer.Option("--from-scratch", help="Train every candidate from random weights.")
     ] = False,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            help="What the final trainings of a race learn from, where a trial shows that it helps: a published name, "
+            "or a folder of a network of the same classes; none.  [default: the best parent that was tuned]"
+        ),
+    ] = None,
     parent: Annotated[
         str | None, typer.Option(help="Trained network to inherit from: a folder with weights, or a published name.")
     ] = None,
@@ -207,6 +214,8 @@ def search(
             if data is None
             else f"--weights-from gives pretrained weights, which {without} does not use: leave out one of them"
         )
+    if teacher is not None and tier != "race":
+        raise UserError("--teacher teaches in the final trainings of a race: give --data, without another --quality")
     plan = None
     if tier == "prior":
         for name in TRAINING_OPTIONS:
@@ -217,7 +226,7 @@ def search(
 
         last = DEFAULT_EPOCHS[tier] if epochs is None else epochs
         plan = TrainingPlan(
-            data or "", train_images, last, final_epochs, seeds, validate, parent, num_classes, weights_from
+            data or "", train_images, last, final_epochs, seeds, validate, parent, num_classes, weights_from, teacher
         )
         families = inheriting(parent, families, family) if tier == "inherit" else families
 

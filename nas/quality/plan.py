@@ -14,6 +14,7 @@ RACED = 24_000
 """Images that each final training of a race goes through, repeats counted, as far as `LEAST_RACED` and `FINAL_EPOCHS`
 allow: it begins with pretrained weights."""
 LEAST_RACED = 3
+NO_TEACHER = "none"
 LEAST_VALIDATED = 6
 """Networks below which a rank correlation says nothing."""
 
@@ -40,6 +41,9 @@ class TrainingPlan:
     """Classes that the images must have; None: as many as they have."""
     weights_from: Path | None = None
     """Folder that pretrained weights are looked for in first, for the tier `race`."""
+    teacher: str | None = None
+    """What the final trainings of a race learn from, if it helps: a published network, which is tuned as a parent is,
+    or a folder of a network of the same classes; `NO_TEACHER`; None: the best parent that the search has tuned."""
 
     @property
     def full_epochs(self) -> int:

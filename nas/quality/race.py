@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
@@ -29,9 +30,9 @@ from nas.quality.parents import Parents
 from nas.quality.ready import give_probe, own_pixels, with_weights
 from nas.quality.surrogate import kind_of
 from nas.quality.trained import HalvingTier
-from nas.quality.tuning import Tuned, choose_rate, tuning_recipe
+from nas.quality.tuning import Tuned, choose_rate, tuned_in, tuning_recipe
 from nas.units import counted
-from search_spaces import get_arch
+from search_spaces import get_arch, list_models
 from search_spaces.weights import published_name
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from nas.quality.surrogate import Guess, Rungs, Surrogate
     from nas.quality.trainer import CandidateTrainer, Parent
     from nas.training.engine import Training
+    from nas.training.evaluation import Accuracy
     from nas.training.recipes import Recipe
     from search_spaces import Arch
 
@@ -129,6 +131,7 @@ class RaceTier(HalvingTier):
         seed: int,
         checkpoint: Path,
         weights: Mapping[str, Tensor] | None = None,
+        teacher: nn.Module | None = None,
     ) -> Training:
         """Prepare a training; of a ready network, from a linear probe on all its images; of a derived one, cut from its
         parent, which is first tuned on all its images, as long as the recipe says, from the same seed.
@@ -139,7 +142,7 @@ class RaceTier(HalvingTier):
         from nas.networks.build import create
 
         if candidate.kind == Kind.SCRATCH:
-            return super().begin(candidate, images, recipe, seed, checkpoint, weights)
+            return super().begin(candidate, images, recipe, seed, checkpoint, weights, teacher)
         begun = any(checkpoint.parent.glob(f"{checkpoint.name}*"))  # whose own weights go on
         model: nn.Module
         if begun or weights is not None:
@@ -151,7 +154,60 @@ class RaceTier(HalvingTier):
         else:
             model = self._start(candidate, images)
         augmented = self.trainer.augmented(images, candidate.network.resolution, pixels_of(candidate), recipe)
-        return self.trainer.train(model, augmented, recipe, seed=seed, checkpoint=checkpoint)
+        return self.trainer.train(model, augmented, recipe, seed=seed, checkpoint=checkpoint, teacher=teacher)
+
+    def teacher_name(self, student: Candidate) -> str | None:
+        """What is to teach in final trainings: the network of the plan or, without one, the best parent that has been
+        tuned; None where there is none. A published one with its resolution in px, such as efficientvit_m1@64."""
+        name = self.trainer.plan.teacher
+        if name is None:
+            best = max(tuned_in(self.trainer.folder), key=lambda each: each.top1, default=None)
+            return f"{best.name}@{best.resolution}" if best else None
+        return f"{name}@{student.network.resolution}" if name in list_models() else name
+
+    def find_teacher(self, name: str, student: Candidate) -> nn.Module:
+        """A network that a student may learn from: (B, 3, R, R) -> (B, classes). A published one is tuned as a parent
+        is, on the search's own split.
+
+        Raises:
+            TrainingError: it cannot be tuned. UserError: it cannot be had, or is of other classes.
+        """
+        from nas.training.teachers import find_teacher, fitting
+        from search_spaces import create_model
+
+        trainer, given, (published, _, px) = self.trainer, pixels_of(student), name.partition("@")
+        classes = trainer.data.classes
+        if published not in list_models():
+            return find_teacher(name, None, classes, given, trainer.plan.weights_from, trainer.say)
+        tuned = self.parents.tuned(published, int(px))
+        model = create_model(tuned.arch)
+        model.load_state_dict(dict(tuned.weights))
+        counts = len(classes), len(classes)
+        return fitting(name, model, counts, tuned.arch.resolution, own_pixels(tuned.arch), given)
+
+    def try_teacher(self, candidate: Candidate, name: str, epochs: int, label: str) -> tuple[Accuracy, Accuracy]:
+        """Train a pretrained network on the search's own split, with a teacher and without; judge both.
+
+        Raises:
+            TrainingError: the loss is no longer finite. UserError: as `find_teacher`.
+        """
+        images, judges = self._split(candidate)
+        recipe, folder = self.recipe(epochs, candidate), self.trainer.folder / f"teaching-{candidate.key[:16]}"
+        first = self._start(candidate, images).state_dict()
+
+        def judged(what: str, teacher: nn.Module | None) -> Accuracy:
+            folder.mkdir(parents=True, exist_ok=True)
+            training = self.begin(candidate, images, recipe, self.trainer.seed, folder / what, first, teacher)
+            told = f"trying the teacher {name} on {label}, {what} it"
+            try:
+                training.run(None, lambda done, total, _: self.trainer.progress(told, done, total))
+            finally:
+                training.loader.close()
+            return self.trainer.judge(training.network, judges)
+
+        alone, taught = judged("without", None), judged("by", self.find_teacher(name, candidate))
+        shutil.rmtree(folder, ignore_errors=True)
+        return taught, alone
 
     def _start(self, candidate: Candidate, images: Images) -> nn.Module:
         """A pretrained network of the user's classes, before any epoch.

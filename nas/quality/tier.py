@@ -230,6 +230,7 @@ class TrainedTier(ABC):
         seed: int,
         checkpoint: Path,
         weights: Mapping[str, Tensor] | None = None,
+        teacher: nn.Module | None = None,
     ) -> Training:
         """Prepare a training.
 
@@ -237,6 +238,7 @@ class TrainedTier(ABC):
             seed: of the initial weights and of the order of the images.
             checkpoint: file that an interrupted training continues from.
             weights: initial weights; None for those of `inherited`.
+            teacher: (B, 3, R, R) -> (B, classes), what it learns from; None: the tier's own.
         """
         import torch
 
@@ -248,9 +250,8 @@ class TrainedTier(ABC):
         first = self.inherited(arch, seed) if weights is None else weights
         if first is not None:
             model.load_state_dict(dict(first))
-        return self.trainer.train(
-            model, images, recipe, seed=seed, checkpoint=checkpoint, teacher=self.teacher(arch.resolution)
-        )
+        taught = teacher or self.teacher(arch.resolution)
+        return self.trainer.train(model, images, recipe, seed=seed, checkpoint=checkpoint, teacher=taught)
 
     def inherited(self, arch: Arch, seed: int) -> Mapping[str, Tensor] | None:
         """Initial weights of a network; None for random ones."""
@@ -259,6 +260,10 @@ class TrainedTier(ABC):
     def teacher(self, resolution: int) -> nn.Module | None:
         """The network that others learn from, if there is one."""
         return None
+
+    def find_teacher(self, name: str, student: Candidate) -> nn.Module:
+        """What the final trainings of a race learn from; see `nas.quality.race.RaceTier.find_teacher`."""
+        raise NotImplementedError
 
     def _fitted(self, trained: Sequence[TrainedNetwork]) -> Surrogate:
         """The last surrogate is kept: until a trial ends all calls ask for the same one."""

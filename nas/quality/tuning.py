@@ -180,8 +180,8 @@ class Tuned:
         )
 
 
-def tuned_in(folder: Path, name: str) -> Iterator[Tuned]:
-    """Every finished tuning of a parent in the folder of a run's trainings.
+def tuned_in(folder: Path, name: str = "*") -> Iterator[Tuned]:
+    """Every finished tuning of a parent, or of all, in the folder of a run's trainings.
 
     Raises:
         UserError: a document is damaged.

@@ -139,7 +139,7 @@ def seeds_of(request: SearchRequest, tier: TrainedTier, candidate: Candidate) ->
 
 
 def have_trained(
-    request: SearchRequest, tier: TrainedTier, tasks: Tasks, label: str, candidate: Candidate
+    request: SearchRequest, tier: TrainedTier, tasks: Tasks, label: str, candidate: Candidate, teacher: str = ""
 ) -> Iterator[str]:
     """Have a network trained from every seed, here or elsewhere; its results are then in the folder.
 
@@ -149,7 +149,7 @@ def have_trained(
     Raises:
         TrainingError: the loss is no longer finite.
     """
-    for task in final_tasks(request, tier, label, candidate):
+    for task in final_tasks(request, tier, label, candidate, teacher):
         path = result_path(request, candidate, task.seed)
         kept: Any = tasks.result(task)
         if not path.is_file() and kept["where"] == _where(path):
@@ -162,11 +162,13 @@ def have_trained(
                 yield f"{label}: the weights of its final training are in {kept['where']}"
 
 
-def final_tasks(request: SearchRequest, tier: TrainedTier, label: str, candidate: Candidate) -> list[Task]:
-    """The final trainings of a network that are not in the folder."""
+def final_tasks(
+    request: SearchRequest, tier: TrainedTier, label: str, candidate: Candidate, teacher: str = ""
+) -> list[Task]:
+    """The final trainings of a network that are not in the folder. teacher: that of `nas.search.teaching.Teaching`."""
     epochs = known(request.plan).full_epochs
     left = [seed for seed in seeds_of(request, tier, candidate) if not result_path(request, candidate, seed).is_file()]
-    return [Task(What.FINAL, candidate, epochs, label, seed) for seed in left]
+    return [Task(What.FINAL, candidate, epochs, label, seed, teacher) for seed in left]
 
 
 def train_final(request: SearchRequest, tier: TrainedTier, task: Task) -> JsonValue:
@@ -177,7 +179,7 @@ def train_final(request: SearchRequest, tier: TrainedTier, task: Task) -> JsonVa
     """
     path = result_path(request, task.candidate, task.seed)
     if not path.is_file():
-        train_from(request, tier, task.label, task.candidate, task.seed)
+        train_from(request, tier, task.label, task.candidate, task.seed, task.teacher)
     found: JsonValue = json.loads(path.read_bytes())
     return {"training": found, "where": _where(path)}
 
@@ -186,7 +188,9 @@ def _where(path: Path) -> str:
     return f"{path.parent.absolute()} on {socket.gethostname()}"
 
 
-def train_fully(request: SearchRequest, tier: TrainedTier, label: str, candidate: Candidate) -> Accuracies:
+def train_fully(
+    request: SearchRequest, tier: TrainedTier, label: str, candidate: Candidate, teacher: str = ""
+) -> Accuracies:
     """Train a network from every seed on all training images; weights of the first seed are kept beside the result. A
     ready one that stays as it begins is judged once: no seed changes it.
 
@@ -198,7 +202,7 @@ def train_fully(request: SearchRequest, tier: TrainedTier, label: str, candidate
     for seed in seeds_of(request, tier, candidate):
         path = result_path(request, candidate, seed)
         if not path.is_file():
-            train_from(request, tier, label, candidate, seed)
+            train_from(request, tier, label, candidate, seed, teacher)
         made.append(FullTraining.read(path))
     answers = [[digit == "1" for digit in each.hits] for each in made if each.hits is not None]
     top1, seconds = [each.top1 for each in made], sum(each.seconds for each in made)
@@ -219,16 +223,19 @@ def train_fully(request: SearchRequest, tier: TrainedTier, label: str, candidate
     )
 
 
-def train_from(request: SearchRequest, tier: TrainedTier, label: str, candidate: Candidate, seed: int) -> None:
+def train_from(
+    request: SearchRequest, tier: TrainedTier, label: str, candidate: Candidate, seed: int, teacher: str = ""
+) -> None:
     """Train a network fully from a seed, and keep what came of it in the folder."""
     path, trainer, data = result_path(request, candidate, seed), tier.trainer, tier.data(candidate)
     path.parent.mkdir(exist_ok=True)
-    begun = time.monotonic()
+    begun, pays = time.monotonic(), tier.tuning_pays(candidate)
     recipe = tier.recipe(known(request.plan).full_epochs, candidate)
-    training = tier.begin(candidate, data.train, recipe, seed, path.with_suffix(".state"))
+    taught_by = tier.find_teacher(teacher, candidate) if teacher and pays else None
+    training = tier.begin(candidate, data.train, recipe, seed, path.with_suffix(".state"), teacher=taught_by)
     if candidate.parent:  # whose tuning is told by itself
         begun = time.monotonic()
-    if tier.tuning_pays(candidate):
+    if pays:
         trainer.run_fully(training, f"final training, {label}, seed {seed}")
     training.loader.close()
     if seed == 0 or lowers(request.precisions):  # each is judged as it is shipped

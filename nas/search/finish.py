@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from nas.quality.tier import TrainedTier
     from nas.search.log import SearchLog
     from nas.search.request import SearchRequest
+    from nas.search.teaching import Teaching
 
 LOCK = ".end.lock"
 
@@ -113,6 +114,7 @@ class _Finish:
         self.final: list[ClosingRow] = []
         self.outside: list[OutsideRow] = []
         self.accuracy: FinalTrainings | None = None
+        self.teaching: Teaching | None = None
 
     def run(self) -> Outcome:
         try:
@@ -250,11 +252,18 @@ class _Finish:
         )
         found: dict[str, Accuracies] = {}
         tasks = known(self.tasks)
+        if self.races:
+            with self._step("trial of a teacher"):
+                self._find_teacher(tier, rows)
+            if self.end.interrupted:
+                return
+        taught_by = self.teaching.teacher if self.teaching else ""
         with self._step("final trainings"):
-            tasks.post([task for row in rows for task in final_tasks(self.request, tier, row.label, candidate_of(row))])
+            for row in rows:
+                tasks.post(final_tasks(self.request, tier, row.label, candidate_of(row), taught_by))
         for row in rows:
             with self._step(f"final training of {row.label}"):
-                self.notes += have_trained(self.request, tier, tasks, row.label, candidate_of(row))
+                self.notes += have_trained(self.request, tier, tasks, row.label, candidate_of(row), taught_by)
                 found[row.label] = self._trained(tier, row)
                 self.final = [replace(each, accuracy=found.get(each.label)) for each in self.final]
             if self.end.interrupted:
@@ -271,12 +280,23 @@ class _Finish:
         elif winner.label in found:
             self.accuracy = self._trainings(tier, winner, baseline, list(found.values()))
 
+    def _find_teacher(self, tier: TrainedTier, rows: Sequence[ClosingRow]) -> None:
+        """Settle once what the final trainings of a race learn from."""
+        from nas.quality.race import RaceTier
+        from nas.search.teaching import find_teaching
+
+        if self.teaching is None:
+            tasks = known(self.tasks)
+            self.teaching = find_teaching(
+                self.request, self.study, cast(RaceTier, tier), rows, tasks, self.notes.append
+            )
+
     def _trained(self, tier: TrainedTier, row: ClosingRow) -> Accuracies:
         """A network's full trainings, and its accuracies as it is shipped."""
         from nas.search.final import train_fully
 
         candidate, precision = candidate_of(row), self._precision_of(row)
-        found = train_fully(self.request, tier, row.label, candidate)
+        found = train_fully(self.request, tier, row.label, candidate, self.teaching.teacher if self.teaching else "")
         if self.lower is None or precision not in LOWER:
             return found
         if self.phase:
@@ -307,7 +327,8 @@ class _Finish:
         epochs = known(self.request.plan).full_epochs
         trained = [row for row in self.final if row.accuracy and not row.accuracy.as_begun]
         recipes = dict.fromkeys(tier.recipe(epochs, candidate_of(row)).name for row in trained)
-        told = FinalTrainings(tuple(rows), epochs, " or ".join(recipes), "")
+        by = f", learning from {self.teaching.teacher}" if self.teaching and self.teaching.teacher else ""
+        told = FinalTrainings(tuple(rows), epochs, " or ".join(recipes) + by, "")
         if made and ready and made.accuracy and ready.accuracy:
             comparison = compare_means(made.accuracy, ready.accuracy)
             told = replace(told, comparison=comparison, verdict=verdict(comparison, made.accuracy, ready.accuracy))
@@ -387,6 +408,7 @@ class _Finish:
             winner=Winner.of(winner) if winner else None,
             fastest=Fastest.of(fastest) if fastest else None,
             contest=contest_of(self.final, request.budget_ms) if self.races and self.final and winner else None,
+            teaching=self.teaching,
             ties=() if self.races and self.accuracy else tuple(ties_of(self.final)),
             advice=tuple(advice(request, log, rows, self.final, self.command)) if winner is None else (),
             notes=(*log.notes, *self.notes, *self._remarks(weights)),

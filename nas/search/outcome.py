@@ -20,6 +20,7 @@ from nas.search.contest import Contest
 from nas.search.latency import Pair, pair
 from nas.search.log import PhaseTime
 from nas.search.rows import ClosingRow, Network, OutsideRow, Trial, front_of, known, network_of
+from nas.search.teaching import Teaching
 
 if TYPE_CHECKING:
     from search_spaces import Arch
@@ -237,6 +238,8 @@ class Outcome:
     """None where nothing fits."""
     contest: Contest | None = None
     """Of a race with a winner."""
+    teaching: Teaching | None = None
+    """Of a race whose final trainings were begun: what they learn from."""
     fastest: Fastest | None
     """None where nothing was measured."""
     ties: tuple[str, ...]
@@ -310,6 +313,7 @@ class Outcome:
             "against": [row.to_json() for row in self.against],
             "winner": self.winner and self.winner.to_json(),
             **(self.contest.to_json() if self.contest else {}),
+            **(self.teaching.to_json() if self.teaching else {}),
             "fastest": self.fastest and asdict(self.fastest),
             "ties": self.ties,
             "advice": self.advice,

@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from nas.networks.counts import counts_of
+from nas.networks.targets import find_target
 from nas.quality.candidate import Candidate
+from nas.quality.plan import NO_TEACHER
 from nas.search.choose import Chooser, latencies_of, tried_in
 from nas.search.given import enqueue_candidate
 from nas.search.log import Clock
@@ -15,6 +17,7 @@ from nas.search.trial import reference_arch
 from nas.search.weights import agree_on_weights
 from nas.study.trials import remaining
 from nas.units import listed
+from search_spaces import get_arch, list_models
 
 if TYPE_CHECKING:
     import optuna
@@ -41,8 +44,9 @@ def find_field(
     """The networks that race, which is told; the study keeps which weights they have.
 
     Raises:
-        UserError: as `nas.search.ready.find_entrants` and `nas.search.weights.agree_on_weights`.
+        UserError: as `nas.search.ready.find_entrants`, `nas.search.weights.agree_on_weights` and `check_teacher`.
     """
+    check_teacher(trainer)
     store = trainer.weights
     entrants, lacking = find_entrants(request.families, request.resolution, request.num_classes, store)
     agree_on_weights(study, trainer.folder, store)
@@ -60,6 +64,25 @@ def find_field(
             "pair of these that comes up, which takes as long as a final training; without --sampler few parents are"
         )
     return entrants
+
+
+def check_teacher(trainer: CandidateTrainer) -> None:
+    """See at the start that the network of --teacher can teach at the end.
+
+    Raises:
+        UserError: it cannot.
+    """
+    name = trainer.plan.teacher
+    if name is None or name == NO_TEACHER:
+        return
+    published = name.partition("@")[0]
+    if published in list_models():
+        trainer.weights.get(get_arch(published))
+        find_target(name)  # refuses a resolution that it does not take
+    else:
+        from nas.training.teachers import find_teacher
+
+        find_teacher(name, None, trainer.data.classes, weights_from=trainer.plan.weights_from)
 
 
 class Race:

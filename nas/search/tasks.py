@@ -33,6 +33,8 @@ class What(StrEnum):
     """Of a network, fully, to validate the tier."""
     FINAL = "final"
     """Of a network that is compared at the end, fully, from one seed."""
+    TEACHER = "teacher"
+    """Of a network with a teacher and without, on the search's own split."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class Task:
     label: str = ""
     """What a display calls the network."""
     seed: int = 0
+    teacher: str = ""
+    """What it learns from; "": nothing."""
 
     @property
     def name(self) -> str:
@@ -61,6 +65,7 @@ class Task:
                 "epochs": self.epochs,
                 "label": self.label,
                 "seed": self.seed,
+                "teacher": self.teacher,
             },
         )
 
@@ -69,7 +74,8 @@ class Task:
         """Raises: UserError: a network that cannot be read here."""
         kept: Mapping[str, Any] = job.task
         candidate = Candidate.from_json(kept["candidate"])
-        return cls(What(kept["what"]), candidate, kept["epochs"], kept["label"], kept["seed"])
+        what, teacher = What(kept["what"]), kept.get("teacher", "")
+        return cls(what, candidate, kept["epochs"], kept["label"], kept["seed"], teacher)
 
 
 class Tasks:

@@ -51,5 +51,11 @@ def _made(request: SearchRequest, study: optuna.Study, tier: TrainedTier, task: 
             row: Any = measure_one(tier, task.candidate).to_json()
             found: JsonValue = row
             return found
+        case What.TEACHER:
+            from nas.quality.race import RaceTier
+            from nas.search.teaching import try_teacher
+
+            assert isinstance(tier, RaceTier)
+            return try_teacher(tier, task)
         case What.FINAL:
             return train_final(request, tier, task)

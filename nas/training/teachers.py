@@ -70,7 +70,7 @@ def find_teacher(
     config = cast("dict[str, Any]", model.pretrained_cfg)
     fixed = network.resolution if target.resolution or config.get("fixed_input_size") else None
     own = pixels_of(network, weights or "timm")
-    return _fitting(f"--teacher {text}", model, (network.num_classes, len(classes)), fixed, own, pixels)
+    return fitting(f"--teacher {text}", model, (network.num_classes, len(classes)), fixed, own, pixels)
 
 
 def find_feature_teacher(request: TrainRequest, data: ImageData, note: Callable[[str], None]) -> FeatureTeacher:
@@ -111,7 +111,7 @@ def own_teacher(
         raise OtherClassesError(f"{option} {text}: weights with another classifier, which would teach nothing")
     counts = model.arch.num_classes, len(classes)
     own = pixels_of(model.arch, source)
-    return _fitting(f"{option} {text}", model, counts, model.arch.resolution, own, pixels)
+    return fitting(f"{option} {text}", model, counts, model.arch.resolution, own, pixels)
 
 
 def teacher_in_folder(request: TrainRequest) -> str | None:
@@ -174,7 +174,7 @@ def _resized(what: str, arch: Arch, own: int, file: str | Path, note: Callable[[
     return resized(found, arch)
 
 
-def _fitting(
+def fitting(
     option: str, model: nn.Module, classes: tuple[int, int], resolution: int | None, own: Pixels, given: Pixels
 ) -> nn.Module:
     """A network that takes a student's images: at its own resolution (None: any) and with its own mean and deviation.

@@ -80,6 +80,7 @@ def test_a_folder_of_weights_is_for_pretrained_networks(vitnas, tmp_path):
     words = ("search", "--latency-budget", "2ms", "--out", str(tmp_path / "runs"), "--weights-from", str(tmp_path))
     vitnas.refused(vitnas(*words), "--weights-from", "--data")
     vitnas.refused(vitnas(*words, "--data", "x", "--from-scratch"), "--weights-from", "--from-scratch")
+    vitnas.refused(vitnas("search", "--latency-budget", "2ms", "--teacher", "levit_128s"), "--teacher", "--data")
 
 
 def test_unwritable_out(vitnas, tmp_path):

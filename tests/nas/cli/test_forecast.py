@@ -85,10 +85,15 @@ def test_final_trainings_of_an_earlier_run_are_not_counted_again(clock):
     assert forecast.left_s() == pytest.approx(9000 / 100)
 
 
-def test_a_parent_is_tuned_before_each_final_training_of_what_is_cut_from_it(clock):
-    forecast = Forecast(Plan(trials=2, final_images=3000, seeds=2, networks=3), clock)
+def test_a_teacher_is_tried_and_a_parent_tuned_before_each_final_training_of_what_is_cut_from_it(clock):
+    forecast = Forecast(Plan(trials=2, final_images=3000, seeds=2, networks=3, taught_images=4000), clock)
     trained(forecast, clock, 100)
     forecast.trial(2, 10.0, 2.0)
+    for what, left in (("without", 3000), ("by", 1000)):
+        forecast.phase(f"trying the teacher x@64 on trial 1, {what} it", 0, 2000)
+        clock.now += 10
+        forecast.phase(f"trying the teacher x@64 on trial 1, {what} it", 1000, 2000)
+        assert forecast.left_s() == pytest.approx((18_000 + left) / 100)
     parent, child = "tuning the parent efficientvit_m1 on all images, seed {}", "final training, trial 1, seed {}"
     left = 18_000
     for seed in range(2):

@@ -53,7 +53,14 @@ class Stub(HalvingTier):
     """Trains nothing; a network's top-1 is a tenth of its resolution."""
 
     def begin(
-        self, candidate: Candidate, images: Any, recipe: Any, seed: int, checkpoint: Path, weights: Any = None
+        self,
+        candidate: Candidate,
+        images: Any,
+        recipe: Any,
+        seed: int,
+        checkpoint: Path,
+        weights: Any = None,
+        teacher: Any = None,
     ) -> Any:
         network = nn.Linear(1, 1)
         network.arch = candidate.arch

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import optuna
 import pytest
 import quick
 import torch
@@ -27,6 +28,9 @@ from nas.quality.trainer import CandidateTrainer
 from nas.quality.tuning import Tuned, choose_rate, tuning_recipe
 from nas.search.accuracy import compare_means
 from nas.search.final import result_path, train_fully
+from nas.search.race import check_teacher
+from nas.search.tasks import Task
+from nas.search.teaching import TeacherGain, Teaching, find_teaching, try_teacher
 from nas.training.recipes import LONG_CROPS
 from search_spaces import create_model, get_arch
 
@@ -208,7 +212,9 @@ def test_a_derived_network_ends_with_its_parent_tuned_on_all_images_as_ready_one
         precisions=("fp32",), folder=tmp_path / "run", plan=dataclasses.replace(trainer.plan, seeds=2)
     )
     request.folder.mkdir()
-    found = train_fully(request, tier, "x", child)
+    found = train_fully(request, tier, "x", child, "shvit_s1@32")
+    learns = [options["teacher"] is not None for _, images, _, options in trained if images == 60]
+    assert learns == [False, True, False, True], "what teaches is its own parent's like"
     final = [(is_child, options["seed"]) for is_child, images, _, options in trained if images == 60]
     assert final == [(False, 0), (True, 0), (False, 1), (True, 1)]
     assert crops == {LONG_CROPS}, "as where one network is trained for long"
@@ -222,6 +228,54 @@ def test_a_derived_network_ends_with_its_parent_tuned_on_all_images_as_ready_one
     result_path(request, child, 1).unlink()
     assert train_fully(request, RaceTier(trainer), "x", child).before == found.before
     assert [each[0] for each in trained] == [True], "its parent is in the folder"
+
+
+def test_a_teacher_is_tried_once(trainer, tmp_path, monkeypatch):
+    """It is the best parent that was tuned; on the search's own split, judged on the images that are held out."""
+    tier, child, learns = RaceTier(trainer), derived(), []
+    monkeypatch.setattr("nas.search.teaching.candidate_of", lambda _: child)
+    study = optuna.create_study()
+    request = SimpleNamespace(plan=trainer.plan, folder=tmp_path / "run")
+    rows = [SimpleNamespace(kind=Kind.SCRATCH, label="scratch"), SimpleNamespace(kind=Kind.DERIVED, label="child")]
+    told: list[str] = []
+
+    def find(study: optuna.Study, result=lambda task: try_teacher(tier, Task.of(task.job))) -> Teaching:
+        return find_teaching(request, study, tier, rows, SimpleNamespace(result=result), told.append)
+
+    assert "no network was tuned" in find(optuna.create_study()).words
+    tier.parents.tuned("shvit_s1", PX)
+    train = CandidateTrainer.train
+
+    def watched(self, model, images, recipe, **options):
+        learns.append((len(images), options["teacher"] is not None))
+        return train(self, model, images, recipe, **options)
+
+    monkeypatch.setattr(CandidateTrainer, "train", watched)
+    found = find(study)
+    assert (found.name, found.gain.student, found.gain.images) == ("shvit_s1@32", "child", trainer.judged)
+    assert learns == [(trainer.used, False), (trainer.used, True)]
+    assert find(study, result=None) == found, "the study keeps it"
+    assert told[1:] == [found.words] * 2
+    (request.folder / "final").mkdir(parents=True)
+    (request.folder / "final/0123456789abcdef-1-seed0.json").write_text("{}")
+    assert find(optuna.create_study()).words.endswith("some had been made without one")
+
+
+@pytest.mark.parametrize(("points", "teacher"), [(0.5, "x@64"), (0.0, None)])
+def test_a_teacher_that_does_not_help_is_left_out(points, teacher):
+    found = Teaching("x@64", TeacherGain("child", points, points - 2, points + 2, 400, 12, 60.0))
+    assert found.to_json()["teacher"] == teacher
+    assert found.to_json()["teacher_gain"]["points"] == points
+    assert f"{points:+.1f} points" in found.words
+    assert ("left out" in found.words) == (teacher is None)
+
+
+def test_a_teacher_of_other_classes_is_refused_at_the_start(trainer, published, tmp_path):
+    for name, why in (("shvit_s2", "weights"), ("shvit_s1@x", "resolution"), (str(tmp_path / "none"), "none")):
+        plan = dataclasses.replace(trainer.plan, teacher=name, weights_from=published)
+        with pytest.raises(UserError, match=why):
+            check_teacher(dataclasses.replace(trainer, plan=plan))
+    check_teacher(dataclasses.replace(trainer, plan=dataclasses.replace(trainer.plan, teacher="shvit_s1@64")))
 
 
 def test_a_dead_channel_keeps_a_share_of_its_variance(trainer):

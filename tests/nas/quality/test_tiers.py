@@ -52,7 +52,7 @@ class Stub(HalvingTier):
         self.made: list[tuple[int, int]] = []
         self.nan_from = nan_from
 
-    def begin(self, candidate, images, recipe, seed, checkpoint, weights=None):
+    def begin(self, candidate, images, recipe, seed, checkpoint, weights=None, teacher=None):
         arch, tier, start = candidate.arch, self, 0 if weights is None else 1
 
         class Training:

@@ -103,7 +103,14 @@ class Taught(HalvingTier):
     begun: list[str]
 
     def begin(
-        self, candidate: Candidate, images: Any, recipe: Any, seed: int, checkpoint: Path, weights: Any = None
+        self,
+        candidate: Candidate,
+        images: Any,
+        recipe: Any,
+        seed: int,
+        checkpoint: Path,
+        weights: Any = None,
+        teacher: Any = None,
     ) -> Any:
         arch, fault = candidate.arch, self.faults.pop(len(self.begun), None)
         self.begun.append(arch.digest())
@@ -427,11 +434,11 @@ def test_a_network_that_cannot_be_exported_is_there_with_its_weights(
 def test_a_final_training_that_fails(vitnas, device, tier, pictures, tmp_path, monkeypatch, fault):
     real = nas.search.final.train_from
 
-    def refused(options: Any, tier: Any, label: str, arch: Arch, seed: int) -> Any:
+    def refused(options: Any, tier: Any, label: str, arch: Arch, seed: int, teacher: str) -> Any:
         if not failed:
             failed.append(label)
             raise fault
-        return real(options, tier, label, arch, seed)
+        return real(options, tier, label, arch, seed, teacher)
 
     failed: list[str] = []
     monkeypatch.setattr(nas.search.final, "train_from", refused)

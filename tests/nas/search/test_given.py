@@ -118,6 +118,8 @@ def test_what_was_found_is_compared_with_the_best_ready_network(searched: tuple[
     gain = found["gain_over_ready"]
     assert gain["points"] == pytest.approx(made - rows[READY.name]["mean"])
     assert gain["low"] <= gain["points"] <= gain["high"]
+    assert (found["teacher"], found["teacher_gain"]) == (None, None)
+    assert any(note.startswith("no teacher in the final trainings: no network was tuned") for note in found["notes"])
     assert gain["verdict"] in ("gain", "tie", "loss")
     assert f"{gain['points']:+.1f} points" in (folder / "report.html").read_text().split("<h1>")[1]
 

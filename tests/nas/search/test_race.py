@@ -68,9 +68,8 @@ def race(folder: Path, ms: float = 0.5, digests: dict[str, str] | None = None) -
     store = SimpleNamespace(digests=digests or {}, files={}, reach=lambda: True, left_out={})
     parents = SimpleNamespace(failed={"efficientvit_m0": "no", "efficientvit_m1": "no"})
     surrogate = SimpleNamespace(trained=[])
-    tier = SimpleNamespace(
-        parents=parents, surrogate=lambda: surrogate, trainer=SimpleNamespace(weights=store, folder=folder / "training")
-    )
+    trainer = SimpleNamespace(weights=store, folder=folder / "training", plan=SimpleNamespace(teacher=None))
+    tier = SimpleNamespace(parents=parents, surrogate=lambda: surrogate, trainer=trainer)
     request = SimpleNamespace(
         budget_ms=BUDGET_MS,
         trials=8,

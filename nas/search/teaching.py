@@ -1,0 +1,151 @@
+"""The teacher of a race's final trainings: the best network that was tuned on the user's images, where it helps.
+
+The first contestant is trained twice on the search's own split, with it and without, and judged on the images held out
+of it. The answer is made once for a study, before any final training, and holds for all of them: equal terms.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Self
+
+from pydantic import FiniteFloat, TypeAdapter
+
+from nas.errors import TrainingError
+from nas.quality.candidate import Kind
+from nas.quality.plan import NO_TEACHER
+from nas.search.accuracy import Accuracies, compare_means
+from nas.search.folder import FINAL
+from nas.search.rows import ClosingRow, candidate_of, known
+from nas.search.tasks import Task, Tasks, What
+from nas.units import counted
+
+if TYPE_CHECKING:
+    import optuna
+    from pydantic import JsonValue
+
+    from nas.quality.race import RaceTier
+    from nas.search.request import SearchRequest
+
+KEPT = "teacher"
+"""The attribute of the study that holds the answer."""
+
+
+@dataclass(frozen=True)
+class TeacherGain:
+    """What a teacher was worth to a network, on images held out of the tuning: its accuracy with it, less without."""
+
+    student: str
+    points: FiniteFloat
+    low: FiniteFloat
+    """Ends of its 95% interval."""
+    high: FiniteFloat
+    images: int
+    epochs: int
+    """Of each of the two trainings."""
+    seconds: FiniteFloat
+    """Both took."""
+
+    @property
+    def helps(self) -> bool:
+        return self.points > 0
+
+    @property
+    def words(self) -> str:
+        return (
+            f"{self.points:+.1f} points (95%: {self.low:+.1f} to {self.high:+.1f}) of {self.images:,} held-out images, "
+            f"{self.student} trained for {counted(self.epochs, 'epoch')} with it and without ({self.seconds:.0f} s)"
+        )
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """Which teacher was tried."""
+
+    name: str = ""
+    """efficientvit_m1@64, or a folder; "" without one."""
+    gain: TeacherGain | None = None
+    why: str = ""
+    """There is none, in words; "" where that was asked for."""
+
+    @property
+    def teacher(self) -> str:
+        """What all final trainings learn from; "": nothing."""
+        return self.name if self.gain and self.gain.helps else ""
+
+    @property
+    def words(self) -> str:
+        if self.gain is None:
+            return f"no teacher in the final trainings: {self.why}" if self.why else ""
+        what = "all final trainings learn from it" if self.gain.helps else "it does not help and is left out"
+        return f"teacher {self.name}: {self.gain.words}: {what}"
+
+    @classmethod
+    def kept_in(cls, study: optuna.Study) -> Self | None:
+        """The study's; None where it has none yet."""
+        found = study.user_attrs.get(KEPT)
+        return None if found is None else TypeAdapter(cls).validate_python(found)
+
+    def to_json(self) -> dict[str, object]:
+        """The fields of result.json."""
+        return {"teacher": self.teacher or None, "teacher_gain": self.gain and {"of": self.name, **asdict(self.gain)}}
+
+
+def find_teaching(
+    request: SearchRequest,
+    study: optuna.Study,
+    tier: RaceTier,
+    rows: Sequence[ClosingRow],
+    tasks: Tasks,
+    note: Callable[[str], None],
+) -> Teaching:
+    """The teacher of the final trainings of a race, which is tried now where it has not been; it is told.
+
+    Args:
+        rows: what is trained fully, the winner so far first.
+    """
+    found = Teaching.kept_in(study)
+    if found is None:
+        found = _tried(request, tier, rows, tasks)
+        study.set_user_attr(KEPT, asdict(found))
+    if found.words:
+        note(found.words)
+    return found
+
+
+def _tried(request: SearchRequest, tier: RaceTier, rows: Sequence[ClosingRow], tasks: Tasks) -> Teaching:
+    plan = known(request.plan)
+    if plan.teacher == NO_TEACHER:
+        return Teaching()
+    if any((request.folder / FINAL).glob("*-seed*")):
+        return Teaching(why="some had been made without one")
+    pretrained = (row for row in rows if row.kind != Kind.SCRATCH and tier.tuning_pays(candidate_of(row)))
+    student = next(pretrained, None)
+    if student is None:
+        return Teaching(why="no pretrained network is tuned in them")
+    name = tier.teacher_name(candidate_of(student))
+    if name is None:
+        return Teaching(why="no network was tuned on your images that others are cut from (--teacher names one)")
+    task = Task(What.TEACHER, candidate_of(student), plan.full_epochs, student.label, teacher=name)
+    try:
+        return Teaching(name, TypeAdapter(TeacherGain).validate_python(tasks.result(task)))
+    except TrainingError as error:
+        return Teaching(why=f"{name}: {error}")
+
+
+def try_teacher(tier: RaceTier, task: Task) -> JsonValue:
+    """Train a network with a teacher and without; a `TeacherGain` as the study keeps it.
+
+    Raises:
+        TrainingError: the loss is no longer finite. UserError: the teacher cannot be had.
+    """
+    began = time.monotonic()
+    judged = tier.try_teacher(task.candidate, task.teacher, task.epochs, task.label)
+    taught, alone = (Accuracies(task.label, [each.top1], each.total, 0.0, [[*each.hits]]) for each in judged)
+    found = compare_means(taught, alone)
+    seconds = time.monotonic() - began
+    gain = TeacherGain(task.label, found.difference, *found.ci, alone.images, task.epochs, seconds)
+    kept: JsonValue = asdict(gain)
+    return kept
