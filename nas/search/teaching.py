@@ -4,8 +4,8 @@ The first contestant is trained twice on the search's own split, with it and wit
 of it. The answer is made once for a study, before any final training, and holds for all of them: equal terms.
 
 With EfficientViT-M1, tuned on 1,600 of 2,000 images of 20 classes of Tiny-ImageNet, as teacher, 12 epochs brought
-EfficientViT-M0 to 48.1% of 3,000 others (47.2 without it), a child of M1 cut to 78% of its multiply-accumulates to 50.2
-(49.3): +0.9 and +1.0 points, one seed, each within a point either way. They took a third longer.
+EfficientViT-M0 to 48.1 and 49.0% of 3,000 others (two seeds; 47.2 and 47.5 without it), a child of M1 cut to 78% of
+its multiply-accumulates to 50.2 (49.3). They took a third longer.
 """
 
 from __future__ import annotations
