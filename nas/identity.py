@@ -31,6 +31,11 @@ def file_digest(path: Path, length: int = LENGTH) -> str:
         raise UserError(f"{path}: {error.strerror}") from None
 
 
+def text_digest(text: str) -> str:
+    """The first hexadecimal digits of a text's SHA-256."""
+    return hashlib.sha256(text.encode()).hexdigest()[:LENGTH]
+
+
 def changed(known: Mapping[str, str | None], found: Mapping[str, str | None]) -> str:
     """What differs between two identities, in words; "" where nothing does."""
     return " and ".join(name for name in {**known, **found} if known.get(name) != found.get(name))

@@ -35,6 +35,10 @@ class Store:
         self.left_out: dict[str, str] = {}
         """Why files of the user's folder are not used, by the name of their network."""
 
+    def apart(self) -> Store:
+        """One that looks in the same places, and whose finds are not among this one's."""
+        return Store(self._folder, self._say)
+
     @property
     def digests(self) -> dict[str, str]:
         """SHA-256 of the weights found so far, by the name of their network."""

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 
 from nas.data.pixels import IMAGENET, Pixels
 from nas.files import replace_file
+from nas.identity import text_digest
 from nas.quality.candidate import Candidate, Kind, label_at
 from nas.quality.parents import Parents
 from nas.quality.ready import give_probe, own_pixels, with_weights
@@ -150,7 +151,7 @@ class RaceTier(HalvingTier):
             if weights is not None:
                 model.load_state_dict(dict(weights))
         elif candidate.kind == Kind.DERIVED:
-            model = self._cut_fully(candidate, images, recipe.epochs, seed, checkpoint.parent)
+            model = self._cut_fully(candidate, images, recipe, seed, checkpoint.parent)
         else:
             model = self._start(candidate, images)
         augmented = self.trainer.augmented(images, candidate.network.resolution, pixels_of(candidate), recipe)
@@ -161,13 +162,24 @@ class RaceTier(HalvingTier):
         tuned; None where there is none. A published one with its resolution in px, such as efficientvit_m1@64."""
         name = self.trainer.plan.teacher
         if name is None:
-            best = max(tuned_in(self.trainer.folder), key=lambda each: each.top1, default=None)
+            able = [each for each in tuned_in(self.trainer.folder) if self._may_teach(each, student)]
+            best = max(able, key=lambda each: each.top1, default=None)
             return f"{best.name}@{best.resolution}" if best else None
         return f"{name}@{student.network.resolution}" if name in list_models() else name
 
-    def find_teacher(self, name: str, student: Candidate) -> nn.Module:
-        """A network that a student may learn from: (B, 3, R, R) -> (B, classes). A published one is tuned as a parent
-        is, on the search's own split.
+    def _may_teach(self, tuned: Tuned, student: Candidate) -> bool:
+        """Whether a tuned parent needs more multiply-accumulates than a student, and is better than the search found
+        that on the same images."""
+        from nas.networks.counts import counts_of
+
+        arch = self.parents.arch(tuned.name, tuned.resolution)
+        known = (each.rungs for each in self.trainer.results() if each.key == student.key)
+        own = max(next(known, {}).values(), default=0.0)
+        larger = arch is not None and counts_of(arch).macs > counts_of(student.network).macs
+        return larger and tuned.top1 > own
+
+    def find_teacher(self, name: str, student: Candidate) -> nn.Module | None:
+        """See `TrainedTier.find_teacher`. A published one is tuned as a parent is, on the search's own split.
 
         Raises:
             TrainingError: it cannot be tuned. UserError: it cannot be had, or is of other classes.
@@ -175,6 +187,8 @@ class RaceTier(HalvingTier):
         from nas.training.teachers import find_teacher, fitting
         from search_spaces import create_model
 
+        if not name:
+            return None
         trainer, given, (published, _, px) = self.trainer, pixels_of(student), name.partition("@")
         classes = trainer.data.classes
         if published not in list_models():
@@ -185,17 +199,22 @@ class RaceTier(HalvingTier):
         counts = len(classes), len(classes)
         return fitting(name, model, counts, tuned.arch.resolution, own_pixels(tuned.arch), given)
 
-    def try_teacher(self, candidate: Candidate, name: str, epochs: int, label: str) -> tuple[Accuracy, Accuracy]:
-        """Train a pretrained network on the search's own split, with a teacher and without; judge both.
+    def try_teacher(self, candidate: Candidate, name: str, epochs: int, label: str) -> tuple[Accuracy, Accuracy, float]:
+        """Train a pretrained network on the search's own split, with a teacher and without.
+
+        Returns:
+            What both are judged, and the seconds that they trained.
 
         Raises:
             TrainingError: the loss is no longer finite. UserError: as `find_teacher`.
         """
         images, judges = self._split(candidate)
-        recipe, folder = self.recipe(epochs, candidate), self.trainer.folder / f"teaching-{candidate.key[:16]}"
+        recipe, stem = self.recipe(epochs, candidate), f"teaching-{candidate.key[:16]}-{epochs}-{text_digest(name)}"
+        folder, seconds = self.trainer.folder / stem, 0.0
         first = self._start(candidate, images).state_dict()
 
         def judged(what: str, teacher: nn.Module | None) -> Accuracy:
+            nonlocal seconds
             folder.mkdir(parents=True, exist_ok=True)
             training = self.begin(candidate, images, recipe, self.trainer.seed, folder / what, first, teacher)
             told = f"trying the teacher {name} on {label}, {what} it"
@@ -203,11 +222,12 @@ class RaceTier(HalvingTier):
                 training.run(None, lambda done, total, _: self.trainer.progress(told, done, total))
             finally:
                 training.loader.close()
+            seconds += sum(row["seconds"] for row in training.history)
             return self.trainer.judge(training.network, judges)
 
         alone, taught = judged("without", None), judged("by", self.find_teacher(name, candidate))
         shutil.rmtree(folder, ignore_errors=True)
-        return taught, alone
+        return taught, alone, seconds
 
     def _start(self, candidate: Candidate, images: Images) -> nn.Module:
         """A pretrained network of the user's classes, before any epoch.
@@ -255,15 +275,19 @@ class RaceTier(HalvingTier):
         self._repairs[candidate.key] = refitted, with_probe > top1
         return probed if with_probe > top1 else best
 
-    def _cut_fully(self, candidate: Candidate, images: Images, epochs: int, seed: int, folder: Path) -> nn.Module:
+    def _cut_fully(self, candidate: Candidate, images: Images, recipe: Recipe, seed: int, folder: Path) -> nn.Module:
         """A network as `_cut` makes it, but from its parent tuned on all of a training's images, none held out. What
-        `_cut` chooses, and which units are kept, is what the search found on its own split."""
+        `_cut` chooses, and which units are kept, is what the search found on its own split.
+
+        Args:
+            recipe: of the network; its parent has its epochs and augmentation.
+        """
         from search_spaces import create_model
 
         if candidate.key not in self._repairs:
             self._cut(candidate)
         refitted, probed = self._repairs[candidate.key]
-        parent = self._parent_fully(candidate, images, epochs, seed, folder)
+        parent = self._parent_fully(candidate, images, recipe, seed, folder)
         weights = self.parents.child(candidate.arch, candidate.parent, seed, parent)
         if refitted:
             weights = self.parents.repaired(candidate.arch, candidate.parent, weights, parent)
@@ -273,19 +297,19 @@ class RaceTier(HalvingTier):
             give_probe(model, images, self.trainer, pixels_of(candidate))
         return model
 
-    def _parent_fully(self, child: Candidate, images: Images, epochs: int, seed: int, folder: Path) -> Parent:
+    def _parent_fully(self, child: Candidate, images: Images, like: Recipe, seed: int, folder: Path) -> Parent:
         """A parent trained as a ready network is at the end, from its folder where it is there; children share it."""
         from safetensors.torch import load_file
 
         from nas.export.folder import save_weights
 
-        px, began = child.network.resolution, time.monotonic()
+        px, epochs, began = child.network.resolution, like.epochs, time.monotonic()
         tuned = self.parents.tuned(child.parent, px)
         path = folder / f"{full_stem(child.parent, px, epochs)}{seed}.json"
         weights, state = path.with_suffix(".safetensors"), path.with_suffix(".state")
         if Tuned.read(path) is None or not weights.is_file():
             candidate = Candidate(tuned.arch, Kind.READY, name=child.parent)
-            recipe = self.recipe(epochs, candidate)
+            recipe = replace(self.recipe(epochs, candidate), augmentation=like.augmentation)
             folder.mkdir(parents=True, exist_ok=True)
             training = self.begin(candidate, images, recipe, seed, state)
             what = f"tuning the parent {child.parent} on all images, seed {seed}"
@@ -296,7 +320,8 @@ class RaceTier(HalvingTier):
             save_weights(training.network, weights)
             digest, seconds = self.trainer.weights.get(tuned.arch).digest, time.monotonic() - began
             found = Tuned(child.parent, px, digest, len(images), 0, lr=recipe.lr, epochs=epochs, seconds=seconds)
-            replace_file(path, json.dumps(asdict(found)).encode())
+            kept = asdict(found) | {"crops": recipe.augmentation.scale}
+            replace_file(path, json.dumps(kept).encode())
             state.unlink(missing_ok=True)
         return replace(tuned, weights=load_file(weights))
 

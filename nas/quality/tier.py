@@ -261,9 +261,14 @@ class TrainedTier(ABC):
         """The network that others learn from, if there is one."""
         return None
 
-    def find_teacher(self, name: str, student: Candidate) -> nn.Module:
-        """What the final trainings of a race learn from; see `nas.quality.race.RaceTier.find_teacher`."""
-        raise NotImplementedError
+    def find_teacher(self, name: str, student: Candidate) -> nn.Module | None:
+        """What a student learns from in a final training: (B, 3, R, R) -> (B, classes); None: the
+        tier's own.
+
+        Args:
+            name: that of `nas.search.teaching.Teaching`, which only a race has; "": none.
+        """
+        return None
 
     def _fitted(self, trained: Sequence[TrainedNetwork]) -> Surrogate:
         """The last surrogate is kept: until a trial ends all calls ask for the same one."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -156,8 +156,7 @@ class CandidateTrainer:
 
     def augmented(self, images: Images, resolution: int, pixels: Pixels, recipe: Recipe) -> Images:
         """Images as a fine-tuning by a recipe sees them."""
-        how = replace(recipe.augmentation, scale=recipe.tuning_crops)
-        return images.transformed(self.data.at(resolution, how, pixels).train.transform)
+        return images.transformed(self.data.at(resolution, recipe.augmentation, pixels).train.transform)
 
     def alone(self) -> AbstractContextManager[None]:
         """Have a GPU that it trains on for this process; see `nas.training.device.alone_on`."""

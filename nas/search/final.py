@@ -12,6 +12,7 @@ import json
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -112,13 +113,15 @@ def complete(study: optuna.Study, tier: TrainedTier, candidate: Candidate) -> No
 @dataclasses.dataclass(frozen=True)
 class FullTraining:
     """A network's training from one seed, as its file has it. top1: percent of `images`. seconds: it took. hits: a
-    digit an image, 1 where it was right; None in files of an older vitnas. epochs: it had; as hits."""
+    digit an image, 1 where it was right; None in files of an older vitnas. epochs: it had; as hits. crops: the least
+    share of an image's area that a tuning's crops kept; as hits (see `earlier_crops`), and None from scratch."""
 
     top1: FiniteFloat
     images: PositiveInt
     seconds: FiniteFloat
     hits: str | None = None
     epochs: NonNegativeInt | None = None
+    crops: FiniteFloat | None = None
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -136,6 +139,35 @@ class FullTraining:
 def seeds_of(request: SearchRequest, tier: TrainedTier, candidate: Candidate) -> range:
     """The seeds of a network's final trainings. A ready one that stays as it begins has one: no seed changes it."""
     return range(known(request.plan).seeds if tier.tuning_pays(candidate) or candidate.parent else 1)
+
+
+def earlier_crops(request: SearchRequest) -> float | None:
+    """The least share of an image's area that the crops of all final trainings keep, where an older vitnas began them
+    with others than the recipe has now; None elsewhere."""
+    from nas.training.recipes import FINETUNE, LONG_EPOCHS
+
+    epochs, gentle = known(request.plan).full_epochs, FINETUNE.augmentation.scale
+    if epochs < LONG_EPOCHS:
+        return None
+    for path in (request.folder / FINAL).glob(f"*-{epochs}-seed*"):
+        with suppress(Exception):  # one that is damaged is told where it is used
+            if _crops_of(path, gentle) == gentle:
+                return gentle
+    return None
+
+
+def _crops_of(path: Path, earlier: float) -> float | None:
+    """That of a final training or its checkpoint. earlier: where it does not say so."""
+    if path.suffix == ".json":
+        kept: dict[str, float | None] = json.loads(path.read_bytes())
+        return kept.get("crops", earlier)
+    if not path.suffix.startswith(".state"):
+        return None
+    import torch
+
+    recipe = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["agree"]["recipe"]
+    tuned: float | None = recipe["augmentation"]["scale"] if recipe["from_probe"] else None
+    return tuned
 
 
 def have_trained(
@@ -168,7 +200,7 @@ def final_tasks(
     """The final trainings of a network that are not in the folder. teacher: that of `nas.search.teaching.Teaching`."""
     epochs = known(request.plan).full_epochs
     left = [seed for seed in seeds_of(request, tier, candidate) if not result_path(request, candidate, seed).is_file()]
-    return [Task(What.FINAL, candidate, epochs, label, seed, teacher) for seed in left]
+    return [Task(What.FINAL, candidate, epochs, label, seed, teacher, earlier_crops(request)) for seed in left]
 
 
 def train_final(request: SearchRequest, tier: TrainedTier, task: Task) -> JsonValue:
@@ -179,7 +211,7 @@ def train_final(request: SearchRequest, tier: TrainedTier, task: Task) -> JsonVa
     """
     path = result_path(request, task.candidate, task.seed)
     if not path.is_file():
-        train_from(request, tier, task.label, task.candidate, task.seed, task.teacher)
+        train_from(request, tier, task.label, task.candidate, task.seed, task.teacher, task.crops)
     found: JsonValue = json.loads(path.read_bytes())
     return {"training": found, "where": _where(path)}
 
@@ -202,7 +234,7 @@ def train_fully(
     for seed in seeds_of(request, tier, candidate):
         path = result_path(request, candidate, seed)
         if not path.is_file():
-            train_from(request, tier, label, candidate, seed, teacher)
+            train_from(request, tier, label, candidate, seed, teacher, earlier_crops(request))
         made.append(FullTraining.read(path))
     answers = [[digit == "1" for digit in each.hits] for each in made if each.hits is not None]
     top1, seconds = [each.top1 for each in made], sum(each.seconds for each in made)
@@ -224,14 +256,23 @@ def train_fully(
 
 
 def train_from(
-    request: SearchRequest, tier: TrainedTier, label: str, candidate: Candidate, seed: int, teacher: str = ""
+    request: SearchRequest,
+    tier: TrainedTier,
+    label: str,
+    candidate: Candidate,
+    seed: int,
+    teacher: str = "",
+    crops: float | None = None,
 ) -> None:
-    """Train a network fully from a seed, and keep what came of it in the folder."""
+    """Train a network fully from a seed, and keep what came of it in the folder. crops: see `earlier_crops`."""
     path, trainer, data = result_path(request, candidate, seed), tier.trainer, tier.data(candidate)
     path.parent.mkdir(exist_ok=True)
     begun, pays = time.monotonic(), tier.tuning_pays(candidate)
     recipe = tier.recipe(known(request.plan).full_epochs, candidate)
-    taught_by = tier.find_teacher(teacher, candidate) if teacher and pays else None
+    tunes = candidate.kind != Kind.SCRATCH
+    if tunes and crops is not None:
+        recipe = dataclasses.replace(recipe, augmentation=dataclasses.replace(recipe.augmentation, scale=crops))
+    taught_by = tier.find_teacher(teacher, candidate) if pays else None
     training = tier.begin(candidate, data.train, recipe, seed, path.with_suffix(".state"), teacher=taught_by)
     if candidate.parent:  # whose tuning is told by itself
         begun = time.monotonic()
@@ -242,7 +283,8 @@ def train_from(
         save_weights(training.network, path.with_suffix(".safetensors"))
     found = trainer.judge(training.network, data.val)
     hits = "".join("01"[hit] for hit in found.hits)
-    row = FullTraining(found.top1, found.total, time.monotonic() - begun, hits, training.epoch)
+    kept = recipe.augmentation.scale if tunes else None
+    row = FullTraining(found.top1, found.total, time.monotonic() - begun, hits, training.epoch, kept)
     replace_file(path, json.dumps(dataclasses.asdict(row)).encode())
     path.with_suffix(".state").unlink(missing_ok=True)
 

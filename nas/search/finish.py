@@ -255,7 +255,9 @@ class _Finish:
         if self.races:
             with self._step("trial of a teacher"):
                 self._find_teacher(tier, rows)
-            if self.end.interrupted:
+            if self.teaching is None or self.end.interrupted:
+                if not self.end.interrupted:
+                    self.notes.append("no final training was made, as all are to learn from one teacher or none")
                 return
         taught_by = self.teaching.teacher if self.teaching else ""
         with self._step("final trainings"):
@@ -283,13 +285,15 @@ class _Finish:
     def _find_teacher(self, tier: TrainedTier, rows: Sequence[ClosingRow]) -> None:
         """Settle once what the final trainings of a race learn from."""
         from nas.quality.race import RaceTier
+        from nas.search.final import earlier_crops
         from nas.search.teaching import find_teaching
 
         if self.teaching is None:
+            assert isinstance(tier, RaceTier)
             tasks = known(self.tasks)
-            self.teaching = find_teaching(
-                self.request, self.study, cast(RaceTier, tier), rows, tasks, self.notes.append
-            )
+            self.teaching = find_teaching(self.request, self.study, tier, rows, tasks, self.notes.append)
+            if crops := earlier_crops(self.request):
+                self.notes.append(f"final trainings crop to {crops:.0%} of an image or more, as those made before")
 
     def _trained(self, tier: TrainedTier, row: ClosingRow) -> Accuracies:
         """A network's full trainings, and its accuracies as it is shipped."""
@@ -327,8 +331,7 @@ class _Finish:
         epochs = known(self.request.plan).full_epochs
         trained = [row for row in self.final if row.accuracy and not row.accuracy.as_begun]
         recipes = dict.fromkeys(tier.recipe(epochs, candidate_of(row)).name for row in trained)
-        by = f", learning from {self.teaching.teacher}" if self.teaching and self.teaching.teacher else ""
-        told = FinalTrainings(tuple(rows), epochs, " or ".join(recipes) + by, "")
+        told = FinalTrainings(tuple(rows), epochs, " or ".join(recipes), "")
         if made and ready and made.accuracy and ready.accuracy:
             comparison = compare_means(made.accuracy, ready.accuracy)
             told = replace(told, comparison=comparison, verdict=verdict(comparison, made.accuracy, ready.accuracy))

@@ -77,7 +77,7 @@ def check_teacher(trainer: CandidateTrainer) -> None:
         return
     published = name.partition("@")[0]
     if published in list_models():
-        trainer.weights.get(get_arch(published))
+        trainer.weights.apart().get(get_arch(published))  # a study without it must go on, too
         find_target(name)  # refuses a resolution that it does not take
     else:
         from nas.training.teachers import find_teacher

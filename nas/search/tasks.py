@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Self
 
+from nas.identity import text_digest
 from nas.quality.candidate import Candidate
 from nas.study.jobs import TRAINS, Job, do, post, result_of, take, withdraw, workers
 from nas.study.leases import LOOK_S
@@ -49,10 +50,13 @@ class Task:
     seed: int = 0
     teacher: str = ""
     """What it learns from; "": nothing."""
+    crops: float | None = None
+    """The least share of an image's area that its crops keep; None: the recipe's."""
 
     @property
     def name(self) -> str:
-        return f"{self.what} {self.candidate.key[:16]} {self.epochs} {self.seed}"
+        name = f"{self.what} {self.candidate.key[:16]} {self.epochs} {self.seed}"
+        return f"{name} {text_digest(self.teacher)}" if self.what == What.TEACHER else name
 
     @property
     def job(self) -> Job:
@@ -66,6 +70,7 @@ class Task:
                 "label": self.label,
                 "seed": self.seed,
                 "teacher": self.teacher,
+                "crops": self.crops,
             },
         )
 
@@ -75,7 +80,7 @@ class Task:
         kept: Mapping[str, Any] = job.task
         candidate = Candidate.from_json(kept["candidate"])
         what, teacher = What(kept["what"]), kept.get("teacher", "")
-        return cls(what, candidate, kept["epochs"], kept["label"], kept["seed"], teacher)
+        return cls(what, candidate, kept["epochs"], kept["label"], kept["seed"], teacher, kept.get("crops"))
 
 
 class Tasks:

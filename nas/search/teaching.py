@@ -10,7 +10,6 @@ its multiply-accumulates to 50.2 (49.3). They took a third longer.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Self
@@ -24,6 +23,7 @@ from nas.search.accuracy import Accuracies, compare_means
 from nas.search.folder import FINAL
 from nas.search.rows import ClosingRow, candidate_of, known
 from nas.search.tasks import Task, Tasks, What
+from nas.study.jobs import any_done
 from nas.units import counted
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class TeacherGain:
     epochs: int
     """Of each of the two trainings."""
     seconds: FiniteFloat
-    """Both took."""
+    """Both took, the tuning of the teacher left out."""
 
     @property
     def helps(self) -> bool:
@@ -73,6 +73,8 @@ class Teaching:
     gain: TeacherGain | None = None
     why: str = ""
     """There is none, in words; "" where that was asked for."""
+    asked: str | None = None
+    """As `TrainingPlan.teacher`."""
 
     @property
     def teacher(self) -> str:
@@ -84,6 +86,8 @@ class Teaching:
         if self.gain is None:
             return f"no teacher in the final trainings: {self.why}" if self.why else ""
         what = "all final trainings learn from it" if self.gain.helps else "it does not help and is left out"
+        if self.gain.helps and self.gain.low <= 0:
+            what += ", though it may not help: the interval holds 0"
         return f"teacher {self.name}: {self.gain.words}: {what}"
 
     @classmethod
@@ -105,38 +109,50 @@ def find_teaching(
     tasks: Tasks,
     note: Callable[[str], None],
 ) -> Teaching:
-    """The teacher of the final trainings of a race, which is tried now where it has not been; it is told.
+    """The teacher of the final trainings of a race, which is told. One is tried now where none has been, or another is
+    asked for, unless there are final trainings: then that stays, and what is not used is told.
 
     Args:
         rows: what is trained fully, the winner so far first.
+
+    Raises:
+        UserError: it cannot be tried now, as its folder is not here, say; another run may.
     """
-    found = Teaching.kept_in(study)
-    if found is None:
+    found, asked = Teaching.kept_in(study), known(request.plan).teacher
+    begun = any((request.folder / FINAL).glob("*-seed*")) or any_done(study, f"{What.FINAL} ")
+    if found is None and begun:
+        why = "" if asked == NO_TEACHER else "some had been made without one"
+        found = Teaching(why=why, asked=asked)
+    elif found is None or (not begun and (found.asked != asked or found.why)):
         found = _tried(request, tier, rows, tasks)
-        study.set_user_attr(KEPT, asdict(found))
+    study.set_user_attr(KEPT, asdict(found))
     if found.words:
         note(found.words)
+    if found.asked != asked:
+        given = f"--teacher {asked}" if asked else "a run without --teacher"
+        learnt = f"learnt from {found.teacher}" if found.teacher else "had no teacher"
+        note(f"{given} changes nothing: this study has final trainings, which {learnt}; another --study tries it")
     return found
 
 
 def _tried(request: SearchRequest, tier: RaceTier, rows: Sequence[ClosingRow], tasks: Tasks) -> Teaching:
     plan = known(request.plan)
     if plan.teacher == NO_TEACHER:
-        return Teaching()
-    if any((request.folder / FINAL).glob("*-seed*")):
-        return Teaching(why="some had been made without one")
+        return Teaching(asked=plan.teacher)
     pretrained = (row for row in rows if row.kind != Kind.SCRATCH and tier.tuning_pays(candidate_of(row)))
     student = next(pretrained, None)
     if student is None:
-        return Teaching(why="no pretrained network is tuned in them")
+        return Teaching(why="no pretrained network is tuned in them", asked=plan.teacher)
     name = tier.teacher_name(candidate_of(student))
     if name is None:
-        return Teaching(why="no network was tuned on your images that others are cut from (--teacher names one)")
+        why = f"no network was tuned on your images that is larger and better than {student.label}"
+        return Teaching(why=f"{why} (--teacher names one)")
     task = Task(What.TEACHER, candidate_of(student), plan.full_epochs, student.label, teacher=name)
     try:
-        return Teaching(name, TypeAdapter(TeacherGain).validate_python(tasks.result(task)))
+        gain = TypeAdapter(TeacherGain).validate_python(tasks.result(task))
     except TrainingError as error:
-        return Teaching(why=f"{name}: {error}")
+        return Teaching(why=f"{name}: {error}", asked=plan.teacher)
+    return Teaching(name, gain, asked=plan.teacher)
 
 
 def try_teacher(tier: RaceTier, task: Task) -> JsonValue:
@@ -145,11 +161,9 @@ def try_teacher(tier: RaceTier, task: Task) -> JsonValue:
     Raises:
         TrainingError: the loss is no longer finite. UserError: the teacher cannot be had.
     """
-    began = time.monotonic()
-    judged = tier.try_teacher(task.candidate, task.teacher, task.epochs, task.label)
+    *judged, seconds = tier.try_teacher(task.candidate, task.teacher, task.epochs, task.label)
     taught, alone = (Accuracies(task.label, [each.top1], each.total, 0.0, [[*each.hits]]) for each in judged)
     found = compare_means(taught, alone)
-    seconds = time.monotonic() - began
     gain = TeacherGain(task.label, found.difference, *found.ci, alone.images, task.epochs, seconds)
     kept: JsonValue = asdict(gain)
     return kept

@@ -176,6 +176,11 @@ def result_of(study: optuna.Study, name: str) -> JsonValue:
     return kept
 
 
+def any_done(study: optuna.Study, start: str) -> bool:
+    """Whether there is a result of a job whose name starts so."""
+    return any(key.startswith(RESULT + start) and kept for key, kept in study.user_attrs.items())
+
+
 def _open(study: optuna.Study) -> dict[str, Mapping[str, JsonValue]]:
     """The tasks of jobs that nobody does or has done, by name."""
     attrs: Mapping[str, Any] = study.user_attrs

@@ -27,11 +27,11 @@ from nas.quality.tier import TrainingRecord
 from nas.quality.trainer import CandidateTrainer
 from nas.quality.tuning import Tuned, choose_rate, tuning_recipe
 from nas.search.accuracy import compare_means
-from nas.search.final import result_path, train_fully
+from nas.search.final import earlier_crops, result_path, train_fully
 from nas.search.race import check_teacher
 from nas.search.tasks import Task
 from nas.search.teaching import TeacherGain, Teaching, find_teaching, try_teacher
-from nas.training.recipes import LONG_CROPS
+from nas.training.recipes import FINETUNE, LONG_CROPS
 from search_spaces import create_model, get_arch
 
 PX = 32
@@ -225,9 +225,24 @@ def test_a_derived_network_ends_with_its_parent_tuned_on_all_images_as_ready_one
     assert found.before.times == 2
     assert not compare_means(found, found).leaves_out, "another tuning's difference is in it"
     trained.clear()
+    crops.clear()
+    kept = [json.loads(result_path(request, child, seed).read_text()) for seed in (0, 1)]
+    assert [each["crops"] for each in kept] == [LONG_CROPS] * 2
+    assert earlier_crops(request) is None
+    result_path(request, child, 0).write_text(json.dumps({k: v for k, v in kept[0].items() if k != "crops"}))
     result_path(request, child, 1).unlink()
     assert train_fully(request, RaceTier(trainer), "x", child).before == found.before
     assert [each[0] for each in trained] == [True], "its parent is in the folder"
+    assert crops == {FINETUNE.augmentation.scale}, "as an older vitnas trained the other seed"
+    result_path(request, child, 0).unlink()
+    assert earlier_crops(request) == json.loads(result_path(request, child, 1).read_text())["crops"]
+
+
+def fails(error: Exception):
+    def result(task: Task) -> None:
+        raise error
+
+    return result
 
 
 def test_a_teacher_is_tried_once(trainer, tmp_path, monkeypatch):
@@ -256,9 +271,22 @@ def test_a_teacher_is_tried_once(trainer, tmp_path, monkeypatch):
     assert learns == [(trainer.used, False), (trainer.used, True)]
     assert find(study, result=None) == found, "the study keeps it"
     assert told[1:] == [found.words] * 2
+    request.plan = dataclasses.replace(trainer.plan, teacher="none")
+    assert find(study, result=None) == Teaching(asked="none"), "another answer, as nothing has been trained by one"
+    request.plan = trainer.plan
+    with pytest.raises(UserError, match="no room"):
+        find(study, result=fails(UserError("no room")))
+    assert "diverged" in find(study, result=fails(TrainingError("diverged"))).words
+    assert find(study) == dataclasses.replace(found, gain=find(study).gain), "tried again"
+    trainer.results().append(TrainedNetwork(child.key, np.zeros(3), {0: 50.0, 1: 100.0}))
+    assert tier.teacher_name(child) is None, "no parent is better than the student"
+    assert tier.teacher_name(ready()) is None, "nor larger than itself"
     (request.folder / "final").mkdir(parents=True)
     (request.folder / "final/0123456789abcdef-1-seed0.json").write_text("{}")
     assert find(optuna.create_study()).words.endswith("some had been made without one")
+    request.plan = dataclasses.replace(trainer.plan, teacher="none")
+    assert find(study, result=None).teacher == find(study, result=None).teacher
+    assert "--teacher none changes nothing" in told[-1]
 
 
 @pytest.mark.parametrize(("points", "teacher"), [(0.5, "x@64"), (0.0, None)])
@@ -268,6 +296,7 @@ def test_a_teacher_that_does_not_help_is_left_out(points, teacher):
     assert found.to_json()["teacher_gain"]["points"] == points
     assert f"{points:+.1f} points" in found.words
     assert ("left out" in found.words) == (teacher is None)
+    assert ("holds 0" in found.words) == (teacher is not None)
 
 
 def test_a_teacher_of_other_classes_is_refused_at_the_start(trainer, published, tmp_path):
@@ -276,6 +305,7 @@ def test_a_teacher_of_other_classes_is_refused_at_the_start(trainer, published, 
         with pytest.raises(UserError, match=why):
             check_teacher(dataclasses.replace(trainer, plan=plan))
     check_teacher(dataclasses.replace(trainer, plan=dataclasses.replace(trainer.plan, teacher="shvit_s1@64")))
+    assert not trainer.weights.digests, "the study does not begin with a teacher's weights"
 
 
 def test_a_dead_channel_keeps_a_share_of_its_variance(trainer):
