@@ -129,7 +129,7 @@ class Choice:
     """Expected scores, percent, and their standard deviations."""
     errors: np.ndarray
     excluded: Sequence[Point]
-    """Those that the budget has excluded."""
+    """Those that the budget has excluded, the likeliest to meet it first."""
 
     def promise(self, best: float) -> np.ndarray:
         """Log of the constrained expected improvement over a score."""
@@ -147,7 +147,7 @@ class Finder:
         self.choice: Choice | None = None
         """The last one."""
         self._ranked: list[Point] = []
-        """Of the choice, the most promising first,"""
+        """Of the choice, the most promising first, then the excluded ones,"""
         self._of_few: list[Point] = []
         """and those of the family that has had few trials."""
 
@@ -167,8 +167,9 @@ class Finder:
         if self.choice is None:
             return
         promise = self.choice.promise(self._judge.best(self._seen.tried))
-        self._ranked = [self.choice.points[i] for i in np.argsort(-promise)]
-        self._pool = {point.digest: point for point in self._ranked[:KEPT]}
+        best_first = [self.choice.points[i] for i in np.argsort(-promise)]
+        self._ranked = [*best_first, *self.choice.excluded]
+        self._pool = {point.digest: point for point in best_first[:KEPT]}
         family = self._neglected(self.choice)
         if family is not None:
             best = self._judge.best([each for each in self._seen.tried if each.point.family == family])
@@ -176,11 +177,13 @@ class Finder:
             self._of_few = [point for i in order if (point := self.choice.points[i]).family == family]
 
     def propose(self) -> Point | None:
-        """The network of the choice that the study's next trial should try; None where all have been tried."""
-        if self.choice is None:
+        """The network of the choice that the study's next trial should try. Where all have been tried, the choice is
+        renewed; None where those have been, too."""
+        found = self._untried()
+        if found is None:
             self.compare()
-        few = self._of_few if self._seen.number % FEW == FEW - 1 else []
-        return next((point for point in (*few, *self._ranked) if point.digest not in self._seen.digests), None)
+            found = self._untried()
+        return found
 
     def nothing_better(self) -> bool:
         """Whether nothing of the last choice, fast or slow, promises more than the best; only the size prior is so sure
@@ -189,6 +192,10 @@ class Finder:
             return False
         least = self._judge.best(self._seen.tried) + MARGIN
         return all(self._judge.score(point) <= least for point in (*self.choice.points, *self.choice.excluded))
+
+    def _untried(self) -> Point | None:
+        few = self._of_few if self._seen.number % FEW == FEW - 1 else []
+        return next((point for point in (*few, *self._ranked) if point.digest not in self._seen.digests), None)
 
     def _judged(self) -> Choice | None:
         """Those of the pool that have not been tried and may meet the budget; of none that may, the likeliest. None
@@ -200,10 +207,10 @@ class Finder:
         mean, error = self._latencies(fresh)
         fits = log_ndtr((self._seen.limit - mean) / error)
         fits += self._seen.meets(np.array([point.coordinates for point in fresh]))
-        order = np.argsort(-fits)[: JUDGED if isinstance(self._judge, ByTraining) else len(fresh)]
-        chosen = [int(i) for i in order if fits[i] >= math.log(CHANCE)] or [int(order[0])]
+        order, fitting = np.argsort(-fits), int(np.sum(fits >= math.log(CHANCE)))
+        chosen = order[: max(1, min(fitting, JUDGED if isinstance(self._judge, ByTraining) else fitting))]
         points = [fresh[i] for i in chosen]
-        excluded = [fresh[i] for i in np.flatnonzero(fits < math.log(CHANCE))]
+        excluded = [fresh[i] for i in order[fitting:]]
         return Choice(points, fits[chosen], *self._judge.judge(points), excluded)
 
     def _latencies(self, points: Sequence[Point]) -> np.ndarray:

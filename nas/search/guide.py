@@ -42,7 +42,7 @@ class Guide:
             judge = ByTraining(tier, size) if isinstance(tier, TrainedTier) else size
             self._finder = Finder(request, self._seen, judge)
             self._finder.add(self._opening.shapes())
-            study.sampler = RandomSampler(seed=request.seed)  # for a trial that is given nothing
+            study.sampler = RandomSampler()  # every trial is given its network
 
     def prepare(self) -> None:
         """Compare networks, so that `enqueue_one` keeps nobody waiting; others may decide meanwhile. Call both as
@@ -61,7 +61,7 @@ class Guide:
         sampler.
 
         Raises:
-            NothingLeft: no network can meet the budget, or none that was compared is better than the best.
+            NothingLeft: no network can meet the budget, or none that was compared is better than the best, or untried.
         """
         self._seen.read(self._study, look=False)
         budget = f"{self._request.budget_ms:g} ms{self._request.limits.words}"
@@ -72,5 +72,7 @@ class Guide:
             if self._finder.nothing_better():
                 raise NothingLeft(f"of all networks compared, over {budget} or not, none promises more than the best")
             point = self._finder.propose()
+            if point is None:
+                raise NothingLeft("every network that was compared has been tried")
         if point is not None:
             self._study.enqueue_trial(point.params, {"name": point.name} if point.name else {})

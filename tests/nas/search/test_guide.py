@@ -178,9 +178,25 @@ def test_workers_do_not_propose_the_same(tmp_path, monkeypatch):
     assert len({point.digest for _, point in running}) == 4
     for worker, (trial, point) in zip((two, three, two, three), running, strict=True):
         worker.tell(trial, point)
+    monkeypatch.setattr(finder, "CHANCE", 1.0)  # nothing fits: the likeliest
+    four, five = Worker(request_, tmp_path), Worker(request_, tmp_path)
+    for worker in (four, five):
+        ledger_of(worker.study)
+        worker.guide.prepare()
+        monkeypatch.setattr(worker.guide, "prepare", lambda: None)
+    with monkeypatch.context() as context:
+        context.setattr(Finder, "compare", lambda _: pytest.fail("it keeps others waiting"))
+        for worker in (four, five):
+            worker.ask()
+    five.guide._finder._ranked = five.guide._finder._of_few = []
+    five.ask()
     seen = Seen(request_, get_arch("efficientvit_m0"), REFERENCE_MS)
     seen.read(two.study)
-    assert len(seen.digests) == len(two.study.trials) == 10
+    assert len(seen.digests) == len(two.study.trials) == 13, "where others have taken all, it compares anew"
+    five.guide._finder._ranked = five.guide._finder._of_few = []
+    monkeypatch.setattr(Finder, "compare", lambda _: None)
+    with pytest.raises(NothingLeft, match="every network that was compared has been tried"):
+        five.ask()
 
 
 def test_a_worker_proposes_the_same_again_with_the_same_seed(tmp_path, proposed):
