@@ -123,7 +123,7 @@ class TrialRunner:
         """Run one trial, and tell the study its result or why it failed.
 
         Args:
-            enqueue_one, prepare: as `nas.study.trials.ask` calls them.
+            enqueue_one, prepare: as `nas.study.trials.ask` calls them; with the device's lock, as they take a CPU.
 
         Raises:
             UserError: what ends the search: a full disk, or a connection that does not come back. The trial is retried.
