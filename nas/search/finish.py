@@ -65,11 +65,16 @@ def finish_run(
     command: str,
     phase: Callable[[str, int, int], None] | None = None,
     say: Callable[[str], None] = lambda line: None,
+    take_over: Callable[[], None] | None = None,
 ) -> Outcome:
     """Judge what was found, measure the best side by side, train them fully, and write best/ and the run's files.
 
     Workers on one folder end one after the other. A step that fails, or that Ctrl-C ends, is told and recorded, and the
     next goes on; after Ctrl-C those that take long are left out. What is known is written before the final trainings.
+
+    Args:
+        take_over: called before the first full training, which this process makes, and what it wants after that; None:
+            who trained before goes on.
 
     Raises:
         KeyboardInterrupt: another worker is at its end, and after Ctrl-C that is not waited for.
@@ -83,7 +88,7 @@ def finish_run(
                 raise
             say("another worker of this search is at its end, and writes the report")
             raise KeyboardInterrupt from None
-        return _Finish(request, study, log, command, phase, say).run()
+        return _Finish(request, study, log, command, phase, say, take_over).run()
 
 
 class _Finish:
@@ -97,12 +102,15 @@ class _Finish:
         command: str,
         phase: Callable[[str, int, int], None] | None,
         say: Callable[[str], None],
+        take_over: Callable[[], None] | None,
     ) -> None:
         self.request, self.study, self.log, self.command, self.phase = request, study, log, command, phase
         self.tier = known(log.tier)
         self.trained = cast("TrainedTier", self.tier) if self.tier.trained else None
         waits = phase or (lambda *_: None)
-        self.tasks = open_tasks(request, study, self.trained, request.trains, say, waits) if self.trained else None
+        self.tasks = None
+        if self.trained:
+            self.tasks = open_tasks(request, study, self.trained, request.trains, say, waits, take_over)
         self.end = Ending(say)
         self.end.interrupted = log.interrupted
         self.lower = LowerFiles(request, self.trained) if self.trained and lowers(request.precisions) else None

@@ -141,7 +141,7 @@ class _Helper:
         phase: Callable[[str, int, int], None],
     ) -> None:
         self.study, self.say = study, say
-        self._until, self._told = -math.inf, False
+        self._has_seen_it, self._until = False, math.inf
         self.log = SearchLog(datetime.now().astimezone().isoformat(timespec="seconds"))
         stage = Stage(phase)
         tier, _ = open_tier(request, study, images, stage, say, lambda *_: None)
@@ -167,15 +167,15 @@ class _Helper:
 
     def _goes_on(self) -> bool:
         """Whether somebody measures, or died while this process worked and may be started again."""
-        now = time.monotonic()
         if workers(self.study, MEASURES):
-            self._until, self._told = now + LEASE_S, False
-        elif not has_died(self.study, MEASURES):
+            self._has_seen_it, self._until = True, math.inf
+            return True
+        if not (self._has_seen_it and has_died(self.study, MEASURES)):
             return False
-        elif now < self._until and not self._told:
-            self._told = True
+        if self._until == math.inf:
+            self._until = time.monotonic() + LEASE_S
             self.say(f"what measures has died: waiting {LEASE_S / 60:g} minutes at most until it is started again")
-        return now < self._until
+        return time.monotonic() < self._until
 
     def _tell(self) -> None:
         """Say what the log has noted since."""

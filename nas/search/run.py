@@ -78,12 +78,11 @@ def search(
     with training_threads(request.train_threads, say), open_crew(request, say, phase) as crew:
         request = replace(request, workers=crew.size)
         study, log = run_trials(request, progress, say, phase, images, crew)
-        if log.interrupted or request.train_processes > 1:
+        if log.interrupted:
             crew.close()
-        if request.train_processes > 1:  # what is left to train, this process does with others of its own
-            request = replace(request, workers=0)
+        take_over = crew.close if request.train_processes > 1 else None
         with storage_errors(storage_of(request)), interruptible():
-            outcome = finish_run(request, study, log, command, phase, say)
+            outcome = finish_run(request, study, log, command, phase, say, take_over)
             sweep(study)
     return outcome
 

@@ -37,6 +37,11 @@ class What(StrEnum):
     TEACHER = "teacher"
     """Of a network with a teacher and without, on the search's own split."""
 
+    @property
+    def full(self) -> bool:
+        """Whether `--train-processes` make it together."""
+        return self in (What.VALIDATE, What.FINAL)
+
 
 @dataclass(frozen=True)
 class Task:
@@ -91,6 +96,7 @@ class Tasks:
         trains: this process trains; else it waits for others.
         say: told where nobody is there to be waited for.
         phase: told what is waited for.
+        take_over: called before the first full training is wanted; then this process trains.
     """
 
     def __init__(
@@ -100,12 +106,17 @@ class Tasks:
         trains: bool,
         say: Callable[[str], None],
         phase: Callable[[str, int, int], None] = lambda *_: None,
+        take_over: Callable[[], None] | None = None,
     ) -> None:
         self._study, self._work, self._trains, self._say, self._phase = study, work, trains, say, phase
+        self._take_over = take_over
         self._posted: dict[str, Task] = {}
 
     def post(self, tasks: Sequence[Task]) -> None:
         """Have trainings made, unless they have been."""
+        if self._take_over is not None and any(task.what.full for task in tasks):
+            self._take_over()
+            self._take_over, self._trains = None, True
         self._posted |= {task.name: task for task in tasks}
         post(self._study, [task.job for task in tasks])
 

@@ -24,16 +24,16 @@ def open_tasks(
     trains: bool,
     say: Callable[[str], None],
     phase: Callable[[str, int, int], None] = lambda *_: None,
+    take_over: Callable[[], None] | None = None,
 ) -> Tasks:
     """The trainings of a search beside its trials. trains: this process makes them; else it waits for others. The rest
     as in `Tasks`."""
 
     def work(task: Task) -> JsonValue:
-        full = task.what in (What.FINAL, What.VALIDATE)
-        with tier.trainer.alone_together() if full else tier.trainer.alone():
+        with tier.trainer.alone_together() if task.what.full else tier.trainer.alone():
             return _made(request, study, tier, task)
 
-    return Tasks(study, work, trains, say, phase)
+    return Tasks(study, work, trains, say, phase, take_over)
 
 
 def _made(request: SearchRequest, study: optuna.Study, tier: TrainedTier, task: Task) -> JsonValue:

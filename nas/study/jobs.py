@@ -36,22 +36,37 @@ def at_work(study: optuna.Study, does: Sequence[str]) -> Iterator[None]:
     """
     key = ""
 
+    def replace_the_dead() -> None:
+        """Forget those whose part this process has: who measures ends the search, and so what all have done for it."""
+        attrs: Mapping[str, Any] = study.user_attrs
+        for name in [name for name, value in attrs.items() if name.startswith(WORKER) and value]:
+            if (MEASURES in does or MEASURES not in attrs[name]["does"]) and _is_dead(attrs, name):
+                study.set_user_attr(name, None)
+
     def choose() -> str:
-        """A key that nobody has; of one that died, to one that does the same (see `has_died`)."""
+        """A key that nobody has."""
+        replace_the_dead()
         attrs: Mapping[str, Any] = study.user_attrs
         known = [name for name in attrs if name.startswith(WORKER)]
-        free = (name for name in known if not attrs[name] or (attrs[name]["does"] == [*does] and _is_dead(attrs, name)))
-        name = next(free, f"{WORKER}{len(known)}")
+        name = next((name for name in known if not attrs[name]), f"{WORKER}{len(known)}")
         study.set_user_attr(name, mine())
         return name
+
+    def leave() -> None:
+        replace_the_dead()
+        if is_mine():
+            study.set_user_attr(key, None)
 
     def mine() -> dict[str, Any]:
         return {"does": [*does], **Lease.mine().to_json()}
 
+    def is_mine() -> bool:
+        held: Any = study.user_attrs.get(key)
+        return bool(held) and Lease.read(held).is_mine()
+
     def extend() -> bool:
         nonlocal key
-        held: Any = study.user_attrs.get(key)
-        if held and Lease.read(held).is_mine():
+        if is_mine():
             study.set_user_attr(key, mine())
         else:  # it has none yet, or was taken for dead
             key = alone_in(study, choose)
@@ -64,9 +79,9 @@ def at_work(study: optuna.Study, does: Sequence[str]) -> Iterator[None]:
         except UserError:  # of a storage that is lost, or withdrawn, perhaps; the lease expires
             raise
         except BaseException:
-            study.set_user_attr(key, None)
+            alone_in(study, leave)
             raise
-    study.set_user_attr(key, None)
+    alone_in(study, leave)
 
 
 def workers(study: optuna.Study, does: str) -> int:

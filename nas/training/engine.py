@@ -160,7 +160,7 @@ class Training:
             "network": _digest(model),
             "images": len(data),
             "labels": hashlib.sha256(np.asarray(data.labels).tobytes()).hexdigest()[:16],
-            "batch": batch * world,
+            "at_once": batch * world,
             "precision": precision,
             "teacher": teacher is not None,
         }
@@ -362,6 +362,7 @@ class Training:
             theirs = state["agree"]
             later = {field.name: field.default for field in fields(Recipe) if field.name not in theirs["recipe"]}
             theirs["recipe"] |= json.loads(json.dumps(later))  # fields that are younger than the checkpoint
+            theirs.setdefault("at_once", theirs.get("batch", 0) * ranks()[1])  # of an older vitnas: a process's own
             for key, value in self._agree.items():
                 if theirs.get(key) != value:
                     raise UserError(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, as_completed, wait
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nas.errors import TrainingError
+from nas.errors import DiskFull, TrainingError, UserError
 from nas.files import scratch
 from nas.process import Worker, WorkerError, serve, tell
 
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 MODULE = "nas.training.together"
 TELL_EVERY_S = 0.5
 """Between two tellings of how far it is."""
+LOST_S = 1.0
+"""In which a process that is gone is known, after another has met its absence."""
+_group = ExitStack()
+"""The child's: left by a training that ends well alone, as the others would fail for want of it, and be heard first."""
 
 
 def run_together(
@@ -40,8 +44,9 @@ def run_together(
         progress: called with images done, and images of all epochs.
 
     Raises:
-        TrainingError: the loss is no longer finite, or one of the processes failed.
+        TrainingError: the loss is no longer finite.
         DiskFull: no room for the checkpoint.
+        UserError: one of the processes failed, or was lost: the others end.
     """
     import torch
 
@@ -63,16 +68,28 @@ def run_together(
         for worker in workers:  # before the pool: its threads wait for their answers
             stack.callback(worker.close)
         answers = [pool.submit(worker.receive, float("inf"), progress) for worker in workers]
-        ended = wait(answers, return_when=FIRST_EXCEPTION).done
-        try:
-            found = [answer.result() for answer in answers if answer in ended]
-        except WorkerError as error:
-            raise TrainingError(f"of {count} processes that trained together one failed: {error}") from None
-    for each in found:
-        if each["error"]:
-            raise TrainingError(each["error"])
-        training.loader.skipped.extend(name for name in each["skipped"] if name not in training.loader.skipped)
+        skipped = [name for each in _heard(answers) for name in each["skipped"]]
+    training.loader.skipped.extend(name for name in dict.fromkeys(skipped) if name not in training.loader.skipped)
     training.restore()
+
+
+def _heard(answers: Sequence[Future[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+    """What the processes answer, as they do.
+
+    Raises:
+        as `run_together`: at the first that failed, or that was lost where that is why others did.
+    """
+    for answer in as_completed(answers):
+        if answer.exception() is None and "error" not in answer.result():
+            yield answer.result()
+            continue
+        wait(answers, LOST_S, FIRST_EXCEPTION)
+        first = next((each for each in answers if each.done() and each.exception() is not None), answer)
+        try:
+            found = first.result()
+        except WorkerError as error:
+            raise UserError(f"of {len(answers)} processes that trained together one failed: {error}") from None
+        raise (TrainingError if found["of_network"] else UserError)(found["error"])
 
 
 def train(rank: int, world: int, port: int, visible: str, threads: int, given: str) -> dict[str, Any]:
@@ -100,17 +117,20 @@ def train(rank: int, world: int, port: int, visible: str, threads: int, given: s
             told = time.monotonic()
             tell(done, total)
 
-    with processes("cuda" if visible else "cpu") as device:
+    try:
+        device = _group.enter_context(processes("cuda" if visible else "cpu"))
         again: Callable[..., Training] = torch.load(Path(given), map_location="cpu", weights_only=False)
         training = again(device=device, workers=default_workers(device), say=lambda _: None)
-        error = ""
         try:
             training.run(None, progress)
-        except TrainingError as found:
-            error = str(found)
         finally:
             training.loader.close()
-        return {"error": error, "skipped": [*training.loader.skipped]}
+    except DiskFull:
+        raise
+    except UserError as found:
+        return {"error": str(found), "of_network": isinstance(found, TrainingError)}
+    _group.close()
+    return {"skipped": [*training.loader.skipped]}
 
 
 def _free_port() -> int:

@@ -53,8 +53,8 @@ from search_spaces import get_arch
 
 STUDY = "steps"
 EPOCHS, EPOCH_S = 5, 0.3
-FINALS, FINAL = 4, 1_000_000
-"""How many final trainings there are, and with its seed the number of each in the ledger."""
+FINAL = 1_000_000
+"""With its seed, the number of a final training in the ledger."""
 AHEAD = 6
 """Trials that wait for their training at most."""
 PAUSE_S = 0.5
@@ -63,7 +63,7 @@ PAUSE_S = 0.5
 class Steps:
     """What the workers do. Every measurement and every epoch is a line of `ledger`, with who made it."""
 
-    def __init__(self, out: Path, storage: str) -> None:
+    def __init__(self, out: Path, storage: str, finals: int) -> None:
         self.storage, self.ledger, self.enough = storage, out / "ledger", out / "enough"
         trainer = SimpleNamespace(alone=nullcontext)
         self.tier: Any = SimpleNamespace(
@@ -77,7 +77,7 @@ class Steps:
         self._measured = 0
         search_trial.suggest = self._suggest
         network = Candidate(self._arch)
-        self.finals = [Task(What.FINAL, network, EPOCHS, f"final {seed}", seed) for seed in range(FINALS)]
+        self.finals = [Task(What.FINAL, network, EPOCHS, f"final {seed}", seed) for seed in range(finals)]
 
     def open(self) -> optuna.Study:
         return study_trials.open_study(STUDY, self.storage, {"of": "steps"}, RandomSampler())
@@ -175,18 +175,21 @@ class Steps:
         }
 
 
-def run(folder: Path, server: Server, proxied: bool, size: int, kills: int, rounds: int, away_s: float) -> bool:
+def run(
+    folder: Path, server: Server, proxied: bool, size: int, kills: int, rounds: int, away_s: float, finals: int
+) -> bool:
     """Every round kills its part of those that train, takes the connections away, and then those that measure.
 
     Args:
         size: number of workers; a quarter of them measure.
         away_s: seconds in which there is no connection, and then nobody measures.
+        finals: number of final trainings; half as many times workers are killed in one.
     """
     begun, database, stack = time.monotonic(), server.new_database(), ExitStack()
     proxy = stack.enter_context(Proxy(database)) if proxied else None
     storage = proxy.url if proxy else database
     team, witness = Workers(folder / "steps", storage, database), Witness()
-    steps = Steps(team.out, storage)
+    steps = Steps(team.out, storage, finals)
     measuring: list[int] = []
     quit_by_themselves = started = idle = 0
 
@@ -243,7 +246,7 @@ def run(folder: Path, server: Server, proxied: bool, size: int, kills: int, roun
             witness.see(team.trials(STUDY))
         steps.enough.touch()
         in_finals = 0
-        for _ in range(FINALS // 2):
+        for _ in range(finals // 2):
             in_finals += kill_in_a_final()
             team.kill(measuring.pop())
             refill()
@@ -255,7 +258,7 @@ def run(folder: Path, server: Server, proxied: bool, size: int, kills: int, roun
             "taken for dead": taken_for_dead(trials, team.killed),
             "times that nothing was trained while nobody measured": idle,
             "processes": len(survivors(known=servers)),
-            "finals that nobody was killed in": FINALS // 2 - in_finals,
+            "finals that nobody was killed in": finals // 2 - in_finals,
             "workers that quit": quit_by_themselves + sum(code != 0 for code in codes),
         }
     trained = [(trial, pid) for trial, what, pid in steps.lines() if what.isdecimal()]
@@ -275,6 +278,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=12, help="of those that train")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--away", type=float, default=5.0, help="seconds of each outage")
+    parser.add_argument("--finals", type=int, default=4)
     parser.add_argument("--only", choices=("postgresql", "grpc"))
     args = parser.parse_args()
     study_trials.BEAT_S, lease = BEAT_S, study_trials.lease
@@ -283,7 +287,7 @@ def main() -> int:
     mine = leases.Lease.mine
     leases.Lease.mine = lambda seconds=LEASE_S: mine(seconds)
     study_trials.DEATHS = args.kills + 1  # the same trial may be hit again and again
-    counts = args.workers, args.kills, args.rounds, args.away
+    counts = args.workers, args.kills, args.rounds, args.away, args.finals
     return on_each(args.only, lambda folder, server, proxy: run(folder, server, proxy, *counts))
 
 

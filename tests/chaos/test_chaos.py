@@ -31,10 +31,9 @@ def test_outages() -> None:
 
 
 def test_measuring_and_training_workers_whose_proxy_dies() -> None:
-    told = chaos("steps.py", "--workers=3", "--kills=1", "--rounds=1", "--away=1", "--only=grpc")
+    told = chaos("steps.py", "--workers=3", "--kills=1", "--rounds=1", "--away=1", "--finals=0", "--only=grpc")
     assert "gRPC: 3 workers, " in told
-    assert "2 kills in 4 finals" in told
-    assert "0 measured twice, 0 epochs trained twice, 0 finals made twice, 0 finals lost" in told
+    assert "0 measured twice, 0 epochs trained twice" in told
 
 
 @pytest.mark.slow
@@ -42,6 +41,7 @@ def test_measuring_and_training_workers() -> None:
     told = chaos("steps.py", "--kills", "3", "--rounds", "1")
     assert "PostgreSQL: 8 workers" in told
     assert "gRPC: 8 workers" in told
+    assert told.count("2 kills in 4 finals") == told.count("0 finals made twice, 0 finals lost") == 2
 
 
 @pytest.mark.slow  # by default test_trials has other machines' leases

@@ -77,7 +77,7 @@ def test_a_search_that_died_is_waited_for_and_one_that_ended_is_not(
     tmp_path: Path, clock: Callable[..., list[float]], monkeypatch: pytest.MonkeyPatch, ended: int, dies: bool
 ) -> None:
     study, said = open_study("s", tmp_path / "j", {"a": 1}, RandomSampler()), []
-    step, tasks = SimpleNamespace(claimed=lambda _: False), SimpleNamespace(help=lambda: False)
+    step, tasks = SimpleNamespace(), SimpleNamespace(help=lambda: False)
     monkeypatch.setattr(helping, "open_tier", lambda *_: (None, []))
     monkeypatch.setattr(helping, "TrainStep", lambda *_: step)
     monkeypatch.setattr(helping, "open_tasks", lambda *_: tasks)
@@ -85,15 +85,22 @@ def test_a_search_that_died_is_waited_for_and_one_that_ended_is_not(
     measuring = at_work(study, [MEASURES])
     measuring.__enter__()
 
-    def end() -> None:
+    now = clock()
+
+    def claimed(_: object) -> bool:
+        """One training, which is far longer than what is waited, and in which the search ends."""
+        if now[0]:
+            return False
+        now[0] = 600.0
         if dies:
             key = next(each for each in study.user_attrs if each.startswith(WORKER))
             study.set_user_attr(key, {"does": [MEASURES], **Lease.mine().to_json(), "pid": ended})
         else:
             measuring.__exit__(None, None, None)
+        return True
 
-    now = clock(end)
-    assert _Helper(requested(tmp_path), study, None, said.append, lambda *_: None).run() == 0
+    step.claimed = claimed
+    assert _Helper(requested(tmp_path), study, None, said.append, lambda *_: None).run() == 1
     waits = ["what measures has died: waiting 1 minutes at most until it is started again"]
-    assert said == [*(waits if dies else []), "the search that measures has ended: 0 trainings made here"]
-    assert now[0] == (60.0 if dies else helping.LOOK_S)
+    assert said == [*(waits if dies else []), "the search that measures has ended: 1 training made here"]
+    assert now[0] == 600.0 + (60.0 if dies else 0.0)

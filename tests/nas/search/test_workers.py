@@ -16,13 +16,16 @@ from optuna.samplers import RandomSampler
 
 from nas.errors import UserError
 from nas.measure.runtime import Settings
+from nas.quality.candidate import Candidate
 from nas.quality.plan import TrainingPlan
 from nas.search import workers as layer
 from nas.search.request import SearchRequest
+from nas.search.tasks import Task, Tasks, What
 from nas.search.workers import STARTS, Crew, chosen_devices
 from nas.study.jobs import MEASURES, TRAINS, workers
 from nas.study.trials import open_study
 from nas.training.device import CPU, TrainingDevice
+from search_spaces import get_arch
 
 GPUS = [TrainingDevice("cuda:0", "GPU-a"), TrainingDevice("cuda:1", "GPU-b")]
 REQUEST = SearchRequest(2.0, Settings(), ("shvit",), study="s", quality="train", plan=TrainingPlan("images"))
@@ -98,6 +101,15 @@ def test_where_none_is_left_the_search_says_why(
         found.check()
     assert (tmp_path / name).read_text() == str(starts)
     assert said[-1].endswith("it is not started again")
+
+
+def test_they_train_until_a_full_training_is_made_together(study: optuna.Study) -> None:
+    ended, network = [], Candidate(get_arch("efficientvit_m0").at(64))
+    tasks = Tasks(study, lambda task: task.seed, False, print, take_over=lambda: ended.append("the crew"))
+    tasks.post([Task(What.COMPLETE, network, 1)])
+    assert not ended
+    assert tasks.result(Task(What.FINAL, network, 1, seed=7)) == 7, "made by this process"
+    assert ended == ["the crew"]
 
 
 @pytest.mark.parametrize(

@@ -109,8 +109,14 @@ def test_who_is_at_work(study: optuna.Study, ended: int) -> None:
         with at_work(study, [TRAINS]):
             assert (workers(study, TRAINS), has_died(study, TRAINS)) == (1, False), "in the place of the dead one"
     assert workers(study, MEASURES) == 0
+    study.set_user_attr(f"{WORKER}1", {**gone, "does": [MEASURES, TRAINS]})
+    with at_work(study, [TRAINS]):
+        assert has_died(study, MEASURES), "who trains does not end the search"
+        with at_work(study, [MEASURES]):
+            study.set_user_attr(f"{WORKER}2", {**gone, "does": [MEASURES]})
+        assert not has_died(study, MEASURES), "the search has ended properly since"
     with at_work(study, [TRAINS]), at_work(study, [MEASURES]):
-        assert {key for key in study.user_attrs if key.startswith(WORKER)} == {f"{WORKER}0", f"{WORKER}1"}
+        assert {key for key in study.user_attrs if key.startswith(WORKER)} == {f"{WORKER}{n}" for n in range(3)}
 
 
 def test_a_process_that_was_taken_for_dead_is_at_work_again(
@@ -122,7 +128,8 @@ def test_a_process_that_was_taken_for_dead_is_at_work_again(
         study.set_user_attr(f"{WORKER}0", {"does": [TRAINS], **Lease.mine().to_json(), "host": "another"})
         assert beats[0]()
         assert workers(study, TRAINS) == 2
-    assert workers(study, TRAINS) == 1
+        study.set_user_attr(f"{WORKER}1", {"does": [TRAINS], **Lease.mine().to_json(), "host": "another"})
+    assert workers(study, TRAINS) == 2, "it leaves what is another's by now"
 
 
 def test_a_job_whose_answer_was_lost_is_taken_again(study: optuna.Study) -> None:

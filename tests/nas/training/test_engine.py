@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from nas.data.batches import loader
 from nas.data.images import Images, plain_transform
 from nas.data.pixels import IMAGENET
 from nas.errors import DiskFull, TrainingError, UserError
+from nas.process import WorkerError
 from nas.training import together
 from nas.training.device import CPU
 from nas.training.engine import Training
@@ -189,7 +191,7 @@ def test_one_update_in_all_is_made_at_the_full_rate(caplog):
         ("recipe", {"recipe": dataclasses.replace(PLAIN, lr=1e-4)}),
         ("images", {"data": pictures(40)}),
         ("network", {"model": nn.Sequential(nn.Conv2d(3, 4, 16), nn.Flatten())}),
-        ("batch", {"accumulate": 2}),
+        ("at_once", {"accumulate": 2}),
         ("precision", {"precision": "bf16"}),
         ("teacher", {"teacher": network(1)}),
     ],
@@ -202,12 +204,14 @@ def test_a_checkpoint_of_another_training_is_refused(what, changes, tmp_path):
         Training(**given | changes)
 
 
-def test_a_checkpoint_older_than_a_field_of_the_recipe_goes_on(tmp_path):
+def test_a_checkpoint_of_an_older_version_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(nas.training.engine, "ranks", lambda: (0, 2))
     recipe, file = dataclasses.replace(PLAIN, epochs=2), tmp_path / "checkpoint"
     Training(network(), pictures(), recipe, checkpoint=file).run(until=1)
     state = torch.load(file, weights_only=True)
     for name in ("batch_norm", "from_probe", "rates"):
         del state["agree"]["recipe"][name]
+    state["agree"]["batch"] = state["agree"].pop("at_once") // 2
     torch.save(state, file)
     assert Training(network(), pictures(), recipe, checkpoint=file).epoch == 1
     with pytest.raises(UserError, match="recipe differs"):
@@ -641,5 +645,31 @@ def test_processes_that_train_together_end_as_one_does(tmp_path):
 def test_where_one_of_them_fails_the_training_has(tmp_path, monkeypatch):
     monkeypatch.setattr(together, "MODULE", "crew_worker")
     made = Training(unnormalised(), pictures(16), PLAIN, checkpoint=tmp_path / "c")
-    with pytest.raises(TrainingError, match="of 2 processes that trained together one failed: TypeError: "):
+    with pytest.raises(UserError, match="of 2 processes that trained together one failed: TypeError: ") as found:
         together.run_together(made, [CPU] * 2, lambda *_: None, print)
+    assert found.type is UserError, "a process that is lost says nothing of the network"
+
+
+@pytest.mark.parametrize(
+    ("of_first", "kind", "why"),
+    [
+        ({"error": "closed by peer", "of_network": False}, UserError, "one failed: killed by signal 9"),
+        (WorkerError("killed by signal 9"), UserError, "one failed: killed by signal 9"),
+        ({"error": "no longer finite", "of_network": True}, TrainingError, "no longer finite"),
+        ({"error": "cannot be written", "of_network": False}, UserError, "cannot be written"),
+        (DiskFull("."), DiskFull, "no space left"),
+    ],
+)
+def test_the_first_of_them_that_failed_is_heard_or_one_that_was_lost(monkeypatch, of_first, kind, why):
+    """And not the others, which may never answer."""
+    monkeypatch.setattr(together, "LOST_S", 0.01)
+    others, first = Future(), Future()
+    if isinstance(of_first, dict):
+        first.set_result(of_first)
+        if "signal" in why:
+            others.set_exception(WorkerError("killed by signal 9"))
+    else:
+        first.set_exception(of_first)
+    with pytest.raises(kind, match=why) as found:
+        list(together._heard([others, first]))
+    assert found.type is kind
