@@ -13,9 +13,10 @@ MEMORY_S = 120.0
 CLOSING_NETWORKS = 8
 LEAST_CLOSING_S = 2.0
 """Networks of a closing run, about, and seconds that each takes at least."""
-FINAL = re.compile(r"final training, (.+), seed (\d+)$")
-PARENT = re.compile(r"tuning the (parent .+) on all images, seed (\d+)$")
-"""Of a network that is cut, before its own final training of a seed, which has as many images."""
+FINALS = "final trainings"
+"""Tells how many are to be made, those of parents among them, before the first."""
+FINAL = re.compile(r"final training, .+, seed \d+$|tuning the parent .+ on all images, seed \d+$")
+TUNING = "tuning the parent "
 TEACHER = re.compile(r"trying the teacher .+, (without|by) it$")
 VALIDATION = "validation"
 
@@ -50,7 +51,7 @@ class Plan:
 
     final_images, validation_images: trained on in one training at its end, and in one network's validation, over all
     epochs. seeds: of a network at the end. networks: that are trained at the end, parents among them. timeout_s: after
-    which no trial begins. taught_images: trained on in all to see whether a teacher helps.
+    which no trial begins. taught_images: trained on in all to see whether a teacher helps, its own tuning included.
     """
 
     trials: int
@@ -74,8 +75,8 @@ class Forecast:
         self._trial_s: float | None = None
         self._trial_began = now()
         self._closing: tuple[float, float] | None = None  # when it began, seconds left as of its own pace
-        self._trained: dict[str, int] = {}  # images of the trainings at the end, by network
-        self._last = ""  # of these trainings
+        self._finals = plan.seeds * plan.networks
+        self._trained: dict[str, int] = {}  # images of these
         self._taught = 0  # images of a teacher's trial
         self._validated = self._validating = 0.0
 
@@ -88,9 +89,9 @@ class Forecast:
     def phase(self, what: str, done: int, total: int) -> None:
         """What goes on now."""
         plan = self._plan
-        final = FINAL.match(what) or PARENT.match(what)
-        teacher = TEACHER.match(what)
-        if "training, epoch" in what or what == VALIDATION or final or teacher:
+        final, teacher = FINAL.match(what), TEACHER.match(what)
+        tuning = what.startswith(TUNING) and not final
+        if "training, epoch" in what or what == VALIDATION or final or teacher or tuning:
             self._pace.see(what, done)
         if what == VALIDATION:
             if done < self._validating:
@@ -103,15 +104,15 @@ class Forecast:
             self._closing = began, spent / done * (total - done) if done else self._closing_s()
         elif teacher:
             self._trials_left, self._closing = 0, (self._now(), 0.0)
-            self._taught = done + (plan.taught_images // 2 if teacher[1] == "by" else 0)
-        elif final:
+            self._taught = plan.taught_images - (total if teacher[1] == "by" else 2 * total) + done
+        elif tuning and self._closing is not None:
+            self._taught = done
+        elif what == FINALS:
             self._trials_left, self._closing, self._taught = 0, (self._now(), 0.0), plan.taught_images
             self._validated = plan.validated * plan.validation_images
-            if final[1] not in self._trained:  # those before it are done, but for a parent that it is cut from
-                last = next(reversed(self._trained), "")
-                own = {last} if PARENT.match(self._last) else set()
-                self._trained |= dict.fromkeys(self._trained.keys() - own, plan.seeds * plan.final_images)
-            self._trained[final[1]], self._last = int(final[2]) * plan.final_images + done, what
+            self._finals, self._trained = total, {}
+        elif final:
+            self._trained = dict.fromkeys(self._trained, plan.final_images) | {what: done}
 
     def left_s(self) -> float | None:
         """Seconds; None where nothing can be said yet."""
@@ -124,7 +125,7 @@ class Forecast:
             trials = (self._trials_left - 1) * self._trial_s + current
             if plan.timeout_s is not None:
                 trials = min(trials, max(0.0, self._begun + plan.timeout_s - now) + current)
-        images: float = plan.final_images * plan.seeds * plan.networks - sum(self._trained.values())
+        images: float = max(0, plan.final_images * self._finals - sum(self._trained.values()))
         images += max(0, plan.taught_images - self._taught)
         images += max(0.0, plan.validation_images * plan.validated - self._validated - self._validating)
         training = 0.0

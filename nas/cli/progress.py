@@ -219,12 +219,13 @@ def plan_of(options: SearchRequest, images: ImageData | None) -> Plan:
 
     every, races = len(images.train), options.quality == "race"
     plan = plan.settled(options.quality, every)
+    tries = 0 if not races or plan.teacher == NO_TEACHER else 2 if plan.teacher is None else 3  # one tunes it
     return Plan(
         options.trials,
         final_images=plan.full_epochs * every,
         seeds=plan.seeds,
         networks=3 if races else 2,  # one is cut from a parent, which is tuned for it
-        taught_images=2 * plan.full_epochs * min(plan.images, every) if races and plan.teacher != NO_TEACHER else 0,
+        taught_images=tries * plan.full_epochs * min(plan.images, every),
         validation_images=plan.full_epochs * every,
         validated=plan.validate,
         timeout_s=options.timeout_s,

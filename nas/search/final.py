@@ -203,6 +203,20 @@ def final_tasks(
     return [Task(What.FINAL, candidate, epochs, label, seed, teacher, earlier_crops(request)) for seed in left]
 
 
+def trainings_in(request: SearchRequest, tier: TrainedTier, tasks: Sequence[Task]) -> int:
+    """How many trainings final trainings are, with those of the parents that are first tuned for them."""
+    from nas.quality.race import full_stem
+
+    parents = {
+        request.folder / FINAL / f"{full_stem(each.candidate.parent, each.candidate.network.resolution, each.epochs)}"
+        f"{each.seed}.json"
+        for each in tasks
+        if each.candidate.parent
+    }
+    own = [each for each in tasks if tier.tuning_pays(each.candidate)]
+    return len(own) + sum(not path.is_file() for path in parents)
+
+
 def train_final(request: SearchRequest, tier: TrainedTier, task: Task) -> JsonValue:
     """Make a final training, or read it where the folder has it; what the study keeps of it.
 

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, cast
 
 from nas.ending import Ending
@@ -249,7 +250,7 @@ class _Finish:
     def _train(self, tier: TrainedTier) -> None:
         """Full trainings over the same seeds: of the winner and of the published network nearest it by one recipe; in a
         race of the networks that are compared, which settle the winner."""
-        from nas.search.final import final_tasks, have_trained
+        from nas.search.final import final_tasks, have_trained, trainings_in
 
         winner = next(row for row in self.final if row.role == "winner")
         baseline = None if self.races else baseline_of(self.final, winner)
@@ -269,8 +270,11 @@ class _Finish:
                 return
         taught_by = self.teaching.teacher if self.teaching else ""
         with self._step("final trainings"):
-            for row in rows:
-                tasks.post(final_tasks(self.request, tier, row.label, candidate_of(row), taught_by))
+            wanted = [final_tasks(self.request, tier, row.label, candidate_of(row), taught_by) for row in rows]
+            for each in wanted:
+                tasks.post(each)
+            if self.phase:
+                self.phase("final trainings", 0, trainings_in(self.request, tier, [*chain(*wanted)]))
         for row in rows:
             with self._step(f"final training of {row.label}"):
                 self.notes += have_trained(self.request, tier, tasks, row.label, candidate_of(row), taught_by)

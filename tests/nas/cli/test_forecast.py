@@ -67,16 +67,18 @@ def test_the_time_left_moves_during_a_final_training(clock):
     clock.now += 10
     forecast.phase("closing side-by-side run", 10, 30)
     assert forecast.left_s() == pytest.approx(20 + 18_000 / 50)
+    forecast.phase("final trainings", 0, 5)
     forecast.phase("final training, trial 1, seed 0", 0, 3000)
-    assert forecast.left_s() == pytest.approx(18_000 / 50)
+    assert forecast.left_s() == pytest.approx(15_000 / 50), "as many as it was told"
     clock.now += 20
     forecast.phase("final training, trial 1, seed 0", 1000, 3000)
-    assert forecast.left_s() == pytest.approx(17_000 / 50)
+    assert forecast.left_s() == pytest.approx(14_000 / 50)
 
 
 def test_final_trainings_of_an_earlier_run_are_not_counted_again(clock):
     forecast = Forecast(Plan(trials=2, final_images=3000, seeds=3), clock)
     forecast.trial(2, 10.0, 2.0)
+    forecast.phase("final trainings", 0, 4)
     forecast.phase("final training, trial 1, seed 2", 0, 3000)
     clock.now += 10
     forecast.phase("final training, trial 1, seed 2", 1000, 3000)
@@ -86,16 +88,21 @@ def test_final_trainings_of_an_earlier_run_are_not_counted_again(clock):
 
 
 def test_a_teacher_is_tried_and_a_parent_tuned_before_each_final_training_of_what_is_cut_from_it(clock):
-    forecast = Forecast(Plan(trials=2, final_images=3000, seeds=2, networks=3, taught_images=4000), clock)
+    forecast = Forecast(Plan(trials=2, final_images=3000, seeds=2, networks=3, taught_images=6000), clock)
     trained(forecast, clock, 100)
     forecast.trial(2, 10.0, 2.0)
+    forecast.phase("closing side-by-side run", 30, 30)
+    forecast.phase("tuning the parent x", 1000, 2000)
+    assert forecast.left_s() == pytest.approx((18_000 + 5000) / 100)
     for what, left in (("without", 3000), ("by", 1000)):
         forecast.phase(f"trying the teacher x@64 on trial 1, {what} it", 0, 2000)
         clock.now += 10
         forecast.phase(f"trying the teacher x@64 on trial 1, {what} it", 1000, 2000)
         assert forecast.left_s() == pytest.approx((18_000 + left) / 100)
     parent, child = "tuning the parent efficientvit_m1 on all images, seed {}", "final training, trial 1, seed {}"
-    left = 18_000
+    left = 12_000
+    forecast.phase("final trainings", 0, 4)
+    assert forecast.left_s() == pytest.approx(left / 100)
     for seed in range(2):
         for what in (parent, child):
             for done in (0, 3000):

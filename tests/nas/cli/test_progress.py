@@ -13,7 +13,8 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from nas.cli.progress import Line, Screen, watch, watch_images, watch_phases
+from nas.cli.progress import Line, Screen, plan_of, watch, watch_images, watch_phases
+from nas.quality.plan import TrainingPlan
 from nas.search.loop import Progress
 from nas.search.rows import Trial
 
@@ -180,6 +181,18 @@ def test_one_of_torchruns_processes_speaks(capsys, monkeypatch):
     with watch_phases() as (progress, _):
         progress("scoring", 1, 2)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("quality", "teacher", "trained"),
+    [("race", None, (3, 1600)), ("race", "x", (3, 2400)), ("race", "none", (3, 0)), ("train", None, (2, 0))],
+)
+def test_what_a_search_has_before_it_follows_from_its_tier_and_teacher(quality, teacher, trained):
+    plan = TrainingPlan("images", images=400, final_epochs=2, seeds=2, teacher=teacher)
+    request = SimpleNamespace(trials=12, timeout_s=None, quality=quality, plan=plan)
+    found = plan_of(request, SimpleNamespace(train=range(1000)))
+    assert (found.networks, found.taught_images) == trained
+    assert (found.final_images, found.seeds) == (2000, 2)
 
 
 def test_a_training_says_its_epoch(capsys):

@@ -27,7 +27,7 @@ from nas.quality.tier import TrainingRecord
 from nas.quality.trainer import CandidateTrainer
 from nas.quality.tuning import Tuned, choose_rate, tuning_recipe
 from nas.search.accuracy import compare_means
-from nas.search.final import earlier_crops, result_path, train_fully
+from nas.search.final import earlier_crops, final_tasks, result_path, train_fully, trainings_in
 from nas.search.race import check_teacher
 from nas.search.tasks import Task
 from nas.search.teaching import TeacherGain, Teaching, find_teaching, try_teacher
@@ -212,7 +212,10 @@ def test_a_derived_network_ends_with_its_parent_tuned_on_all_images_as_ready_one
         precisions=("fp32",), folder=tmp_path / "run", plan=dataclasses.replace(trainer.plan, seeds=2)
     )
     request.folder.mkdir()
+    tasks = final_tasks(request, tier, "x", child)
+    assert trainings_in(request, tier, tasks) == 4
     found = train_fully(request, tier, "x", child, "shvit_s1@32")
+    assert trainings_in(request, tier, tasks[:1]) == 1, "its parent is in the folder"
     learns = [options["teacher"] is not None for _, images, _, options in trained if images == 60]
     assert learns == [False, True, False, True], "what teaches is its own parent's like"
     final = [(is_child, options["seed"]) for is_child, images, _, options in trained if images == 60]
