@@ -144,7 +144,8 @@ class _Finish:
         if self.trained and self.final and self.winner and not self.end.interrupted:
             if weights_of(self.request, candidate_of(self.winner)) is None:
                 self._write()
-            self._train(self.trained)
+            if not self.end.interrupted:
+                self._train(self.trained)
         return self._write()
 
     @contextmanager
@@ -276,6 +277,8 @@ class _Finish:
             if self.phase:
                 self.phase("final trainings", 0, trainings_in(self.request, tier, [*chain(*wanted)]))
         for row in rows:
+            if self.end.interrupted:
+                return
             with self._step(f"final training of {row.label}"):
                 self.notes += have_trained(self.request, tier, tasks, row.label, candidate_of(row), taught_by)
                 found[row.label] = self._trained(tier, row)

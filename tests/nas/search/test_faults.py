@@ -478,15 +478,17 @@ def test_a_report_that_fails(vitnas, device, tmp_path, monkeypatch):
     assert "arch.json" in best(tmp_path)
 
 
-@pytest.mark.parametrize("step", ["closing", "training", "judging"])
+@pytest.mark.parametrize("step", ["closing", "training", "judging", "writing"])
 def test_ctrl_c_at_the_end_keeps_what_was_done(vitnas, device, tier, pictures, tmp_path, monkeypatch, step):
     def interrupt(*_: Any, **__: Any) -> None:
+        patch.undo()
         raise KeyboardInterrupt
 
     where = {
         "closing": (nas.export.side_by_side, "compare"),
         "training": (nas.search.final, "train_from"),
         "judging": (nas.search.final, "settle"),
+        "writing": (nas.search.report, "write_run"),
     }
     with monkeypatch.context() as patch:
         patch.setattr(*where[step], interrupt)
