@@ -162,7 +162,7 @@ def failures(err: str) -> list[str]:
     return [line for line in err.splitlines() if line.startswith("vitnas: ")]
 
 
-# --- measured for real ---
+# --- measured for real; files are made in this process ---
 
 
 @pytest.mark.usefixtures("quiet", "fixed_here")

@@ -113,7 +113,7 @@ def result(out: Path) -> dict[str, Any]:
 
 
 def test_end_to_end_without_data(vitnas, arch_file, tmp_path):
-    """The default command: digits, brief training, half the MACs; every file is there and holds together."""
+    """Digits, brief training, half the MACs, timed on ONNX Runtime; every file is there and holds together."""
     out = tmp_path / "out"
     command = words(arch_file, out, "--finetune", "0.1", "--rounds", "2", "--runtime", "onnxruntime")
     code, printed, said = vitnas(*command)
