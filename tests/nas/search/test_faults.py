@@ -434,11 +434,11 @@ def test_a_network_that_cannot_be_exported_is_there_with_its_weights(
 def test_a_final_training_that_fails(vitnas, device, tier, pictures, tmp_path, monkeypatch, fault):
     real = nas.search.final.train_from
 
-    def refused(options: Any, tier: Any, label: str, arch: Arch, seed: int, teacher: str) -> Any:
+    def refused(options: Any, tier: Any, label: str, *more: Any) -> Any:
         if not failed:
             failed.append(label)
             raise fault
-        return real(options, tier, label, arch, seed, teacher)
+        return real(options, tier, label, *more)
 
     failed: list[str] = []
     monkeypatch.setattr(nas.search.final, "train_from", refused)
