@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import _thread
 import signal
 import sys
+import threading
 from typing import Annotated
 
 import typer
@@ -34,6 +36,8 @@ for verb in (search, runs, models, show, bench, prune, train, evaluate, export, 
 app.add_typer(storage.app, name="storage")
 
 VERSIONS = ("vitnas", "torch", "onnxruntime", "optuna")
+AGAIN_S = 0.05
+"""After which an interrupt that was ignored is raised again."""
 
 
 def tell_version(asked: bool) -> None:
@@ -64,6 +68,7 @@ def common(
 def main() -> None:
     """Run the command line; errors are one line on standard error and exit code 2, of a full disk 1."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what was started is ended, files are whole
+    sys.unraisablehook = interrupt_again
     try:
         code = app(standalone_mode=False)
         if code == 130:  # what typer makes of it
@@ -86,6 +91,14 @@ def main() -> None:
             print(error.format_message())
             sys.exit(2)
         fail(error.format_message())
+
+
+def interrupt_again(lost: sys.UnraisableHookArgs) -> None:
+    """Interrupt once more where Python has ignored an interrupt, as it does within the callback of a weak reference."""
+    if lost.exc_type is KeyboardInterrupt:
+        threading.Timer(AGAIN_S, _thread.interrupt_main).start()
+    else:
+        sys.__unraisablehook__(lost)
 
 
 def fail(message: str, code: int = 2) -> None:

@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -268,6 +270,24 @@ def test_sigterm_ends_a_command_as_ctrl_c_does(vitnas, monkeypatch):
         assert vitnas("show", "efficientvit_m0") == (130, "", "interrupted\n")
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_an_interrupt_that_python_ignores_is_raised_again(vitnas, monkeypatch):
+    def interrupted_in_a_callback(_):
+        def callback(_):
+            os.kill(os.getpid(), signal.SIGINT)
+            sum(range(1000))  # the handler runs here
+
+        thing = threading.Event()
+        seen = weakref.ref(thing, callback)
+        del thing
+        assert seen() is None
+        time.sleep(5)
+        raise AssertionError("the interrupt was lost")
+
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    monkeypatch.setattr("nas.networks.targets.find_target", interrupted_in_a_callback)
+    assert vitnas("show", "efficientvit_m0") == (130, "", "interrupted\n")
 
 
 VERBS = ("search", "runs", "models", "show", "bench", "prune", "train", "export", "predict", "evaluate", "dashboard")
