@@ -15,7 +15,6 @@ from nas.search.log import Clock
 from nas.search.ready import Entrant, Field, find_entrants
 from nas.search.trial import reference_arch
 from nas.search.weights import agree_on_weights
-from nas.study.trials import remaining
 from nas.units import listed
 from search_spaces import get_arch, list_models
 
@@ -117,7 +116,7 @@ class Race:
         try:
             self._runner.trial(log, lambda: self._enqueue_one(offered))
         except NothingLeft:
-            if offered or not remaining(self._study, self._request.trials):  # other workers have taken them
+            if offered:  # other workers have taken them
                 return True
             log.notes.append(f"nothing is left to try: {self._chooser.why_none(self._study)}")
             log.exhausted = True
@@ -151,11 +150,8 @@ class Race:
         user's sampler makes one up.
 
         Raises:
-            NothingLeft: all are in a trial, or other workers have begun the last trials meanwhile: a parent may have
-                been tuned since this one was due.
+            NothingLeft: all are in a trial.
         """
-        if not remaining(self._study, self._request.trials):
-            raise NothingLeft
         if not offered and self._request.sampler != "auto":
             return
         if not any(enqueue_candidate(self._request, self._study, candidate) for candidate in offered):

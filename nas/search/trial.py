@@ -120,7 +120,7 @@ class TrialRunner:
     def trial(
         self, log: SearchLog, enqueue_one: Callable[[], None] = lambda: None, prepare: Callable[[], None] = lambda: None
     ) -> None:
-        """Run one trial, and tell the study its result or why it failed.
+        """Run one trial, and tell the study its result or why it failed; none where others have begun the last ones.
 
         Args:
             enqueue_one, prepare: as `nas.study.trials.ask` calls them; with the device's lock, as they take a CPU.
@@ -129,14 +129,18 @@ class TrialRunner:
             UserError: what ends the search: a full disk, or a connection that does not come back. The trial is retried.
             KeyboardInterrupt: the trial is retried by the next run of the command.
         """
-        from nas.study.trials import MEASURED, ask, hand_over, heartbeat
+        from nas.study.trials import MEASURED, AllBegun, ask, hand_over, heartbeat
 
         clock, self.notes = Clock(log.phases), log.notes
         with ExitStack() as device:
             device.enter_context(device_lock(self.request.settings.device))
             clock.lap("waiting for the device")
-            trial = ask(self.study, enqueue_one, prepare)
-            clock.lap("sampler")
+            try:
+                trial = ask(self.study, enqueue_one, prepare, self.request.trials)
+            except AllBegun:
+                return
+            finally:
+                clock.lap("sampler")
             with self.stage.of(trial.number), telling(self.request, self.study, trial, log, clock):
                 with heartbeat(trial):
                     clock.lap("storage")

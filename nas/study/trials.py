@@ -147,8 +147,15 @@ def alone_in(study: optuna.Study, decide: Callable[[], T]) -> T:
     return alone(study._storage, decide)
 
 
+class AllBegun(Exception):
+    """Other workers have begun the last trials."""
+
+
 def ask(
-    study: optuna.Study, enqueue_one: Callable[[], None] = lambda: None, prepare: Callable[[], None] = lambda: None
+    study: optuna.Study,
+    enqueue_one: Callable[[], None] = lambda: None,
+    prepare: Callable[[], None] = lambda: None,
+    total: int | None = None,
 ) -> optuna.Trial:
     """A new trial, leased to this process: one that waits or, where none does, one that the sampler proposes.
 
@@ -157,12 +164,18 @@ def ask(
     Args:
         enqueue_one: called where no trial waits; what it enqueues is the new trial.
         prepare: called before the decision, where no trial waits: what would keep others from theirs.
+        total: of the study's trials.
+
+    Raises:
+        AllBegun: so many are finished or running by now, and none waits.
     """
     if not ledger_of(study).waiting:
         prepare()
 
     def decide() -> optuna.Trial:
         if not ledger_of(study).waiting:
+            if total is not None and not remaining(study, total, look=False):
+                raise AllBegun
             enqueue_one()
         trial = study.ask()
         lease(trial)
@@ -342,13 +355,15 @@ def fail(study: optuna.Study, trial: optuna.Trial, reason: str, retry: bool = Fa
     return told
 
 
-def remaining(study: optuna.Study, total: int) -> int:
+def remaining(study: optuna.Study, total: int, look: bool = True) -> int:
     """How many more trials to start so that `total` are finished or running.
 
-    A trial that is to be run again is not counted: its retry will be. Asked before each trial, several workers
-    overshoot by at most one each.
+    A trial that is to be run again is not counted: its retry will be.
+
+    Args:
+        look: as `ledger_of` takes it.
     """
-    now = ledger_of(study)
+    now = ledger_of(study, look)
     return max(0, total - now.counted - sum(not trial.user_attrs.get("retry") for trial in now.running))
 
 

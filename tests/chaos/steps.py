@@ -69,7 +69,9 @@ class Steps:
         self.tier: Any = SimpleNamespace(
             name="train", trained=True, trainer=trainer, estimate=self._train, predict=self._train, surrogate=None
         )
-        self.request: Any = SimpleNamespace(settings=Settings(threads=1), budget_ms=2.0, limits=Limits(), folder=out)
+        self.request: Any = SimpleNamespace(
+            settings=Settings(threads=1), budget_ms=2.0, limits=Limits(), folder=out, trials=1_000_000
+        )
         self._arch = get_arch("efficientvit_m0").at(64)
         counts = network_counts.counts_of(self._arch)
         network_counts.counts_of = lambda _: counts  # once, before the forks, as the version

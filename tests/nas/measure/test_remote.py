@@ -220,7 +220,7 @@ def test_a_trial_holds_the_board_while_it_is_measured_and_this_machine_while_it_
     monkeypatch.setattr(trial, "suggest", lambda *_: Candidate(get_arch("shvit_s1")))
     trainer = SimpleNamespace(alone=nullcontext)
     tier = SimpleNamespace(name="train", trained=True, estimate=train, predict=train, trainer=trainer)
-    request = SimpleNamespace(settings=SETTINGS, budget_ms=2.0, limits=Limits(), folder=tmp_path)
+    request = SimpleNamespace(settings=SETTINGS, budget_ms=2.0, limits=Limits(), folder=tmp_path, trials=9)
     runner = TrialRunner(request, open_study("s", tmp_path / "j", {"a": 1}, RandomSampler()), tier)
     monkeypatch.setattr(runner, "_known", latency)
     runner.trial(SearchLog("now"))

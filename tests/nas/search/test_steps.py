@@ -44,7 +44,9 @@ class Steps:
         self.tier = SimpleNamespace(
             name="train", trained=True, trainer=trainer, estimate=self.train, predict=self.judge, surrogate=None
         )
-        self.request = SimpleNamespace(settings=Settings(), budget_ms=BUDGET_MS, limits=Limits(), folder=Path())
+        self.request = SimpleNamespace(
+            settings=Settings(), budget_ms=BUDGET_MS, limits=Limits(), folder=Path(), trials=1000
+        )
 
     @contextmanager
     def holding(self, what: str) -> Any:
