@@ -14,6 +14,9 @@ from types import ModuleType
 
 import pytest
 
+# Where Python is told to keep no bytecode, each of some hundred processes would compile PyTorch anew.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # Networks are tiny here: waiting for a second thread takes many times the work. Set before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Networks are thousands of small objects: looking through them takes a seventh of the tests' time.
