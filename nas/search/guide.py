@@ -11,7 +11,9 @@ from nas.quality.tier import TrainedTier
 from nas.search import trial
 from nas.search.finder import BySize, ByTraining, Finder
 from nas.search.opening import Opening
+from nas.search.published import choices
 from nas.search.seen import Seen
+from nas.study.trials import Proposal
 from nas.threads import one_blas_thread
 
 if TYPE_CHECKING:
@@ -45,7 +47,7 @@ class Guide:
             study.sampler = RandomSampler()  # every trial is given its network
 
     def prepare(self) -> None:
-        """Compare networks, so that `enqueue_one` keeps nobody waiting; others may decide meanwhile. Call both as
+        """Compare networks, so that `propose` keeps nobody waiting; others may decide meanwhile. Call both as
         `nas.study.trials.ask` does, which has just looked at the study's trials."""
         self._seen.read(self._study, look=False)
         with one_blas_thread():
@@ -56,9 +58,8 @@ class Guide:
             if self._opening.next() is None or (others_try and self._finder.choice is None):
                 self._finder.compare()
 
-    def enqueue_one(self) -> None:
-        """Enqueue a network of the beginning, after it what the finder proposes; nothing where the user has named a
-        sampler.
+    def propose(self) -> Proposal | None:
+        """A network of the beginning, after it what the finder proposes; None where the user has named a sampler.
 
         Raises:
             NothingLeft: no network can meet the budget, or none that was compared is better than the best, or untried.
@@ -74,5 +75,6 @@ class Guide:
             point = self._finder.propose()
             if point is None:
                 raise NothingLeft("every network that was compared has been tried")
-        if point is not None:
-            self._study.enqueue_trial(point.params, {"name": point.name} if point.name else {})
+        if point is None:
+            return None
+        return Proposal(point.params, choices(self._request), {"name": point.name} if point.name else {})

@@ -207,7 +207,7 @@ class _Search:
                 started = time.perf_counter()
                 try:
                     if runner.training is None or not runner.training.claimed(log):
-                        if not remaining(study, request.trials):  # another worker has claimed what waited
+                        if not remaining(study, request.trials, look=False):  # another has claimed what waited
                             time.sleep(LOOK_S)
                             continue
                         if not make_trial() and not self._trainings_ended():
@@ -250,12 +250,12 @@ class _Search:
         told = ended = -1
         while True:
             sweep(study)
-            waiting, late = len(waiting_for_training(study)), self._late()
+            waiting, late = len(waiting_for_training(study, look=False)), self._late()
             trainers = workers(study, TRAINS)
             ahead = waiting < AHEAD * max(1, trainers)
-            if ahead and not late and remaining(study, request.trials):
+            if ahead and not late and remaining(study, request.trials, look=False):
                 return True
-            if not in_training(study) or (late and not trainers):
+            if not in_training(study, look=False) or (late and not trainers):
                 if late or not due(study, request.trials, self.say, self._late):
                     return False
                 continue
@@ -266,11 +266,11 @@ class _Search:
                 )
             if self.crew is not None:
                 self.crew.check()
-            now = len(ledger_of(study).ended)
+            now = len(ledger_of(study, look=False).ended)
             if now != ended:
                 ended = now
                 self.progress(state_of(study, request, self.log))
-                self.stage(f"waiting for {counted(len(in_training(study)), 'training')}")
+                self.stage(f"waiting for {counted(len(in_training(study, look=False)), 'training')}")
             time.sleep(LOOK_S)
             waits.lap("waiting for trainings")
 
@@ -295,7 +295,7 @@ class _Search:
         from nas.search.guide import Guide
 
         guide = Guide(request, study, tier, runner.reference_ms)
-        return partial(self._one, partial(runner.trial, self.log, guide.enqueue_one, guide.prepare))
+        return partial(self._one, partial(runner.trial, self.log, guide.propose, guide.prepare))
 
     def _one(self, trial: Callable[[], None]) -> bool:
         """Make a trial; False where nothing is left to try, which the log notes."""
@@ -450,7 +450,7 @@ def state_of(study: optuna.Study, request: SearchRequest, log: SearchLog) -> Pro
     from nas.study.trials import remaining
 
     left = remaining(study, request.trials)
-    feasible = [each for each in ledger_of(study).read(_placed) if each is not None]
+    feasible = [each for each in ledger_of(study, look=False).read(_placed) if each is not None]
     place, best = min(feasible, key=itemgetter(0), default=((math.inf,), None))
     recent = log.trial_s[-RECENT:] or durations(study)[-RECENT:]
     measuring = sum(log.phases[name] for name in ("build and export", "session", "timed runs"))

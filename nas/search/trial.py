@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from nas.quality.tier import Tier
     from nas.search.log import SearchLog
     from nas.search.request import SearchRequest
+    from nas.study.trials import Proposal
     from search_spaces import Arch
 
 PROBES, PROBE_PAUSE_S = 4, 2.0
@@ -118,12 +119,15 @@ class TrialRunner:
         raise UserError(quanta_line(describe(self.request.settings)))
 
     def trial(
-        self, log: SearchLog, enqueue_one: Callable[[], None] = lambda: None, prepare: Callable[[], None] = lambda: None
+        self,
+        log: SearchLog,
+        propose: Callable[[], Proposal | None] = lambda: None,
+        prepare: Callable[[], None] = lambda: None,
     ) -> None:
         """Run one trial, and tell the study its result or why it failed; none where others have begun the last ones.
 
         Args:
-            enqueue_one, prepare: as `nas.study.trials.ask` calls them; with the device's lock, as they take a CPU.
+            propose, prepare: as `nas.study.trials.ask` calls them; with the device's lock, as they take a CPU.
 
         Raises:
             UserError: what ends the search: a full disk, or a connection that does not come back. The trial is retried.
@@ -136,7 +140,7 @@ class TrialRunner:
             device.enter_context(device_lock(self.request.settings.device))
             clock.lap("waiting for the device")
             try:
-                trial = ask(self.study, enqueue_one, prepare, self.request.trials)
+                trial = ask(self.study, propose, prepare, self.request.trials)
             except AllBegun:
                 return
             finally:
@@ -192,7 +196,7 @@ class TrialRunner:
         from nas.measure.cache import code_digest
         from nas.study.ledger import ledger_of
 
-        for detail in ledger_of(self.study).read(_detail_of):
+        for detail in ledger_of(self.study, look=False).read(_detail_of):
             if detail and detail["digest"] == digest and detail.get("code") == code_digest():
                 return TrialLatency.read({**detail, "source": "reused"})
         return None

@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import time
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -31,7 +32,7 @@ from nas.text import mask_url
 from nas.version import version
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
     import optuna
     from optuna.samplers import BaseSampler
@@ -151,9 +152,19 @@ class AllBegun(Exception):
     """Other workers have begun the last trials."""
 
 
+@dataclass(frozen=True)
+class Proposal:
+    """What a trial is to try."""
+
+    params: Mapping[str, str | int]
+    choices: Mapping[str, Sequence[str | int]]
+    """The permitted values of every parameter, as `enqueue` takes them."""
+    attrs: Mapping[str, Any]
+
+
 def ask(
     study: optuna.Study,
-    enqueue_one: Callable[[], None] = lambda: None,
+    propose: Callable[[], Proposal | None] = lambda: None,
     prepare: Callable[[], None] = lambda: None,
     total: int | None = None,
 ) -> optuna.Trial:
@@ -162,7 +173,7 @@ def ask(
     All of it is one decision: who decides next and finds a running trial without a lease knows that its worker died.
 
     Args:
-        enqueue_one: called where no trial waits; what it enqueues is the new trial.
+        propose: called where no trial waits; what it gives, or enqueues, is the new trial.
         prepare: called before the decision, where no trial waits: what would keep others from theirs.
         total: of the study's trials.
 
@@ -176,12 +187,33 @@ def ask(
         if not ledger_of(study).waiting:
             if total is not None and not remaining(study, total, look=False):
                 raise AllBegun
-            enqueue_one()
+            proposal = propose()
+            if proposal is not None:
+                return _begun_with(study, proposal)
         trial = study.ask()
         lease(trial)
         return trial
 
     return _kept(alone_in(study, decide))
+
+
+def _begun_with(study: optuna.Study, proposal: Proposal) -> optuna.Trial:
+    """A trial that runs, leased to this process: in one call of the storage, where one a parameter, one for the lease
+    and three for a trial that waited first would keep others from their decisions."""
+    import optuna
+    from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
+    from optuna.trial import TrialState, create_trial
+
+    def distribution(values: Sequence[str | int]) -> BaseDistribution:
+        return IntDistribution(values[0], values[-1]) if isinstance(values, range) else CategoricalDistribution(values)
+
+    template = create_trial(
+        state=TrialState.RUNNING,
+        params=dict(proposal.params),
+        distributions={name: distribution(proposal.choices[name]) for name in proposal.params},
+        user_attrs={**proposal.attrs, "lease": Lease.mine(LEASE_S).to_json()},
+    )
+    return optuna.Trial(study, study._storage.create_new_trial(study._study_id, template_trial=template))
 
 
 @contextmanager
@@ -253,15 +285,25 @@ def pass_on(study: optuna.Study, trial: optuna.Trial, why: str) -> bool:
     return True
 
 
-def waiting_for_training(study: optuna.Study, passing_over: Collection[int] = ()) -> list[FrozenTrial]:
-    """The trials that are measured and that nobody trains, oldest first, but for some by their numbers."""
-    waiting = [trial for trial in in_training(study) if trial.user_attrs.get("lease") is None]
+def waiting_for_training(
+    study: optuna.Study, passing_over: Collection[int] = (), look: bool = True
+) -> list[FrozenTrial]:
+    """The trials that are measured and that nobody trains, oldest first, but for some by their numbers.
+
+    Args:
+        look: as `ledger_of` takes it.
+    """
+    waiting = [trial for trial in in_training(study, look) if trial.user_attrs.get("lease") is None]
     return [trial for trial in waiting if trial.number not in passing_over]
 
 
-def in_training(study: optuna.Study) -> list[FrozenTrial]:
-    """The trials that are trained or wait for that, oldest first."""
-    return [trial for trial in ledger_of(study).running if MEASURED in trial.user_attrs]
+def in_training(study: optuna.Study, look: bool = True) -> list[FrozenTrial]:
+    """The trials that are trained or wait for that, oldest first.
+
+    Args:
+        look: as `ledger_of` takes it.
+    """
+    return [trial for trial in ledger_of(study, look).running if MEASURED in trial.user_attrs]
 
 
 def sweep(study: optuna.Study) -> list[int]:
@@ -275,6 +317,8 @@ def sweep(study: optuna.Study) -> list[int]:
     enqueues, and no trial is enqueued twice, as sweeps take turns. A worker that is alive after all (its clock or its
     network was off) keeps its result if its ``tell`` comes first; else `finish` returns False. The retry starts from
     the parameters alone: constraint and results are not carried over.
+
+    The study's ledger is up to date afterwards.
 
     Returns:
         The numbers of the trials that this call failed.
@@ -300,6 +344,7 @@ def sweep(study: optuna.Study) -> list[int]:
     now = ledger_of(study)
     if _dead(now) or _owed(now):
         alone_in(study, decide)
+        ledger_of(study)
     return swept
 
 
@@ -379,7 +424,6 @@ def due(
         say: told that there is a wait.
         expired: ends the wait.
     """
-    sweep(study)
     left = _left(study, total)
     silent = {} if left else _elsewhere(study)
     if silent and not expired():
@@ -390,7 +434,6 @@ def due(
         )
     while silent and not left and not expired():
         time.sleep(LOOK_S)
-        sweep(study)
         left = _left(study, total)
         now = _elsewhere(study)
         silent = {number: held for number, held in silent.items() if now.get(number) == held}
@@ -398,7 +441,9 @@ def due(
 
 
 def _left(study: optuna.Study, total: int) -> int:
-    return remaining(study, total) + len(waiting_for_training(study))
+    """How many trials to start or to train, after a sweep."""
+    sweep(study)
+    return remaining(study, total, look=False) + len(waiting_for_training(study, look=False))
 
 
 def enqueue(

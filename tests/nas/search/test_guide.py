@@ -74,7 +74,7 @@ class Worker:
     def ask(self) -> tuple[optuna.Trial, Point]:
         from nas.search.trial import suggest
 
-        trial = ask(self.study, self.guide.enqueue_one, self.guide.prepare)
+        trial = ask(self.study, self.guide.propose, self.guide.prepare)
         arch = suggest(trial, self.request).arch
         params = dict(trial.params)
         point = Point.at(self.request, params.pop("family"), params, trial.user_attrs.get("name", ""))
@@ -208,11 +208,11 @@ def test_a_worker_proposes_the_same_again_with_the_same_seed(tmp_path, proposed)
     assert [point.digest for point in proposed[:half]] == [point.digest for point in proposed[half:]]
 
 
-def test_a_proposal_is_seen_before_its_parameters_are_suggested(tmp_path):
+def test_a_proposal_is_seen_as_soon_as_its_trial_begins(tmp_path):
     worker = Worker(request(3.0, families=("levit",)), tmp_path)
     worker.run(6)
-    trial = ask(worker.study, worker.guide.enqueue_one, worker.guide.prepare)
-    assert not trial.params
+    trial = ask(worker.study, worker.guide.propose, worker.guide.prepare)
+    assert trial.params == worker.study.trials[-1].params
     family, found = params_of(worker.study.trials[-1])
     assert family == "levit"
     seen = Seen(worker.request, get_arch("efficientvit_m0"), REFERENCE_MS)

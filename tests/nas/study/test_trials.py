@@ -30,6 +30,7 @@ from nas.study.storage import open_storage
 from nas.study.trials import (
     DEATHS,
     MEASURED,
+    Proposal,
     alone_in,
     claim,
     due,
@@ -165,6 +166,22 @@ def test_what_is_enqueued_where_none_waits_is_asked_next(tmp_path: Path) -> None
     with pytest.raises(LookupError):
         next_trial(study, lambda: {}["nothing"])
     assert len(study.trials) == 2
+
+
+def test_what_is_proposed_begins_with_its_parameters_and_its_lease(storage: str) -> None:
+    study = start(storage)
+    trial = next_trial(study, lambda: Proposal({"width": 3, "depth": 4}, CHOICES, {"name": "levit_128s"}))
+    (begun,) = start(storage).trials
+    assert begun.state == TrialState.RUNNING
+    assert begun.params == {"width": 3, "depth": 4}
+    assert begun.user_attrs.keys() == {"name", "lease"}
+    assert (trial.suggest_int("width", 0, 6), trial.suggest_int("depth", 0, 6)) == (3, 4)
+    assert sweep(study) == []
+    put_lease(study, trial, pid=dead_pid())
+    assert sweep(study) == [0]
+    again = ask(study)
+    assert again.params == begun.params
+    assert again.user_attrs["name"] == "levit_128s"
 
 
 def test_only_the_creator_keeps_its_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
