@@ -39,14 +39,21 @@ CARD = Card(
 )
 
 
-@pytest.fixture
-def search(helpers, tmp_path) -> Path:
-    """A trained search's folder."""
+@pytest.fixture(scope="module")
+def made(helpers, tmp_path_factory) -> Path:
+    """A trained search's folder, which stays as it is."""
+    folder = tmp_path_factory.mktemp("facts")
     model = create_model(helpers.random_arch("shvit", 0, num_classes=5, resolution=32))
-    save_model(model, tmp_path / "fl" / "best")
-    save_onnx(model, tmp_path / "fl" / "best", FileOptions(), trained=True, card=CARD)
-    (tmp_path / "fl" / "trials.csv").touch()
-    return tmp_path / "fl"
+    save_model(model, folder / "best")
+    save_onnx(model, folder / "best", FileOptions(), trained=True, card=CARD)
+    (folder / "trials.csv").touch()
+    return folder
+
+
+@pytest.fixture
+def search(made, tmp_path) -> Path:
+    """A copy of it."""
+    return shutil.copytree(made, tmp_path / "fl")
 
 
 def test_a_trained_search_tells_its_own_facts(vitnas, search):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,14 @@ from nas.export.quantize import Recipe
 from search_spaces import create_model
 
 
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, helpers: Any) -> Path:
-    """A trained network of two classes, whose images are those of `images`; 4 of 10 validation images are wrong in
-    int8."""
-    monkeypatch.setattr(precision, "RECIPES", (Recipe(),))
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, helpers: Any) -> Path:
+    """A trained network of two classes, in `run`, and their images, in `images`."""
+    root = tmp_path_factory.mktemp("made")
     draw = np.random.default_rng(0)
     for kind, grey in (("dark", 60), ("light", 190)):
         for part, count in (("train", 4), ("val", 5)):
-            folder = tmp_path / "images" / part / kind
+            folder = root / "images" / part / kind
             folder.mkdir(parents=True)
             for i in range(count):
                 pixels = (grey + draw.integers(-40, 40, (20, 20, 3))).astype(np.uint8)
@@ -37,10 +37,17 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, helpers: Any) -> Path:
     for weights in model.parameters():
         if weights.shape[0] == 2:  # the classifier's: else all probabilities are about a half
             weights.data *= 30
-    save_model(model.eval(), tmp_path / "run")
+    save_model(model.eval(), root / "run")
     timed = Latency(ms=1, ci=(1, 1), device="cpu", runtime="onnxruntime", precision="fp32", threads=1, batch_size=1)
     card = Card(preprocess=Preprocess.own(32), classes=["dark", "light"], latency=timed)
-    save_onnx(model, tmp_path / "run", PLAIN, True, card)
+    save_onnx(model, root / "run", PLAIN, True, card)
+    return root
+
+
+@pytest.fixture
+def run(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it, of which 4 of 10 validation images are wrong in int8."""
+    monkeypatch.setattr(precision, "RECIPES", (Recipe(),))
 
     def right(self: HeldOut, path: Path, runtime: str, threads: int | None) -> np.ndarray:
         assert [*self.images.labels] == [0] * 5 + [1] * 5
@@ -48,6 +55,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, helpers: Any) -> Path:
         return np.arange(10) >= 4 * quantised
 
     monkeypatch.setattr(HeldOut, "right", right)
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     return tmp_path / "run"
 
 

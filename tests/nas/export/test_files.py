@@ -273,21 +273,27 @@ def test_a_card_tells_what_is_true_of_its_file(options: FileOptions) -> None:
     assert whole.of_file(FileOptions(None)).latency is None
 
 
-@pytest.fixture
-def run(tmp_path: Path, helpers: Any) -> Path:
-    """A network with weights, and what says which images it was trained on."""
-    images = tmp_path / "images"
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, helpers: Any) -> Path:
+    """A folder of images of two classes, and a network with weights."""
+    root = tmp_path_factory.mktemp("made")
+    images = root / "images"
     for part, label in itertools.product(("train", "val"), ("dark", "light")):
         (images / part / label).mkdir(parents=True)
         for i in range(3):
             picture = photographs(64, IMAGENET)[i + 3 * (label == "light")]
             Image.fromarray(to_bytes(picture[None], IMAGENET)[0]).save(images / part / label / f"{i}.png")
     model = create_model(helpers.random_arch("shvit", 0, num_classes=2, resolution=32))
-    save_model(model, tmp_path / "run")
-    save_onnx(
-        model, tmp_path / "run", FileOptions(), True, Card(preprocess=Preprocess.own(32), classes=["dark", "light"])
-    )
-    (tmp_path / "run" / "metrics.json").write_text(json.dumps({"data": {"name": str(images)}}))
+    save_model(model, root / "run")
+    save_onnx(model, root / "run", FileOptions(), True, Card(preprocess=Preprocess.own(32), classes=["dark", "light"]))
+    return root
+
+
+@pytest.fixture
+def run(made: Path, tmp_path: Path) -> Path:
+    """The network, and what says which images it was trained on; copies."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "run" / "metrics.json").write_text(json.dumps({"data": {"name": str(tmp_path / "images")}}))
     return tmp_path / "run"
 
 

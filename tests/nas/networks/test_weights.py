@@ -17,11 +17,14 @@ from search_spaces import create_model
 ARCH = find_arch("efficientvit_m0").replace(resolution=32, num_classes=3)
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    """A run's folder with a trained network."""
-    save_model(create_model(ARCH), tmp_path / "run" / "best")
-    return tmp_path / "run"
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's folder with a trained network, with one that has no weights, and with a file of ONNX's name."""
+    folder = tmp_path_factory.mktemp("networks") / "run"
+    save_model(create_model(ARCH), folder / "best")
+    save_model(create_model(ARCH), folder / "untrained", with_weights=False)
+    (folder / "net.onnx").touch()
+    return folder
 
 
 def test_a_run_and_its_arch_come_with_their_weights(run: Path) -> None:
@@ -65,8 +68,6 @@ def test_a_published_name_has_weights_of_timm(tmp_path: Path, monkeypatch: pytes
     ],
 )
 def test_what_cannot_be_loaded_is_told(run: Path, network: str, weights: str | None, said: str) -> None:
-    save_model(create_model(ARCH), run / "untrained", with_weights=False)
-    (run / "net.onnx").touch()
     network, weights, said = (text and text.format(run=run) for text in (network, weights, said))
     with pytest.raises(UserError, match=said):
         load(network, weights=weights)

@@ -61,8 +61,9 @@ def test_the_study_and_work_are_waited_for_where_a_storage_is_shared(
 
 
 def test_a_search_that_does_not_come_is_not_waited_for_any_longer(
-    tmp_path: Path, clock: Callable[..., list[float]]
+    tmp_path: Path, clock: Callable[..., list[float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(helping, "LOOK_S", 100.0)
     request, now = requested(tmp_path), clock()
     with pytest.raises(UserError, match="there is no study 's' in sqlite"):
         await_search(request, lambda _: None)

@@ -98,7 +98,7 @@ def test_throughput_at_a_batch_and_networks_beside(vitnas, tmp_path, monkeypatch
     quick.small_levit(monkeypatch)
     words = (
         "--trials",
-        "2",
+        "1",
         "--throughput-at",
         "4",
         "--against",

@@ -122,7 +122,7 @@ def put_lease(study: optuna.Study, trial: optuna.Trial, **changes: Any) -> None:
 
 
 def dead_pid() -> int:
-    done = subprocess.Popen([sys.executable, "-c", ""])
+    done = subprocess.Popen(["true"])
     done.wait()
     return done.pid
 
