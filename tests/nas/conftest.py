@@ -105,9 +105,9 @@ def ended() -> int:
     return process.pid
 
 
-@pytest.fixture(params=["journal", "postgres", "grpc"])
+@pytest.fixture(params=["journal", "postgres", pytest.param("grpc", marks=pytest.mark.slow)])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """A fresh storage of each kind that several processes may share."""
+    """A fresh storage of each kind that several processes may share; by default a proxy where a test asks for it."""
     if request.param == "journal":
         yield str(tmp_path / "study.journal")
     elif request.param == "grpc":

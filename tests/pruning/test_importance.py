@@ -365,7 +365,10 @@ def test_weights_that_are_not_finite_are_refused(criterion: str, value: float, h
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [each if each in ("levit", "evit") else pytest.param(each, marks=pytest.mark.slow) for each in FAMILIES],
+)
 def test_the_change_of_the_features_needs_no_labels(family: str, helpers: ModuleType) -> None:
     """Of many draws of signs, the mean square is the length of the first-order change of the classifier's inputs."""
     subject = helpers.subject(family, 0)

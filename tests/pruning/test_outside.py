@@ -292,7 +292,7 @@ def test_vit_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_probe")
-@pytest.mark.parametrize("criterion", ["magnitude", "random", "torch-pruning"])
+@pytest.mark.parametrize("criterion", ["magnitude", pytest.param("random", marks=pytest.mark.slow), "torch-pruning"])
 def test_uniform_criteria_cut_the_same_share_of_every_group(criterion: str) -> None:
     model = ordinary("resnet18")
     result = prune_outside(model, 64, batches(64), int(0.5 * macs(model, 64)), criterion, 8, 2)

@@ -108,7 +108,9 @@ def visible(text):
     return [line.rstrip() for line in re.split(r"[\r\n]+", plain) if line.strip()]
 
 
-@pytest.mark.parametrize("width", [60, 80, 120])
+@pytest.mark.parametrize(
+    "width", [80, *(pytest.param(width, marks=pytest.mark.slow) for width in (60, 120))]
+)  # at others test_a_line_fits_by_leaving_out_what_matters_least
 def test_in_a_real_terminal(width):
     lines = visible(in_terminal(PLAY, width, NO_COLOR="1"))
     assert all(len(line) < width for line in lines), lines

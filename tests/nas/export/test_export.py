@@ -26,14 +26,9 @@ from search_spaces import tokens as token_choice
 from search_spaces.registry import FAMILIES
 from search_spaces.space import LEVELS, PARAMETERS
 
-SMALLEST = (
-    "levit_128s",
-    "efficientvit_m0",
-    "evit_tiny_keep70_drop",
-    "shvit_s1",
-    "sepvit_lite",
-)
-NAMES = [name if name in SMALLEST else pytest.param(name, marks=pytest.mark.slow) for name in list_models()]
+DEFAULT = ("levit_128s", "evit_tiny_keep70_drop", "shvit_s1")
+"""Smaller networks of every family are exported in test_files."""
+NAMES = [name if name in DEFAULT else pytest.param(name, marks=pytest.mark.slow) for name in list_models()]
 
 
 def randomise(model: nn.Module) -> nn.Module:

@@ -48,6 +48,7 @@ MANY = [
     ),
 ]
 """The product of all, but for the opsets: those alone, and the first and the last with everything."""
+ENDS = (OPSETS[0], FileOptions().opset, OPSETS[-1])
 
 
 class Convolutions(nn.Module):
@@ -80,6 +81,13 @@ class Tokens(nn.Module):
         return logits
 
 
+def alike(options: FileOptions) -> bool:
+    """Whether they are some of the choices that others make alone, or all together: a slow test."""
+    plain = asdict(FileOptions())
+    chosen = [name for name, value in asdict(options).items() if value != plain[name]]
+    return options not in FEW and options.opset != OPSETS[0] and (len(chosen) > 1 or options.opset not in ENDS)
+
+
 def named(options: FileOptions) -> str:
     """How a test of these is called."""
     return "-".join(str(each) for each in asdict(options).values())
@@ -100,7 +108,11 @@ def written(network: nn.Module, path: Path, options: FileOptions, size: int = SI
 
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [(kind, each) for kind, some in ((Convolutions, FEW), (Tokens, MANY)) for each in dict.fromkeys(some)],
+    [
+        pytest.param(kind, each, marks=[pytest.mark.slow] if alike(each) else [])
+        for kind, some in ((Convolutions, FEW), (Tokens, MANY))
+        for each in dict.fromkeys(some)
+    ],
     ids=lambda each: named(each) if isinstance(each, FileOptions) else each.__name__,
 )
 def test_every_file_answers_as_pytorch_on_both_runtimes(
@@ -115,8 +127,7 @@ def test_every_file_answers_as_pytorch_on_both_runtimes(
     pictures = [Image.fromarray(each) for each in to_bytes(photographs(SIZE, PIXELS)[:5], PIXELS)]
     values = np.stack([np.array(each) for each in pictures])
     wanted = torch.from_numpy(logits_of(network, torch.from_numpy(from_bytes(values, PIXELS))))
-    both = options.opset in (OPSETS[0], OPSETS[-1], FileOptions().opset)
-    for runtime in ("onnxruntime", "openvino") if both else ("onnxruntime",):
+    for runtime in ("onnxruntime", "openvino") if options.opset in ENDS else ("onnxruntime",):
         file = OnnxFile.open(path, runtime, threads=1)
         assert (file.batch_size, file.precision) == (options.batch_size, options.precision)
         assert (file.preprocess, file.in_graph, file.probabilities) == (
@@ -143,8 +154,19 @@ def test_fp16_is_half_as_large_and_scores_tokens_in_float32(tmp_path: Path) -> N
     assert all(kinds.get(node.output[0], onnx.TensorProto.FLOAT16) == onnx.TensorProto.FLOAT16 for node in products)
 
 
-@pytest.mark.parametrize("options", [FileOptions(), RICH], ids=["plain", "rich"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        pytest.param(
+            family,
+            options,
+            marks=[pytest.mark.slow] if options == RICH and family not in ("levit", "sepvit") else [],
+            id=f"{family}-{'rich' if options == RICH else 'plain'}",
+        )
+        for family in FAMILIES
+        for options in (FileOptions(), RICH)
+    ],
+)
 def test_every_family_s_file_answers_as_pytorch(
     family: str, options: FileOptions, tmp_path: Path, helpers: Any
 ) -> None:

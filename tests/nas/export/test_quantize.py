@@ -67,7 +67,7 @@ RECIPES = [
     Recipe(images=4),
     Recipe(ranges="entropy", images=4),
     Recipe(kept=("first", "last", "attention"), images=4),
-    pytest.param(Recipe("nncf", images=4), marks=nncf),
+    pytest.param(Recipe("nncf", images=4), marks=[nncf, pytest.mark.slow]),
     pytest.param(Recipe("nncf", "mse", ("first", "last"), True, 4), marks=nncf),
 ]
 

@@ -487,7 +487,10 @@ def test_broken_images_are_named(vitnas, images, tmp_path, fake_clock):
     assert "cannot be decoded" in said
 
 
-@pytest.mark.parametrize("criterion", ["taylor2", "magnitude", "random", "torch-pruning"])
+@pytest.mark.parametrize(
+    "criterion",
+    ["magnitude", "torch-pruning", *(pytest.param(c, marks=pytest.mark.slow) for c in ("taylor2", "random"))],
+)
 def test_every_criterion_meets_the_budget(vitnas, images, tmp_path, fake_clock, criterion):
     trained(images, tmp_path / "net")
     out = tmp_path / "out"

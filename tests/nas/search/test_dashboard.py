@@ -49,7 +49,12 @@ def get(app: Any, path: str) -> tuple[str, bytes]:
     return answer[0], body
 
 
-@pytest.fixture(params=["journal", "sqlite", "postgres", "grpc"])
+EVERY_STORAGE = pytest.mark.parametrize("any_storage", ["journal", "sqlite", "postgres", "grpc"], indirect=True)
+
+
+@pytest.fixture(
+    params=["journal", "postgres", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("sqlite", "grpc"))]
+)
 def any_storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     if request.param == "journal":
         yield str(tmp_path / "study.journal")
@@ -62,6 +67,7 @@ def any_storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]
         yield request.getfixturevalue("postgres_url")
 
 
+@EVERY_STORAGE
 def test_lists_the_study_and_every_trials_constraint(any_storage: str) -> None:
     study = make_study(any_storage)
     app = dashboard.app(any_storage)
@@ -87,6 +93,7 @@ def test_lists_the_study_and_every_trials_constraint(any_storage: str) -> None:
     assert [t.constraints for t in study.trials[:2]] == [{"latency": -0.25}, {"latency": 0.5}]
 
 
+@EVERY_STORAGE
 def test_other_views_work_on_the_wrapped_storage(any_storage: str) -> None:
     make_study(any_storage)
     app = dashboard.app(any_storage)

@@ -38,7 +38,9 @@ def test_a_parent_that_cannot_be_cut_so_far_gives_fewer(monkeypatch) -> None:
     assert len(Cutter(parent("levit_128s", 64)).cuts(0, 1)) == len(derive.CUTS)
 
 
-@pytest.mark.parametrize("name", ["efficientvit_m1", "shvit_s1", "levit_128s"])
+@pytest.mark.parametrize(
+    "name", ["efficientvit_m1", *(pytest.param(name, marks=pytest.mark.slow) for name in ("shvit_s1", "levit_128s"))]
+)
 def test_variations_stay_within_the_parent(name: str) -> None:
     whole, own, rng = parent(name, 64).arch, levels_of(name), np.random.default_rng(0)
     made = [each for each in (within(whole, [own], rng) for _ in range(60)) if each is not None]

@@ -29,6 +29,7 @@ from nas.study.leases import Lease, beating
 from nas.study.trials import open_study
 
 JOBS = [Job("b", {"seed": 1}), Job("a", {"seed": 0})]
+WITH_PROXY = pytest.mark.parametrize("storage", ["journal", "postgres", "grpc"], indirect=True)
 
 
 @pytest.fixture
@@ -36,6 +37,7 @@ def study(storage: str) -> optuna.Study:
     return open_study("s", storage, {"a": 1}, RandomSampler())
 
 
+@WITH_PROXY
 def test_a_job_is_done_once(study: optuna.Study, storage: str) -> None:
     other = open_study("s", storage, {"a": 1}, RandomSampler())
     assert take(study) is None
@@ -100,6 +102,7 @@ def test_a_training_that_failed_is_told_once_and_may_be_tried_again(study: optun
     assert take(study) is None
 
 
+@WITH_PROXY
 def test_who_is_at_work(study: optuna.Study, ended: int) -> None:
     with at_work(study, [MEASURES]):
         assert (workers(study, MEASURES), workers(study, TRAINS)) == (1, 0)

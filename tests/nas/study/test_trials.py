@@ -50,6 +50,7 @@ from nas.version import version
 
 META = {"budget_ms": 2.0, "runtime": "onnxruntime", "hardware": {"cpu": "Zen 3", "threads": 1}}
 CHOICES = {"width": range(7), "depth": range(7)}
+WITH_PROXY = pytest.mark.parametrize("storage", ["journal", "postgres", "grpc"], indirect=True)
 
 PROLOGUE = f"""
 import os, sys, time
@@ -136,6 +137,7 @@ def one_line(error: pytest.ExceptionInfo[UserError]) -> str:
 # ---------------------------------------------------------------------------------- opening
 
 
+@WITH_PROXY
 def test_created_study_is_loaded_again(storage: str) -> None:
     study = start(storage)
     assert [d.name for d in study.directions] == ["MAXIMIZE", "MAXIMIZE"]
@@ -390,6 +392,7 @@ def test_a_trial_that_was_given_something_else_than_parameters_runs_again(tmp_pa
     assert (again.user_attrs["given"], again.user_attrs["retry_of"]) == ("this", 0)
 
 
+@WITH_PROXY
 def test_lease_is_extended_whatever_the_worker_does(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layer, "BEAT_S", 0.01)
     study = start(storage)
@@ -503,6 +506,7 @@ def test_sweeper_killed_before_it_enqueues_loses_nothing(storage: str, monkeypat
     assert [t.user_attrs.get("retry_of") for t in study.trials] == [None, 0]
 
 
+@WITH_PROXY
 def test_result_of_a_swept_trial_is_dropped(storage: str) -> None:
     study = start(storage)
     trial = ask(study)
@@ -558,6 +562,7 @@ def test_the_sampler_proposes_nothing_for_a_claimed_trial(tmp_path: Path, monkey
     assert claim(study).number == 0
 
 
+@WITH_PROXY
 def test_a_training_whose_worker_dies_waits_again_and_keeps_what_was_measured(storage: str) -> None:
     study = start(storage)
     hand_over(measured(study))
@@ -641,6 +646,7 @@ def test_remaining_counts_finished_and_running(tmp_path: Path) -> None:
     assert remaining(study, 4) == 0
 
 
+@WITH_PROXY
 def test_two_workers_share_a_total(storage: str, tmp_path: Path) -> None:
     body = """
 study = start()

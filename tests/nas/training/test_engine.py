@@ -578,7 +578,7 @@ REFERENCE = {
 
 
 @pytest.mark.parametrize(
-    "family", ["levit", "shvit", *(pytest.param(each, marks=pytest.mark.slow) for each in ("efficientvit", "evit"))]
+    "family", ["levit", *(pytest.param(each, marks=pytest.mark.slow) for each in ("efficientvit", "shvit", "evit"))]
 )
 def test_the_loss_curve_is_timm_s(family):
     """Five updates of the family's recipe on equal weights and images, in fp64: timm's network, its parameter groups,
