@@ -31,16 +31,19 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 CACHES = itertools.count()
-SEEDS = 3
-"""Of a test of random networks that are run by default; its other ones are slow tests."""
+SEEDS = {"efficientvit": (0, 2), "shvit": (0, 2), "evit": (0, 2)}
+"""By family the two random networks of a test that are run by default: those that have attention. Of other families
+they are the first two, and three where a test has no family; the others are slow tests."""
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if isinstance(item, pytest.Function) and hasattr(item, "callspec"):
-            seed = item.callspec.params.get("seed")
-            if isinstance(seed, int) and seed >= SEEDS:
+            params = item.callspec.params
+            seed = params.get("seed")
+            default = SEEDS.get(params.get("family"), range(2 if "family" in params else 3))
+            if isinstance(seed, int) and seed not in default:
                 item.add_marker(pytest.mark.slow)
 
 

@@ -48,12 +48,13 @@ def change(subject: Any, done: Cut, helpers: ModuleType) -> float:
 
 
 @pytest.mark.parametrize(("family", "unit"), PAIRS)
-def test_new_units_change_nothing(family: str, unit: str, helpers: ModuleType) -> None:
-    """All knobs of a kind at once, in the first two networks that have one."""
+@pytest.mark.parametrize("networks", [1, pytest.param(6, marks=pytest.mark.slow)])
+def test_new_units_change_nothing(family: str, unit: str, networks: int, helpers: ModuleType) -> None:
+    """All knobs of a kind at once, in the first networks that have one."""
     shown = 0
     for seed in SEEDS:
         subject, knobs = growing(family, unit, seed, helpers)
-        if knobs and shown < 2:
+        if knobs and shown < networks:
             assert change(subject, grown(subject, knobs), helpers) < 1e-8  # float64; the requirement is 1e-5
             shown += 1
     assert shown
@@ -173,7 +174,10 @@ def test_all_new_units_get_gradients_within_two_steps(family: str, unit: str, he
         assert moved > 1e-12, f"{new} in {name}"
 
 
-@pytest.mark.parametrize(("family", "unit"), PAIRS)
+@pytest.mark.parametrize(
+    ("family", "unit"),
+    [pair if pair[0] in ("levit", "evit") else pytest.param(*pair, marks=pytest.mark.slow) for pair in PAIRS],
+)
 def test_new_units_do_not_stay_twins(family: str, unit: str, helpers: ModuleType) -> None:
     subject, model, done = learners(family, unit, helpers)
     trained(model, subject, torch.optim.AdamW(model.parameters(), lr=1e-3), steps=4)

@@ -45,13 +45,14 @@ def difference(subject: Any, settings: dict[str, int], helpers: ModuleType) -> t
 
 
 @pytest.mark.parametrize(("family", "unit"), PAIRS)
-def test_masked_equals_sliced_in_every_kind_of_unit(family: str, unit: str, helpers: ModuleType) -> None:
-    """All knobs of a kind at once, in the first two networks where that does something."""
+@pytest.mark.parametrize("networks", [1, pytest.param(8, marks=pytest.mark.slow)])
+def test_masked_equals_sliced_in_every_kind_of_unit(family: str, unit: str, networks: int, helpers: ModuleType) -> None:
+    """All knobs of a kind at once, in the first networks where that does something."""
     shown = 0
     for seed in SEEDS:
         subject = helpers.subject(family, seed)
         knobs = [knob for knob in subject.provable() if helpers.unit_name(knob) == unit]
-        if knobs and shown < 2:
+        if knobs and shown < networks:
             error, effect = difference(subject, helpers.shrunk(knobs, seed), helpers)
             assert error < 1e-8  # float64; the requirement is 1e-5
             shown += effect > 1e-6

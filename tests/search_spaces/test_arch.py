@@ -73,7 +73,7 @@ def test_published_round_trip(name: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=60, **SETTINGS)
+@settings(max_examples=20, **SETTINGS)
 @given(levels=st.lists(st.integers(0, LEVELS - 1), min_size=len(PARAMETERS), max_size=len(PARAMETERS)))
 def test_points_of_the_space_round_trip(family: str, levels: list[int]) -> None:
     arch = FAMILIES[family].space.decode(dict(zip(PARAMETERS, levels, strict=True)), 10)
@@ -182,7 +182,7 @@ def check_mutants(family: str, data: st.DataObject, helpers: ModuleType) -> None
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=40, **SETTINGS)
+@settings(max_examples=20, **SETTINGS)
 @given(data=st.data())
 def test_mutated_documents(family: str, data: st.DataObject, helpers: ModuleType) -> None:
     check_mutants(family, data, helpers)
@@ -197,7 +197,7 @@ def test_many_mutated_documents(family: str, data: st.DataObject, helpers: Modul
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=60, **SETTINGS)
+@settings(max_examples=30, **SETTINGS)
 @given(data=st.data())
 def test_damaged_text(family: str, data: st.DataObject, helpers: ModuleType) -> None:
     """Truncated, or with a few bytes replaced."""

@@ -138,7 +138,7 @@ def test_folded_parameters(name: str) -> None:
     assert module_params(search_spaces.fold(model)) + tables == FOLDED[name]
 
 
-@pytest.mark.parametrize("name", every(PUBLISHED))
+@pytest.mark.parametrize("name", every(PUBLISHED, tuple(name for name in SMALLEST if not name.endswith("_drop"))))
 def test_macs_against_fvcore(name: str) -> None:
     arch = search_spaces.get_arch(name)
     counted = fvcore_macs(search_spaces.create_model(arch), arch.resolution)
@@ -167,7 +167,7 @@ def test_irregular_macs_against_fvcore(family: str, seed: int, helpers: ModuleTy
 def test_documents_count_as_the_built_network(family: str, helpers: ModuleType) -> None:
     """Every axis at random, and irregular documents, in which a width counted in place of another shows."""
     rng = np.random.default_rng(0)
-    archs = [FAMILIES[family].space.decode(random_params(rng), 10) for _ in range(4)]
+    archs = [FAMILIES[family].space.decode(random_params(rng), 10) for _ in range(2)]
     archs += [helpers.random_arch(family, seed) for seed in range(4)]
     for arch in archs:
         table, stages = search_spaces.table(arch), search_spaces.stage_counts(arch)

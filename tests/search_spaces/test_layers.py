@@ -68,11 +68,9 @@ def emptied(family: str, helpers: ModuleType) -> list[dict[str, Any]]:
     """Networks with parts absent: all attention, all FFNs, all blocks of a stage."""
     found = []
     for what in ("attn", "ffn", "blocks"):
-        raw = helpers.document(search_spaces.get_arch(helpers.SMALLEST[family], 3))
-        if family == "evit":
-            raw |= {"resolution": 64}
-            if what == "blocks":
-                continue
+        raw = helpers.document(search_spaces.get_arch(helpers.SMALLEST[family], 3).at(64))
+        if family == "evit" and what == "blocks":
+            continue
         for stage in raw.get("stages", [raw]):
             for block in stage["blocks"]:
                 if what == "attn" and family == "evit":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from types import ModuleType
 
@@ -25,12 +26,9 @@ CHANGES = {"sepvit": {"resolution": 32}, "evit": {"resolution": 32, "patch_size"
 
 def networks(family: str, helpers: ModuleType, count: int = 3, stages: int = 2) -> list[Arch]:
     """Irregular networks of one resolution and number of stages: other widths, heads, depths and branches each."""
-    found = []
-    for seed in range(100):
-        arch = helpers.random_arch(family, seed, num_classes=4, **CHANGES.get(family, {"resolution": 64}))
-        if len(getattr(arch, "stages", (0,) * stages)) == stages:
-            found.append(arch)
-    return found[:count]
+    changes = CHANGES.get(family, {"resolution": 64})
+    archs = (helpers.random_arch(family, seed, num_classes=4, **changes) for seed in itertools.count())
+    return list(itertools.islice((a for a in archs if len(getattr(a, "stages", (0,) * stages)) == stages), count))
 
 
 def shared(family: str, helpers: ModuleType) -> tuple[Supernet, list[Arch]]:
