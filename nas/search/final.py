@@ -200,7 +200,8 @@ def final_tasks(
     """The final trainings of a network that are not in the folder. teacher: that of `nas.search.teaching.Teaching`."""
     epochs = known(request.plan).full_epochs
     left = [seed for seed in seeds_of(request, tier, candidate) if not result_path(request, candidate, seed).is_file()]
-    return [Task(What.FINAL, candidate, epochs, label, seed, teacher, earlier_crops(request)) for seed in left]
+    crops = earlier_crops(request)
+    return [Task(What.FINAL, candidate, epochs, label, seed, teacher, crops) for seed in left]
 
 
 def trainings_in(request: SearchRequest, tier: TrainedTier, tasks: Sequence[Task]) -> int:

@@ -16,20 +16,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-from optuna.distributions import CategoricalDistribution, IntDistribution
 from optuna.samplers import BaseSampler, RandomSampler
 from scipy.special import log_ndtr
 
 from nas.networks.counts import counts_of
 from nas.quality.surrogate import DESCRIBED, LEAST, Surrogate, TrainedNetwork, describe
 from nas.search.needs import CHANCE, Need, Needs, smallest
+from nas.search.published import choices
 from nas.search.sampling import log_improvement
 from nas.search.seen import Point
 from nas.search.trial_training import MeasuredNetwork
 from nas.search.variations import varied
-from nas.study.trials import MEASURED
+from nas.study.trials import MEASURED, distributions
 from search_spaces.registry import FAMILIES
-from search_spaces.space import LEVELS, PARAMETERS, random_params
+from search_spaces.space import random_params
 
 if TYPE_CHECKING:
     import optuna
@@ -168,10 +168,7 @@ class Proposer(BaseSampler):
     def __init__(self, tier: TrainedTier, request: SearchRequest) -> None:
         self._tier, self._request = tier, request
         self._random = RandomSampler(seed=request.seed)
-        self._space = {
-            "family": CategoricalDistribution(list(request.families)),
-            **{name: IntDistribution(0, LEVELS - 1) for name in PARAMETERS},
-        }
+        self._space = distributions(choices(request))
 
     def reseed_rng(self) -> None:
         self._random.reseed_rng()

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
     import optuna
+    from optuna.distributions import BaseDistribution
     from optuna.samplers import BaseSampler
     from optuna.trial import FrozenTrial
 
@@ -201,19 +202,26 @@ def _begun_with(study: optuna.Study, proposal: Proposal) -> optuna.Trial:
     """A trial that runs, leased to this process: in one call of the storage, where one a parameter, one for the lease
     and three for a trial that waited first would keep others from their decisions."""
     import optuna
-    from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
     from optuna.trial import TrialState, create_trial
 
-    def distribution(values: Sequence[str | int]) -> BaseDistribution:
-        return IntDistribution(values[0], values[-1]) if isinstance(values, range) else CategoricalDistribution(values)
-
+    space = distributions(proposal.choices)
     template = create_trial(
         state=TrialState.RUNNING,
         params=dict(proposal.params),
-        distributions={name: distribution(proposal.choices[name]) for name in proposal.params},
+        distributions={name: space[name] for name in proposal.params},
         user_attrs={**proposal.attrs, "lease": Lease.mine(LEASE_S).to_json()},
     )
     return optuna.Trial(study, study._storage.create_new_trial(study._study_id, template_trial=template))
+
+
+def distributions(choices: Mapping[str, Sequence[str | int]]) -> dict[str, BaseDistribution]:
+    """Optuna's, of parameters by their permitted values: a range of numbers, or words."""
+    from optuna.distributions import CategoricalDistribution, IntDistribution
+
+    return {
+        name: IntDistribution(values[0], values[-1]) if isinstance(values, range) else CategoricalDistribution(values)
+        for name, values in choices.items()
+    }
 
 
 @contextmanager

@@ -14,8 +14,9 @@ import sys
 import time
 from pathlib import Path
 
-from postgres import Server, Unavailable
-from workers import STUDY, Witness, Workers, laboratory, leftovers, moment, survivors, verdict
+from cluster import on_each
+from postgres import Server
+from workers import STUDY, Witness, Workers, leftovers, moment, survivors, verdict
 
 WORKERS = 4
 ENDLESS = 1_000_000
@@ -87,13 +88,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--away", type=float, default=60.0, help="seconds of each outage")
     args = parser.parse_args()
-    try:
-        server = Server()
-    except Unavailable as error:
-        print(error)
-        return 77
-    with server, laboratory() as folder:
-        return 0 if run(folder, server, args.kills, args.away) else 1
+    return on_each("postgresql", lambda folder, server, _: run(folder, server, args.kills, args.away))
 
 
 if __name__ == "__main__":
