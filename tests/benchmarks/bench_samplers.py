@@ -5,6 +5,7 @@
     python tests/benchmarks/bench_samplers.py OUT --table
 
 Samplers take turns at every seed. A run that OUT holds already is not made again, so that it can be made in parts.
+A search is killed once its time is over: its closing run and its report are not waited for.
 --earlier: a clone of vitnas at an earlier commit (fcd58c7, say), whose default makes 100 trials, however long.
 Networks of every run are scored by the prior of today. Told of each: the best bound within the budget, the networks
 measured, the seconds until the first one within the budget (from the first trial's start), the families with one.
@@ -13,6 +14,7 @@ measured, the seconds until the first one within the budget (from the first tria
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -31,6 +33,9 @@ from search_spaces import Arch
 ROOT = Path(__file__).parents[2]
 EARLIER, EARLIER_TRIALS = "earlier", 100
 MOST = 100_000
+STARTING_S = 15.0
+"""Seconds that a search may take until its first trial begins."""
+ENDED = "ended"
 
 
 @dataclass(frozen=True)
@@ -69,15 +74,22 @@ def search(run: Run, out: Path, seconds: float, earlier: Path | None) -> None:
         words += ["--trials", str(MOST), "--timeout", f"{seconds:g}s", "--sampler", run.sampler]
     code = str(earlier if run.sampler == EARLIER else ROOT)
     with (out / f"{run.study}.log").open("wb") as log:
-        done = subprocess.run(
+        process = subprocess.Popen(
             [sys.executable, "-m", "nas.cli", *words],
             env=os.environ | {"PYTHONPATH": code},
             cwd=code,
             stdout=log,
             stderr=log,
+            start_new_session=True,
         )
-    if done.returncode not in (0, 1):
-        sys.exit(f"{run.study} failed: see {log.name}")
+    try:
+        status = process.wait(None if run.sampler == EARLIER else seconds + STARTING_S)
+        if status not in (0, 1):
+            sys.exit(f"{run.study} failed: see {log.name}")
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    (out / run.study / ENDED).touch()
 
 
 def found(run: Run, out: Path) -> Found:
@@ -103,8 +115,8 @@ def found(run: Run, out: Path) -> Found:
 
 
 def ended(out: Path) -> Iterator[Run]:
-    """The runs in a folder, with their reports."""
-    for path in sorted(out.glob("*/report.html")):
+    """The runs in a folder that came to their end."""
+    for path in sorted(out.glob(f"*/{ENDED}")):
         budget, threads, sampler, seed = path.parent.name.split("-")
         yield Run(float(budget.removesuffix("ms")), int(threads.removesuffix("t")), sampler, int(seed))
 
