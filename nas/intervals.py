@@ -93,10 +93,10 @@ def of_accuracies(top1: Sequence[float], images: int) -> Interval:
     return joined(mean, of_share(mean, images), of_mean(top1)).clipped()
 
 
-def top1_words(top1: float, ci: Sequence[float], images: int, seeds: int | None = None) -> str:
+def top1_words(top1: float, ci: Sequence[float], images: int, seeds: int | None = None, what: str = "top-1") -> str:
     """A measured accuracy in the form that every verb prints: 59.5% top-1 (95%: 55.9 to 63.0, 180 images, 3 seeds)."""
     over = "" if seeds is None else f", {counted(seeds, 'seed')}"
-    return f"{top1:.1f}% top-1 (95%: {ci[0]:.1f} to {ci[1]:.1f}, {counted(images, 'image')}{over})"
+    return f"{top1:.1f}% {what} (95%: {ci[0]:.1f} to {ci[1]:.1f}, {counted(images, 'image')}{over})"
 
 
 def guessing(ci: Sequence[float], classes: int) -> str | None:

@@ -74,24 +74,36 @@ class Budget(BaseModel):
     metric: str
 
 
+class Agreement(BaseModel):
+    """How often a network answers as the unpruned one: percent, its 95% interval, of how many images."""
+
+    top1: FiniteFloat
+    top1_ci: tuple[FiniteFloat, FiniteFloat]
+    images: int
+
+
 class Pruned(BaseModel):
-    """Of a prune.json. latency: None where none was measured, or only waiting times."""
+    """Of a prune.json. latency: None where none was measured, or only waiting times. agreement: None where images had
+    labels, and so an accuracy."""
 
     model: str
     data: Data
     budget: Budget
     latency: Latency | None
+    agreement: Agreement | None
 
     @model_validator(mode="before")
     @classmethod
     def join(cls, found: Any) -> Any:
-        """Put together the latency, which the file holds in three places."""
+        """Put together the latency, which the file holds in three places, and the agreement, there an accuracy."""
         try:
-            after, latency = found["after"], None
+            after, latency, agreement = found["after"], None, None
             if after["latency_ms"] is not None and not after.get("waiting"):
                 measured = {"ms": after["latency_ms"], "ci": after["ci"], "cpu": found["hardware"].get("cpu")}
                 latency = found["settings"] | measured
-            return found | {"latency": latency}
+            if found.get("options", {}).get("unlabelled"):
+                agreement = found["accuracy"][found["kept"]]
+            return found | {"latency": latency, "agreement": agreement}
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"no {error}") from None
 
@@ -169,7 +181,7 @@ def _of_card(card: Card, trained: bool) -> Facts:
         "top1_ci": accuracy and list(accuracy.ci),
         "images": accuracy and accuracy.images,
         "latency": card.latency and card.latency.model_dump(),
-        **dict.fromkeys(("quality", "quality_estimate", "quality_ci", "quality_label")),
+        **dict.fromkeys(("agreement", "quality", "quality_estimate", "quality_ci", "quality_label")),
     }
 
 
@@ -200,6 +212,8 @@ def _of_folder(target: Target, network: Arch | TimmNetwork) -> Facts:
         found["weights_from"] = f"{pruned.model}, pruned to {pruned.budget.text} {pruned.budget.metric}"
         if target.own is None and pruned.latency:
             found["latency"] = pruned.latency.model_dump()
+        if target.own is None and pruned.agreement:  # an early vitnas wrote it into model.onnx as its accuracy
+            found |= {"agreement": pruned.agreement.model_dump()} | dict.fromkeys(("top1", "top1_ci", "images"))
     searched = None
     if folder and found["kind"] == "search" and not trained and target.own is None:
         searched = _read(folder.parent / "result.json", Searched)
@@ -291,6 +305,9 @@ def lines_of(facts: Mapping[str, Any]) -> list[str]:
         lines.append(f"accuracy: {top1_words(facts['top1'], facts['top1_ci'], facts['images'])}")
     elif facts["weights"] == "trained":
         lines.append("accuracy: not known")
+    if agreement := facts.get("agreement"):
+        share = top1_words(agreement["top1"], agreement["top1_ci"], agreement["images"], what="agreement")
+        lines.append(f"with the unpruned network: {share}")
     latency = facts["latency"]
     if latency:
         low, high = latency["ci"]

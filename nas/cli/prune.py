@@ -37,7 +37,7 @@ app = typer.Typer()
 @app.command(
     short_help="Shrink a trained network to a budget.",
     epilog="Examples:\n\n  vitnas prune --model efficientvit_m4\n\n"
-    "  vitnas prune --model levit_192 --data ./images --latency-budget 0.6x --finetune 3 --distill",
+    "  vitnas prune --model levit_192 --data ./images --latency-budget 0.6x --finetune 3",
 )
 def prune(
     model: Annotated[
@@ -78,7 +78,13 @@ def prune(
         typer.Option("--compensate/--no-compensate", help="Refit what a cut leaves to what the network wrote before."),
     ] = True,
     finetune: Annotated[float, typer.Option(help="Epochs of fine-tuning afterwards; 0 for none.")] = 1.0,
-    distill: Annotated[bool, typer.Option("--distill", help="Fine-tune with the unpruned network as teacher.")] = False,
+    distill: Annotated[
+        bool | None,
+        typer.Option(
+            "--distill/--no-distill",
+            help="Fine-tune with the unpruned network as teacher.  [default: unless it is first trained here]",
+        ),
+    ] = None,
     control: Annotated[
         bool,
         typer.Option("--control/--no-control", help="Fine-tune the unpruned network alike, to compare with."),
@@ -126,12 +132,12 @@ def prune(
         folder=out or default_folder(model, budget),
         reallocate=reallocate,
         kinds=kinds_of(axes),
-        criterion=criterion or ("features" if unlabelled else "taylor"),
+        criterion=criterion or "",
         multiple_of=multiple_of,
         rounds=rounds,
         compensate=compensate,
         finetune=finetune,
-        distill=distill or bool(unlabelled),
+        distill=distill,
         control=control,
         data=data,
         unlabelled=unlabelled,

@@ -70,6 +70,12 @@ class Accuracy(BaseModel):
     top1: FiniteFloat | None = None
 
 
+class Options(BaseModel):
+    """unlabelled: the folder of images whose labels were the unpruned network's answers, where there was one."""
+
+    unlabelled: Text | None = None
+
+
 class Measured(BaseModel):
     """latency_ms: median; None where none was measured. waiting: the samples are those of a wait for a CPU."""
 
@@ -86,6 +92,7 @@ class PruneResult(BaseModel):
     after: Measured
     kept: str | None = None
     failures: list[Any] | None = None
+    options: Options = Options()
 
 
 class Recipe(BaseModel):
@@ -203,7 +210,8 @@ def prune_row(folder: Path) -> Row | None:
         return unfinished(folder, "prune", "budget")
     told = PruneResult.model_validate(read(path))
     found = told.accuracy[told.kept or ("recovered" if told.accuracy.get("recovered") else "pruned")]
-    parts = [told.model, *([f"{found.top1:.1f}% top-1"] if found else [])]
+    measure = "agreement" if told.options.unlabelled else "top-1"
+    parts = [told.model, *([f"{found.top1:.1f}% {measure}"] if found else [])]
     if told.after.latency_ms is not None and not told.after.waiting:
         parts.insert(1, f"{told.after.latency_ms:.2f} ms")
     budget = f"{told.budget.metric} {told.budget.text}"

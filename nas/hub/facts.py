@@ -65,6 +65,8 @@ class RunFacts:
     """What the network was compared with, and itself, in one run; none where nothing was."""
     title: str = ""
     """Of the rows."""
+    measure: str = "top-1"
+    """What the rows' top1 is, in words."""
     latency: Latency | None = None
     """Of the network itself, where its run measured it and its file does not say so."""
 
@@ -129,8 +131,13 @@ class _Accuracy(BaseModel):
     top1_ci: Span | None = None
 
 
+class _Options(BaseModel):
+    unlabelled: str | None = None
+
+
 class _Pruned(BaseModel):
     data: _Data
+    options: _Options = _Options()
     settings: _Settings
     hardware: _Machine
     before: _Measured
@@ -150,7 +157,8 @@ class _Pruned(BaseModel):
             )
         told = public(Card(latency=latency)).latency
         title = f"Before and after pruning{_precisions(self.settings)}"
-        return RunFacts(self.data.words, tuple(rows), title, told)
+        measure = "agreement with the unpruned network" if self.options.unlabelled else "top-1"
+        return RunFacts(self.data.words, tuple(rows), title, measure, told)
 
 
 def _row(name: str, accuracy: _Accuracy | None, measured: _Measured) -> RunRow:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from nas.export.artifact import CONVERTED
 from nas.export.card import CLASSIFY, Accuracy, Card, Latency
-from nas.hub.facts import RunFacts, RunRow
+from nas.hub.facts import RunFacts
 from nas.intervals import top1_words
 from nas.networks.timm_network import TIMM, TimmNetwork
 from nas.units import counted, listed, shown
@@ -94,7 +94,7 @@ def _parts(subject: Subject) -> list[str]:
         parts.append(f"Classes: {_text(listed(first.card.classes, NAMED))}.")
     parts += ["## Accuracy and latency", _own_table(subject)]
     if subject.run.rows:
-        parts += [f"{subject.run.title}, measured side by side in one run:", _run_table(subject.run.rows)]
+        parts += [f"{subject.run.title}, measured side by side in one run:", _run_table(subject.run)]
     parts.append(
         "Latency is the median of single inferences in a process of its own, with the 95% interval of that median. "
         "Compare latencies within one table only."
@@ -153,7 +153,7 @@ def _latency(latency: Latency | None) -> tuple[str, str]:
     return f"{latency.ms:.2f} ms (95%: {low:.2f} to {high:.2f})", f"{where}, {how}"
 
 
-def _run_table(rows: Sequence[RunRow]) -> str:
+def _run_table(run: RunFacts) -> str:
     def spanned(value: float | None, span: tuple[float, float] | None, unit: str, digits: int) -> str:
         if value is None:
             return ""
@@ -162,9 +162,9 @@ def _run_table(rows: Sequence[RunRow]) -> str:
 
     found = [
         (row.name, spanned(row.top1, row.top1_ci, "%", 1), spanned(row.latency_ms, row.latency_ci, " ms", 2))
-        for row in rows
+        for row in run.rows
     ]
-    return _table(("network", "top-1", "latency"), found)
+    return _table(("network", run.measure, "latency"), found)
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from pydantic import JsonValue, TypeAdapter
 
 from nas.data.pixels import IMAGENET, Pixels
-from nas.errors import UserError
+from nas.errors import TrainingError, UserError
 from nas.files import read_kept, replace_file
 from nas.job import Job, Progress, Say
 from nas.prune.records import Accuracy, ImagesRow, PruneResult
@@ -45,9 +45,12 @@ class PruneJob(Job):
     evaluated: Images
     calibration: Images
     seed: int
+    unlabelled: bool = False
+    """Whether the labels are the unpruned network's own answers, and accuracy agreement with it."""
 
     def __init__(self, folder: Path, options: dict[str, JsonValue], say: Say, progress: Progress, device: str) -> None:
-        super().__init__(folder, options, say, progress, device, defaults={"compensate": options.get("compensate")})
+        older = {"compensate": options.get("compensate"), "no_distill": False}
+        super().__init__(folder, options, say, progress, device, defaults=older)
         self._loaders: list[Loader] = []
 
     def open_data(
@@ -71,7 +74,7 @@ class PruneJob(Job):
         """Open images without labels; `label` gives them some. pixels: of the network."""
         from nas.data.unlabelled import open_unlabelled
 
-        self.seed = seed
+        self.seed, self.unlabelled = seed, True
         self._take(open_unlabelled(folder, classes, resolution, seed).at(resolution, pixels=pixels))
 
     def _take(self, data: ImageData) -> None:
@@ -117,6 +120,34 @@ class PruneJob(Job):
 
         images = shuffled_sample(self.calibration, images_for(resolution), self.seed)
         return torch.cat([x for x, _ in self.batches(images)]).to(self.device)
+
+    def probe(self, model: nn.Module) -> None:
+        """Make a linear probe on the training images the classifier of a network that `load` made; the rest stays.
+
+        Raises:
+            UserError: it ends in no linear layer (see `takes_probe`), or has features that no probe can be fitted to.
+        """
+        from nas.training.probe import find_features, fit_probe, install, without_dead
+
+        images, classes = self.data.calibration, len(self.data.classes)
+        with self.phase("probe") as progress:
+            found = find_features(
+                model, self.batches(images), self.device, progress=lambda done: progress(done, len(images))
+            )
+            install(model, fit_probe(without_dead(found.values), found.labels, classes, self.seed))
+
+    def takes_probe(self, model: nn.Module) -> bool:
+        """Whether a network that `load` made ends in a linear layer, which a probe can replace."""
+        from nas.training.probe import find_features
+
+        batch = next(iter(self.batches(self.calibration)))
+        try:
+            find_features(model, [batch], self.device)
+        except TrainingError:
+            raise
+        except UserError:
+            return False
+        return True
 
     def _loader(self, images: Images, shuffle: bool) -> Loader:
         from nas.data.batches import loader

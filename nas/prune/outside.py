@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from nas.data.images import Images
-    from nas.networks.pretrained import Pretrained
 
 
 def prune_outside(request: PruneRequest, command: str, say: Say, progress: Progress) -> PruneResult:
@@ -172,8 +171,8 @@ def _built(request: PruneRequest, job: PruneJob) -> nn.Module:
     return load_outside(request.model.removeprefix(TIMM), len(job.data.classes))[0]
 
 
-def _loaded(request: PruneRequest, network: TimmNetwork, weights: Pretrained) -> tuple[nn.Module, bool]:
-    """The network with its weights, in eval mode, and whether its classifier is new.
+def _dense(request: PruneRequest, job: PruneJob, pretrained: bool) -> nn.Module:
+    """The network to prune: with timm's weights where it has them, trained briefly where it has none.
 
     Raises:
         UserError: they cannot be read, or do not fit.
@@ -182,28 +181,20 @@ def _loaded(request: PruneRequest, network: TimmNetwork, weights: Pretrained) ->
 
     from nas.networks.weights import load
 
-    torch.manual_seed(request.seed)
-    model = load(network, weights.path)
-    return model.eval(), bool(model.untrained)
-
-
-def _dense(request: PruneRequest, job: PruneJob, pretrained: bool) -> nn.Module:
-    """The network to prune: with timm's weights where it has them, trained briefly where its classifier is new."""
     network = TimmNetwork(request.model.removeprefix(TIMM)).replace(num_classes=len(job.data.classes))
     found = steps.find_published(job, request, network) if pretrained else None
+    first: steps.First = "training"
     if found is None:
         if not pretrained:
             job.note(f"no weights given and no --data; {steps.brief_line(job)}")
-        model, untrained = _built(request, job), True
+        model = _built(request, job)
     else:
-        model, untrained = _loaded(request, network, found)
+        torch.manual_seed(request.seed)
+        model = load(network, found.path)
         job.state.found["weights"] = "timm"
-        if untrained:
-            job.note(f"timm's weights have another classifier; {steps.brief_line(job)}")
-    steps.say_plan(job, request, untrained)
-    if untrained:
-        steps.train_briefly(job, model)
-    return model
+        first = steps.first_of(job, model, "timm's weights") if model.untrained else "nothing"
+    steps.make_ready(job, request, model, first)
+    return model.eval()
 
 
 def _target(request: PruneRequest, model: nn.Module, resolution: int) -> int:

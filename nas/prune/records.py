@@ -285,6 +285,8 @@ class PruneResult:
     phases: dict[str, float]
     """Seconds by phase."""
     parts: Parts
+    probe_images: int = 0
+    """Images that a linear probe was fitted to, the unpruned network's classifier; 0: it had its own, or none."""
     failures: tuple[str, ...] = ()
     """Steps at the end that failed, a line each."""
     waiting: str | None = None

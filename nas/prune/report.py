@@ -15,7 +15,7 @@ from nas.prune import figures
 from nas.prune.records import ACCURACIES, NetworkRow, PruneResult
 from nas.prune.request import show
 from nas.prune.tables import Change, cost_lines, importance_kinds, importance_table, stages_of, summary
-from nas.prune.words import control_words, next_steps, passes, tuning_words
+from nas.prune.words import control_words, measure_of, next_steps, passes, tuning_words
 from nas.report.page import conditions, duration, render, wall_seconds
 
 FILES = {
@@ -88,7 +88,8 @@ def _html(folder: Path, result: PruneResult, speed: Speed) -> str:
         "overlap": _overlap,
         "accuracies": ACCURACIES,
         "tuning_words": tuning_words(result),
-        "control_words": control_words(result.control) if result.control else None,
+        "control_words": control_words(result),
+        "measure": measure_of(result),
         "trained": passes(result.trained_images, result.data.train),
         "cut": cut,
         "grown": grown,

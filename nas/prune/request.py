@@ -70,8 +70,8 @@ class PruneRequest:
     """Widen what matters with what is saved elsewhere."""
     kinds: tuple[Kind, ...] = ("ffn", "qk", "v", "heads", "embed", "blocks")
     """What may change: keys of `pruning.units.KNOB_KINDS`."""
-    criterion: str = "taylor"
-    """A key of `pruning.importance.CRITERIA`."""
+    criterion: str = ""
+    """A key of `pruning.importance.CRITERIA`; "" becomes taylor, or features for images without labels."""
     multiple_of: int = 8
     """Widths stay multiples of this."""
     rounds: int = 3
@@ -80,8 +80,8 @@ class PruneRequest:
     """Refit what each cut leaves to what the network wrote before it (see `pruning.compensation`)."""
     finetune: float = 1.0
     """Epochs of fine-tuning afterwards; 0 for none."""
-    distill: bool = False
-    """Fine-tune with the unpruned network as teacher."""
+    distill: bool | None = None
+    """Fine-tune with the unpruned network as teacher. None: unless it is first trained here."""
     control: bool = True
     """Fine-tune the unpruned network alike, to compare with."""
     data: str | None = None
@@ -101,12 +101,17 @@ class PruneRequest:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "folder", Path(self.folder))
+        if not self.criterion:
+            object.__setattr__(self, "criterion", "features" if self.unlabelled else "taylor")
+        if self.unlabelled and self.distill is None:
+            object.__setattr__(self, "distill", True)
 
     def identity(self) -> dict[str, JsonValue]:
         """What must be equal for a run to go on, as JSON holds it."""
         found: dict[str, JsonValue] = asdict(self) | {"kinds": list(self.kinds), "data": self.data or None}
         del found["folder"], found["control"], found["max_drop"], found["file"]
         found["onnx"] = self.file.identity()
+        found |= {"distill": bool(self.distill), "no_distill": self.distill is False}  # an older vitnas kept the first
         return found
 
     def check(self) -> None:
@@ -125,7 +130,7 @@ class PruneRequest:
         if self.unlabelled and self.data:
             raise UserError("give --data, or --unlabelled: images with labels, or without")
         if self.unlabelled and not self.distill:
-            raise UserError("--unlabelled without --distill: only the unpruned network can teach")
+            raise UserError("--unlabelled with --no-distill: only the unpruned network can teach")
         if self.budget.relative and self.budget.amount == 1 and not self.reallocate:
             raise UserError(f"--{self.budget.option} 1x with --no-reallocate leaves nothing to do: lower the budget")
         for name, value, least in (("rounds", self.rounds, 1), ("multiple-of", self.multiple_of, 1)):

@@ -13,7 +13,7 @@ from nas.prune.images import PruneJob
 from nas.prune.records import ACCURACIES, Accuracies, BudgetRow, Kept, NetworkRow, Parts, PruneResult, Round, SeenRow
 from nas.prune.report import write_report
 from nas.prune.request import PruneRequest, show
-from nas.prune.steps import MOST_ROUNDS, latency_verdict, waiting_line
+from nas.prune.steps import MOST_ROUNDS, is_taught, latency_verdict, waiting_line
 
 
 def judge_budget(
@@ -88,19 +88,22 @@ def _result(
     from nas.measure.hardware import describe
 
     found = job.state.found
-    weights, trained, tuned = found.get("weights"), found.get("trained_images", 0), found.get("tuned_images", 0)
-    seen = record(request.folder, job.data.train if trained or tuned else job.data.train.pick([]), weights)
+    weights = found.get("weights")
+    probed, trained, tuned = (found.get(f"{what}_images", 0) for what in ("probe", "trained", "tuned"))
+    learnt = job.data.train if probed or trained or tuned else job.data.train.pick([])
+    seen = record(request.folder, learnt, weights)
     judged = {which: job.judged(which) for which in ACCURACIES if which in found}
     return PruneResult(
         model=request.model,
         command=command,
         started=job.state.started,
         finished=now(),
-        options=request,
+        options=replace(request, distill=is_taught(job, request)),
         settings=request.settings,
         hardware=describe(request.settings),
         data=job.describe_data(),
         weights=weights,
+        probe_images=probed,
         trained_images=trained,
         tuned_images=tuned,
         budget=budget,

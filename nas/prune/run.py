@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 CALIBRATED_ON_NOISE = (
     "the int8 files that are timed are calibrated on noise: latency is real, nothing is said of accuracy"
 )
+NOT_JUDGED = "without labels {0} is not judged, and no model.{0}.onnx is written: only the latency is of {0}"
 
 
 def prune(
@@ -108,6 +109,8 @@ class Pruning:
             job.say(f"latency is measured in {request.settings.precision}; accuracy and model.onnx are fp32")
         if request.settings.precision == "int8":
             job.say(CALIBRATED_ON_NOISE)
+        if request.settings.precision in LOWER and request.unlabelled:
+            job.note(NOT_JUDGED.format(request.settings.precision))
         arch = arch.replace(num_classes=len(job.data.classes))
         rounds = Rounds(job, request, anatomy(arch))
         rounds.check_budget()
@@ -123,7 +126,7 @@ class Pruning:
         return self._write(dense.arch, model.arch, kept, rounds)
 
     def _dense(self, arch: Arch, weights: str | Path | None) -> Network:
-        """The network to prune, trained: with weights that fit, or briefly on the data."""
+        """The network to prune: with weights that fit, a probe where its classifier is new, or briefly trained."""
         job = self.job
         if self.state.network:
             dense = load_network(job, "dense")
@@ -131,13 +134,11 @@ class Pruning:
                 job.label(dense)
             announce(job.data, job.say, job.note)
             return dense
-        model, untrained = load_source(job, self.request, arch, weights)
+        model, first = load_source(job, self.request, arch, weights)
         if self.request.unlabelled:
             job.label(model.eval().to(job.device))
         announce(job.data, job.say, job.note)
-        steps.say_plan(job, self.request, untrained)
-        if untrained:
-            steps.train_briefly(job, model)
+        steps.make_ready(job, self.request, model, first)
         dense = model.eval().to(job.device)
         keep_network(job, "dense", dense)
         return dense

@@ -12,7 +12,7 @@ from nas.prune.records import ACCURACIES, BudgetRow, PruneResult
 from nas.prune.request import Metric, show
 from nas.prune.savings import Saving
 from nas.prune.widths import Block, BlockWidths
-from nas.prune.words import control_words, next_steps, tuning_words
+from nas.prune.words import control_words, measure_of, next_steps, tuning_words
 from nas.report.page import significant
 from nas.report.tables import Column, console_of, print_table, prose
 from nas.units import listed
@@ -56,11 +56,11 @@ def show_prune(result: PruneResult, folder: Path, to_stderr: bool) -> None:
         prose(console, "The latencies are a tie: their 95% intervals overlap.")
     for which, words in ACCURACIES.items():
         if found := result.accuracy.of(which):
-            prose(console, f"{words}: {top1_words(found.top1, found.top1_ci, found.images)}")
+            prose(console, f"{words}: {top1_words(found.top1, found.top1_ci, found.images, what=measure_of(result))}")
     if line := tuning_words(result):
         prose(console, line)
-    if result.control:
-        prose(console, control_words(result.control))
+    if line := control_words(result):
+        prose(console, line)
     for line in result.failures:
         prose(console, line)
     prose(console, f"{headline(result.budget)}.")

@@ -40,8 +40,10 @@ def find_source(job: PruneJob, request: PruneRequest) -> tuple[Arch, str | Path 
     return target.arch, "timm" if given is not None and target.folder is None else None
 
 
-def load_source(job: PruneJob, request: PruneRequest, arch: Arch, weights: str | Path | None) -> tuple[Network, bool]:
-    """The network with its weights, and whether it has to be trained first: it has none, or another classifier.
+def load_source(
+    job: PruneJob, request: PruneRequest, arch: Arch, weights: str | Path | None
+) -> tuple[Network, steps.First]:
+    """The network with its weights, and what it needs first: it may have none, or another classifier.
 
     Raises:
         UserError: weights that do not fit, or cannot be had.
@@ -51,32 +53,30 @@ def load_source(job: PruneJob, request: PruneRequest, arch: Arch, weights: str |
     from search_spaces import create_model
 
     torch.manual_seed(request.seed)
-    what = steps.brief_line(job)
     if request.unlabelled and weights is None:
         raise UserError(f"{request.model} has no weights: --unlabelled needs a trained network")
     if weights is None:
-        job.note(f"no weights given{'' if request.data else ' and no --data'}; {what}")
+        job.note(f"no weights given{'' if request.data else ' and no --data'}; {steps.brief_line(job)}")
         job.state.found["weights"] = None
-        return create_model(arch), True
+        return create_model(arch), "training"
     found = steps.find_published(job, request, arch) if weights == "timm" else None
     if request.unlabelled and weights == "timm" and found is None:
         raise UserError(f"{request.model}'s weights cannot be had: --unlabelled needs a trained network")
     if weights == "timm" and found is None:
-        return create_model(arch), True
+        return create_model(arch), "training"
     model = load(arch, found.path if found else weights)
     if request.unlabelled and model.untrained:
         raise UserError(
             f"weights {weights} have no classifier for {arch.num_classes} classes: --unlabelled needs its own, "
             "and --num-classes where it has other classes"
         )
-    if model.untrained:
-        job.note(f"weights {weights} have another classifier or none; {what}")
-    elif job.data.demo:
+    first: steps.First = steps.first_of(job, model, f"weights {weights}") if model.untrained else "nothing"
+    if first == "nothing" and job.data.demo:
         job.note(f"no --data: pruned, tuned and evaluated on {job.data.name}")
     if model.loaded and model.loaded.note:
         job.note(f"{weights}: {model.loaded.note}")
     job.state.found["weights"] = str(weights)
-    return model, bool(model.untrained)
+    return model, first
 
 
 def classes_of(model: str, count: int) -> list[str]:

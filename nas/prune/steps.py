@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 from nas.errors import DiskFull, UserError
 from nas.export.card import Card
@@ -27,8 +27,12 @@ if TYPE_CHECKING:
     from nas.prune.request import Budget, PruneRequest
     from search_spaces import Arch
 
+First = Literal["nothing", "probe", "training"]
+"""What the unpruned network needs before it is pruned: a linear probe where only its classifier is new, and a brief
+training where it has no weights, or ends in no linear layer."""
+
 BRIEF_IMAGES = 4_500
-"""Images that train a network which comes without weights, or whose classifier does."""
+"""Images that train a network first."""
 BRIEF_LR = 1e-3
 FINETUNE_LR = 1e-4
 CLOSING_ROUNDS = 30
@@ -116,17 +120,29 @@ def worse_after_tuning(recovered: Accuracy, pruned: Accuracy) -> bool:
     return recovered.top1 < pruned.top1
 
 
-def train_briefly(job: PruneJob, model: nn.Module) -> None:
-    """Train a network that comes without weights, or whose classifier does."""
-    job.fit("training", model, BRIEF_IMAGES, BRIEF_LR, "train")
-    job.state.found["trained_images"] = BRIEF_IMAGES
+def make_ready(job: PruneJob, request: PruneRequest, model: nn.Module, first: First) -> None:
+    """Say the plan, and give the unpruned network what it needs first, in place."""
+    found = job.state.found
+    found["taught"] = first != "training" if request.distill is None else request.distill
+    _say_plan(job, request, first)
+    if first == "probe":
+        job.probe(model)
+        found["probe_images"] = len(job.data.train)
+    elif first == "training":
+        job.fit("training", model, BRIEF_IMAGES, BRIEF_LR, "train")
+        found["trained_images"] = BRIEF_IMAGES
+
+
+def is_taught(job: PruneJob, request: PruneRequest) -> bool:
+    """Whether the unpruned network teaches the fine-tuning: decided when the run began, by an older vitnas as asked."""
+    return bool(job.state.found.get("taught", request.distill))
 
 
 def tune(job: PruneJob, request: PruneRequest, model: nn.Module, dense: nn.Module) -> None:
-    """Fine-tune a pruned network for the epochs asked for, if asked from the unpruned one."""
+    """Fine-tune a pruned network for the epochs asked for, with the unpruned one as teacher where `is_taught`."""
     images = round(request.finetune * len(job.data.train))
     if images:
-        job.fit("fine-tuning", model, images, FINETUNE_LR, "frozen", dense if request.distill else None)
+        job.fit("fine-tuning", model, images, FINETUNE_LR, "frozen", dense if is_taught(job, request) else None)
         job.state.found["tuned_images"] = images
 
 
@@ -147,7 +163,7 @@ def tune_control(job: PruneJob, request: PruneRequest, load: Callable[[], nn.Mod
     if path.is_file():
         model.load_state_dict(load_file(path))
     else:
-        teacher = load() if request.distill else None
+        teacher = load() if is_taught(job, request) else None
         job.fit("control: fine-tuning the unpruned", model, found["tuned_images"], FINETUNE_LR, "frozen", teacher)
         save_weights(model, path)
     job.accuracy(model, "control")
@@ -160,26 +176,31 @@ def judge_tuned(job: PruneJob, model: nn.Module) -> Kept:
     job.accuracy(model, "recovered")
     if not worse_after_tuning(job.judged("recovered"), job.judged("pruned")):
         return "recovered"
-    job.note("fine-tuning lowered the accuracy: the weights before it are kept; try more --finetune epochs")
+    what = "agreement" if job.unlabelled else "accuracy"
+    job.note(f"fine-tuning lowered the {what}: the weights before it are kept; try more --finetune epochs")
     return "pruned"
 
 
 def card_of(job: PruneJob, kept: Kept) -> Card:
-    """What model.onnx says of itself, with the accuracy of what is kept."""
+    """What model.onnx says of itself, with the accuracy of what is kept; agreement is none."""
+    if job.unlabelled:
+        return Card.of(job.data)
     judged = job.judged(kept)
     return Card.of(job.data, judged.top1, judged.images)
 
 
-def say_plan(job: PruneJob, request: PruneRequest, untrained: bool) -> None:
-    """What is going to happen, before anything long begins. untrained: the network is first trained here."""
+def _say_plan(job: PruneJob, request: PruneRequest, first: First) -> None:
+    """What is going to happen, before anything long begins."""
     train = len(job.data.train)
     tuned = round(request.finetune * train)
-    steps = [f"training on {passes(BRIEF_IMAGES, train)}"] if untrained else []
+    told = {"probe": f"a linear probe on {train:,} images", "training": f"training on {passes(BRIEF_IMAGES, train)}"}
+    steps = [told[first]] if first in told else []
     if request.budget.metric == "latency":
         steps.append("measuring what each part costs")
     steps.append(f"{counted(request.rounds, 'round')} of scoring {len(job.calibration):,} images and cutting")
     if tuned:
-        steps.append(f"fine-tuning on {passes(tuned, train)}")
+        teacher = " with the unpruned network as teacher, which runs on each too" * is_taught(job, request)
+        steps.append(f"fine-tuning on {passes(tuned, train)}{teacher}")
         steps += ["the same for the unpruned network, as a control"] * request.control
     job.say(f"to do: {'; '.join([*steps, f'a closing run of {CLOSING_ROUNDS} rounds'])}")
 
@@ -203,6 +224,16 @@ def find_published(job: PruneJob, request: PruneRequest, network: Arch | TimmNet
         return None
     job.note(found.line)
     return found
+
+
+def first_of(job: PruneJob, model: nn.Module, weights: str) -> First:
+    """What a network needs whose weights have no classifier for the data, noted. weights: in words."""
+    what = f"{weights} have another classifier or none"
+    if job.takes_probe(model):
+        job.note(f"{what}: the network's is a linear probe on {len(job.data.train):,} images of {job.data.name}")
+        return "probe"
+    job.note(f"{what}, and the network does not end in a linear layer, which a probe replaces; {brief_line(job)}")
+    return "training"
 
 
 def brief_line(job: PruneJob) -> str:

@@ -6,7 +6,7 @@ import shlex
 from dataclasses import asdict
 from pathlib import Path
 
-from nas.prune.records import Difference, PruneResult
+from nas.prune.records import PruneResult
 
 
 def passes(images: int, train: int) -> str:
@@ -15,8 +15,13 @@ def passes(images: int, train: int) -> str:
     return f"{images:,} images{over}"
 
 
+def measure_of(result: PruneResult) -> str:
+    """What the accuracies are: agreement with the unpruned network, where no image has a label."""
+    return "agreement" if result.options.unlabelled else "top-1"
+
+
 def tuning_words(result: PruneResult) -> str | None:
-    """What fine-tuning has done to the pruned network's accuracy; None where there was none."""
+    """What fine-tuning has done to the pruned network's accuracy, or agreement; None where there was none."""
     recovered = result.accuracy.recovered
     if result.tuning is None or recovered is None:
         return None
@@ -27,10 +32,14 @@ def tuning_words(result: PruneResult) -> str | None:
     return f"fine-tuning changed it from {old:.1f} to {new:.1f}%: {verdict} ({change})"
 
 
-def control_words(control: Difference) -> str:
-    """How the pruned network compares with the unpruned one that was fine-tuned alike."""
+def control_words(result: PruneResult) -> str | None:
+    """How the pruned network compares with the unpruned one that was fine-tuned alike; None without a control."""
+    control = result.control
+    if control is None:
+        return None
     low, high = control.ci
-    verdict = "a tie" if control.verdict == "tie" else f"the pruned one is {control.verdict}"
+    than = control.verdict.replace("accurate", "in agreement") if result.options.unlabelled else control.verdict
+    verdict = "a tie" if than == "tie" else f"the pruned one is {than}"
     points = f"{control.difference:+.1f} points (95%: {low:+.1f} to {high:+.1f})"
     return f"pruned minus unpruned, fine-tuned alike: {points}: {verdict}"
 

@@ -9,15 +9,12 @@ from nas.networks.timm_network import TimmNetwork
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from torch import Tensor, nn
+    from torch import nn
 
     from nas.data.images import Images
     from nas.data.pixels import Pixels
     from nas.quality.trainer import CandidateTrainer
     from search_spaces import Arch
-
-ALIVE = 1e-3
-"""The standard deviation of a channel that is alive, over the largest of all, is above this."""
 
 
 def own_pixels(network: Arch | TimmNetwork) -> Pixels:
@@ -53,7 +50,7 @@ def give_probe(model: nn.Module, images: Images, trainer: CandidateTrainer, pixe
         UserError: a network without a linear classifier, or features that no probe can be fitted to.
     """
     from nas.networks.build import arch_of
-    from nas.training.probe import find_features, fit_probe, install
+    from nas.training.probe import find_features, fit_probe, install, without_dead
 
     plain = trainer.plain(images, arch_of(model).resolution, pixels)
 
@@ -63,14 +60,3 @@ def give_probe(model: nn.Module, images: Images, trainer: CandidateTrainer, pixe
     found = find_features(model, trainer.batches(plain), trainer.device, progress=told)
     values = without_dead(found.values)
     install(model, fit_probe(values, found.labels, len(trainer.data.classes), trainer.seed))
-
-
-def without_dead(features: Tensor) -> Tensor:
-    """Features (N, F) with those of channels that are all but dead held at their mean, so that a probe leaves them out.
-
-    Such channels are what a cut leaves. A probe standardises its features, and what is rounding would have weights of
-    thousands, which the first update of a training turns into noise: a network cut to a fifth of its parameters fell
-    from 76.9 to 25.0% of four classes.
-    """
-    deviation = features.std(0, correction=0)
-    return features.where(deviation > ALIVE * deviation.max(), features.mean(0))

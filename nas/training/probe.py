@@ -47,6 +47,8 @@ PRIOR = 1.0
 """The penalty on a bias's distance from the logarithm of its class's share: that share counts as an image or so."""
 SPREAD = 1e-6
 """A principal axis's variance, over the largest one's, below which it is rounding."""
+ALIVE = 1e-3
+"""The standard deviation of a channel that is alive, over the largest of all, is above this."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,6 +158,17 @@ def _check(layers: Sequence[nn.Linear], given: Sequence[Tensor], logits: Tensor)
         "the network does not end in a linear layer on pooled features, which a probe and the recipe finetune need: "
         "choose another network, or --recipe quick --weights timm"
     )
+
+
+def without_dead(features: Tensor) -> Tensor:
+    """Features (N, F) with those of channels that are all but dead held at their mean, so that a probe leaves them out.
+
+    Such channels are what a cut leaves. A probe standardises its features, and what is rounding would have weights of
+    thousands, which the first update of a training turns into noise: a network cut to a fifth of its parameters fell
+    from 76.9 to 25.0% of four classes.
+    """
+    deviation = features.std(0, correction=0)
+    return features.where(deviation > ALIVE * deviation.max(), features.mean(0))
 
 
 def install(model: nn.Module, probe: Probe) -> None:

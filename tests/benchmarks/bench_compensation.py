@@ -11,12 +11,13 @@ images; top-1 on 2,000 validation images right after the cut, with BatchNorm's s
 compensation from the same images, their labels unseen. `--part images`: by the number of images. Nothing is fine-tuned
 in these two.
 
-`--part tuning`: the cut networks fine-tuned as `vitnas prune` does it (AdamW along a cosine, BatchNorm frozen) for half
-an epoch, two and eight, each a training of its own; beside them the whole network and each ready network of NETWORKS
-that is smaller, given the same.
+`--part tuning`: the cut networks fine-tuned as `vitnas prune --no-distill` does it (AdamW along a cosine, BatchNorm
+frozen) for half an epoch, two and eight, each a training of its own; beside them the whole network and each ready
+network of NETWORKS that is smaller, given the same.
 
 On a free core: 15 seconds a row, of which compensation is 1 to 6; with four networks 15 minutes, 5 for `--part images`
-and an hour for `--part tuning`. A run that was stopped goes on; runs of other networks may share `--out`.
+and some 2 hours for `--part tuning`, 16 rows a network. A run that was stopped goes on; runs of other networks may
+share `--out`.
 """
 
 import argparse
@@ -35,9 +36,9 @@ from nas.data.dataset import open_data
 from nas.data.images import Images, sample
 from nas.intervals import of_share
 from nas.prune.steps import FINETUNE_LR
-from nas.quality.ready import own_pixels, with_weights, without_dead
+from nas.quality.ready import own_pixels, with_weights
 from nas.training.fit import fit
-from nas.training.probe import find_features, fit_probe, install
+from nas.training.probe import find_features, fit_probe, install, without_dead
 from nas.training.statistics import take_statistics
 from pruning.compensation import compensate
 from pruning.importance import score
@@ -72,6 +73,8 @@ class Subject:
     judges: Batches
     train: Images
     """Augmented."""
+    val: Images
+    """Those that `judges` are some of, in the order of their classes."""
     top1: float
     scores: dict[tuple[str, int], Scores] = field(default_factory=dict)
     """By criterion and seed, those that are known."""
@@ -97,7 +100,7 @@ def subject(name: str, data: Path, weights: Path) -> Subject:
     found = find_features(model, train)
     install(model, fit_probe(without_dead(found.values), found.labels, len(whole.classes), seed=0))
     scored = batches(sample(images.calibration, SCORED, seed=0))
-    return Subject(name, arch, model, scored, judges, images.train, top1(model, judges))
+    return Subject(name, arch, model, scored, judges, images.train, images.val, top1(model, judges))
 
 
 def cells(of: Subject, share: float, name: str, seed: int, counts: tuple[int, ...]) -> list[dict[str, object]]:

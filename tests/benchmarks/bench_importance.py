@@ -3,14 +3,15 @@
     python tests/benchmarks/bench_importance.py --data FOLDER --out FOLDER [--network NAME] [--per-knob N]
     python tests/benchmarks/bench_importance.py --data FOLDER --out FOLDER --weights FOLDER --network NAME
 
-Silences single units of a trained network, up to N of every knob (FFN units, qk and v dims, heads, stage widths, whole
-branches), by the gates' masks in eval mode, on 512 images the network was not trained on. Removing a unit of a stage's
-width silences the value dims tied to it as well, as slicing would. Two targets: the mean over images of the absolute
-change of the loss, which the Taylor criteria predict, and the change of the mean loss, which none of them claims to.
-Prints Spearman correlations with 95% bootstrap intervals (over units; over knobs for those within a knob).
-Goals for taylor: at least 0.95 over all units and 0.85 within a knob. With `--weights` the network is a published one
-with the weights of FOLDER/NAME.safetensors, of other classes, and a linear probe (see bench_compensation.py): taylor
-goes by the probe, features by no label.
+Silences single units of a trained network, up to N of every knob (FFN units, qk and v dims, heads, stage widths,
+whole branches), by the gates' masks in eval mode, on 512 images of all classes that the network was not trained
+on. Removing a unit of a stage's width silences the value dims tied to it as well, as slicing would. Two targets:
+the mean over images of the absolute change of the loss, which the Taylor criteria predict, and the change of the mean
+loss, which none of them claims to. Prints Spearman correlations with 95% bootstrap intervals (over units; over knobs
+for those within a knob). Goals: at least 0.95 over all units and 0.85 within a knob, for taylor and for features,
+scored on the images that judge and on 512 others. With `--weights` the network is a published one with the weights of
+FOLDER/NAME.safetensors, of other classes, and a linear probe (see bench_compensation.py), which the 512 others helped
+to fit: taylor goes by the probe, features by no label.
 
 On a free core: 4 minutes of training where `--out` holds no network yet (bench_pruning.py and bench_reallocation.py
 train the same ones), then 3 minutes. A run that was stopped goes on.
@@ -23,11 +24,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from bench_compensation import subject
+from bench_compensation import SCORED, subject
+from bench_compensation import batches as in_batches
 from pruning_bench import ARCHS, Rows, common_arguments, dense, markdown, prepare, say
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
+from nas.data.images import sample
 from pruning import importance
 from pruning.importance import criterion, score
 from pruning.units import Anatomy, Knob, anatomy
@@ -38,7 +41,8 @@ GOALS = 0.95, 0.85
 RESAMPLES = 2000
 NORMALISED, RAW = "torch-pruning", "torch-pruning, un-normalised sum"
 CRITERIA = ("taylor", "taylor2", "features", "magnitude", "random", NORMALISED, RAW)
-OTHER_IMAGES = "taylor on 512 other images"
+WITH_GOALS = ("taylor", "features")
+OTHER_IMAGES = "{} on 512 other images"
 
 
 @criterion(RAW)
@@ -148,20 +152,21 @@ def main() -> None:
         torch.set_num_threads(args.threads)
         args.out.mkdir(parents=True, exist_ok=True)
         of = subject(args.network, args.data, args.weights)
-        model, arch, others, batches = of.model, of.arch, of.scored, of.judges[: len(of.scored)]
+        model, arch, others, batches = of.model, of.arch, of.scored, in_batches(sample(of.val, SCORED, seed=0))
     else:
         data = prepare(args)
         model, arch = dense(args.network, data, 0, args.out)
         batches, others = (data.calibration(arch.resolution, seed) for seed in (0, 1))
     parts = anatomy(arch)
-    rows = Rows(args.out / f"importance-{args.network}.jsonl")
+    rows = Rows(args.out / f"importance-{args.network}{'-probe' if args.weights else ''}.jsonl")
     ablate(model, parts, batches, args.per_knob, rows)
 
     scores = {}
     for name in CRITERIA:
         scores[name] = score(model, parts, batches, name)
         say(f"{name} done")
-    scores[OTHER_IMAGES] = score(model, parts, others, "taylor")
+    for name in WITH_GOALS:
+        scores[OTHER_IMAGES.format(name)] = score(model, parts, others, name)
     knob_of = {knob.name: knob for knob in parts.knobs}
     absolute, signed = (np.array([row[key] for row in rows.rows]) for key in ("absolute", "signed"))
     knobs, kinds = (np.array([row[key] for row in rows.rows]) for key in ("knob", "kind"))
@@ -195,9 +200,10 @@ def main() -> None:
         for name, values in found.items()
     ]
     print(markdown(("criterion", *names), by_kind))
-    reached = correlation(found["taylor"], absolute), within(found["taylor"], absolute, knobs).mean()
-    for where, value, goal in zip(("over all units", "within a knob"), reached, GOALS, strict=True):
-        print(f"taylor {where}: {value:.2f}, goal {goal}: {'reached' if value >= goal else 'missed'}")
+    for name in [form.format(name) for name in WITH_GOALS for form in ("{}", OTHER_IMAGES)]:
+        reached = correlation(found[name], absolute), within(found[name], absolute, knobs).mean()
+        for where, value, goal in zip(("over all units", "within a knob"), reached, GOALS, strict=True):
+            print(f"{name} {where}: {value:.2f}, goal {goal}: {'reached' if value >= goal else 'missed'}")
 
 
 if __name__ == "__main__":

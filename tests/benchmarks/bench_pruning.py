@@ -5,10 +5,11 @@
     python tests/benchmarks/bench_pruning.py --data FOLDER --out FOLDER --measure    (latencies, on a quiet machine)
 
 EfficientViT-M0 at 96 pixels is trained, cut to half its MACs (or --budget) in three rounds with re-scoring, and
-fine-tuned on 24,000 images, with three seeds, each with a dense network of its own. Accuracy on 5,000 test images
-before fine-tuning and after 2,000, 8,000 and all images of the one fine-tuning (the learning rate is still high at the
-first two). The method "ours, other weights" is ours with the weights drawn anew: what is the architecture's part. Two
-methods tie when their means differ by less than the pooled standard deviation over seeds.
+fine-tuned on 24,000 images, with three seeds, each with a dense network of its own. What a cut leaves is not refitted
+(bench_compensation.py does that), and the learning rate is ten times that of `vitnas prune`. Accuracy on 5,000 test
+images before fine-tuning and after 2,000, 8,000 and all images of the one fine-tuning (the learning rate is still high
+at the first two). The method "ours, other weights" is ours with the weights drawn anew: what is the architecture's
+part. Two methods tie when their means differ by less than the pooled standard deviation over seeds.
 
 On a free core: 4 minutes for each dense network, then a minute or a minute and a half for a method and seed (with all
 methods, an hour). A run that was stopped goes on; runs with other seeds or methods may share `--out`.

@@ -11,9 +11,9 @@ from nas.data.images import Images, plain_transform
 from nas.data.pixels import Pixels
 from nas.export.folder import save_weights
 from nas.quality.plan import TrainingPlan
-from nas.quality.ready import give_probe, own_pixels, with_weights, without_dead
+from nas.quality.ready import give_probe, own_pixels, with_weights
 from nas.quality.trainer import CandidateTrainer
-from nas.training.probe import fit_probe
+from nas.training.probe import fit_probe, without_dead
 from search_spaces import create_model, get_arch
 
 HALF = Pixels(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
