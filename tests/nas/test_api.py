@@ -89,6 +89,7 @@ def test_training_checks_its_request(tmp_path: Path, epochs: int, device: str, m
         ({"rounds": 0}, "--rounds is 0: give 1 or more"),
         ({"kinds": ("ffn", "mlp")}, "--axes 'ffn,mlp': choose from ffn"),
         ({"settings": vitnas.Settings(threads=0)}, "threads is 0"),
+        ({"unlabelled": "photos", "distill": False}, "--unlabelled with --no-distill"),
     ],
 )
 def test_pruning_checks_its_request(tmp_path: Path, change: dict[str, Any], message: str) -> None:

@@ -134,6 +134,15 @@ def test_a_training_and_a_pruning(vitnas, search, tmp_path):
     assert "(pruning)" in out
     assert "weights: trained: shvit_s1, pruned to 0.5x macs" in out
     assert "latency: 2.50 ms (95%: 2.40 to 2.60), openvino int8, cpu (C), 2 threads, batch 4" in out
+    assert "accuracy: 59.5% top-1" in out
+    agreed = {"top1": 97.0, "top1_ci": [90.0, 99.0], "images": 30}
+    pruned |= {"options": {"unlabelled": "photos"}, "accuracy": {"pruned": agreed}, "kept": "pruned"}
+    (folder / "prune.json").write_text(json.dumps(pruned))
+    out = vitnas("show", str(folder))[1]
+    assert "accuracy: not known" in out, "whatever an early vitnas wrote into model.onnx"
+    assert "with the unpruned network: 97.0% agreement (95%: 90.0 to 99.0, 30 images)" in out
+    facts = json.loads(vitnas("show", str(folder), "--json")[1])
+    assert (facts["top1"], facts["agreement"]["top1"]) == (None, 97.0)
     (folder / "prune.json").write_text("{}")
     vitnas.refused(vitnas("show", str(folder)), "prune.json is damaged")
 

@@ -64,6 +64,7 @@ def test_every_kind_of_run(made, tmp_path):
     made("g", "state/state.json", BEGUN)
     made("h", "arch.json", {"family": "levit"})
     made("k", "evaluate.json", EVALUATE)
+    made("l", "prune.json", PRUNE | {"options": {"unlabelled": "photos"}})
     best = "trial 12 (efficientvit), 1.23 ms"
     assert told(tmp_path) == {
         "a": ("search", "1.5 ms", f"{best}, 59.5% top-1", "finished"),
@@ -77,6 +78,7 @@ def test_every_kind_of_run(made, tmp_path):
         "i": ("prune", "macs 0.5x", "levit_192, 2.00 ms, 50.0% top-1", "finished"),
         "j": ("search", "1.5 ms", f"{best}, 0.0% top-1", "finished"),
         "k": ("evaluate", "", "mine.onnx, 60.0% top-1", "finished"),
+        "l": ("prune", "macs 0.5x", "levit_192, 2.00 ms, 65.0% agreement", "finished"),
     }
 
 

@@ -22,7 +22,7 @@ from nas.export.folder import save_model, save_onnx
 from nas.export.options import FileOptions
 from nas.hub.facts import RunFacts, public_name
 from nas.hub.folder import write_to
-from nas.hub.page import _of_run
+from nas.hub.page import _of_run, _run_table
 from nas.hub.push import push
 from nas.hub.request import Plan, PushRequest
 from nas.networks.build import create, for_inference, randomise
@@ -347,6 +347,9 @@ def test_what_a_pruning_says(tmp_path: Path) -> None:
     assert (found.latency.ms, found.latency.device, found.latency.cpu) == (1.0, "cpu", "Chip 9")
     assert found.data == "pets (5 for training, 3 for validation)"
     assert found.title == "Before and after pruning"
+    assert _run_table(found).startswith("| network | top-1 | latency |")
+    (tmp_path / "prune.json").write_text(json.dumps(fields | {"options": {"unlabelled": "/home/me/photos"}}))
+    assert _run_table(RunFacts.of(tmp_path)).startswith("| network | agreement with the unpruned network | latency |")
     assert _of_run(found.latency, "model.onnx") == found.latency
     lower = fields | {"settings": MACHINE | {"precision": "int8"}}
     (tmp_path / "prune.json").write_text(json.dumps(lower))

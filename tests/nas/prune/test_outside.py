@@ -21,7 +21,9 @@ import nas.prune.run
 from nas.errors import DiskFull, UserError
 from nas.identity import file_digest
 from nas.measure.samples import Measurement
+from nas.networks.build import create
 from nas.networks.pretrained import Pretrained
+from nas.networks.timm_network import TimmNetwork
 from nas.prune import steps
 from nas.prune.images import PruneJob
 from pruning import outside
@@ -119,6 +121,37 @@ def test_published_weights_of_another_network_are_refused(vitnas, words, tmp_pat
     code, _, said = vitnas(*words, "--out", str(tmp_path / "out"))
     assert code == 2
     assert said.splitlines()[-1].startswith(f"vitnas: {file}: the weights lack")
+
+
+@pytest.mark.parametrize("linear", [True, False])
+def test_published_weights_of_other_classes_get_a_probe(
+    vitnas, words, tmp_path: Path, monkeypatch, linear: bool
+) -> None:
+    """Where the network ends in a linear layer; else all of it is briefly trained, which is said."""
+    torch.manual_seed(0)
+    theirs = create(TimmNetwork("test_resnet", 32, 5))
+    for module in theirs.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.constant_(module.weight, 0.5)
+    file = tmp_path / "test_resnet.safetensors"
+    save_file(theirs.state_dict(), file)
+    found = Pretrained("timm/test_resnet", file, "folder", file_digest(file), None)
+    monkeypatch.setattr("nas.networks.pretrained.find_pretrained", lambda *_: found)
+    if not linear:
+        monkeypatch.setattr("nas.training.probe.classifier_of", none_linear)
+    out = tmp_path / "out"
+    code, _, said = vitnas(*words, "--out", str(out), "--finetune", "0")
+    assert code == 0, said
+    data = json.loads((out / "prune.json").read_text())
+    assert data["weights"] == "timm"
+    assert (data["probe_images"], data["trained_images"]) == ((26, 0) if linear else (0, 48))
+    assert data["seen"]["images"] == data["data"]["train"] == 26, "all that the classifier has seen"
+    assert ("the network's is a linear probe on 26 images" in said) == linear
+    assert ("does not end in a linear layer" in said) != linear
+
+
+def none_linear(*_: object) -> None:
+    raise UserError("its classifier is no linear layer")
 
 
 def test_a_full_disk_is_no_lack_of_published_weights(vitnas, words, tmp_path: Path, monkeypatch) -> None:

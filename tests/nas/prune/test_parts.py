@@ -27,7 +27,8 @@ from nas.prune.source import trained_on
 from nas.prune.steps import (
     closing_run,
     latency_verdict,
-    say_plan,
+    make_ready,
+    tune,
     tune_control,
     waiting_line,
     worse_after_tuning,
@@ -94,14 +95,15 @@ def test_an_unsure_closing_run_is_made_longer(
 
 
 class FakeJob:
-    """Notes what it is asked to train and judge."""
+    """Notes what it is asked to train, probe and judge."""
 
     def __init__(self, kept: Path = Path(), **found: object) -> None:
         self.kept = kept
         self.state = SimpleNamespace(found=dict(found))
         self.data = SimpleNamespace(train=range(12), name="flowers")
         self.calibration = range(12)
-        self.notes, self.fits, self.said = [], [], []
+        self.notes, self.fits, self.said, self.probed = [], [], [], []
+        self.probe = self.probed.append
         self.note, self.say = self.notes.append, self.said.append
 
     def fit(self, phase, model, images, lr, batch_norm, teacher=None) -> None:
@@ -175,13 +177,58 @@ def test_the_control_is_compared_image_by_image() -> None:
 
 def test_the_plan_is_told_first() -> None:
     job = FakeJob()
-    say_plan(job, options(finetune=2.0), untrained=True)
+    make_ready(job, options(finetune=2.0), "net", "training")
     assert job.said == [
         "to do: training on 4,500 images (375 passes over 12); 3 rounds of scoring 12 images and cutting; fine-tuning "
         "on 24 images (2 passes over 12); the same for the unpruned network, as a control; a closing run of 30 rounds"
     ]
-    say_plan(job, options(finetune=0.0, rounds=1), untrained=False)
+    assert job.fits == [("net", 4_500, nas.prune.steps.BRIEF_LR, "train", None)]
+    make_ready(job, options(finetune=0.0, rounds=1), "net", "nothing")
     assert job.said[1] == "to do: 1 round of scoring 12 images and cutting; a closing run of 30 rounds"
+    make_ready(job, options(rounds=1, control=False), "net", "probe")
+    assert job.said[2] == (
+        "to do: a linear probe on 12 images; 1 round of scoring 12 images and cutting; fine-tuning on 12 images with "
+        "the unpruned network as teacher, which runs on each too; a closing run of 30 rounds"
+    )
+    assert (job.probed, job.state.found["probe_images"]) == (["net"], 12)
+    assert len(job.fits) == 1
+
+
+@pytest.mark.parametrize(
+    ("distill", "first", "taught"),
+    [
+        (None, "nothing", True),
+        (None, "probe", True),
+        (None, "training", False),
+        (True, "training", True),
+        (False, "nothing", False),
+    ],
+)
+def test_the_unpruned_network_teaches_unless_it_was_trained_here(
+    distill: bool | None, first: nas.prune.steps.First, taught: bool
+) -> None:
+    job, asked = FakeJob(), options(distill=distill)
+    make_ready(job, asked, "whole", first)
+    tune(job, asked, "cut", "whole")
+    assert job.fits[-1][-1] == ("whole" if taught else None)
+
+
+def test_a_run_of_an_older_vitnas_is_tuned_as_it_was_asked_for() -> None:
+    """Which kept no decision on the teacher: it was one where that was asked for."""
+    for distill in (None, True):
+        job = FakeJob()
+        tune(job, options(distill=distill), "cut", "whole")
+        assert job.fits[-1][-1] == ("whole" if distill else None)
+
+
+def test_images_without_labels_have_other_defaults() -> None:
+    assert (options().criterion, options().distill) == ("taylor", None)
+    asked = options(unlabelled="photos")
+    asked.check()
+    assert (asked.criterion, asked.distill) == ("features", True)
+    assert options(unlabelled="photos", criterion="magnitude").criterion == "magnitude"
+    with pytest.raises(UserError, match="--unlabelled with --no-distill: only the unpruned network can teach"):
+        options(unlabelled="photos", distill=False).check()
 
 
 def test_images_of_a_small_folder_are_passes() -> None:

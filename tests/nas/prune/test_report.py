@@ -94,6 +94,7 @@ def invent() -> dict[str, Any]:
             "rounds": 2,
             "finetune": 2.5,
             "distill": False,
+            "no_distill": True,
             "data": "images/flowers",
             "seed": 7,
             "model": "efficientvit_fixture",
@@ -120,6 +121,7 @@ def invent() -> dict[str, Any]:
             "notes": [],
         },
         "weights": "timm",
+        "probe_images": 0,
         "trained_images": 0,
         "tuned_images": 15372,
         "budget": {"metric": "macs", "text": "0.5x", "target": 15e7, "reached": 149e6, **FITS},
@@ -568,12 +570,37 @@ def test_a_budget_of_parameters_says_what_its_density_is(report: Report) -> None
     assert "the allocation went by importance per parameter; shown here is importance per MMAC" in text
 
 
+def test_a_run_that_refitted_nothing_says_so(report: Report) -> None:
+    data = invent()
+    data["options"]["compensate"] = False
+    data["rounds"][1]["refitted"] = 0
+    assert report(data).row("2", "150 MMACs")[-2] == "–"
+
+
+def test_a_classifier_that_is_a_probe_is_told(report: Report) -> None:
+    assert report(invent() | {"probe_images": 6149}).row("weights") == [
+        "timm; its classifier is a linear probe on 6,149 images"
+    ]
+
+
+def test_without_labels_agreement_is_told_and_no_accuracy(report: Report) -> None:
+    data = invent()
+    data["options"] |= {"unlabelled": "photos", "data": None, "distill": True}
+    page = report(data)
+    assert "Agreement on images/flowers The share of images that a network answers as the unpruned one did" in page.text
+    assert page.row("", "agreement on this data")[0] == "95% interval"
+    assert "the pruned one is less in agreement" in page.text
+    assert "do not overlap: the pruned network is less in agreement on this data" in page.text
+    for said in ("top-1", "more accurate", "less accurate"):
+        assert said not in page.text
+
+
 def test_how_it_was_done(report: Report, tmp_path: Path) -> None:
     for name in ("arch.json", "model.onnx"):
         (tmp_path / name).touch()
     page = report(invent())
-    assert page.row("1", "212 MMACs") == ["211 MMACs", "211 M", "7.00 M", "no"]
-    assert page.row("2", "150 MMACs") == ["149 MMACs", "149 M", "5.50 M", "yes"]
+    assert page.row("1", "212 MMACs") == ["211 MMACs", "211 M", "7.00 M", "0", "no"]
+    assert page.row("2", "150 MMACs") == ["149 MMACs", "149 M", "5.50 M", "3", "yes"]
     assert page.row("fine-tuning")[:2] == ["2 min 30 s", "57.7%"]
     assert "(4 min 41 s), of which 4 min 20 s in these phases" in page.text
     assert page.row("data") == ["images/flowers, 102 classes: 6,149 images to train on, 1,020 held out"]
@@ -635,7 +662,7 @@ def test_a_network_outside_the_families(report: Report) -> None:
             {"name": "layer1.0.conv1", "before": [64, 64], "after": [64, 24], "removed": 0.6},
             {"name": "fc", "before": 512, "after": 256},
         ],
-        "rounds": [{"round": 2, "reached": 149e6, "macs": 149_000_000}],
+        "rounds": [{"round": 2, "reached": 149e6, "macs": 149_000_000, "refitted": 3}],
     }
     del data["costs"]
     for which in ("before", "after"):
@@ -645,6 +672,7 @@ def test_a_network_outside_the_families(report: Report) -> None:
     assert page.row("layer1.0.conv1") == ["64 × 64", "64 × 24"]
     assert page.row("fc") == ["512", "256"]
     assert "2 of 3 layers narrowed" in page.text
+    assert "3 layers were refitted to what they wrote before the cut" in page.text
     for said in ("Reallocation was on", "Where the parameters went", "Importance", "arch.json", "Untrained copies"):
         assert said not in page.text
     assert not [tag for tag, _ in page.tags if tag == "img"]

@@ -15,7 +15,7 @@ import onnxruntime
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import nas.prune
 import nas.prune.figures
@@ -23,6 +23,7 @@ import nas.prune.images
 import nas.prune.rounds
 import nas.prune.steps
 import nas.prune.widths
+from nas.cli.run_list import list_runs
 from nas.data.pixels import Pixels
 from nas.errors import UserError
 from nas.evaluate import precision
@@ -228,10 +229,10 @@ def test_a_folder_brings_its_weights(vitnas, images, tmp_path, fake_clock):
         assert Card.read(folder).preprocess.pixels == pixels, "how its images are prepared"
 
 
-def trained(images: Path, folder: Path) -> torch.nn.Module:
+def trained(images: Path, folder: Path, classes: int = 3) -> torch.nn.Module:
     """A network whose branches do something, saved with its Arch."""
     torch.manual_seed(0)
-    model = create_model(small(3))
+    model = create_model(small(classes))
     for name, parameter in model.named_parameters():
         if name.endswith("norm.weight"):
             torch.nn.init.constant_(parameter, 0.5)
@@ -239,6 +240,23 @@ def trained(images: Path, folder: Path) -> torch.nn.Module:
     (folder / "arch.json").write_text(model.arch.to_json())
     save_file(model.state_dict(), folder / "model.safetensors")
     return model
+
+
+def test_weights_of_other_classes_get_a_probe(vitnas, images, tmp_path, fake_clock):
+    """A classifier fitted to the training images; all before it stays, BatchNorm's statistics too."""
+    theirs = trained(images, tmp_path / "net", classes=5).state_dict()
+    cut = ("--axes", "ffn", "--macs", "0.8x", "--rounds", "1", "--no-compensate", "--no-reallocate", "--no-control")
+    out = tmp_path / "out"
+    code, _, said = vitnas(*words(tmp_path / "net", out, "--data", str(images), *cut))
+    assert code == 0, said
+    assert "have another classifier or none: the network's is a linear probe on 54 images" in said
+    assert "to do: a linear probe on 54 images; " in said
+    data = result(out)
+    assert (data["probe_images"], data["trained_images"], data["tuned_images"]) == (54, 0, 54)
+    assert data["options"]["distill"], "the network that taught has trained weights"
+    assert data["accuracy"]["before"]["top1"] > 60
+    ours = load_file(out / "model.safetensors")
+    assert torch.equal(ours["stem.0.norm.running_mean"], theirs["stem.0.norm.running_mean"])
 
 
 @pytest.mark.parametrize("budget", ["4ms", pytest.param("0.6x", marks=pytest.mark.slow)])
@@ -639,12 +657,13 @@ def test_a_folder_of_an_older_vitnas_goes_on_without_refitting(vitnas, images, t
         assert vitnas(*command)[0] == 130
     path = tmp_path / "out" / "state" / "state.json"
     state = json.loads(path.read_text())
-    del state["options"]["compensate"]
+    del state["options"]["compensate"], state["options"]["no_distill"], state["found"]["taught"]
     path.write_text(json.dumps(state))
     code, _, said = vitnas(*command)
     assert code == 0, said
     assert "begun by an older vitnas: layers are not refitted" in said
-    assert result(tmp_path / "out")["options"]["compensate"] is False
+    options = result(tmp_path / "out")["options"]
+    assert (options["compensate"], options["distill"]) == (False, False)
     assert result(tmp_path / "out")["rounds"][0]["refitted"] == 0
 
 
@@ -652,9 +671,10 @@ def test_images_without_labels(vitnas, images, tmp_path, fake_clock):
     trained(images, tmp_path / "net")
     out, budget = tmp_path / "out", ("--rounds", "1", "--no-control", "--macs", "0.7x")
     command = words(tmp_path / "net", out, "--unlabelled", str(images), *budget)
-    code, _, said = vitnas(*command)
+    code, printed, said = vitnas(*command)
     assert code == 0, said
     assert "agreement with the unpruned network's own answers" in said
+    assert "before pruning: 100.0% agreement (95%: " in printed
     found = result(out)
     assert found["accuracy"]["before"]["top1"] == 100
     assert found["options"]["criterion"] == "features"
@@ -662,21 +682,34 @@ def test_images_without_labels(vitnas, images, tmp_path, fake_clock):
     assert found["data"]["train"] == 54
     assert sum(found["data"]["train_counts"]) == 54, "each has one of the network's three classes"
     assert (out / "labels.txt").read_text().split() == ["0", "1", "2"]
+    card = Card.read(out)
+    assert (card.accuracy, card.classes) == (None, ["0", "1", "2"])
+    (row,) = (row for row in list_runs(tmp_path) if row["run"] == "out")
+    assert row["best"].endswith("% agreement")
+    shown = vitnas("show", str(out))[1]
+    assert "accuracy: not known" in shown
+    assert "with the unpruned network: " in shown
+    for text in (printed, shown, (out / "report.html").read_text()):
+        assert "top-1" not in text
     assert "is finished" in vitnas(*command)[2]
     Image.new("RGB", (24, 24)).save(images / "red" / "new.png")
     vitnas.refused(vitnas(*command), "another content of the images of --unlabelled")
 
 
 def test_images_without_labels_for_a_network_of_other_classes_than_the_published(
-    vitnas, images, arch_file, tmp_path, fake_clock
+    vitnas, images, arch_file, tmp_path, fake_clock, monkeypatch
 ):
+    """And a precision that only labels could judge, on a CPU that has it."""
+    monkeypatch.setattr("nas.measure.runtimes.eager.no_bf16", lambda: None)
     trained(images, tmp_path / "net3")
     weights = ("--weights", str(tmp_path / "net3" / "model.safetensors"))
     cut = ("--unlabelled", str(images), "--rounds", "1", "--no-control", "--macs", "0.7x", "--finetune", "0")
     command = words(arch_file, tmp_path / "out", *cut, *weights)
     vitnas.refused(vitnas(*command), "no classifier for 10 classes", "--num-classes")
-    code, _, said = vitnas(*words(arch_file, tmp_path / "out3", *cut, *weights, "--num-classes", "3"))
+    lower = ("--num-classes", "3", "--precision", "bf16")
+    code, _, said = vitnas(*words(arch_file, tmp_path / "out3", *cut, *weights, *lower))
     assert code == 0, said
+    assert "without labels bf16 is not judged, and no model.bf16.onnx is written" in said
     assert result(tmp_path / "out3")["accuracy"]["before"]["top1"] == 100
     assert (tmp_path / "out3" / "labels.txt").read_text().split() == ["0", "1", "2"]
 
@@ -686,6 +719,8 @@ def test_images_without_labels_need_a_network_that_knows_its_classes(vitnas, ima
     vitnas.refused(vitnas(*words(arch_file, out, *folder)), "has no weights: --unlabelled needs a trained network")
     vitnas.refused(vitnas(*words(arch_file, out, *folder, "--data", str(images))), "give --data, or --unlabelled")
     trained(images, tmp_path / "net2")
+    only = ("--unlabelled", str(images), "--no-distill")
+    vitnas.refused(vitnas(*words(tmp_path / "net2", out, *only)), "only the unpruned network can teach")
     few = ("--unlabelled", str(images / "nowhere"))
     vitnas.refused(vitnas(*words(tmp_path / "net2", out, *few)), "no such folder")
     (tmp_path / "few").mkdir()

@@ -171,6 +171,14 @@ def test_what_fine_tuning_did_is_said(shown, verdict: str, said: str) -> None:
     assert line in " ".join(shown(data, 60, True).split())
 
 
+def test_without_labels_agreement_is_told(shown) -> None:
+    data = invent()
+    data["options"] = data["options"] | {"data": None, "unlabelled": "photos"}
+    text = " ".join(shown(data, 120, False).split())
+    assert "right after pruning: 56.0% agreement (95%: 48.7 to 63.1, 1,180 images)" in text
+    assert "top-1" not in text
+
+
 def test_widths_that_grew_are_named(shown) -> None:
     data = invent()
     line = "Parameters were reallocated: v, FFN grew; --no-reallocate leaves that out."
