@@ -48,10 +48,16 @@ class Costs:
         metric: multiply-accumulates of an image, or parameters.
         rates: measured milliseconds of a multiply-accumulate, by the name of each knob; None: the metric is the cost.
         base: with rates, the network's measured latency in milliseconds.
+        fixed: with rates, milliseconds that a residual branch takes at any width, by its knob's name.
     """
 
     def __init__(
-        self, parts: Anatomy, metric: Metric, rates: Mapping[str, float] | None = None, base: float | None = None
+        self,
+        parts: Anatomy,
+        metric: Metric,
+        rates: Mapping[str, float] | None = None,
+        base: float | None = None,
+        fixed: Mapping[str, float] | None = None,
     ) -> None:
         table = parts.table
         terms = [(e.name, e.axes, e.positions if metric == "macs" else int(e.trainable)) for e in table.entries]
@@ -75,14 +81,15 @@ class Costs:
                     self._head_of[name] = heads, which
                     self._by_width[heads] |= self._by_width[name]
         self._branch_of = {i: branch for branch, terms in self._by_branch.items() for i in terms}
-        self._rates = rates
+        self._rates, self._fixed = rates, fixed or {}
         self.base = self._sum(range(len(self._terms)), {}, ()) if base is None else base
 
     def difference(self, knob: Knob, change: int, sizes: Mapping[str, int], gone: Collection[str]) -> float:
         """Cost added by `change` more units of a knob (negative: saved), the others at `sizes`."""
         rate = 1.0 if self._rates is None else self._rates[knob.name]
         if knob.kind == "blocks":
-            return math.copysign(rate, change) * self._sum(self._by_branch[knob.width], sizes, {*gone} - {knob.width})
+            counted = self._sum(self._by_branch[knob.width], sizes, {*gone} - {knob.width})
+            return math.copysign(rate * counted + self._fixed.get(knob.name, 0.0), change)
         changed = (knob.width, *knob.follows)
         terms = set().union(*(self._by_width[name] for name in changed))
         after = dict(sizes)

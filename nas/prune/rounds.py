@@ -19,7 +19,7 @@ from nas.prune import steps
 from nas.prune.images import PruneJob
 from nas.prune.records import Round
 from nas.prune.request import PruneRequest, show
-from nas.prune.savings import Saving, left_alone, measure_savings, rates
+from nas.prune.savings import Saving, fixed, left_alone, measure_savings, rates
 from nas.prune.widths import Importance, group_of, importance_rows
 from nas.text import first_line
 from nas.units import counted
@@ -215,9 +215,12 @@ class Rounds:
 
         if self.metric != "latency":
             return Costs(parts, self.metric)
-        known = rates(self.savings or ())
-        of_knobs = {knob.name: known.get(group_of(knob.width, knob.kind), 0.0) for knob in parts.knobs}
-        return Costs(parts, "macs", of_knobs, self._reached)
+        groups = {knob.name: group_of(knob.width, knob.kind) for knob in parts.knobs}
+        of_macs, of_branches = (
+            {name: known.get(group, 0.0) for name, group in groups.items()}
+            for known in (rates(self.savings or ()), fixed(self.savings or ()))
+        )
+        return Costs(parts, "macs", of_macs, self._reached, of_branches)
 
     def _meet(self, budget: float, aim: float, rounds: int) -> None:
         """Cut further while the measured latency is over the budget; then reallocate within it."""

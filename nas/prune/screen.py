@@ -142,6 +142,8 @@ def _savings(console: Console, costs: Sequence[Saving]) -> None:
     rows: list[Sequence[str]] = []
     for saving in costs:
         saves, rate = f"{saving.ms:.3f}", significant(1e9 * saving.rate)
+        if saving.fixed_ms:
+            saves += f" ({saving.fixed_ms:.3f} at any width)"
         if not saving.shown:
             saves, rate = saving.why_not, ""
         rows.append((saving.group, saves, f"{saving.ci[0]:.3f}..{saving.ci[1]:.3f}", rate))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from nas.prune.records import Parts, PruneResult
-from nas.prune.savings import Saving, rates
+from nas.prune.savings import Saving, fixed, rates
 from nas.prune.widths import Block, BlockWidths, Importance, group_of, stage_of
 from nas.units import counted, listed
 
@@ -210,7 +210,8 @@ def _cost(parts: Parts, row: Importance) -> float:
     """What a knob costs: millions of MACs, or ms where those were measured."""
     if not parts.costs:
         return row.macs / 1e6
-    return row.macs * rates(parts.costs).get(group_of(row.name.partition("[")[0], row.kind), 0.0)
+    group = group_of(row.name.partition("[")[0], row.kind)
+    return row.macs * rates(parts.costs).get(group, 0.0) + fixed(parts.costs).get(group, 0.0)
 
 
 @dataclass(frozen=True)

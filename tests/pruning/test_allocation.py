@@ -103,14 +103,33 @@ def test_cascade_heads_cost_all_that_goes_with_them(helpers: ModuleType) -> None
 
 
 def test_measured_rates_scale_the_differences(helpers: ModuleType) -> None:
+    """A branch also takes what it takes at any width."""
     parts = helpers.subject("levit", 0).parts
     rates = {knob.name: 1e-6 * (i + 1) for i, knob in enumerate(parts.knobs)}
-    plain, measured = Costs(parts, "macs"), Costs(parts, "macs", rates, base=2.5)
+    fixed = {knob.name: 0.25 for knob in parts.knobs if knob.kind == "blocks"}
+    assert fixed
+    plain, measured = Costs(parts, "macs"), Costs(parts, "macs", rates, base=2.5, fixed=fixed)
     assert measured.base == 2.5
-    for knob in parts.knobs:
-        wanted = plain.difference(knob, -1, parts.sizes, set()) * rates[knob.name]
-        assert measured.difference(knob, -1, parts.sizes, set()) == pytest.approx(wanted)
+    narrow = {name: (size + 1) // 2 for name, size in parts.sizes.items()}
+    for knob, sizes in itertools.product(parts.knobs, (parts.sizes, narrow)):
+        wanted = plain.difference(knob, -1, sizes, set()) * rates[knob.name] - fixed.get(knob.name, 0.0)
+        assert measured.difference(knob, -1, sizes, set()) == pytest.approx(wanted)
         assert wanted < 0
+
+
+def test_a_branch_that_takes_time_at_any_width_is_removed(helpers: ModuleType) -> None:
+    """By MACs alone the budget is out of reach: what is narrow would save next to nothing."""
+    subjects = [helpers.subject("efficientvit", seed) for seed in SEEDS]
+    found = max(subjects, key=lambda subject: sum(knob.kind == "blocks" for knob in subject.parts.knobs))
+    parts, scores = found.parts, found.scores
+    branches = [knob.name for knob in parts.knobs if knob.kind == "blocks"]
+    rates = {knob.name: 1e-12 for knob in parts.knobs}
+    fixed = dict.fromkeys(branches, 1 / len(branches))
+    settings = allocate(parts, scores, Costs(parts, "macs", rates, 1.0, fixed), 0.5, list(KNOB_KINDS), 2)
+    gone = [name for name in branches if settings.get(name) == 0]
+    assert len(branches) / 2 - 1 <= len(gone) <= len(branches) / 2 + 1
+    with pytest.raises(BudgetError):
+        allocate(parts, scores, Costs(parts, "macs", rates, 1.0), 0.5, list(KNOB_KINDS), 2)
 
 
 # Choosing

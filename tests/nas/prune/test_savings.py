@@ -8,10 +8,10 @@ from collections.abc import Mapping
 import pytest
 
 from nas.measure.samples import Measurement
-from nas.prune.savings import LONGER_ROUNDS, ROUNDS, Saving, left_alone, measure_savings, rates
+from nas.prune.savings import HALVED, LONGER_ROUNDS, ROUNDS, Saving, fixed, left_alone, measure_savings, rates
 from nas.prune.widths import group_of, half
-from pruning.units import Anatomy, anatomy
-from search_spaces import Arch, get_arch
+from pruning.units import KNOB_KINDS, Anatomy, anatomy
+from search_spaces import Arch, get_arch, table
 
 KINDS = ("ffn", "qk")
 
@@ -70,6 +70,43 @@ def test_only_what_is_unsure_is_measured_longer(parts: Anatomy) -> None:
     clock = Clock({})
     measure_savings(parts, KINDS, 8, clock)
     assert len(clock.runs) == 1
+
+
+def test_what_a_branch_takes_at_any_width_is_told_apart(parts: Anatomy) -> None:
+    """On a device where each branch takes 0.05 ms, besides a time for each MAC, and the network a millisecond."""
+
+    def clock(archs: Mapping[str, Arch], rounds: int) -> dict[str, Measurement]:
+        times = {name: 1 + 1e-7 * table(arch).macs() + 0.05 * branches_of(arch) for name, arch in archs.items()}
+        return {name: Measurement(rounds_ms=[[ms]] * rounds) for name, ms in times.items()}
+
+    found = {saving.group: saving for saving in measure_savings(parts, tuple(KNOB_KINDS), 8, clock)[0]}
+    assert not any("half" in group for group in found)
+    assert found["stages.1 ffn"].fixed_ms == 0
+    assert found["stages.1 ffn"].rate == pytest.approx(1e-7)
+    for group in ("stages.1 blocks ffn", "stages.1 blocks attn"):
+        assert found[group].fixed_each == pytest.approx(0.05), group
+        assert found[group].rate == pytest.approx(1e-7), group
+        assert fixed(found.values())[group] == found[group].fixed_each
+    convs = found["stages.1 blocks conv"]
+    assert convs.branches > 1
+    assert convs.fixed_each == 0, "it has no inner width: its MACs stand for all of it"
+    assert convs.rate == pytest.approx(convs.ms / convs.macs)
+
+
+def branches_of(arch: Arch) -> int:
+    return sum(knob.kind == "blocks" for knob in anatomy(arch).knobs)
+
+
+def test_noise_is_no_part_of_a_branch(parts: Anatomy) -> None:
+    """In the median its narrow half saves a hundredth, but rounds go both ways."""
+    group = "stages.1 blocks ffn"
+    clock = Clock({HALVED.format(group): [0.8, 1.15, 0.98, 1.2, 0.85]})
+    savings, _ = measure_savings(parts, ("ffn", "blocks"), 8, clock)
+    (saving,) = (saving for saving in savings if saving.group == group)
+    assert saving.shown
+    assert saving.branches > 0
+    assert saving.fixed_ms == 0
+    assert saving.rate == saving.ms / saving.macs
 
 
 def test_groups_left_alone_are_named_by_the_reason() -> None:
