@@ -91,8 +91,8 @@ class Estimate:
 
 
 def told_score(score: float) -> float:
-    """A score as it is printed: an older vitnas kept some below 0."""
-    return max(score, 0.0)
+    """A score as it is shown: an older vitnas kept some outside of 0 to 100."""
+    return min(max(score, 0.0), 100.0)
 
 
 class Tier(Protocol):

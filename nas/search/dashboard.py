@@ -121,10 +121,15 @@ def _shown(trial: FrozenTrial) -> FrozenTrial:
         key: round(value, 3) if isinstance(value, float) else value for key, value in attrs.items() if key not in HIDDEN
     }
     if trial.state == TrialState.COMPLETE:
-        shown.values = [round(value, 3) for value in trial.values]
+        shown.values = [round(value, 3) for value in (_score(trial), *trial.values[1:])]
         if guessed(trial):
             shown.state, shown.values = TrialState.PRUNED, None
     return shown
+
+
+def _score(trial: FrozenTrial) -> float:
+    """Of a trial that has one, within 0 to 100."""
+    return told_score(trial.values[0])
 
 
 def guessed(trial: FrozenTrial) -> bool:
@@ -226,9 +231,9 @@ def score_words(trial: FrozenTrial) -> str:
     if not trial.values:
         return ""
     ci = detail.get("quality_ci")
-    return f"Score {told_score(trial.values[0]):.1f}" + (
-        f"; its estimate of top-1 ({detail['quality_how']}) is {detail['quality_estimate']:.1f}% "
-        f"(95%: {ci[0]:.1f} to {ci[1]:.1f})."
+    return f"Score {_score(trial):.1f}" + (
+        f"; its estimate of top-1 ({detail['quality_how']}) is {told_score(detail['quality_estimate']):.1f}% "
+        f"(95%: {told_score(ci[0]):.1f} to {told_score(ci[1]):.1f})."
         if ci
         else "."
     )
@@ -255,7 +260,7 @@ def front_note(front: Sequence[FrozenTrial], searched: Searched) -> str:
             t.get("name") or "found",
             t["family"],
             f"{t['latency_ms']:.3f}",
-            f"{told_score(trial.values[0]):.1f}",
+            f"{_score(trial):.1f}",
             t.get("kind", ""),
         )
         for trial in sorted(front, key=lambda trial: trial.user_attrs.get("latency_ms", 0))
@@ -281,14 +286,14 @@ def _figures(trials: Sequence[FrozenTrial], searched: Searched) -> dict[str, dic
     known = [trial for trial in measured if trial.values and not guessed(trial)]
     budget = searched.budget_ms
     against: dict[str, Any] = {
-        "data": [*_dots(known, lambda trial: trial.user_attrs["latency_ms"], lambda trial: trial.values[0])],
+        "data": [*_dots(known, lambda trial: trial.user_attrs["latency_ms"], _score)],
         "layout": _layout("Score against latency", "median latency, ms", f"score ({searched.quality})"),
     }
-    scores = [trial.values[0] for trial in known] or [0.0, 1.0]
+    scores = [*map(_score, known)] or [0.0, 1.0]
     against["data"].append(_line("budget", [budget, budget], [min(scores), max(scores)], dash="dash"))
     front = _front([trial for trial in known if trial.user_attrs.get("feasible")])
     if front:
-        x, y = zip(*((trial.user_attrs["latency_ms"], trial.values[0]) for trial in front), strict=True)
+        x, y = zip(*((trial.user_attrs["latency_ms"], _score(trial)) for trial in front), strict=True)
         against["data"].append(_line("front", [*x, budget], [*y, y[-1]], shape="hv"))
     untrained = [trial for trial in measured if guessed(trial)]
     if untrained:

@@ -111,7 +111,7 @@ def _frame(
 
 
 def _heights(scored: Sequence[Point], front: Sequence[Point]) -> tuple[float, float]:
-    """Limits of the scores: the front, published networks and nine of ten trials are in sight."""
+    """Limits of the scores, within 0 to 100: the front, published networks and nine of ten trials are in sight."""
     scores = sorted(point.height for point in scored)
     shown = [point.height for point in (*front, *(point for point in scored if point.name))]
     bottom, top = min([scores[len(scored) // 10], *shown]), scores[-1]
@@ -119,7 +119,7 @@ def _heights(scored: Sequence[Point], front: Sequence[Point]) -> tuple[float, fl
     bottom = min(bottom, max(min(bars, default=bottom), bottom - BAR_ROOM))
     top = max(top, min(max(bars, default=top), top + BAR_ROOM))
     margin = max(1.0, 0.06 * (top - bottom))
-    return bottom - margin, top + 1.5 * margin
+    return max(bottom - margin, 0.0), min(top + 1.5 * margin, 100.0)
 
 
 def _draw_trials(axes: Axes, looks: Looks, points: Sequence[Point]) -> None:

@@ -270,6 +270,22 @@ def test_latencies_are_plotted_with_the_budget(any_storage: str) -> None:
     assert front["x"] == [1.23456, 1.4, 1.5]
 
 
+def test_what_an_older_study_holds_is_shown_within_0_and_100(tmp_path: Path) -> None:
+    study = open_study("old", tmp_path / "j", {"budget_ms": 2.0}, RandomSampler())
+    detail = {"quality_estimate": 210.0, "quality_ci": [-60.0, 240.0], "quality_how": "predicted"}
+    for score in (199.0, -60.0):
+        attrs = {"family": "shvit", "latency_ms": 1.5, "feasible": 1, "detail": detail}
+        finish(study, study.ask(), score, 500.0, -0.25, attrs)
+    assert dashboard.score_words(study.trials[0]) == (
+        "Score 100.0; its estimate of top-1 (predicted) is 100.0% (95%: 0.0 to 100.0)."
+    )
+    found = detail_of(dashboard.app(tmp_path / "j"))
+    assert [trial["values"] for trial in found["trials"]] == [[100.0, 500.0], [0.0, 500.0]]
+    plots = {plot["id"]: json.loads(plot["graph_object"]) for plot in found["plotly_graph_objects"]}
+    heights = [trace["y"] for trace in plots["vitnas-front"]["data"]]
+    assert heights == [[100.0, 0.0], [0.0, 100.0], [100.0, 100.0]], "dots, budget, front"
+
+
 def test_a_note_somebody_wrote_is_kept(tmp_path: Path) -> None:
     from optuna_dashboard import save_note
 
