@@ -187,7 +187,7 @@ class Finder:
 
     def nothing_better(self) -> bool:
         """Whether nothing of the last choice, fast or slow, promises more than the best; only the size prior is so sure
-        of itself."""
+        of itself. Networks that an earlier choice has excluded are not among them."""
         if self.choice is None or not isinstance(self._judge, BySize) or not any(t.feasible for t in self._seen.tried):
             return False
         least = self._judge.best(self._seen.tried) + MARGIN

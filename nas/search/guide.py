@@ -30,6 +30,9 @@ class NothingLeft(Exception):
 class Guide:
     """Guides the trials of a study that no older vitnas has begun; each worker has one.
 
+    It is no `BaseSampler`: Optuna asks one only once a trial exists, for parameters alone. A proposal is decided
+    before, under the lock that keeps two workers from the same network; it may have a name, and there may be none.
+
     Args:
         reference_ms: median latency of the reference network.
     """
@@ -62,7 +65,8 @@ class Guide:
         """A network of the beginning, after it what the finder proposes; None where the user has named a sampler.
 
         Raises:
-            NothingLeft: no network can meet the budget, or none that was compared is better than the best, or untried.
+            NothingLeft: no network can meet the budget, or none that was compared last is better than the best, or
+                untried.
         """
         self._seen.read(self._study, look=False)
         budget = f"{self._request.budget_ms:g} ms{self._request.limits.words}"
@@ -71,7 +75,8 @@ class Guide:
         point = self._opening.next()
         if point is None and self._finder is not None:
             if self._finder.nothing_better():
-                raise NothingLeft(f"of all networks compared, over {budget} or not, none promises more than the best")
+                why = "none promises more than the best"
+                raise NothingLeft(f"of the networks compared last, over {budget} or not, {why}")
             point = self._finder.propose()
             if point is None:
                 raise NothingLeft("every network that was compared has been tried")

@@ -4,13 +4,15 @@ It proposes the network that promises the largest gain within the budget. A tria
 what to train is still cheap. From a pool of random networks and variations of the best so far, it proposes the one with
 the highest constrained expected improvement (Gardner et al., Bayesian Optimization with Inequality Constraints, ICML
 2014): how much better than the best so far it is expected to be, times how likely it is to meet the budget. Gaussian
-processes over networks' features predict both. A race's candidates are compared in the same way. A predicted
-latency decides only what is tried: every network that is tried is measured.
+processes over networks' features predict both, latencies relative to the reference network in the same rounds. A
+race's candidates are compared in the same way. A predicted latency decides only what is tried: every network that is
+tried is measured.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
@@ -24,7 +26,7 @@ from nas.quality.surrogate import DESCRIBED, LEAST, Surrogate, TrainedNetwork, d
 from nas.search.needs import CHANCE, Need, Needs, smallest
 from nas.search.published import choices
 from nas.search.sampling import log_improvement
-from nas.search.seen import Point
+from nas.search.seen import RECENT, Point
 from nas.search.trial_training import MeasuredNetwork
 from nas.search.variations import varied
 from nas.study.trials import MEASURED, distributions
@@ -64,6 +66,8 @@ class Measured:
     """As `nas.search.rows.Trial` has it, as the next two."""
     file_mb: float | None = None
     by_precision: Mapping[str, float] | None = None
+    reference_ms: float | None = None
+    """Latency of the reference network in the same rounds; None where that is not known."""
 
     @classmethod
     def all_of(cls, study: optuna.Study) -> list[Self]:
@@ -88,6 +92,7 @@ class Measured:
             memory_mb=detail.get("memory_mb"),
             file_mb=detail.get("file_mb"),
             by_precision=detail.get("by_precision"),
+            reference_ms=detail.get("reference_ms"),
         )
 
     @classmethod
@@ -108,6 +113,7 @@ class Measured:
             memory_mb=found.latency.memory_mb,
             file_mb=found.latency.file_mb,
             by_precision=found.latency.by_precision,
+            reference_ms=found.latency.reference_ms,
         )
 
 
@@ -122,13 +128,19 @@ class Promise:
             smallest(request.precisions),
             [Need(_params_m(one.features), one.memory_mb, one.file_mb) for one in measured],
         )
+        known = [one.reference_ms for one in measured if one.reference_ms]
+        now_ms = statistics.median(known[-RECENT:]) if known else 1.0
+        relative = [one.latency_ms / (one.reference_ms or now_ms) for one in measured]
         self._latency = Surrogate(
-            [TrainedNetwork(one.digest, _shape(one.features), {1: math.log(one.latency_ms)}) for one in measured],
+            [
+                TrainedNetwork(one.digest, _shape(one.features), {1: math.log(times)})
+                for one, times in zip(measured, relative, strict=True)
+            ],
             1,
             noise=LATENCY_NOISE,
             shares=False,
         )
-        self._quality, self._limit = quality, math.log(request.budget_ms)
+        self._quality, self._limit = quality, math.log(request.budget_ms / now_ms)
         fitting = {one.digest for one in measured if one.feasible}
         found = (quality.predict(each.features, each.key).value for each in quality.trained if each.key in fitting)
         self._best = max(found, default=0.0)

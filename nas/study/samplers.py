@@ -1,7 +1,7 @@
 """Optuna's samplers under the names the command line takes.
 
-The default, ``auto``, spends a Gaussian process while trials are few, where it finds the most per
-trial, and goes on with NSGA-II once its thinking time would pass a trial's measuring time.
+Under ``auto`` a study without images goes on that an older vitnas has begun: a Gaussian process while trials are few,
+then NSGA-II. In others `nas.search.guide` or `nas.search.race` gives every trial its network instead.
 Optuna (and torch, for the Gaussian process) is imported when a sampler is made or first samples.
 """
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial, TrialState
 
 T = TypeVar("T")
-GP_TRIALS = 250  # "auto" thinks with the Gaussian process below this many finished trials
+GP_TRIALS = 250  # finished trials from which on "auto" is NSGA-II: thinking would take longer than measuring
 POPULATION = 16  # NSGA-II: Optuna's default of 50 learns too late for a few hundred trials
 
 

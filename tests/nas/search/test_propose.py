@@ -2,6 +2,7 @@
 
 import functools
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -148,3 +149,20 @@ def test_variations_stay_near_and_within_range(measured):
         return sum(params[name] != best.params[name] for name in PARAMETERS)
 
     assert min(changes(each.levels) for each in found) <= 4, "the best is varied too"
+
+
+def test_a_machine_that_becomes_slower_misleads_no_race(measured):
+    """Latencies count relative to the reference network in the same rounds, the budget to what it takes now."""
+    tier, options = proposer(measured)._tier, proposer(measured)._request
+
+    def promises(speeds: list[float]) -> list[float]:
+        ones = [
+            replace(each, latency_ms=each.latency_ms * slower, reference_ms=slower)
+            for each, slower in zip(map(Measured.of, measured), speeds, strict=True)
+        ]
+        promise = propose.Promise(ones, tier.surrogate(), options)
+        return [promise.of(describe(arch, counts_of(arch))) for arch in map(decode, map(drawn, range(100, 108)))]
+
+    steady = promises([2.0] * 16)
+    assert promises([1.0] * 8 + [2.0] * 8) == pytest.approx(steady)
+    assert promises([1.0] * 16) != pytest.approx(steady), "half as slow, more meets the budget"

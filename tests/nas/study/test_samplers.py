@@ -1,4 +1,4 @@
-"""Samplers by name, and what the default one does at its switch point."""
+"""Samplers by name, and what `auto` does at its switch point."""
 
 from __future__ import annotations
 
