@@ -49,6 +49,8 @@ def show_result(
             + (" Weights are untrained." if outcome.untrained else "")
             + (f" Images a second are at batch {outcome.throughput_at}." if outcome.throughput_at else ""),
         )
+    elif outcome.against:
+        show_against(console, outcome.against)
     show_accuracy(console, outcome)
     for line in (*outcome.ties, *outcome.notes, *outcome.failures):
         prose(console, line)
@@ -200,8 +202,9 @@ def rate(throughput: float | None) -> str:
     return "" if throughput is None else f"{throughput:.0f}"
 
 
-def show_against(console: Console, rows: Sequence[OutsideRow], first: ClosingRow) -> None:
-    """Outside networks of the closing run, beside the network on top of the final table, and who runs at which size."""
+def show_against(console: Console, rows: Sequence[OutsideRow], first: ClosingRow | None = None) -> None:
+    """Outside networks of the closing run, beside the network on top of the final table, if any, and who runs at which
+    size."""
     from nas.bench.run import unequal
 
     columns = (
@@ -212,7 +215,7 @@ def show_against(console: Console, rows: Sequence[OutsideRow], first: ClosingRow
         Column("ms"),
         Column("95% of ms", drop=2),
         Column("img/s", drop=4),
-        Column(f"time of {first.label}'s"),
+        Column(f"time of {first.label}'s" if first else ""),
         Column("95% of that", drop=1),
     )
     told = [
@@ -233,7 +236,7 @@ def show_against(console: Console, rows: Sequence[OutsideRow], first: ClosingRow
     if told:
         print_table(console, columns, told)
     show_failed(console, rows)
-    if told:
+    if told and first:
         sizes = {row.label: row.resolution for row in (first, *rows) if not row.error}
         if any(row.precision != first.precision for row in rows if not row.error):
             prose(console, f"They are measured in {rows[0].precision}, {first.label} in {first.precision}.")

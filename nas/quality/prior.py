@@ -103,8 +103,8 @@ def fitted() -> SizeFit:
 
 
 def fitted_to() -> list[Published]:
-    """The networks of the table that keep all tokens."""
-    return [row for row in published() if not _reduced(row.name)]
+    """The networks of the table that are for it and keep all tokens."""
+    return [row for row in published() if row.fit and not _reduced(row.name)]
 
 
 def sized(arch: Arch, distilled: bool = True) -> Sized:

@@ -1,6 +1,7 @@
-"""The table of published networks that the size prior is fitted to: ImageNet-1k only, 30 MMACs to 6 GMACs.
+"""The table of published networks: those that the size prior is fitted to (ImageNet-1k only, 30 MMACs to 6 GMACs, one
+row a network and recipe), and every recipe and resolution of the designs that a search is held against.
 
-`tests/benchmarks/write_published.py` writes it. It holds facts alone, one row a network and recipe.
+`tests/benchmarks/write_published.py` writes it. It holds facts alone.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ class Published:
     """On the 50,000 validation images of ImageNet-1k, in percent."""
     source: str
     """Where its top-1 is from."""
+    fit: bool
+    """Whether the size prior is fitted to it: no design outweighs others."""
 
 
 @functools.cache
@@ -49,6 +52,7 @@ def published() -> tuple[Published, ...]:
                 distilled=row["distilled"] == "1",
                 top1=float(row["top1"]),
                 source=row["source"],
+                fit=row["fit"] == "1",
             )
             for row in csv.DictReader(file)
         )

@@ -13,7 +13,7 @@ from nas.export.side_by_side import Longer, Results, measure_side_by_side
 from nas.measure.budget import LatencyBudget, Verdict
 from nas.measure.protocol import Interrupted
 from nas.measure.runtime import Settings
-from nas.measure.samples import MeasureError, Measurement, paired_ratio
+from nas.measure.samples import PRECISION, MeasureError, Measurement, paired_ratio
 from nas.quality.candidate import Kind
 from nas.search.log import keep_samples
 from nas.search.rivals import rivals_of, told_of, top1_of
@@ -21,6 +21,7 @@ from nas.search.rows import (
     ACCURACY,
     ClosingRow,
     OutsideRow,
+    Timed,
     Trial,
     best_of,
     choose,
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 
 CLOSING_ROUNDS = 30
 MOST_ROUNDS = 120
-"""In all, of a network whose interval holds the budget."""
+"""In all, of a network that is measured longer."""
 THROUGHPUT_ROUNDS = 10
 
 
@@ -62,13 +63,14 @@ def closing_run(
     note: Callable[[str], None] = lambda line: None,
 ) -> tuple[list[ClosingRow], list[OutsideRow]]:
     """Measure the finalists once more, side by side with `request.against`, or with the networks of timm's that
-    `rivals_of` names, in one interleaved run.
+    `rivals_of` names, in one interleaved run; where no trial is within the budget, the latter alone.
 
-    Finalists whose interval holds the budget, and that would win if they fitted, are measured longer.
+    Measured longer: finalists whose interval holds the budget, and that would win if they fitted; and all that may be
+    within the budget and whose latency is not known to `PRECISION`.
 
     Args:
         calibration: images for int8.
-        note: told of those that stay unsure, or cannot be measured longer.
+        note: told of those that stay unsure or imprecise, or cannot be measured longer.
 
     Returns:
         Rows of the final table, best first: those that surely fit, those that may, the others; rows of the outside
@@ -77,34 +79,46 @@ def closing_run(
     Raises:
         ClosingInterrupted: Ctrl-C, once all networks had been measured side by side.
     """
-    run = _ClosingRun(request, {row.label: row for row in finalists_of(rows, request.budget_ms)}, progress, note)
-    longer = Longer(
-        run.unsure, MOST_ROUNDS, lambda label, error: note(f"{label} could not be measured longer: {error}")
-    )
+    finalists = finalists_of(rows, request.budget_ms) if any(row.feasible for row in rows) else []
+    run = _ClosingRun(request, rows, {row.label: row for row in finalists}, progress, note)
+    if not run.every:
+        return [], []
     interrupted = False
     with Exporter(calibration) as exporter:
         try:
-            run.results = run.measure(exporter, request.settings.batch_size, CLOSING_ROUNDS, longer)
+            run.results = run.measure(exporter, run.every, run.unsure_or_imprecise)
+            run.look_again(exporter)
         except Interrupted as interrupt:
-            if interrupt.done < CLOSING_ROUNDS:
+            if not run.results and interrupt.done < CLOSING_ROUNDS:
                 raise
-            run.results, interrupted = interrupt.results, True
+            run.results, interrupted = run.results or interrupt.results, True
         if run.many and not interrupted:
-            run.batches = run.measure(exporter, run.many, THROUGHPUT_ROUNDS)
+            run.batches = run.measure_batches(exporter, run.many)
+    run.keep()
     run.tell_unsure()
     final = run.final()
     outside = run.beside(final)
+    if run.rivals:
+        outside = told_of(outside)
     if interrupted:
         raise ClosingInterrupted(final, outside)
+    run.tell_imprecise([*final, *outside])
     return final, outside
+
+
+def is_due(request: SearchRequest, rows: Sequence[Trial]) -> bool:
+    """Whether a closing run has anything to measure."""
+    return any(row.feasible for row in rows) or bool(rivals_of(request, rows))
 
 
 @dataclass
 class _ClosingRun:
-    """finalists: by their labels. results: at the batch size of the latency; batches: at that of the throughput, where
-    it has its own."""
+    """trials: all of the search. finalists: by their labels. results: at the batch size of the latency; batches: at
+    that of the throughput, where it has its own. first_again: by the labels of networks that were measured in a later
+    run, what the first of the table took in the same rounds."""
 
     request: SearchRequest
+    trials: Sequence[Trial]
     finalists: dict[str, Trial]
     progress: Callable[[int, int], None] | None
     note: Callable[[str], None]
@@ -112,9 +126,15 @@ class _ClosingRun:
     def __post_init__(self) -> None:
         self.results: Results = {}
         self.batches: Results = {}
+        self.first_again: Results = {}
         self.networks = {label: network_of(row) for label, row in self.finalists.items()}
-        self.rivals = rivals_of(self.request, list(self.finalists.values()))
+        self.rivals = rivals_of(self.request, self.trials)
         self.outside, self.refused = outside_of((*self.request.against, *self.rivals), self.finalists)
+
+    @property
+    def every(self) -> dict[str, Arch | TimmNetwork]:
+        """The finalists and the networks outside of the search."""
+        return self.networks | self.outside
 
     @property
     def many(self) -> int | None:
@@ -127,9 +147,33 @@ class _ClosingRun:
         precision = (row and row.precision) or settings.precision
         return replace(settings, batch_size=batch_size, precision=precision)
 
-    def measure(self, exporter: Exporter, batch_size: int, rounds: int, longer: Longer | None = None) -> Results:
-        """One interleaved run of the finalists and the networks outside of the search."""
-        networks = self.networks | self.outside
+    def measure(
+        self,
+        exporter: Exporter,
+        networks: Mapping[str, Arch | TimmNetwork],
+        longer: Callable[[Results], Sequence[str]],
+    ) -> Results:
+        """One interleaved run at the batch size of the latency. longer: which networks are measured longer after it."""
+        return self._side_by_side(
+            exporter,
+            networks,
+            self.request.settings.batch_size,
+            CLOSING_ROUNDS,
+            Longer(longer, MOST_ROUNDS, lambda label, why: self.note(f"{label} could not be measured longer: {why}")),
+        )
+
+    def measure_batches(self, exporter: Exporter, batch_size: int) -> Results:
+        """One interleaved run of all networks for the throughput."""
+        return self._side_by_side(exporter, self.every, batch_size, THROUGHPUT_ROUNDS)
+
+    def _side_by_side(
+        self,
+        exporter: Exporter,
+        networks: Mapping[str, Arch | TimmNetwork],
+        batch_size: int,
+        rounds: int,
+        longer: Longer | None = None,
+    ) -> Results:
         settings = {label: self.settings_of(label, batch_size) for label in networks}
         return measure_side_by_side(
             {label: (network, settings[label]) for label, network in networks.items()},
@@ -140,6 +184,24 @@ class _ClosingRun:
             self.progress,
             longer,
         )
+
+    def look_again(self, exporter: Exporter) -> None:
+        """Measure further networks of timm's, beside the first of the table, as long as `rivals_of` names some."""
+        if not self.rivals:
+            return
+        final = self.final()
+        first = next((row.label for row in final if not row.error), None)
+        while more := rivals_of(self.request, self.trials, self.beside(final)):
+            found, _ = outside_of(more, self.finalists)
+            if not found:
+                return
+            results = self.measure(exporter, found | ({first: self.networks[first]} if first else {}), self.imprecise)
+            if first:
+                self._keep({"closing": first, "beside": [*found]}, results[first])
+                self.first_again |= dict.fromkeys(found, results.pop(first))
+            self.rivals += more
+            self.outside |= found
+            self.results |= results
 
     def unsure(self, results: Mapping[str, Measurement | MeasureError]) -> list[str]:
         """Those that may fit and rank before all that surely do, best first; of ready networks also those that rank
@@ -155,6 +217,19 @@ class _ClosingRun:
         ready = [row for row in found if row.kind == Kind.READY]
         return list(dict.fromkeys([*_open(found), *_open(ready)]))
 
+    def imprecise(self, results: Mapping[str, Measurement | MeasureError]) -> list[str]:
+        """Those that may fit and whose latency is not known to `PRECISION`."""
+        return [
+            label
+            for label, result in results.items()
+            if isinstance(result, Measurement)
+            and _half_width(result) > PRECISION
+            and _fields(self.request, result)["verdict"] != Verdict.OVER
+        ]
+
+    def unsure_or_imprecise(self, results: Mapping[str, Measurement | MeasureError]) -> list[str]:
+        return list(dict.fromkeys([*self.unsure(results), *self.imprecise(results)]))
+
     def tell_unsure(self) -> None:
         for label in self.unsure(self.results):
             result = self.results[label]
@@ -165,8 +240,18 @@ class _ClosingRun:
                 f"rounds: 95% {low:.2f} to {high:.2f} ms"
             )
 
+    def tell_imprecise(self, rows: Sequence[Timed]) -> None:
+        imprecise = self.imprecise(self.results)
+        told = [
+            f"{row.label} (+-{_half_width(result):.1%})"
+            for row in rows
+            if row.label in imprecise and isinstance(result := self.results[row.label], Measurement)
+        ]
+        if told:
+            self.note(f"in up to {MOST_ROUNDS} rounds not known to {PRECISION:.0%}: the latency of {', '.join(told)}")
+
     def final(self) -> list[ClosingRow]:
-        return ordered([ClosingRow.of(row, **self._kept(label)) for label, row in self.finalists.items()])
+        return ordered([ClosingRow.of(row, **self._timed(label)) for label, row in self.finalists.items()])
 
     def beside(self, final: Sequence[ClosingRow]) -> list[OutsideRow]:
         """Rows of the outside networks; ratios are to the first of the final table that was measured."""
@@ -174,33 +259,46 @@ class _ClosingRun:
         rows = []
         for label, network in self.outside.items():
             row = OutsideRow(
-                label=label, resolution=network.resolution, published_top1=top1_of(label), **self._kept(label)
+                label=label, resolution=network.resolution, published_top1=top1_of(label), **self._timed(label)
             )
-            result = self.results[label]
-            if isinstance(result, Measurement) and isinstance(first, Measurement):
-                ratio, (low, high) = paired_ratio(together(result), together(first))
+            result, other = self.results[label], self.first_again.get(label, first)
+            if isinstance(result, Measurement) and isinstance(other, Measurement):
+                ratio, (low, high) = paired_ratio(together(result), together(other))
                 row = replace(row, ratio=ratio, ratio_low=low, ratio_high=high)
             rows.append(row)
-        rows += [OutsideRow(label=label, error=error) for label, error in self.refused.items()]
-        return told_of(rows) if self.rivals else rows
+        return rows + [OutsideRow(label=label, error=error) for label, error in self.refused.items()]
 
-    def _kept(self, label: str) -> dict[str, Any]:
-        """A network's fields of `Timed`; its samples are kept."""
+    def keep(self) -> None:
+        """Keep the samples of all networks."""
+        for label, result in self.results.items():
+            self._keep({"closing": label}, result)
+        for label, result in self.batches.items():
+            self._keep({"closing": label, "batch_size": self.many}, result)
+
+    def _keep(self, what: dict[str, object], result: Measurement | MeasureError) -> None:
+        if isinstance(result, Measurement):
+            keep_samples(self.request.folder, {**what, **result.to_dict()})
+
+    def _timed(self, label: str) -> dict[str, Any]:
+        """A network's fields of `Timed`."""
         result, request = self.results[label], self.request
         if isinstance(result, MeasureError):
             return {"error": str(result)}
-        keep_samples(request.folder, {"closing": label, **result.to_dict()})
         throughput = None
         batch = self.batches.get(label) if self.many else result
         if isinstance(batch, Measurement):
             throughput = batch.throughput(self.many or request.settings.batch_size)
-            if self.many:
-                keep_samples(request.folder, {"closing": label, "batch_size": self.many, **batch.to_dict()})
         return _fields(request, result) | {
             "rounds_alone": max(0, len(result.rounds_ms) - CLOSING_ROUNDS),
             "throughput": throughput,
             "precision": self.settings_of(label, 1).precision,
         }
+
+
+def _half_width(result: Measurement) -> float:
+    """Of the 95% interval, as a share of the median."""
+    low, high = result.ci_ms
+    return (high - low) / 2 / result.p50_ms
 
 
 def _fields(request: SearchRequest, result: Measurement) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from nas.measure.samples import BUSY_SPREAD
 from nas.search.accuracy import Accuracies, FinalTrainings
 from nas.search.advice import advice, latencies
 from nas.search.best import BestFolder, Weights
-from nas.search.closing import ClosingInterrupted, closing_run, without
+from nas.search.closing import ClosingInterrupted, closing_run, is_due, without
 from nas.search.contest import RACE, contest_of, contestants, decision, opponents, winner_of, with_winner
 from nas.search.final import weights_of
 from nas.search.log import breakdown
@@ -197,7 +197,7 @@ class _Finish:
 
     def _measure(self) -> None:
         watched = partial(self.phase, "closing side-by-side run") if self.phase else None
-        if self.feasible and not self.end.interrupted:
+        if not self.end.interrupted and is_due(self.request, self.rows):
             with self._step("closing side-by-side run"):
                 if self.phase:
                     self.phase("exporting the best for the closing side-by-side run", 0, 0)
@@ -397,6 +397,8 @@ class _Finish:
 
     def _outcome(self, weights: Weights | None) -> Outcome:
         """weights: those in best/."""
+        from nas.search.opening import ruled_out
+
         request, log, rows, winner = self.request, self.log, self.rows, self.winner
         fastest = next(iter(latencies(rows, self.final)), None)
         kept = weights.kept if weights else None
@@ -420,6 +422,8 @@ class _Finish:
             quality_tier=self._tier_facts(),
             validation=self.validation,
             accuracy=self.accuracy,
+            families=request.families,
+            ruled_out=() if self.races else ruled_out(request, rows),
             trials=tuple(rows),
             final=tuple(self.final),
             against=tuple(self.outside),

@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.special import ndtri
 
+from nas.measure.budget import Verdict
 from nas.search.seen import Point, Seen, Tried
 from search_spaces.registry import FAMILIES
 from search_spaces.space import LEVELS, PARAMETERS
 
 if TYPE_CHECKING:
     from nas.search.request import SearchRequest
+    from nas.search.rows import Trial
 
 LIKELY = 0.75
 """Chance of meeting the budget from which on a rung is tried."""
@@ -180,3 +182,9 @@ def smallest_of(request: SearchRequest, family: str) -> Point:
     least = {name: LEVELS - 1 if name.startswith("keep") else 0 for name in PARAMETERS}
     points = [Point.at(request, family, least | {"form": form}) for form in forms]
     return min(points, key=lambda point: point.coordinates[0])
+
+
+def ruled_out(request: SearchRequest, rows: Sequence[Trial]) -> tuple[str, ...]:
+    """Families whose smallest shape was measured, over the budget or a limit."""
+    over = {row.digest for row in rows if row.verdict == Verdict.OVER}
+    return tuple(family for family in request.families if smallest_of(request, family).digest in over)

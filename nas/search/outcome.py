@@ -123,6 +123,8 @@ class Winner:
     """That this took."""
     precision: str | None = None
     """That it was measured in, and is shipped in; None in studies of earlier versions."""
+    published_top1: float | None = None
+    """As `nas.search.rows.ClosingRow` has it; None without a closing run."""
 
     @classmethod
     def of(cls, row: Network) -> Winner:
@@ -153,6 +155,7 @@ class Winner:
             parent_epochs=before.epochs if before else None,
             parent_seconds=before.seconds if before else None,
             precision=row.precision,
+            published_top1=row.published_top1 if isinstance(row, ClosingRow) else None,
         )
 
     def to_json(self) -> dict[str, object]:
@@ -230,6 +233,10 @@ class Outcome:
     quality_tier: TierFacts
     validation: Validation | None
     accuracy: FinalTrainings | None
+    families: tuple[str, ...] = ()
+    """That were searched."""
+    ruled_out: tuple[str, ...] = ()
+    """Those of them whose smallest shape was measured over the budget."""
     trials: tuple[Trial, ...]
     final: tuple[ClosingRow, ...]
     """The closing run's table, best first."""
@@ -266,13 +273,14 @@ class Outcome:
         return f"{self.budget_ms:g} ms{self.limits.words}"
 
     @property
-    def better_published(self) -> OutsideRow | None:
-        """Where nothing is trained: the network outside of the search that surely fits and whose published top-1 is the
-        highest, if it is above what is predicted of the winner."""
-        if self.winner is None or self.quality_tier.trained:
+    def better_published(self) -> ClosingRow | OutsideRow | None:
+        """Where nothing is trained: of the networks of the closing run that surely fit, that with the best published
+        top-1, if it is above what was published or else is predicted of the winner; any where there is no winner."""
+        if self.quality_tier.trained:
             return None
-        least = self.winner.quality_estimate
-        found = [row for row in self.against if row.verdict == Verdict.FITS and (row.published_top1 or 0.0) > least]
+        least = (self.winner.published_top1 or self.winner.quality_estimate) if self.winner else 0.0
+        rows: list[ClosingRow | OutsideRow] = [*self.final, *self.against]
+        found = [row for row in rows if row.verdict == Verdict.FITS and (row.published_top1 or 0.0) > least]
         return max(found, key=lambda row: known(row.published_top1), default=None)
 
     @property
@@ -303,6 +311,8 @@ class Outcome:
             "num_classes": self.num_classes,
             "seed": self.seed,
             "sampler": self.sampler,
+            "families": self.families,
+            "ruled_out": self.ruled_out,
             "hardware": self.hardware,
             "data": self.data and asdict(self.data),
             "quality_tier": asdict(self.quality_tier),

@@ -157,6 +157,15 @@ class FamilyRow:
     tried: int
     fitting: int
     failed: int
+    ruled_out: bool
+    """Whether its smallest shape is over the budget."""
+
+    @property
+    def none(self) -> str:
+        """What is said where it has no best."""
+        if not self.tried:
+            return "not tried"
+        return "none fits" if self.ruled_out else "none tried fits"
 
 
 def _families(outcome: Outcome) -> list[FamilyRow]:
@@ -165,7 +174,7 @@ def _families(outcome: Outcome) -> list[FamilyRow]:
     if outcome.winner:
         winners.add(outcome.winner.trial)
     rows = []
-    for family in sorted({trial.family for trial in outcome.trials}):
+    for family in sorted({*outcome.families, *(trial.family for trial in outcome.trials)}):
         own = [trial for trial in outcome.trials if trial.family == family]
         measured = [trial for trial in own if trial.complete]
         fitting = [trial for trial in own if trial.feasible]
@@ -176,5 +185,6 @@ def _families(outcome: Outcome) -> list[FamilyRow]:
         )
         fastest = min(measured, key=lambda t: known(t.latency_ms), default=None)
         failed = sum(trial.state == "failed" for trial in own)
-        rows.append(FamilyRow(family, best, fastest, len(measured) + failed, len(fitting), failed))
+        tried, ruled_out = len(measured) + failed, family in outcome.ruled_out
+        rows.append(FamilyRow(family, best, fastest, tried, len(fitting), failed, ruled_out))
     return sorted(rows, key=lambda row: known(row.best.quality) if row.best else float("-inf"), reverse=True)

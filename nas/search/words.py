@@ -72,14 +72,16 @@ def winner_line(outcome: Outcome) -> str:
 def better_line(outcome: Outcome) -> str:
     """Which published network is better than what the search found; "" where none is."""
     row, winner = outcome.better_published, outcome.winner
-    if row is None or winner is None:
+    if row is None:
         return ""
+    told = f"{row.label}, with a top-1 of {row.published_top1:.1f}% on ImageNet and {row.latency_ms:.2f} ms here"
+    if winner is None:
+        return f"A published network fits {outcome.budget}, as nothing found does: {told}"
     low, high = winner.quality_ci
-    return (
-        f"A published network is better: {row.label}, with a top-1 of {row.published_top1:.1f}% on ImageNet and "
-        f"{row.latency_ms:.2f} ms here; {winner.label} is predicted {winner.quality_estimate:.1f}% "
-        f"(95%: {low:.1f} to {high:.1f})"
-    )
+    own = f"is predicted {winner.quality_estimate:.1f}% (95%: {low:.1f} to {high:.1f})"
+    if winner.published_top1 is not None:
+        own = f"has {winner.published_top1:.1f}%"
+    return f"A published network is better: {told}; {winner.label} {own}"
 
 
 def later_rounds(final: Sequence[ClosingRow]) -> str:
@@ -127,7 +129,7 @@ def skipped_lines(request: SearchRequest, rows: Sequence[Trial]) -> Iterator[str
 def protocol(request: SearchRequest) -> tuple[str, ...]:
     """How latency was measured, a line a fact."""
     from nas.measure.cache import REFERENCE
-    from nas.measure.samples import CONFIDENCE, MAX_ROUNDS, MIN_ROUNDS, SEARCH_PRECISION
+    from nas.measure.samples import CONFIDENCE, MAX_ROUNDS, MIN_ROUNDS, PRECISION, SEARCH_PRECISION
     from nas.search.closing import CLOSING_ROUNDS, MOST_ROUNDS
 
     return (
@@ -139,7 +141,8 @@ def protocol(request: SearchRequest) -> tuple[str, ...]:
         f"Latency is the median of all samples; its {CONFIDENCE:.0%} interval comes from the rounds' medians by order "
         f"statistics, and a trial's rounds stop once its half-width is {SEARCH_PRECISION:.0%} of the median. "
         "samples.jsonl keeps every sample.",
-        f"The closing table is one run of {CLOSING_ROUNDS} rounds, all networks interleaved in shuffled order; those "
-        f"whose interval holds the budget are then measured longer, up to {MOST_ROUNDS} rounds, if they might win.",
+        f"The closing table is one run of {CLOSING_ROUNDS} rounds, all networks interleaved in shuffled order. Then "
+        f"some are measured longer, up to {MOST_ROUNDS} rounds: those whose interval holds the budget, if they might "
+        f"win, and those that may be within it, until the half-width is {PRECISION:.0%} of the median.",
         "Latencies are of random weights; BatchNorm is folded and attention biases are gathered before export.",
     )

@@ -32,7 +32,8 @@ def few_rounds(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("nas.search.closing.MOST_ROUNDS", 12)
     patch.setattr("nas.search.closing.THROUGHPUT_ROUNDS", 3)
     patch.setattr("nas.search.trial.reference_arch", small_reference)
-    patch.setattr("nas.search.closing.rivals_of", lambda request, rows: [])
+    patch.setattr("nas.search.closing.PRECISION", 1.0)
+    patch.setattr("nas.search.closing.rivals_of", lambda request, rows, measured=(): [])
     patch.setattr("nas.search.opening.rungs_of", smallest_published)
     patch.setattr("nas.search.published.published_order", lambda options, _: [SMALLEST[f] for f in options.families])
 

@@ -14,11 +14,12 @@ from records import COMPLETE
 
 from nas.export import side_by_side
 from nas.measure.budget import Limits
+from nas.measure.protocol import Interrupted
 from nas.measure.runtime import Settings
 from nas.measure.samples import MeasureError, Measurement
 from nas.networks.targets import find_target
 from nas.search import closing
-from nas.search.rows import ClosingRow, Trial
+from nas.search.rows import ClosingRow, OutsideRow, Trial
 from nas.search.words import later_rounds
 from search_spaces import get_arch
 
@@ -58,21 +59,51 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return found
 
 
-def close(
+def run(
     tmp_path: Any,
     clock: Clock,
     limits: Limits = Limits(),  # noqa: B008
+    feasible: bool = True,
     **medians: Any,
-) -> tuple[list[ClosingRow], list[str]]:
-    """The final table, and the notes, of trials of falling quality: t0, t1, ..."""
+) -> tuple[list[ClosingRow], list[OutsideRow], list[str]]:
+    """The rows, and the notes, of trials of falling quality (t0, t1, ...) and of rivals (r7, ...)."""
     clock.medians = {int(name[1:]): value if isinstance(value, list) else [value] for name, value in medians.items()}
-    rows = [replace(COMPLETE, trial=trial, quality=70.0 - trial, arch={"number": trial}) for trial in clock.medians]
+    trials = [int(name[1:]) for name in medians if name.startswith("t")]
+    rows = [
+        replace(COMPLETE, trial=trial, quality=70.0 - trial, arch={"number": trial}, feasible=feasible)
+        for trial in trials
+    ]
     settings = Settings()
     options = SimpleNamespace(
         budget_ms=2.0, settings=settings, folder=tmp_path, against=(), throughput_at=None, limits=limits
     )
     notes: list[str] = []
-    return closing.closing_run(options, rows, note=notes.append)[0], notes
+    return *closing.closing_run(options, rows, note=notes.append), notes
+
+
+def close(*given: Any, **more: Any) -> tuple[list[ClosingRow], list[str]]:
+    """The final table, and the notes, as `run` has them."""
+    final, _, notes = run(*given, **more)
+    return final, notes
+
+
+@pytest.fixture
+def rivals(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Numbers of those that are measured in turn; a test fills it."""
+    looks: list[list[int]] = []
+
+    def rivals_of(request: Any, rows: Any, measured: Sequence[OutsideRow] = ()) -> list[Any]:
+        seen = {row.label for row in measured}
+        for numbers in looks:
+            labels = [f"rival {number}" for number in numbers]
+            if not seen.issuperset(labels):
+                network = SimpleNamespace(resolution=64)
+                return [SimpleNamespace(label=label, resolution=64, network=network) for label in labels]
+        return []
+
+    monkeypatch.setattr(closing, "rivals_of", rivals_of)
+    monkeypatch.setattr(closing, "top1_of", lambda label: 60.0 + int(label.split()[-1]))
+    return looks
 
 
 def test_an_unsure_network_is_measured_longer_until_it_is_sure(tmp_path, clock):
@@ -86,14 +117,23 @@ def test_an_unsure_network_is_measured_longer_until_it_is_sure(tmp_path, clock):
 def test_one_that_stays_unsure_does_not_win_over_one_that_fits(tmp_path, clock):
     final, notes = close(tmp_path, clock, t0=WIDE, t1=SURE, t2=WIDE)
     assert sum(run["trial 0"] for run in clock.runs) == closing.MOST_ROUNDS
-    assert clock.runs[1:] == [{"trial 0": 30}] * 3, "what ranks behind a sure one is left as it is"
+    assert clock.runs[1:] == [{"trial 0": 30, "trial 2": 30}] * 3
     assert [(row.trial, row.verdict, row.role) for row in final] == [
         (1, "fits", "winner"),
         (0, "unsure", "found"),
         (2, "unsure", "found"),
     ]
-    (note,) = notes
-    assert note == "trial 0 may be within 2 ms or over it, also after 120 rounds: 95% 1.90 to 2.30 ms"
+    assert notes == [
+        "trial 0 may be within 2 ms or over it, also after 120 rounds: 95% 1.90 to 2.30 ms",
+        "in up to 120 rounds not known to 2%: the latency of trial 0 (+-9.5%), trial 2 (+-9.5%)",
+    ]
+
+
+def test_a_latency_that_is_not_known_to_2_percent_is_measured_longer(tmp_path, clock):
+    final, notes = close(tmp_path, clock, t0=[(0.95, 1.05), (1.0, 1.0)], t1=(1.4, 1.6), t2=(2.4, 2.6))
+    assert clock.runs[1:] == [{"trial 0": 30, "trial 1": 30}, {"trial 1": 30}, {"trial 1": 30}], "but what is over"
+    assert [(row.label, row.rounds_alone) for row in final] == [("trial 0", 30), ("trial 1", 90), ("trial 2", 0)]
+    assert notes == ["in up to 120 rounds not known to 2%: the latency of trial 1 (+-6.7%)"]
 
 
 def test_where_nothing_surely_fits_the_best_that_may_wins(tmp_path, clock):
@@ -103,7 +143,7 @@ def test_where_nothing_surely_fits_the_best_that_may_wins(tmp_path, clock):
         (2, "unsure", "found"),
         (0, "over", "found"),
     ]
-    assert len(notes) == 2
+    assert len(notes) == 3
 
 
 def test_what_is_over_wins_nothing(tmp_path, clock):
@@ -135,6 +175,46 @@ def test_ctrl_c_while_some_are_measured_longer_keeps_the_closing_run(tmp_path, c
     ]
     assert later_rounds(cut.value.final) == "Measured longer afterwards, in rounds of their own: trial 0."
     assert later_rounds(cut.value.final[:1]) == ""
+
+
+def test_further_networks_of_timm_are_measured_beside_the_first(tmp_path, clock, rivals):
+    rivals += [[7], [8, 9]]
+    final, outside, _ = run(tmp_path, clock, t0=[SURE, (0.5, 0.5)], r7=OVER, r8=SURE, r9=MeasureError("killed"))
+    assert clock.runs == [{"trial 0": 30, "rival 7": 30}, {"rival 8": 30, "rival 9": 30, "trial 0": 30}]
+    assert [(row.label, row.published_top1, row.ratio) for row in outside] == [
+        ("rival 8", 68.0, 2.0),
+        ("rival 9", 69.0, None),
+    ], "the ratio is that of the rounds that both were measured in"
+    assert final[0].latency_ms == 1.0
+    kept = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    told = {(each["closing"], tuple(each.get("beside", ()))) for each in kept}
+    assert told == {("trial 0", ()), ("rival 7", ()), ("rival 8", ()), ("trial 0", ("rival 8", "rival 9"))}
+
+
+def test_ctrl_c_in_a_further_look_keeps_the_closing_run(tmp_path, clock, rivals, monkeypatch):
+    def compare(paths, *more):
+        if "rival 8" in paths:
+            raise Interrupted({}, 3)
+        return Clock.compare(clock, paths, *more)
+
+    rivals += [[7], [8]]
+    monkeypatch.setattr(side_by_side, "compare", compare)
+    with pytest.raises(closing.ClosingInterrupted) as cut:
+        run(tmp_path, clock, t0=SURE, r7=SURE, r8=SURE)
+    assert [row.label for row in (*cut.value.final, *cut.value.outside)] == ["trial 0", "rival 7"]
+
+
+def test_where_no_trial_fits_networks_of_timm_are_measured_alone(tmp_path, clock, rivals):
+    assert run(tmp_path, clock, feasible=False, t0=OVER) == ([], [], [])
+    assert clock.runs == []
+    assert not closing.is_due(SimpleNamespace(), [replace(COMPLETE, feasible=False)])
+    assert closing.is_due(SimpleNamespace(), [COMPLETE])
+    rivals += [[7]]
+    assert closing.is_due(SimpleNamespace(), [replace(COMPLETE, feasible=False)])
+    final, outside, _ = run(tmp_path, clock, feasible=False, t0=OVER, r7=SURE)
+    assert clock.runs == [{"rival 7": 30}]
+    assert final == []
+    assert [(row.label, row.verdict, row.ratio) for row in outside] == [("rival 7", "fits", None)]
 
 
 def test_networks_beside_run_at_the_resolution_of_the_best_finalist():

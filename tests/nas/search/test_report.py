@@ -347,6 +347,36 @@ def test_nothing_fits(tmp_path: Path) -> None:
     assert "model.onnx" not in text
 
 
+def test_no_family_is_called_infeasible_before_its_smallest_shape_was_measured(tmp_path: Path) -> None:
+    data = invent(14)
+    assert not any(t["feasible"] for t in data["trials"] if t["family"] in ("evit", "sepvit"))
+    text = report(tmp_path, data | {"families": ["evit", "sepvit", "toy"], "ruled_out": ["sepvit"]}).text
+    assert "evit 3 0 0 none tried fits 2 ms" in text
+    assert "sepvit 1 0 0 none fits 2 ms" in text
+    assert "toy 0 0 0 not tried –" in text
+
+
+def test_published_networks_are_told_where_nothing_found_fits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from nas.cli.display import show_result
+
+    figures = {"latency_ms": 0.41, "latency_p95_ms": 0.45, "ci_low_ms": 0.4, "ci_high_ms": 0.42, "samples": 60}
+    entry = {"label": "timm/small", "resolution": 224, "verdict": "fits", "published_top1": 60.0, "throughput": 2e3}
+    data = invent(40, 0.5) | {"against": [entry | figures]}
+    assert not data["final"]
+    told = "A published network fits 0.5 ms, as nothing found does: timm/small, with a top-1 of 60.0% on ImageNet"
+    page = report(tmp_path, data)
+    assert told in re.search(r"<h1>(.*?)</h1>", page.source, re.DOTALL)[1]
+    assert page.source.count("<h1>") == 1
+    assert "Published networks, measured although no trial is within the budget. network px" in page.text
+    show_result(outcome_of(data), tmp_path, to_stderr=False)
+    out = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert out.startswith(told)
+    assert "timm/small 224 fits 60.0 0.41" in out
+    assert "time of" not in out
+
+
 def test_trials_fit_but_nothing_does_when_measured_again(tmp_path: Path) -> None:
     data = invent(30) | {"winner": None}
     for row in data["final"]:
@@ -647,3 +677,18 @@ def test_memory_size_and_energy_are_told_where_they_are_known(tmp_path: Path) ->
     assert "over memory" in text
     rows = list(csv.DictReader(io.StringIO((tmp_path / "trials.csv").read_text(encoding="utf-8"))))
     assert [row["memory_mb"] for row in rows[:2]] == ["38.5", ""]
+
+
+@pytest.mark.usefixtures("plots")
+def test_the_plot_ends_at_0_and_100_percent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Older studies hold scores and intervals beyond."""
+    from matplotlib.figure import Figure
+
+    figures = []
+    savefig = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), savefig(self, *a, **k))[1])
+    data = invent(4, 3.0)
+    for t, quality in zip(data["trials"], (-60.0, 199.0, 50.0, 40.0), strict=True):
+        t |= {"quality": quality, "quality_ci": [quality - 20, quality + 20]}
+    write_run(tmp_path, outcome_of(data))
+    assert figures[0].axes[0].get_ylim() == (0.0, 100.0)
