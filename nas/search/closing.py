@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -66,7 +67,7 @@ def closing_run(
     `rivals_of` names, in one interleaved run; where no trial is within the budget, the latter alone.
 
     Measured longer: finalists whose interval holds the budget, and that would win if they fitted; and all that may be
-    within the budget and whose latency is not known to `PRECISION`.
+    within the budget and whose latency is not known to `PRECISION`, where `MOST_ROUNDS` may be enough for it.
 
     Args:
         calibration: images for int8.
@@ -86,7 +87,7 @@ def closing_run(
     interrupted = False
     with Exporter(calibration) as exporter:
         try:
-            run.results = run.measure(exporter, run.every, run.unsure_or_imprecise)
+            run.results = run.measure(exporter, run.every, run.unsure_or_worth_longer)
             run.look_again(exporter)
         except Interrupted as interrupt:
             if not run.results and interrupt.done < CLOSING_ROUNDS:
@@ -195,7 +196,8 @@ class _ClosingRun:
             found, _ = outside_of(more, self.finalists)
             if not found:
                 return
-            results = self.measure(exporter, found | ({first: self.networks[first]} if first else {}), self.imprecise)
+            beside = {first: self.networks[first]} if first else {}
+            results = self.measure(exporter, found | beside, self.worth_longer)
             if first:
                 self._keep({"closing": first, "beside": [*found]}, results[first])
                 self.first_again |= dict.fromkeys(found, results.pop(first))
@@ -227,8 +229,17 @@ class _ClosingRun:
             and _fields(self.request, result)["verdict"] != Verdict.OVER
         ]
 
-    def unsure_or_imprecise(self, results: Mapping[str, Measurement | MeasureError]) -> list[str]:
-        return list(dict.fromkeys([*self.unsure(results), *self.imprecise(results)]))
+    def worth_longer(self, results: Mapping[str, Measurement | MeasureError]) -> list[str]:
+        """Of those, where `MOST_ROUNDS` may be enough: an interval narrows with the square root of the rounds."""
+        return [
+            label
+            for label in self.imprecise(results)
+            if isinstance(result := results[label], Measurement)
+            and _half_width(result) * math.sqrt(len(result.rounds_ms) / MOST_ROUNDS) <= PRECISION
+        ]
+
+    def unsure_or_worth_longer(self, results: Mapping[str, Measurement | MeasureError]) -> list[str]:
+        return list(dict.fromkeys([*self.unsure(results), *self.worth_longer(results)]))
 
     def tell_unsure(self) -> None:
         for label in self.unsure(self.results):
@@ -248,7 +259,7 @@ class _ClosingRun:
             if row.label in imprecise and isinstance(result := self.results[row.label], Measurement)
         ]
         if told:
-            self.note(f"in up to {MOST_ROUNDS} rounds not known to {PRECISION:.0%}: the latency of {', '.join(told)}")
+            self.note(f"latencies that are not known to {PRECISION:.0%}: {', '.join(told)}")
 
     def final(self) -> list[ClosingRow]:
         return ordered([ClosingRow.of(row, **self._timed(label)) for label, row in self.finalists.items()])
