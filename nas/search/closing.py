@@ -89,10 +89,12 @@ def closing_run(
         try:
             run.results = run.measure(exporter, run.every, run.unsure_or_worth_longer)
             run.look_again(exporter)
-        except Interrupted as interrupt:
-            if not run.results and interrupt.done < CLOSING_ROUNDS:
-                raise
-            run.results, interrupted = run.results or interrupt.results, True
+        except KeyboardInterrupt as interrupt:  # plain where it comes while files are exported
+            if not run.results:
+                if not isinstance(interrupt, Interrupted) or interrupt.done < CLOSING_ROUNDS:
+                    raise
+                run.results = interrupt.results
+            interrupted = True
         if run.many and not interrupted:
             run.batches = run.measure_batches(exporter, run.many)
     run.keep()

@@ -143,6 +143,7 @@ def protocol(request: SearchRequest) -> tuple[str, ...]:
         "samples.jsonl keeps every sample.",
         f"The closing table is one run of {CLOSING_ROUNDS} rounds, all networks interleaved in shuffled order. Then "
         f"some are measured longer, up to {MOST_ROUNDS} rounds: those whose interval holds the budget, if they might "
-        f"win, and those that may be within it, until the half-width is {PRECISION:.0%} of the median.",
+        f"win, and those that may be within it, until the half-width is {PRECISION:.0%} of the median, where so many "
+        "rounds may be enough for that.",
         "Latencies are of random weights; BatchNorm is folded and attention biases are gathered before export.",
     )

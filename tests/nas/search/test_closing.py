@@ -117,7 +117,7 @@ def test_an_unsure_network_is_measured_longer_until_it_is_sure(tmp_path, clock):
 def test_one_that_stays_unsure_does_not_win_over_one_that_fits(tmp_path, clock):
     final, notes = close(tmp_path, clock, t0=WIDE, t1=SURE, t2=WIDE)
     assert sum(run["trial 0"] for run in clock.runs) == closing.MOST_ROUNDS
-    assert clock.runs[1:] == [{"trial 0": 30, "trial 2": 30}] * 3
+    assert clock.runs[1:] == [{"trial 0": 30}] * 3, "what ranks behind a sure one is left as it is"
     assert [(row.trial, row.verdict, row.role) for row in final] == [
         (1, "fits", "winner"),
         (0, "unsure", "found"),
@@ -199,6 +199,22 @@ def test_ctrl_c_in_a_further_look_keeps_the_closing_run(tmp_path, clock, rivals,
 
     rivals += [[7], [8]]
     monkeypatch.setattr(side_by_side, "compare", compare)
+    with pytest.raises(closing.ClosingInterrupted) as cut:
+        run(tmp_path, clock, t0=SURE, r7=SURE, r8=SURE)
+    assert [row.label for row in (*cut.value.final, *cut.value.outside)] == ["trial 0", "rival 7"]
+
+
+def test_ctrl_c_while_further_networks_are_exported_keeps_the_closing_run(tmp_path, clock, rivals, monkeypatch):
+    written = []
+
+    def write(network, settings, stem):
+        written.append(stem)
+        if len(written) > 2:
+            raise KeyboardInterrupt
+        return stem
+
+    rivals += [[7], [8]]
+    monkeypatch.setattr(closing, "Exporter", lambda images: nullcontext(SimpleNamespace(write=write)))
     with pytest.raises(closing.ClosingInterrupted) as cut:
         run(tmp_path, clock, t0=SURE, r7=SURE, r8=SURE)
     assert [row.label for row in (*cut.value.final, *cut.value.outside)] == ["trial 0", "rival 7"]
