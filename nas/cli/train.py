@@ -53,7 +53,10 @@ def train(
             "from weights; quick, from random ones]"
         ),
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="Epochs.  [default: the recipe's]")] = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option(help="Epochs.  [default: in fine-tuning, 3 to 30 by the number of images; else the recipe's]"),
+    ] = None,
     minutes: Annotated[
         float | None, typer.Option(help="How long to train, instead of --epochs: as many as fit, one at least.")
     ] = None,
@@ -125,12 +128,12 @@ def train(
     """Train a network on images, from pretrained weights where there are any.
 
     First a linear classifier is fitted to the frozen network (a probe), and short trials choose the learning rate, by
-    images held out of the training images. Where a trial is no worse than the probe, all of the network is then trained
-    on all of them; else without those held out, which choose the better of the two. The accuracy told is on the
-    validation images, with the last epoch's weights or, where it is kept, the probe. The same command continues an
-    interrupted training where it was.
+    images held out of the training images. Where the chosen trial is no worse than the probe, on enough images to tell,
+    all of the network is then trained on all of them; else without those held out, which choose the better of the two.
+    The accuracy told is on the validation images, with the last epoch's weights or, where it is kept, the probe. The
+    same command continues an interrupted training where it was.
 
-    Exit codes: 0 done, 1 the training or its ONNX file failed (weights of the last good epoch are kept) or the disk is
+    Exit codes: 0 done, 1 the training or its ONNX file failed (the last good epoch or the probe is kept) or the disk is
     full, 2 bad input, 130 Ctrl-C.
     """
     from nas.cli.progress import load
@@ -199,7 +202,7 @@ def train(
         with waiting("looking for weights", quiet) as counted:
             request, start = with_usual_recipe(request, by, out is not None, counted)
     with (
-        watch_images(0 if minutes else request.recipe.epochs, quiet) as (progress, say),
+        watch_images(0 if minutes or request.recipe.by_images else request.recipe.epochs, quiet) as (progress, say),
         training_threads(train_threads, say, device),
     ):
         result = run_train(request, progress, say, command=command_line(), start=start)

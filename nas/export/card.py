@@ -25,6 +25,7 @@ from nas.networks.timm_network import LARGEST
 
 if TYPE_CHECKING:
     from onnx import ModelProto
+    from timm.models import PretrainedCfg
     from torchvision.transforms import Compose
 
     from nas.data.dataset import ImageData
@@ -351,8 +352,8 @@ def pixels_of(network: Arch | TimmNetwork, weights: str | Path | None) -> Pixels
     Args:
         weights: "timm", a file, or None for random ones, which have ImageNet's. What a file wants is told by the run's
             folder that it lies in, or by a preprocess.json beside it. Where nothing tells it, a network of timm has
-            what timm's checkpoint wants, as timm's own trainings do, and an Arch ImageNet's, as vitnas's do. An Arch
-            that is not in timm has ImageNet's, too.
+            what timm's checkpoint wants, and so has an Arch of as many classes as its own checkpoint, which the file
+            then likely is. Any other has ImageNet's, as vitnas trains it.
 
     Raises:
         UserError: what lies beside the weights is damaged.
@@ -365,12 +366,15 @@ def pixels_of(network: Arch | TimmNetwork, weights: str | Path | None) -> Pixels
         return IMAGENET
     if str(weights) != "timm":
         told = _told_beside(Path(weights))
-        if told is not None or isinstance(network, Arch):
-            return told.pixels if told else IMAGENET
+        if told is not None:
+            return told.pixels
     try:
-        return _pixels_of_timm(timm_name(network) if isinstance(network, Arch) else network.name)
+        config = _config_of_timm(timm_name(network) if isinstance(network, Arch) else network.name)
     except WeightsError:
         return IMAGENET
+    if isinstance(network, Arch) and str(weights) != "timm" and network.num_classes != config.num_classes:
+        return IMAGENET
+    return Pixels.of_timm(config)
 
 
 def _told_beside(weights: Path) -> Preprocess | None:
@@ -378,13 +382,13 @@ def _told_beside(weights: Path) -> Preprocess | None:
     return Card.read(weights.parent).preprocess if beside and weights.is_file() else None
 
 
-def _pixels_of_timm(name: str) -> Pixels:
+def _config_of_timm(name: str) -> PretrainedCfg:
     from timm import get_pretrained_cfg
 
     config = get_pretrained_cfg(name)
     if config is None:
         raise UserError(f"timm does not say what images {name} takes")
-    return Pixels.of_timm(config)
+    return config
 
 
 def _text(path: Path) -> str | None:

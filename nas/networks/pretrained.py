@@ -92,7 +92,7 @@ def find_pretrained(
         progress: told of a download.
 
     Raises:
-        NoPretrained: nobody published weights for it, and $VITNAS_WEIGHTS holds none.
+        NoPretrained: nobody published weights for it, and no folder holds any.
         UserError: a folder that is missing or without weights, a download that fails, or a damaged file in the cache
             that cannot be fetched again.
         Unreached: a download without a connection.
@@ -105,7 +105,7 @@ def find_pretrained(
     if wanted.config is None:
         if folder is not None:
             named = f": call its file {wanted.names[0]}.safetensors" if wanted.names else ""
-            raise UserError(f"{OPTION} {folder} holds no weights of {wanted.label}, and timm has none{named}")
+            raise NoPretrained(f"{OPTION} {folder} holds no weights of {wanted.label}, and timm has none{named}")
         raise NoPretrained(f"there are no pretrained weights of {wanted.label}")
     fetch = _from_hub if wanted.config.hf_hub_id else _from_url
     try:
@@ -146,6 +146,15 @@ def _given(wanted: _Wanted, folder: Path | None) -> tuple[Pretrained | None, lis
                 return Pretrained(wanted.label, path, "folder", digest, wanted.timm, "; ".join(looked)), looked
             looked.append(f"{place} holds no {wanted.label}")
     return None, looked
+
+
+def check_folder(folder: Path) -> None:
+    """See that a folder of the user's holds files of weights, whatever is looked for.
+
+    Raises:
+        UserError: it is missing, or holds none.
+    """
+    _in_folder(folder.expanduser(), OPTION, ())
 
 
 def label_of(network: Arch | TimmNetwork) -> str:

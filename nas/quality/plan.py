@@ -10,10 +10,6 @@ from nas.errors import UserError
 
 DEFAULT_EPOCHS = {"train": 9, "race": 3, "inherit": 3, "supernet": 30}
 FINAL_EPOCHS = 30
-RACED = 24_000
-"""Images that each final training of a race goes through, repeats counted, as far as `LEAST_RACED` and `FINAL_EPOCHS`
-allow: it begins with pretrained weights."""
-LEAST_RACED = 3
 NO_TEACHER = "none"
 LEAST_VALIDATED = 6
 """Networks below which a rank correlation says nothing."""
@@ -52,14 +48,16 @@ class TrainingPlan:
 
     def settled(self, tier: str, images: int, made: int | None = None) -> Self:
         """The plan with the epochs of its final trainings: in a race without such those that its folder has, which may
-        be of an older vitnas, else by the number of training images.
+        be of an older vitnas, else those of a tuning on so many training images.
 
         Args:
             made: the folder's; None: it has none.
         """
         if self.final_epochs is not None or tier != "race":
             return self
-        return replace(self, final_epochs=made or min(max(RACED // images, LEAST_RACED), FINAL_EPOCHS))
+        from nas.training.recipes import tuning_epochs
+
+        return replace(self, final_epochs=made or tuning_epochs(images))
 
     def check(self) -> None:
         """Raises: UserError: a number out of range, or a file where a folder is wanted."""

@@ -56,7 +56,7 @@ def tuning_recipe(epochs: int, lr: float) -> Recipe:
     """What pretrained networks are tuned by. lr: the highest, at its batch size."""
     from nas.training.recipes import FINETUNE
 
-    made = replace(FINETUNE, epochs=epochs, lr=lr)
+    made = replace(FINETUNE, epochs=epochs, lr=lr, by_images=False)
     return replace(made, augmentation=replace(made.augmentation, scale=made.tuning_crops))
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from nas.training.recipes import INHERITED, QUICK, RECIPES, Recipe
+from nas.training.recipes import FINETUNE, INHERITED, QUICK, RECIPES, Recipe
 from nas.training.request import TrainRequest, default_folder
 
-EARLIER: tuple[Recipe, ...] = (INHERITED,)
+EARLIER: tuple[Recipe, ...] = (replace(FINETUNE, by_images=False), INHERITED)
 """Recipes as they were before their defaults changed: a training that was begun by one goes on by it."""
 
 

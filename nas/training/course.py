@@ -70,10 +70,10 @@ class Course:
     taught: Trial | None = None
     """The trial with a teacher, at a rate that was tried without; the teacher is left out unless it is better."""
     whole: bool | None = None
-    """Whether the tuning is on all images for training, also on those held out: the trials have spoken for it, and
+    """Whether the tuning is on all images for training, also on those held out: the chosen trial speaks for it, and
     nothing is left to choose."""
     epochs: int | None = None
-    """Where a time was given for them."""
+    """Those that fit into the time given, or suit the number of images; None: the recipe's."""
     crops: float | None = None
     """Least share of an image's area that random crops of the tuning keep; None: the recipe's."""
     tuned: Held | None = None

@@ -17,6 +17,7 @@ from nas.training.teachers import (
     find_feature_teacher,
     find_teacher,
     own_teacher,
+    published_teacher,
     teacher_in_folder,
     tuning_of,
 )
@@ -93,6 +94,8 @@ def open_inputs(
         if known is None:
             raise
         start = Start.of(known)
+    if request.weights_from is not None and not start.published and published_teacher(request) is None:
+        note(f"--weights-from {request.weights_from} is not used: nothing here begins with published weights")
     if start.path is None and request.oracle is None and request.recipe.batch_norm == "frozen":
         raise UserError(
             f"--recipe {request.recipe.name} trains with frozen BatchNorm, which random weights cannot be trained "

@@ -6,13 +6,14 @@ import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from nas.errors import TrainingError
 from nas.training.course import Course, Held, Probed, Trial
 from nas.training.holdout import HELD
 from nas.training.processes import agreed
-from nas.training.rates import choose_trial, speak_for_tuning
+from nas.training.rates import choose_trial, speaks_for_tuning
+from nas.training.recipes import tuning_epochs
 from nas.units import counted
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ TRIED = 3000
 
 Brief = Callable[["nn.Module", "Recipe", "Images"], "Training"]
 """Gives a training of a network by a recipe on images, without checkpoint and judging."""
+End = Literal["done", "failed", "interrupted"]
+"""How a training ends."""
 
 
 @dataclass
@@ -103,21 +106,26 @@ class Preparation:
         began = monotonic()
         before = copy.deepcopy(model.state_dict()) if own_head else None
         own = self.judge(model) if own_head else None
-        probe = self._fit(self._better_features(model))
+        plain, apart = self.inputs.plain, len(self.inputs.held) > 0
+        images = self._for_probe(model, plain)
+        probe = self._fit(self._better_features(model, images))
         install(model, probe)
         found = probe.held_out
         held = None if found is None else Held(top1=found.top1, top1_ci=found.interval, images=found.images)
-        if len(self.inputs.held):
+        if apart:
             with self.job.phase("probe"):
                 held = self.judge(model)
         seconds = monotonic() - began
         accuracy = f"{held}, of {HELD}" if held else "no class has an image to hold out"
-        self.note(f"linear probe on the frozen network: {accuracy}; {seconds:.0f} s")
-        stays = before is not None and own is not None and held is not None and own.top1 >= held.top1
+        some = f"; fitted to {len(images):,} of {len(plain):,} images" if len(images) < len(plain) else ""
+        self.note(f"linear probe on the frozen network: {accuracy}{some}; {seconds:.0f} s")
+        stays = own is not None and (held is None or own.top1 >= held.top1)
+        if own is not None:
+            judged = f"{own}, of {HELD}" if apart else f"{own}, of images that it may have been trained on"
+            self.note(f"its own classifier {'stays' if stays else 'is replaced'}: {judged}")
         if before is not None and stays:
             model.load_state_dict(before)
-            held = own
-            self.note(f"its own classifier stays: {own}")
+            held = own if apart else None
         self.course.probe = Probed(held=held, own_head=stays, strength=probe.strength, seconds=seconds)
 
     def _features(self, model: nn.Module, images: Images) -> Features:
@@ -126,6 +134,13 @@ class Preparation:
         with self.job.phase("probe") as taken:
             batches = self._batches(images)
             return find_features(model, batches, self.device, progress=lambda done: taken(done, len(images)))
+
+    def _for_probe(self, model: nn.Module, images: Images) -> Images:
+        """As many of the images as a probe is fitted to."""
+        from nas.data.images import sample
+        from nas.training.probe import most_images
+
+        return sample(images, most_images(model, len(self.inputs.data.classes)), self.request.seed)
 
     def _fit(self, features: Features) -> Probe:
         from nas.training.probe import fit_probe
@@ -140,14 +155,14 @@ class Preparation:
             classes = len(self.inputs.data.classes)
             return fit_probe(features.values, features.labels, classes, self.request.seed, step)
 
-    def _better_features(self, model: nn.Module) -> Features:
-        """Features of the plain images, with BatchNorm's statistics taken again where a probe on some of these is
-        better for it."""
+    def _better_features(self, model: nn.Module, images: Images) -> Features:
+        """Features of plain images, with BatchNorm's statistics taken again where a probe on some of these is better
+        for it."""
         from nas.data.images import sample_first
         from nas.training.probe import Features
         from nas.training.statistics import take_statistics
 
-        images = sample_first(self.inputs.plain, COMPARED, self.request.seed)
+        images = sample_first(images, COMPARED, self.request.seed)
         features = self._features(model, images)
         some = images.pick(list(range(min(COMPARED, len(images)))))
         other = copy.deepcopy(model)
@@ -181,10 +196,11 @@ class Preparation:
         self.skipped += batches.skipped
 
     def judge(self, network: nn.Module) -> Held:
-        """Accuracy on the held-out images."""
+        """Accuracy on the held-out images or, where there are none, on those for training."""
         from nas.training.evaluation import evaluate
 
-        found = evaluate(network, self._batches(self.inputs.held), self.device, self.note)
+        images = self.inputs.held if len(self.inputs.held) else self.inputs.plain
+        found = evaluate(network, self._batches(images), self.device, self.note)
         return Held(top1=found.top1, top1_ci=found.interval, images=found.total)
 
     def until_stopped(self, batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -193,14 +209,23 @@ class Preparation:
                 raise KeyboardInterrupt
             yield batch
 
-    def choose(self, tuned: nn.Module | None) -> None:
-        """Keep the tuned network, unless the one that it began as is better. tuned: None where no epoch is done."""
+    def choose(self, tuned: nn.Module | None, end: End) -> None:
+        """Keep the tuned network, unless the one that it began as is better.
+
+        Where it was trained on the held-out images too, these only tell that nothing went wrong: what an interruption
+        leaves is said to be uncertain, and what a failure leaves is not kept.
+
+        Args:
+            tuned: None where no epoch is done.
+        """
         assert self.course.probe is not None
         before = self.course.probe.held
         assert before is not None
         self.course.tuned, self.course.kept = None, "probe"
         if tuned is None:
             self.note("the probe is kept: no epoch of tuning was finished")
+        elif self.course.whole and end == "failed":
+            self.note(f"the probe is kept: the tuning failed, and was on the {HELD} too")
         else:
             with self.job.phase("choosing"):
                 self.course.tuned = after = self.judge(tuned)
@@ -209,6 +234,8 @@ class Preparation:
             words = "tuned network is kept" if kept else "probe is kept, the tuned network is worse"
             since = ", on which it was trained since" if self.course.whole else ""
             self.note(f"{words}: {after.top1:.1f}% of {HELD}{since}, the probe {before.top1:.1f}%")
+            if kept and self.course.whole and end == "interrupted":
+                self.note("it was interrupted: nothing tells yet whether it is better than the probe")
         self.keep()
 
     def first(self, like: nn.Module, ended: bool = True) -> nn.Module:
@@ -229,7 +256,7 @@ class Preparation:
         from nas.training.probe import install
 
         plain = self.inputs.data.train.transformed(self.inputs.data.calibration.transform)
-        install(model, self._fit(self._features(model, plain)))
+        install(model, self._fit(self._features(model, self._for_probe(model, plain))))
 
     # Learning rate
 
@@ -249,17 +276,18 @@ class Preparation:
                 self.course.trials.append(self._try(trial, progress))
             self.keep()
         trials = self.course.trials
+        chosen = choose_trial(trials, self.course.epochs or recipe.epochs)
         if taught is not None and self.course.taught is None:
-            lr = recipe.rates[trials.index(choose_trial(trials, recipe.epochs))]
+            lr = recipe.rates[trials.index(chosen)]
             with self.job.phase("trying the teacher") as progress:
                 self.course.taught = self._try(taught(*_one_epoch(model, recipe, lr), images), progress)
             self.keep()
         if self.course.taught is not None and self.course.teaches:
-            trials = [*trials, self.course.taught]
+            chosen = self.course.taught
         probe = self.course.probe
         assert probe is not None
         assert probe.held is not None
-        whole = speak_for_tuning(trials, probe.held)
+        whole = speaks_for_tuning(chosen, probe.held)
         if whole and not probe.own_head:
             if self.rank == 0:
                 self._fit_to_all(model)
@@ -280,23 +308,29 @@ class Preparation:
 
     def choose_rate(self, recipe: Recipe, epochs: int) -> None:
         """Keep the one of the recipe's rates that the trials speak for."""
-        best = choose_trial(self.course.trials, epochs)
+        course = self.course
+        best = choose_trial(course.trials, epochs)
         told = ", ".join(
-            f"{trial.lr:g} {f'{trial.top1:.1f}%' if trial.top1_ci[1] else 'diverged'}" for trial in self.course.trials
+            f"{trial.lr:g} {f'{trial.top1:.1f}%' if trial.top1_ci[1] else 'diverged'}" for trial in course.trials
         )
         self.note(f"learning rate {best.lr:g}, chosen by short trials on {HELD} ({told})")
-        self.note(
-            f"the best trial is no worse than the probe: trained on all {len(self.images):,} images, those held out too"
-            if self.course.whole
-            else "the best trial is worse than the probe: the images held out stay so, and choose between the two"
-        )
-        if taught := self.course.taught:
-            (other,) = (trial for trial in self.course.trials if trial.lr == taught.lr)
+        if taught := course.taught:
+            (other,) = (trial for trial in course.trials if trial.lr == taught.lr)
             self.note(
-                f"the teacher {'helps' if self.course.teaches else 'does not help and is left out'}: "
+                f"the teacher {'helps' if course.teaches else 'does not help and is left out'}: "
                 f"{taught.top1:.1f}% of {HELD} in a short trial with it, {other.top1:.1f}% without"
             )
-        self.course.lr = recipe.rates[self.course.trials.index(best)]
+        trial = "the trial with the teacher" if taught and course.teaches else "the trial of that rate"
+        assert course.probe is not None
+        assert course.probe.held is not None
+        probe = f"{course.probe.held.top1:.1f}% of {course.probe.held.images:,}"
+        all_of_them = f"trained on all {len(self.images):,} images, those held out too"
+        self.note(
+            f"{trial} is no worse than the probe ({probe}): {all_of_them}"
+            if course.whole
+            else f"{trial} shows no sure gain over the probe ({probe}): the images held out stay so, and choose"
+        )
+        course.lr = recipe.rates[course.trials.index(best)]
         self.keep()
 
     # Crops
@@ -310,7 +344,14 @@ class Preparation:
             self.note(f"{epochs} epochs: random crops keep at least {crops:.0%} of an image's area, not {gentle:.0%}")
             self.keep()
 
-    # Time
+    # Epochs
+
+    def epochs_by_images(self) -> None:
+        """Find how many epochs suit the number of images."""
+        images = len(self.inputs.data.train)
+        self.course.epochs = tuning_epochs(images)
+        self.note(f"{counted(self.course.epochs, 'epoch')}, as there are {counted(images, 'image')} for training")
+        self.keep()
 
     def choose_epochs(self, minutes: float, trial: Training) -> None:
         """Find how many epochs fit, by the pace of some updates of a training that is then thrown away."""
@@ -325,9 +366,10 @@ class Preparation:
         of_image = agreed((times[-1] - times[warm]) / (len(times) - 1 - warm) / trial.images)
         updates = len(self.images) // trial.images
         epoch = of_image * (updates * trial.images + JUDGING * len(self.inputs.data.val))
-        spent = agreed(sum(self.job.state.phases.values()))
-        self.course.epochs = max(1, int((60 * minutes - spent) / epoch))
-        self.note(f"--minutes {minutes:g}: {counted(self.course.epochs, 'epoch')}, one takes about {epoch:.0f} s")
+        left = 60 * minutes - agreed(sum(self.job.state.phases.values()))
+        self.course.epochs = max(1, int(left / epoch))
+        late = f", and ends about {epoch - left:.0f} s after that time" if epoch > left else ""
+        self.note(f"--minutes {minutes:g}: {counted(self.course.epochs, 'epoch')}, one takes about {epoch:.0f} s{late}")
         self.keep()
 
 

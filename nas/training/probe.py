@@ -37,6 +37,8 @@ PATIENCE = 2
 FOLDS = 5
 FOLDED = 1_000_000_000
 """Images x features x classes up to which each fold is held out in its turn; beyond, one of them."""
+MOST_VALUES = 100_000_000
+"""Features and logits of all images together that a fit is given at most: 0.4 GB, which it has some copies of."""
 STEPS = 200
 TOLERANCE = 1e-5
 """Nats that a step must gain."""
@@ -195,6 +197,16 @@ def install(model: nn.Module, probe: Probe) -> None:
 # The fit
 
 
+def most_images(model: nn.Module, classes: int) -> int:
+    """How many images a probe on a network can be fitted to, as memory allows.
+
+    Raises:
+        UserError: the network does not end in a linear layer.
+    """
+    return max(1, MOST_VALUES // (sum(layer.in_features for layer in classifier_of(model)) + classes))
+
+
+@failing_as("fitting the probe")
 def fit_probe(
     features: Tensor,
     labels: Tensor,
@@ -212,6 +224,7 @@ def fit_probe(
 
     Raises:
         UserError: features that are not finite, or are the same for every image.
+        TrainingError: there is no memory, or PyTorch fails.
     """
     began = time.monotonic()
     problem = _Problem(features, labels, classes, progress)

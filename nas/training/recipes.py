@@ -57,6 +57,8 @@ class Recipe:
     """Whether trained weights first get a linear probe's head, and the better of probe and tuned network is kept."""
     rates: tuple[float, ...] = ()
     """Instead of `lr`, those that short trials choose from, on held-out images; none: there are no trials."""
+    by_images: bool = False
+    """Whether the number of images says how many epochs there are (`tuning_epochs`), instead of `epochs`."""
 
     @property
     def peak_lr(self) -> float:
@@ -90,7 +92,10 @@ INHERITED = Recipe(
     distillation="soft",
 )
 """For weights cut from another network, whose statistics BatchNorm has to find again; once it was `finetune` itself."""
-FINETUNE = replace(INHERITED, lr=3e-4, batch_norm="frozen", from_probe=True, rates=(1e-4, 3e-4, 1e-3))
+FINETUNE = replace(INHERITED, lr=3e-4, batch_norm="frozen", from_probe=True, rates=(1e-4, 3e-4, 1e-3), by_images=True)
+TUNED, LEAST_TUNED, MOST_TUNED = 24_000, 3, 30
+"""Images that a network with pretrained weights is tuned on, repeats counted, where the user does not say for how many
+epochs; and the fewest and the most epochs of that."""
 LONG_EPOCHS, LONG_CROPS = 20, 0.08
 """A fine-tuning of so many epochs or more crops as trainings from scratch do: the least share of the image's area. With
 gentle crops 30 epochs of 2,000 images end below 10 (docs/results/finetune.md)."""
@@ -155,3 +160,8 @@ SEPVIT = replace(
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe for recipe in (QUICK, FINETUNE, LEVIT, EFFICIENTVIT, EVIT, SHVIT, SEPVIT)
 }
+
+
+def tuning_epochs(images: int) -> int:
+    """For how many epochs a network with pretrained weights is tuned on so many images, where the user does not say."""
+    return min(max(TUNED // images, LEAST_TUNED), MOST_TUNED)

@@ -110,10 +110,11 @@ class TrainRequest:
             raise UserError(f"--precision {self.precision!r}: choose from {', '.join(PRECISIONS)}")
         if not 0 < recipe.lr < 1e3:
             raise UserError(f"--lr is {recipe.lr:g}: give a learning rate above 0, such as 1e-3")
-        if self.weights == RANDOM and (self.probe or self.weights_from is not None):
+        looks = self.weights_from is not None and self.teacher is None  # else it may be for the teacher's
+        if self.weights == RANDOM and (self.probe or looks):
             option = "--probe" if self.probe else "--weights-from"
             raise UserError(f"{option} needs trained weights: give it without --from-scratch or --weights {RANDOM}")
-        if self.weights not in (None, RANDOM, "timm") and self.weights_from is not None:
+        if self.weights not in (None, RANDOM, "timm") and looks:
             raise UserError(f"--weights {self.weights} and --weights-from {self.weights_from}: give one of them")
         unused = {
             "--teacher": self.teacher is not None,
@@ -157,6 +158,8 @@ def choose_recipe(
     recipe = RECIPES[name]
     size = batch_size or recipe.batch_size
     changes: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, "distillation": distillation}
+    if epochs is not None:
+        changes["by_images"] = False
     if lr is not None:
         changes |= {"lr": lr, "lr_batch": size, "rates": ()}
     return replace(recipe, **{key: value for key, value in changes.items() if value is not None})

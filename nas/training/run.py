@@ -20,7 +20,7 @@ from nas.training.course import Course
 from nas.training.device import alone_on
 from nas.training.folder import WEIGHTS, Trained, TrainFolder
 from nas.training.inputs import digests_of, first_network, lend_oracle, open_inputs, open_teacher
-from nas.training.prepare import JUDGED_AT_ONCE, Preparation
+from nas.training.prepare import JUDGED_AT_ONCE, End, Preparation
 from nas.training.processes import agreed, processes, ranks, together
 from nas.training.request import check_device
 from nas.training.result import LINEAR_PROBE, RESULT, Epoch, Final, TrainResult
@@ -100,7 +100,7 @@ class TrainingRun:
             say, progress = (lambda line: None), (lambda *_: None)
         elif not self._new:
             locks.enter_context(folder_lock(request.folder, say=say))
-        hints = {"epochs": self._onward()} if (request.folder / WEIGHTS).is_file() else {}
+        hints = dict.fromkeys(("epochs", "by_images"), self._onward()) if (request.folder / WEIGHTS).is_file() else {}
         self.job = Job(request.folder, request.identity(), say, progress, device, RESULT, hints, defaults())
         self.course = Course.read(self.job.state.found, self.job.kept / "state.json")
         self._queued: list[str] | None = []
@@ -119,7 +119,8 @@ class TrainingRun:
         """How to train the folder's network for longer."""
         request = self.request
         images = f" --data {shlex.quote(request.data)}" if request.data else ""
-        command = f"vitnas train {shlex.quote(str(request.folder))}{images} --epochs {request.recipe.epochs} --out NEW"
+        epochs = "" if request.recipe.by_images else f" --epochs {request.recipe.epochs}"
+        command = f"vitnas train {shlex.quote(str(request.folder))}{images}{epochs} --out NEW"
         return f"; `{command}` begins with its weights"
 
     def run(self) -> TrainResult | None:
@@ -136,7 +137,7 @@ class TrainingRun:
             return None if self.rank else self._finished()
         model, own_head = first_network(request, inputs, self._note)
         if request.probe or (inputs.fine_tunes and not len(inputs.held)):
-            return self._probe(model)
+            return self._probe(model, own_head and not request.probe)
         teacher = open_teacher(request, inputs.data, self._note, self._tune_teacher)
         guided = lend_oracle(request, model, inputs.data, self.device, self._note)
         training = self._prepared(model, own_head, teacher)
@@ -144,11 +145,11 @@ class TrainingRun:
         try:
             with guided, self._stopping():
                 self._epochs(training)
-                trained = self._better(training)
+                trained = self._better(training, "done")
         except TrainingError as found:
             error = found
             self._go_back(training, found)
-            trained = self._better(training)
+            trained = self._better(training, "failed")
         except KeyboardInterrupt:
             if self.processes == 1:
                 self._leave(training)
@@ -185,10 +186,10 @@ class TrainingRun:
         self.folder.mend(result)
         return result
 
-    def _probe(self, model: nn.Module) -> TrainResult | None:
-        """A linear probe alone."""
+    def _probe(self, model: nn.Module, own_head: bool) -> TrainResult | None:
+        """A linear probe alone. own_head: as `Preparation.probe`."""
         self._begin()
-        self.steps.probe(model, own_head=False)
+        self.steps.probe(model, own_head)
         probe = self.course.probe
         assert probe is not None
         final = None if self.rank else self._final_of_probe(model, probe.seconds)
@@ -211,15 +212,18 @@ class TrainingRun:
 
         probes = inputs.fine_tunes and course.probe is None
         tries = len(recipe.rates) > 1 and inputs.fine_tunes and course.lr is None
-        if agreed(probes or tries or (minutes is not None and course.epochs is None)):
+        counts = course.epochs is None and (minutes is not None or recipe.by_images)
+        if agreed(probes or tries or counts):
             # before anything is written: whether such a training can be had
             checked = taught(copy.deepcopy(model), replace(recipe, lr=recipe.lr / 1e6), inputs.train)
             self._begin()
             if inputs.fine_tunes:
                 self.steps.probe(model, own_head)
+            if counts and minutes is None:
+                self.steps.epochs_by_images()
             if tries:
                 self.steps.try_rates(model, recipe, brief, None if teacher is None else taught)
-            if minutes is not None and course.epochs is None:
+            if counts and minutes is not None:
                 self.steps.choose_epochs(minutes, checked)
             if inputs.fine_tunes:
                 self.steps.choose_crops(course.epochs or recipe.epochs)
@@ -308,19 +312,21 @@ class TrainingRun:
                 self.job.save()
                 self.job.say(Epoch(**training.history[-1]).line(epochs))
 
-    def _better(self, training: Training, ended: bool = True) -> Trained:
+    def _better(self, training: Training, end: End) -> Trained:
         """The better of the network as far as it is tuned and the one that it began as.
 
-        ended: False of an interrupted training, which judges no probe and fits none again.
+        end: an interruption judges no probe, and fits none again.
         """
         trained, course = Trained.of(training, self._val, self.steps), self.course
         if not self.inputs.fine_tunes:
             return trained
         assert course.probe is not None
         if not self.rank:
-            self.steps.choose(training.network if training.epoch else None)
+            early = training.epoch < training.recipe.epochs
+            self.steps.choose(training.network if training.epoch else None, end if early else "done")
         if agreed(course.kept) == "tuned" or self.rank:
             return trained
+        ended = end != "interrupted"
         network = self.steps.first(training.model, ended)
         final = Final(epoch=0, of=LINEAR_PROBE, seconds=course.probe.seconds)
         if ended:
@@ -385,7 +391,7 @@ class TrainingRun:
             return
         self.job.say(f"interrupted after {done}: writing the network (Ctrl-C again leaves that out)")
         self._stop = lambda: False
-        trained = self._better(training, ended=False)
+        trained = self._better(training, "interrupted")
         final = self.folder.write(trained, None, self._note, interrupted=done).final
         accuracy = (final and final.accuracy()) or "which was not judged"
         which = f"the network of {f'epoch {training.epoch}' if training.epoch else done}, {accuracy}"

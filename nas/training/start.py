@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nas.data.lineage import TIMM
-from nas.errors import UserError
+from nas.errors import DiskFull, UserError
 from nas.identity import file_digest
 from nas.networks.hub import Bytes
-from nas.networks.pretrained import NoPretrained, find_pretrained
+from nas.networks.pretrained import NoPretrained, check_folder, find_pretrained
 from nas.networks.targets import find_target
 from nas.training.begun import begun_in, left_by_an_older
 from nas.training.course import StartRecord
@@ -64,10 +64,13 @@ def find_start(request: TrainRequest, progress: Bytes | None = None) -> Start:
     progress: told of the bytes of a download.
 
     Raises:
-        UserError: no such network or file, weights that are known but cannot be had, none where they are needed, or a
-            folder for the results that holds the weights it begins with.
+        UserError: no such network or file, a folder without weights, weights that are known but cannot be had, none
+            where they are needed, or a folder for the results that holds the weights it begins with.
+        DiskFull: no room for the download.
     """
     target = find_target(request.model)
+    if request.weights_from is not None:
+        check_folder(request.weights_from)
     if request.weights == RANDOM:
         return Start()
     if request.weights not in (None, TIMM):
@@ -75,9 +78,9 @@ def find_start(request: TrainRequest, progress: Bytes | None = None) -> Start:
         return Start(Path(request.weights), digest, "file", f"weights of {request.weights} (sha256 {digest})")
     own = target.as_trained().weights if request.weights is None else None
     if own is not None and not _writes_itself(request.folder, own):
-        return Start(
-            own, file_digest(own), "run", f"begins with the weights of {own} (--weights none: with random ones)"
-        )
+        digest = file_digest(own)
+        told = f"begins with the weights of {own} (sha256 {digest}; --weights none: with random ones)"
+        return Start(own, digest, "run", told)
     begun = begun_in(request.folder)
     fine_tunes = request.recipe.name == FINETUNE.name and request.oracle is None
     if not asks_for_weights(request) and (not fine_tunes or (begun is not None and begun.from_nothing)):
@@ -87,8 +90,9 @@ def find_start(request: TrainRequest, progress: Bytes | None = None) -> Start:
 
 
 def asks_for_weights(request: TrainRequest) -> bool:
-    """Whether an option of the request needs trained weights."""
-    return request.weights == TIMM or request.weights_from is not None or request.probe
+    """Whether an option of the request needs trained weights; with a teacher, --weights-from may be for that alone."""
+    looks = request.weights_from is not None and request.teacher is None
+    return request.weights == TIMM or looks or request.probe
 
 
 def with_usual_recipe(
@@ -137,10 +141,14 @@ def _published(request: TrainRequest, target: Target, progress: Bytes | None) ->
     try:
         found = find_pretrained(target.as_trained().require(), request.weights_from, progress)
     except NoPretrained as error:
-        if asks_for_weights(request):
-            what = f"--weights {TIMM}" if request.weights == TIMM else "--probe"
-            raise UserError(f"{what}: {error}: give --weights FILE or --weights-from DIR") from None
-        return Start(line=f"no pretrained weights of {request.model}: starts from random weights")
+        if not asks_for_weights(request):
+            return Start(line=f"no pretrained weights of {request.model}: starts from random weights")
+        if request.weights_from is not None:  # which the error names
+            raise
+        what = f"--weights {TIMM}" if request.weights == TIMM else "--probe"
+        raise UserError(f"{what}: {error}: give --weights FILE or --weights-from DIR") from None
+    except DiskFull:
+        raise
     except UserError as error:
         if asks_for_weights(request):
             raise

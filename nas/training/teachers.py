@@ -114,12 +114,16 @@ def own_teacher(
     return fitting(f"{option} {text}", model, counts, model.arch.resolution, own, pixels)
 
 
+def published_teacher(request: TrainRequest) -> Target | None:
+    """The teacher that is to have its published weights; None where there is none, or it has others."""
+    target = _target_of(request.teacher) if request.teacher is not None else None
+    return target if target is not None and _is_published(target, request.teacher_weights) else None
+
+
 def teacher_in_folder(request: TrainRequest) -> str | None:
     """The file of a teacher's published weights in a folder of the user's; None where none of them is used."""
-    if request.teacher is None:
-        return None
-    target = _target_of(request.teacher)
-    if not _is_published(target, request.teacher_weights):
+    target = published_teacher(request)
+    if target is None:
         return None
     found = find_here(target.as_trained().require(), request.weights_from)
     return str(found.path) if found is not None and found.source == "folder" else None
@@ -202,16 +206,17 @@ def fitting(
 
 def tuning_of(request: TrainRequest) -> TrainRequest:
     """The fine-tuning of a student's teacher on the student's images: a run of its own in the student's folder, for the
-    student's epochs, ten at most, or half of its minutes."""
+    student's epochs, ten at most, or by the number of images where the student's are; or half of its minutes."""
     from nas.training.recipes import FINETUNE
     from nas.training.request import choose_recipe
 
     assert request.teacher is not None
+    epochs = None if request.recipe.by_images else min(FINETUNE.epochs, request.recipe.epochs)
     return replace(
         request,
         model=request.teacher,
         weights=request.teacher_weights,
-        recipe=choose_recipe(FINETUNE.name, min(FINETUNE.epochs, request.recipe.epochs)),
+        recipe=choose_recipe(FINETUNE.name, epochs),
         folder=request.folder / TEACHER,
         resolution=None,
         teacher=None,

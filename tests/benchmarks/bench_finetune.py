@@ -43,7 +43,7 @@ from nas.networks.targets import find_target
 from nas.training.evaluation import evaluate
 from nas.training.inputs import first_network, open_inputs
 from nas.training.recipes import FINETUNE
-from nas.training.request import TrainRequest
+from nas.training.request import TrainRequest, choose_recipe
 from nas.training.run import train
 
 METHODS = ("probe", "ours", "timm")
@@ -167,7 +167,7 @@ class Bench:
         return Row(*subject, method, epochs, seed, top1, images, round(spent, 1), kept, lr, self.commit)
 
     def request(self, subject: Subject, method: str, epochs: int, seed: int) -> TrainRequest:
-        recipe = replace(FINETUNE, epochs=max(epochs, 1))
+        recipe = choose_recipe(FINETUNE.name, max(epochs, 1))
         if method == "timm":
             recipe = replace(recipe, augmentation=Augmentation(scale=0.08), from_probe=False)
         timms = subject.network.startswith("timm/")
@@ -265,7 +265,7 @@ def table(rows: Iterable[Row]) -> list[list[str]]:
     for row in rows:
         found.setdefault((Subject(row.data, row.network, row.px), row.method, row.epochs), []).append(row)
     lines: list[list[str]] = []
-    for epochs in sorted({row.epochs for group in found.values() for row in group} - {0}):
+    for epochs in sorted({of for _, method, of in found if method == "ours"}):
         gains: dict[str, list[float]] = {"probe": [], "timm": []}
         for subject in sorted({subject for subject, method, of in found if method == "ours" and of == epochs}):
             runs = {

@@ -10,7 +10,7 @@ import pytest
 from nas.data.images import Augmentation
 from nas.training.begun import as_begun
 from nas.training.recipes import FINETUNE, INHERITED, RECIPES
-from nas.training.request import TrainRequest
+from nas.training.request import TrainRequest, choose_recipe
 from search_spaces.registry import FAMILIES
 
 PUBLISHED = {
@@ -58,12 +58,16 @@ def test_recipes_go_into_json(name):
     assert json.loads(json.dumps(dataclasses.asdict(RECIPES[name])))["name"] == name
 
 
-def test_a_training_begun_by_an_earlier_finetune_goes_on_by_it(tmp_path):
-    request = TrainRequest("net", dataclasses.replace(FINETUNE, epochs=3), "cpu", tmp_path)
-    earlier = dataclasses.replace(INHERITED, epochs=3)
+@pytest.mark.parametrize("recipe", [INHERITED, dataclasses.replace(FINETUNE, by_images=False)])
+@pytest.mark.parametrize("epochs", [None, 3])
+def test_a_training_begun_by_an_earlier_finetune_goes_on_by_it(tmp_path, recipe, epochs):
+    request = TrainRequest("net", choose_recipe("finetune", epochs), "cpu", tmp_path)
+    earlier = dataclasses.replace(recipe, epochs=epochs or 10)
     options = dataclasses.replace(request, recipe=earlier).identity()
-    del options["batch_norm"]
+    del options["by_images"]
+    if recipe == INHERITED:
+        del options["batch_norm"]
     (tmp_path / "state").mkdir()
     (tmp_path / "state" / "state.json").write_text(json.dumps({"options": options, "found": {}}))
-    assert FINETUNE.batch_norm == "frozen"
+    assert (FINETUNE.batch_norm, FINETUNE.by_images) == ("frozen", True)
     assert as_begun(request).recipe == earlier

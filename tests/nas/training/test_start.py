@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 import nas.training.start
-from nas.errors import UserError
+from nas.errors import DiskFull, UserError
 from nas.networks.pretrained import NoPretrained, Pretrained
 from nas.training.inputs import open_inputs
 from nas.training.recipes import FINETUNE, QUICK
@@ -20,17 +21,19 @@ from search_spaces import get_arch
 
 @pytest.fixture
 def looked(monkeypatch, tmp_path) -> list[Path | None]:
-    """The folders that published weights were looked for in; there are some of shvit_s1."""
+    """The folders that published weights were looked for in; there are some of shvit_s1. One, weights/, has a file."""
     seen: list[Path | None] = []
 
     def look(network, folder=None, progress=None):
         seen.append(folder)
         if network.family != "shvit":
             raise NoPretrained("there are no pretrained weights of it")
-        return Pretrained("shvit_s1", tmp_path / "weights", "cache", "ab12", "shvit_s1.in1k")
+        return Pretrained("shvit_s1", tmp_path / "kept", "cache", "ab12", "shvit_s1.in1k")
 
     monkeypatch.setattr(nas.training.start, "find_pretrained", look)
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "other.safetensors").touch()
     return seen
 
 
@@ -82,8 +85,8 @@ def test_a_recipe_for_random_weights_looks_for_none(looked):
     start = find_start(asked(recipe=QUICK))
     assert (start.source, start.line) == ("random", "starts from random weights (recipe quick)")
     assert not looked
-    assert find_start(asked(recipe=QUICK, weights_from="there")).source == "cache"
-    assert looked == [Path("there")]
+    assert find_start(asked(recipe=QUICK, weights_from="weights")).source == "cache"
+    assert looked == [Path("weights")]
 
 
 def test_weights_that_cannot_be_had_are_no_reason_for_random_ones(looked, monkeypatch):
@@ -93,6 +96,64 @@ def test_weights_that_cannot_be_had_are_no_reason_for_random_ones(looked, monkey
     monkeypatch.setattr(nas.training.start, "find_pretrained", fail)
     with pytest.raises(UserError, match="give that as --weights-from; or --from-scratch for random weights"):
         with_usual_recipe(asked(), choose_recipe, named=False)
+
+
+def test_a_full_disk_is_no_reason_for_random_ones_either(looked, monkeypatch):
+    def fail(*args):
+        raise DiskFull("cache")
+
+    monkeypatch.setattr(nas.training.start, "find_pretrained", fail)
+    with pytest.raises(DiskFull, match=r"the same command goes on$"):
+        with_usual_recipe(asked(), choose_recipe, named=False)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"weights": "none", "teacher": "levit_128s"}, {"model": "mine"}, {"recipe": QUICK, "teacher": "levit_128s"}],
+)
+@pytest.mark.parametrize("named", ["nowhere", "empty"])
+def test_a_folder_without_weights_is_refused_whatever_it_is_for(looked, changes, named):
+    """Also where nothing would be looked for in it: the network is random, or has its own weights."""
+    Path("empty").mkdir()
+    Path("mine").mkdir()
+    Path("mine/arch.json").write_text(get_arch("shvit_s1").to_json())
+    Path("mine/model.safetensors").write_bytes(b"trained")
+    with pytest.raises(UserError, match=f"^--weights-from {named}:? (no such folder|holds no file of weights)"):
+        find_start(asked(weights_from=named, **changes))
+    assert looked == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "source"),
+    [({"weights": "none"}, "random"), ({"weights": "given.pth"}, "file"), ({"model": "sepvit_lite"}, "random")],
+)
+def test_a_folder_may_be_for_the_teacher_alone(looked, changes, source):
+    Path("given.pth").write_bytes(b"weights")
+    request = asked(weights_from="weights", teacher="levit_128s", **changes)
+    request.check()
+    assert with_usual_recipe(request, choose_recipe, named=False)[1].source == source
+    assert find_start(replace(request, recipe=QUICK)).source == source
+    alone = replace(request, teacher=None)
+    if "weights" in changes:
+        with pytest.raises(UserError, match="--weights-from"):
+            alone.check()
+    else:
+        with pytest.raises(UserError, match="no pretrained weights"):
+            find_start(alone)
+
+
+@pytest.mark.parametrize(("teacher", "used"), [(None, False), ("taught", False), ("levit_128s", True)])
+def test_a_folder_that_is_not_used_is_told(looked, teacher, used):
+    """The network has weights of its own, and the teacher has, or there is none."""
+    for name in ("mine", "taught"):
+        Path(name).mkdir()
+        Path(name, "arch.json").write_text(get_arch("shvit_s1").to_json())
+        Path(name, "model.safetensors").write_bytes(b"trained")
+    told: list[str] = []
+    request = asked(model="mine", teacher=teacher, weights_from="weights", data=None)
+    start = open_inputs(request, told.append).start
+    assert f"mine/model.safetensors (sha256 {start.digest}; --weights none: with random ones)" in start.line
+    assert any(line.startswith("--weights-from weights is not used: ") for line in told) != used
 
 
 @pytest.mark.parametrize(("finished", "recipe"), [(False, "quick"), (True, "finetune")])

@@ -20,8 +20,8 @@ from nas.data.images import sample
 from nas.training.course import Course, Trial
 from nas.training.prepare import Preparation
 from nas.training.recipes import FINETUNE, RECIPES
-from nas.training.request import TrainRequest
-from nas.training.teachers import OtherClassesError, find_feature_teacher, find_teacher, teacher_in_folder
+from nas.training.request import TrainRequest, choose_recipe
+from nas.training.teachers import OtherClassesError, find_feature_teacher, find_teacher, teacher_in_folder, tuning_of
 from search_spaces import Arch, create_model, get_arch
 
 ARGS = ("--epochs", "1", "--batch-size", "32", "--device", "cpu")
@@ -106,6 +106,14 @@ def test_it_teaches_where_its_trial_is_better(top1: float, helps: bool) -> None:
 def test_without_a_trial_it_teaches() -> None:
     """As in folders from before there was one."""
     assert Course.read({"course": {"lr": 1e-4}}, "").teaches
+
+
+@pytest.mark.parametrize(("epochs", "own"), [(None, (10, True)), (3, (3, False)), (30, (10, False))])
+def test_its_own_tuning_is_as_long_as_the_student_s(tmp_path: Path, epochs: int | None, own: tuple[int, bool]) -> None:
+    """Ten epochs at most, or by the number of images."""
+    request = TrainRequest("net", choose_recipe("finetune", epochs), "cpu", tmp_path, teacher="large")
+    recipe = tuning_of(request).recipe
+    assert (recipe.epochs, recipe.by_images) == own
 
 
 def test_other_classes_are_told_apart_from_no_weights(of_seven: tuple[str, str], tmp_path: Path) -> None:

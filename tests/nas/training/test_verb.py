@@ -42,6 +42,7 @@ from nas.export import folder as export_folder
 from nas.export import side_by_side
 from nas.export.artifact import Exporter
 from nas.files import folder_lock
+from nas.identity import file_digest
 from nas.measure.samples import Measurement
 from nas.networks.targets import Target
 from nas.training.evaluation import evaluate
@@ -704,7 +705,8 @@ def test_fine_tuning_begins_with_the_weights_given(vitnas, trained, tmp_path, mo
 
     monkeypatch.setattr(nas.training.engine, "Training", Peek)
     weights, checkpoint = str(trained / "model.safetensors"), str(tmp_path / "checkpoint.pth")
-    given, short = load_file(weights), ("--lr", "1e-3", "--epochs", "1", "--batch-size", "64")
+    given, digest = load_file(weights), file_digest(Path(weights))
+    short = ("--lr", "1e-3", "--epochs", "1", "--batch-size", "64")
     torch.save({"model": {f"module.{name}": value for name, value in given.items()}, "epoch": 9}, checkpoint)
     args = ("--weights", checkpoint, *short)
     for size in (64, 96):
@@ -723,7 +725,9 @@ def test_fine_tuning_begins_with_the_weights_given(vitnas, trained, tmp_path, mo
         args = ("train", str(trained), *short, *more, "--out", str(tmp_path / name))
         code, _, err = vitnas(*args)
         assert code == 0
-        assert (f"begins with the weights of {weights} (--weights none: with random" in err) == (name == "own")
+        assert (f"begins with the weights of {weights} (sha256 {digest}; --weights none: with random" in err) == (
+            name == "own"
+        )
         assert metrics(tmp_path / name)["recipe"]["name"] == recipe
         assert all(torch.equal(given[key], value) for key, value in begun[64].items()) == (name == "own")
     begun.clear()
