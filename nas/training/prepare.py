@@ -323,12 +323,12 @@ class Preparation:
         trial = "the trial with the teacher" if taught and course.teaches else "the trial of that rate"
         assert course.probe is not None
         assert course.probe.held is not None
-        probe = f"{course.probe.held.top1:.1f}% of {course.probe.held.images:,}"
-        all_of_them = f"trained on all {len(self.images):,} images, those held out too"
+        probe = f"the probe ({course.probe.held.top1:.1f}% of {course.probe.held.images:,})"
         self.note(
-            f"{trial} is no worse than the probe ({probe}): {all_of_them}"
+            f"{trial} is not below {probe} by more than a standard error: trained on all {len(self.images):,} images, "
+            "those held out too"
             if course.whole
-            else f"{trial} shows no sure gain over the probe ({probe}): the images held out stay so, and choose"
+            else f"{trial} is not surely as good as {probe}: the images held out stay so, and choose"
         )
         course.lr = recipe.rates[course.trials.index(best)]
         self.keep()

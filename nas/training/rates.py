@@ -18,8 +18,9 @@ def standard_error(held: Held) -> float:
 
 
 def speaks_for_tuning(trial: Trial, probe: Held) -> bool:
-    """Whether a short trial shows that tuning by its rate pays: it is no worse than the probe, on enough images."""
-    return probe.images >= ENOUGH and trial.top1 >= probe.top1
+    """Whether a short trial says that tuning by its rate pays: it is not below the probe by more than the probe's
+    standard error, on enough images. It is of one epoch, and gains more in several."""
+    return probe.images >= ENOUGH and trial.top1 >= probe.top1 - standard_error(probe)
 
 
 def choose_trial(trials: Sequence[Trial], epochs: int, errors: float = 1) -> Trial:

@@ -312,10 +312,9 @@ def test_where_tuning_pays_it_is_on_all_images(tune, tmp_path, monkeypatch, enou
     brief = [(images - held, False)] * 3
     assert trained == [*brief, (images if enough else images - held, True)], "what is checked, two trials, the tuning"
     assert fitted[-2:] == [images - held, images], "at the end, where the probe is kept"
-    at_all = (
-        f"the trial of that rate is no worse than the probe ({found['probe']['held']['top1']:.1f}% of {held}): trained"
-    )
-    assert (f"{at_all} on all {images} images, those held out too" in err) == enough
+    probe = f"the probe ({found['probe']['held']['top1']:.1f}% of {held})"
+    at_all = f"the trial of that rate is not below {probe} by more than a standard error: trained on all {images} images"
+    assert (f"{at_all}, those held out too" in err) == enough
     assert ("of held-out training images, on which it was trained since, the probe" in err) == enough
     assert (f"% of {held}): the images held out stay so, and choose" in err) != enough
 
@@ -509,16 +508,16 @@ def test_the_highest_rate_that_is_as_good_as_the_best(tops, epochs, lr):
 @pytest.mark.parametrize(
     ("top1", "images", "pays"),
     [
-        (44.3, 300, True),
-        (44.0, 300, False),
+        (41.5, 300, True),
+        (41.4, 300, False),
         (44.3, 250, True),
         (90.0, 249, False),
         (90.0, 10, False),
         (90.0, 40, False),
     ],
 )
-def test_a_trial_speaks_for_tuning_where_it_is_no_worse_than_the_probe_on_enough_images(top1, images, pays):
-    """A rate within a standard error of the best trial may be two below the probe: 44.0 is within one."""
+def test_a_trial_speaks_for_tuning_where_it_is_near_the_probe_on_enough_images(top1, images, pays):
+    """A standard error of 44.3% of 300 images is 2.87 points."""
     trial, probe = Trial(lr=1e-3, top1=top1, top1_ci=(0.0, 100.0), images=images), 44.3
     assert speaks_for_tuning(trial, Held(top1=probe, top1_ci=(39.0, 50.0), images=images)) == pays
 
