@@ -128,8 +128,8 @@ def train(
     """Train a network on images, from pretrained weights where there are any.
 
     First a linear classifier is fitted to the frozen network (a probe), and short trials choose the learning rate, by
-    images held out of the training images. Where the chosen trial is about as good as the probe, on enough images to tell,
-    all of the network is then trained on all of them; else without those held out, which choose the better of the two.
+    images held out of the training images. Where the chosen trial is about as good as the probe, on enough images to
+    tell, all of the network is then trained on all of them; else without those held out, which choose the better one.
     The accuracy told is on the validation images, with the last epoch's weights or, where it is kept, the probe. The
     same command continues an interrupted training where it was.
 

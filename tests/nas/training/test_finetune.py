@@ -313,7 +313,9 @@ def test_where_tuning_pays_it_is_on_all_images(tune, tmp_path, monkeypatch, enou
     assert trained == [*brief, (images if enough else images - held, True)], "what is checked, two trials, the tuning"
     assert fitted[-2:] == [images - held, images], "at the end, where the probe is kept"
     probe = f"the probe ({found['probe']['held']['top1']:.1f}% of {held})"
-    at_all = f"the trial of that rate is not below {probe} by more than a standard error: trained on all {images} images"
+    at_all = (
+        f"the trial of that rate is not below {probe} by more than a standard error: trained on all {images} images"
+    )
     assert (f"{at_all}, those held out too" in err) == enough
     assert ("of held-out training images, on which it was trained since, the probe" in err) == enough
     assert (f"% of {held}): the images held out stay so, and choose" in err) != enough
