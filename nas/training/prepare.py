@@ -225,7 +225,7 @@ class Preparation:
         if tuned is None:
             self.note("the probe is kept: no epoch of tuning was finished")
         elif self.course.whole and end == "failed":
-            self.note(f"the probe is kept: the tuning failed, and was on the {HELD} too")
+            self.job.say(f"the probe is kept: the tuning failed, and was on the {HELD} too")
         else:
             with self.job.phase("choosing"):
                 self.course.tuned = after = self.judge(tuned)
@@ -235,7 +235,7 @@ class Preparation:
             since = ", on which it was trained since" if self.course.whole else ""
             self.note(f"{words}: {after.top1:.1f}% of {HELD}{since}, the probe {before.top1:.1f}%")
             if kept and self.course.whole and end == "interrupted":
-                self.note("it was interrupted: nothing tells yet whether it is better than the probe")
+                self.job.say("it was interrupted: nothing tells yet whether it is better than the probe")
         self.keep()
 
     def first(self, like: nn.Module, ended: bool = True) -> nn.Module:
@@ -328,7 +328,7 @@ class Preparation:
             f"{trial} is not below {probe} by more than a standard error: trained on all {len(self.images):,} images, "
             "those held out too"
             if course.whole
-            else f"{trial} is not surely as good as {probe}: the images held out stay so, and choose"
+            else f"{trial} is no sure sign that tuning pays, beside {probe}: the images held out stay so, and choose"
         )
         course.lr = recipe.rates[course.trials.index(best)]
         self.keep()

@@ -340,8 +340,8 @@ class TrainingRun:
     def _go_back(self, training: Training, error: TrainingError) -> None:
         training.restore(within=False)
         done = training.epoch
-        kept = f"the weights of epoch {done} are kept" if done else "there are no earlier weights"
-        self.job.say(f"{error}; {kept}")
+        last = f"the last good epoch is {done}" if self.inputs.fine_tunes else f"the weights of epoch {done} are kept"
+        self.job.say(f"{error}; {last if done else 'there are no earlier weights'}")
 
     @contextmanager
     def _stopping(self) -> Iterator[None]:

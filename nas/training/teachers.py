@@ -212,6 +212,7 @@ def tuning_of(request: TrainRequest) -> TrainRequest:
 
     assert request.teacher is not None
     epochs = None if request.recipe.by_images else min(FINETUNE.epochs, request.recipe.epochs)
+    looks = request.weights_from is not None and published_teacher(request) is not None
     return replace(
         request,
         model=request.teacher,
@@ -221,6 +222,7 @@ def tuning_of(request: TrainRequest) -> TrainRequest:
         resolution=None,
         teacher=None,
         teacher_weights=None,
+        weights_from=request.weights_from if looks else None,
         oracle=None,
         minutes=None if request.minutes is None else request.minutes / 2,
     )
