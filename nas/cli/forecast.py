@@ -16,7 +16,7 @@ LEAST_CLOSING_S = 2.0
 FINALS = "final trainings"
 """Tells how many are to be made, those of parents among them, before the first."""
 FINAL = re.compile(r"final training, .+, seed \d+$|tuning the parent .+ on all images, seed \d+$")
-TUNING = "tuning the parent "
+TUNING = "tuning the "
 TEACHER = re.compile(r"trying the teacher .+, (without|by) it$")
 VALIDATION = "validation"
 

@@ -30,8 +30,9 @@ from nas.quality.candidate import Candidate, Kind, label_at
 from nas.quality.parents import Parents
 from nas.quality.ready import give_probe, own_pixels, with_weights
 from nas.quality.surrogate import kind_of
+from nas.quality.teacher import named_teacher, sized
 from nas.quality.trained import HalvingTier
-from nas.quality.tuning import Tuned, choose_rate, tuned_in, tuning_recipe
+from nas.quality.tuning import Tuned, alone_with, choose_rate, tuned_in, tuning_recipe
 from nas.units import counted
 from search_spaces import get_arch, list_models
 from search_spaces.weights import published_name
@@ -50,8 +51,8 @@ if TYPE_CHECKING:
     from nas.training.recipes import Recipe
     from search_spaces import Arch
 
-PROBED = 1000
-"""Images that rung 0 fits a linear probe to, at most."""
+PROBED, PROBED_OF_CLASS = 1000, 10
+"""Images that rung 0 fits a linear probe to, at most; more where that is fewer than so many of each class."""
 RESTATED, BATCH = 512, 64
 """Images that BatchNorm's statistics are taken from, and how many at once."""
 LEAST_VARIANCE = 0.01
@@ -159,13 +160,17 @@ class RaceTier(HalvingTier):
 
     def teacher_name(self, student: Candidate) -> str | None:
         """What is to teach in final trainings: the network of the plan or, without one, the best parent that has been
-        tuned; None where there is none. A published one with its resolution in px, such as efficientvit_m1@64."""
+        tuned; None where there is none. With its resolution in px, such as efficientvit_m1@64, but for a folder.
+
+        Raises:
+            UserError: there is no such network.
+        """
         name = self.trainer.plan.teacher
-        if name is None:
-            able = [each for each in tuned_in(self.trainer.folder) if self._may_teach(each, student)]
-            best = max(able, key=lambda each: each.top1, default=None)
-            return f"{best.name}@{best.resolution}" if best else None
-        return f"{name}@{student.network.resolution}" if name in list_models() else name
+        if name is not None:
+            return sized(name, student.network.resolution)
+        able = [each for each in tuned_in(self.trainer.folder) if self._may_teach(each, student)]
+        best = max(able, key=lambda each: each.top1, default=None)
+        return f"{best.name}@{best.resolution}" if best else None
 
     def _may_teach(self, tuned: Tuned, student: Candidate) -> bool:
         """Whether a tuned parent needs more multiply-accumulates than a student, and is better than the search found
@@ -173,31 +178,34 @@ class RaceTier(HalvingTier):
         from nas.networks.counts import counts_of
 
         arch = self.parents.arch(tuned.name, tuned.resolution)
-        known = (each.rungs for each in self.trainer.results() if each.key == student.key)
-        own = max(next(known, {}).values(), default=0.0)
         larger = arch is not None and counts_of(arch).macs > counts_of(student.network).macs
-        return larger and tuned.top1 > own
+        return larger and tuned.top1 > self.top1_of(student)
+
+    def top1_of(self, candidate: Candidate) -> float:
+        """The best that the search has judged a network, in percent; 0 where it has not."""
+        known = (each.rungs for each in self.trainer.results() if each.key == candidate.key)
+        return max(next(known, {}).values(), default=0.0)
 
     def find_teacher(self, name: str, student: Candidate) -> nn.Module | None:
-        """See `TrainedTier.find_teacher`. A published one is tuned as a parent is, on the search's own split.
+        """See `TrainedTier.find_teacher`. One that is published, or of other classes, is tuned as a parent is, on the
+        search's own split.
 
         Raises:
-            TrainingError: it cannot be tuned. UserError: it cannot be had, or is of other classes.
+            TrainingError: it cannot be tuned. UserError: it cannot be had.
         """
-        from nas.training.teachers import find_teacher, fitting
+        from nas.training.teachers import fitting
         from search_spaces import create_model
 
         if not name:
             return None
-        trainer, given, (published, _, px) = self.trainer, pixels_of(student), name.partition("@")
-        classes = trainer.data.classes
-        if published not in list_models():
-            return find_teacher(name, None, classes, given, trainer.plan.weights_from, trainer.say)
+        published, _, px = name.partition("@")
+        if not px or published not in list_models():
+            return named_teacher(name, pixels_of(student), self.trainer)
         tuned = self.parents.tuned(published, int(px))
         model = create_model(tuned.arch)
         model.load_state_dict(dict(tuned.weights))
-        counts = len(classes), len(classes)
-        return fitting(name, model, counts, tuned.arch.resolution, own_pixels(tuned.arch), given)
+        counts = len(self.trainer.data.classes), len(self.trainer.data.classes)
+        return fitting(name, model, counts, tuned.arch.resolution, own_pixels(tuned.arch), pixels_of(student))
 
     def try_teacher(self, candidate: Candidate, name: str, epochs: int, label: str) -> tuple[Accuracy, Accuracy, float]:
         """Train a pretrained network on the search's own split, with a teacher and without.
@@ -303,27 +311,27 @@ class RaceTier(HalvingTier):
 
         from nas.export.folder import save_weights
 
-        px, epochs, began = child.network.resolution, like.epochs, time.monotonic()
+        px, epochs = child.network.resolution, like.epochs
         tuned = self.parents.tuned(child.parent, px)
         path = folder / f"{full_stem(child.parent, px, epochs)}{seed}.json"
         weights, state = path.with_suffix(".safetensors"), path.with_suffix(".state")
-        if Tuned.read(path) is None or not weights.is_file():
-            candidate = Candidate(tuned.arch, Kind.READY, name=child.parent)
-            recipe = replace(self.recipe(epochs, candidate), augmentation=like.augmentation)
-            folder.mkdir(parents=True, exist_ok=True)
-            training = self.begin(candidate, images, recipe, seed, state)
-            what = f"tuning the parent {child.parent} on all images, seed {seed}"
-            try:
-                self.trainer.run_fully(training, what)
-            finally:
-                training.loader.close()
-            save_weights(training.network, weights)
-            digest, seconds = self.trainer.weights.get(tuned.arch).digest, time.monotonic() - began
-            found = Tuned(child.parent, px, digest, len(images), 0, lr=recipe.lr, epochs=epochs, seconds=seconds)
-            kept = asdict(found) | {"crops": recipe.augmentation.scale}
-            replace_file(path, json.dumps(kept).encode())
-            state.unlink(missing_ok=True)
-        return replace(tuned, weights=load_file(weights))
+        with alone_with(path, self.trainer):
+            if Tuned.read(path) is None or not weights.is_file():
+                candidate, began = Candidate(tuned.arch, Kind.READY, name=child.parent), time.monotonic()
+                recipe = replace(self.recipe(epochs, candidate), augmentation=like.augmentation)
+                training = self.begin(candidate, images, recipe, seed, state)
+                what = f"tuning the parent {child.parent} on all images, seed {seed}"
+                try:
+                    self.trainer.run_fully(training, what)
+                finally:
+                    training.loader.close()
+                save_weights(training.network, weights)
+                digest, seconds = self.trainer.weights.get(tuned.arch).digest, time.monotonic() - began
+                found = Tuned(child.parent, px, digest, len(images), 0, lr=recipe.lr, epochs=epochs, seconds=seconds)
+                kept = asdict(found) | {"crops": recipe.augmentation.scale}
+                replace_file(path, json.dumps(kept).encode())
+                state.unlink(missing_ok=True)
+            return replace(tuned, weights=load_file(weights))
 
     def _restate(self, model: nn.Module, candidate: Candidate) -> None:
         """Take BatchNorm's statistics from images that candidates train on."""
@@ -342,26 +350,29 @@ class RaceTier(HalvingTier):
 
     def _probed(self, model: nn.Module, candidate: Candidate) -> tuple[nn.Module, float]:
         """A copy with a linear probe on some images that candidates train on, and its top-1 on those that judge."""
-        from nas.data.images import sample
-
         images, judges = self._split(candidate)
         probed = copy.deepcopy(model)
-        give_probe(probed, sample(images, PROBED, self.trainer.seed), self.trainer, pixels_of(candidate))
+        give_probe(probed, self._some(images), self.trainer, pixels_of(candidate))
         return probed, self.trainer.judge(probed, judges).top1
+
+    def _some(self, images: Images) -> Images:
+        """The images that rung 0 fits a probe to: of each class its share."""
+        from nas.data.images import hold_out
+
+        count = max(PROBED, PROBED_OF_CLASS * len(self.trainer.data.classes))
+        return images if len(images) <= count else hold_out(images, count, self.trainer.seed)[1]
 
     def _split(self, candidate: Candidate) -> tuple[Images, Images]:
         return self.trainer.split(candidate.network.resolution, pixels_of(candidate))
 
     def _rungs(self, candidate: Candidate, folder: Path) -> Iterator[tuple[int, Arch | TimmNetwork, nn.Module, Images]]:
         """From a linear probe to the last rung."""
-        from nas.data.images import sample
-
         if candidate.kind == Kind.SCRATCH:
             yield from super()._rungs(candidate, folder)
             return
         images, judges = self._split(candidate)
         network, seed = candidate.network, self.trainer.seed
-        first = self._start(candidate, sample(images, PROBED, seed))
+        first = self._start(candidate, self._some(images))
         yield 0, network, first, judges
         weights = copy.deepcopy(first.state_dict()) if candidate.kind == Kind.DERIVED else None
         recipe = self.recipe(self.epochs, candidate)

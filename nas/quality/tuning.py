@@ -1,27 +1,30 @@
-"""Pretrained networks tuned on the user's images by the recipe `finetune`: their learning rate, and parents.
+"""Pretrained networks tuned on the user's images by the recipe `finetune`: their learning rate, parents and teachers.
 
 The rate is tried once for all networks of a family, or of one of timm's names. A parent is a published network that is
 tuned once: a linear probe, then as many epochs as a final training has, as far as `PASSED` allows; the tuned network
 stays unless it is worse by more than a standard error. At a second resolution the tuned weights go on, for a third of
-the epochs. All of it is kept in the folder of the run's trainings, so that a run that goes on, and workers on one
-folder, do it once.
+the epochs. A teacher of other classes is tuned as a parent is, always from the weights that it has. All of it is kept
+in the folder of the run's trainings, so that a run that goes on, and workers on one folder, do it once.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from pydantic import FiniteFloat, TypeAdapter
 
 from nas.errors import TrainingError, UserError
 from nas.files import folder_lock, read_kept, replace_file
+from nas.networks.build import create
 from nas.networks.timm_network import TimmNetwork
 from nas.networks.weights import resized
 from nas.quality.ready import give_probe, own_pixels, with_weights
@@ -34,14 +37,15 @@ if TYPE_CHECKING:
     from torch import nn
 
     from nas.data.images import Images
+    from nas.data.pixels import Pixels
     from nas.networks.pretrained import Pretrained
     from nas.quality.trainer import CandidateTrainer
     from nas.training.recipes import Recipe
     from search_spaces import Arch
     from search_spaces.network import Network
 
-RATES, PARENTS = "rates", "parents"
-"""Folders in that of the run's trainings."""
+RATES = "rates"
+"""Folder in that of the run's trainings."""
 FEW = 500
 """Images that judge up to which the highest rate within two standard errors of the best is taken, instead of one: of
 EfficientViT-M1 on 2,000 images 10 epochs with 1e-3 gave 51.0% of 20 classes of Tiny-ImageNet, with 3e-4 50.2, where
@@ -91,7 +95,7 @@ def choose_rate(
 
     group = group_of(network)
     path = trainer.folder / RATES / f"{group}.json"
-    with _alone(path, trainer):
+    with alone_with(path, trainer):
         tried = _rates_in(path)
         left = FINETUNE.rates[len(tried) :]
         if left:
@@ -122,18 +126,32 @@ def _best(tried: list[RateTried], trainer: CandidateTrainer) -> float:
     return choose_trial(trials, trainer.plan.full_epochs, errors=2 if trainer.judged <= FEW else 1).lr
 
 
-# Parents
+# Parents and teachers
+
+
+class Role(StrEnum):
+    """What a network is tuned for."""
+
+    PARENT = "parent"
+    """Smaller ones are cut from it; it may teach, too."""
+    TEACHER = "teacher"
+    """It only teaches."""
+
+    @property
+    def folder(self) -> str:
+        """In that of the run's trainings, where it is kept."""
+        return f"{self}s"
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """How a parent was tuned, as its document says it; None where a step is still to be made."""
+    """How a network was tuned, as its document says it; None where a step is still to be made."""
 
     name: str
-    """As it is published."""
+    """As it is published, or as --teacher names it."""
     resolution: int
     digest: str
-    """Of the file of its published weights, as `nas.identity.file_digest`."""
+    """Of the file of the weights that its tuning began with, as `nas.identity.file_digest`."""
     images: int
     """That it was tuned on."""
     judged: int
@@ -147,7 +165,7 @@ class Tuned:
     """The highest learning rate."""
     epochs: int | None = None
     began: int = 0
-    """The resolution in px of the tuning that it goes on from; 0: it begins with the published weights."""
+    """The resolution in px of the tuning that it goes on from; 0: it begins with the weights that it was given."""
     seconds: FiniteFloat = 0.0
     """That it took, the trials of the learning rate included where they were made for it."""
 
@@ -172,10 +190,10 @@ class Tuned:
         return tuned >= first - standard_error(Held(top1=first, top1_ci=(0, 100), images=max(1, self.judged)))
 
     @property
-    def line(self) -> str:
+    def words(self) -> str:
         """What became of it, in words."""
         return (
-            f"parent {self.name}, tuned at {self.resolution} px for {counted(self.epochs or 0, 'epoch')} of "
+            f"{self.name}, tuned at {self.resolution} px for {counted(self.epochs or 0, 'epoch')} of "
             f"{self.images:,} images: {self.top1:.1f}% of {self.judged:,} others, {self.first:.1f}% before; "
             f"{self.seconds:.0f} s"
         )
@@ -191,69 +209,90 @@ def tuned_in(folder: Path, name: str = "*") -> Iterator[Tuned]:
 
 
 def _begun_in(folder: Path, name: str = "*") -> Iterator[Tuned]:
-    for path in sorted((folder / PARENTS).glob(f"{name}-*px.json")):
+    for path in sorted((folder / Role.PARENT.folder).glob(f"{name}-*px.json")):
         found = Tuned.read(path)
         if found is not None:
             yield found
 
 
-def check_weights(name: str, resolution: int, published: Pretrained, trainer: CandidateTrainer) -> None:
-    """See that a parent has not been tuned from other weights.
+def check_weights(
+    name: str, resolution: int, weights: Pretrained, trainer: CandidateTrainer, role: Role = Role.PARENT
+) -> None:
+    """See that a network has not been tuned from other weights.
 
     Raises:
         UserError: it has been.
     """
-    path = _document(name, resolution, trainer)
+    path = _document(name, resolution, trainer, role)
     found = Tuned.read(path)
-    if found is not None and found.digest != published.digest:
+    if found is not None and found.digest != weights.digest:
         raise UserError(
-            f"{path} was tuned from weights with sha256 {found.digest}, not from {published.path} "
-            f"({published.digest}): give the same weights, or another --study"
+            f"{path} was tuned from weights with sha256 {found.digest}, not from {weights.path} "
+            f"({weights.digest}): give the same weights, or another --study"
         )
 
 
-def tune(name: str, arch: Arch, published: Pretrained, trainer: CandidateTrainer) -> Network:
-    """A parent as it is tuned; from its folder where it is there.
+def tune(
+    name: str,
+    network: Arch | TimmNetwork,
+    weights: Pretrained,
+    trainer: CandidateTrainer,
+    role: Role = Role.PARENT,
+    pixels: Pixels | None = None,
+) -> nn.Module:
+    """A network as it is tuned; from its folder where it is there.
 
     A tuning that was begun goes on with its own epochs and rate.
 
     Args:
-        name: as it is published.
-        arch: at the resolution and for the classes that it is wanted for.
-        published: its weights.
+        name: as it is published, or as --teacher names it.
+        network: at the resolution and for the classes that it is wanted for.
+        weights: what its tuning begins with.
+        pixels: how images are prepared for them; None: as for published ones.
 
     Raises:
         TrainingError: it cannot be trained. UserError: its weights do not fit.
     """
-    path = _document(name, arch.resolution, trainer)
-    with _alone(path, trainer):
-        return _Tuning(name, arch, published, path, trainer).run()
+    path = _document(name, network.resolution, trainer, role)
+    with alone_with(path, trainer):
+        return _Tuning(name, network, weights, path, trainer, role, pixels or own_pixels(network)).run()
 
 
-def _document(name: str, resolution: int, trainer: CandidateTrainer) -> Path:
-    return trainer.folder / PARENTS / f"{name}-{resolution}px.json"
+def _document(name: str, resolution: int, trainer: CandidateTrainer, role: Role = Role.PARENT) -> Path:
+    file = re.sub(r"[^\w.@-]+", "-", name)  # timm/NAME, or a folder
+    return trainer.folder / role.folder / f"{file}-{resolution}px.json"
 
 
 class _Tuning:
-    """One parent's, step by step."""
+    """One network's, step by step."""
 
-    def __init__(self, name: str, arch: Arch, published: Pretrained, path: Path, trainer: CandidateTrainer) -> None:
-        self.arch, self.published, self.trainer, self.path = arch, published, trainer, path
+    def __init__(
+        self,
+        name: str,
+        network: Arch | TimmNetwork,
+        published: Pretrained,
+        path: Path,
+        trainer: CandidateTrainer,
+        role: Role,
+        pixels: Pixels,
+    ) -> None:
+        self.network, self.published, self.path, self.trainer = network, published, path, trainer
+        self.role, self.pixels = role, pixels
         found = Tuned.read(path)
-        self.found = found or Tuned(name, arch.resolution, published.digest, trainer.used, trainer.judged)
+        self.found = found or Tuned(name, network.resolution, published.digest, trainer.used, trainer.judged)
         self._since = time.monotonic()
 
-    def run(self) -> Network:
+    def run(self) -> nn.Module:
         from nas.export.folder import save_weights
 
         weights, state = self.path.with_suffix(".safetensors"), self.path.with_suffix(".state")
         if self.found.tuned is not None and weights.is_file():
-            return _load(self.arch, weights)
-        trainer, name = self.trainer, self.found.name
-        images, judges = trainer.split(self.arch.resolution, own_pixels(self.arch))
+            return _load(self.network, weights)
+        trainer, network, what = self.trainer, self.network, f"the {self.role} {self.found.name}"
+        images, judges = trainer.split(network.resolution, self.pixels)
         if self.found.epochs is None:
-            earlier = next(tuned_in(trainer.folder, name), None)
             epochs = self._usual_epochs()
+            earlier = next(tuned_in(trainer.folder, self.found.name), None) if self.role == Role.PARENT else None
             if earlier is not None:
                 self._keep(began=earlier.resolution, epochs=max(1, epochs // ETA))
             else:
@@ -262,21 +301,21 @@ class _Tuning:
         if self.found.first is None:
             self._keep(first=trainer.judge(first, judges).top1)
         if self.found.lr is None:
-            self._keep(lr=choose_rate(self.arch, trainer, lambda: (first, images, judges)))
+            self._keep(lr=choose_rate(network, trainer, lambda: (first, images, judges)))
         epochs, lr = self.found.epochs or 1, self.found.lr or 0.0
         recipe = tuning_recipe(epochs, lr)
-        augmented = trainer.augmented(images, self.arch.resolution, own_pixels(self.arch), recipe)
+        augmented = trainer.augmented(images, network.resolution, self.pixels, recipe)
         try:
-            tuned = _trained(copy.deepcopy(first), augmented, trainer, recipe, f"tuning the parent {name}", state)
+            tuned = _trained(copy.deepcopy(first), augmented, trainer, recipe, f"tuning {what}", state)
             top1 = trainer.judge(tuned, judges).top1
         except TrainingError as error:
-            trainer.say(f"the parent {name} stays as its tuning began: {error}")
+            trainer.say(f"{what} stays as its tuning began: {error}")
             tuned, top1 = first, 0.0
         save_weights(tuned if replace(self.found, tuned=top1).pays else first, weights)
         self._keep(tuned=top1)
         state.unlink(missing_ok=True)
-        trainer.say(self.found.line)
-        return _load(self.arch, weights)
+        trainer.say(f"{self.role} {self.found.words}")
+        return _load(network, weights)
 
     def _usual_epochs(self) -> int:
         """Those of the parents that the folder has, whatever is asked for now: children of all compete."""
@@ -288,12 +327,12 @@ class _Tuning:
     def _first(self, images: Images) -> nn.Module:
         """What the tuning begins with."""
         if not self.found.began:
-            model = with_weights(self.arch, self.published.path)
-            give_probe(model, images, self.trainer, own_pixels(self.arch))
+            model = with_weights(self.network, self.published.path)
+            give_probe(model, images, self.trainer, self.pixels)
             return model
-        before = self.arch.at(self.found.began)
+        before = self.network.at(self.found.began)
         weights = _document(self.found.name, self.found.began, self.trainer).with_suffix(".safetensors")
-        return resized(_load(before, weights), self.arch)
+        return resized(cast("Network", _load(before, weights)), cast("Arch", self.network))
 
     def _keep(self, **found: Any) -> None:
         now = time.monotonic()
@@ -302,18 +341,16 @@ class _Tuning:
         replace_file(self.path, json.dumps(asdict(self.found)).encode())
 
 
-def _alone(path: Path, trainer: CandidateTrainer) -> AbstractContextManager[None]:
+def alone_with(path: Path, trainer: CandidateTrainer) -> AbstractContextManager[None]:
     """Have a file in the run's folder for this process; another worker's end is waited for."""
     path.parent.mkdir(parents=True, exist_ok=True)
     return folder_lock(path.parent, waiting=True, name=f".{path.stem}.lock", say=trainer.say)
 
 
-def _load(arch: Arch, weights: Path) -> Network:
+def _load(network: Arch | TimmNetwork, weights: Path) -> nn.Module:
     from safetensors.torch import load_file
 
-    from search_spaces import create_model
-
-    model = create_model(arch)
+    model: nn.Module = create(network)
     model.load_state_dict(load_file(weights))
     return model
 

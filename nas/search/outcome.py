@@ -32,6 +32,8 @@ OVERHEAD = ("start", "estimate", "storage", "other")
 FRONT_KEYS = (
     "family",
     "name",
+    "kind",
+    "parent",
     "quality",
     "quality_estimate",
     "quality_ci",

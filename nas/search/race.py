@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from nas.intervals import of_share
 from nas.networks.counts import counts_of
 from nas.networks.targets import find_target
 from nas.quality.candidate import Candidate
 from nas.quality.plan import NO_TEACHER
+from nas.quality.teacher import check_named
 from nas.search.choose import Chooser, latencies_of, tried_in
 from nas.search.given import enqueue_candidate
 from nas.search.log import Clock
 from nas.search.ready import Entrant, Field, find_entrants
 from nas.search.trial import reference_arch
 from nas.search.weights import agree_on_weights
-from nas.units import listed
+from nas.units import counted, listed
 from search_spaces import get_arch, list_models
 
 if TYPE_CHECKING:
@@ -31,6 +33,8 @@ NO_WEIGHTS = (
     "no pretrained weights were found: every network begins with random ones, which on some thousand images costs many "
     "points of accuracy; --weights-from DIR gives weights"
 )
+FEW_JUDGE = 100
+"""Images that judge below which it is told how little they say."""
 
 
 class NothingLeft(Exception):
@@ -40,12 +44,19 @@ class NothingLeft(Exception):
 def find_field(
     request: SearchRequest, study: optuna.Study, trainer: CandidateTrainer, note: Callable[[str], None]
 ) -> list[Entrant]:
-    """The networks that race, which is told; the study keeps which weights they have.
+    """The networks that race, which is told, as it is where few images judge; the study keeps which weights they have.
 
     Raises:
         UserError: as `nas.search.ready.find_entrants`, `nas.search.weights.agree_on_weights` and `check_teacher`.
     """
     check_teacher(trainer)
+    if trainer.judged < FEW_JUDGE:
+        known = of_share(50.0, trainer.judged)
+        note(
+            f"{counted(trainer.judged, 'image')} judge: a top-1 of 50% is known within "
+            f"{(known.high - known.low) / 2:.0f} points, so which of two networks is better is often chance; more "
+            "training images help"
+        )
     store = trainer.weights
     entrants, lacking = find_entrants(request.families, request.resolution, request.num_classes, store)
     agree_on_weights(study, trainer.folder, store)
@@ -79,9 +90,7 @@ def check_teacher(trainer: CandidateTrainer) -> None:
         trainer.weights.apart().get(get_arch(published))  # a study without it must go on, too
         find_target(name)  # refuses a resolution that it does not take
     else:
-        from nas.training.teachers import find_teacher
-
-        find_teacher(name, None, trainer.data.classes, weights_from=trainer.plan.weights_from)
+        check_named(name, trainer)
 
 
 class Race:

@@ -1,11 +1,9 @@
-"""The teacher of a race's final trainings: the best network that was tuned on the user's images, where it helps.
+"""The teacher of a race's final trainings: that of --teacher, else the best larger network that was tuned on the user's
+images, else a larger ready one that is tuned to teach; where it helps.
 
 The first contestant is trained twice on the search's own split, with it and without, and judged on the images held out
 of it. The answer is made once for a study, before any final training, and holds for all of them: equal terms.
-
-With EfficientViT-M1, tuned on 1,600 of 2,000 images of 20 classes of Tiny-ImageNet, as teacher, 12 epochs brought
-EfficientViT-M0 to 48.1 and 49.0% of 3,000 others (two seeds; 47.2 and 47.5 without it), a child of M1 cut to 78% of
-its multiply-accumulates to 50.2 (49.3). They took a third longer.
+docs/results/race.md says what a teacher was worth.
 """
 
 from __future__ import annotations
@@ -16,15 +14,20 @@ from typing import TYPE_CHECKING, Self
 
 from pydantic import FiniteFloat, TypeAdapter
 
-from nas.errors import TrainingError
-from nas.quality.candidate import Kind
+from nas.errors import TrainingError, UserError
+from nas.networks.counts import counts_of
+from nas.networks.pretrained import label_of
+from nas.quality.candidate import Candidate, Kind
 from nas.quality.plan import NO_TEACHER
+from nas.quality.surrogate import describe_candidate
 from nas.search.accuracy import Accuracies, compare_means
 from nas.search.folder import FINAL
+from nas.search.ready import find_entrants
 from nas.search.rows import ClosingRow, candidate_of, known
 from nas.search.tasks import Task, Tasks, What
 from nas.study.jobs import any_done
 from nas.units import counted
+from search_spaces import ArchError
 
 if TYPE_CHECKING:
     import optuna
@@ -35,6 +38,9 @@ if TYPE_CHECKING:
 
 KEPT = "teacher"
 """The attribute of the study that holds the answer."""
+MOST = 4.0
+"""Times a student's multiply-accumulates that a ready network has at most which is tuned only to teach: each final
+training takes the time of its answers, too."""
 
 
 @dataclass(frozen=True)
@@ -143,9 +149,12 @@ def _tried(request: SearchRequest, tier: RaceTier, rows: Sequence[ClosingRow], t
     student = next(pretrained, None)
     if student is None:
         return Teaching(why="no pretrained network is tuned in them", asked=plan.teacher)
-    name = tier.teacher_name(candidate_of(student))
+    name = tier.teacher_name(candidate_of(student)) or larger_ready(request, tier, candidate_of(student))
     if name is None:
-        why = f"no network was tuned on your images that is larger and better than {student.label}"
+        why = (
+            f"no network was tuned on your images that is larger and better than {student.label}, nor are there "
+            f"weights here of another one that may be, with up to {MOST:g} times its multiply-accumulates"
+        )
         return Teaching(why=f"{why} (--teacher names one)")
     task = Task(What.TEACHER, candidate_of(student), plan.full_epochs, student.label, teacher=name)
     try:
@@ -153,6 +162,27 @@ def _tried(request: SearchRequest, tier: RaceTier, rows: Sequence[ClosingRow], t
     except TrainingError as error:
         return Teaching(why=f"{name}: {error}", asked=plan.teacher)
     return Teaching(name, gain, asked=plan.teacher)
+
+
+def larger_ready(request: SearchRequest, tier: RaceTier, student: Candidate) -> str | None:
+    """The ready network that may teach a student best, by the search's own prediction at the student's resolution: of
+    those with weights on this machine that no run has tuned yet, that need more multiply-accumulates, up to `MOST`
+    times, and that may be better. With its resolution, as `RaceTier.teacher_name`; None: there is none."""
+    store, px = tier.trainer.weights, student.network.resolution
+    macs, own, surrogate = counts_of(student.network).macs, tier.top1_of(student), tier.surrogate()
+    found: dict[str, tuple[float, int]] = {}
+    for entrant in find_entrants(request.families, request.resolution, request.num_classes, store)[0]:
+        if store.here(entrant.network) is None or tier.parents.record(entrant.name, px) is not None:
+            continue
+        try:
+            candidate = entrant.at(px)
+            counts = counts_of(candidate.network)
+        except (ArchError, UserError):  # it takes no such images
+            continue
+        guess = surrogate.predict(describe_candidate(candidate, counts), candidate.key)
+        if macs < counts.macs <= MOST * macs and guess.value + guess.error > own:
+            found[f"{label_of(entrant.network)}@{px}"] = guess.value, counts.macs
+    return max(found, key=found.__getitem__, default=None)
 
 
 def try_teacher(tier: RaceTier, task: Task) -> JsonValue:

@@ -92,8 +92,9 @@ def test_a_teacher_is_tried_and_a_parent_tuned_before_each_final_training_of_wha
     trained(forecast, clock, 100)
     forecast.trial(2, 10.0, 2.0)
     forecast.phase("closing side-by-side run", 30, 30)
-    forecast.phase("tuning the parent x", 1000, 2000)
-    assert forecast.left_s() == pytest.approx((18_000 + 5000) / 100)
+    for tuned in ("parent x", "teacher timm/x"):
+        forecast.phase(f"tuning the {tuned}", 1000, 2000)
+        assert forecast.left_s() == pytest.approx((18_000 + 5000) / 100)
     for what, left in (("without", 3000), ("by", 1000)):
         forecast.phase(f"trying the teacher x@64 on trial 1, {what} it", 0, 2000)
         clock.now += 10

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,8 +17,10 @@ from nas.data.dataset import ImageData
 from nas.data.images import Images, plain_transform
 from nas.errors import TrainingError, UserError
 from nas.export.folder import save_weights
+from nas.networks.build import create
 from nas.networks.counts import counts_of
 from nas.networks.store import Store
+from nas.networks.timm_network import TimmNetwork
 from nas.quality.candidate import Candidate, Kind
 from nas.quality.parents import Parents, covers, distance
 from nas.quality.plan import TrainingPlan
@@ -25,12 +28,12 @@ from nas.quality.race import RaceTier, lower_rate
 from nas.quality.surrogate import Guess, Surrogate, TrainedNetwork, describe_candidate
 from nas.quality.tier import TrainingRecord
 from nas.quality.trainer import CandidateTrainer
-from nas.quality.tuning import Tuned, choose_rate, tuning_recipe
+from nas.quality.tuning import Tuned, choose_rate, tuned_in, tuning_recipe
 from nas.search.accuracy import compare_means
 from nas.search.final import earlier_crops, final_tasks, result_path, train_fully, trainings_in
 from nas.search.race import check_teacher
 from nas.search.tasks import Task
-from nas.search.teaching import TeacherGain, Teaching, find_teaching, try_teacher
+from nas.search.teaching import TeacherGain, Teaching, find_teaching, larger_ready, try_teacher
 from nas.training.recipes import FINETUNE, LONG_CROPS
 from search_spaces import create_model, get_arch
 
@@ -224,6 +227,8 @@ def test_a_derived_network_ends_with_its_parent_tuned_on_all_images_as_ready_one
     rates = {is_child: recipe.lr for is_child, images, recipe, _ in trained if images == 60}
     assert rates[True] == lower_rate(rates[False])
     assert (found.before.epochs, found.before.images, len(found.top1)) == (1, 60, 2)
+    locks = sorted(path.name for path in (request.folder / "final").glob(".*.lock"))
+    assert locks == [f".parent-shvit_s1-32px-1-seed{seed}.lock" for seed in (0, 1)], "one worker tunes a parent"
     assert found.before.seconds > 0
     assert found.before.times == 2
     assert not compare_means(found, found).leaves_out, "another tuning's difference is in it"
@@ -253,8 +258,11 @@ def test_a_teacher_is_tried_once(trainer, tmp_path, monkeypatch):
     tier, child, learns = RaceTier(trainer), derived(), []
     monkeypatch.setattr("nas.search.teaching.candidate_of", lambda _: child)
     study = optuna.create_study()
-    request = SimpleNamespace(plan=trainer.plan, folder=tmp_path / "run")
+    request = SimpleNamespace(
+        plan=trainer.plan, folder=tmp_path / "run", families=("shvit",), resolution=None, num_classes=2
+    )
     rows = [SimpleNamespace(kind=Kind.SCRATCH, label="scratch"), SimpleNamespace(kind=Kind.DERIVED, label="child")]
+    monkeypatch.setattr("nas.search.teaching.MOST", 1.0)
     told: list[str] = []
 
     def find(study: optuna.Study, result=lambda task: try_teacher(tier, Task.of(task.job))) -> Teaching:
@@ -302,13 +310,105 @@ def test_a_teacher_that_does_not_help_is_left_out(points, teacher):
     assert ("holds 0" in found.words) == (teacher is not None)
 
 
-def test_a_teacher_of_other_classes_is_refused_at_the_start(trainer, published, tmp_path):
-    for name, why in (("shvit_s2", "weights"), ("shvit_s1@x", "resolution"), (str(tmp_path / "none"), "none")):
+def test_without_a_parent_a_larger_ready_network_teaches(trainer, monkeypatch):
+    """One that is at most four times as large, has weights here, and is not known to be worse."""
+    tier, child = RaceTier(trainer), derived()
+    request = SimpleNamespace(families=("shvit",), resolution=None, num_classes=2)
+    assert larger_ready(request, tier, child) == "shvit_s1@32"
+    assert larger_ready(request, tier, ready()) is None, "it is no larger than itself"
+    with monkeypatch.context() as patch:
+        patch.setattr("nas.search.teaching.MOST", 1.0)
+        assert larger_ready(request, tier, child) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(Surrogate, "predict", lambda *_: Guess(40.0, 5.0))
+        for own, wanted in ((44.0, "shvit_s1@32"), (46.0, None)):
+            patch.setattr(RaceTier, "top1_of", lambda *_, own=own: own)
+            assert larger_ready(request, tier, child) == wanted
+    tier.parents.tuned("shvit_s1", PX)
+    assert larger_ready(request, tier, child) is None, "what it is worth is known"
+
+
+@pytest.mark.parametrize("kind", ["timm", "folder"])
+def test_a_teacher_of_other_classes_is_tuned_once(trainer, published, said, tmp_path, monkeypatch, kind):
+    """On the search's own split, as a parent is; it is none, and its weights are not the study's."""
+    if kind == "timm":
+        asked, name = "timm/test_byobnet", "timm/test_byobnet@32"
+        save_weights(create(TimmNetwork("test_byobnet")), published / "test_byobnet.safetensors")
+    else:
+        arch = get_arch("shvit_s1").at(PX).replace(num_classes=10)
+        asked = name = str(tmp_path / "own")
+        (tmp_path / "own").mkdir()
+        (tmp_path / "own" / "arch.json").write_text(arch.to_json())
+        save_weights(create_model(arch), tmp_path / "own" / "model.safetensors")
+    plan = dataclasses.replace(trainer.plan, teacher=asked, weights_from=published)
+    trainer, trained = dataclasses.replace(trainer, plan=plan), []
+    check_teacher(trainer)
+    line = f"the teacher {asked} is of other classes: it is tuned on your images before the final trainings"
+    assert said.count(line) == 1
+    train = CandidateTrainer.train
+
+    def watched(self, model, images, recipe, **options):
+        trained.append(len(images))
+        return train(self, model, images, recipe, **options)
+
+    monkeypatch.setattr(CandidateTrainer, "train", watched)
+    tier = RaceTier(trainer)
+    assert tier.teacher_name(ready()) == name
+    teacher = tier.find_teacher(name, ready()).eval()
+    assert teacher(torch.zeros(2, 3, 48, 48)).shape == (2, 2)
+    assert set(trained) == {trainer.used}
+    assert sum(line.startswith(f"teacher {name}, tuned at 32 px for 1 epoch of 48 images") for line in said) == 1
+    trained.clear()
+    again = RaceTier(trainer).find_teacher(name, ready()).eval()
+    assert torch.equal(again(torch.ones(1, 3, PX, PX)), teacher(torch.ones(1, 3, PX, PX)))
+    assert not trained
+    assert not [*tuned_in(trainer.folder)]
+    assert not trainer.weights.digests
+
+
+def test_a_teacher_that_cannot_be_tuned_ends_its_trial_alone(trainer, published, monkeypatch):
+    save_weights(create(TimmNetwork("test_byobnet")), published / "test_byobnet.safetensors")
+
+    def tune(*_):
+        raise ValueError("features that are no numbers")
+
+    monkeypatch.setattr("nas.quality.teacher.tune", tune)
+    with pytest.raises(TrainingError, match="cannot be tuned: ValueError: features that are no numbers"):
+        RaceTier(trainer).find_teacher("timm/test_byobnet@32", ready())
+
+
+def test_a_teacher_has_the_student_s_resolution_unless_another_is_named_or_that_cannot_be(trainer):
+    for asked, px, wanted in (
+        ("shvit_s1", 64, "shvit_s1@64"),
+        ("shvit_s1@96", 64, "shvit_s1@96"),
+        ("timm/test_byobnet", 64, "timm/test_byobnet@64"),
+        ("timm/vit_tiny_patch16_224", 8, "timm/vit_tiny_patch16_224@224"),
+    ):
+        plan = dataclasses.replace(trainer.plan, teacher=asked)
+        tier = RaceTier(dataclasses.replace(trainer, plan=plan))
+        assert tier.teacher_name(SimpleNamespace(network=SimpleNamespace(resolution=px))) == wanted
+
+
+def test_what_cannot_teach_is_refused_at_the_start(trainer, published, tmp_path):
+    for name, why in (
+        ("shvit_s2", "weights"),
+        ("shvit_s1@x", "resolution"),
+        (str(tmp_path / "none"), "none"),
+        ("timm/test_byobnet", "test_byobnet"),
+        ("timm/no_such_network", "timm has no network"),
+    ):
         plan = dataclasses.replace(trainer.plan, teacher=name, weights_from=published)
         with pytest.raises(UserError, match=why):
             check_teacher(dataclasses.replace(trainer, plan=plan))
     check_teacher(dataclasses.replace(trainer, plan=dataclasses.replace(trainer.plan, teacher="shvit_s1@64")))
     assert not trainer.weights.digests, "the study does not begin with a teacher's weights"
+
+
+def test_rung_0_fits_its_probe_to_some_images_of_every_class(trainer, monkeypatch):
+    tier, images = RaceTier(trainer), trainer.split(PX)[0]
+    assert tier._some(images) is images
+    monkeypatch.setattr("nas.quality.race.PROBED", 3)
+    assert Counter(tier._some(images).labels) == {0: 10, 1: 10}, "ten of each, though three would do"
 
 
 def test_a_dead_channel_keeps_a_share_of_its_variance(trainer):

@@ -99,6 +99,9 @@ def test_a_given_network_comes_out(searched: tuple[Path, dict[str, Any]]) -> Non
         (READY.name, "ready", "timm"),
         ("", "scratch", "shvit"),
     ]
+    kinds = {READY.name: "ready", "": "scratch"}
+    assert found["pareto"]
+    assert all((row["kind"], row["parent"]) == (kinds[row["name"]], "") for row in found["pareto"])
     page = (folder / "report.html").read_text()
     assert "timm, ready" in page
     assert "shvit, scratch" in page

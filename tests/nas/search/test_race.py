@@ -71,7 +71,8 @@ def race(folder: Path, ms: float = 0.5, digests: dict[str, str] | None = None) -
     store = SimpleNamespace(digests=digests or {}, files={}, reach=lambda: True, left_out={})
     parents = SimpleNamespace(failed={"efficientvit_m0": "no", "efficientvit_m1": "no"})
     surrogate = SimpleNamespace(trained=[])
-    trainer = SimpleNamespace(weights=store, folder=folder / "training", plan=SimpleNamespace(teacher=None))
+    plan = SimpleNamespace(teacher=None)
+    trainer = SimpleNamespace(weights=store, folder=folder / "training", plan=plan, judged=100)
     tier = SimpleNamespace(parents=parents, surrogate=lambda: surrogate, trainer=trainer)
     request = SimpleNamespace(
         budget_ms=BUDGET_MS,
@@ -180,6 +181,13 @@ def test_who_races_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         "pretrained networks in the race: efficientvit_m0, efficientvit_m1",
         "left out, as their weights cannot be had: a, b, c and 1 more",
     ]
+    trainer.judged = 4
+    find_field(made._request, made._study, trainer, told.append)
+    assert told[2] == (
+        "4 images judge: a top-1 of 50% is known within 35 points, so which of two networks is better is often chance; "
+        "more training images help"
+    )
+    trainer.judged = 100
     made._request.sampler = "random"
     find_field(made._request, made._study, trainer, told.append)
     assert told.pop().startswith("--sampler random makes up networks of any family and resolution: a parent is tuned")

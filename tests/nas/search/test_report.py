@@ -103,7 +103,8 @@ def invent(trials: int = 100, budget: float = 2.0, seed: int = 0) -> dict[str, A
         if not front or t["quality"] > front[-1]["quality"]:
             front.append(t)
     keys = ["arch", "family", "name", "quality", "quality_estimate", "quality_ci", "latency_ms", "verdict"]
-    pareto = [{k: t[k] for k in [*keys, "precision", "throughput", "params_m", "macs_m", "trial"]} for t in front]
+    keys += ["precision", "throughput", "params_m", "macs_m", "trial"]
+    pareto = [{"kind": None, "parent": ""} | {k: t[k] for k in keys} for t in front]
     measured = [t for t in rows if t["state"] == "complete"]
     fastest = min(measured, key=lambda t: t["latency_ms"], default=None)
     winner = front[-1] if front else None
