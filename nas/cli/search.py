@@ -82,7 +82,7 @@ def search(
         str | None,
         typer.Option(
             help="What the final trainings of a race learn from, where a trial shows that it helps: a published name, "
-            "or a folder of a network of the same classes; none.  [default: the best parent that was tuned]"
+            "timm/NAME or a folder with weights; none.  [default: the best parent that was tuned, or a ready network]"
         ),
     ] = None,
     parent: Annotated[

@@ -38,8 +38,9 @@ class TrainingPlan:
     weights_from: Path | None = None
     """Folder that pretrained weights are looked for in first, for the tier `race`."""
     teacher: str | None = None
-    """What the final trainings of a race learn from, if it helps: a published network, which is tuned as a parent is,
-    or a folder of a network of the same classes; `NO_TEACHER`; None: the best parent that the search has tuned."""
+    """What the final trainings of a race learn from, if it helps: a published network or timm/NAME, or a folder with
+    weights, tuned as a parent is unless it is of the same classes; `NO_TEACHER`; None: as `nas.search.teaching` has
+    it."""
 
     @property
     def full_epochs(self) -> int:

@@ -15,19 +15,14 @@ from typing import TYPE_CHECKING, Self
 from pydantic import FiniteFloat, TypeAdapter
 
 from nas.errors import TrainingError, UserError
-from nas.networks.counts import counts_of
-from nas.networks.pretrained import label_of
 from nas.quality.candidate import Candidate, Kind
 from nas.quality.plan import NO_TEACHER
-from nas.quality.surrogate import describe_candidate
 from nas.search.accuracy import Accuracies, compare_means
 from nas.search.folder import FINAL
-from nas.search.ready import find_entrants
 from nas.search.rows import ClosingRow, candidate_of, known
 from nas.search.tasks import Task, Tasks, What
 from nas.study.jobs import any_done
 from nas.units import counted
-from search_spaces import ArchError
 
 if TYPE_CHECKING:
     import optuna
@@ -168,6 +163,12 @@ def larger_ready(request: SearchRequest, tier: RaceTier, student: Candidate) -> 
     """The ready network that may teach a student best, by the search's own prediction at the student's resolution: of
     those with weights on this machine that no run has tuned yet, that need more multiply-accumulates, up to `MOST`
     times, and that may be better. With its resolution, as `RaceTier.teacher_name`; None: there is none."""
+    from nas.networks.counts import counts_of
+    from nas.networks.pretrained import label_of
+    from nas.quality.surrogate import describe_candidate
+    from nas.search.ready import find_entrants
+    from search_spaces import ArchError
+
     store, px = tier.trainer.weights, student.network.resolution
     macs, own, surrogate = counts_of(student.network).macs, tier.top1_of(student), tier.surrogate()
     found: dict[str, tuple[float, int]] = {}
