@@ -167,7 +167,7 @@ class RaceTier(HalvingTier):
         """
         name = self.trainer.plan.teacher
         if name is not None:
-            return sized(name, student.network.resolution)
+            return sized(name, student.network.resolution, self.trainer.say)
         able = [each for each in tuned_in(self.trainer.folder) if self._may_teach(each, student)]
         best = max(able, key=lambda each: each.top1, default=None)
         return f"{best.name}@{best.resolution}" if best else None
@@ -216,6 +216,7 @@ class RaceTier(HalvingTier):
         Raises:
             TrainingError: the loss is no longer finite. UserError: as `find_teacher`.
         """
+        teacher = self.find_teacher(name, candidate)  # where there is none, nothing is trained
         images, judges = self._split(candidate)
         recipe, stem = self.recipe(epochs, candidate), f"teaching-{candidate.key[:16]}-{epochs}-{text_digest(name)}"
         folder, seconds = self.trainer.folder / stem, 0.0
@@ -233,7 +234,7 @@ class RaceTier(HalvingTier):
             seconds += sum(row["seconds"] for row in training.history)
             return self.trainer.judge(training.network, judges)
 
-        alone, taught = judged("without", None), judged("by", self.find_teacher(name, candidate))
+        alone, taught = judged("without", None), judged("by", teacher)
         shutil.rmtree(folder, ignore_errors=True)
         return taught, alone, seconds
 

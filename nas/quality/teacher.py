@@ -1,8 +1,9 @@
-"""The teacher that --teacher names, where it is no parent: one of the user's classes as it is, any other one tuned on
-the user's images first, once, as a parent is."""
+"""A teacher that is no parent: one in a folder that has the user's classes as it is, any other one tuned on the user's
+images first, once, as a parent is."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from nas.errors import FAULTS, TrainingError, UserError, is_full, reason
@@ -20,9 +21,9 @@ if TYPE_CHECKING:
     from nas.quality.trainer import CandidateTrainer
 
 
-def sized(name: str, px: int) -> str:
+def sized(name: str, px: int, say: Callable[[str], None]) -> str:
     """A teacher's name with the resolution that it has: what the name says, that of the network in a folder, or `px`;
-    the published one of a network that takes no images of so many pixels a side.
+    the published one, which is told, of a network that takes no images of so many pixels a side.
 
     Raises:
         UserError: no such network.
@@ -33,7 +34,9 @@ def sized(name: str, px: int) -> str:
     try:
         target.at(px)
     except UserError:
-        px = target.require().resolution
+        own = target.require().resolution
+        say(f"the teacher {name} takes no images of {px} px: it is tuned, and asked, at {own} px")
+        px = own
     return f"{name}@{px}"
 
 
@@ -51,12 +54,12 @@ def check_named(name: str, trainer: CandidateTrainer) -> None:
         return
     network = target.require().replace(num_classes=len(trainer.data.classes))
     classifier_of(with_weights(network, _weights_of(target, trainer).path))
-    trainer.say(f"the teacher {name} is of other classes: it is tuned on your images before the final trainings")
+    trainer.say(f"the teacher {name} is tuned on your images before the final trainings")
 
 
 def named_teacher(name: str, given: Pixels, trainer: CandidateTrainer) -> nn.Module:
-    """A network that teaches: (B, 3, R, R) -> (B, classes), of images made with `given`. One of other classes is tuned
-    now where the run's folder does not have it.
+    """A network that teaches: (B, 3, R, R) -> (B, classes), of images made with `given`. One that is published, or of
+    other classes, is tuned now where the run's folder does not have it.
 
     Raises:
         TrainingError: it cannot be tuned. UserError: it cannot be had.
@@ -69,7 +72,7 @@ def named_teacher(name: str, given: Pixels, trainer: CandidateTrainer) -> nn.Mod
         return find_teacher(name, None, classes, given, trainer.plan.weights_from, trainer.say)
     weights = _weights_of(target, trainer)
     network = target.require().replace(num_classes=len(classes))
-    own = pixels_of(network, target.weights or "timm")
+    own = pixels_of(target.require(), target.weights or "timm")
     check_weights(name, network.resolution, weights, trainer, Role.TEACHER)
     try:
         with trainer.alone():
@@ -82,8 +85,9 @@ def named_teacher(name: str, given: Pixels, trainer: CandidateTrainer) -> nn.Mod
 
 
 def _knows(target: Target, trainer: CandidateTrainer) -> bool:
-    """Whether a network has as many classes as the user's images."""
-    return target.require().num_classes == len(trainer.data.classes)
+    """Whether a network has as many classes as the user's images: one in a folder; those of a published one are others,
+    however many."""
+    return target.require().num_classes == len(trainer.data.classes) and target.folder is not None
 
 
 def _weights_of(target: Target, trainer: CandidateTrainer) -> Pretrained:

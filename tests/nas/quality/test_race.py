@@ -343,7 +343,7 @@ def test_a_teacher_of_other_classes_is_tuned_once(trainer, published, said, tmp_
     plan = dataclasses.replace(trainer.plan, teacher=asked, weights_from=published)
     trainer, trained = dataclasses.replace(trainer, plan=plan), []
     check_teacher(trainer)
-    line = f"the teacher {asked} is of other classes: it is tuned on your images before the final trainings"
+    line = f"the teacher {asked} is tuned on your images before the final trainings"
     assert said.count(line) == 1
     train = CandidateTrainer.train
 
@@ -377,7 +377,7 @@ def test_a_teacher_that_cannot_be_tuned_ends_its_trial_alone(trainer, published,
         RaceTier(trainer).find_teacher("timm/test_byobnet@32", ready())
 
 
-def test_a_teacher_has_the_student_s_resolution_unless_another_is_named_or_that_cannot_be(trainer):
+def test_a_teacher_has_the_student_s_resolution_unless_another_is_named_or_that_cannot_be(trainer, said):
     for asked, px, wanted in (
         ("shvit_s1", 64, "shvit_s1@64"),
         ("shvit_s1@96", 64, "shvit_s1@96"),
@@ -386,7 +386,10 @@ def test_a_teacher_has_the_student_s_resolution_unless_another_is_named_or_that_
     ):
         plan = dataclasses.replace(trainer.plan, teacher=asked)
         tier = RaceTier(dataclasses.replace(trainer, plan=plan))
+        assert not said
         assert tier.teacher_name(SimpleNamespace(network=SimpleNamespace(resolution=px))) == wanted
+    told = "the teacher timm/vit_tiny_patch16_224 takes no images of 8 px: it is tuned, and asked, at 224 px"
+    assert said == [told]
 
 
 def test_what_cannot_teach_is_refused_at_the_start(trainer, published, tmp_path):
