@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from nas.training.recipes import Recipe
     from search_spaces import Arch
 
-PROBED, PROBED_OF_CLASS = 1000, 10
+PROBED, PROBED_OF_CLASS = 1000, 3
 """Images that rung 0 fits a linear probe to, at most; more where that is fewer than so many of each class."""
 RESTATED, BATCH = 512, 64
 """Images that BatchNorm's statistics are taken from, and how many at once."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Self
 
 from pydantic import FiniteFloat, TypeAdapter
 
-from nas.errors import TrainingError, UserError
+from nas.errors import DiskFull, TrainingError, UserError
 from nas.quality.candidate import Candidate, Kind
 from nas.quality.plan import NO_TEACHER
 from nas.search.accuracy import Accuracies, compare_means
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 KEPT = "teacher"
 """The attribute of the study that holds the answer."""
-MOST = 4.0
+MOST = 2.5
 """Times a student's multiply-accumulates that a ready network has at most which is tuned only to teach: each final
 training takes the time of its answers, too."""
 
@@ -148,7 +148,7 @@ def _tried(request: SearchRequest, tier: RaceTier, rows: Sequence[ClosingRow], t
     if name is None:
         why = (
             f"no network was tuned on your images that is larger and better than {student.label}, nor are there "
-            f"weights here of another one that may be, with up to {MOST:g} times its multiply-accumulates"
+            f"weights here of another one that likely is, with up to {MOST:g} times its multiply-accumulates"
         )
         return Teaching(why=f"{why} (--teacher names one)")
     task = Task(What.TEACHER, candidate_of(student), plan.full_epochs, student.label, teacher=name)
@@ -156,13 +156,17 @@ def _tried(request: SearchRequest, tier: RaceTier, rows: Sequence[ClosingRow], t
         gain = TypeAdapter(TeacherGain).validate_python(tasks.result(task))
     except TrainingError as error:
         return Teaching(why=f"{name}: {error}", asked=plan.teacher)
+    except UserError as error:
+        if plan.teacher is not None or isinstance(error, DiskFull):
+            raise
+        return Teaching(why=f"{name}: {error}")
     return Teaching(name, gain, asked=plan.teacher)
 
 
 def larger_ready(request: SearchRequest, tier: RaceTier, student: Candidate) -> str | None:
     """The ready network that may teach a student best, by the search's own prediction at the student's resolution: of
     those with weights on this machine that no run has tuned yet, that need more multiply-accumulates, up to `MOST`
-    times, and that may be better. With its resolution, as `RaceTier.teacher_name`; None: there is none."""
+    times, and that is likely better. With its resolution, as `RaceTier.teacher_name`; None: there is none."""
     from nas.networks.counts import counts_of
     from nas.networks.pretrained import label_of
     from nas.quality.surrogate import describe_candidate
@@ -181,7 +185,7 @@ def larger_ready(request: SearchRequest, tier: RaceTier, student: Candidate) -> 
         except (ArchError, UserError):  # it takes no such images
             continue
         guess = surrogate.predict(describe_candidate(candidate, counts), candidate.key)
-        if macs < counts.macs <= MOST * macs and guess.value + guess.error > own:
+        if macs < counts.macs <= MOST * macs and guess.value > own:
             found[f"{label_of(entrant.network)}@{px}"] = guess.value, counts.macs
     return max(found, key=found.__getitem__, default=None)
 
