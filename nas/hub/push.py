@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -62,15 +63,16 @@ def push(request: PushRequest, confirm: Callable[[Plan], bool] = lambda _: True)
                 made = "; the repository was made, and is empty"
             if request.revision is not None:
                 api.create_branch(request.repository, branch=request.revision, exist_ok=True)
-            commit = api.create_commit(
-                request.repository,
-                [
-                    *(CommitOperationAdd(file.name, folder / file.name) for file in files),
-                    *(CommitOperationDelete(name) for name in plan.removed),
-                ],
-                commit_message=f"Push with vitnas {version('vitnas')}",
-                revision=request.revision,
-            )
+            added = [CommitOperationAdd(file.name, folder / file.name) for file in files]
+            with _without_xet():
+                for each in added:  # in this thread, which Ctrl-C ends: a commit's own threads go on
+                    api.preupload_lfs_files(request.repository, [each], revision=request.revision, free_memory=False)
+                commit = api.create_commit(
+                    request.repository,
+                    [*added, *(CommitOperationDelete(name) for name in plan.removed)],
+                    commit_message=f"Push with vitnas {version('vitnas')}",
+                    revision=request.revision,
+                )
         except UserError:
             raise
         except Exception as error:  # the hub's client raises what its many layers do
@@ -78,6 +80,20 @@ def push(request: PushRequest, confirm: Callable[[Plan], bool] = lambda _: True)
             again = ": the same command tries again" if why.passing else ""
             raise UserError(f"could not push to {request.repository} ({why}){made}{again}") from None
     return PushResult(request.repository, f"{api.endpoint}/{request.repository}", commit.oid, plan.made, files)
+
+
+@contextmanager
+def _without_xet() -> Iterator[None]:
+    """Upload by LFS, as with HF_HUB_DISABLE_XET: the client of Xet waits for a hub that has no Xet without an end, in
+    code that no Ctrl-C reaches."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_DISABLE_XET
+    constants.HF_HUB_DISABLE_XET = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_DISABLE_XET = before
 
 
 @dataclass(frozen=True)
