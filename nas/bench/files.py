@@ -137,6 +137,9 @@ class Files:
             method, source = "fix", {"source": str(given.path), "name": given.name, "shape": shape}
             if given.quantised:
                 settings = replace(settings, precision="fp32")  # there is nothing left to convert
+                line = f"{label} is int8 already, and not judged: `vitnas evaluate` tells its accuracy."
+                if self._calibration.given and line not in self._notes:
+                    self._notes.append(line)
         images = self._calibration.at(resolution, target) if settings.precision == "int8" else None
         judged = settings.precision in LOWER and self._calibration.given
         if not judged or method == "export":

@@ -25,6 +25,7 @@ from nas.export.card import IN_GRAPH, PREFIX, PROBABILITIES, Card, Preprocess
 from nas.export.onnx_input import CHANNELS, OnnxInput, written
 from nas.identity import file_digest
 from nas.machine import default_threads
+from nas.measure.runtime import LOWER
 from nas.networks.hub import HUB, fetch_onnx
 from nas.networks.targets import find_target
 from nas.networks.timm_network import LARGEST
@@ -128,6 +129,9 @@ class OnnxFile:
             raise UserError(f"{found} has one output: a classifier has one for each class, two or more")
         if preprocess is not None and card.preprocess is not None:
             notes.append(f"{found}: pixels as --preprocess says, not as the file's own metadata do")
+        lower = [name for each in LOWER if (found.parent / (name := f"model.{each}.onnx")).is_file()]
+        if lower and Path(path).is_dir():
+            notes.append(f"{found} is used, not {listed(lower)} beside it, made for the device: name that to use it")
         if session.metadata.get(f"{PREFIX}weights") == "untrained":
             notes.append(f"{found}: its weights are random, and so are its answers")
         names = _names(found, count, classes, card.classes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from nas.errors import UserError
 from nas.evaluate.classes import match
 from nas.evaluate.onnx_file import OnnxFile, Runtime
 from nas.evaluate.pairs import compare
+from nas.export.agreement import beyond_half, beyond_half_line
 from nas.export.artifact import CONVERTED, lower_precision, write_trained
 from nas.export.card import Card, Preprocess
 from nas.export.onnx import label_onnx
@@ -30,6 +32,7 @@ from nas.export.quantize import (
 from nas.files import scratch
 from nas.job import Say
 from nas.machine import default_threads
+from nas.measure.device import is_here
 from nas.measure.runtime import RUNTIMES
 from nas.text import first_line
 from nas.units import counted, listed
@@ -51,6 +54,7 @@ MORE = 64
 RECIPES = (
     Recipe(),
     Recipe(ranges="percentile", images=MORE),
+    Recipe(ranges="entropy", images=MORE),
     Recipe("nncf", images=MORE),
     Recipe("nncf", smooth=True, images=MORE),
     Recipe("nncf", "mse", images=MORE),
@@ -58,6 +62,10 @@ RECIPES = (
 )
 """In the order in which they are tried: what costs least, in time to make it and to run it, first."""
 NOT_TIMED = "the latency that is told is of a file of the default recipe, whose operators are others"
+AS_MEASURED = (
+    "is written as it is measured, with a static batch, normalised pixels in and logits out, whatever was chosen of "
+    "model.onnx; `vitnas export` writes others"
+)
 COARSE = 1.0
 """Points of top-1 that are always worth telling apart."""
 BATCH = 32
@@ -100,6 +108,12 @@ class HeldOut:
         file = OnnxFile.open(path)
         matched = match(classes, file.classes, file.num_classes, name)
         return cls(sample(images, HELD_OUT, 0), matched.outputs)
+
+    def some(self, file: Answers) -> np.ndarray:
+        """Pixels (N, ...) of at most `BATCH` of the images, of all classes alike; one of them can be decoded."""
+        sources = self.images.sources
+        found = (_pixels(file, sources[i]) for i in range(0, len(sources), max(1, len(sources) // BATCH)))
+        return np.stack([*itertools.islice((each for each in found if each is not None), BATCH)])
 
     def right(
         self, path: Path, runtime: str = "onnxruntime", threads: int | None = None, bf16: bool = False
@@ -161,6 +175,12 @@ class Price:
     """What was not tried, and why."""
     precision: str = "int8"
     """One of LOWER."""
+    lost: int = 0
+    """Images that float32 alone gets right, of `images`."""
+    gained: int = 0
+    """Images that the lower precision alone gets right."""
+    broken: str = ""
+    """Why it cannot be deployed, whatever it costs here; "" where it can."""
 
     @classmethod
     def of(
@@ -178,19 +198,28 @@ class Price:
             drop_ci=pair.difference_ci,
             max_drop=max_drop,
             precision=precision,
+            lost=pair.only_second,
+            gained=pair.only_first,
         )
 
     @property
     def within(self) -> bool:
-        """Whether it costs no more than it may."""
-        return self.drop <= self.max_drop
+        """Whether it costs no more than it may, and can be deployed."""
+        return self.drop <= self.max_drop and not self.broken
+
+    @property
+    def judged_on(self) -> str:
+        """The runtime in words. On a CPU it computes files of float16 in float32: what their weights lose is judged,
+        and what their sums do is not."""
+        halved = self.precision == "fp16" and self.runtime in get_args(Runtime)
+        return f"{self.runtime}, computed in float32 here" if halved else self.runtime
 
     def __str__(self) -> str:
         (low, high), verb = self.drop_ci, "gains" if self.drop <= -0.05 else "costs"
         made = f"; {self.recipe}" if self.recipe else ""
         return (
             f"{self.precision} {verb} {abs(self.drop):.1f} points of top-1 (95% of the drop: {low:.1f} to {high:.1f}): "
-            f"{self.top1:.1f}% beside {self.float_top1:.1f}%, {counted(self.images, 'image')}, {self.runtime}{made}"
+            f"{self.top1:.1f}% beside {self.float_top1:.1f}%, {counted(self.images, 'image')}, {self.judged_on}{made}"
             + (f", the best of {self.tried} recipes" if self.tried > 1 else "")
         )
 
@@ -202,7 +231,7 @@ class Price:
     @property
     def refusal(self) -> str:
         """Why it is infeasible."""
-        return f"{self}: more than --max-drop {self.max_drop:g} allows"
+        return f"{self}: {self.broken or f'more than --max-drop {self.max_drop:g} allows'}"
 
     @property
     def lines(self) -> list[str]:
@@ -211,6 +240,10 @@ class Price:
         (low, high), lines = self.drop_ci, list[str]()
         if self.recipe:
             lines.append(f"left in float: {listed(self.left_in_float, 8) or 'nothing'}")
+        if self.lost or self.gained:
+            lines.append(f"only fp32 is right on {self.lost:,} of the images, only {self.precision} on {self.gained:,}")
+        if self.tried > 1:
+            lines.append("the recipe was chosen on these images: on others it may cost a little more")
         if (high - low) / 2 > max(self.max_drop, COARSE):
             lines.append(f"{counted(self.images, 'held-out image')} are too few to tell a drop of {self.max_drop:g}")
         return [told, *lines, *self.notes]
@@ -270,8 +303,7 @@ def quantize_within(
             raise UserError(f"this network cannot be quantised: {'; '.join(notes)}")
         best, draft = min(found, key=lambda each: each[0].drop)
         draft.replace(path)
-    told = () if best.within and len(found) == 1 else tuple(notes)
-    return replace(best, tried=len(found), notes=told)
+    return replace(best, tried=len(found), notes=tuple(notes))
 
 
 def lower_within(
@@ -292,14 +324,19 @@ def lower_within(
     Raises:
         UserError: as `quantize_within`; a runtime without bf16 here.
     """
-    runtime, threads, precision = judging(settings.runtime), settings.threads, settings.precision
+    runtime, threads, precision = judging(settings.runtime), judging_threads(settings), settings.precision
     if precision == "int8":
         assert calibration is not None
         return quantize_within(path, calibration, held_out, runtime, max_drop, threads, say=say)
     full = held_out.right(path, runtime, threads)
     lower_precision(path, settings)
     right = held_out.right(path, runtime, threads, precision == "bf16")
-    return Price.of(right, full, runtime, max_drop, precision, None)
+    price = Price.of(right, full, runtime, max_drop, precision, None)
+    if precision == "fp16":
+        file = OnnxFile.open(path, threads=threads)
+        beyond = beyond_half(path, held_out.some(file).astype(file.kind), file.batch_size)
+        price = replace(price, broken=beyond_half_line(beyond))
+    return price
 
 
 def write_lower(
@@ -365,7 +402,8 @@ def deployed_right(
         quantize(path, calibration_images(data, network.resolution, MORE)[0], recipe)
     else:
         lower_precision(path, settings)
-    return HeldOut(images).right(path, judging(settings.runtime), settings.threads, settings.precision == "bf16")
+    runtime, threads = judging(settings.runtime), judging_threads(settings)
+    return HeldOut(images).right(path, runtime, threads, settings.precision == "bf16")
 
 
 def in_torch(
@@ -384,8 +422,9 @@ def in_torch(
 
     model, kind = for_inference(load(network, weights)), precision or settings.precision
     how = Preprocess.of(data.val.transform, data.pixels)
-    classifier = TorchClassifier.of(model, network, how, None, settings.threads, kind)
-    return HeldOut(images).answered(classifier, settings.threads)
+    threads = judging_threads(settings) or default_threads()
+    classifier = TorchClassifier.of(model, network, how, None, threads, kind)
+    return HeldOut(images).answered(classifier, threads)
 
 
 def quantize_file(
@@ -420,6 +459,11 @@ def _quantised(price: Price, path: Path) -> Price:
 def judging(runtime: str) -> str:
     """The runtime that files for `runtime` are judged on: its own, or ONNX Runtime where that runs on no CPU."""
     return runtime if runtime in get_args(Runtime) else "onnxruntime"
+
+
+def judging_threads(settings: Settings) -> int | None:
+    """CPU threads that files for these settings are judged with here; None: as many as it has, for another machine."""
+    return settings.threads if is_here(settings.device) else None
 
 
 def _pixels(file: Answers, source: Source) -> np.ndarray | None:

@@ -113,11 +113,8 @@ def agreement(
                 f"the network's logits in {name} are NaN or infinite on {broken} of {len(values)} images: "
                 "it needs other weights"
             )
-    if half and (beyond := _beyond_half(path, fed, options.batch_size)):
-        raise UserError(
-            f"float16 ends at 65,504, and {counted(len(beyond), 'value')} of this network pass it, the first "
-            f"{beyond[0]}: leave out --precision fp16"
-        )
+    if half and (beyond := beyond_half(path, fed.numpy(), options.batch_size)):
+        raise UserError(f"{beyond_half_line(beyond)}: leave out --precision fp16")
     largest = max(abs(wanted).max(), SMALLEST if options.probabilities else LEAST)
     told = np.full(len(given), True)
     errors = _errors(found, wanted, options.probabilities) / largest
@@ -188,9 +185,14 @@ def onnx_logits(path: Path, pixels: Tensor, batch_size: int | None) -> np.ndarra
     return np.concatenate([session.run(None, {IMAGES: fed})[0][:count] for fed, count in batches])
 
 
-def _beyond_half(path: Path, pixels: Tensor, batch_size: int | None) -> list[str]:
+def beyond_half(path: Path, pixels: np.ndarray, batch_size: int | None) -> list[str]:
     """Names of what becomes infinite in an fp16 file. Its logits do not show it: on a CPU ONNX Runtime computes in
-    float32, and leaves out the way by float16 where it can."""
+    float32, and leaves out the way by float16 where it can.
+
+    Args:
+        pixels: images (N, ...) as its only input takes them.
+        batch_size: of the file; None: any.
+    """
     import numpy as np
     import onnx
     import onnxruntime
@@ -203,12 +205,19 @@ def _beyond_half(path: Path, pixels: Tensor, batch_size: int | None) -> list[str
     ]
     model.graph.output.extend(within)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    names = [value.name for value in within]
+    names, (image,) = [value.name for value in within], session.get_inputs()
     found = dict[str, None]()
-    for fed, _ in _batches(pixels.numpy(), batch_size):
-        values = session.run(names, {IMAGES: fed})
+    for fed, _ in _batches(pixels, batch_size):
+        values = session.run(names, {image.name: fed})
         found |= {name: None for name, value in zip(names, values, strict=True) if not np.isfinite(value).all()}
     return [name for name in names if name in found]
+
+
+def beyond_half_line(beyond: list[str]) -> str:
+    """What is wrong where `beyond_half` found some; "" where it did not."""
+    if not beyond:
+        return ""
+    return f"float16 ends at 65,504, and {counted(len(beyond), 'value')} of this network pass it, the first {beyond[0]}"
 
 
 def _batches(pixels: np.ndarray, batch_size: int | None) -> Iterator[tuple[np.ndarray, int]]:

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nas.export.graph import to_half
 from nas.export.onnx import label_onnx, to_onnx, write_onnx
 from nas.export.options import FileOptions
 from nas.measure.runtime import RUNTIMES, Settings
@@ -47,14 +48,12 @@ def write_artifact(
 def lower_precision(path: Path, settings: Settings, calibration: np.ndarray | None = None) -> None:
     """Turn a float32 ONNX file with a static batch into what the runtime loads for a precision, in place.
 
-    fp16 converts weights, input and output; int8 quantises (`nas.export.quantize`), with `calibration` images, float32
-    (N, 3, R, R), or noise. For fp32, tf32 and bf16 the file stays: the runtime computes in them.
+    fp16 converts weights, input and output, but not the scores of tokens (`nas.export.graph.to_half`); int8 quantises
+    (`nas.export.quantize`), with `calibration` images, float32 (N, 3, R, R), or noise. For fp32, tf32 and bf16 the file
+    stays: the runtime computes in them.
     """
     if settings.precision == "fp16":
-        import onnx
-        from onnxruntime.transformers.float16 import convert_float_to_float16
-
-        onnx.save(convert_float_to_float16(onnx.load(path)), path)
+        to_half(path, keep_io=False)
     elif settings.precision == "int8":
         from nas.export.quantize import quantize
 

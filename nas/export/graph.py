@@ -18,8 +18,8 @@ SCORING = ("Add", "ArgMax", "Div", "Mul", "Pow", "ReduceL2", "ReduceMean", "Redu
 """What tokens are scored with: products and sums that lie between a layer and the choice."""
 
 
-def to_half(path: Path) -> None:
-    """Turn a float32 ONNX file into fp16, in place: weights and arithmetic; input and output stay float32.
+def to_half(path: Path, keep_io: bool = True) -> None:
+    """Turn a float32 ONNX file into fp16, in place: weights and arithmetic; with `keep_io` not input and output.
 
     The scores by which tokens are chosen stay float32: float16 cannot hold what orders equal ones
     (`search_spaces.tokens.TIE`), and sums of squares leave its range.
@@ -30,7 +30,7 @@ def to_half(path: Path) -> None:
 
     model = onnx.load(path)
     kept = _scoring_nodes(model.graph)
-    half = convert_float_to_float16(model, keep_io_types=True, node_block_list=kept)
+    half = convert_float_to_float16(model, keep_io_types=keep_io, node_block_list=kept)
     OnnxModel(half).topological_sort()
     onnx.save(half, path)
 
@@ -44,16 +44,16 @@ def chooses_tokens(path: Path) -> bool:
 
 
 def _scoring_nodes(graph: GraphProto) -> list[str]:
-    """Names of the nodes that score tokens, up to the choice."""
+    """Names of the nodes that score tokens, up to the choice; of those that have names."""
     makers = {name: node for node in graph.node for name in node.output}
     found: dict[str, NodeProto] = {}
     queue = [node for node in graph.node if node.op_type in CHOOSERS]
     while queue:
         node = queue.pop()
-        if node.name not in found and node.op_type in SCORING:
-            found[node.name] = node
+        if node.output[0] not in found and node.op_type in SCORING:
+            found[node.output[0]] = node
             queue += [makers[name] for name in node.input if name in makers]
-    return list(found)
+    return [node.name for node in found.values() if node.name]
 
 
 def finish(path: Path, options: FileOptions, pixels: Pixels) -> None:

@@ -12,6 +12,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, cast
 
 from nas.ending import Ending
+from nas.evaluate.precision import AS_MEASURED
 from nas.files import FolderInUse, folder_lock
 from nas.intervals import guessing
 from nas.measure.budget import Verdict
@@ -216,8 +217,13 @@ class _Finish:
                 "no network of --against was measured: there was no closing run, or they are all in its table"
             )
 
-    def _price(self, files: LowerFiles, rows: Sequence[ClosingRow]) -> bool:
-        """Judge networks of the closing run in their precisions: those that cost more than they may are infeasible.
+    def _price(self, files: LowerFiles, rows: Sequence[ClosingRow], trained: bool = False) -> bool:
+        """Judge networks of the closing run in their precisions: those that cost more than they may are infeasible, and
+        so are those that cannot be judged.
+
+        Args:
+            trained: whether their full trainings were due. Before that a network whose weights are not kept is left to
+                be judged after its own.
 
         Returns:
             Whether any of them has become so.
@@ -229,23 +235,29 @@ class _Finish:
             precision = self._precision_of(row)
             if precision not in LOWER:
                 continue
+            infeasible, unknown = True, "judging it failed"
             with self._step(f"{precision} of {row.label}"):
                 if self.phase:
                     self.phase(f"judging {row.label} in {precision}", 0, 0)
                 made = files.of(candidate_of(row), precision)
-                if made is None:
-                    self.notes.append(f"{row.label}: what {precision} costs is not known: no weights of it are kept")
-                    continue
-                price = made.price
-                self.notes.append(f"{row.label}: {price.lines[0]}")
-                if price.within and not price.as_timed and made.content is not None:
-                    self.final, over = time_anew(files, self.final, row, made, self.notes.append)
-                    lost = lost or over
-                if not price.within and ACCURACY not in row.over:
-                    self.final, lost = without(self.final, row, ACCURACY), True
+                unknown = "" if made else "no weights of it are kept"
+                infeasible = not made.price.within if made else trained
+                if made:
+                    told = f"{row.label}: {made.price.lines[0]}"
+                    self.notes += [told] * (told not in self.notes)
+                    if made.price.within and not made.price.as_timed and made.content is not None:
+                        self.final, over = time_anew(files, self.final, row, made, self.notes.append)
+                        lost = lost or over
+            if self.end.interrupted:
+                return lost
+            if unknown:
+                so = "infeasible, as " * infeasible
+                self.notes.append(f"{row.label}: {so}what {precision} costs is not known: {unknown}")
+            if infeasible and ACCURACY not in row.over:
+                self.final, lost = without(self.final, row, ACCURACY), True
         return lost
 
-    def _precision_of(self, row: ClosingRow) -> str:
+    def _precision_of(self, row: Network) -> str:
         return row.precision or self.request.settings.precision
 
     def _train(self, tier: TrainedTier) -> None:
@@ -285,7 +297,8 @@ class _Finish:
                 self.final = [replace(each, accuracy=found.get(each.label)) for each in self.final]
             if self.end.interrupted:
                 return
-        if self.lower and self._price(self.lower, [row for row in self.final if row.label in found]):
+        due = [row for row in self.final if row.label in found or row.role == "winner"]
+        if self.lower and self._price(self.lower, due, trained=True):
             if self.winner and not self.end.interrupted:
                 self._train(tier)  # what was trained is kept
                 return
@@ -463,6 +476,9 @@ class _Finish:
                 yield skipped
         if weights and weights.price:
             yield from (f"best/{weights.file}: {line}" for line in weights.price.lines)
+        lower = f"model.{self._precision_of(self.winner)}.onnx" if self.winner else ""
+        if lower and not self.request.file.plain and (self.best.folder / lower).is_file():
+            yield f"best/{lower} {AS_MEASURED}"
         if self.accuracy:
             told = guessing(self.accuracy.rows[0].ci, self.request.num_classes)
             if told:

@@ -390,6 +390,18 @@ def test_another_batch_size_has_the_same_recipe(judged: BenchRequest, monkeypatc
     assert f"which images {judged.targets[0].onnx} was trained on is unknown" in " ".join(found.notes)
 
 
+@pytest.mark.usefixtures("fixed_here")
+def test_a_file_that_is_int8_already_is_not_judged(judged: BenchRequest) -> None:
+    from nas.export.artifact import lower_precision
+
+    (target,), settings = judged.targets, Settings(precision="int8")
+    assert target.onnx is not None
+    lower_precision(target.onnx, settings)
+    found = bench(replace(judged, settings=(settings,)))
+    assert (found.errors, found.rows[0].top1) == ([], None)
+    assert f"{target.label} is int8 already, and not judged: `vitnas evaluate` tells its accuracy." in found.notes
+
+
 def test_a_trained_network_is_built_where_pytorch_runs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its folder has weights, but what PyTorch's runtimes load is its document."""
     network = find_arch("efficientvit_m0").replace(num_classes=2)

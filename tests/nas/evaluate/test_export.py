@@ -69,10 +69,11 @@ def test_int8_says_what_it_costs(run: Path, tmp_path: Path, vitnas: Any, more: t
     out = tmp_path / "out"
     code, said, err = vitnas(*words(run, out, "--max-drop", "40", *more))
     assert code == 0, err
-    first, left, full, seen = said.splitlines()
+    first, left, changed, full, seen = said.splitlines()
     assert seen.startswith("which images ")
     assert first.startswith(f"{out}/model.onnx: int8 costs 40.0 points of top-1 ")
     assert left.startswith("left in float: ")
+    assert changed == "only fp32 is right on 4 of the images, only int8 on 0"
     assert full.startswith("in fp32: shvit with the given weights; ONNX Runtime and PyTorch agree to ")
     file = OnnxFile.open(out, threads=1)
     assert (file.precision, file.classes) == ("int8", ("dark", "light"))
@@ -81,6 +82,24 @@ def test_int8_says_what_it_costs(run: Path, tmp_path: Path, vitnas: Any, more: t
     assert card.accuracy.top1 == 60
     assert card.latency is None, "it is that of fp32"
     assert {path.name for path in out.iterdir()} >= {"arch.json", "model.safetensors", "preprocess.json", "labels.txt"}
+
+
+def test_an_int8_file_answers_alike_on_both_runtimes(
+    made: Path, tmp_path: Path, vitnas: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With nothing replaced but the number of recipes; its card tells what it is right on."""
+    monkeypatch.setattr(precision, "RECIPES", (Recipe(),))
+    out = tmp_path / "out"
+    code, _, err = vitnas(*words(made / "run", out, "--max-drop", "100"))
+    assert code == 0, err
+    paths = sorted((made / "images/val").rglob("*.png"))
+    first, second = (OnnxFile.open(out, runtime, threads=1) for runtime in ("onnxruntime", "openvino"))
+    fed = np.stack([first.pixels(Image.open(path)) for path in paths])
+    logits, others = first.logits(fed), second.logits(fed)
+    assert np.linalg.norm(others - logits) < 0.1 * np.linalg.norm(logits)
+    named = [first.classes[i] for i in logits.argmax(1)]
+    right = [name == path.parent.name for name, path in zip(named, paths, strict=True)]
+    assert Card.read(out).accuracy.top1 == 100 * np.mean(right)
 
 
 def test_int8_that_costs_too_much_is_not_written(run: Path, tmp_path: Path, vitnas: Any) -> None:

@@ -202,6 +202,12 @@ def test_a_folder_stands_for_its_file(tmp_path: Path) -> None:
     for folder in (tmp_path, best):
         file = OnnxFile.open(folder)
         assert (file.path, file.classes) == (best / "model.onnx", CLASSES)
+        assert file.notes == ()
+    (best / "model.int8.onnx").touch()
+    assert OnnxFile.open(tmp_path).notes == (
+        f"{best}/model.onnx is used, not model.int8.onnx beside it, made for the device: name that to use it",
+    )
+    assert OnnxFile.open(write_toy(best / "model.onnx", card=toy_card())).notes == ()
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no model.onnx and no best/model.onnx".replace(".", r"\.")):
         OnnxFile.open(tmp_path / "empty")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -89,11 +90,14 @@ def test_held_out_images_are_counted_as_the_file_answers(full: Path, held: HeldO
 
 
 def test_the_first_recipe_within_the_gate_is_taken(full: Path, held: HeldOut, sources: list[np.ndarray]) -> None:
-    top1 = 100 * held.right(full, threads=1).mean()
+    answers = held.right(full, threads=1)
+    top1 = 100 * answers.mean()
     price = quantize_within(full, calibration(sources)[:9], held, max_drop=20, threads=1)
     assert (price.recipe, price.tried, price.within) == (Recipe(images=9), 1, True)
     assert price.float_top1 == top1
     assert price.top1 == 100 * held.right(full, threads=1).mean() == pytest.approx(top1 - price.drop)
+    lower = held.right(full, threads=1)
+    assert (price.lost, price.gained) == ((answers & ~lower).sum(), (lower & ~answers).sum())
     assert price.drop_ci[0] <= price.drop <= price.drop_ci[1]
     assert price.images == 40
     assert any(each.op_type == "QuantizeLinear" for each in onnx.load(full).graph.node)
@@ -103,13 +107,13 @@ def test_the_first_recipe_within_the_gate_is_taken(full: Path, held: HeldOut, so
 def test_of_recipes_over_the_gate_the_best_is_taken(
     full: Path, held: HeldOut, sources: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By its drop; a tool that fails, and one that is not installed, are told."""
+    """By its drop; a tool that fails, and one that is not installed, are told, also where the next recipe is within."""
     wrong = iter([10, 4, 6])
 
     def quantized(path: Path, images: np.ndarray, recipe: Recipe) -> None:
         if recipe.smooth:
             raise RuntimeError("no such layer\nat all")
-        made[path] = next(wrong)
+        made[path] = next(wrong, 0)
 
     made: dict[Path, int] = {}
     right = HeldOut.right
@@ -131,6 +135,11 @@ def test_of_recipes_over_the_gate_the_best_is_taken(
         "NNCF, min-max of 16 images, SmoothQuant fails on this network: no such layer",
         "not tried, since nncf is not installed (pip install 'vitnas[int8]'): NNCF, mse of 16 images",
     )
+    assert price.lines[2:4] == [
+        "only fp32 is right on 4 of the images, only int8 on 0",
+        "the recipe was chosen on these images: on others it may cost a little more",
+    ]
+    assert quantize_within(full, calibration(sources), held, threads=1, recipes=recipes[1:4]).notes == price.notes
     monkeypatch.setattr(HeldOut, "right", right)
     content = full.read_bytes()
     with pytest.raises(UserError, match=r"^this network cannot be quantised: NNCF, .* no such layer$"):
@@ -190,15 +199,36 @@ def test_words() -> None:
 
 
 def test_fp16_is_judged_by_its_own_file(full: Path, held: HeldOut) -> None:
+    """On this machine, with its own threads, whatever another one has."""
     top1 = 100 * held.right(full, threads=1).mean()
-    price = lower_within(full, Settings(precision="fp16"), held, 100.0)
+    price = lower_within(full, Settings("onnxruntime", "ssh://board", 1_000, precision="fp16"), held, 100.0)
     half = {tensor.data_type for tensor in onnx.load(full).graph.initializer}
     assert half == {onnx.TensorProto.FLOAT16}
     assert (price.precision, price.recipe, price.as_timed) == ("fp16", None, True)
     assert (price.float_top1, price.top1) == (top1, 100 * held.right(full, threads=1).mean())
     assert price.lines[0].startswith("fp16 costs ")
-    assert price.lines[0].endswith("40 images, onnxruntime")
+    assert price.lines[0].endswith("40 images, onnxruntime, computed in float32 here")
     assert not any("left in float" in line for line in price.lines)
+
+
+def test_fp16_with_values_beyond_its_largest_is_infeasible(full: Path, held: HeldOut) -> None:
+    """Whatever it costs on a CPU, which computes in float32."""
+    model = onnx.load(full)
+    nodes, scaled = list(model.graph.node), list[onnx.NodeProto]()
+    place = next(i for i, node in enumerate(nodes) if node.op_type == "GlobalAveragePool")
+    for i, factor in enumerate((8e3, 8e3, 1 / 8e3, 1 / 8e3)):
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(factor, np.float32), f"factor{i}"))
+        scaled.append(onnx.helper.make_node("Mul", [nodes[place].input[0], f"factor{i}"], [f"scaled{i}"], f"scaled{i}"))
+        nodes[place].input[0] = f"scaled{i}"
+    del model.graph.node[:]
+    model.graph.node.extend([*nodes[:place], *scaled, *nodes[place:]])
+    onnx.save(model, full)
+    price = lower_within(full, Settings(precision="fp16"), held, 100.0)
+    assert (price.within, price.drop < 50) == (False, True)
+    assert re.search(
+        r"^infeasible: fp16 .*: float16 ends at 65,504, and \d values? of this network pass it, the first scaled1$",
+        price.lines[0],
+    )
 
 
 def test_bf16_is_judged_of_the_same_file(full: Path, held: HeldOut, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from nas.data.pixels import IMAGENET, Pixels
 from nas.errors import UserError
 from nas.evaluate.onnx_file import OnnxFile
 from nas.export.agreement import agreement, logits_of
+from nas.export.artifact import lower_precision
 from nas.export.card import CLASSIFY, Accuracy, Card, Latency, Preprocess, load_onnx
 from nas.export.folder import save_model, save_onnx, save_weights
 from nas.export.graph import to_half
@@ -141,11 +142,17 @@ def test_every_file_answers_as_pytorch_on_both_runtimes(
         assert abs(answers - wanted.softmax(1)).max() < (2e-2 if options.precision == "fp16" else 1e-5), runtime
 
 
-def test_fp16_is_half_as_large_and_scores_tokens_in_float32(tmp_path: Path) -> None:
+@pytest.mark.parametrize("measured", [False, True])
+def test_fp16_is_half_as_large_and_scores_tokens_in_float32(tmp_path: Path, measured: bool) -> None:
+    """Exported, and as searches and prunings measure it, whose input is of float16 too."""
     path, network = tmp_path / "model.onnx", create(Tokens)
     to_onnx(network, path, SIZE, 1)
-    to_half(path)
+    if measured:
+        lower_precision(path, Settings(precision="fp16"))
+    else:
+        to_half(path)
     graph = onnx.shape_inference.infer_shapes(load_onnx(path)).graph
+    assert (graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT16) == measured
     kinds = {value.name: value.type.tensor_type.elem_type for value in graph.value_info}
     (choice,) = [node for node in graph.node if node.op_type == "TopK"]
     assert kinds[choice.input[0]] == onnx.TensorProto.FLOAT

@@ -630,6 +630,29 @@ def test_a_network_that_int8_costs_too_much_wins_nothing(vitnas, device, tier, p
     assert study_of(tmp_path).user_attrs["result"] == "nothing fits 10 ms and keeps its accuracy in int8 (--max-drop)"
 
 
+@pytest.mark.parametrize(("fails", "why"), [(True, "judging it failed"), (False, "no weights of it are kept")])
+def test_a_network_that_cannot_be_judged_wins_nothing(
+    vitnas, device, tier, pictures, tmp_path, monkeypatch, fails, why
+):
+    """The first of the closing run; without weights it is trained before."""
+    cards_of(monkeypatch)
+    judged = priced(monkeypatch, {}, {})
+    of = LowerFiles.of
+
+    def unknown(self: LowerFiles, candidate: Candidate, precision: str) -> LowerFile | None:
+        found = of(self, candidate, precision)
+        if candidate.key == judged[0] and fails:
+            raise RuntimeError("the tool fails")
+        return None if candidate.key == judged[0] else found
+
+    monkeypatch.setattr(LowerFiles, "of", unknown)
+    code, out, err = vitnas(*trained(tmp_path, pictures, "--precision", "int8"))
+    result = json.loads(out)
+    (lost,) = [row for row in result["final"] if "accuracy" in row["over"]]
+    assert (code, len(result["failures"]), result["winner"]["verdict"]) == (int(fails), int(fails), "fits"), err
+    assert f"{lost['label']}: infeasible, as what int8 costs is not known: {why}" in result["notes"]
+
+
 def test_a_network_is_tried_and_shipped_in_the_first_precision_that_meets_the_budget(
     vitnas, device, tier, pictures, tmp_path, monkeypatch
 ):
