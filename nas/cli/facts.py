@@ -82,15 +82,25 @@ class Agreement(BaseModel):
     images: int
 
 
+class Price(BaseModel):
+    """Of the pruned network in the precision that it was measured in; top1: percent."""
+
+    precision: str
+    top1: FiniteFloat
+    top1_ci: tuple[FiniteFloat, FiniteFloat]
+    images: int
+
+
 class Pruned(BaseModel):
     """Of a prune.json. latency: None where none was measured, or only waiting times. agreement: None where images had
-    labels, and so an accuracy."""
+    labels, and so an accuracy. price: None in fp32."""
 
     model: str
     data: Data
     budget: Budget
     latency: Latency | None
     agreement: Agreement | None
+    price: Price | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -179,6 +189,7 @@ def _of_card(card: Card, trained: bool) -> Facts:
         "preprocess": card.preprocess and card.preprocess.model_dump(),
         "top1": accuracy and accuracy.top1,
         "top1_ci": accuracy and list(accuracy.ci),
+        "top1_precision": None,
         "images": accuracy and accuracy.images,
         "latency": card.latency and card.latency.model_dump(),
         **dict.fromkeys(("agreement", "quality", "quality_estimate", "quality_ci", "quality_label")),
@@ -192,12 +203,17 @@ def _of_folder(target: Target, network: Arch | TimmNetwork) -> Facts:
 
     folder, trained = target.folder, target.as_trained().weights is not None
     card = Card.read(folder) if folder and described(folder) else Card()
+    measured = Card()
     if target.own is not None:  # what is known holds at the resolution of the weights
         card = Card(classes=card.classes)
     elif card.latency is None and folder:  # that of the file of another precision, which was measured
-        lower = (Card.read(path).latency for path in sorted(folder.glob("model.*.onnx")))
-        card = card.model_copy(update={"latency": next(filter(None, lower), None)})
+        lower = map(Card.read, sorted(folder.glob("model.*.onnx")))
+        measured = next((each for each in lower if each.latency), measured)
+        accuracy = measured.accuracy or card.accuracy
+        card = card.model_copy(update={"accuracy": accuracy, "latency": measured.latency})
     found = _of_card(card, trained) | {"kind": kind_of(folder), "resolution": network.resolution}
+    if card.accuracy:
+        found["top1_precision"] = measured.latency.precision if measured.latency and measured.accuracy else "fp32"
     metrics = _read(folder and folder / "metrics.json", Trained)
     if metrics:
         found["data"] = metrics.data.name
@@ -212,8 +228,12 @@ def _of_folder(target: Target, network: Arch | TimmNetwork) -> Facts:
         found["weights_from"] = f"{pruned.model}, pruned to {pruned.budget.text} {pruned.budget.metric}"
         if target.own is None and pruned.latency:
             found["latency"] = pruned.latency.model_dump()
+            if price := pruned.price:
+                found |= {"top1": price.top1, "top1_ci": list(price.top1_ci), "images": price.images}
+                found["top1_precision"] = price.precision
         if target.own is None and pruned.agreement:  # an early vitnas wrote it into model.onnx as its accuracy
-            found |= {"agreement": pruned.agreement.model_dump()} | dict.fromkeys(("top1", "top1_ci", "images"))
+            without = dict.fromkeys(("top1", "top1_ci", "top1_precision", "images"))
+            found |= {"agreement": pruned.agreement.model_dump()} | without
     searched = None
     if folder and found["kind"] == "search" and not trained and target.own is None:
         searched = _read(folder.parent / "result.json", Searched)
@@ -301,14 +321,16 @@ def lines_of(facts: Mapping[str, Any]) -> list[str]:
         lines.append(f"classes: {few(facts['classes'])}")
     if facts["preprocess"]:
         lines.append(f"images: {Preprocess(**facts['preprocess']).pixels}")
+    latency, judged = facts["latency"], facts["top1_precision"]
     if facts["top1"] is not None:
-        lines.append(f"accuracy: {top1_words(facts['top1'], facts['top1_ci'], facts['images'])}")
+        mixed = latency is not None and latency["precision"] != judged
+        told = f", in {judged}" if judged and (judged != "fp32" or mixed) else ""
+        lines.append(f"accuracy: {top1_words(facts['top1'], facts['top1_ci'], facts['images'])}{told}")
     elif facts["weights"] == "trained":
         lines.append("accuracy: not known")
     if agreement := facts.get("agreement"):
         share = top1_words(agreement["top1"], agreement["top1_ci"], agreement["images"], what="agreement")
         lines.append(f"with the unpruned network: {share}")
-    latency = facts["latency"]
     if latency:
         low, high = latency["ci"]
         threads = counted(latency["threads"], "thread")

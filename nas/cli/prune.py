@@ -110,8 +110,8 @@ def prune(
 
     The same command continues an interrupted run after its last finished round.
 
-    Exit codes: 0 done and within the budget, 1 done but over it as measured or too close to it to tell,
-    or a step at its end failed, 2 bad input, 130 Ctrl-C.
+    Exit codes: 0 done and within the budget, 1 done but over it as measured, too close to it to tell, or infeasible in
+    its precision, or a step at its end failed, 2 bad input, 130 Ctrl-C.
     """
     from nas.cli.progress import load
     from nas.measure.device import settings_for
@@ -155,4 +155,4 @@ def prune(
     show_prune(found, request.folder, to_stderr=as_json)
     if as_json:
         print(json.dumps(found.to_json() | {"folder": str(request.folder)}))
-    raise typer.Exit(0 if found.budget.met and not found.failures else 1)
+    raise typer.Exit(0 if found.met and not found.failures else 1)

@@ -83,8 +83,19 @@ class Measured(BaseModel):
     waiting: Any = None
 
 
+class Measuring(BaseModel):
+    precision: Text = "fp32"
+
+
+class Price(BaseModel):
+    """top1: percent, in the precision that was measured."""
+
+    top1: FiniteFloat
+
+
 class PruneResult(BaseModel):
-    """Of a prune.json. accuracy: by the network's name; kept: that of the one which was kept."""
+    """Of a prune.json. accuracy: of fp32 weights, by the network's name; kept: that of the one which was kept.
+    settings: that latency was measured with; price: None in fp32, or where the accuracy in theirs is not known."""
 
     model: Text
     budget: Budget
@@ -93,6 +104,8 @@ class PruneResult(BaseModel):
     kept: str | None = None
     failures: list[Any] | None = None
     options: Options = Options()
+    settings: Measuring = Measuring()
+    price: Price | None = None
 
 
 class Recipe(BaseModel):
@@ -211,12 +224,17 @@ def prune_row(folder: Path) -> Row | None:
     told = PruneResult.model_validate(read(path))
     found = told.accuracy[told.kept or ("recovered" if told.accuracy.get("recovered") else "pruned")]
     measure = "agreement" if told.options.unlabelled else "top-1"
-    parts = [told.model, *([f"{found.top1:.1f}% {measure}"] if found else [])]
+    latency, accuracy = "", f"{found.top1:.1f}% {measure}" if found else ""
     if told.after.latency_ms is not None and not told.after.waiting:
-        parts.insert(1, f"{told.after.latency_ms:.2f} ms")
+        precision = told.settings.precision
+        lower = f" in {precision}" if precision != "fp32" else ""
+        latency = f"{told.after.latency_ms:.2f} ms{lower}"
+        if lower and accuracy:
+            accuracy = f"{told.price.top1:.1f}% top-1{lower}" if told.price else f"{accuracy} in fp32"
+    best = ", ".join(filter(None, (told.model, latency, accuracy)))
     budget = f"{told.budget.metric} {told.budget.text}"
     ended = "failed in part" if told.failures else "finished"
-    return {"kind": "prune", "budget": budget, "best": ", ".join(parts), "state": state(folder, ended)}
+    return {"kind": "prune", "budget": budget, "best": best, "state": state(folder, ended)}
 
 
 def train_row(folder: Path) -> Row | None:

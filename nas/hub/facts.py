@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, FiniteFloat, ValidationError
 
 from nas.errors import UserError
-from nas.export.artifact import CONVERTED
 from nas.export.card import Card, Latency
 from nas.measure.device import device_kind
 
@@ -53,6 +52,10 @@ class RunRow:
     """Median."""
     latency_ci: Span | None = None
     """95% interval of the median."""
+    top1_precision: str = "fp32"
+    """That `top1` is of."""
+    latency_precision: str = "fp32"
+    """That the latency is of."""
 
 
 @dataclass(frozen=True)
@@ -115,11 +118,6 @@ class _Settings(BaseModel):
     batch_size: int
 
 
-def _precisions(settings: _Settings) -> str:
-    """What a table's latencies and accuracies are of, where that differs."""
-    return f" (latencies in {settings.precision}, accuracies in fp32)" if settings.precision in CONVERTED else ""
-
-
 class _Measured(BaseModel):
     latency_ms: FiniteFloat | None = None
     ci: Span | None = None
@@ -135,6 +133,13 @@ class _Options(BaseModel):
     unlabelled: str | None = None
 
 
+class _Price(BaseModel):
+    """Of the pruned network in the precision that was measured."""
+
+    top1: FiniteFloat
+    top1_ci: Span
+
+
 class _Pruned(BaseModel):
     data: _Data
     options: _Options = _Options()
@@ -144,27 +149,29 @@ class _Pruned(BaseModel):
     after: _Measured
     accuracy: dict[str, _Accuracy | None]
     kept: str | None = None
+    price: _Price | None = None
 
     def facts(self) -> RunFacts:
-        rows = [
-            _row("before pruning", self.accuracy.get("before"), self.before),
-            _row("this network", self.accuracy.get(self.kept or "pruned"), self.after),
-        ]
+        precision, price = self.settings.precision, self.price
+        before = _row("before pruning", self.accuracy.get("before"), self.before, precision)
+        own = _row("this network", self.accuracy.get(self.kept or "pruned"), self.after, precision)
+        if price is not None:
+            own = replace(own, top1=price.top1, top1_ci=price.top1_ci, top1_precision=precision)
         latency = None
         if self.after.latency_ms is not None and self.after.ci is not None and not self.after.waiting:
             latency = Latency(
                 ms=self.after.latency_ms, ci=self.after.ci, cpu=self.hardware.cpu, **self.settings.model_dump()
             )
         told = public(Card(latency=latency)).latency
-        title = f"Before and after pruning{_precisions(self.settings)}"
         measure = "agreement with the unpruned network" if self.options.unlabelled else "top-1"
-        return RunFacts(self.data.words, tuple(rows), title, measure, told)
+        return RunFacts(self.data.words, (before, own), "Before and after pruning", measure, told)
 
 
-def _row(name: str, accuracy: _Accuracy | None, measured: _Measured) -> RunRow:
+def _row(name: str, accuracy: _Accuracy | None, measured: _Measured, precision: str) -> RunRow:
+    """precision: of the latency."""
     judged, waiting = accuracy or _Accuracy(), bool(measured.waiting)
     ms, ci = (None, None) if waiting else (measured.latency_ms, measured.ci)
-    return RunRow(name, judged.top1, judged.top1_ci, ms, ci)
+    return RunRow(name, judged.top1, judged.top1_ci, ms, ci, latency_precision=precision)
 
 
 def _none_of_empty(found: Any) -> Any:
@@ -174,6 +181,7 @@ def _none_of_empty(found: Any) -> Any:
 class _Trainings(BaseModel):
     mean: FiniteFloat
     top1_ci: Annotated[Span | None, BeforeValidator(_none_of_empty)] = None
+    precision: str = "fp32"
 
 
 class _Closing(BaseModel):
@@ -182,6 +190,7 @@ class _Closing(BaseModel):
     ci_low_ms: FiniteFloat | None = None
     ci_high_ms: FiniteFloat | None = None
     accuracy: _Trainings | None = None
+    precision: str | None = None
 
 
 class _Named(BaseModel):
@@ -203,11 +212,12 @@ class _Searched(BaseModel):
                 row.accuracy.top1_ci if row.accuracy else None,
                 row.latency_ms,
                 None if row.ci_low_ms is None or row.ci_high_ms is None else (row.ci_low_ms, row.ci_high_ms),
+                row.accuracy.precision if row.accuracy else "fp32",
+                row.precision or self.settings.precision,
             )
             for row in self.final
         )
-        title = f"The search's closing table{_precisions(self.settings)}"
-        return RunFacts(self.data.words if self.data else "", rows, title)
+        return RunFacts(self.data.words if self.data else "", rows, "The search's closing table")
 
 
 def _read(path: Path, record: type[Record]) -> Record | None:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nas.export.artifact import CONVERTED
 from nas.export.card import CLASSIFY, Accuracy, Card, Latency
 from nas.hub.facts import RunFacts
 from nas.intervals import top1_words
+from nas.measure.runtime import LOWER
 from nas.networks.timm_network import TIMM, TimmNetwork
 from nas.units import counted, listed, shown
 
@@ -131,10 +131,10 @@ def _own_table(subject: Subject) -> str:
 
 
 def _of_run(latency: Latency | None, name: str) -> Latency | None:
-    """What the run measured, if it was this file."""
+    """What the run measured, if it was this file. bf16 has none: model.onnx tells its accuracy in fp32."""
     if latency is None:
         return None
-    lower = latency.precision in CONVERTED
+    lower = latency.precision in LOWER
     return latency if name == (f"model.{latency.precision}.onnx" if lower else "model.onnx") else None
 
 
@@ -154,14 +154,20 @@ def _latency(latency: Latency | None) -> tuple[str, str]:
 
 
 def _run_table(run: RunFacts) -> str:
-    def spanned(value: float | None, span: tuple[float, float] | None, unit: str, digits: int) -> str:
+    lower = any({row.top1_precision, row.latency_precision} - {"fp32"} for row in run.rows)
+
+    def spanned(value: float | None, span: tuple[float, float] | None, unit: str, digits: int, precision: str) -> str:
         if value is None:
             return ""
-        told = f"{value:.{digits}f}{unit}"
+        told = f"{value:.{digits}f}{unit}" + f" in {precision}" * lower
         return told if span is None else f"{told} (95%: {span[0]:.{digits}f} to {span[1]:.{digits}f})"
 
     found = [
-        (row.name, spanned(row.top1, row.top1_ci, "%", 1), spanned(row.latency_ms, row.latency_ci, " ms", 2))
+        (
+            row.name,
+            spanned(row.top1, row.top1_ci, "%", 1, row.top1_precision),
+            spanned(row.latency_ms, row.latency_ci, " ms", 2, row.latency_precision),
+        )
         for row in run.rows
     ]
     return _table(("network", run.measure, "latency"), found)

@@ -19,14 +19,13 @@ from nas.data.inputs import identity
 from nas.ending import Ending
 from nas.errors import UserError
 from nas.export.agreement import agreement
-from nas.export.artifact import CONVERTED
 from nas.export.card import Card, pixels_of
 from nas.export.folder import save_weights
 from nas.export.onnx import label_onnx, to_file, to_onnx
 from nas.files import replace_file, scratch
 from nas.job import Progress, Say
 from nas.lock import in_turn
-from nas.measure.runtime import RUNTIMES
+from nas.measure.runtime import LOWER, RUNTIMES
 from nas.measure.samples import Measurement
 from nas.networks.timm_network import TIMM, TimmNetwork
 from nas.prune import steps
@@ -76,7 +75,7 @@ def _check(request: PruneRequest, criteria: Collection[str]) -> None:
         raise UserError(
             f"--runtime {request.settings.runtime}: networks outside the five families need {' or '.join(onnx)}"
         )
-    if request.settings.precision in CONVERTED:
+    if request.settings.precision in LOWER:
         raise UserError(
             f"--precision {request.settings.precision}: networks outside the five families are measured in fp32"
         )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import AliasChoices, Field, JsonValue, TypeAdapter
 
 from nas.export.options import FileOptions
-from nas.intervals import Interval, agreement, of_difference
+from nas.intervals import Interval, agreement, of_difference, of_share
 from nas.measure.budget import Verdict
 from nas.measure.runtime import Settings
 from nas.measure.samples import Measurement, quanta
@@ -19,6 +19,7 @@ from nas.prune.savings import Saving
 from nas.prune.widths import Block, Importance
 
 if TYPE_CHECKING:
+    from nas.evaluate.precision import Price
     from nas.training import evaluation
 
 Kept = Literal["pruned", "recovered"]
@@ -200,6 +201,42 @@ class BudgetRow:
 
 
 @dataclass(frozen=True)
+class PriceRow:
+    """What the pruned network does in the precision that was measured, beside its fp32 file, on held-out images."""
+
+    precision: str
+    top1: float
+    """In the precision, percent, as the next two."""
+    top1_ci: tuple[float, float]
+    """95% interval."""
+    float_top1: float
+    drop: float
+    """Points of top-1 that it costs."""
+    drop_ci: tuple[float, float]
+    """95% interval of the drop, image by image."""
+    max_drop: float
+    """Points that it may cost."""
+    images: int
+    refusal: str = ""
+    """Why it is infeasible; "" where it is not."""
+
+    @classmethod
+    def of(cls, price: Price) -> Self:
+        interval = of_share(price.top1, price.images)
+        return cls(
+            precision=price.precision,
+            top1=price.top1,
+            top1_ci=(interval.low, interval.high),
+            float_top1=price.float_top1,
+            drop=price.drop,
+            drop_ci=price.drop_ci,
+            max_drop=price.max_drop,
+            images=price.images,
+            refusal="" if price.within else price.refusal,
+        )
+
+
+@dataclass(frozen=True)
 class ImagesRow:
     """The images of a pruning (see `nas.data.about.Summary`), and how many of them judge and score networks."""
 
@@ -296,11 +333,18 @@ class PruneResult:
     control: Difference | None = None
     """The pruned network minus the unpruned one that was fine-tuned alike."""
     seen: SeenRow | None = None
+    price: PriceRow | None = None
+    """None in fp32, and where it is not known."""
+
+    @property
+    def met(self) -> bool:
+        """Whether the network is within the budget, and loses no more in its precision than it may."""
+        return self.budget.met and not (self.price and self.price.refusal)
 
     def to_json(self) -> dict[str, JsonValue]:
         """As prune.json holds it."""
         found: dict[str, Any] = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "parts"}
-        for name in ("settings", "data", "tuning", "control", "seen"):
+        for name in ("settings", "data", "tuning", "control", "seen", "price"):
             found[name] = found[name] and asdict(found[name])
         for name in ("before", "after", "budget", "accuracy"):
             found[name] = found[name].to_json()

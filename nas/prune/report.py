@@ -22,6 +22,8 @@ FILES = {
     "arch.json": "the pruned network's widths; every verb takes it",
     "model.safetensors": "its weights",
     "model.onnx": "the same as ONNX, ready to run",
+    "model.int8.onnx": "the same in int8, judged on held-out images",
+    "model.fp16.onnx": "the same in fp16, judged on held-out images",
     "preprocess.json": "how an image becomes its input",
     "labels.txt": "its classes",
     "prune.json": "every figure of this page",

@@ -10,7 +10,18 @@ from nas.job import now
 from nas.measure.budget import Verdict
 from nas.measure.samples import Measurement, quanta
 from nas.prune.images import PruneJob
-from nas.prune.records import ACCURACIES, Accuracies, BudgetRow, Kept, NetworkRow, Parts, PruneResult, Round, SeenRow
+from nas.prune.records import (
+    ACCURACIES,
+    Accuracies,
+    BudgetRow,
+    Kept,
+    NetworkRow,
+    Parts,
+    PriceRow,
+    PruneResult,
+    Round,
+    SeenRow,
+)
 from nas.prune.report import write_report
 from nas.prune.request import PruneRequest, show
 from nas.prune.steps import MOST_ROUNDS, is_taught, latency_verdict, waiting_line
@@ -45,6 +56,7 @@ def write_results(
     results: Mapping[str, Measurement],
     parts: Parts,
     end: Ending,
+    price: PriceRow | None = None,
 ) -> PruneResult:
     """Write prune.json and report.html; returns what they tell.
 
@@ -64,7 +76,7 @@ def write_results(
             f"the latency may be within {show('latency', budget.target)} or over it, also after {MOST_ROUNDS} rounds: "
             f"95% {low:.3g} to {high:.3g} ms"
         )
-    result = _result(job, request, command, kept, budget, before, after, parts, end, waiting)
+    result = _result(job, request, command, kept, budget, before, after, parts, end, waiting, price)
     with end.step("report"):
         write_report(request.folder, result)
     if not end.failures and not end.interrupted:
@@ -83,6 +95,7 @@ def _result(
     parts: Parts,
     end: Ending,
     waiting: str | None,
+    price: PriceRow | None,
 ) -> PruneResult:
     from nas.data.lineage import record
     from nas.measure.hardware import describe
@@ -120,4 +133,5 @@ def _result(
         tuning=judged["recovered"].minus(judged["pruned"]) if "recovered" in judged else None,
         control=judged[kept].minus(judged["control"]) if "control" in judged else None,
         seen=SeenRow(**seen) if seen else None,
+        price=price,
     )

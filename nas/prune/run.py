@@ -13,6 +13,7 @@ from nas.ending import Ending
 from nas.errors import UserError
 from nas.export.card import pixels_of
 from nas.export.folder import save_model, save_onnx
+from nas.export.quantize import check_calibration
 from nas.files import job_folder, scratch
 from nas.job import Progress, Say
 from nas.measure.runtime import LOWER
@@ -21,7 +22,7 @@ from nas.networks.timm_network import TIMM
 from nas.prune import steps
 from nas.prune.images import PruneJob, compute_device
 from nas.prune.outside import prune_outside
-from nas.prune.records import Kept, NetworkRow, Parts, PruneResult
+from nas.prune.records import Kept, NetworkRow, Parts, PriceRow, PruneResult
 from nas.prune.request import PruneRequest, show
 from nas.prune.results import write_results
 from nas.prune.rounds import Rounds, export_untrained, keep_network, load_network
@@ -88,6 +89,8 @@ class Pruning:
         self.state, self.end = self.job.state, Ending(say)
         self.chosen: Path | None = None
         """The file of the pruned network, where it is int8 by another recipe than the default."""
+        self.price: PriceRow | None = None
+        """Of the precision that is timed."""
 
     def run(self) -> PruneResult:
         from pruning.units import anatomy
@@ -105,8 +108,10 @@ class Pruning:
         if job.finished:
             job.say(f"{request.folder} is finished: these are its results")
             return job.read()
+        if request.settings.precision == "int8" and not request.unlabelled:
+            check_calibration(len(job.data.calibration))
         if request.settings.precision != "fp32":
-            job.say(f"latency is measured in {request.settings.precision}; accuracy and model.onnx are fp32")
+            job.note(f"latency is measured in {request.settings.precision}; accuracies and model.onnx are of fp32")
         if request.settings.precision == "int8":
             job.say(CALIBRATED_ON_NOISE)
         if request.settings.precision in LOWER and request.unlabelled:
@@ -180,7 +185,7 @@ class Pruning:
     def _export_lower(self, arch: Arch) -> None:
         """Judge the network in the precision that is timed, and write its file there, where it has one of its own,
         unless it costs more than it may; both are noted."""
-        from nas.evaluate.precision import write_lower
+        from nas.evaluate.precision import AS_MEASURED, write_lower
 
         job, request, precision = self.job, self.request, self.request.settings.precision
         path = request.folder / f"model.{precision}.onnx"
@@ -188,12 +193,15 @@ class Pruning:
         with self.end.step(path.name), job.phase(f"judging {precision}"), scratch(request.folder) as folder:
             draft, weights = folder / path.name, request.folder / "model.safetensors"
             price = write_lower(arch, weights, draft, job.data, job.evaluated, request.settings, request.max_drop)
+            self.price = PriceRow.of(price)
             what = path.name if draft.exists() else "model.onnx"
             for line in price.lines:
                 job.note(f"{what}: {line}")
             if price.within and draft.exists():
                 draft.replace(path)
                 self.chosen = None if price.as_timed else path
+                if not request.file.plain:
+                    job.note(f"{path.name} {AS_MEASURED}")
 
     def _write(self, before: Arch, after: Arch, kept: Kept, rounds: Rounds) -> PruneResult:
         """Measure both networks side by side, and write the results."""
@@ -222,7 +230,7 @@ class Pruning:
 
         parts = Parts(after.family, after.resolution, blocks, rounds.importance, rounds.savings)
         both = row("before", before), row("after", after)
-        return write_results(job, request, self.command, kept, *both, results, parts, self.end)
+        return write_results(job, request, self.command, kept, *both, results, parts, self.end, self.price)
 
     def _stop_if_interrupted(self) -> None:
         if self.end.interrupted:

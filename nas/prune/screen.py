@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from nas.intervals import top1_words
 from nas.measure.budget import Verdict
-from nas.prune.records import ACCURACIES, BudgetRow, PruneResult
+from nas.prune.records import ACCURACIES, BudgetRow, PriceRow, PruneResult
 from nas.prune.request import Metric, show
 from nas.prune.savings import Saving
 from nas.prune.widths import Block, BlockWidths
@@ -37,7 +37,7 @@ COSTS = (
     Column("95%"),
     Column("us per MMAC", drop=1),
 )
-FILES = ("arch.json", "model.safetensors", "model.onnx", "prune.json")
+FILES = ("arch.json", "model.safetensors", "model.onnx", "model.int8.onnx", "model.fp16.onnx", "prune.json")
 
 
 def show_prune(result: PruneResult, folder: Path, to_stderr: bool) -> None:
@@ -63,7 +63,7 @@ def show_prune(result: PruneResult, folder: Path, to_stderr: bool) -> None:
         prose(console, line)
     for line in result.failures:
         prose(console, line)
-    prose(console, f"{headline(result.budget)}.")
+    prose(console, f"{headline(result.budget, result.price)}.")
     files = [name for name in FILES if (folder / name).is_file()]
     prose(console, f"Network: {folder} ({', '.join(files)})")
     if (folder / "report.html").is_file():
@@ -85,8 +85,10 @@ def grown_line(blocks: Sequence[Block]) -> str | None:
     return f"Parameters were reallocated: {listed(grown, len(grown))} grew; --no-reallocate leaves that out."
 
 
-def headline(budget: BudgetRow) -> str:
-    """Whether the budget is met, by which figures."""
+def headline(budget: BudgetRow, price: PriceRow | None = None) -> str:
+    """Whether the network loses too much in its precision, and the budget is met, by which figures."""
+    if price and price.refusal:
+        return f"Infeasible: {price.refusal}. {headline(budget)}"
     asked = f"Budget {budget.metric} {budget.text}"
     if budget.reached is None or budget.target is None:
         return f"{asked}: not measured"

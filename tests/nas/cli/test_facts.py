@@ -76,17 +76,20 @@ def test_a_trained_search_tells_its_own_facts(vitnas, search):
     assert (facts["kind"], facts["weights"], facts["quality_estimate"]) == ("search", "trained", None)
 
 
-def test_the_latency_is_that_of_the_file_that_was_measured(vitnas, search):
+def test_accuracy_and_latency_are_those_of_the_file_that_was_measured(vitnas, search):
     best = search / "best"
     measured = CARD.latency.model_copy(update={"precision": "int8", "ms": 0.75})
     shutil.copyfile(best / "model.onnx", best / "model.int8.onnx")
     for name, changes in (("model", {"latency": None}), ("model.int8", {"accuracy": None, "latency": measured})):
         label_onnx(best / f"{name}.onnx", None, trained=True, card=CARD.model_copy(update=changes))
     out = vitnas("show", str(search))[1]
-    assert "accuracy: 59.5% top-1" in out
+    assert "accuracy: 59.5% top-1 (95%: 52.2 to 66.4, 180 images), in fp32\n" in out
     assert "latency: 0.75 ms (95%: 1.20 to 1.30), onnxruntime int8" in out
     assert "latency: not known" in vitnas("show", str(best / "model.onnx"))[1]
     assert "accuracy: not known" in vitnas("show", str(best / "model.int8.onnx"))[1]
+    lower = CARD.model_copy(update={"accuracy": Accuracy.counted(58.0, 180, "flowers"), "latency": measured})
+    label_onnx(best / "model.int8.onnx", None, trained=True, card=lower)
+    assert re.search(r"accuracy: 58.0% top-1 \(.*\), in int8\n", vitnas("show", str(search))[1])
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])
@@ -133,8 +136,13 @@ def test_a_training_and_a_pruning(vitnas, search, tmp_path):
     out = vitnas("show", str(folder))[1]
     assert "(pruning)" in out
     assert "weights: trained: shvit_s1, pruned to 0.5x macs" in out
+    assert "accuracy: 59.5% top-1 (95%: 52.2 to 66.4, 180 images), in fp32\n" in out
     assert "latency: 2.50 ms (95%: 2.40 to 2.60), openvino int8, cpu (C), 2 threads, batch 4" in out
-    assert "accuracy: 59.5% top-1" in out
+    price = {"precision": "int8", "top1": 58.0, "top1_ci": [50.7, 64.9], "images": 180, "drop": 1.5}
+    (folder / "prune.json").write_text(json.dumps(pruned | {"price": price}))
+    facts = json.loads(vitnas("show", str(folder), "--json")[1])
+    assert (facts["top1"], facts["top1_precision"], facts["latency"]["precision"]) == (58.0, "int8", "int8")
+    assert "accuracy: 58.0% top-1 (95%: 50.7 to 64.9, 180 images), in int8\n" in vitnas("show", str(folder))[1]
     agreed = {"top1": 97.0, "top1_ci": [90.0, 99.0], "images": 30}
     pruned |= {"options": {"unlabelled": "photos"}, "accuracy": {"pruned": agreed}, "kept": "pruned"}
     (folder / "prune.json").write_text(json.dumps(pruned))

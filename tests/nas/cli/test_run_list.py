@@ -64,7 +64,9 @@ def test_every_kind_of_run(made, tmp_path):
     made("g", "state/state.json", BEGUN)
     made("h", "arch.json", {"family": "levit"})
     made("k", "evaluate.json", EVALUATE)
-    made("l", "prune.json", PRUNE | {"options": {"unlabelled": "photos"}})
+    made("l", "prune.json", PRUNE | {"settings": {"precision": "int8"}, "price": {"top1": 64.0}})
+    made("m", "prune.json", PRUNE | {"settings": {"precision": "int8"}, "price": None})
+    made("n", "prune.json", PRUNE | {"options": {"unlabelled": "photos"}})
     best = "trial 12 (efficientvit), 1.23 ms"
     assert told(tmp_path) == {
         "a": ("search", "1.5 ms", f"{best}, 59.5% top-1", "finished"),
@@ -78,7 +80,9 @@ def test_every_kind_of_run(made, tmp_path):
         "i": ("prune", "macs 0.5x", "levit_192, 2.00 ms, 50.0% top-1", "finished"),
         "j": ("search", "1.5 ms", f"{best}, 0.0% top-1", "finished"),
         "k": ("evaluate", "", "mine.onnx, 60.0% top-1", "finished"),
-        "l": ("prune", "macs 0.5x", "levit_192, 2.00 ms, 65.0% agreement", "finished"),
+        "l": ("prune", "macs 0.5x", "levit_192, 2.00 ms in int8, 64.0% top-1 in int8", "finished"),
+        "m": ("prune", "macs 0.5x", "levit_192, 2.00 ms in int8, 65.0% top-1 in fp32", "finished"),
+        "n": ("prune", "macs 0.5x", "levit_192, 2.00 ms, 65.0% agreement", "finished"),
     }
 
 

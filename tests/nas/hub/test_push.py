@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -239,6 +240,28 @@ def test_a_repository_that_was_made_for_a_commit_that_fails_is_told(
         push(of(made))
 
 
+def test_a_hub_without_xet_is_not_waited_for(
+    hub: Hub, known: None, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    monkeypatch.setattr("huggingface_hub._commit_api._upload_xet_files", lambda **_: pytest.fail("it waits"))
+    assert push(of(made)) is not None
+    assert constants.HF_HUB_DISABLE_XET is False
+
+
+def test_ctrl_c_ends_an_upload(hub: Hub, known: None, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reaches the main thread alone."""
+
+    def interrupted(**_: object) -> None:
+        assert threading.current_thread() is threading.main_thread()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("huggingface_hub._commit_api.lfs_upload", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        push(of(made))
+    assert hub.repositories["me/net"].messages == []
+
+
 def test_a_folder_that_cannot_be_written_holds_nothing_afterwards(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -351,12 +374,38 @@ def test_what_a_pruning_says(tmp_path: Path) -> None:
     (tmp_path / "prune.json").write_text(json.dumps(fields | {"options": {"unlabelled": "/home/me/photos"}}))
     assert _run_table(RunFacts.of(tmp_path)).startswith("| network | agreement with the unpruned network | latency |")
     assert _of_run(found.latency, "model.onnx") == found.latency
+    assert " in fp32" not in _run_table(found)
     lower = fields | {"settings": MACHINE | {"precision": "int8"}}
     (tmp_path / "prune.json").write_text(json.dumps(lower))
     found = RunFacts.of(tmp_path)
-    assert found.title == "Before and after pruning (latencies in int8, accuracies in fp32)"
+    assert "| this network | 69.0% in fp32 | 1.00 ms in int8 (95%: 0.90 to 1.10) |" in _run_table(found)
     assert _of_run(found.latency, "model.onnx") is None
     assert _of_run(found.latency, "model.int8.onnx") == found.latency
+    (tmp_path / "prune.json").write_text(json.dumps(lower | {"price": {"top1": 68.0, "top1_ci": [58, 78]}}))
+    table = _run_table(RunFacts.of(tmp_path))
+    assert "| before pruning | 70.0% in fp32 (95%: 60.0 to 80.0) | 2.00 ms in int8 (95%: 1.90 to 2.10) |" in table
+    assert "| this network | 68.0% in int8 (95%: 58.0 to 78.0) | 1.00 ms in int8 (95%: 0.90 to 1.10) |" in table
+    (tmp_path / "prune.json").write_text(json.dumps(fields | {"settings": MACHINE | {"precision": "bf16"}}))
+    found = RunFacts.of(tmp_path)
+    assert "| this network | 69.0% in fp32 | 1.00 ms in bf16 (95%: 0.90 to 1.10) |" in _run_table(found)
+    assert _of_run(found.latency, "model.onnx") is None, "its accuracy is of fp32"
     (tmp_path / "prune.json").write_text("{}")
     with pytest.raises(UserError, match=r"prune.json is damaged: it is not what vitnas wrote"):
         RunFacts.of(tmp_path)
+
+
+def test_what_a_search_of_several_precisions_says(tmp_path: Path) -> None:
+    closing = [
+        {"label": "trial 5", "latency_ms": 1.5, "precision": "int8", "accuracy": {"mean": 61.0, "precision": "int8"}},
+        {"label": "trial 7", "latency_ms": 1.6, "precision": "bf16", "accuracy": {"mean": 60.0}},
+        {"label": "trial 9", "latency_ms": 1.7, "accuracy": None},
+    ]
+    found = {"data": None, "settings": MACHINE, "final": closing, "winner": {"label": "trial 5"}}
+    (tmp_path / "result.json").write_text(json.dumps(found))
+    facts = RunFacts.of(tmp_path / "best")
+    assert facts.title == "The search's closing table"
+    assert _run_table(facts).splitlines()[2:] == [
+        "| trial 5 (this network) | 61.0% in int8 | 1.50 ms in int8 |",
+        "| trial 7 | 60.0% in fp32 | 1.60 ms in bf16 |",
+        "| trial 9 |  | 1.70 ms in fp32 |",
+    ]

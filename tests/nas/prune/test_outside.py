@@ -20,12 +20,14 @@ import nas.prune.outside
 import nas.prune.run
 from nas.errors import DiskFull, UserError
 from nas.identity import file_digest
+from nas.measure.runtime import LOWER, Settings
 from nas.measure.samples import Measurement
 from nas.networks.build import create
 from nas.networks.pretrained import Pretrained
 from nas.networks.timm_network import TimmNetwork
 from nas.prune import steps
 from nas.prune.images import PruneJob
+from nas.prune.request import PruneRequest, parse_pruning_budget
 from pruning import outside
 from pruning.outside_probe import Probe
 
@@ -189,6 +191,14 @@ def test_tuning_that_harms_is_not_kept(vitnas, words, tmp_path: Path, monkeypatc
 def test_a_budget_that_leaves_nothing_to_cut_makes_nothing(vitnas, words, tmp_path: Path) -> None:
     vitnas.refused(vitnas(*words, "--out", str(tmp_path / "out"), "--macs", "90G"), "--macs 90G", "above")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("precision", LOWER)
+def test_lower_precisions_which_nothing_would_judge_are_refused(tmp_path: Path, precision: str) -> None:
+    settings = Settings("openvino", precision=precision)
+    request = PruneRequest("timm/test_resnet", parse_pruning_budget(), settings, tmp_path)
+    with pytest.raises(UserError, match=f"^--precision {precision}: networks outside the five families are measured"):
+        nas.prune.outside._check(request, ("taylor",))
 
 
 def test_a_folder_of_an_older_vitnas_goes_on_without_refitting(vitnas, words, tmp_path: Path, monkeypatch) -> None:

@@ -183,18 +183,40 @@ def test_int8_is_judged_on_held_out_images(
     trained(images, tmp_path / "net")
     out = tmp_path / "out"
     command = words(tmp_path / "net", out, "--data", str(images), "--finetune", "0", "--rounds", "1", "--no-control")
-    code, _, said = vitnas(*command, "--runtime", "onnxruntime", "--precision", "int8", "--max-drop", "10")
-    assert code == 0, said
+    command += ["--runtime", "onnxruntime", "--precision", "int8", "--max-drop", "10", "--dynamic-batch"]
+    code, printed, said = vitnas(*command)
+    assert code == (1 if wrong else 0), said
+    assert "latency is measured in int8; accuracies and model.onnx are of fp32" in result(out)["notes"]
     notes = [note for note in result(out)["notes"] if note.startswith("model.int8.onnx: ")]
+    price = result(out)["price"]
+    assert (price["precision"], price["float_top1"], price["images"]) == ("int8", 100, 6)
+    assert price["top1"] == pytest.approx(100 - price["drop"])
     if wrong:
         assert notes[0].startswith("model.int8.onnx: infeasible: int8 costs 33.3 points of top-1")
         assert notes[0].endswith("more than --max-drop 10 allows")
         assert not (out / "model.int8.onnx").exists()
+        assert f"Infeasible: {price['refusal']}. Budget macs 0.5x: met (" in " ".join(printed.split())
+        assert "<h1>Infeasible in int8. Budget met" in (out / "report.html").read_text()
+        assert vitnas(*command)[0] == 1, "a finished run says the same"
     else:
+        assert "Infeasible" not in printed
+        assert "model.onnx, model.int8.onnx, prune.json" in " ".join(printed.split())
+        assert any(note.startswith("model.int8.onnx is written as it is measured") for note in result(out)["notes"])
         assert notes[0].startswith("model.int8.onnx: int8 costs 0.0 points of top-1")
         assert Card.read(out / "model.int8.onnx").accuracy.top1 == 100
         assert timed["after"] == (out / "model.int8.onnx").read_bytes()
     assert (out / "model.onnx").is_file()
+
+
+def test_too_few_images_for_int8_are_told_before_anything_is_made(vitnas, images, tmp_path) -> None:
+    trained(images, tmp_path / "net")
+    for path in [path for path in images.rglob("*.png") if int(path.stem) > 2]:
+        path.unlink()
+    command = words(tmp_path / "net", tmp_path / "out", "--data", str(images), "--precision", "int8")
+    code, out, err = vitnas(*command, "--runtime", "onnxruntime")
+    said = (code, out, err.splitlines(keepends=True)[-1])  # after the line on the data, if any
+    vitnas.refused(said, "int8 is calibrated on", "give 8 or more")
+    assert not (tmp_path / "out").exists()
 
 
 def widths(arch: Arch) -> dict[str, int]:

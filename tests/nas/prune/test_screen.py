@@ -133,6 +133,12 @@ def test_the_headline_follows_the_verdict() -> None:
     assert "9.5ms: NOT met (" in headline(result_of(invent(verdict="over")).budget)
     assert headline(result_of(invent(reached=None, verdict=None)).budget).endswith("not measured")
     assert [row[-1] for row in count_rows(result_of(data))] == ["", "", "unsure", ""]
+    price = {"top1": 40.0, "top1_ci": [37.0, 43.0], "float_top1": 56.0, "drop": 16.0, "drop_ci": [12.0, 20.0]}
+    price |= {"precision": "int8", "max_drop": 1.0, "images": 1180}
+    for refusal in ("", "int8 costs 16.0 points"):
+        found = result_of(invent(verdict="fits") | {"price": price | {"refusal": refusal}})
+        assert found.met != bool(refusal)
+        assert headline(found.budget, found.price).startswith(f"Infeasible: {refusal}. Budget" if refusal else "Budget")
 
 
 def test_widths() -> None:
