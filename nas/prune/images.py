@@ -121,19 +121,26 @@ class PruneJob(Job):
         images = shuffled_sample(self.calibration, images_for(resolution), self.seed)
         return torch.cat([x for x, _ in self.batches(images)]).to(self.device)
 
-    def probe(self, model: nn.Module) -> None:
-        """Make a linear probe on the training images the classifier of a network that `load` made; the rest stays.
+    def for_probe(self, model: nn.Module) -> Images:
+        """As many of the training images as memory allows a probe on a network to be fitted to."""
+        from nas.data.images import sample
+        from nas.training.probe import most_images
+
+        return sample(self.data.calibration, most_images(model, len(self.data.classes)), self.seed)
+
+    def probe(self, model: nn.Module, images: Images) -> None:
+        """Make a linear probe on some images the classifier of a network that `load` made; the rest stays.
 
         Raises:
             UserError: it ends in no linear layer (see `takes_probe`), or has features that no probe can be fitted to.
         """
         from nas.training.probe import find_features, fit_probe, install, without_dead
 
-        images, classes = self.data.calibration, len(self.data.classes)
         with self.phase("probe") as progress:
             found = find_features(
                 model, self.batches(images), self.device, progress=lambda done: progress(done, len(images))
             )
+            classes = len(self.data.classes)
             install(model, fit_probe(without_dead(found.values), found.labels, classes, self.seed))
 
     def takes_probe(self, model: nn.Module) -> bool:

@@ -126,8 +126,9 @@ def make_ready(job: PruneJob, request: PruneRequest, model: nn.Module, first: Fi
     found["taught"] = first != "training" if request.distill is None else request.distill
     _say_plan(job, request, first)
     if first == "probe":
-        job.probe(model)
-        found["probe_images"] = len(job.data.train)
+        images = job.for_probe(model)
+        job.probe(model, images)
+        found["probe_images"] = len(images)
     elif first == "training":
         job.fit("training", model, BRIEF_IMAGES, BRIEF_LR, "train")
         found["trained_images"] = BRIEF_IMAGES
@@ -193,7 +194,7 @@ def _say_plan(job: PruneJob, request: PruneRequest, first: First) -> None:
     """What is going to happen, before anything long begins."""
     train = len(job.data.train)
     tuned = round(request.finetune * train)
-    told = {"probe": f"a linear probe on {train:,} images", "training": f"training on {passes(BRIEF_IMAGES, train)}"}
+    told = {"probe": "a linear probe", "training": f"training on {passes(BRIEF_IMAGES, train)}"}
     steps = [told[first]] if first in told else []
     if request.budget.metric == "latency":
         steps.append("measuring what each part costs")
@@ -230,7 +231,7 @@ def first_of(job: PruneJob, model: nn.Module, weights: str) -> First:
     """What a network needs whose weights have no classifier for the data, noted. weights: in words."""
     what = f"{weights} have another classifier or none"
     if job.takes_probe(model):
-        job.note(f"{what}: the network's is a linear probe on {len(job.data.train):,} images of {job.data.name}")
+        job.note(f"{what}: the network's is a linear probe on {len(job.for_probe(model)):,} images of {job.data.name}")
         return "probe"
     job.note(f"{what}, and the network does not end in a linear layer, which a probe replaces; {brief_line(job)}")
     return "training"
