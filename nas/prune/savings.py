@@ -110,7 +110,8 @@ def measure_savings(
         return [_saving(name, macs[name], results[name], whole, rounds) for name in names], whole.p50_ms
 
     found, own = measured(archs, ROUNDS)
-    unsure = [saving.group for saving in found if saving.ci[0] <= 0 <= saving.ci[1]]
+    useless = {HALVED.format(saving.group) for saving in found if not saving.shown}
+    unsure = [each.group for each in found if each.ci[0] <= 0 <= each.ci[1] and each.group not in useless]
     if unsure:
         longer = {saving.group: saving for saving in measured(unsure, LONGER_ROUNDS)[0]}
         found = [longer.get(saving.group, saving) for saving in found]

@@ -196,19 +196,24 @@ class _Finish:
             with self._step("training of the best to the end"):
                 self.rows = settle(self.study, tier, self.rows, selects, self.notes.append, known(self.tasks))
 
+    def _closing_run(self) -> None:
+        watched = None
+        if self.phase:
+            self.phase("exporting the best for the closing side-by-side run", 0, 0)
+            watched = partial(self.phase, "closing side-by-side run")
+        try:
+            self.final, self.outside = closing_run(
+                self.request, self.rows, self.log.calibration, watched, self.notes.append
+            )
+        except ClosingInterrupted as cut:
+            self.final, self.outside = cut.final, cut.outside
+            raise
+
     def _measure(self) -> None:
-        watched = partial(self.phase, "closing side-by-side run") if self.phase else None
-        if not self.end.interrupted and is_due(self.request, self.rows):
+        if not self.end.interrupted:
             with self._step("closing side-by-side run"):
-                if self.phase:
-                    self.phase("exporting the best for the closing side-by-side run", 0, 0)
-                try:
-                    self.final, self.outside = closing_run(
-                        self.request, self.rows, self.log.calibration, watched, self.notes.append
-                    )
-                except ClosingInterrupted as cut:
-                    self.final, self.outside = cut.final, cut.outside
-                    raise
+                if is_due(self.request, self.rows):
+                    self._closing_run()
         if self.feasible and not self.final:
             left_out = "closing side-by-side run" + (" and no final training" if self.request.plan else "")
             self.notes.append(f"no {left_out} was made; latencies are those of the single trials")

@@ -187,7 +187,7 @@ def test_the_plan_is_told_first() -> None:
     assert job.said[1] == "to do: 1 round of scoring 12 images and cutting; a closing run of 30 rounds"
     make_ready(job, options(rounds=1, control=False), "net", "probe")
     assert job.said[2] == (
-        "to do: a linear probe on 12 images; 1 round of scoring 12 images and cutting; fine-tuning on 12 images with "
+        "to do: a linear probe; 1 round of scoring 12 images and cutting; fine-tuning on 12 images with "
         "the unpruned network as teacher, which runs on each too; a closing run of 30 rounds"
     )
     assert (job.probed, job.state.found["probe_images"]) == (["net"], 12)

@@ -627,7 +627,10 @@ def test_a_network_that_int8_costs_too_much_wins_nothing(vitnas, device, tier, p
     briefly |= dict.fromkeys(judged, 7.0)
     code, out, err = vitnas(*command)
     assert (code, json.loads(out)["winner"]) == (1, None)
-    assert study_of(tmp_path).user_attrs["result"] == "nothing fits 10 ms and keeps its accuracy in int8 (--max-drop)"
+    assert (
+        study_of(tmp_path).user_attrs["result"]
+        == "nothing fits 10 ms with its accuracy known to hold in int8 (--max-drop)"
+    )
 
 
 @pytest.mark.parametrize(("fails", "why"), [(True, "judging it failed"), (False, "no weights of it are kept")])
