@@ -84,8 +84,8 @@ def find_start(request: TrainRequest, progress: Bytes | None = None) -> Start:
     begun = begun_in(request.folder)
     fine_tunes = request.recipe.name == FINETUNE.name and request.oracle is None
     if not asks_for_weights(request) and (not fine_tunes or (begun is not None and begun.from_nothing)):
-        told = request.data is not None and request.oracle is None
-        return Start(line=f"starts from random weights (recipe {request.recipe.name})" if told else "")
+        says = request.data is not None and request.oracle is None
+        return Start(line=f"starts from random weights (recipe {request.recipe.name})" if says else "")
     return _published(request, target, progress)
 
 
