@@ -282,7 +282,8 @@ class Outcome:
             return None
         least = (self.winner.published_top1 or self.winner.quality_estimate) if self.winner else 0.0
         rows: list[ClosingRow | OutsideRow] = [*self.final, *self.against]
-        found = [row for row in rows if row.verdict == Verdict.FITS and (row.published_top1 or 0.0) > least]
+        fit = [row for row in rows if row.verdict == Verdict.FITS and not row.error]
+        found = [row for row in fit if (row.published_top1 or 0.0) > least]
         return max(found, key=lambda row: known(row.published_top1), default=None)
 
     @property

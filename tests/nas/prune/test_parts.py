@@ -103,8 +103,14 @@ class FakeJob:
         self.data = SimpleNamespace(train=range(12), name="flowers")
         self.calibration = range(12)
         self.notes, self.fits, self.said, self.probed = [], [], [], []
-        self.probe = self.probed.append
         self.note, self.say = self.notes.append, self.said.append
+
+    def for_probe(self, model: object) -> range:
+        return self.calibration
+
+    def probe(self, model: object, images: range) -> None:
+        assert images == self.calibration
+        self.probed.append(model)
 
     def fit(self, phase, model, images, lr, batch_norm, teacher=None) -> None:
         self.fits.append((model, images, lr, batch_norm, teacher))

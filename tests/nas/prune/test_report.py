@@ -134,6 +134,7 @@ def invent() -> dict[str, Any]:
             "control": {"top1": 92.0, "top1_ci": [90.2, 93.5], "loss": 0.3, "images": 1020},
         },
         "kept": "recovered",
+        "price": None,
         "tuning": None,
         "control": {"difference": -5.3, "ci": [-8.0, -2.6], "verdict": "less accurate"},
         "waiting": None,
