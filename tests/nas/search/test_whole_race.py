@@ -13,6 +13,7 @@ import pytest
 import quick
 import torch
 from PIL import Image
+from torch import nn
 
 from nas.export.artifact import Exporter
 from nas.export.card import Card
@@ -30,6 +31,14 @@ PX, FOLDER, TEACHER = 32, "race", "timm/test_byobnet"
 
 def ms_of(network: Arch | TimmNetwork) -> float:
     return (counts_of(network).macs / 1e6) ** POWER
+
+
+def as_trained(network: nn.Module) -> nn.Module:
+    """A network whose residual branches all have an effect: before training they end in a BatchNorm of weight 0."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.0)
+    return network
 
 
 class Stopwatch:
@@ -71,7 +80,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exports: Path) -> l
     zoo.mkdir()
     torch.manual_seed(0)
     for name in ("shvit_s1", "shvit_s2"):
-        save_weights(create(get_arch(name).at(PX).replace(num_classes=10)), zoo / f"{name}.safetensors")
+        save_weights(as_trained(create(get_arch(name).at(PX).replace(num_classes=10))), zoo / f"{name}.safetensors")
     save_weights(create(TimmNetwork(TEACHER.removeprefix("timm/"))), zoo / "test_byobnet.safetensors")
     for part, count in (("train", 60), ("val", 20)):
         for label, colour in (("red", (200, 40, 40)), ("blue", (40, 40, 200))):

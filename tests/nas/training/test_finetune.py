@@ -580,7 +580,7 @@ def test_a_fine_tuning_does_not_end_below_its_probe(vitnas, weights, tmp_path, m
         found.append(json.loads((out / "metrics.json").read_text()))
     probe, tuned = found
     held = Held(top1=probe["top1"], top1_ci=probe["top1_ci"], images=probe["images"])
-    assert held.top1 > 50, "something can be learnt"
+    assert held.top1 > 40, "something can be learnt"
     assert tuned["top1"] >= held.top1 - standard_error(held)
 
 
