@@ -31,6 +31,8 @@ REFERENCE = "efficientvit_m0"
 """The published network that is timed beside every other one."""
 SAME_SPEED = 0.05  # the reference network's latency then and now, relative
 BUSY_S = 20  # for another process's write
+MOST = 300
+"""Results that `Cache.relative` reads: about 1 ms each."""
 SHAPING = (
     "search_spaces/*.py",
     "nas/networks/build.py",
@@ -117,6 +119,26 @@ class Cache:
             "SELECT measured, result FROM latency WHERE key = ?", [self._key(network, batch_size, precision)]
         ).fetchone()
         return row and (row[0], Measurement.from_dict(json.loads(row[1])))
+
+    def relative(self, batch_size: int) -> list[tuple[Arch, float]]:
+        """Networks of the families that were measured last with these settings, at whatever speed of the machine, and
+        their latencies over the reference network's in the same rounds; the last one last, `MOST` at most."""
+        from search_spaces import Arch, ArchError
+
+        rows = self._rows.execute(
+            "SELECT key, arch, result FROM latency WHERE machine = ? ORDER BY measured DESC LIMIT ?",
+            [json.dumps(self._machine, sort_keys=True), MOST],
+        )
+        found = []
+        for key, document, result in rows:
+            try:
+                arch = Arch.from_json(document)
+            except ArchError:  # of timm's, or of another vitnas
+                continue
+            measured = Measurement.from_dict(json.loads(result))
+            if key == self._key(arch, batch_size, None) and measured.reference_p50_ms and not quanta(measured):
+                found.append((arch, measured.p50_ms / measured.reference_p50_ms))
+        return found[::-1]
 
     def put(
         self, network: Arch | TimmNetwork, batch_size: int, result: Measurement, precision: str | None = None

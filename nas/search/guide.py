@@ -17,10 +17,13 @@ from nas.study.trials import Proposal
 from nas.threads import one_blas_thread
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import optuna
 
     from nas.quality.tier import Tier
     from nas.search.request import SearchRequest
+    from search_spaces import Arch
 
 
 class NothingLeft(Exception):
@@ -35,11 +38,19 @@ class Guide:
 
     Args:
         reference_ms: median latency of the reference network.
+        before: networks that were measured before the study, and their latencies over the reference network's.
     """
 
-    def __init__(self, request: SearchRequest, study: optuna.Study, tier: Tier, reference_ms: float) -> None:
+    def __init__(
+        self,
+        request: SearchRequest,
+        study: optuna.Study,
+        tier: Tier,
+        reference_ms: float,
+        before: Sequence[tuple[Arch, float]] = (),
+    ) -> None:
         self._request, self._study = request, study
-        self._seen = Seen(request, trial.reference_arch(), reference_ms)
+        self._seen = Seen(request, trial.reference_arch(), reference_ms, before)
         size = BySize(tier if isinstance(tier, PriorTier) else PriorTier(recipes=False))
         self._opening = Opening(request, self._seen, size.score)
         self._finder: Finder | None = None

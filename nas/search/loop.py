@@ -294,7 +294,7 @@ class _Search:
             return partial(self._one, partial(runner.trial, self.log))
         from nas.search.guide import Guide
 
-        guide = Guide(request, study, tier, runner.reference_ms)
+        guide = Guide(request, study, tier, runner.reference_ms, runner.measured_before())
         return partial(self._one, partial(runner.trial, self.log, guide.propose, guide.prepare))
 
     def _one(self, trial: Callable[[], None]) -> bool:

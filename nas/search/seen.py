@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -74,8 +74,15 @@ class Tried:
 class Seen:
     """Reads a study again and again; a trial that has ended is looked at once, and its network decoded once."""
 
-    def __init__(self, request: SearchRequest, reference: Arch, reference_ms: float) -> None:
-        """reference_ms: latency of the reference network, until trials tell it."""
+    def __init__(
+        self,
+        request: SearchRequest,
+        reference: Arch,
+        reference_ms: float,
+        before: Sequence[tuple[Arch, float]] = (),
+    ) -> None:
+        """reference_ms: latency of the reference network, until trials tell it. before: networks that were measured
+        before the study, and their latencies over the reference network's."""
         self._request, self._first_ms = request, reference_ms
         self._reference = coordinates(reference)
         self._points: dict[int, Point | None] = {}
@@ -95,7 +102,8 @@ class Seen:
         """Of the study's next trial."""
         self.limit = 0.0
         """Log of the budget over the reference network's latency now."""
-        self.speed = Speed((self._reference, 1.0))
+        self._before = [(coordinates(arch), relative) for arch, relative in before]
+        self.speed = Speed((self._reference, 1.0), self._before)
         """Of latencies over the reference network's, by what had ended when `learn` was called last; so is `meets`."""
         self._needs = Needs(request.limits, smallest(request.precisions))
 
@@ -126,8 +134,8 @@ class Seen:
         if self._learnt == len(self._ended):
             return
         self._learnt = len(self._ended)
-        measured = [(each.point.coordinates, each.relative) for each in self._told if each.relative]
-        self.speed = Speed((self._reference, self._faster.ratio), measured[-MOST:])
+        own = [(each.point.coordinates, each.relative) for each in self._told if each.relative]
+        self.speed = Speed((self._reference, self._faster.ratio), [*self._before, *own][-MOST:])
         details = [(point, trial.user_attrs.get("detail", {})) for trial, point in self._ended]
         needs = [
             Need(_params_m(point.coordinates), detail.get("memory_mb"), detail.get("file_mb"))

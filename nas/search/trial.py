@@ -228,6 +228,12 @@ class TrialRunner:
                 raise MeasureError(f"at batch {many}: {error}") from None
         return TrialLatency.of(result, throughput, "measured" if when is None else f"cache, {when}", precision)
 
+    def measured_before(self) -> list[tuple[Arch, float]]:
+        """As `Cache.relative`; none where several precisions are tried, as it knows one, or without a cache."""
+        if len(self.request.precisions) > 1:
+            return []
+        return self._cached(lambda cache: cache.relative(self.request.settings.batch_size)) or []
+
     def _cached(self, action: Callable[[Cache], T]) -> T | None:
         """What the cache returns. A cache whose file fails (a full disk, say) is noted once and no longer used."""
         import sqlite3

@@ -21,6 +21,7 @@ from nas.measure.cache import (
 )
 from nas.measure.runtime import Settings
 from nas.measure.samples import MeasureError, Measurement
+from nas.networks.timm_network import TimmNetwork
 from nas.search.request import SearchRequest
 from nas.search.trial import open_cache
 from search_spaces import get_arch
@@ -65,6 +66,19 @@ def test_the_newest_counts(cache: Cache) -> None:
     newer = Measurement([[3.0]] * 8, [[2.0]] * 8)
     cache.put(get_arch("shvit_s1"), 1, newer)
     assert cache.get(get_arch("shvit_s1"), 1, 2.0)[1] == newer
+
+
+def test_what_was_measured_before_at_any_speed(cache: Cache) -> None:
+    """Of the families, with the same batch size and precision, unless it waited for a CPU; the last one last."""
+    small, slow = get_arch("levit_128s"), Measurement([[9.0]] * 8, [[4.5]] * 8)
+    cache.put(small, 1, slow)
+    cache.put(get_arch("shvit_s2"), 2, slow)
+    cache.put(get_arch("shvit_s3"), 1, WAITING)
+    cache.put(get_arch("shvit_s4"), 1, slow, "int8")
+    cache.put(TimmNetwork("lcnet_050"), 1, slow)
+    cache._rows.execute("UPDATE latency SET measured = '2020' WHERE arch = ?", [small.to_json()])
+    assert cache.relative(1) == [(small, 2.0), (get_arch("shvit_s1"), RESULT.p50_ms / 2)]
+    assert Cache(MACHINE | {"threads": 2}, cache.path).relative(1) == []
 
 
 def test_a_file_that_is_no_cache(tmp_path: Path) -> None:

@@ -220,6 +220,22 @@ def test_a_proposal_is_seen_as_soon_as_its_trial_begins(tmp_path):
     assert Point.at(worker.request, "levit", found).digest in seen.digests
 
 
+def test_what_was_measured_before_a_study_foretells_its_latencies(tmp_path):
+    options, arch = request(3.0, families=("levit",)), get_arch("levit_128s")
+    row = Point.at(options, "levit", levels_of("levit")).coordinates[None]
+    reference = get_arch("efficientvit_m0")
+    (guess,), (unsure,) = Seen(options, reference, REFERENCE_MS).speed.predict(row)
+    seen = Seen(options, reference, REFERENCE_MS, [(arch, 0.1)])
+    worker = Worker(options, tmp_path)
+    for _ in range(2):
+        (mean,), (error,) = seen.speed.predict(row)
+        assert mean < guess - 0.5
+        assert error < unsure
+        worker.run(1)
+        seen.read(worker.study)
+        seen.learn()
+
+
 def test_far_below_everything_the_smallest_shapes_are_measured_and_no_more(tmp_path):
     worker = Worker(request(0.05), tmp_path)
     points = worker.run(20)
