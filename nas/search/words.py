@@ -76,14 +76,17 @@ def better_line(outcome: Outcome) -> str:
     row, winner = outcome.better_published, outcome.winner
     if row is None:
         return ""
-    told = f"{row.label}, with a top-1 of {row.published_top1:.1f}% on ImageNet and {row.latency_ms:.2f} ms here"
+    top1 = known(row.published_top1)
+    told = f"{row.label}, with a top-1 of {top1:.1f}% on ImageNet and {row.latency_ms:.2f} ms here"
     if winner is None:
         return f"A published network fits {outcome.budget}, as nothing found does: {told}"
     low, high = winner.quality_ci
     own = f"is predicted {winner.quality_estimate:.1f}% (95%: {low:.1f} to {high:.1f})"
     if winner.published_top1 is not None:
         own = f"has {winner.published_top1:.1f}%"
-    return f"A published network is better: {told}; {winner.label} {own}"
+    sure = winner.published_top1 is not None or top1 > high
+    better = "better" if sure else "likely as good or better, a tie by the prediction's interval"
+    return f"A published network is {better}: {told}; {winner.label} {own}"
 
 
 def later_rounds(final: Sequence[ClosingRow]) -> str:

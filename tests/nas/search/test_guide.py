@@ -273,7 +273,8 @@ def test_an_older_study_goes_on_as_it_was_begun(tmp_path, older, sampler):
     search = _Search(options, lambda _: None, lambda _: None, lambda *_: None, None)
     if older:
         search.study.set_user_attr("published", ["levit_192"])
-    search._trials(ExitStack(), SimpleNamespace(reference_ms=REFERENCE_MS, measured_before=list, trial=print), PriorTier())
+    runner = SimpleNamespace(reference_ms=REFERENCE_MS, measured_before=list, trial=print)
+    search._trials(ExitStack(), runner, PriorTier())
     assert type(search.study.sampler).__name__ == sampler
     assert [trial.user_attrs["name"] for trial in search.study.trials] == ["levit_192"] * older
 

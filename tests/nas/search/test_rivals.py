@@ -154,6 +154,8 @@ def test_the_first_line_tells_of_a_published_network_that_is_better():
         "A published network is better: timm/lcnet_100.ra2_in1k@224, with a top-1 of 72.1% on ImageNet and 1.50 ms here"
     )
     assert told == f"{better}; trial 7 is predicted 68.0% (95%: 64.0 to 72.0)"
+    tie = better_line(outcome(70.0, rows))
+    assert tie.startswith("A published network is likely as good or better, a tie by the prediction's interval: timm/")
     assert better_line(outcome(75.0, rows)) == ""
     assert better_line(outcome(68.0, rows, trained=True)) == ""
     assert better_line(outcome(68.0, [row(LCNETS[2], Verdict.UNSURE, 2.0)])) == "", "it may be over the budget"
