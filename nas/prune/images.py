@@ -134,14 +134,11 @@ class PruneJob(Job):
         Raises:
             UserError: it ends in no linear layer (see `takes_probe`), or has features that no probe can be fitted to.
         """
-        from nas.training.probe import find_features, fit_probe, install, without_dead
+        from nas.training.probe import give_probe
 
         with self.phase("probe") as progress:
-            found = find_features(
-                model, self.batches(images), self.device, progress=lambda done: progress(done, len(images))
-            )
-            classes = len(self.data.classes)
-            install(model, fit_probe(without_dead(found.values), found.labels, classes, self.seed))
+            batches, classes = self.batches(images), len(self.data.classes)
+            give_probe(model, batches, classes, self.seed, self.device, lambda done: progress(done, len(images)))
 
     def takes_probe(self, model: nn.Module) -> bool:
         """Whether a network that `load` made ends in a linear layer, which a probe can replace."""

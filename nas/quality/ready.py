@@ -50,13 +50,12 @@ def give_probe(model: nn.Module, images: Images, trainer: CandidateTrainer, pixe
         UserError: a network without a linear classifier, or features that no probe can be fitted to.
     """
     from nas.networks.build import arch_of
-    from nas.training.probe import find_features, fit_probe, install, without_dead
+    from nas.training import probe
 
     plain = trainer.plain(images, arch_of(model).resolution, pixels)
 
     def told(done: int) -> None:
         trainer.progress("linear probe", done, len(plain))
 
-    found = find_features(model, trainer.batches(plain), trainer.device, progress=told)
-    values = without_dead(found.values)
-    install(model, fit_probe(values, found.labels, len(trainer.data.classes), trainer.seed))
+    classes = len(trainer.data.classes)
+    probe.give_probe(model, trainer.batches(plain), classes, trainer.seed, trainer.device, told)

@@ -184,8 +184,10 @@ def larger_ready(request: SearchRequest, tier: RaceTier, student: Candidate) -> 
             counts = counts_of(candidate.network)
         except (ArchError, UserError):  # it takes no such images
             continue
+        if not macs < counts.macs <= MOST * macs:
+            continue
         guess = surrogate.predict(describe_candidate(candidate, counts), candidate.key)
-        if macs < counts.macs <= MOST * macs and guess.value > own:
+        if guess.value > own:
             found[f"{label_of(entrant.network)}@{px}"] = guess.value, counts.macs
     return max(found, key=found.__getitem__, default=None)
 

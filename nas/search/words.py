@@ -61,9 +61,8 @@ def winner_line(outcome: Outcome) -> str:
     winner = outcome.winner
     if winner is None:
         lost = lost_in(outcome.final)
-        return f"nothing fits {outcome.budget}" + (
-            f" with its {ACCURACY} known to hold in {lost} (--max-drop)" if lost else ""
-        )
+        kept = f" with its {ACCURACY} known to hold in {lost} (--max-drop)" if lost else ""
+        return f"nothing fits {outcome.budget}{kept}"
     how = "within" if winner.verdict == Verdict.FITS else "may be within"
     accuracy = f", {winner.words}" if winner.words else ""
     gain = outcome.contest.gain_over_ready if outcome.contest else None

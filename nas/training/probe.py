@@ -194,6 +194,27 @@ def install(model: nn.Module, probe: Probe) -> None:
             layer.bias.copy_(middle - len(layers) * weight @ centre)
 
 
+def give_probe(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    classes: int,
+    seed: int,
+    device: str | torch.device = "cpu",
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Make a linear probe, without all but dead channels, the classifier of a network that `create` or `load` made.
+
+    Args:
+        batches: of the images that it is fitted to, one pass, without augmentation.
+        progress: as `find_features` takes it.
+
+    Raises:
+        UserError: a network without a linear classifier, or features that no probe can be fitted to.
+    """
+    found = find_features(model, batches, device, progress=progress)
+    install(model, fit_probe(without_dead(found.values), found.labels, classes, seed))
+
+
 # The fit
 
 
