@@ -41,15 +41,13 @@ class Calibration:
         self._data: ImageData | None = None
         self.name, self.weights = options.data or "", list[str]()
         """Of the data, and where its networks' weights are, as `nas.data.dataset.open_data` takes them."""
-        precisions = {settings.precision for settings in options.settings}
         if options.data is None:
-            notes += [NOISE] * ("int8" in precisions)
-        elif not precisions.intersection(LOWER):
+            return
+        if not any(settings.precision in LOWER for settings in options.settings):
             raise UserError("--data is for judging lower precisions: add --precision int8, fp16 or bf16")
-        else:
-            given = dict.fromkeys(_weights(target) for target in options.targets)
-            self.weights = [str(each) for each in given if each]
-            self._data = _opened(self.name, tuple(self.weights))
+        given = dict.fromkeys(_weights(target) for target in options.targets)
+        self.weights = [str(each) for each in given if each]
+        self._data = _opened(self.name, tuple(self.weights))
 
     @property
     def given(self) -> bool:
@@ -140,6 +138,8 @@ class Files:
                 line = f"{label} is int8 already, and not judged: `vitnas evaluate` tells its accuracy."
                 if self._calibration.given and line not in self._notes:
                     self._notes.append(line)
+        if settings.precision == "int8" and not self._calibration.given and NOISE not in self._notes:
+            self._notes.append(NOISE)
         images = self._calibration.at(resolution, target) if settings.precision == "int8" else None
         judged = settings.precision in LOWER and self._calibration.given
         if not judged or method == "export":

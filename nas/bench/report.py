@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from nas.bench.result import SETTINGS, is_tie
-from nas.units import counted
+from nas.units import counted, shown
 
 if TYPE_CHECKING:
     from nas.bench.result import BenchFailure, BenchRow
@@ -43,7 +43,7 @@ def to_csv(rows: Sequence[BenchRow], failed: Sequence[BenchFailure] = ()) -> byt
         flat |= {"drop_low": drop_low, "drop_high": drop_high}
         writer.writerow(row.to_json() | flat)
     writer.writerows(failure.to_json() for failure in failed)
-    return text.getvalue().encode()
+    return text.getvalue().encode(errors="surrogateescape")
 
 
 def to_plot(rows: Sequence[BenchRow], suffix: str) -> bytes:
@@ -82,7 +82,7 @@ def to_plot(rows: Sequence[BenchRow], suffix: str) -> bytes:
                 color=INK,
                 fontsize=9,
             )
-        names = [_short(row.model) + ("" if equal else f", {row.resolution} px") for row in panel]
+        names = [_short(shown(row.model)) + ("" if equal else f", {row.resolution} px") for row in panel]
         axes.set_yticks(places, names)
         axes.set_ylim(len(panel) - 0.4, -0.6)
         axes.set_xlim(0, 1.35 * right)

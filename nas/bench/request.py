@@ -127,11 +127,13 @@ def plan(options: BenchRequest) -> Plan:
     return Plan(
         targets,
         inputs,
-        [
-            Cell(label, _own(target, inputs.get(label), each, options))
-            for each in options.settings
-            for label, target in targets.items()
-        ],
+        list(
+            dict.fromkeys(  # a file that is int8 already has no fp32
+                Cell(label, _own(target, inputs.get(label), each, options))
+                for each in options.settings
+                for label, target in targets.items()
+            )
+        ),
         {label: _resolution(target, inputs.get(label), options.shapes) for label, target in targets.items()},
         options.throughput_at,
     )

@@ -50,7 +50,7 @@ class BenchRow(Combination):
     waiting: bool
     """Whether its samples are times that it waited for a CPU (see `nas.measure.samples.quanta`)."""
     throughput: float | None
-    """Images per second at `throughput_batch`; None where that batch could not be measured."""
+    """Images per second at `throughput_batch`; None where that batch could not be measured, or waited for a CPU."""
     throughput_batch: int
     top1: float | None = None
     """Percent of validation images that the file gets right on its runtime, or on ONNX Runtime's CPU where it is for

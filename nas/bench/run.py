@@ -145,7 +145,7 @@ def _rows(planned: Plan, results: Results, prices: Prices) -> list[BenchRow]:
 
 
 def _row(planned: Plan, cell: Cell, result: Measurement, first: Measurement, results: Results) -> BenchRow:
-    """There is no ratio to or of waiting times."""
+    """There is no ratio to or of waiting times, and no throughput of them."""
     ratio, interval = paired_ratio(result, first)
     waiting = quanta(result)
     comparable = not waiting and not quanta(first)
@@ -160,7 +160,7 @@ def _row(planned: Plan, cell: Cell, result: Measurement, first: Measurement, res
         ratio=ratio if comparable else None,
         ratio_ci=interval if comparable else None,
         waiting=waiting,
-        throughput=fast.throughput(batch_size) if isinstance(fast, Measurement) else None,
+        throughput=fast.throughput(batch_size) if isinstance(fast, Measurement) and not quanta(fast) else None,
         throughput_batch=batch_size,
         memory_mb=result.memory_mb,
         file_mb=result.file_mb,
@@ -201,6 +201,12 @@ def _notes(request: BenchRequest, planned: Plan, results: Results, rows: list[Be
         notes.append(line)
     if any(planned.targets[label].timm and _is_module(settings) for label, settings in planned.cells):
         notes.append(UNFOLDED)
+    notes += dict.fromkeys(
+        f"{cell.label}: its throughput at batch {cell.settings.batch_size} is not told, as it waited for CPUs that "
+        "other processes use."
+        for cell in map(planned.throughput_cell, planned.cells)
+        if cell not in planned.cells and isinstance(found := results[cell], Measurement) and quanta(found)
+    )
     spreads = [(result.spread, cell.label) for cell, result in results.items() if isinstance(result, Measurement)]
     spread, label = max(spreads, default=(0, ""))
     if spread > BUSY_SPREAD and not any(row.waiting for row in rows):

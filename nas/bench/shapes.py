@@ -73,6 +73,21 @@ def parse_shape(text: str) -> tuple[str, Shape]:
     return name, tuple(map(int, sizes.split("x")))
 
 
+def parse_shapes(texts: Iterable[str]) -> dict[str, Shape]:
+    """The shapes by the names of their inputs, of texts as `parse_shape` takes them.
+
+    Raises:
+        UserError: any other text, or two shapes of one input.
+    """
+    found: dict[str, Shape] = {}
+    for name, shape in map(parse_shape, texts):
+        if found.setdefault(name, shape) != shape:
+            raise UserError(
+                f"--shape {name}={written(shape)}: it is {written(found[name])} already, and has one shape in a run"
+            )
+    return found
+
+
 def check_shapes(shapes: Mapping[str, Shape], inputs: Iterable[OnnxInput]) -> None:
     names = sorted({each.name for each in inputs})
     for name in shapes:

@@ -67,7 +67,7 @@ def _cells(row: BenchRow, first: BenchRow, differing: Sequence[str], compared: b
         f"{row.latency_ms:.3f}",
         f"{low:.3f}..{high:.3f}",
         f"{row.p95_ms:.3f}",
-        "" if row.throughput is None or row.waiting else f"{row.throughput:.1f}",
+        "" if row.throughput is None else f"{row.throughput:.1f}",
         *("" if value is None else f"{value:.1f}" for value in (row.memory_mb, row.file_mb, row.energy_mj)),
         str(row.samples),
         f"{row.ratio:.3f}" if compared and row.ratio is not None else "",

@@ -87,7 +87,8 @@ def bench(
     """Measure networks side by side, in every combination of runtimes, precisions, batch sizes and threads.
 
     All in one interleaved run; ratios are to the first row. --json prints results (with their resolution and
-    throughput_batch), failed (with their error), hardware and notes. After Ctrl-C they are of the rounds made so far.
+    throughput_batch), failed (with their error), hardware and notes. After Ctrl-C they are of the rounds made so
+    far; those of a device behind ssh are lost.
 
     Exit codes: 0 all were measured, 2 bad input, or some could not be measured (the others are shown), 130 Ctrl-C.
     """
@@ -101,7 +102,7 @@ def bench(
     from nas.bench.report import PLOTS, to_csv, to_plot
     from nas.bench.request import TIMEOUT_S, BenchRequest, check_rounds, plan
     from nas.bench.run import bench as run_bench
-    from nas.bench.shapes import parse_shape
+    from nas.bench.shapes import parse_shapes
     from nas.bench.table import show_bench
     from nas.cli.progress import watch_phases
     from nas.files import check_output, replace_file
@@ -119,11 +120,12 @@ def bench(
             device,
             {"runtime": runtime, "precision": precision, "batch-size": batch_size, "threads": threads},
             {
-                "networks": models,
+                "networks": models or None,
                 "--data": data,
+                "--max-drop": None if max_drop == MAX_DROP else max_drop,
                 "--resolution": resolution,
                 "--throughput-at": throughput_at,
-                "--shape": shape,
+                "--shape": shape or None,
                 "--timeout": timeout,
                 "--plot": plot,
             },
@@ -149,7 +151,7 @@ def bench(
         rounds=rounds,
         own_batch=not batch_size,
         throughput_at=throughput_at,
-        shapes=dict(map(parse_shape, shape or ())),
+        shapes=parse_shapes(shape or ()),
         data=data,
         max_drop=max_drop,
         timeout_s=parse_duration(timeout) if timeout else TIMEOUT_S,
@@ -183,7 +185,7 @@ def suite_settings(device: str, once: Mapping[str, list[Any] | None], others: Ma
 
     Args:
         once: options that may be given once, by name; None: not given.
-        others: what a suite brings itself, by how the user calls it.
+        others: what a suite brings itself, by how the user calls it; None: not given.
 
     Raises:
         UserError: an option more than once, or one that a suite brings itself.
@@ -194,7 +196,7 @@ def suite_settings(device: str, once: Mapping[str, list[Any] | None], others: Ma
         if given and len(given) > 1:
             raise UserError(f"--{name} can be given once with --suite")
     for name, value in others.items():
-        if value:
+        if value is not None:
             raise UserError(f"--suite brings its own networks: leave out {name}")
     first = {name: given[0] if given else None for name, given in once.items()}
     return settings_for(

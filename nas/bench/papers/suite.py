@@ -29,7 +29,7 @@ from nas.export.side_by_side import measure_side_by_side
 from nas.machine import usable_cpus
 from nas.measure.device import device_kind, device_lock, is_here
 from nas.measure.runtime import RUNTIMES, Settings
-from nas.measure.samples import SURE_ROUNDS, MeasureError, Measurement, median_interval, paired_ratio
+from nas.measure.samples import SURE_ROUNDS, MeasureError, Measurement, median_interval, paired_ratio, quanta
 from nas.networks.timm_network import TIMM, TimmNetwork
 from nas.process import Worker, WorkerError
 from nas.text import first_line
@@ -44,6 +44,7 @@ WITHIN = 0.10
 GPU_BATCH = 256
 ANSWER_S = 120  # for one step of one network: loading, warming up, a round
 NOT_REMOTE = "blocks in PyTorch, and this finding, are measured on this machine only, not on a remote device"
+WAITED = "waited for CPUs that other processes use, so its time is none of its own: measure again on a quiet machine"
 SHARES = (0.5, 0.3, 0.2)
 
 Timings = dict[str, Measurement | MeasureError]
@@ -239,17 +240,24 @@ def _names(trial: ClaimTrial, wanted: Settings) -> list[str]:
 def _attempt(claim: Claim, wanted: Settings, timings: Timings) -> Attempt:
     figure = claim.published_for(wanted)
     subject, baseline = timings[claim.subject], timings[claim.baseline]
-    if isinstance(subject, Measurement) and isinstance(baseline, Measurement):
+    failed = [f"{name}: {why}" for name in (claim.subject, claim.baseline) if (why := _useless(timings[name]))]
+    if isinstance(subject, Measurement) and isinstance(baseline, Measurement) and not failed:
         times = *paired_ratio(baseline, subject), subject.p50_ms, baseline.p50_ms
         return Attempt(wanted, figure.ratio, figure.where, *times)
-    failed = [f"{n}: {m}" for n in (claim.subject, claim.baseline) if isinstance(m := timings[n], MeasureError)]
     return Attempt(wanted, figure.ratio, figure.where, error="; ".join(failed))
+
+
+def _useless(timing: Measurement | MeasureError) -> str | None:
+    """Why a timing says nothing of its network."""
+    if isinstance(timing, MeasureError):
+        return str(timing)
+    return WAITED if quanta(timing) else None
 
 
 def _parts(claim: Claim, timings: Timings) -> tuple[MeasuredPart, ...]:
     def microseconds(name: str | None) -> float | None:
         timing = timings[name] if name else None
-        return round(1000 * timing.p50_ms, 1) if isinstance(timing, Measurement) else None
+        return round(1000 * timing.p50_ms, 1) if isinstance(timing, Measurement) and not quanta(timing) else None
 
     return tuple(
         MeasuredPart(part.name, part.published_us, (microseconds(part.subject), microseconds(part.baseline)))

@@ -27,6 +27,7 @@ from nas.export import side_by_side
 from nas.export.artifact import Exporter
 from nas.export.folder import save_weights
 from nas.export.onnx_input import OnnxInput
+from nas.export.quantize import MAX_DROP, NOISE
 from nas.files import check_output
 from nas.measure.device import compare
 from nas.measure.protocol import Interrupted
@@ -400,6 +401,9 @@ def test_a_file_that_is_int8_already_is_not_judged(judged: BenchRequest) -> None
     found = bench(replace(judged, settings=(settings,)))
     assert (found.errors, found.rows[0].top1) == ([], None)
     assert f"{target.label} is int8 already, and not judged: `vitnas evaluate` tells its accuracy." in found.notes
+    found = bench(replace(judged, settings=(Settings(), settings), data=None, max_drop=MAX_DROP))
+    assert [row.precision for row in found.rows] == ["int8"]
+    assert NOISE not in found.notes
 
 
 def test_a_trained_network_is_built_where_pytorch_runs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -489,6 +493,17 @@ def test_throughput_that_cannot_be_measured(given, monkeypatch: pytest.MonkeyPat
     found = bench(options("a", throughput_at=64))
     assert [(row.latency_ms, row.throughput) for row in found.rows] == [(2.0, None)]
     assert found.errors == ["a (batch 64): too much"]
+
+    def waits_at_a_large_batch(paths, settings, *_):
+        return {
+            name: Measurement([[1.0, 8.0, 8.0] if settings[name].batch_size > 1 else [2.0] * 3] * 6) for name in paths
+        }
+
+    monkeypatch.setattr(side_by_side, "compare", waits_at_a_large_batch)
+    found = bench(options("a", throughput_at=64))
+    assert [(row.waiting, row.throughput) for row in found.rows] == [(False, None)]
+    told = "a: its throughput at batch 64 is not told, as it waited for CPUs that other processes use."
+    assert found.notes == [told]
 
 
 def test_what_fails_is_told_and_the_ratio_is_to_the_first_row(given) -> None:
@@ -602,10 +617,11 @@ def test_a_tie_is_called_one(given, vitnas, factors: list[float], tie: bool) -> 
 
 def test_csv_and_plots(given) -> None:
     labels = [f"{'a folder with a rather long name/' * (i % 2)}network {i}" for i in range(8)]
+    labels[7] = "caf\udce9"  # of bytes that are not UTF-8
     given({label: [1 + i / 10] * 6 for i, label in enumerate(labels)})
     found = bench(options(*labels, settings=(Settings(), Settings(batch_size=8))))
-    lines = list(csv.DictReader(to_csv(found.rows).decode().splitlines()))
-    assert len(lines) == 16
+    lines = list(csv.DictReader(to_csv(found.rows).decode(errors="surrogateescape").splitlines()))
+    assert [line["model"] for line in lines] == labels * 2
     assert list(lines[1]) == list(report.COLUMNS)
     assert (lines[1]["model"], float(lines[1]["ratio_high"]), lines[1]["ci_low_ms"]) == (labels[1], 1.1, "1.1")
     assert to_plot(found.rows, ".png").startswith(b"\x89PNG")
@@ -740,6 +756,7 @@ def test_waiting_times_have_no_ratio(vitnas, given, monkeypatch: pytest.MonkeyPa
     _, out, _ = vitnas("bench", "efficientvit_m0", "shvit_s1", "levit_128s", "--json")
     found = json.loads(out)
     assert [(row["waiting"], row["ratio"]) for row in found["results"]] == [(False, 1), (True, None), (False, 1.5)]
+    assert [row["throughput"] is None for row in found["results"]] == [False, True, False]
     assert "so the figures marked waiting are waiting times, not speed" in found["notes"][0]
     _, out, _ = vitnas("bench", "efficientvit_m0", "shvit_s1", "levit_128s")
     assert out.splitlines()[1].split()[-1] == "note"
@@ -764,7 +781,7 @@ def test_nothing_is_said_of_ratios_or_speed_that_are_not_printed(given, capsys) 
     rows = bench(options("a", "b", throughput_at=8)).rows
     show_bench(rows, [])
     assert "ratio to the first row" in capsys.readouterr().out
-    show_bench([replace(row, waiting=True, ratio=None, ratio_ci=None) for row in rows], [])
+    show_bench([replace(row, waiting=True, ratio=None, ratio_ci=None, throughput=None) for row in rows], [])
     out = capsys.readouterr().out
     assert "ratio" not in out
     assert "img/s" not in out
@@ -849,6 +866,11 @@ def test_the_file_that_is_measured_has_the_shape(onnx_file, monkeypatch: pytest.
         ({"x": ["N", 3, 8, 8]}, ("--shape", "y=1x3x8x8"), ("--shape y", "x")),
         ({"x": ["N", 3, 8, 8]}, ("--shape", "x=1x3x16x16"), ("--shape x=1x3x16x16", "?x3x8x8")),
         ({"x": ["N", 3, 8, 8]}, ("--shape", "x=1x3x8"), ("--shape x=1x3x8", "?x3x8x8")),
+        (
+            {"x": ["N", 3, "H", "W"]},
+            ("--shape", "x=1x3x8x8", "--shape", "x=1x3x16x16"),
+            ("--shape x=1x3x16x16: it is 1x3x8x8 already",),
+        ),
         ({"x": ["N", 3, 8, 8]}, ("--shape", "1x3x8"), ("--shape 1x3x8", "images=1x3x224x224")),
         ({"x": ["N", 3, 8, 8]}, ("--shape", "x=0x3x8x8"), ("--shape x=0x3x8x8", "images=1x3x224x224")),
         ({"x": [4, 3, 8, 8]}, ("--batch-size", "4", "--batch-size", "1"), ("fixed at batch size 4", "--batch-size 1")),
@@ -1022,6 +1044,7 @@ def test_parse_shape() -> None:
         (("--throughput-at", "0"), ("batch size is 0",)),
         (("--throughput-at", "100000000"), ("memory",)),
         (("--threads", "1", "--threads", "4096"), ("threads is 4096",)),
+        (("--resolution", "0"), ("a resolution of 0 px", "1 to 4096 px")),
         (("--rounds", "5"), ("--rounds is 5", "6 or more")),
         (("--timeout", "soon"), ("timeout 'soon'", "90s")),
         (("--runtime", "onnxruntime", "--runtime", "onxruntime"), ("unknown runtime", "onnxruntime")),
@@ -1047,6 +1070,20 @@ def test_bad_input_is_refused_before_anything_is_measured(vitnas, given, tmp_pat
     vitnas.refused(vitnas("bench", "efficientvit_m0", *words), *said)
     assert asked == []
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("efficientvit_m0",), "leave out networks"),
+        (("--max-drop", "3"), "leave out --max-drop"),
+        (("--throughput-at", "0"), "leave out --throughput-at"),
+        (("--threads", "1", "--threads", "2"), "--threads can be given once"),
+    ],
+)
+def test_what_a_suite_does_not_take(vitnas, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], said: str) -> None:
+    monkeypatch.setattr("nas.cli.bench.run_suite", lambda *_: None)
+    vitnas.refused(vitnas("bench", "--suite", "papers", *words), said)
 
 
 def test_a_full_disk_leaves_no_half_file(vitnas, given, tmp_path: Path, fill_disk: Callable[[], None]) -> None:

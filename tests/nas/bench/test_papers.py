@@ -191,6 +191,16 @@ def test_what_cannot_be_measured_is_a_row_with_its_error(monkeypatch):
     assert "no such operator" in papers_markdown(result)
 
 
+def test_waiting_times_decide_no_claim(monkeypatch):
+    waiting = dict.fromkeys(("block/levit_256", "block/levit_256.qk"), Measurement([[1.0, 8.0, 8.0]] * 6))
+    monkeypatch.setattr(suite, "time_networks", lambda names, *_: dict.fromkeys(names, measured(1.0)) | waiting)
+    (row,) = run_papers(ORT, only=["levit-block"]).to_json()["rows"]
+    assert (row["verdict"], row["measured"]) == ("not measured", None)
+    assert row["error"].startswith("block/levit_256: waited for CPUs that other processes use")
+    parts = {part["part"]: part["measured_us"] for part in row["parts"]}
+    assert parts["projection to Q and K"] == [None, 1002.5]
+
+
 def test_ctrl_c_keeps_the_rows_that_are_done(monkeypatch):
     def ms(name: str, settings: Settings) -> float:
         if settings.batch_size > 1 and name.startswith("shvit"):
