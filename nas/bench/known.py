@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from nas.errors import UserError
 from nas.measure.cache import REFERENCE, opened
-from nas.measure.samples import quanta, quanta_line
+from nas.measure.samples import SURE_ROUNDS, quanta, quanta_line
+from nas.units import counted
 
 if TYPE_CHECKING:
     from nas.measure.runtime import Settings
@@ -24,7 +25,7 @@ def fill(
     until then. progress: called with (the name, networks done, in all).
 
     Returns:
-        Why, by its name, a network could not be measured.
+        Why, by its name, a network could not be measured, or not well enough for `known`.
 
     Raises:
         UserError: the reference network cannot be measured here, or the cache cannot be used.
@@ -38,6 +39,8 @@ def fill(
     from search_spaces import get_arch
 
     failed: dict[str, str] = {}
+    if not archs:
+        return failed
     waiting: str | None = None
     with ExitStack() as stack:
         cache = stack.enter_context(opened(settings))
@@ -58,6 +61,9 @@ def fill(
                     failed[name] = waiting = waiting or quanta_line(describe(settings))
                 else:
                     cache.put(arch, settings.batch_size, result)
+                    if (rounds := len(result.rounds_ms)) < SURE_ROUNDS:
+                        told = f"only {counted(rounds, 'round')} in {result.wall_s:.0f} s"
+                        failed[name] = f"{told}, and an interval of 95% needs {SURE_ROUNDS}"
             except (MeasureError, WorkerError) as error:
                 failed[name] = str(error)
     return failed

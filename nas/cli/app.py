@@ -6,13 +6,14 @@ import _thread
 import signal
 import sys
 import threading
+from contextlib import suppress
 from typing import Annotated
 
 import typer
 
 from nas.cli import bench, dashboard, evaluate, export, models, predict, prune, push, runs, search, show, storage, train
 from nas.cli.options import command_line, log
-from nas.errors import DiskFull, UserError
+from nas.errors import DiskFull, UserError, is_full
 
 EPILOG = (
     "Examples:\n\n"
@@ -35,7 +36,8 @@ for verb in (search, runs, models, show, bench, prune, train, evaluate, export, 
     app.add_typer(verb.app)
 app.add_typer(storage.app, name="storage")
 
-VERSIONS = ("vitnas", "torch", "onnxruntime", "optuna")
+VERSIONS = (("vitnas",), ("torch",), ("onnxruntime", "onnxruntime-gpu"), ("optuna",))
+"""Packages, each with the names of its builds."""
 AGAIN_S = 0.05
 """After which an interrupt that was ignored is raised again."""
 
@@ -47,11 +49,12 @@ def tell_version(asked: bool) -> None:
     from importlib.metadata import PackageNotFoundError, version
 
     told = []
-    for name in VERSIONS:
-        try:
-            told.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            told.append(f"{name} not installed")
+    for names in VERSIONS:
+        found = f"{names[0]} not installed"
+        for name in names:
+            with suppress(PackageNotFoundError):
+                found = f"{name} {version(name)}"
+        told.append(found)
     print(", ".join([*told, f"Python {sys.version.split()[0]}"]))
     raise typer.Exit
 
@@ -83,7 +86,7 @@ def main() -> None:
         sys.exit(130)
     except OSError as error:
         log.debug("traceback", exc_info=True)
-        fail(f"{error.filename or 'input or output'}: {error.strerror or error}")
+        fail(f"{error.filename or 'input or output'}: {error.strerror or error}", 1 if is_full(error) else 2)
     except Exception as error:
         if not hasattr(error, "format_message"):
             raise

@@ -39,19 +39,21 @@ SHAPING = (
     "nas/networks/timm_network.py",
     "nas/measure/**/*.py",
     "nas/export/artifact.py",
+    "nas/export/graph.py",
     "nas/export/onnx.py",
+    "nas/export/options.py",
     "nas/export/quantize.py",
     "nas/machine.py",
     "nas/process.py",
 )
 """The code that decides what network is built, what file is made of it, and how that is timed."""
-LIBRARIES = ("torch", "onnx", "onnxruntime", "onnxruntime-gpu")
-"""What makes those files; a runtime's own version is in `hardware.fingerprint`."""
+LIBRARIES = ("torch", "timm", "onnx", "onnxruntime", "onnxruntime-gpu")
+"""What makes those networks and files; a runtime's own version is in `hardware.fingerprint`."""
 
 
 def default_path() -> Path:
     """$VITNAS_CACHE/latency.sqlite, by default under ~/.cache/vitnas."""
-    return Path(os.environ.get(ENVIRONMENT, Path.home() / ".cache" / "vitnas")) / "latency.sqlite"
+    return Path(os.path.expanduser(os.environ.get(ENVIRONMENT) or "~/.cache/vitnas")) / "latency.sqlite"
 
 
 @cache

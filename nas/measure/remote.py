@@ -115,7 +115,7 @@ class SshHost:
     def ssh(self, *options: str) -> list[str]:
         """The words of the ssh command up to what it is to run."""
         port = ["-p", str(self.port)] if self.port else []
-        return [*shlex.split(os.environ.get("VITNAS_SSH") or "ssh"), *options, *port, "--", self.login]
+        return [*_words("VITNAS_SSH", "ssh"), *options, *port, "--", self.login]
 
 
 def is_remote(device: str) -> bool:
@@ -446,15 +446,27 @@ def compare(
 
 
 def _python() -> list[str]:
-    first, *words = shlex.split(os.environ.get("VITNAS_REMOTE_PYTHON") or "python3")
+    first, *words = _words("VITNAS_REMOTE_PYTHON", "python3")
     return [re.sub("^~/", "./", first), *words]  # the quoted ~ would stay one; ssh starts at home
+
+
+def _words(variable: str, otherwise: str) -> list[str]:
+    """The command that a variable of the environment names, word by word.
+
+    Raises:
+        UserError: a quotation in it does not end.
+    """
+    try:
+        return shlex.split(os.environ.get(variable, "")) or [otherwise]
+    except ValueError as error:
+        raise UserError(f"{variable} is no command ({str(error).lower()}): write it as in a shell") from None
 
 
 def _packed() -> bytes:
     """A zip of our own modules."""
     root = Path(nas.__file__).parents[1]
     file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False) as archive:
         for package in PACKAGES:
             for module in sorted((root / package).rglob("*.py")):
                 archive.write(module, module.relative_to(root))

@@ -140,7 +140,7 @@ def _given(wanted: _Wanted, folder: Path | None) -> tuple[Pretrained | None, lis
     looked: list[str] = []
     for option, place in ((OPTION, folder), (VARIABLE, os.environ.get(VARIABLE))):
         if place:
-            path = _in_folder(Path(place).expanduser(), option, wanted.names)
+            path = _in_folder(_expanded(place), option, wanted.names)
             if path is not None:
                 digest = file_digest(path)
                 return Pretrained(wanted.label, path, "folder", digest, wanted.timm, "; ".join(looked)), looked
@@ -154,7 +154,12 @@ def check_folder(folder: Path) -> None:
     Raises:
         UserError: it is missing, or holds none.
     """
-    _in_folder(folder.expanduser(), OPTION, ())
+    _in_folder(_expanded(folder), OPTION, ())
+
+
+def _expanded(folder: str | Path) -> Path:
+    """With the home of a ~ at its beginning; of a user that is not known here, as it is."""
+    return Path(os.path.expanduser(folder))
 
 
 def label_of(network: Arch | TimmNetwork) -> str:

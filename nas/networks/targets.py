@@ -146,8 +146,8 @@ def find_target(text: str, resolution: int | None = None) -> Target:
     """
     name, asked = _split(text)
     found = replace(_find(name), label=text)
-    size = asked or resolution
-    return found.at(size) if size else found
+    size = resolution if asked is None else asked
+    return found if size is None else found.at(size)
 
 
 def _split(text: str) -> tuple[str, int | None]:

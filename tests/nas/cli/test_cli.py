@@ -1,5 +1,6 @@
 """The command line as a user meets it: bad input, the small verbs, and what they print."""
 
+import errno
 import json
 import logging
 import os
@@ -11,6 +12,7 @@ import threading
 import time
 import weakref
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -270,6 +272,14 @@ def test_a_classifier_left_random_is_not_exported(vitnas, tmp_path):
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
+def test_a_full_disk_anywhere_has_its_exit_code(vitnas, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("nas.networks.targets.find_target", full)
+    assert vitnas("show", "x") == (1, "", "vitnas: input or output: No space left on device\n")
+
+
 def test_sigterm_ends_a_command_as_ctrl_c_does(vitnas, monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr("nas.networks.targets.find_target", lambda _: os.kill(os.getpid(), signal.SIGTERM))
@@ -318,11 +328,20 @@ def test_the_list_of_verbs_is_not_cut(vitnas, monkeypatch):
     assert "--install-completion" in out
 
 
-def test_version(vitnas):
+def test_version(vitnas, monkeypatch):
     code, out, _ = vitnas("--version")
     assert code == 0
     assert len(out.splitlines()) == 1
     assert all(f"{name} " in out for name in ("vitnas", "torch", "onnxruntime", "optuna", "Python"))
+    whole = metadata.version
+
+    def for_gpus(name):
+        if name == "onnxruntime":
+            raise metadata.PackageNotFoundError
+        return "1.9" if name == "onnxruntime-gpu" else whole(name)
+
+    monkeypatch.setattr(metadata, "version", for_gpus)
+    assert ", onnxruntime-gpu 1.9, optuna " in vitnas("--version")[1]
 
 
 def test_an_unknown_option_names_the_near_one(vitnas):

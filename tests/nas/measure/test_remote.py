@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import shlex
@@ -12,6 +13,7 @@ import sys
 import textwrap
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -394,6 +396,24 @@ def test_hosts_without_a_fitting_python(server, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("VITNAS_REMOTE_PYTHON", f"no_such_python; touch {tmp_path}/injected; true")
     refused("board has no")
     assert not (tmp_path / "injected").exists()
+
+
+@pytest.mark.parametrize("variable", ["VITNAS_SSH", "VITNAS_REMOTE_PYTHON"])
+def test_commands_that_are_none(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variable, " ")
+    assert (remote.SshHost(None, "board", None).ssh()[0], remote._python()) == ("ssh", ["python3"])
+    monkeypatch.setenv(variable, "it 'does not end")
+    refused(f"{variable} is no command (no closing quotation): write it as in a shell")
+
+
+def test_modules_from_before_zip_files_are_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in remote.PACKAGES:
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").touch()
+        os.utime(tmp_path / package / "__init__.py", (0, 0))  # as of a reproducible build
+    monkeypatch.setattr(nas, "__file__", str(tmp_path / "nas" / "__init__.py"))
+    with zipfile.ZipFile(io.BytesIO(remote._packed())) as sent:
+        assert sent.namelist() == [f"{package}/__init__.py" for package in remote.PACKAGES]
 
 
 def test_a_host_without_the_runtime(server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -315,6 +315,15 @@ def test_a_folder_that_is_none_is_told(named: str, said: str, tmp_path: Path, mo
         find_pretrained(NETWORK)
 
 
+def test_the_home_of_nobody_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = "~no_such_user/weights"
+    with pytest.raises(UserError, match=f"^--weights-from {folder}: no such folder"):
+        find_pretrained(NETWORK, Path(folder))
+    monkeypatch.setenv("VITNAS_WEIGHTS", folder)
+    with pytest.raises(UserError, match=f"^VITNAS_WEIGHTS={folder}: no such folder"):
+        find_pretrained(NETWORK)
+
+
 def test_a_network_that_nobody_published_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "test_vit.pth").touch()
     monkeypatch.setenv("VITNAS_WEIGHTS", str(tmp_path))
