@@ -55,7 +55,7 @@ def default_folder_of(verb: str, model: str, how: str) -> Path:
 class Job:
     """options: what must be equal for the folder's run to go on, as JSON has it. device: where networks train. result:
     the file that a finished run leaves. hints: what a refusal says besides, by the option that differs. defaults: what
-    options that an older vitnas did not keep were then."""
+    options that an older vitnas did not keep were then. as_given: options as a user gives them, which are compared."""
 
     def __init__(
         self,
@@ -67,6 +67,7 @@ class Job:
         result: str = "prune.json",
         hints: Mapping[str, str] | None = None,
         defaults: Mapping[str, Any] | None = None,
+        as_given: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda options: options,
     ) -> None:
         self.folder, self.kept, self.device, self.result = folder, folder / "state", device, folder / result
         self._say, self._progress = say, progress
@@ -80,8 +81,9 @@ class Job:
             raise UserError(
                 f"{path} is damaged or not vitnas's: give another --out, or remove it to start again"
             ) from None
-        for key, value in options.items():
-            known = self.state.options.get(key, (defaults or {}).get(key))
+        before = as_given({**(defaults or {}), **self.state.options})
+        for key, value in as_given(options).items():
+            known = before.get(key)
             if known != value and key not in NAMED:
                 hint = (hints or {}).get(key, "")
                 now_given = "now not given" if value is None else f"not {value}"
@@ -109,7 +111,8 @@ class Job:
                 f"{self.folder} was begun with images prepared otherwise ({before}; now {after}): give another --out"
             )
         elif what := changed(self.state.inputs, inputs):
-            what = what.replace("--data", "--unlabelled") if self.state.options.get("unlabelled") else what
+            unlabelled = self.state.options.get("unlabelled") and not self.state.options.get("data")
+            what = what.replace("--data", "--unlabelled") if unlabelled else what
             raise UserError(f"{self.folder} was begun with another content of {what}: give another --out")
         if self.state.network and not self.finished:
             self.say(f"going on after {self.state.network} in {self.folder}")
@@ -157,11 +160,11 @@ class Job:
             self._say(line)
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[Callable[..., None]]:
-        """Time a phase; yields its progress callback (done, total, ...)."""
+    def phase(self, name: str, part: str = "") -> Iterator[Callable[..., None]]:
+        """Time a phase; yields its progress callback (done, total, ...). part: of it, which is told behind its name."""
         started = time.monotonic()
         try:
-            yield lambda done, total, *_: self._progress(name, done, total)
+            yield lambda done, total, *_: self._progress(name + part, done, total)
         finally:
             self.state.phases[name] = self.state.phases.get(name, 0.0) + time.monotonic() - started
 

@@ -259,23 +259,23 @@ def watch_phases(quiet: bool = False) -> Iterator[tuple[Phase, Say]]:
 
 
 @contextmanager
-def watch_images(epochs: int, quiet: bool = False) -> Iterator[tuple[Phase, Say]]:
-    """As `watch_phases`, where the phase `training` counts the images of so many epochs (0: unknown), with the time
-    left."""
+def watch_images(quiet: bool = False) -> Iterator[tuple[Phase, Say]]:
+    """As `watch_phases`, where the phase `training`, whose parts are epochs, counts images, with the time left. A part
+    is told behind a phase's name and a comma."""
     pace, told = Pace(), ""
     with Screen(quiet) as screen:
         screen.show(Line("reading the images"), at_once=True)
 
         def progress(what: str, done: int, total: int) -> None:
             nonlocal told
-            new, told = what != told, what
+            name, _, _ = what.partition(",")
+            new, told = name != told, name
             line = Line(what, done, total or 0)
-            if what == "training" and total:
-                pace.see(what, done)
+            if name == "training" and total:
+                pace.see(name, done)
                 speed = pace.images_per_s
-                epoch = f", epoch {min(epochs, done * epochs // total + 1)}/{epochs}" if epochs else ""
                 line = Line(
-                    f"training{epoch}",
+                    what,
                     done,
                     total,
                     (total - done) / speed if speed else None,

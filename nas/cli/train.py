@@ -201,10 +201,7 @@ def train(
     if recipe is None and not probe:
         with waiting("looking for weights", quiet) as counted:
             request, start = with_usual_recipe(request, by, out is not None, counted)
-    with (
-        watch_images(0 if minutes or request.recipe.by_images else request.recipe.epochs, quiet) as (progress, say),
-        training_threads(train_threads, say, device),
-    ):
+    with watch_images(quiet) as (progress, say), training_threads(train_threads, say, device):
         result = run_train(request, progress, say, command=command_line(), start=start)
     if result is None:  # the first of torchrun's processes speaks for all
         return

@@ -11,10 +11,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from timm.utils.misc import natural_key
-
 from nas.data.found import FoundImages, LabelledImages
-from nas.data.listing import LeftOut, count_of, files_of, images_in, is_image, read_anyway, visible
+from nas.data.listing import LeftOut, count_of, files_of, images_in, is_image, natural_key, read_anyway, visible
 from nas.errors import UserError
 from nas.units import listed, shown
 

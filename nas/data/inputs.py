@@ -11,6 +11,7 @@ from nas.identity import IMAGES, LENGTH, PIXELS, file_digest
 
 if TYPE_CHECKING:
     from nas.data.dataset import ImageData
+    from nas.data.images import Images
 
 
 class Network(Protocol):
@@ -45,6 +46,11 @@ def identity(
 
 
 def data_digest(data: ImageData) -> str:
+    """Of the images for training and for validation, as `images_digest`."""
+    return images_digest(data.train, data.val)
+
+
+def images_digest(*parts: Images) -> str:
     """Of the images' content and labels, in order, however the folder that holds them is called; the version of the
     digests in front (see `older`)."""
     import numpy as np
@@ -52,7 +58,7 @@ def data_digest(data: ImageData) -> str:
     from nas.data.digests import VERSION, digests
 
     digest = hashlib.sha256()
-    for images in (data.train, data.val):
+    for images in parts:
         digest.update(np.asarray(images.labels, dtype=np.int64).tobytes())
         digest.update(digests(images).tobytes())
     return f"{VERSION}:{digest.hexdigest()[:LENGTH]}"

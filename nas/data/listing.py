@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -56,6 +57,12 @@ def files_of(suffixes: Counter[str]) -> str:
     """Files that are no images, by suffix."""
     kinds = [f"{count:,} {suffix or 'without a suffix'}" for suffix, count in suffixes.most_common()]
     return f"files that Pillow cannot open ({listed(kinds)})"
+
+
+def natural_key(name: str) -> list[int | str]:
+    """Sorts names by the numbers in them, whatever their case: those of timm's function, which fails where an exponent
+    or a number in a circle stands alone."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.lower())]
 
 
 def images_below(name: str, left_out: LeftOut | None = None) -> list[Path]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
-import math
 import tarfile
 from dataclasses import dataclass
 from functools import partial
@@ -19,10 +18,10 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]
 from filelock import FileLock
-from timm.utils.misc import natural_key
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from nas.data.images import Rows
+from nas.data.listing import natural_key
 from nas.errors import UserError
 from nas.files import drafted
 
@@ -33,6 +32,8 @@ KEYS = ("label", "cls", "class", "target")
 """Of a label in a JSON document."""
 SUFFIXES = (*IMG_EXTENSIONS, ".jfif", ".gif", ".avif", ".jp2")
 LONGEST = 200
+LARGEST = 2**31
+"""What the number of a class is below."""
 HEADER = 512
 
 
@@ -106,7 +107,7 @@ def read_index(shards: list[Path], cache: Path) -> Index:
     """The index of these shards, from `cache` where they have not changed since it was read.
 
     Raises:
-        UserError: a shard is no tar file, holds no images, or an image without a label.
+        UserError: a shard is no tar file, holds no images, or an image without a label; a damaged index.
     """
     marks = [(str(shard.resolve()), shard.stat().st_size, shard.stat().st_mtime_ns) for shard in shards]
     path = cache / f"{hashlib.sha256(json.dumps([FORMAT, marks]).encode()).hexdigest()[:24]}.npz"
@@ -118,10 +119,15 @@ def read_index(shards: list[Path], cache: Path) -> Index:
             left_out = [line for each in found for line in each.left_out]
             with drafted(path) as draft:
                 np.savez(draft, columns=columns, classes=np.array(classes, str), left_out=np.array(left_out, str))
-    with np.load(path, allow_pickle=False) as kept:
-        file, offset, size, label = kept["columns"]
-        words, lost = kept["classes"].tolist(), kept["left_out"].tolist()
-        return Index(shards, file, offset, size, label, words or None, tuple(lost))
+    try:
+        with np.load(path, allow_pickle=False) as kept:
+            file, offset, size, label = kept["columns"]
+            words, lost = kept["classes"].tolist(), kept["left_out"].tolist()
+    except (OSError, MemoryError):
+        raise
+    except Exception:  # numpy's errors are of many kinds
+        raise UserError(f"{path} is damaged: remove it, and the shards are read again") from None
+    return Index(shards, file, offset, size, label, words or None, tuple(lost))
 
 
 @dataclass(frozen=True)
@@ -254,8 +260,8 @@ def _label_in(document: bytes, name: str, why: str) -> int | str:
 
 
 def _whole(value: float, name: str) -> int:
-    if not math.isfinite(value) or value != int(value):
-        raise UserError(f"{name} says {value:g}: a label is the number of a class, from 0, or its name")
+    if not -LARGEST < value < LARGEST or value != int(value):
+        raise UserError(f"{name} says {value!s:.20}: a label is the number of a class, from 0, or its name")
     return int(value)
 
 

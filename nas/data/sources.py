@@ -17,11 +17,11 @@ import numpy as np
 from filelock import FileLock
 from PIL import Image
 from timm.data import create_dataset
-from timm.utils.misc import natural_key
 
 from nas.data.folders import image_folder
 from nas.data.found import FoundImages, LabelledImages
 from nas.data.images import Rows
+from nas.data.listing import natural_key
 from nas.data.shards import find_shards, read_index
 from nas.errors import UserError
 
@@ -87,7 +87,7 @@ def torch_dataset(name: str) -> FoundImages:
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / f"{name}.lock"):
             parts = [_torch_split(name, root, split) for split in ("train", "validation")]
-    except (OSError, RuntimeError) as error:
+    except Exception as error:  # of any kind, where a file is cut off
         raise UserError(
             f"torch/{name} cannot be had in {root} ({first_sentence(error)}): copy its files there, name another "
             f"folder with ${CACHE}, or give --data DIR of your own images"
@@ -161,12 +161,12 @@ def hub_dataset(name: str) -> FoundImages:
     image, label = _columns(splits["train"].features, name)
     values = {split: _column(splits[split], label) for split in ("train", *VAL_SPLITS) if split in splits}
     feature = splits["train"].features[label]
-    known = set().union(*values.values()) - {None}
+    known = [each for column in values.values() for each in column if each is not None]
     classes = None
     if isinstance(feature, datasets.ClassLabel):
         classes = feature.names
     elif all(isinstance(each, str) for each in known):
-        classes = sorted(known, key=natural_key)
+        classes = sorted(set(known), key=natural_key)
         number = {each: i for i, each in enumerate(classes)} | {None: None}
         values = {split: [number[each] for each in column] for split, column in values.items()}
     elif not all(isinstance(each, int) for each in known):

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from timm.utils.misc import natural_key
-from torchvision.datasets.folder import IMG_EXTENSIONS
-
 from nas.data.dataset import VAL_SHARE, ImageData
 from nas.data.images import Images, plain_transform, split
+from nas.data.listing import LeftOut, images_in, natural_key
 from nas.errors import UserError
 from nas.units import shown
 
@@ -31,14 +30,16 @@ def open_unlabelled(folder: str, classes: Sequence[str], resolution: int, seed: 
     path = Path(folder)
     if not path.is_dir():
         raise UserError(f"{shown(folder)}: no such folder")
-    files = [each for each in path.rglob("*") if each.suffix.lower() in IMG_EXTENSIONS and each.is_file()]
+    left_out = LeftOut()
+    files = sorted(images_in(path, os.path.realpath(path), left_out, set()))
     if len(files) < LEAST:
         raise UserError(f"{shown(folder)} holds {len(files)} images: --unlabelled needs {LEAST} or more")
     files.sort(key=lambda each: natural_key(str(each.relative_to(path))))
     parts = split([0] * len(files), VAL_SHARE, seed)
     train, val = (Images([files[i] for i in part], range(len(part)), plain_transform(resolution)) for part in parts)
     validation = f"{VAL_SHARE:.0%}, picked by seed {seed}; the unpruned network's answers are the labels"
-    data = ImageData(f"{folder}, without labels", list(classes), train, train, val, demo=False, validation=validation)
+    name, left = f"{folder}, without labels", left_out.lines()
+    data = ImageData(name, list(classes), train, train, val, demo=False, validation=validation, left_out=left)
     return data.at(resolution)
 
 

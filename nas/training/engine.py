@@ -65,7 +65,7 @@ class Training:
 
     epoch: epochs done. history: a row for each: epoch, loss (mean over updates), lr (last), images_per_s, seconds, and
     what `validate` adds. judged: whether the last row has that. within: of the epoch that is begun, if one is. images,
-    updates: images an update, updates an epoch.
+    updates: images an update, updates an epoch. count: images in all, those without labels too.
     """
 
     @failing_as("preparing the training")
@@ -143,7 +143,8 @@ class Training:
         if self.images != recipe.batch_size:
             say(f"updates of {self.images} images, not {recipe.batch_size}: the learning rate is scaled with them")
         self.recipe = recipe = replace(recipe, batch_size=self.images)
-        self.updates = len(data) // self.images
+        self.count = len(data)
+        self.updates = self.count // self.images
         self.loader = loader(
             data,
             batch,
@@ -236,7 +237,7 @@ class Training:
         device = next(self.model.parameters()).device
         look = 1 if device.type == "cpu" else CHECK_EVERY
         total, value = torch.tensor(at.loss, device=device), 0.0
-        batches = iter(self.loader)
+        batches = (batch for batch in self.loader if len(batch[1]) > 1)
         for i in range(at.updates, self.updates):
             if stop():
                 self._save_within(total, begun)
@@ -244,7 +245,7 @@ class Training:
             if time.monotonic() - saved > WITHIN_S:
                 self._save_within(total, begun)
                 saved = time.monotonic()
-            parts = [batch for batch in itertools.islice(batches, self._accumulate) if len(batch[1]) > 1]
+            parts = list(itertools.islice(batches, self._accumulate))
             if not parts:
                 if dist.is_initialized():
                     raise UserError(f"process {self.rank} ran out of images that can be decoded: use fewer processes")

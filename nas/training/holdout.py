@@ -54,7 +54,8 @@ def hold_out(images: Images, seed: int, start: str | None = None) -> Parts:
         if len(held) >= LEAST:
             warning = f"{words}: accuracies on them are too high, and only compare" if words else ""
             return Parts(sorted(set(everything) - set(held)), held, warning=warning)
-    warning = "there are too few images to hold some out, and so to tune by: only a classifier is fitted"
+    why = "there are too few images" if large.any() else f"no class has {OF_A_CLASS} images"
+    warning = f"{why} to hold some out, and so to tune by: only a classifier is fitted"
     return Parts(everything, [], warning=warning)
 
 

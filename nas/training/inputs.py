@@ -87,6 +87,8 @@ def open_inputs(
     target = find_target(request.model)
     own = target.require()
     size = request.resolution or own.resolution
+    if target.resolution not in (None, size):
+        raise UserError(f"{request.model} and --resolution {size}: give one of them")
     network = own.at(size)
     try:
         start = start or find_start(request, progress)
@@ -126,8 +128,11 @@ def digests_of(request: TrainRequest, inputs: TrainInputs, known: Mapping[str, s
 
     known: those that it was begun with; an older vitnas kept none of timm's weights.
     """
-    from nas.data.inputs import identity
+    from nas.data.images import Images
+    from nas.data.inputs import identity, images_digest
+    from nas.data.listing import images_below
     from nas.networks.targets import find_target
+    from nas.training.lessons import UNLABELLED
 
     def network(text: str | None, weights: str | None) -> tuple[Arch | TimmNetwork | str, str | Path | None] | None:
         if not text:
@@ -147,6 +152,10 @@ def digests_of(request: TrainRequest, inputs: TrainInputs, known: Mapping[str, s
     )
     key = "the weights of --model"
     found[key] = "timm" if known.get(key) == "timm" and inputs.start.published else inputs.start.digest
+    if request.unlabelled is not None:
+        paths = images_below(request.unlabelled)
+        more = Images(paths, [UNLABELLED] * len(paths), inputs.data.calibration.transform)
+        found["the images of --unlabelled"] = images_digest(more)
     return found
 
 

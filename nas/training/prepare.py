@@ -108,7 +108,8 @@ class Preparation:
         own = self.judge(model) if own_head else None
         plain, apart = self.inputs.plain, len(self.inputs.held) > 0
         images = self._for_probe(model, plain)
-        probe = self._fit(self._better_features(model, images))
+        features, retaken = self._better_features(model, images)
+        probe = self._fit(features)
         install(model, probe)
         found = probe.held_out
         held = None if found is None else Held(top1=found.top1, top1_ci=found.interval, images=found.images)
@@ -122,7 +123,8 @@ class Preparation:
         stays = own is not None and (held is None or own.top1 >= held.top1)
         if own is not None:
             judged = f"{own}, of {HELD}" if apart else f"{own}, of images that it may have been trained on"
-            self.note(f"its own classifier {'stays' if stays else 'is replaced'}: {judged}")
+            given = "; BatchNorm's statistics stay the given ones, too" if stays and retaken else ""
+            self.note(f"its own classifier {'stays' if stays else 'is replaced'}: {judged}{given}")
         if before is not None and stays:
             model.load_state_dict(before)
             held = own if apart else None
@@ -155,9 +157,9 @@ class Preparation:
             classes = len(self.inputs.data.classes)
             return fit_probe(features.values, features.labels, classes, self.request.seed, step)
 
-    def _better_features(self, model: nn.Module, images: Images) -> Features:
+    def _better_features(self, model: nn.Module, images: Images) -> tuple[Features, bool]:
         """Features of plain images, with BatchNorm's statistics taken again where a probe on some of these is better
-        for it."""
+        for it; and whether they are."""
         from nas.data.images import sample_first
         from nas.training.probe import Features
         from nas.training.statistics import take_statistics
@@ -169,22 +171,22 @@ class Preparation:
         with self.job.phase("probe"):
             taken = take_statistics(other, self._batches(some, shuffle=True), self.device)
         if not taken:
-            return features
+            return features, False
         retaken = self._features(other, some)
         count = len(retaken.labels)
         given = Features(features.values[:count], features.labels[:count])
         own, theirs = self._fit(given).held_out, self._fit(retaken).held_out
         if own is None or theirs is None:
-            return features
+            return features, False
         better = theirs.loss < own.loss and theirs.top1 > own.top1
         self.note(
             f"BatchNorm's statistics {'are taken from these images' if better else 'stay the given ones'}: a probe on "
             f"{count:,} images has {theirs.top1:.1f}% with those of these images, {own.top1:.1f}% with the given"
         )
-        if not better:
-            return features
-        model.load_state_dict(other.state_dict())
-        return self._features(model, images)
+        if better:
+            model.load_state_dict(other.state_dict())
+            features = self._features(model, images)
+        return features, better
 
     def _batches(self, images: Images, shuffle: bool = False) -> Iterator[Batch]:
         from nas.data.batches import loader
@@ -364,7 +366,8 @@ class Preparation:
                     raise
         warm = min(WARMUP, len(times) - 2)
         of_image = agreed((times[-1] - times[warm]) / (len(times) - 1 - warm) / trial.images)
-        updates = len(self.images) // trial.images
+        without_labels = trial.count - len(self.inputs.train) if self.course.teaches else 0
+        updates = (len(self.images) + without_labels) // trial.images
         epoch = of_image * (updates * trial.images + JUDGING * len(self.inputs.data.val))
         left = 60 * minutes - agreed(sum(self.job.state.phases.values()))
         self.course.epochs = max(1, int(left / epoch))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,6 +102,7 @@ class TrainRequest:
             ("accumulate", self.accumulate, 1, MOST),
             ("workers", self.workers, 0, MOST_WORKERS),
             ("resolution", self.resolution, 1, MOST),
+            ("num-classes", self.num_classes, 2, MOST),
         ):
             if value is not None and not least <= value <= most:
                 raise UserError(f"--{name} is {value}: give {least} to {most}")
@@ -116,6 +118,9 @@ class TrainRequest:
             raise UserError(f"{option} needs trained weights: give it without --from-scratch or --weights {RANDOM}")
         if self.weights not in (None, RANDOM, "timm") and looks:
             raise UserError(f"--weights {self.weights} and --weights-from {self.weights_from}: give one of them")
+        if self.oracle is not None and (looks or self.weights not in (None, RANDOM)):
+            option = "--weights-from" if looks else "--weights"
+            raise UserError(f"--oracle lends the network its own weights: leave out {option}")
         unused = {
             "--teacher": self.teacher is not None,
             "--oracle": self.oracle is not None,
@@ -131,10 +136,24 @@ class TrainRequest:
             images = Path(self.data).resolve()
             if self.folder.resolve() == images or images in self.folder.resolve().parents:
                 raise UserError(f"--out {self.folder} is in the folder of the images, {self.data}: give another")
+        for option, place in (("--teacher", self.teacher), ("--oracle", self.oracle)):
+            if place is not None and os.path.isdir(place) and self.folder.resolve() == Path(place).resolve():
+                raise UserError(f"--out {self.folder} holds the weights of {option}: give another")
         if self.teacher is None and self.teacher_weights is not None:
             raise UserError("--teacher-weights needs --teacher")
         if self.unlabelled is not None and (self.teacher is None or recipe.distillation != "features"):
             raise UserError("--unlabelled needs --teacher and --distillation features")
+
+
+def as_given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """`TrainRequest.identity` as a user gives it: in place of the recipe's number of epochs and its rate, what chooses
+    them where they are not given."""
+    given = dict(options)
+    if options.get("by_images"):
+        given["epochs"] = "by the number of images"
+    if options.get("rates"):
+        given["lr"] = "by short trials"
+    return given
 
 
 def choose_recipe(

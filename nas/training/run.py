@@ -22,7 +22,7 @@ from nas.training.folder import WEIGHTS, Trained, TrainFolder
 from nas.training.inputs import digests_of, first_network, lend_oracle, open_inputs, open_teacher
 from nas.training.prepare import JUDGED_AT_ONCE, End, Preparation
 from nas.training.processes import agreed, processes, ranks, together
-from nas.training.request import check_device
+from nas.training.request import as_given, check_device
 from nas.training.result import LINEAR_PROBE, RESULT, Epoch, Final, TrainResult
 
 if TYPE_CHECKING:
@@ -100,8 +100,9 @@ class TrainingRun:
             say, progress = (lambda line: None), (lambda *_: None)
         elif not self._new:
             locks.enter_context(folder_lock(request.folder, say=say))
-        hints = dict.fromkeys(("epochs", "by_images"), self._onward()) if (request.folder / WEIGHTS).is_file() else {}
-        self.job = Job(request.folder, request.identity(), say, progress, device, RESULT, hints, defaults())
+        hints = {"epochs": self._onward()} if (request.folder / WEIGHTS).is_file() else {}
+        options = request.identity()
+        self.job = Job(request.folder, options, say, progress, device, RESULT, hints, defaults(), as_given)
         self.course = Course.read(self.job.state.found, self.job.kept / "state.json")
         self._queued: list[str] | None = []
         known = self.course.start if self.job.finished else None
@@ -287,7 +288,7 @@ class TrainingRun:
         self.steps.keep()
 
     def _tell_left_out(self, training: Training) -> None:
-        images = len(self.steps.images)
+        images = training.count
         left_out = images - training.updates * training.images
         if left_out and training.recipe.repeats == 1:
             self._note(
@@ -306,7 +307,7 @@ class TrainingRun:
     def _epochs(self, training: Training) -> None:
         epochs = training.recipe.epochs
         while training.epoch < epochs or not training.judged:
-            with self.job.phase("training") as progress:
+            with self.job.phase("training", f", epoch {min(epochs, training.epoch + 1)}/{epochs}") as progress:
                 training.run(training.epoch + 1, progress, self._stop)
             if not self.rank:
                 self.job.save()

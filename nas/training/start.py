@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from nas.data.lineage import TIMM
 from nas.errors import DiskFull, UserError
 from nas.identity import file_digest
-from nas.networks.hub import Bytes
+from nas.networks.hub import WEIGHTS, Bytes
 from nas.networks.pretrained import NoPretrained, check_folder, find_pretrained
 from nas.networks.targets import find_target
 from nas.training.begun import begun_in, left_by_an_older
@@ -75,6 +75,7 @@ def find_start(request: TrainRequest, progress: Bytes | None = None) -> Start:
         return Start()
     if request.weights not in (None, TIMM):
         digest = file_digest(Path(request.weights))
+        _writes_itself(request.folder, Path(request.weights))
         return Start(Path(request.weights), digest, "file", f"weights of {request.weights} (sha256 {digest})")
     own = target.as_trained().weights if request.weights is None else None
     if own is not None and not _writes_itself(request.folder, own):
@@ -125,12 +126,12 @@ def with_usual_recipe(
 
 
 def _writes_itself(folder: Path, weights: Path) -> bool:
-    """Whether weights lie in the folder of the results, because this very command has written them.
+    """Whether weights lie where those of the results do, because this very command has written them.
 
     Raises:
         UserError: they lie there, and this command has not.
     """
-    if not folder.is_dir() or folder.resolve() != weights.parent.resolve():
+    if not folder.is_dir() or weights.name != WEIGHTS or folder.resolve() != weights.parent.resolve():
         return False
     if not (folder / "state" / "state.json").is_file():
         raise UserError(f"--out {folder} holds the weights that the training begins with: give another")

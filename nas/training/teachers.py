@@ -18,6 +18,7 @@ from nas.networks.pretrained import find_here, find_pretrained
 from nas.networks.targets import Target, find_target
 from nas.networks.timm_network import TIMM, TimmNetwork
 from nas.networks.weights import load, load_as_trained, resized
+from nas.training.begun import as_begun
 
 if TYPE_CHECKING:
     from torch import nn
@@ -206,14 +207,15 @@ def fitting(
 
 def tuning_of(request: TrainRequest) -> TrainRequest:
     """The fine-tuning of a student's teacher on the student's images: a run of its own in the student's folder, for the
-    student's epochs, ten at most, or by the number of images where the student's are; or half of its minutes."""
+    student's epochs, ten at most, or by the number of images where the student's are; or half of its minutes. One that
+    an older vitnas has begun goes on as then."""
     from nas.training.recipes import FINETUNE
     from nas.training.request import choose_recipe
 
     assert request.teacher is not None
     epochs = None if request.recipe.by_images else min(FINETUNE.epochs, request.recipe.epochs)
     looks = request.weights_from is not None and published_teacher(request) is not None
-    return replace(
+    tuning = replace(
         request,
         model=request.teacher,
         weights=request.teacher_weights,
@@ -226,3 +228,4 @@ def tuning_of(request: TrainRequest) -> TrainRequest:
         oracle=None,
         minutes=None if request.minutes is None else request.minutes / 2,
     )
+    return as_begun(tuning)

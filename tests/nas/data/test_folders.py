@@ -198,10 +198,10 @@ def test_what_looks_odd_is_noted(tmp_path: Path) -> None:
 
 
 def test_names_of_any_bytes(tmp_path: Path) -> None:
-    root = fill(tmp_path / "a\nb", "c\nd", os.fsdecode(b"caf\xe9"))
+    root = fill(tmp_path / "a\nb", "c\nd", os.fsdecode(b"caf\xe9"), "\u00b2", "5\u2461")
     line = describe(opened(root))
     assert "\n" not in line
-    assert "c\\nd, caf\\xe9: 4 each" in line
+    assert "5\u2461, c\\nd, caf\\xe9, \u00b2: 4 each" in line
     (root / "c\nd" / ".." / "empty\n").mkdir()
     assert "empty\\n holds no images" in message(root)
 

@@ -197,6 +197,12 @@ def test_a_download_that_cannot_be(name, cache, no_network, pauses):
     assert pauses == []
 
 
+def test_a_file_that_is_cut_off(cache, no_network):
+    write_mnist(cache / "torch" / "MNIST" / "raw", extended=False)
+    (cache / "torch" / "MNIST" / "raw" / "train-labels-idx1-ubyte").write_bytes(b"")
+    assert message("torch/mnist").startswith("torch/mnist cannot be had in ")
+
+
 def test_a_host_that_does_not_answer(cache, monkeypatch):
     """It is given up after TIMEOUT, not waited for without end."""
     with socket.socket() as silent:
@@ -301,12 +307,14 @@ def test_labels_in_numbers(hub, tmp_path):
         ({"train": [0, 0, 0, 1]}, "int64", "label", "/1 holds one image"),
         ({"train": [0, None, 1]}, "int64", "label", "has images without a label"),
         ({"train": [0.5, 1.5]}, "float64", "label", "column label holds no labels but Value"),
+        ({"train": [[0, 1], [1]]}, "lists", "label", "column label holds no labels but List"),
         ({"train": [0, 1]}, "int64", "kind", "needs a column of images and one of labels, but has image, kind"),
         ({"test": [0, 1]}, "int64", "label", "has no split 'train' but test"),
     ],
 )
 def test_hub_data_that_is_refused(hub, tmp_path, labels, feature, column, expected):
-    assert expected in message(write_hub(hub, tmp_path / "set", labels, hub.Value(feature), label=column))
+    of = hub.Sequence(hub.Value("int64")) if feature == "lists" else hub.Value(feature)
+    assert expected in message(write_hub(hub, tmp_path / "set", labels, of, label=column))
 
 
 def test_a_hub_that_cannot_be_reached(hub, no_network, pauses):
@@ -399,6 +407,11 @@ def test_shards_are_shuffled_and_go_on(tmp_path, workers):
 def test_the_index_is_read_once_and_again_after_a_change(tmp_path, cache, monkeypatch):
     write_shards(tmp_path / "s", "train", 2, 10)
     first = open_data(f"wds/{tmp_path / 's'}", 16, None, seed=0)
+    (kept,) = (cache / "shards").glob("*.npz")
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[:-30])
+    assert message(f"wds/{tmp_path / 's'}") == f"{kept} is damaged: remove it, and the shards are read again"
+    kept.write_bytes(whole)
     scan, calls = shards._scan, []
     monkeypatch.setattr(shards, "_scan", lambda shard: calls.append(shard) or scan(shard))
     again = open_data(f"wds/{tmp_path / 's'}", 16, None, seed=0)
@@ -440,6 +453,8 @@ LABELLED = (("a.png", picture(1)), ("a.cls", b"0"), ("b.png", picture(2)), ("b.c
         ([*LABELLED, ("c.png", picture(0))], "c.png has no c.cls with its label beside it"),
         ([*LABELLED, ("c.png", picture(0)), ("c.cls", b"dog")], "a.png has the label 0 but others words ('dog')"),
         ([*LABELLED, ("c.png", picture(0)), ("c.cls", b"1.5")], "c.cls says 1.5: a label is the number of a class"),
+        ([*LABELLED, ("c.png", picture(0)), ("c.cls", b"9" * 400)], f"c.cls says {'9' * 20}: a label is the number of"),
+        ([*LABELLED, ("c.png", picture(0)), ("c.json", b'{"label": NaN}')], "c.json says nan: a label is the number"),
         ([*LABELLED, ("c.png", picture(0)), ("c.cls", b" ")], "c.cls says b' ': a label is the number or the name"),
         ([*LABELLED, ("c.png", picture(0)), ("c.json", b"{}")], "c.png has no c.cls with its label beside it, nor has"),
         ([*LABELLED, ("c.png", picture(0)), ("c.json", b"{")], "c.json is no JSON document, and c.png has no c.cls"),

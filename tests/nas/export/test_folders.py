@@ -92,6 +92,18 @@ def test_what_an_older_vitnas_began_goes_on_only_where_it_is_finished(tmp_path):
         search_folder.training_inputs(tmp_path, today)
 
 
+@pytest.mark.parametrize(("beside", "named"), [({}, "--unlabelled"), ({"data": "images"}, "--data")])
+def test_which_images_differ_is_told(tmp_path, beside, named):
+    """Those without labels take the place of others, or are beside them."""
+    options = {"unlabelled": "more"} | beside
+    job = Job(tmp_path, options, print, print, "cpu")
+    job.agree({IMAGES: "2:0"})
+    job.make_folder()
+    job.save()
+    with pytest.raises(UserError, match=f"another content of the images of {named}: give another --out"):
+        Job(tmp_path, options, print, print, "cpu").agree({IMAGES: "2:1"})
+
+
 def test_two_prunings_of_one_folder(tmp_path, monkeypatch):
     """The second is refused, with a line that names the first."""
     from nas.prune.run import prune

@@ -691,6 +691,7 @@ def test_a_folder_of_an_older_vitnas_goes_on_without_refitting(vitnas, images, t
 
 def test_images_without_labels(vitnas, images, tmp_path, fake_clock):
     trained(images, tmp_path / "net")
+    (images / "red" / "._0.png").write_bytes(b"what macOS leaves behind")
     out, budget = tmp_path / "out", ("--rounds", "1", "--no-control", "--macs", "0.7x")
     command = words(tmp_path / "net", out, "--unlabelled", str(images), *budget)
     code, printed, said = vitnas(*command)

@@ -472,6 +472,15 @@ def test_mixing_takes_an_even_number_and_broken_files_are_left_out():
     assert training.loader.skipped == ["no such file"]
 
 
+def test_a_batch_that_a_broken_file_leaves_one_image_of_is_left_out_alone():
+    """All other images of the epoch are trained on."""
+    data, done = pictures(48), []
+    data.sources[5] = Path("no such file")
+    training = Training(network(), data, dataclasses.replace(PLAIN, batch_size=2))
+    training.run(1, lambda *told: done.append(told))
+    assert len(done) == 23
+
+
 # Distillation
 
 

@@ -389,14 +389,19 @@ def test_a_long_tuning_crops_more_of_its_images(vitnas, weights, tmp_path, monke
         err = run("long")
     assert (err.count(told), err.count("2 epochs, as there are 120 images for training")) == (1, 1)
     assert scales == [0.35] * 3 + [0.08], "what is checked, two trials, and the tuning"
-    run("long")
+    assert "training, epoch 1/2 " in run("long")
     assert scales == [0.08]
     assert json.loads((tmp_path / "long" / "metrics.json").read_text())["recipe"]["epochs"] == 2
-    refused = (
-        f"by_images True, not False): give another --out; `vitnas train {tmp_path / 'long'} --data {images} --epochs 10"
-    )
-    given_now = ("--epochs", "10", "--batch-size", "32", "--device", "cpu", "--out", str(tmp_path / "long"))
-    vitnas.refused(vitnas("train", model, "--weights", given, "--data", str(images), *given_now), refused)
+    longer = f"`vitnas train {tmp_path / 'long'} --data {images} --epochs 10"
+    for option, value, told in (
+        ("--epochs", "10", f"(epochs by the number of images, not 10): give another --out; {longer}"),
+        ("--lr", "3e-4", "(lr by short trials, not 0.0003): give another --out"),
+    ):
+        given_now = (option, value, "--batch-size", "32", "--device", "cpu", "--out", str(tmp_path / "long"))
+        vitnas.refused(vitnas("train", model, "--weights", given, "--data", str(images), *given_now), told)
+    given_now = ("--batch-size", "32", "--device", "cpu", "--out", str(tmp_path / "short"))
+    refused = vitnas("train", model, "--weights", given, "--data", str(images), *given_now)
+    vitnas.refused(refused, "(epochs 1, not by the number of images): give another --out")
 
 
 def test_a_rate_that_an_older_vitnas_chose_is_trained_with_as_then(tune, tmp_path, monkeypatch):
@@ -551,6 +556,8 @@ def test_a_run_s_own_classifier_stays_where_none_of_few_images_is_held_out(vitna
     first, args = tmp_path / "first", ("--data", str(images), *ARGS)
     assert vitnas("train", weights[0], "--out", str(first), *args, "--from-scratch")[0] == 0
     judge, before = nas.training.prepare.Preparation.judge, load_file(first / "model.safetensors")
+    better = nas.training.prepare.Preparation._better_features
+    monkeypatch.setattr(nas.training.prepare.Preparation, "_better_features", lambda *given: (better(*given)[0], True))
     for words, top1 in (("stays", 101.0), ("is replaced", -1.0)):
         monkeypatch.setattr(
             nas.training.prepare.Preparation,
@@ -564,6 +571,7 @@ def test_a_run_s_own_classifier_stays_where_none_of_few_images_is_held_out(vitna
         assert re.search(
             rf"its own classifier {words}: .* 16 images\), of images that it may have been trained on", err
         )
+        assert ("; BatchNorm's statistics stay the given ones, too" in err) == (words == "stays")
         after = load_file(out / "model.safetensors")
         assert all(torch.equal(value, after[name]) for name, value in before.items()) == (words == "stays")
 

@@ -30,6 +30,7 @@ def test_of_too_few_none_is_held_out():
     parts = hold_out(images(9, 9), seed=0)
     assert (parts.train, parts.judge) == (list(range(18)), [])
     assert "too few images to hold some out" in parts.warning
+    assert "no class has 5 images to hold some out" in hold_out(images(*[4] * 50), seed=0).warning
 
 
 def test_small_classes_are_trained_on_whole():

@@ -142,6 +142,26 @@ def test_a_folder_may_be_for_the_teacher_alone(looked, changes, source):
             find_start(alone)
 
 
+def test_weights_that_the_results_would_replace_are_refused(looked):
+    """Those to begin with, and those of a network that teaches."""
+    Path("mine").mkdir()
+    for name in ("model.safetensors", "given.safetensors"):
+        Path("mine", name).write_bytes(b"trained")
+    assert find_start(asked(weights="mine/given.safetensors", folder="mine")).source == "file"
+    with pytest.raises(UserError, match=r"^--out mine holds the weights that the training begins with: give another"):
+        find_start(asked(weights="mine/model.safetensors", folder="mine"))
+    for option in ("teacher", "oracle"):
+        with pytest.raises(UserError, match=f"^--out mine holds the weights of --{option}: give another"):
+            asked(folder="mine", **{option: "./mine"}).check()
+
+
+@pytest.mark.parametrize("changes", [{"weights": "given.pth"}, {"weights": "timm"}, {"weights_from": "weights"}])
+def test_an_oracle_lends_weights_in_place_of_others(changes):
+    with pytest.raises(UserError, match=r"^--oracle lends the network its own weights: leave out --weights(-from)?$"):
+        asked(oracle="deit", **changes).check()
+    asked(oracle="deit").check()
+
+
 @pytest.mark.parametrize(("teacher", "used"), [(None, False), ("taught", False), ("levit_128s", True)])
 def test_a_folder_that_is_not_used_is_told(looked, teacher, used):
     """The network has weights of its own, and the teacher has, or there is none."""

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +19,7 @@ from PIL import Image
 import nas.data.dataset
 import nas.training.engine
 import nas.training.inputs
+import nas.training.prepare
 from nas.data.dataset import open_data
 from nas.data.images import sample
 from nas.training.course import Course, Trial
@@ -116,6 +121,19 @@ def test_its_own_tuning_is_as_long_as_the_student_s(tmp_path: Path, epochs: int 
     assert (recipe.epochs, recipe.by_images) == own
 
 
+def test_its_own_tuning_goes_on_as_an_older_vitnas_began_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the epochs of then, where the number of images says how many there are today."""
+    monkeypatch.setitem(RECIPES, "finetune", FINETUNE)
+    request = TrainRequest("net", choose_recipe("finetune"), "cpu", tmp_path, teacher="large")
+    tuning = tuning_of(request)
+    options = tuning.identity()
+    del options["by_images"]
+    (tuning.folder / "state").mkdir(parents=True)
+    (tuning.folder / "state" / "state.json").write_text(json.dumps({"options": options, "found": {}}))
+    assert tuning.recipe.by_images
+    assert tuning_of(request).recipe == dataclasses.replace(FINETUNE, by_images=False)
+
+
 def test_other_classes_are_told_apart_from_no_weights(of_seven: tuple[str, str], tmp_path: Path) -> None:
     """Of a network of as many classes as its weights, and of one of as many as the images."""
     model, seven = of_seven
@@ -138,14 +156,43 @@ def test_features_of_any_classes_teach(vitnas: Any, of_seven: tuple[str, str], t
     args = ("train", model, "--from-scratch", "--teacher", model, "--teacher-weights", seven, "--out", str(out), *ARGS)
     unlabelled = ("--unlabelled", str(more.parent))
     vitnas.refused(vitnas(*args, *unlabelled), "--unlabelled needs --teacher and --distillation features")
-    code, _, err = vitnas(*args, "--distillation", "features", *unlabelled)
+    args = (*args, "--distillation", "features")
+    code, _, err = vitnas(*args, *unlabelled)
     assert code == 0, err
     assert f"features of {model} are matched, on 5 unlabelled images too" in err
+    assert "9 of 105 images an epoch fill no batch of 32 and are left out" in err
     assert "skipped 1 image that cannot be decoded: " in err
     found = metrics(out)
     assert found["recipe"]["distillation"] == "features"
     assert found["options"]["unlabelled"] == str(more.parent)
     assert not (out / "teacher").exists()
+    assert "is finished" in vitnas(*args, *unlabelled)[2]
+    vitnas.refused(vitnas(*args), "another content of the images of --unlabelled")
+    (more / "0.png").unlink()
+    vitnas.refused(vitnas(*args, *unlabelled), "another content of the images of --unlabelled")
+
+
+@pytest.mark.parametrize(("helps", "told"), [(True, "3 epochs, one takes about 64 s"), (False, "15 epochs")])
+def test_images_without_labels_count_in_the_minutes(monkeypatch: pytest.MonkeyPatch, helps: bool, told: str) -> None:
+    """Where their teacher is not left out. Each update of 32 takes 4 s."""
+    clock, said = itertools.count(0, 4), list[str]()
+    monkeypatch.setattr(nas.training.prepare, "monotonic", lambda: next(clock))
+
+    def run(until: int, progress: Callable[[], None], stop: Callable[[], bool]) -> None:
+        for _ in range(4):
+            progress()
+
+    steps = SimpleNamespace(
+        course=Course(trials=[trial(1e-3, 50.0)], taught=trial(1e-3, 51.0 if helps else 49.0)),
+        images=range(128),
+        inputs=SimpleNamespace(train=range(128), data=SimpleNamespace(val=())),
+        job=SimpleNamespace(phase=nullcontext, state=SimpleNamespace(phases={})),
+        keep=lambda: None,
+        note=said.append,
+        stop=lambda: False,
+    )
+    Preparation.choose_epochs(steps, 4.0, SimpleNamespace(run=run, images=32, count=128 + 384))
+    assert said[0].startswith(f"--minutes 4: {told}")
 
 
 @pytest.mark.parametrize("option", [True, False])

@@ -737,6 +737,8 @@ def test_fine_tuning_begins_with_the_weights_given(vitnas, trained, tmp_path, mo
     assert "64 px, resized to 96 px" in err
     unchanged = {name for name, value in given.items() if torch.equal(begun[96][name], value)}
     assert unchanged == given.keys() - changed
+    both = vitnas("train", f"{trained}@96", "--resolution", "64", "--out", str(tmp_path / "both"))
+    vitnas.refused(both, f"{trained}@96 and --resolution 64: give one of them")
 
 
 def test_weights_of_a_third_resolution_are_resized_and_their_faults_told(trained, tmp_path):
@@ -865,6 +867,7 @@ def test_an_oracle_lends_weights_and_chooses_tokens(vitnas, small, deit, tmp_pat
         (("--workers", "-1"), ("--workers is -1",)),
         (("--lr", "nan"), ("--lr is nan",)),
         (("--num-classes", "-3"), ("--num-classes",)),
+        (("--num-classes", "2000000000"), ("--num-classes is 2000000000: give 2 to",)),
         (("--resolution", "-32"), ("--resolution is -32",)),
         (("--resolution", "0"), ("--resolution is 0",)),
         (("--resolution", "320000"), ("resolution", "512")),
