@@ -49,7 +49,7 @@ class PruneJob(Job):
     """Whether the labels are the unpruned network's own answers, and accuracy agreement with it."""
 
     def __init__(self, folder: Path, options: dict[str, JsonValue], say: Say, progress: Progress, device: str) -> None:
-        older = {"compensate": options.get("compensate"), "no_distill": False}
+        older = {"compensate": options.get("compensate"), "no_distill": options.get("no_distill")}
         super().__init__(folder, options, say, progress, device, defaults=older)
         self._loaders: list[Loader] = []
 

@@ -96,8 +96,7 @@ def _prune(request: PruneRequest, command: str, job: PruneJob) -> PruneResult:
     job.open_data(request.data, resolution, request.num_classes, request.seed, pixels=pixels)
     job.agree(identity(job.data, model=(request.model, weights)))
     if job.finished:
-        job.say(f"{request.folder} is finished: these are its results")
-        return job.read()
+        return steps.told_again(job, request)
     target = _target(request, _built(request, job), resolution)
     job.make_folder()
     announce(job.data, job.say, job.note)

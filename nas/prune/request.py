@@ -127,6 +127,8 @@ class PruneRequest:
             raise UserError(f"--axes {','.join(self.kinds)!r}: choose from {','.join(KNOB_KINDS)}")
         if self.criterion not in CRITERIA:
             raise UserError(f"unknown --criterion {self.criterion!r}: choose from {', '.join(CRITERIA)}")
+        if self.unlabelled == "":
+            raise UserError("--unlabelled is empty: give a folder of images")
         if self.unlabelled and self.data:
             raise UserError("give --data, or --unlabelled: images with labels, or without")
         if self.unlabelled and not self.distill:

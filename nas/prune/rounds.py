@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pruning.allocation import Costs
-    from pruning.units import Anatomy, Scores
+    from pruning.units import Anatomy, Scores, Settings
     from search_spaces import Arch
     from search_spaces.network import Network
 
@@ -93,20 +93,26 @@ class Rounds:
             allocate(parts, equal_scores(parts), costs, target, request.kinds, request.multiple_of)
 
     def run(self) -> None:
-        """Cut the network to its budget; `state.network` names the one that stands."""
+        """Cut the network to its budget; `state.network` names the one that stands.
+
+        Raises:
+            BudgetError: it is out of reach.
+        """
+        if "pruned" in self.job.state.found:
+            return  # what was cut has been judged, and may be tuned
         counts = self.metric != "latency"
         if not counts and "costs" not in self.job.state.found:
             savings, own_ms = self._measured_savings()
             self.job.state.found["costs"] = [saving.to_json() for saving in savings]
             self.job.state.found["own"] = own_ms
             self.job.save()
-        own = self._count(self.whole.arch) if counts else self._own_ms
-        target = self.request.budget.target(own)
+        own, target = self._own, self._target
         aim = target * (1.0 if counts else HEADROOM)
         rounds = self.request.rounds if aim < own else 1
         for number in range(len(self.job.state.rounds) + 1, rounds + 1):
             reallocate = counts and self.request.reallocate and number == rounds
-            self._round(own * (aim / own) ** (number / rounds), reallocate)
+            if not self._round(own * (aim / own) ** (number / rounds), reallocate):
+                break
         if not counts:
             self._meet(target, aim, rounds)
 
@@ -121,14 +127,19 @@ class Rounds:
         return TypeAdapter(tuple[Saving, ...] | None).validate_python(self.job.state.found.get("costs"))
 
     @property
-    def _own_ms(self) -> float:
-        """The unpruned network's latency as the costs were measured, ms."""
-        return float(self.job.state.found["own"])
+    def _own(self) -> float:
+        """What the unpruned network costs, in the budget's unit; its latency as the parts' costs were measured."""
+        return self._count(self.whole.arch) if self.metric != "latency" else float(self.job.state.found["own"])
+
+    @property
+    def _target(self) -> float:
+        """The budget, in its unit."""
+        return self.request.budget.target(self._own)
 
     @property
     def _reached(self) -> float:
         """The latency that the last round reached, ms."""
-        return float(self.job.state.rounds[-1]["reached"]) if self.job.state.rounds else self._own_ms
+        return float(self.job.state.rounds[-1]["reached"]) if self.job.state.rounds else self._own
 
     def _count(self, arch: Arch) -> float:
         """A network's MACs or parameters, whichever the budget is of."""
@@ -137,11 +148,25 @@ class Rounds:
         counts = table(arch)
         return counts.params() if self.metric == "params" else counts.macs()
 
-    def _round(self, target: float, reallocate: bool) -> None:
-        """Score the network that stands, cut it to `target`, and keep the result."""
+    def _round(self, target: float, reallocate: bool) -> bool:
+        """Score the network that stands, cut it to `target`, and keep the result; False where nothing more can go from
+        one that is within the budget.
+
+        Raises:
+            BudgetError: the budget is out of reach.
+        """
+        from pruning.allocation import BudgetError
+
+        rounds = self.job.state.rounds
         model = load_network(self.job, self.job.state.network)
-        parts, scores = self._scores(model, f"round {len(self.job.state.rounds) + 1}")
-        self._apply(model, parts, scores, target, reallocate)
+        parts, scores = self._scores(model, f"round {len(rounds) + 1}")
+        try:
+            self._apply(model, parts, scores, target, reallocate)
+        except BudgetError:
+            if not rounds or self._reached > self._target:
+                raise
+            return False
+        return True
 
     def _scores(self, model: Network, what: str) -> tuple[Anatomy, Scores]:
         """A network's anatomy and the importance of its units. what: the round, in words."""
@@ -171,7 +196,6 @@ class Rounds:
         """Cut the network to an estimated cost of `target`, keep it as a round; returns its cost (ms: measured)."""
         import torch
 
-        from pruning.allocation import allocate
         from pruning.compensation import compensate
         from pruning.slicing import origins_of, slice_weights
         from pruning.units import cut
@@ -179,8 +203,7 @@ class Rounds:
 
         job, request = self.job, self.request
         with job.phase("cutting"):
-            costs = self._costs(parts)
-            settings = allocate(parts, scores, costs, target, request.kinds, request.multiple_of, reallocate)
+            settings = self._settings(parts, scores, target, reallocate)
             found = cut(parts, scores, settings)
             generator = torch.Generator().manual_seed(request.seed)
             state = {name: value.cpu() for name, value in model.state_dict().items()}
@@ -210,6 +233,22 @@ class Rounds:
         )
         return reached
 
+    def _settings(self, parts: Anatomy, scores: Scores, target: float, reallocate: bool) -> Settings:
+        """Those of `allocate`; where the target is out of reach and the budget is not, without all that can go.
+
+        Raises:
+            BudgetError: the budget is out of reach, or nothing can go.
+        """
+        from pruning.allocation import BudgetError, allocate
+
+        kinds, multiple_of, costs = self.request.kinds, self.request.multiple_of, self._costs(parts)
+        try:
+            return allocate(parts, scores, costs, target, kinds, multiple_of, reallocate)
+        except BudgetError as error:
+            if error.reachable > self._target or error.reachable == costs.base:
+                raise
+            return allocate(parts, scores, costs, error.reachable, kinds, multiple_of, reallocate)
+
     def _costs(self, parts: Anatomy) -> Costs:
         from pruning.allocation import Costs
 
@@ -224,9 +263,12 @@ class Rounds:
 
     def _meet(self, budget: float, aim: float, rounds: int) -> None:
         """Cut further while the measured latency is over the budget; then reallocate within it."""
+        from pruning.allocation import BudgetError
+
         state = self.job.state
         while self._reached > aim and len(state.rounds) < rounds + CORRECTIONS:
-            self._round(aim, reallocate=False)
+            if not self._round(aim, reallocate=False):
+                break
         if not self.request.reallocate or self._reached > budget or state.rounds[-1]["reallocated"]:
             return
         standing, done, origins = state.network, list(state.rounds), state.origins
@@ -234,13 +276,17 @@ class Rounds:
         parts, scores = self._scores(model, "reallocation")
         target = aim
         for _ in range(CORRECTIONS):
-            if (reached := self._apply(model, parts, scores, target, reallocate=True)) <= budget:
+            try:
+                reached = self._apply(model, parts, scores, target, reallocate=True)
+            except BudgetError:
+                break
+            if reached <= budget:
                 return
             target *= aim / reached
             self.job.say(f"over the budget as measured; again, for an estimate of {show('latency', target)}")
             state.network, state.rounds, state.origins = standing, list(done), origins
-        self.job.note("no reallocation met the latency budget as measured: units were cut only")
-        self.job.save()
+            self.job.save()
+        self.job.note("no reallocation was within the latency budget: units were cut only")
 
     def _measured_savings(self) -> tuple[list[Saving], float]:
         """What each group of knobs saves as measured, and the whole network's latency in ms."""
@@ -261,7 +307,7 @@ class Rounds:
             results = self._compare({"whole": self.whole.arch, "cut": arch}, COST_ROUNDS, progress)
         if not self.request.budget.relative:
             return results["cut"].p50_ms
-        return paired_ratio(results["cut"], results["whole"])[0] * self._own_ms
+        return paired_ratio(results["cut"], results["whole"])[0] * self._own
 
     def _compare(
         self, archs: Mapping[str, Arch], rounds: int, progress: Callable[[int, int], None]

@@ -99,15 +99,15 @@ class Pruning:
         arch, weights = find_source(job, request)
         pixels = pixels_of(arch, weights)
         if request.unlabelled:
-            arch = arch.replace(num_classes=request.num_classes or arch.num_classes)
+            classes = arch.num_classes if request.num_classes is None else request.num_classes
+            arch = arch.replace(num_classes=classes)
             names = classes_of(request.model, arch.num_classes)
             job.open_unlabelled(request.unlabelled, names, arch.resolution, request.seed, pixels)
         else:
             job.open_data(request.data, arch.resolution, request.num_classes, request.seed, weights, pixels)
         job.agree(identity(job.data, model=(arch, weights)))
         if job.finished:
-            job.say(f"{request.folder} is finished: these are its results")
-            return job.read()
+            return steps.told_again(job, request)
         if request.settings.precision == "int8" and not request.unlabelled:
             check_calibration(len(job.data.calibration))
         if request.settings.precision != "fp32":
@@ -159,6 +159,7 @@ class Pruning:
                 keep_network(job, "tuned", model)
             self._stop_if_interrupted()
             if self.state.network != "tuned":
+                self.state.found.pop("tuned_images", None)  # what they trained was not kept
                 model = load_network(job, self.state.network)
         kept = steps.judge_tuned(job, model)
         if kept == "pruned" and "recovered" in self.state.found:

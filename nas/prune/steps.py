@@ -15,7 +15,7 @@ from nas.measure.budget import LatencyBudget, Verdict
 from nas.measure.runtime import Settings
 from nas.measure.samples import MeasureError, Measurement, paired_ratio, quanta, quanta_line
 from nas.prune.images import PruneJob
-from nas.prune.records import Accuracy, Kept
+from nas.prune.records import Accuracy, Kept, PruneResult
 from nas.prune.words import passes
 from nas.units import counted
 
@@ -46,6 +46,21 @@ def as_begun(job: PruneJob, request: PruneRequest) -> PruneRequest:
         job.say("begun by an older vitnas: layers are not refitted after the cuts")
         return replace(request, compensate=False)
     return request
+
+
+def told_again(job: PruneJob, request: PruneRequest) -> PruneResult:
+    """The result of a finished pruning, and what is asked for now that it was made without.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    found = job.read()
+    job.say(f"{request.folder} is finished: these are its results")
+    if found.price and found.price.max_drop != request.max_drop:
+        job.say(f"they were judged with --max-drop {found.price.max_drop:g}: give another --out for another one")
+    if request.control and found.accuracy.recovered and not found.accuracy.control:
+        job.say("they were made with --no-control: give another --out for a control")
+    return found
 
 
 def measured(

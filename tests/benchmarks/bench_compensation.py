@@ -3,6 +3,7 @@
     python tests/benchmarks/bench_compensation.py --data FOLDER --weights FOLDER --out FOLDER [--networks NAMES]
     python tests/benchmarks/bench_compensation.py --data FOLDER --weights FOLDER --out FOLDER --part images
     python tests/benchmarks/bench_compensation.py --data FOLDER --weights FOLDER --out FOLDER --part tuning
+    python tests/benchmarks/bench_compensation.py --data FOLDER --weights FOLDER --out FOLDER --part latency
     python tests/benchmarks/bench_compensation.py --out FOLDER --table      (print what is finished)
 
 Each network has the weights of `--weights`/NAME.safetensors, at their 64 pixels, and a linear probe on the training
@@ -12,29 +13,43 @@ compensation from the same images, their labels unseen. `--part images`: by the 
 in these two.
 
 `--part tuning`: the cut networks fine-tuned as `vitnas prune --no-distill` does it (AdamW along a cosine, BatchNorm
-frozen) for half an epoch, two and eight, each a training of its own; beside them the whole network and each ready
-network of NETWORKS that is smaller, given the same.
+frozen), but in batches of 64, for half an epoch, two and eight, each a training of its own; beside them the whole
+network and each ready network of NETWORKS that is smaller, given the same.
+
+`--part latency`, on a quiet machine: `vitnas prune --no-reallocate --finetune 0` to 0.7x and 0.5x of the latency, which
+is judged on all validation images up to 5,000; at the end all of these networks and the ready ones in one interleaved
+run. What cannot be reached, or was kept waiting, is told, has no row, and is tried again by the same command.
 
 On a free core: 15 seconds a row, of which compensation is 1 to 6; with four networks 15 minutes, 5 for `--part images`
-and some 2 hours for `--part tuning`, 16 rows a network. A run that was stopped goes on; runs of other networks may
-share `--out`.
+and some 2 hours for `--part tuning`, 16 rows a network; `--part latency` has 10 rows a network, of a minute or two. A
+run that was stopped goes on; runs of other networks may share `--out`.
 """
 
 import argparse
 import copy
+import itertools
+import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from bench_pruning import METHODS, PLAIN, Method
+from bench_pruning import METHODS, PLAIN, Method, spread
 from pruning_bench import Rows, markdown, say
 from torch import Tensor, nn
 
+from nas.bench.request import BenchRequest
+from nas.bench.run import bench
 from nas.data.batches import loader
 from nas.data.dataset import open_data
 from nas.data.images import Images, sample
+from nas.errors import UserError
 from nas.intervals import of_share
+from nas.measure.runtime import Settings
+from nas.networks.targets import find_target
+from nas.prune.request import PruneRequest, parse_pruning_budget
+from nas.prune.run import prune
 from nas.prune.steps import FINETUNE_LR
 from nas.quality.ready import own_pixels, with_weights
 from nas.training.fit import fit
@@ -58,7 +73,10 @@ EPOCHS = (0.5, 2, 8)
 TUNED = ((PLAIN, True), (PLAIN, False), ("torch-pruning's default", True), ("magnitude", True), ("random", True))
 """Methods that are tuned after the cut, and whether they are compensated first."""
 WHOLE = "whole"
-"""A network that is tuned without a cut."""
+"""A network without a cut."""
+BUDGETS = ("0.7x", "0.5x")
+BY_LATENCY = (("taylor", True), ("taylor", False), ("torch-pruning", True), ("magnitude", True), ("random", True))
+"""Criteria that cut to a latency, and whether what they leave is compensated."""
 Batches = list[tuple[Tensor, Tensor]]
 
 
@@ -177,32 +195,115 @@ def tune_all(of: Subject, shares: list[float], seed: int, rows: Rows) -> None:
         say(str(row))
 
 
+def cut_to_latencies(network: str, data: Path, weights: Path, seeds: list[int], out: Path, rows: Rows) -> None:
+    """A row for each budget and criterion, pruned by the command itself; what fails is told, and has none."""
+    for budget, (name, compensated) in itertools.product(BUDGETS, BY_LATENCY):
+        for seed in seeds if name == "random" else (0,):
+            cell = {"network": network, "budget": budget, "method": name, "compensated": compensated, "seed": seed}
+            if rows.has(**cell):
+                continue
+            request = PruneRequest(
+                model=str(ready_file(network, out)),
+                budget=parse_pruning_budget(latency=budget),
+                settings=Settings(),
+                folder=out / "latency" / network / f"{budget}-{name}{'' if compensated else '-not-compensated'}-{seed}",
+                reallocate=False,
+                criterion=name,
+                compensate=compensated,
+                finetune=0,
+                data=str(data),
+                weights=str(weights / f"{network}.safetensors"),
+                seed=seed,
+            )
+            try:
+                found = prune(request, say=say)
+            except UserError as error:
+                say(f"{request.folder}: {error}")
+                continue
+            if found.failures:
+                say(f"{request.folder}: {'; '.join(found.failures)}")
+                continue
+            after = found.accuracy.pruned
+            row = cell | {"folder": str(request.folder), "verdict": found.budget.verdict}
+            row |= {"macs": found.after.macs / found.before.macs, "dense": found.accuracy.before.top1}
+            row |= {"cut": after.top1, "cut_ci": after.top1_ci, "seconds": found.phases.get("compensating", 0.0)}
+            rows.add(row)
+            say(str(row))
+
+
+def ready_file(network: str, out: Path) -> Path:
+    """The arch.json of an unpruned network, which is written."""
+    path = out / f"{network}.json"
+    path.write_text(get_arch(network).at(PX).to_json())
+    return path
+
+
+def measure(rows: Rows, out: Path) -> None:
+    """Latencies of all cut networks and the ready ones, in one interleaved run, by their names."""
+    ready = [str(ready_file(network, out)) for network in dict.fromkeys(row["network"] for row in rows.rows)]
+    named = [*ready, *(row["folder"] for row in rows.rows)]
+    found = bench(BenchRequest([find_target(name) for name in named], [Settings()], rounds=40), say=say)
+    for line in found.errors:
+        say(line)
+    measured = {row.model: [row.latency_ms, *row.ci, row.waiting] for row in found.rows}
+    (out / "compensation-latency-ms.json").write_text(json.dumps(measured, indent=1) + "\n")
+
+
+def show_latency(rows: Rows, out: Path) -> None:
+    path = out / "compensation-latency-ms.json"
+    measured = json.loads(path.read_text()) if path.exists() else {}
+
+    def ms(name: str) -> str:
+        if name not in measured:
+            return "not measured"
+        median, low, high, waiting = measured[name]
+        return "waiting times" if waiting else f"{median:.3f} [{low:.3f}, {high:.3f}]"
+
+    lines = []
+    for network in dict.fromkeys(row["network"] for row in rows.rows):
+        own = [row for row in rows.rows if row["network"] == network]
+        whole = ms(str(out / f"{network}.json")), f"{own[0]['dense']:.1f}"
+        lines.append([network, "", WHOLE, "", "", "1.00x", *whole, "", ""])
+        for row in own:
+            low, high = row["cut_ci"]
+            method = row["method"] + ", compensated" * row["compensated"]
+            figures = [f"{row['macs']:.2f}x", ms(row["folder"]), f"{row['dense']:.1f}"]
+            figures += [f"{row['cut']:.1f} [{low:.1f}, {high:.1f}]", f"{row['seconds']:.1f}"]
+            lines.append([network, row["budget"], method, row["seed"], row["verdict"], *figures])
+    header = ("network", "budget", "method", "seed", "closing run", "MACs", "ms", "dense", "as cut", "seconds")
+    print(markdown(header, lines))
+
+
 def show_tuned(rows: Rows) -> None:
+    """A line for the seeds of each network and method, with mean and deviation."""
     points = ["top1_0", *(f"top1_{epochs:g}" for epochs in EPOCHS)]
+    alike: dict[tuple[str, float, str, bool], list[dict[str, Any]]] = {}
+    for row in rows.rows:
+        alike.setdefault((row["network"], row["share"], row["method"], row["compensated"]), []).append(row)
     lines = [
         [
-            str(row["network"]),
-            f"{float(str(row['macs'])) / 1e6:.1f}",
-            str(row["method"]) + ", compensated" * bool(row["compensated"]),
-            str(row["seed"]),
-            *(f"{row[point]:.1f}" for point in points),
-            str(row["cpu_s"]),
+            network,
+            spread([row["macs"] / 1e6 for row in found]),
+            method + ", compensated" * compensated,
+            len(found),
+            *(spread([row[point] for row in found]) for point in points),
+            spread([row["cpu_s"] for row in found], 0),
         ]
-        for row in rows.rows
+        for (network, _, method, compensated), found in alike.items()
     ]
-    header = ("network", "MMACs", "method", "seed", "as cut", *(f"{epochs:g} epochs" for epochs in EPOCHS), "CPU s")
+    header = ("network", "MMACs", "method", "seeds", "as cut", *(f"{epochs:g} epochs" for epochs in EPOCHS), "CPU s")
     print(markdown(header, lines))
 
 
 def show(rows: Rows) -> None:
-    def line(row: dict[str, object]) -> list[str]:
-        kept = of_share(float(str(row["compensated"])), EVALUATED)
+    def line(row: dict[str, Any]) -> list[str]:
+        kept = of_share(row["compensated"], EVALUATED)
         figures = [f"{row[key]:.1f}" for key in ("dense", "cut", "statistics")]
         kept_text = f"{row['compensated']:.1f} [{kept.low:.1f}, {kept.high:.1f}]"
-        counted = [str(row["images"]), str(row["cpu_s"])]
-        return [str(row["network"]), f"{row['macs']:.2f}x", str(row["method"]), *figures, kept_text, *counted]
+        counted = [f"{row['compensated'] / row['dense']:.0%}", str(row["images"]), str(row["cpu_s"])]
+        return [row["network"], f"{row['macs']:.2f}x", row["method"], *figures, kept_text, *counted]
 
-    header = ("network", "MACs", "method", "dense", "cut", "statistics", "compensated", "images", "CPU s")
+    header = ("network", "MACs", "method", "dense", "cut", "statistics", "compensated", "of dense", "images", "CPU s")
     print(markdown(header, map(line, rows.rows)))
 
 
@@ -214,23 +315,34 @@ def main() -> None:
     parser.add_argument("--networks", default=",".join(NETWORKS))
     parser.add_argument("--shares", default=",".join(map(str, SHARES)), help="of the MACs")
     parser.add_argument("--seeds", default="0", help="of the criterion random, and of the tuning")
-    parser.add_argument("--part", choices=("cuts", "images", "tuning"), default="cuts")
+    parser.add_argument("--part", choices=("cuts", "images", "tuning", "latency"), default="cuts")
     parser.add_argument("--table", action="store_true", help="only print what is finished")
     args = parser.parse_args()
+    if not args.table and (args.data is None or args.weights is None):
+        parser.error("give --data and --weights, or --table")
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
     rows = Rows(args.out / f"compensation-{args.part}.jsonl")
+    networks = [] if args.table else args.networks.split(",")
+    shares, seeds = list(map(float, args.shares.split(","))), list(map(int, args.seeds.split(",")))
+    if args.part == "latency":
+        for network in networks:
+            cut_to_latencies(network, args.data, args.weights, seeds, args.out, rows)
+        if networks and rows.rows:
+            measure(rows, args.out)
+        show_latency(rows, args.out)
+        return
     names = NAMES if args.part == "cuts" else (PLAIN,)
     counts = (SCORED,) if args.part == "cuts" else COUNTS
-    for network in () if args.table else args.networks.split(","):
+    for network in networks:
         of = subject(network, args.data, args.weights)
         if args.part == "tuning":
-            for seed in map(int, args.seeds.split(",")):
-                tune_all(of, list(map(float, args.shares.split(","))), seed, rows)
+            for seed in seeds:
+                tune_all(of, shares, seed, rows)
             continue
-        for share in map(float, args.shares.split(",")):
+        for share in shares:
             for name in names:
-                for seed in map(int, args.seeds.split(",")) if name == "random" else (0,):
+                for seed in seeds if name == "random" else (0,):
                     if not rows.has(network=network, share=share, method=name, seed=seed):
                         for row in cells(of, share, name, seed, counts):
                             rows.add(row)

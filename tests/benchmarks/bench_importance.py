@@ -54,7 +54,7 @@ def torch_pruning_raw(
 
     importance._accumulate_gradients(model, batches)
     scorer = GroupTaylorImportance(normalizer=None, group_reduction="sum")
-    scores = importance._over_weights(model, parts, lambda weight: (weight * weight.grad).abs())
+    scores = importance._over_weights(model, parts, importance._taylor_of_weight)
     cascades = {knob.width for knob in parts.knobs if knob.from_last}
     for width, shape in importance._shapes(parts).items():
         if shape and width not in cascades:

@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 from pruning_bench import (
+    ARCHS,
     Data,
     InOrder,
     Rows,
@@ -277,9 +278,9 @@ def main() -> None:
                     row = cell(name, args.budget, seed, data, args.out)
                     rows.add(row)
                     say(str(row))
-    arch = dense(NETWORK, data, seeds[0], args.out)[1]
-    counts = table(arch)
-    before = {seed: dense_top1(NETWORK, seed, args.out) for seed in seeds}
+    counts = table(ARCHS[NETWORK][0](data.classes))
+    trained = [seed for seed in seeds if (args.out / f"{NETWORK}-dense-{seed}" / "training.json").exists()]
+    before = {seed: dense_top1(NETWORK, seed, args.out) for seed in trained}
     show(rows, args.budget, args.out, (counts.macs(), counts.params()), before)
 
 

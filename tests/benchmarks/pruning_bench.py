@@ -200,10 +200,11 @@ def trained(arch: Arch, data: Data, images: int, lr: float, seed: int, folder: P
         started, used = time.time(), time.process_time()
         fit(model, Shuffled(data.train, arch.resolution, seed), images, lr, seed=seed, progress=said(folder.name))
         found = evaluate(model, InOrder(data.test, arch.resolution))
-        save(model, arch, folder)
         row = {"images": images, "lr": lr, "seed": seed, **scored(found)}
         row |= {"wall_s": round(time.time() - started), "cpu_s": round(time.process_time() - used)}
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / "training.json").write_text(json.dumps(row) + "\n")
+        save(model, arch, folder)
         say(f"{folder.name}: {row}")
     return load(folder)
 

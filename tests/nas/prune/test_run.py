@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import statistics
 from dataclasses import asdict
@@ -197,7 +198,9 @@ def test_int8_is_judged_on_held_out_images(
         assert not (out / "model.int8.onnx").exists()
         assert f"Infeasible: {price['refusal']}. Budget macs 0.5x: met (" in " ".join(printed.split())
         assert "<h1>Infeasible in int8. Budget met" in (out / "report.html").read_text()
-        assert vitnas(*command)[0] == 1, "a finished run says the same"
+        code, _, said = vitnas(*command, "--max-drop", "50")
+        assert code == 1, "a finished run says the same"
+        assert "judged with --max-drop 10: " in said
     else:
         assert "Infeasible" not in printed
         assert "model.onnx, model.int8.onnx, prune.json" in " ".join(printed.split())
@@ -311,6 +314,53 @@ def test_a_latency_budget_missed_as_measured_is_said(vitnas, images, tmp_path, m
     assert code == 2
     assert "cannot be reached" in said
     assert "2.00 ms" in said
+
+
+def test_a_budget_just_above_the_smallest_latency_is_met(vitnas, images, tmp_path, fake_clock):
+    """Although what is aimed at, a little below the budget, is out of reach."""
+    trained(images, tmp_path / "net")
+    cut = ("--data", str(images), "--finetune", "0", "--no-reallocate", "--no-compensate", "--axes", "ffn")
+    code, _, said = vitnas(*words(tmp_path / "net", tmp_path / "least", *cut, "--latency-budget", "0.01x"))
+    assert code == 2
+    least = float(re.search(r"come to (\S+) ms", said)[1])
+    budget = ("--latency-budget", f"{1.012 * least:.4f}ms")
+    code, _, said = vitnas(*words(tmp_path / "net", tmp_path / "out", *cut, *budget))
+    assert code == 0, said
+    assert result(tmp_path / "out")["after"]["latency_ms"] == pytest.approx(least, rel=0.005)
+
+
+def test_reallocations_over_the_budget_leave_what_was_cut(vitnas, images, tmp_path, fake_clock, monkeypatch):
+    """Interrupted between two of them too; once the cut is judged, none is tried again."""
+    trained(images, tmp_path / "net")
+    more = ("--data", str(images), "--rounds", "1", "--no-compensate", "--latency-budget", "4ms")
+    command = words(tmp_path / "net", tmp_path / "out", *more, "--no-control")
+    apply, tries = nas.prune.rounds.Rounds._apply, []
+
+    def over(self, model, parts, scores, target, reallocate):
+        tries.extend([target] * reallocate)
+        if reallocate and len(tries) == 2:
+            raise KeyboardInterrupt
+        with monkeypatch.context() as patch:
+            if reallocate:
+                patch.setattr(nas.prune.rounds.Rounds, "_latency", lambda self, arch: 1.05 * self._target)
+            return apply(self, model, parts, scores, target, reallocate)
+
+    monkeypatch.setattr(nas.prune.rounds.Rounds, "_apply", over)
+    assert vitnas(*command)[0] == 130
+    state = json.loads((tmp_path / "out" / "state" / "state.json").read_text())
+    assert not state["rounds"][-1]["reallocated"]
+    assert state["network"] == f"round-{len(state['rounds'])}"
+    with monkeypatch.context() as patch:
+        patch.setattr(steps, "tune", lambda *_: (_ for _ in ()).throw(MemoryError))
+        code, _, said = vitnas(*command)
+    assert code == 1
+    assert "no reallocation was within the latency budget" in said
+    tried = len(tries)
+    assert tried > 2
+    code, _, said = vitnas(*command)
+    assert code == 0, said
+    assert len(tries) == tried
+    assert "made with --no-control" in vitnas(*command[:-1])[2]
 
 
 def test_the_closing_run_decides(vitnas, images, tmp_path, fake_clock, monkeypatch):
@@ -486,6 +536,7 @@ def test_a_step_of_the_end_that_fails_leaves_the_others(vitnas, images, tmp_path
 
     for name, error, step, missing in (
         ("nas.prune.steps.tune", MemoryError(), "fine-tuning", ()),
+        ("nas.prune.run.keep_network", MemoryError(), "fine-tuning", ()),
         ("nas.prune.steps.tune_control", MemoryError(), "control", ()),
         ("nas.export.folder.agreement", UserError("the exported network disagrees"), "model.onnx", ("model.onnx",)),
         ("nas.prune.steps.measured", UserError("could not be measured: killed"), "closing run", ("report.html",)),
@@ -503,6 +554,7 @@ def test_a_step_of_the_end_that_fails_leaves_the_others(vitnas, images, tmp_path
             assert line in said
             assert result(out)["failures"] == [line]
             assert "finished" not in said
+            assert (result(out)["accuracy"]["recovered"] is None) == (step == "fine-tuning")
         files = {path.name for path in out.iterdir()}
         assert {"arch.json", "model.safetensors"} <= files
         assert not files & set(missing)
@@ -681,8 +733,9 @@ def test_a_folder_of_an_older_vitnas_goes_on_without_refitting(vitnas, images, t
     state = json.loads(path.read_text())
     del state["options"]["compensate"], state["options"]["no_distill"], state["found"]["taught"]
     path.write_text(json.dumps(state))
-    code, _, said = vitnas(*command)
+    code, _, said = vitnas(*command, "--no-distill")
     assert code == 0, said
+    assert "is finished" in vitnas(*command)[2]
     assert "begun by an older vitnas: layers are not refitted" in said
     options = result(tmp_path / "out")["options"]
     assert (options["compensate"], options["distill"]) == (False, False)
@@ -741,7 +794,9 @@ def test_images_without_labels_need_a_network_that_knows_its_classes(vitnas, ima
     out, folder = tmp_path / "out", ("--unlabelled", str(images))
     vitnas.refused(vitnas(*words(arch_file, out, *folder)), "has no weights: --unlabelled needs a trained network")
     vitnas.refused(vitnas(*words(arch_file, out, *folder, "--data", str(images))), "give --data, or --unlabelled")
+    vitnas.refused(vitnas(*words(arch_file, out, "--unlabelled", "")), "--unlabelled is empty")
     trained(images, tmp_path / "net2")
+    vitnas.refused(vitnas(*words(tmp_path / "net2", out, *folder, "--num-classes", "0")), "num_classes")
     only = ("--unlabelled", str(images), "--no-distill")
     vitnas.refused(vitnas(*words(tmp_path / "net2", out, *only)), "only the unpruned network can teach")
     few = ("--unlabelled", str(images / "nowhere"))
