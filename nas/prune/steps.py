@@ -59,7 +59,7 @@ def told_again(job: PruneJob, request: PruneRequest) -> PruneResult:
     if found.price and found.price.max_drop != request.max_drop:
         job.say(f"they were judged with --max-drop {found.price.max_drop:g}: give another --out for another one")
     if request.control and found.accuracy.recovered and not found.accuracy.control:
-        job.say("they were made with --no-control: give another --out for a control")
+        job.say("they hold no control: give another --out for one")
     return found
 
 

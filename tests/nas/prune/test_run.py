@@ -360,7 +360,7 @@ def test_reallocations_over_the_budget_leave_what_was_cut(vitnas, images, tmp_pa
     code, _, said = vitnas(*command)
     assert code == 0, said
     assert len(tries) == tried
-    assert "made with --no-control" in vitnas(*command[:-1])[2]
+    assert "they hold no control" in vitnas(*command[:-1])[2]
 
 
 def test_the_closing_run_decides(vitnas, images, tmp_path, fake_clock, monkeypatch):
