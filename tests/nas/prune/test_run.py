@@ -332,7 +332,7 @@ def test_a_budget_just_above_the_smallest_latency_is_met(vitnas, images, tmp_pat
 def test_reallocations_over_the_budget_leave_what_was_cut(vitnas, images, tmp_path, fake_clock, monkeypatch):
     """Interrupted between two of them too; once the cut is judged, none is tried again."""
     trained(images, tmp_path / "net")
-    more = ("--data", str(images), "--rounds", "1", "--no-compensate", "--latency-budget", "4ms")
+    more = ("--data", str(images), "--rounds", "1", "--no-compensate", "--axes", "ffn", "--latency-budget", "4ms")
     command = words(tmp_path / "net", tmp_path / "out", *more, "--no-control")
     apply, tries = nas.prune.rounds.Rounds._apply, []
 
@@ -342,7 +342,7 @@ def test_reallocations_over_the_budget_leave_what_was_cut(vitnas, images, tmp_pa
             raise KeyboardInterrupt
         with monkeypatch.context() as patch:
             if reallocate:
-                patch.setattr(nas.prune.rounds.Rounds, "_latency", lambda self, arch: 1.05 * self._target)
+                patch.setattr(nas.prune.rounds.Rounds, "_latency", lambda self, arch: 4.2)
             return apply(self, model, parts, scores, target, reallocate)
 
     monkeypatch.setattr(nas.prune.rounds.Rounds, "_apply", over)
