@@ -26,7 +26,7 @@ def export(
     weights: Annotated[
         str | None,
         typer.Option(
-            help="timm, or a PyTorch or safetensors file in timm's, the official or our naming.  "
+            help="timm, or a PyTorch or safetensors file in timm's, the official or vitnas's naming.  "
             "[default: the folder's own]"
         ),
     ] = None,

@@ -32,7 +32,7 @@ InGraph = Annotated[
         help="Write an ONNX file that takes the bytes of cropped images, uint8 (B, R, R, 3), and normalises itself.",
     ),
 ]
-Opset = Annotated[int, typer.Option(help=f"ONNX's operators, {OPSETS[0]} to {OPSETS[-1]}.")]
+Opset = Annotated[int, typer.Option(help=f"Version of ONNX's operators, {OPSETS[0]} to {OPSETS[-1]}.")]
 Probabilities = Annotated[
     bool, typer.Option("--probabilities", help="Write an ONNX file that ends with softmax: probabilities, not logits.")
 ]

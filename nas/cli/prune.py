@@ -51,7 +51,7 @@ def prune(
     data: Data = None,
     unlabelled: Annotated[
         str | None,
-        typer.Option(help="In place of --data, a folder of images without labels: the network's own answers count."),
+        typer.Option(help="In place of --data, a folder of images without labels: the network's answers label them."),
     ] = None,
     weights: Annotated[
         str | None,
@@ -75,7 +75,7 @@ def prune(
     rounds: Annotated[int, typer.Option(help="Rounds of scoring and cutting.")] = 3,
     compensate: Annotated[
         bool,
-        typer.Option("--compensate/--no-compensate", help="Refit what a cut leaves to what the network wrote before."),
+        typer.Option("--compensate/--no-compensate", help="Refit the layers to their outputs before a cut."),
     ] = True,
     finetune: Annotated[float, typer.Option(help="Epochs of fine-tuning afterwards; 0 for none.")] = 1.0,
     distill: Annotated[
@@ -87,7 +87,7 @@ def prune(
     ] = None,
     control: Annotated[
         bool,
-        typer.Option("--control/--no-control", help="Fine-tune the unpruned network alike, to compare with."),
+        typer.Option("--control/--no-control", help="Fine-tune the unpruned network in the same way, for comparison."),
     ] = True,
     seed: Annotated[int, typer.Option(help="Seed of splits, samples and training.", **SEEDS)] = 0,
     device: Device = "cpu",

@@ -40,8 +40,8 @@ def push(
     """Upload a trained network to the Hugging Face hub in one commit: its ONNX files, safetensors, arch.json, how its
     images are prepared (also in timm's form), labels, and a page with its accuracy and latency.
 
-    What will be uploaded is shown, and asked for. Names of this machine's folders, users and hosts are left out. The
-    token is that of HF_TOKEN or of `hf auth login`. `hf-hub:REPO` then names the network in every command.
+    It shows what it will upload, and asks. Names of this machine's folders, users and hosts are left out. The token is
+    that of HF_TOKEN or of `hf auth login`. `hf-hub:REPO` then names the network in every command.
 
     Exit codes: 0 done, 1 it was not confirmed, 2 bad input, or the hub does not take it.
     """

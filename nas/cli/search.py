@@ -55,16 +55,16 @@ def search(
     latency_budget: Annotated[str, typer.Option(help="Latency with its unit: 2ms, 1.5ms, 800us.")],
     memory_budget: Annotated[
         str | None,
-        typer.Option(help="Peak memory of a network's process above the runtime alone: 64MB.  [default: any]"),
+        typer.Option(help="Peak memory of a network's process above the runtime alone: 64MB.  [default: no limit]"),
     ] = None,
-    size_budget: Annotated[str | None, typer.Option(help="Size of the ONNX file: 4MB.  [default: any]")] = None,
+    size_budget: Annotated[str | None, typer.Option(help="Size of the ONNX file: 4MB.  [default: no limit]")] = None,
     device: Device = "cpu",
     family: Annotated[list[str] | None, typer.Option(help="Family to search; repeatable.  [default: all five]")] = None,
     data: Annotated[
         str | None,
         typer.Option(
             help="Images to judge and train candidates on: a folder (train/<class>/ beside val/<class>/, or <class>/), "
-            "torch/NAME, hfds/NAME or wds/SHARDS.  [default: none, and only size is judged]"
+            "torch/NAME, hfds/NAME or wds/SHARDS.  [default: none; networks are judged by size]"
         ),
     ] = None,
     quality: Annotated[
@@ -82,7 +82,7 @@ def search(
         str | None,
         typer.Option(
             help="What the final trainings of a race learn from, where a trial shows that it helps: a published name, "
-            "timm/NAME or a folder with weights; none.  [default: the best parent that was tuned, or a ready network]"
+            "timm/NAME, a folder with weights, or none.  [default: the best parent that was tuned, or a ready network]"
         ),
     ] = None,
     parent: Annotated[
@@ -111,12 +111,12 @@ def search(
     against: Annotated[
         list[str] | None,
         typer.Option(
-            help="Network to measure beside the result: a published name, an arch.json, timm/NAME, hf-hub:REPO; "
-            "repeatable.  [default: without --data, the best of timm's small CNNs within the budget]"
+            help="Network to measure next to the result: a published name, an arch.json, a run's folder, timm/NAME, "
+            "hf-hub:REPO; repeatable.  [default: without --data, the best of timm's small CNNs within the budget]"
         ),
     ] = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Ignore cached latencies.")] = False,
-    sampler: Annotated[str, typer.Option(help="auto, gp, tpe, nsga2 or random. auto is the one of vitnas.")] = "auto",
+    sampler: Annotated[str, typer.Option(help="auto (vitnas's own), gp, tpe, nsga2 or random.")] = "auto",
     storage: Annotated[
         str | None,
         typer.Option(

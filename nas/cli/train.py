@@ -74,8 +74,8 @@ def train(
     weights: Annotated[
         str | None,
         typer.Option(
-            help="Start from a PyTorch or safetensors file, from timm's, or from none.  [default: the run's own; the "
-            "published ones, where there are any]"
+            help="Weights to start from: a PyTorch or safetensors file, timm, or none.  [default: the run's own; else "
+            "the published ones, if there are any]"
         ),
     ] = None,
     weights_from: WeightsFrom = None,
@@ -128,10 +128,10 @@ def train(
     """Train a network on images, from pretrained weights where there are any.
 
     First a linear classifier is fitted to the frozen network (a probe), and short trials choose the learning rate, by
-    images held out of the training images. Where the chosen trial is about as good as the probe, on enough images to
-    tell, all of the network is then trained on all of them; else without those held out, which choose the better one.
-    The accuracy told is on the validation images, with the last epoch's weights or, where it is kept, the probe. The
-    same command continues an interrupted training where it was.
+    images held out of the training images. If the chosen trial is about as good as the probe, on enough images to
+    tell, the whole network is then trained on all of them; else without those held out, which choose the better one.
+    The reported accuracy is on the validation images, with the last epoch's weights or, if it is kept, the probe. The
+    same command continues an interrupted training.
 
     Exit codes: 0 done, 1 the training or its ONNX file failed (the last good epoch or the probe is kept) or the disk is
     full, 2 bad input, 130 Ctrl-C.
