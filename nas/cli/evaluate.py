@@ -31,8 +31,8 @@ def evaluate(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Images: a folder of <class>/ folders, or of val/ beside train/; torch/NAME, hfds/NAME or wds/SHARDS. "
-            "Class folders are matched by name."
+            help="Images: a folder of <class>/ folders, or of val/ and train/; torch/NAME, hfds/NAME or wds/SHARDS. "
+            "Class folders are matched by name.  [required]"
         ),
     ] = None,
     split: Annotated[

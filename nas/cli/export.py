@@ -50,7 +50,7 @@ def export(
 ) -> None:
     """Write a network as ONNX, BatchNorm folded, checked against PyTorch on images.
 
-    int8 is judged on the validation images, beside fp32; where it costs more than it may, nothing is written.
+    int8 is judged on the validation images, against fp32; if it costs more than --max-drop, nothing is written.
 
     Exit codes: 0 done, 2 bad input.
     """

@@ -53,7 +53,7 @@ MaxDrop = Annotated[
 Data = Annotated[
     str | None,
     typer.Option(
-        help="Images: a folder (train/<class>/ beside val/<class>/, or <class>/), torch/NAME, hfds/NAME or "
+        help="Images: a folder (train/<class>/ and val/<class>/, or <class>/), torch/NAME, hfds/NAME or "
         "wds/SHARDS.  [default: digits, a demo]"
     ),
 ]

@@ -55,7 +55,9 @@ def prune(
     ] = None,
     weights: Annotated[
         str | None,
-        typer.Option(help="timm, or a PyTorch or safetensors file.  [default: the folder's own, or timm's]"),
+        typer.Option(
+            help="timm, or a PyTorch or safetensors file.  [default: the folder's own, or the published ones]"
+        ),
     ] = None,
     num_classes: Annotated[
         int | None, typer.Option(help="Classes the data must have; with --unlabelled, those of --weights.")

@@ -43,7 +43,7 @@ def push(
     It shows what it will upload, and asks. Names of this machine's folders, users and hosts are left out. The token is
     that of HF_TOKEN or of `hf auth login`. `hf-hub:REPO` then names the network in every command.
 
-    Exit codes: 0 done, 1 it was not confirmed, 2 bad input, or the hub does not take it.
+    Exit codes: 0 done, 1 it was not confirmed, 2 bad input, or the hub does not take it, 130 Ctrl-C.
     """
     from dataclasses import asdict
 

@@ -63,7 +63,7 @@ def search(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Images to judge and train candidates on: a folder (train/<class>/ beside val/<class>/, or <class>/), "
+            help="Images to judge and train candidates on: a folder (train/<class>/ and val/<class>/, or <class>/), "
             "torch/NAME, hfds/NAME or wds/SHARDS.  [default: none; networks are judged by size]"
         ),
     ] = None,
@@ -81,7 +81,7 @@ def search(
     teacher: Annotated[
         str | None,
         typer.Option(
-            help="What the final trainings of a race learn from, where a trial shows that it helps: a published name, "
+            help="What the final trainings of a race learn from, if a trial shows that it helps: a published name, "
             "timm/NAME, a folder with weights, or none.  [default: the best parent that was tuned, or a ready network]"
         ),
     ] = None,
@@ -94,7 +94,7 @@ def search(
     ] = None,
     timeout: Annotated[str | None, typer.Option(help="Start no trial after this time: 90s, 10m, 1h.")] = None,
     study: Annotated[
-        str | None, typer.Option(help="Study name.  [default: from device, runtime, budget and families]")
+        str | None, typer.Option(help="Study name.  [default: from device, runtime, budget and other settings]")
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the run's folder.")] = Path("runs"),
     batch_size: BatchSize = 1,
