@@ -41,7 +41,7 @@ def show_result(
     if outcome.final:
         show_final(console, outcome.final, outcome.quality_tier.name)
         if outcome.against:
-            show_against(console, outcome.against, outcome.final[0])
+            show_against(console, outcome.against, outcome.beside)
         prose(
             console,
             " ".join(filter(None, ("One interleaved run.", later_rounds(outcome.final))))
@@ -122,9 +122,14 @@ def what_now(outcome: Outcome, folder: Path, images: str | None) -> list[str]:
     if outcome.failures:
         lines.append(f"To go on: {outcome.command}")
     elif outcome.winner is not None and not outcome.interrupted:
-        name = shlex.quote(images) if images else "FOLDER_OF_IMAGES"
-        verb = f"prune --model {shlex.quote(str(best))}" if trained else f"train {shlex.quote(str(best))}"
-        lines.append(f"Next: vitnas {verb} --data {name}")
+        data = f"--data {shlex.quote(images) if images else 'FOLDER_OF_IMAGES'}"
+        if not trained:
+            then = f"train {shlex.quote(str(best))} {data}"
+        elif outcome.winner.family == TimmNetwork.family:  # a trained one of timm's cannot be pruned
+            then = f"predict {shlex.quote(str(folder))} IMAGE"
+        else:
+            then = f"prune --model {shlex.quote(str(best))} {data}"
+        lines.append(f"Next: vitnas {then}")
     return lines
 
 
@@ -156,8 +161,8 @@ def show_final(console: Console, final: Sequence[ClosingRow], tier: str) -> None
             " ".join(filter(None, (row.verdict, ", ".join(row.over)))),
             str(row.resolution),
             (row.precision or "") if lower else "",
-            f"{told_score(row.quality):.1f}",
-            "{:.1f}..{:.1f}".format(*row.quality_ci),
+            "not trained" if row.guessed else f"{told_score(row.quality):.1f}",
+            "" if row.guessed else "{:.1f}..{:.1f}".format(*row.quality_ci),
             f"{row.published_top1:.1f}" if row.published_top1 else "",
             f"{row.latency_ms:.2f}",
             f"{row.ci_low_ms:.2f}..{row.ci_high_ms:.2f}",
@@ -203,7 +208,7 @@ def rate(throughput: float | None) -> str:
 
 
 def show_against(console: Console, rows: Sequence[OutsideRow], first: ClosingRow | None = None) -> None:
-    """Outside networks of the closing run, beside the network on top of the final table, if any, and who runs at which
+    """Outside networks of the closing run, beside the network that their ratios are to, if any, and who runs at which
     size."""
     from nas.bench.run import unequal
 
@@ -238,8 +243,9 @@ def show_against(console: Console, rows: Sequence[OutsideRow], first: ClosingRow
     show_failed(console, rows)
     if told and first:
         sizes = {row.label: row.resolution for row in (first, *rows) if not row.error}
-        if any(row.precision != first.precision for row in rows if not row.error):
-            prose(console, f"They are measured in {rows[0].precision}, {first.label} in {first.precision}.")
+        own = next(row.precision for row in rows if not row.error)  # all have the same
+        if own != first.precision:
+            prose(console, f"They are measured in {own}, {first.label} in {first.precision}.")
         prose(console, unequal(sizes, ()) or f"All of these run at {first.resolution} px, as {first.label} does.")
 
 

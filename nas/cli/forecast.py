@@ -51,7 +51,8 @@ class Plan:
 
     final_images, validation_images: trained on in one training at its end, and in one network's validation, over all
     epochs. seeds: of a network at the end. networks: that are trained at the end, parents among them. timeout_s: after
-    which no trial begins. taught_images: trained on in all to see whether a teacher helps, its own tuning included.
+    which no trial begins. taught_images: trained on in all to see whether a teacher helps. tuned_images: in its tuning,
+    where it is known to be tuned first.
     """
 
     trials: int
@@ -59,6 +60,7 @@ class Plan:
     seeds: int = 0
     networks: int = 2
     taught_images: int = 0
+    tuned_images: int = 0
     validation_images: int = 0
     validated: int = 0
     timeout_s: float | None = None
@@ -78,6 +80,7 @@ class Forecast:
         self._finals = plan.seeds * plan.networks
         self._trained: dict[str, int] = {}  # images of these
         self._taught = 0  # images of a teacher's trial
+        self._to_tune = plan.tuned_images  # images of a teacher, those that are left
         self._validated = self._validating = 0.0
 
     def trial(self, done: int, trial_s: float | None, measuring_s: float) -> None:
@@ -99,16 +102,17 @@ class Forecast:
             self._validating = done
         elif what.startswith("closing") and total:
             self._trials_left = 0
-            began = self._now() if self._closing is None else self._closing[0]
+            began = self._now() if self._closing is None or done == 0 else self._closing[0]  # 0: of further rounds too
             spent = self._now() - began
             self._closing = began, spent / done * (total - done) if done else self._closing_s()
         elif teacher:
-            self._trials_left, self._closing = 0, (self._now(), 0.0)
+            self._trials_left, self._closing, self._to_tune = 0, (self._now(), 0.0), 0
             self._taught = plan.taught_images - (total if teacher[1] == "by" else 2 * total) + done
         elif tuning and self._closing is not None:
-            self._taught = done
+            self._to_tune = total - done
         elif what == FINALS:
-            self._trials_left, self._closing, self._taught = 0, (self._now(), 0.0), plan.taught_images
+            self._trials_left, self._closing = 0, (self._now(), 0.0)
+            self._taught, self._to_tune = plan.taught_images, 0
             self._validated = plan.validated * plan.validation_images
             self._finals, self._trained = total, {}
         elif final:
@@ -126,7 +130,7 @@ class Forecast:
             if plan.timeout_s is not None:
                 trials = min(trials, max(0.0, self._begun + plan.timeout_s - now) + current)
         images: float = max(0, plan.final_images * self._finals - sum(self._trained.values()))
-        images += max(0, plan.taught_images - self._taught)
+        images += self._to_tune + max(0, plan.taught_images - self._taught)
         images += max(0.0, plan.validation_images * plan.validated - self._validated - self._validating)
         training = 0.0
         if images > 0:

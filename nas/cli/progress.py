@@ -219,13 +219,15 @@ def plan_of(options: SearchRequest, images: ImageData | None) -> Plan:
 
     every, races = len(images.train), options.quality == "race"
     plan = plan.settled(options.quality, every)
-    tries = 0 if not races or plan.teacher == NO_TEACHER else 2 if plan.teacher is None else 3  # one tunes it
+    once = plan.full_epochs * min(plan.images, every)
+    tried = races and plan.teacher != NO_TEACHER
     return Plan(
         options.trials,
         final_images=plan.full_epochs * every,
         seeds=plan.seeds,
         networks=3 if races else 2,  # one is cut from a parent, which is tuned for it
-        taught_images=tries * plan.full_epochs * min(plan.images, every),
+        taught_images=2 * once if tried else 0,
+        tuned_images=once if tried and plan.teacher is not None else 0,
         validation_images=plan.full_epochs * every,
         validated=plan.validate,
         timeout_s=options.timeout_s,

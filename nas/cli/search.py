@@ -286,7 +286,9 @@ def search(
         images = read_images(request)
     if request.only == "train":
         with watch_phases(quiet) as (phase, say):
-            train_measured(request, say, phase, images=images)
+            made = train_measured(request, say, phase, images=images)
+        if as_json:
+            print(json.dumps({"trainings": made, "folder": str(request.folder)}))
         return
     with watch(request, images, quiet) as (progress, say, phase):
         outcome = run_search(request, progress, say, phase, images=images, command=command_line())

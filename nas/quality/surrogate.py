@@ -155,9 +155,9 @@ class Surrogate:
         value = self._of_scale(float(mean[0]) * self._spread + self._centre)
         return Guess(value, float(np.hypot(deviation[0] * self._spread * self._points(value), self.noise)))
 
-    def held_out(self) -> tuple[float, float] | None:
+    def held_out(self) -> tuple[float, float | None] | None:
         """Mean absolute error in points, and Kendall's tau, of top-1 after `epochs` predicted for every network that
-        was trained so long, from all others; None with fewer than `LEAST` such networks."""
+        was trained so long, from all others; None with fewer than `LEAST` such networks, as tau where all are equal."""
         full = [i for i, each in enumerate(self.trained) if self.epochs in each.rungs]
         if len(full) < LEAST or len(self.trained) <= LEAST:
             return None
@@ -171,8 +171,8 @@ class Surrogate:
             found.append(self._of_scale(float((gram[np.ix_(here, rest)] @ weights)[0]) * self._spread + self._centre))
             wanted.append(self.trained[i].rungs[self.epochs])
         error = float(np.mean(np.abs(np.subtract(found, wanted))))
-        tau = float(kendalltau(found, wanted).statistic) if len(set(wanted)) > 1 else float("nan")
-        return error, tau
+        differ = min(len(set(found)), len(set(wanted))) > 1
+        return error, float(kendalltau(found, wanted).statistic) if differ else None
 
     def _fit(self) -> None:
         from sklearn.exceptions import ConvergenceWarning

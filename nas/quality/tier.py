@@ -181,7 +181,7 @@ class TrainedTier(ABC):
         """Estimate networks, given by digest and features, again from all trainings so far."""
 
     @abstractmethod
-    def held_out(self) -> tuple[float, float] | None:
+    def held_out(self) -> tuple[float, float | None] | None:
         """Error of the surrogate; see `Surrogate.held_out`. None for a tier that does not use it."""
 
     def rung_ranks(self) -> list[RungRank]:

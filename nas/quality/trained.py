@@ -106,7 +106,7 @@ class HalvingTier(TrainedTier):
         surrogate = self.surrogate()
         return [self._weighed(surrogate, key, np.asarray(features)) for key, features in networks]
 
-    def held_out(self) -> tuple[float, float] | None:
+    def held_out(self) -> tuple[float, float | None] | None:
         """See `Surrogate.held_out`."""
         return self.surrogate().held_out()
 

@@ -24,6 +24,7 @@ from pydantic import FiniteFloat, TypeAdapter
 
 from nas.errors import TrainingError, UserError
 from nas.files import folder_lock, read_kept, replace_file
+from nas.identity import text_digest
 from nas.networks.build import create
 from nas.networks.timm_network import TimmNetwork
 from nas.networks.weights import resized
@@ -54,6 +55,8 @@ PASSED = 50_000
 """Images that a parent's tuning goes through at most, repeats counted; but it has the epochs of the last rung. Children
 are as good as their parent: of EfficientViT-M1 with 51.9% of 20 classes of Tiny-ImageNet one cut to three quarters of
 its multiply-accumulates had 51.4."""
+LONGEST = 160
+"""Bytes of a name in that of its file, at most: a folder may be named by a longer path than a file may have."""
 
 
 def tuning_recipe(epochs: int, lr: float) -> Recipe:
@@ -260,6 +263,8 @@ def tune(
 
 def _document(name: str, resolution: int, trainer: CandidateTrainer, role: Role = Role.PARENT) -> Path:
     file = re.sub(r"[^\w.@-]+", "-", name)  # timm/NAME, or a folder
+    if len(file.encode()) > LONGEST:
+        file = f"{file.encode()[-LONGEST:].decode(errors='ignore')}-{text_digest(file)}"
     return trainer.folder / role.folder / f"{file}-{resolution}px.json"
 
 

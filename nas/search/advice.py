@@ -12,6 +12,7 @@ from nas.measure.device import device_kind
 from nas.measure.hardware import CROWDED_CPUS, Hardware
 from nas.measure.runtime import RUNTIMES
 from nas.networks.counts import counts_of
+from nas.networks.timm_network import TIMM
 from nas.search.rows import ClosingRow, Network, Trial, known, lost_in, network_of
 
 if TYPE_CHECKING:
@@ -53,7 +54,8 @@ def advice(
     smaller = lower_resolution(fastest, request.budget_ms)
     if smaller:
         lines.append(smaller)
-    near = (row for row in measured if row.name and 1 < known(row.latency_ms) / request.budget_ms <= PRUNED)
+    ours = (row for row in measured if row.name and not row.name.startswith(TIMM))
+    near = (row for row in ours if 1 < known(row.latency_ms) / request.budget_ms <= PRUNED)
     published = next(near, None)
     if published:
         lines.append(f"a smaller network out of a trained one: {pruning(request, published)}")

@@ -268,7 +268,8 @@ class _ClosingRun:
 
     def beside(self, final: Sequence[ClosingRow]) -> list[OutsideRow]:
         """Rows of the outside networks; ratios are to the first of the final table that was measured."""
-        first = next((self.results[row.label] for row in final if not row.error), None)
+        beside = next((row.label for row in final if not row.error), "")
+        first = self.results.get(beside)
         rows = []
         for label, network in self.outside.items():
             row = OutsideRow(
@@ -277,7 +278,7 @@ class _ClosingRun:
             result, other = self.results[label], self.first_again.get(label, first)
             if isinstance(result, Measurement) and isinstance(other, Measurement):
                 ratio, (low, high) = paired_ratio(together(result), together(other))
-                row = replace(row, ratio=ratio, ratio_low=low, ratio_high=high)
+                row = replace(row, ratio=ratio, ratio_low=low, ratio_high=high, beside=beside)
             rows.append(row)
         return rows + [OutsideRow(label=label, error=error) for label, error in self.refused.items()]
 

@@ -24,6 +24,7 @@ from nas.search.best import BestFolder, Weights
 from nas.search.closing import ClosingInterrupted, closing_run, is_due, without
 from nas.search.contest import RACE, contest_of, contestants, decision, opponents, winner_of, with_winner
 from nas.search.final import weights_of
+from nas.search.folder import has_ended
 from nas.search.log import breakdown
 from nas.search.lower import LowerFiles, time_anew
 from nas.search.outcome import Fastest, Outcome, ShortTraining, TierFacts, Validation, Winner
@@ -79,7 +80,8 @@ def finish_run(
             who trained before goes on.
 
     Raises:
-        KeyboardInterrupt: another worker is at its end, and after Ctrl-C that is not waited for.
+        KeyboardInterrupt: another worker is at its end, and after Ctrl-C that is not waited for; or a run before has
+            come to its end with the same trials, and its results stay.
         FolderInUse: so it is, after an error that ended the trials.
     """
     with ExitStack() as stack:
@@ -113,7 +115,7 @@ class _Finish:
         self.tasks = None
         if self.trained:
             self.tasks = open_tasks(request, study, self.trained, request.trains, say, waits, take_over)
-        self.end = Ending(say)
+        self.say, self.end = say, Ending(say)
         self.end.interrupted = log.interrupted
         self.lower = LowerFiles(request, self.trained) if self.trained and lowers(request.precisions) else None
         self.best = BestFolder(request, log, self.trained, self._step, self.lower)
@@ -134,6 +136,7 @@ class _Finish:
                 self.tasks.close()
 
     def _run(self) -> Outcome:
+        stands = has_ended(self.request.folder, sum(row.complete for row in self.rows))
         if self.trained:
             self._judge(self.trained)
         else:
@@ -145,8 +148,12 @@ class _Finish:
         if self.trained and self.final and self.winner and not self.end.interrupted:
             if weights_of(self.request, candidate_of(self.winner)) is None:
                 self._write()
+                stands = False
             if not self.end.interrupted:
                 self._train(self.trained)
+        if stands and self.end.interrupted and not self.log.failures:
+            self.say("the results of the run that had ended with these trials stay as they are")
+            raise KeyboardInterrupt
         return self._write()
 
     @contextmanager
@@ -216,7 +223,7 @@ class _Finish:
                     self._closing_run()
         if self.feasible and not self.final:
             left_out = "closing side-by-side run" + (" and no final training" if self.request.plan else "")
-            self.notes.append(f"no {left_out} was made; latencies are those of the single trials")
+            self.notes.append(f"this run made no {left_out}; latencies are those of the single trials")
         if self.request.against and self.feasible and not self.outside:
             self.notes.append(
                 "no network of --against was measured: there was no closing run, or they are all in its table"

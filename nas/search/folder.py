@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import tempfile
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 
 JOURNAL, HARDWARE, TRAINING_INPUTS = "study.journal", "hardware.json", "lessons.json"
+RESULT, TRIALS = "result.json", "trials.csv"
 
 
 FINAL = "final"
@@ -51,12 +53,18 @@ def training_inputs(folder: Path, agreed: Mapping[str, object]) -> str:
     """What a folder's trainings depend on, for its `TRAINING_INPUTS`: they are found there by their networks alone.
 
     Raises:
-        UserError: trainings of others are there, though the study may not be: its journal was removed, say.
+        UserError: trainings of others are there, though the study may not be: its journal was removed, say; or what
+            they depend on is damaged.
     """
     wanted = json.loads(json.dumps({key: value for key, value in agreed.items() if key not in ELSEWHERE}))
-    found = wanted
-    if (folder / TRAINING_INPUTS).is_file():
-        found = json.loads((folder / TRAINING_INPUTS).read_text())
+    found, path = wanted, folder / TRAINING_INPUTS
+    if path.is_file():
+        try:
+            found = json.loads(path.read_text())
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise UserError(f"{path} is damaged; use --study for a new one")
     elif any((folder / name).exists() for name in ("final", "training", "kept")):
         found = {}
     if older(found, wanted):
@@ -90,6 +98,17 @@ def final_epochs_in(folder: Path) -> int | None:
     names = (re.fullmatch(r"[0-9a-f]{16}-(\d+)-seed\d+", path.stem) for path in (folder / FINAL).glob("*.json"))
     found = {int(name[1]) for name in names if name}
     return found.pop() if len(found) == 1 else None
+
+
+def has_ended(folder: Path, complete: int) -> bool:
+    """Whether a folder has the result of a run that came to its end, with a closing run, of so many complete trials."""
+    try:
+        found = json.loads((folder / RESULT).read_text())
+        with (folder / TRIALS).open(newline="") as file:
+            told = sum(row["state"] == "complete" for row in csv.DictReader(file))
+        return bool(found["final"]) and not found["interrupted"] and told == complete
+    except (OSError, ValueError, KeyError, TypeError, csv.Error):
+        return False
 
 
 def make_folder(folder: Path) -> bool:

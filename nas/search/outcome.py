@@ -59,8 +59,8 @@ class TierFacts:
     """What every reader of them should know, in one line."""
     trained: bool
     """Whether it judges by trainings on the user's images."""
-    held_out: Pair | None = None
-    """Of its surrogate on networks left out: mean absolute error in points, and Kendall's tau."""
+    held_out: tuple[float, float | None] | None = None
+    """Of its surrogate on networks left out: mean absolute error in points, and Kendall's tau; None: all are equal."""
     rungs: tuple[RungRank, ...] = ()
     """How well each rung ranked those that went on to the last."""
 
@@ -273,6 +273,12 @@ class Outcome:
     def budget(self) -> str:
         """What a network has to meet, in words."""
         return f"{self.budget_ms:g} ms{self.limits.words}"
+
+    @property
+    def beside(self) -> ClosingRow | None:
+        """The network of the closing table that the ratios of `against` are to."""
+        named = {row.beside for row in self.against}
+        return next((row for row in self.final if row.label in named), next(iter(self.final), None))
 
     @property
     def better_published(self) -> ClosingRow | OutsideRow | None:

@@ -21,6 +21,7 @@ from nas.export.card import CLASSIFY
 from nas.files import replace_file
 from nas.quality.tier import told_score
 from nas.report.page import render
+from nas.search.folder import RESULT, TRIALS
 from nas.search.front import plot_front
 from nas.search.outcome import Outcome
 from nas.search.rows import Network, Trial, known
@@ -72,12 +73,12 @@ def write_run(folder: Path, outcome: Outcome) -> None:
         OSError: the folder cannot be written; what stood there before is untouched.
     """
     outcome = masked(outcome)
-    replace_file(folder / "trials.csv", _csv(outcome.trials).encode())
+    replace_file(folder / TRIALS, _csv(outcome.trials).encode())
     replace_file(folder / "pareto.json", json.dumps(outcome.front_json(), indent=1).encode())
     plot = plot_front(outcome)
     replace_file(folder / "pareto.png", plot)
     replace_file(folder / "report.html", _html(outcome, plot).encode())
-    replace_file(folder / "result.json", json.dumps(outcome.to_json(), indent=1))
+    replace_file(folder / RESULT, json.dumps(outcome.to_json(), indent=1))
 
 
 def masked(value: T) -> T:
@@ -126,6 +127,7 @@ def _html(outcome: Outcome, plot: bytes) -> str:
         "families": _families(outcome),
         "raced": any(trial.kind for trial in trials),
         "auto": len(outcome.precisions) > 1,
+        "beside": outcome.beside,
         "complete": [trial for trial in trials if trial.complete],
         "feasible": [trial for trial in trials if trial.feasible],
         "reasons": reasons[:REASONS_SHOWN],

@@ -228,12 +228,14 @@ class OutsideRow(Timed):
     """A network of --against in the closing run."""
 
     ratio: float | None = None
-    """Its latency over that of the first network of the final table, from pairs of rounds."""
+    """Its latency over that of the first network of the final table, as the closing run ended, from pairs of rounds."""
     ratio_low: float | None = None
     """Ends of the ratio's 95% interval."""
     ratio_high: float | None = None
     published_top1: float | None = None
     """Of one of timm's at this resolution, percent; None where none is known."""
+    beside: str = ""
+    """The label of the network that the ratio is to; "" without a ratio, and in results of earlier versions."""
 
 
 Network = Trial | ClosingRow

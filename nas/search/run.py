@@ -64,7 +64,8 @@ def search(
     Raises:
         UserError: a request that does not hold, a busy or missing device, images, a folder or a storage that cannot be
             used, a study that disagrees with the request.
-        KeyboardInterrupt: Ctrl-C before the first trial.
+        KeyboardInterrupt: Ctrl-C before the first trial; or where a run had ended with the same trials, whose results
+            stay.
     """
     from nas.study.errors import storage_errors
     from nas.study.trials import sweep

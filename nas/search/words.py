@@ -53,6 +53,8 @@ def _validated(tier: TierFacts, validation: Validation | None) -> str:
         for name, one in validation.tau.items()
         if one.tau is not None and one.ci is not None
     )
+    if not taus:
+        return f"Kendall's tau with {validation.networks} full trainings is not known: all ended with the same top-1."
     return f"Kendall's tau with {validation.networks} full trainings (95% interval): {taus}."
 
 
@@ -114,7 +116,7 @@ def ties_of(final: Sequence[ClosingRow]) -> list[str]:
         f"{row.label} ({row.family}, {row.latency_ms:.2f} ms)"
         for row in sorted(ties, key=lambda row: known(row.latency_ms))
     )
-    rule = "the best score, then the most parameters, made the choice"
+    rule = f"{'the best score, then ' * first.selects}the most parameters, made the choice"
     return [f"A tie with {first.label}, by the 95% intervals of the estimates: {names}; {rule}"]
 
 

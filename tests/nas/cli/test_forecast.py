@@ -67,6 +67,11 @@ def test_the_time_left_moves_during_a_final_training(clock):
     clock.now += 10
     forecast.phase("closing side-by-side run", 10, 30)
     assert forecast.left_s() == pytest.approx(20 + 18_000 / 50)
+    clock.now += 20
+    for done in (30, 0, 10):  # some are measured longer
+        forecast.phase("closing side-by-side run", done, 30)
+        clock.now += 5
+    assert forecast.left_s() == pytest.approx(10 + 18_000 / 50)
     forecast.phase("final trainings", 0, 5)
     forecast.phase("final training, trial 1, seed 0", 0, 3000)
     assert forecast.left_s() == pytest.approx(15_000 / 50), "as many as it was told"
@@ -88,11 +93,12 @@ def test_final_trainings_of_an_earlier_run_are_not_counted_again(clock):
 
 
 def test_a_teacher_is_tried_and_a_parent_tuned_before_each_final_training_of_what_is_cut_from_it(clock):
-    forecast = Forecast(Plan(trials=2, final_images=3000, seeds=2, networks=3, taught_images=6000), clock)
+    forecast = Forecast(Plan(trials=2, final_images=3000, seeds=2, networks=3, taught_images=4000), clock)
     trained(forecast, clock, 100)
     forecast.trial(2, 10.0, 2.0)
     forecast.phase("closing side-by-side run", 30, 30)
-    for tuned in ("parent x", "teacher timm/x"):
+    assert forecast.left_s() == pytest.approx((18_000 + 4000) / 100)
+    for tuned in ("parent x", "teacher timm/x"):  # nobody knew that one would be
         forecast.phase(f"tuning the {tuned}", 1000, 2000)
         assert forecast.left_s() == pytest.approx((18_000 + 5000) / 100)
     for what, left in (("without", 3000), ("by", 1000)):

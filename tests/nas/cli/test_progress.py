@@ -187,13 +187,18 @@ def test_one_of_torchruns_processes_speaks(capsys, monkeypatch):
 
 @pytest.mark.parametrize(
     ("quality", "teacher", "trained"),
-    [("race", None, (3, 1600)), ("race", "x", (3, 2400)), ("race", "none", (3, 0)), ("train", None, (2, 0))],
+    [
+        ("race", None, (3, 1600, 0)),
+        ("race", "x", (3, 1600, 800)),
+        ("race", "none", (3, 0, 0)),
+        ("train", None, (2, 0, 0)),
+    ],
 )
 def test_what_a_search_has_before_it_follows_from_its_tier_and_teacher(quality, teacher, trained):
     plan = TrainingPlan("images", images=400, final_epochs=2, seeds=2, teacher=teacher)
     request = SimpleNamespace(trials=12, timeout_s=None, quality=quality, plan=plan)
     found = plan_of(request, SimpleNamespace(train=range(1000)))
-    assert (found.networks, found.taught_images) == trained
+    assert (found.networks, found.taught_images, found.tuned_images) == trained
     assert (found.final_images, found.seeds) == (2000, 2)
 
 

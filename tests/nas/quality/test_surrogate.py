@@ -93,6 +93,7 @@ def test_little_to_learn_from():
     assert Surrogate(some, LAST).held_out() is None
     same = [TrainedNetwork(str(i), np.zeros(4), {LAST: 50.0}) for i in range(4)]
     assert Surrogate(same, LAST).predict(np.zeros(4)).value == pytest.approx(50)
+    assert Surrogate(same, LAST).held_out() == (pytest.approx(0, abs=1e-6), None), "JSON has no NaN"
 
 
 def test_features_tell_published_networks_apart():

@@ -25,11 +25,12 @@ def lines(
     closing: dict | None = None,
     exhausted: bool = False,
     limits: Limits = Limits(),  # noqa: B008
+    name: str = "shvit_s1",
 ) -> list[str]:
     row = replace(
         COMPLETE,
         trial=3,
-        name="shvit_s1",
+        name=name,
         state=state,
         latency_ms=latency,
         latency_ci_low_ms=0.95 * latency,
@@ -91,6 +92,7 @@ def test_what_cannot_help_is_not_advised():
     assert any(line.startswith("more --trials") for line in lines(QUIET))
     assert not any(line.startswith("more --trials") for line in lines(QUIET, exhausted=True))
     assert not any("vitnas prune" in line for line in lines(QUIET, latency=25.0))
+    assert not any("vitnas prune" in line for line in lines(QUIET, name="timm/lcnet_050@64")), "it is refused"
 
 
 def test_more_threads_are_advised_where_their_cpus_are_idle():

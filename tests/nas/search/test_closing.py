@@ -181,9 +181,9 @@ def test_further_networks_of_timm_are_measured_beside_the_first(tmp_path, clock,
     rivals += [[7], [8, 9]]
     final, outside, _ = run(tmp_path, clock, t0=[SURE, (0.5, 0.5)], r7=OVER, r8=SURE, r9=MeasureError("killed"))
     assert clock.runs == [{"trial 0": 30, "rival 7": 30}, {"rival 8": 30, "rival 9": 30, "trial 0": 30}]
-    assert [(row.label, row.published_top1, row.ratio) for row in outside] == [
-        ("rival 8", 68.0, 2.0),
-        ("rival 9", 69.0, None),
+    assert [(row.label, row.published_top1, row.ratio, row.beside) for row in outside] == [
+        ("rival 8", 68.0, 2.0, "trial 0"),
+        ("rival 9", 69.0, None, ""),
     ], "the ratio is that of the rounds that both were measured in"
     assert final[0].latency_ms == 1.0
     kept = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]

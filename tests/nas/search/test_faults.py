@@ -503,6 +503,16 @@ def test_ctrl_c_at_the_end_keeps_what_was_done(vitnas, device, tier, pictures, t
     assert best(tmp_path)["model.onnx"] == b"trained"
     assert json.loads(out)["short_training"] is None
     assert not any(SHORT in note for note in json.loads(out)["notes"])
+    if step != "closing":
+        return
+    ended, files = best(tmp_path), ("result.json", "report.html", "trials.csv")
+    written = [(tmp_path / "s" / name).read_bytes() for name in files]
+    with monkeypatch.context() as patch:
+        patch.setattr(*where[step], interrupt)
+        code, _, err = vitnas(*trained(tmp_path, pictures))
+    assert code == 130
+    assert "the results of the run that had ended with these trials stay as they are" in err
+    assert (best(tmp_path), [(tmp_path / "s" / name).read_bytes() for name in files]) == (ended, written)
 
 
 @pytest.mark.parametrize("is_kept", [True, False])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from optuna.samplers import RandomSampler
@@ -105,3 +107,13 @@ def test_a_search_that_died_is_waited_for_and_one_that_ended_is_not(
     waits = ["what measures has died: waiting 1 minutes at most until it is started again"]
     assert said == [*(waits if dies else []), "the search that measures has ended: 1 training made here"]
     assert now[0] == 600.0 + (60.0 if dies else 0.0)
+
+
+def test_what_only_trains_says_what_it_made_as_json_too(vitnas: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(helping, "await_search", lambda request, say: request)
+    monkeypatch.setattr(helping, "train_measured", lambda *_, **__: 3)
+    monkeypatch.setattr("nas.search.run.read_images", lambda request: None)
+    words = ("--data", "images", "--study", "s", "--only", "train", "--json")
+    code, out, err = vitnas("search", "--latency-budget", "2ms", *words)
+    assert code == 0, err
+    assert json.loads(out) == {"trainings": 3, "folder": "runs/s"}

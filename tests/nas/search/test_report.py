@@ -566,6 +566,9 @@ def test_final_trainings_and_the_tier_s_worth_are_told(tmp_path: Path) -> None:
     page = (tmp_path / "report.html").read_text()
     assert "estimate 0.60 (0.20 to 0.90)" in page
     assert "8 full trainings" in page
+    unknown = {"networks": 8, "tau": {"params": taus["params"]}, "selects": False}
+    text = report(tmp_path, trained(invent(20), validation=unknown)).text
+    assert "Kendall's tau with 8 full trainings is not known: all ended with the same top-1." in text
 
 
 def test_the_trained_accuracy_is_the_headline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -584,6 +587,18 @@ def test_the_trained_accuracy_is_the_headline(tmp_path: Path, capsys: pytest.Cap
     assert words in out.partition(".\n")[0]
     assert out.index(words) < out.index("score (train)")
     assert words in winner_line(outcome_of(data))
+    data["final"][1]["guessed"] = True
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "model.safetensors").touch()
+    for family, then in (
+        ("levit", f"prune --model {tmp_path / 'best'} --data FOLDER_OF_IMAGES"),
+        ("timm", f"predict {tmp_path} IMAGE"),
+    ):
+        data["winner"]["family"] = family
+        show_result(outcome_of(data), tmp_path, to_stderr=False)
+        out = capsys.readouterr().out
+        assert out.splitlines()[-1] == f"Next: vitnas {then}"
+        assert "not trained" in out
 
 
 @pytest.mark.parametrize("begun", [1, 2])
@@ -635,6 +650,23 @@ def test_a_size_stands_once(tmp_path: Path) -> None:
     other = {"ratio": None, "throughput": 500.0, "verdict": "over"}
     entry = {"label": "timm/odd", "resolution": 1_056, "error": "", **figures, **other}
     assert report(tmp_path, invent(20) | {"against": [entry]}).source.count("1056") == 1
+
+
+def test_a_ratio_is_told_of_the_network_that_it_is_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Which is not the first of the table any more where the first turned out to lose too much in its precision."""
+    from nas.cli.display import show_result
+
+    data = invent(20)
+    other = data["final"][1]["label"]
+    figures = {"latency_ms": 2.0, "latency_p95_ms": 2.1, "ci_low_ms": 1.9, "ci_high_ms": 2.1, "samples": 60}
+    ratio = {"ratio": 1.5, "ratio_low": 1.4, "ratio_high": 1.6, "beside": other}
+    entry = {"label": "timm/odd", "resolution": 64, "throughput": 500.0, "verdict": "over", "precision": "fp32"}
+    data |= {"against": [{"label": "timm/no", "error": "it is no network"}, entry | figures | ratio]}
+    assert f"ratios of latency to {other}, from pairs of rounds." in report(tmp_path, data).text
+    show_result(outcome_of(data), tmp_path, to_stderr=False)
+    out = capsys.readouterr().out
+    assert f"time of {other}'s" in out
+    assert "measured in None" not in out
 
 
 @pytest.mark.usefixtures("plots")

@@ -97,6 +97,10 @@ def test_the_inputs_of_trainings_are_as_earlier_versions_stored_them(tmp_path):
     assert training_inputs(tmp_path, identity) == KEPT_INPUTS
     (tmp_path / TRAINING_INPUTS).write_text(KEPT_INPUTS)
     assert training_inputs(tmp_path, identity) == KEPT_INPUTS
+    for damaged in ("", "[1]"):
+        (tmp_path / TRAINING_INPUTS).write_text(damaged)
+        with pytest.raises(UserError, match="is damaged; use --study for a new one"):
+            training_inputs(tmp_path, identity)
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,9 @@ def test_overlapping_estimates_are_called_a_tie():
     (line,) = ties_of([first, near, far, same_family, over])
     assert "A tie with trial 0" in line
     assert "trial 3 (levit, 0.50 ms), trial 1 (shvit, 1.00 ms);" in line
+    assert line.endswith("; the best score, then the most parameters, made the choice")
+    (line,) = ties_of([replace(first, selects=False), near])
+    assert line.endswith("; the most parameters, made the choice")
     assert ties_of([first, far, over]) == []
 
 
