@@ -114,6 +114,11 @@ class RaceTier(HalvingTier):
             return True
         return found.rungs[self.epochs] > found.rungs[0] if found.tuned is None else found.tuned
 
+    def parent_tuning_pays(self, candidate: Candidate) -> bool:
+        """Whether the search left the parent of a derived network as it was tuned, not as its tuning began."""
+        found = self.parents.record(candidate.parent, candidate.network.resolution)
+        return found is None or found.began > 0 or found.pays
+
     def parent_tunings(self, candidate: Candidate, folder: Path) -> list[Tuned]:
         """How the parent of a derived network was tuned for its trainings in a folder, once for each seed; none of
         others. An older vitnas cut what the search had tuned."""
@@ -307,12 +312,13 @@ class RaceTier(HalvingTier):
         return model
 
     def _parent_fully(self, child: Candidate, images: Images, like: Recipe, seed: int, folder: Path) -> Parent:
-        """A parent trained as a ready network is at the end, from its folder where it is there; children share it."""
+        """A parent trained as a ready network is at the end, or left as that begins where the search left it so; read
+        where the folder has it. Children share it."""
         from safetensors.torch import load_file
 
         from nas.export.folder import save_weights
 
-        px, epochs = child.network.resolution, like.epochs
+        px, epochs, pays = child.network.resolution, like.epochs, self.parent_tuning_pays(child)
         tuned = self.parents.tuned(child.parent, px)
         path = folder / f"{full_stem(child.parent, px, epochs)}{seed}.json"
         weights, state = path.with_suffix(".safetensors"), path.with_suffix(".state")
@@ -323,12 +329,15 @@ class RaceTier(HalvingTier):
                 training = self.begin(candidate, images, recipe, seed, state)
                 what = f"tuning the parent {child.parent} on all images, seed {seed}"
                 try:
-                    self.trainer.run_fully(training, what)
+                    if pays:
+                        self.trainer.run_fully(training, what)
                 finally:
                     training.loader.close()
                 save_weights(training.network, weights)
                 digest, seconds = self.trainer.weights.get(tuned.arch).digest, time.monotonic() - began
-                found = Tuned(child.parent, px, digest, len(images), 0, lr=recipe.lr, epochs=epochs, seconds=seconds)
+                found = Tuned(
+                    child.parent, px, digest, len(images), 0, lr=recipe.lr, epochs=epochs * pays, seconds=seconds
+                )
                 kept = asdict(found) | {"crops": recipe.augmentation.scale}
                 replace_file(path, json.dumps(kept).encode())
                 state.unlink(missing_ok=True)

@@ -218,6 +218,10 @@ class TrainedTier(ABC):
         """Whether a final training makes a network better than what it begins with."""
         return True
 
+    def parent_tuning_pays(self, candidate: Candidate) -> bool:
+        """Whether the parent that a network is cut from is tuned for its final trainings."""
+        return True
+
     def parent_tunings(self, candidate: Candidate, folder: Path) -> list[Tuned]:
         """How the parent was tuned that a network is cut from, for trainings in a folder; none where it is not cut."""
         return []

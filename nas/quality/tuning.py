@@ -195,9 +195,10 @@ class Tuned:
     @property
     def words(self) -> str:
         """What became of it, in words."""
+        stays = "" if self.pays else ", and so it stays as before"
         return (
             f"{self.name}, tuned at {self.resolution} px for {counted(self.epochs or 0, 'epoch')} of "
-            f"{self.images:,} images: {self.top1:.1f}% of {self.judged:,} others, {self.first:.1f}% before; "
+            f"{self.images:,} images: {self.tuned:.1f}% of {self.judged:,} others, {self.first:.1f}% before{stays}; "
             f"{self.seconds:.0f} s"
         )
 

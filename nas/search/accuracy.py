@@ -28,6 +28,7 @@ class Tuning:
 
     parent: str
     epochs: int
+    """0: it had a linear probe alone, as tuning had not made it better in the search."""
     images: int
     """Of each epoch."""
     seconds: float
@@ -37,6 +38,8 @@ class Tuning:
 
     @property
     def words(self) -> str:
+        if not self.epochs:
+            return f"its parent {self.parent} had a linear probe on {self.images:,} images alone ({self.seconds:.0f} s)"
         return (
             f"its parent {self.parent} had been tuned for {counted(self.epochs, 'epoch')} of {self.images:,} images "
             f"({'' if self.times == 1 else 'for each seed; '}{self.seconds:.0f} s)"
@@ -92,7 +95,7 @@ class Accuracies:
         """Of a network that had no epoch: what it is, and why."""
         weights = "a linear probe on pretrained weights"
         if self.before:
-            weights = f"the weights of its tuned parent {self.before.parent}, cut"
+            weights = f"the weights of its {'tuned ' * (self.before.epochs > 0)}parent {self.before.parent}, cut"
         return f"{weights}; tuning did not make it better in the search"
 
     @property
@@ -189,7 +192,8 @@ def compare_means(first: Accuracies, second: Accuracies) -> Comparison:
     found = joined(difference, by_images, seeds_spread(first, second)).clipped(-100.0, 100.0)
     trained = [each for each in (first, second) if not each.seedless]
     one_seed = ONE_SEED if any(len(each.top1) == 1 for each in trained) else ""
-    once = any(each.before is not None and each.before.times == 1 for each in (first, second))
+    tunings = [each.before for each in (first, second) if each.before is not None]
+    once = any(each.times == 1 and each.epochs for each in tunings)
     one_parent = ONE_PARENT if once else ""
     leaves_out = "; ".join(filter(None, (one_seed, one_parent)))
     return Comparison(difference, (found.low, found.high), found.holds(0.0), leaves_out)

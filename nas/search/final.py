@@ -212,7 +212,7 @@ def trainings_in(request: SearchRequest, tier: TrainedTier, tasks: Sequence[Task
         request.folder / FINAL / f"{full_stem(each.candidate.parent, each.candidate.network.resolution, each.epochs)}"
         f"{each.seed}.json"
         for each in tasks
-        if each.candidate.parent
+        if each.candidate.parent and tier.parent_tuning_pays(each.candidate)
     }
     own = [each for each in tasks if tier.tuning_pays(each.candidate)]
     return len(own) + sum(not path.is_file() for path in parents)

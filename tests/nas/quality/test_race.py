@@ -246,6 +246,31 @@ def test_a_derived_network_ends_with_its_parent_tuned_on_all_images_as_ready_one
     assert earlier_crops(request) == json.loads(result_path(request, child, 1).read_text())["crops"]
 
 
+def test_a_parent_that_tuning_made_worse_in_the_search_is_not_tuned_at_the_end(trainer, tmp_path, monkeypatch):
+    tier, child, tuned = RaceTier(trainer), derived(), []
+    tier.parents.tuned("shvit_s1", PX)
+    (path,) = (trainer.folder / "parents").glob("*.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"first": 90.0, "tuned": 10.0}))
+    assert "10.0% of 12 others, 90.0% before, and so it stays as before" in tier.parents.record("shvit_s1", PX).words
+    run_fully = CandidateTrainer.run_fully
+
+    def watched(self, training, what):
+        tuned.append(what.startswith("tuning the parent"))
+        run_fully(self, training, what)
+
+    monkeypatch.setattr(CandidateTrainer, "run_fully", watched)
+    plan = dataclasses.replace(trainer.plan, seeds=1)
+    request = SimpleNamespace(precisions=("fp32",), folder=tmp_path / "run", plan=plan)
+    request.folder.mkdir()
+    assert trainings_in(request, tier, final_tasks(request, tier, "x", child)) == 1
+    found = train_fully(request, tier, "x", child)
+    assert tuned == [False], "the child alone"
+    assert (found.before.epochs, found.before.images) == (0, 60)
+    assert found.before.words.startswith("its parent shvit_s1 had a linear probe on 60 images alone (")
+    assert "the weights of its parent shvit_s1, cut" in found.start
+    assert "parent" not in compare_means(found, found).leaves_out
+
+
 def fails(error: Exception):
     def result(task: Task) -> None:
         raise error
