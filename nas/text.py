@@ -12,6 +12,12 @@ def first_line(error: BaseException) -> str:
     return lines[-1 if lines[0].startswith("Exception from src/") else 0][:200]
 
 
+def first_sentence(error: BaseException) -> str:
+    """The first sentence of an error's message, without its full stop; the error's class where it has none."""
+    lines = str(error).strip().splitlines()
+    return re.split(r"(?<=[a-z)\]])\. ", lines[0])[0].rstrip(".") if lines else type(error).__name__
+
+
 SECRETS = [  # what precedes a password in a URL, and the password
     re.compile(r"(://[^:@/?]*:)(.*)(?=@)"),
     re.compile(r"((?i:password|passwd|pwd)=)([^&]*)"),

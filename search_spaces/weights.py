@@ -20,17 +20,14 @@ from search_spaces.widths import resized_tensors
 __all__ = [
     "Loaded",
     "WeightsError",
-    "first_sentence",
     "fit",
     "load_groups",
     "load_weights",
     "namings",
-    "offline_if_unreachable",
     "published_name",
     "read_checkpoint",
     "resolution_of",
     "translate",
-    "unreachable",
 ]
 
 COUNTERS = re.compile(r"(^|\.)(attention_bias_idxs|total_ops|total_params|n_averaged)$")
@@ -221,7 +218,7 @@ def timm_state(arch: Arch) -> State:
 
     name = timm_name(arch)
     try:
-        with offline_if_unreachable():
+        with _offline_if_unreachable():
             return timm.create_model(name, pretrained=True).state_dict()
     except Exception as error:
         raise WeightsError(_not_fetched(name, error)) from None
@@ -260,35 +257,26 @@ def _not_fetched(name: str, error: Exception) -> str:
     config = timm.get_pretrained_cfg(name)
     hub = config.hf_hub_id if config is not None else None
     file = f"model.safetensors from https://huggingface.co/{hub}" if hub else "a file of weights"
-    return f"timm could not fetch {name} ({first_sentence(error)}): fetch {file} elsewhere and give --weights FILE"
+    return f"timm could not fetch {name} ({_first_sentence(error)}): fetch {file} elsewhere and give --weights FILE"
 
 
-def first_sentence(error: Exception) -> str:
+def _first_sentence(error: Exception) -> str:
     """Give the first sentence of an error's message, or its class where it has none."""
     lines = str(error).strip().splitlines()
     return re.split(r"(?<=[a-z)\]])\. ", lines[0])[0].rstrip(".") if lines else type(error).__name__
 
 
-def unreachable() -> str | None:
-    """Say why the weights' host cannot be reached; None: it answers."""
+@contextmanager
+def _offline_if_unreachable() -> Iterator[None]:
+    """Ask the weights' host once: without an answer its client retries for most of a minute before it looks at home."""
     from huggingface_hub import constants, get_session
 
-    if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE is set"
-    try:
-        get_session().head(constants.ENDPOINT, timeout=5)
-    except Exception as error:
-        return f"{constants.ENDPOINT} does not answer: {first_sentence(error)}"
-    return None
-
-
-@contextmanager
-def offline_if_unreachable() -> Iterator[None]:
-    """Ask the weights' host once: without an answer its client retries for most of a minute before it looks at home."""
-    from huggingface_hub import constants
-
     before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = before or unreachable() is not None
+    try:
+        if not before:
+            get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception:
+        constants.HF_HUB_OFFLINE = True
     try:
         yield
     finally:

@@ -18,6 +18,7 @@ from nas.errors import UserError
 from nas.evaluate.precision import MORE, HeldOut, Price, judging, lower_within
 from nas.export.artifact import Exporter, export_here, lower_precision, write_trained
 from nas.export.onnx_input import fix_shape
+from nas.export.options import FileOptions
 from nas.export.quantize import NOISE, Recipe, calibration_images, quantize
 from nas.measure.runtime import LOWER, RUNTIMES, Settings
 
@@ -213,7 +214,7 @@ def _trained(document: str, weights: str, settings: dict[str, Any], stem: str, i
 
     network, path, own = from_document(document), Path(f"{stem}.onnx"), Settings(**settings)
     card, _ = card_for(network, weights)
-    write_trained(network, Path(weights), path, own.batch_size, card)
+    write_trained(network, Path(weights), path, FileOptions(own.batch_size), card)
     lower_precision(path, own, np.load(images) if images else None)
     return {"path": str(path)}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -12,6 +13,8 @@ from pydantic import BaseModel, FiniteFloat, model_validator
 
 from nas.errors import UserError
 from nas.export.card import PREFIX, Card, Latency, Preprocess, described, load_onnx, metadata_of
+from nas.export.onnx_input import OnnxInput
+from nas.export.quantize import LISTED, left_in_float
 from nas.intervals import top1_words
 from nas.networks.counts import TIMM_COUNTED, counts_of
 from nas.networks.timm_network import TIMM, TimmNetwork
@@ -157,7 +160,19 @@ def facts_of(target: Target) -> Facts:
         raise UserError(f"{target.label}: {error}") from None
     found = _of_network(network) if network else dict.fromkeys(("family", "params", "macs", "stages"))
     trained = facts[f"{PREFIX}weights"] == "trained"
-    return {"model": target.label} | found | _of_card(Card.read(target.onnx), trained) | {"kind": "ONNX file"}
+    told = _of_card(Card.read(target.onnx), trained) | {"kind": "ONNX file", "left_in_float": _int8_in(target.onnx)}
+    if told["top1"] is not None:
+        told["top1_precision"] = OnnxInput.read(target.onnx).precision
+    return {"model": target.label} | found | told
+
+
+def _int8_in(*files: Path) -> list[str] | None:
+    """What the first int8 file of these computes in float; None where there is none."""
+    for file in files:
+        with suppress(UserError):
+            if OnnxInput.read(file).quantised:
+                return [*left_in_float(load_onnx(file))]
+    return None
 
 
 def _of_network(network: Arch | TimmNetwork) -> Facts:
@@ -192,7 +207,8 @@ def _of_card(card: Card, trained: bool) -> Facts:
         "top1_precision": None,
         "images": accuracy and accuracy.images,
         "latency": card.latency and card.latency.model_dump(),
-        **dict.fromkeys(("agreement", "quality", "quality_estimate", "quality_ci", "quality_label")),
+        **dict.fromkeys(("left_in_float", "agreement")),
+        **dict.fromkeys(("quality", "quality_estimate", "quality_ci", "quality_label")),
     }
 
 
@@ -212,8 +228,14 @@ def _of_folder(target: Target, network: Arch | TimmNetwork) -> Facts:
         accuracy = measured.accuracy or card.accuracy
         card = card.model_copy(update={"accuracy": accuracy, "latency": measured.latency})
     found = _of_card(card, trained) | {"kind": kind_of(folder), "resolution": network.resolution}
-    if card.accuracy:
-        found["top1_precision"] = measured.latency.precision if measured.latency and measured.accuracy else "fp32"
+    if measured.latency and measured.accuracy:
+        found["top1_precision"] = measured.latency.precision
+    elif folder and card.accuracy:
+        found["top1_precision"] = "fp32"  # of weights, where there is no file
+        with suppress(UserError):
+            found["top1_precision"] = OnnxInput.read(folder / "model.onnx").precision
+    if folder and target.own is None:
+        found["left_in_float"] = _int8_in(folder / "model.onnx", folder / "model.int8.onnx")
     metrics = _read(folder and folder / "metrics.json", Trained)
     if metrics:
         found["data"] = metrics.data.name
@@ -328,6 +350,8 @@ def lines_of(facts: Mapping[str, Any]) -> list[str]:
         lines.append(f"accuracy: {top1_words(facts['top1'], facts['top1_ci'], facts['images'])}{told}")
     elif facts["weights"] == "trained":
         lines.append("accuracy: not known")
+    if (left := facts.get("left_in_float")) is not None:
+        lines.append(f"int8 leaves in float: {listed(left, LISTED) or 'nothing'}")
     if agreement := facts.get("agreement"):
         share = top1_words(agreement["top1"], agreement["top1_ci"], agreement["images"], what="agreement")
         lines.append(f"with the unpruned network: {share}")

@@ -65,7 +65,7 @@ def predict(
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
-    """Classify images with an ONNX file: classes with their probabilities. PyTorch is loaded for hf-hub:REPO only.
+    """Classify images with an ONNX file: classes with their probabilities. PyTorch is not loaded.
 
     Pixels and classes are as the file's own metadata say. A broken image is named and skipped. --json prints model,
     runtime, preprocess, predictions, skipped and notes; the columns of --csv are image, rank, class, index and

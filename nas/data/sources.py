@@ -18,12 +18,14 @@ from filelock import FileLock
 from PIL import Image
 from timm.data import create_dataset
 
+from nas.connection import offline_if_unreachable
 from nas.data.folders import image_folder
 from nas.data.found import FoundImages, LabelledImages
 from nas.data.images import Rows
 from nas.data.listing import natural_key
 from nas.data.shards import find_shards, read_index
 from nas.errors import UserError
+from nas.text import first_sentence
 
 if TYPE_CHECKING:
     import datasets
@@ -80,8 +82,6 @@ def torch_dataset(name: str) -> FoundImages:
     if name not in TORCH:
         near = difflib.get_close_matches(name, TORCH) or TORCH
         raise UserError(f"torch/{name} is not known: did you mean torch/{', torch/'.join(near)}?")
-    from search_spaces.weights import first_sentence
-
     root = cache_folder() / "torch"
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -144,8 +144,6 @@ def hub_dataset(name: str) -> FoundImages:
         import datasets
     except ImportError:
         raise UserError(f"hfds/{name} needs the package datasets: pip install 'vitnas[huggingface]'") from None
-    from search_spaces.weights import first_sentence, offline_if_unreachable
-
     with nullcontext() if Path(name).exists() else offline_if_unreachable():
         try:
             splits = datasets.load_dataset(name)

@@ -156,8 +156,8 @@ class OnnxFile:
     @cached_property
     def precision(self) -> FilePrecision | Literal["bf16"]:
         """int8 where it is quantised, else bf16 where that is computed in, fp16 where it has weights of float16."""
-        about = OnnxInput.read(self.path)
-        return "int8" if about.quantised else "bf16" if self.bf16 else "fp16" if about.half else "fp32"
+        found = OnnxInput.read(self.path).precision
+        return "bf16" if self.bf16 and found != "int8" else found
 
     @cached_property
     def sha256(self) -> str:

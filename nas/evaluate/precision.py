@@ -19,9 +19,13 @@ from nas.evaluate.pairs import compare
 from nas.export.agreement import beyond_half, beyond_half_line
 from nas.export.artifact import CONVERTED, lower_precision, write_trained
 from nas.export.card import Card, Preprocess
+from nas.export.graph import finish
 from nas.export.onnx import label_onnx
+from nas.export.options import PLAIN, FileOptions
+from nas.export.pictures import to_bytes
 from nas.export.quantize import (
     INSTALL,
+    LISTED,
     MAX_DROP,
     Recipe,
     calibration_images,
@@ -62,10 +66,6 @@ RECIPES = (
 )
 """In the order in which they are tried: what costs least, in time to make it and to run it, first."""
 NOT_TIMED = "the latency that is told is of a file of the default recipe, whose operators are others"
-AS_MEASURED = (
-    "is written as it is measured, with a static batch, normalised pixels in and logits out, whatever was chosen of "
-    "model.onnx; `vitnas export` writes others"
-)
 COARSE = 1.0
 """Points of top-1 that are always worth telling apart."""
 BATCH = 32
@@ -239,7 +239,7 @@ class Price:
         told = str(self) if self.within else f"infeasible: {self.refusal}"
         (low, high), lines = self.drop_ci, list[str]()
         if self.recipe:
-            lines.append(f"left in float: {listed(self.left_in_float, 8) or 'nothing'}")
+            lines.append(f"left in float: {listed(self.left_in_float, LISTED) or 'nothing'}")
         if self.lost or self.gained:
             lines.append(f"only fp32 is right on {self.lost:,} of the images, only {self.precision} on {self.gained:,}")
         if self.tried > 1:
@@ -313,6 +313,7 @@ def lower_within(
     max_drop: float = MAX_DROP,
     calibration: np.ndarray | None = None,
     say: Say = lambda _: None,
+    keep_io: bool = False,
 ) -> Price:
     """Turn a trained float32 ONNX file into what a runtime loads for a lower precision, in place, and judge it, see
     `quantize_within`. In bf16 the file stays: it is judged as the runtime computes it.
@@ -320,6 +321,7 @@ def lower_within(
     Args:
         settings: precision (one of LOWER), runtime and threads that the file is for.
         calibration: of int8.
+        keep_io: of fp16, whether input and output stay float32.
 
     Raises:
         UserError: as `quantize_within`; a runtime without bf16 here.
@@ -329,7 +331,7 @@ def lower_within(
         assert calibration is not None
         return quantize_within(path, calibration, held_out, runtime, max_drop, threads, say=say)
     full = held_out.right(path, runtime, threads)
-    lower_precision(path, settings)
+    lower_precision(path, settings, keep_io=keep_io)
     right = held_out.right(path, runtime, threads, precision == "bf16")
     price = Price.of(right, full, runtime, max_drop, precision, None)
     if precision == "fp16":
@@ -348,6 +350,7 @@ def write_lower(
     settings: Settings,
     max_drop: float = MAX_DROP,
     part: str = "",
+    file: FileOptions = PLAIN,
 ) -> Price:
     """Judge a trained network in the precision of the settings; where that has an ONNX file of its own, write it, with
     its accuracy on its card.
@@ -358,6 +361,8 @@ def write_lower(
         images: of the same classes, held out.
         settings: precision (one of LOWER), runtime, threads and batch size that it is for.
         part: what the card calls `images`; "": those for validation.
+        file: what the file takes and gives, in batches of the settings' size unless it is any. The input and output of
+            fp16 are float16 where nothing is chosen; it is judged before it is given others, which round nothing more.
 
     Raises:
         UserError: weights that do not fit, or as `lower_within`.
@@ -370,11 +375,18 @@ def write_lower(
         full = in_torch(network, weights, data, held_out.images, settings, "fp32")
         right = in_torch(network, weights, data, held_out.images, settings)
         return Price.of(right, full, settings.runtime, max_drop, settings.precision, None)
-    write_trained(network, weights, path, settings.batch_size, Card.of(data))
-    calibration = calibration_images(data, network.resolution, MORE)[0] if settings.precision == "int8" else None
-    price = lower_within(path, settings, held_out, max_drop, calibration)
+    options, calibration = file.of_batch(settings.batch_size), None
+    first = options.unfinished
+    if settings.precision == "int8":
+        calibration, first = calibration_images(data, network.resolution, MORE)[0], options
+        if options.in_graph:
+            calibration = to_bytes(calibration, data.pixels)
+    write_trained(network, weights, path, first, Card.of(data))
+    price = lower_within(path, settings, held_out, max_drop, calibration, keep_io=not options.plain)
     if settings.precision in CONVERTED:
-        label_onnx(path, network, True, Card.of(data, price.top1, price.images, part))
+        if first != options:
+            finish(path, options, data.pixels)
+        label_onnx(path, network, True, Card.of(data, price.top1, price.images, part).of_file(options))
     else:
         path.unlink()
     return price
@@ -393,17 +405,28 @@ def deployed_right(
 
     Args:
         path: where its file may be written.
-        recipe: of int8, as `write_lower` has chosen it.
+        recipe: as `write_measured` takes it.
     """
     if RUNTIMES[settings.runtime].artifact == "module":
         return in_torch(network, weights, data, images, settings)
-    write_trained(network, weights, path, settings.batch_size, Card.of(data))
+    write_measured(network, weights, path, data, settings, recipe)
+    runtime, threads = judging(settings.runtime), judging_threads(settings)
+    return HeldOut(images).right(path, runtime, threads, settings.precision == "bf16")
+
+
+def write_measured(
+    network: Arch | TimmNetwork, weights: Path, path: Path, data: ImageData, settings: Settings, recipe: Recipe | None
+) -> None:
+    """Write a trained network's file in the precision of the settings as latency is measured of it: with a static
+    batch, normalised pixels in and logits out.
+
+    recipe: of int8, as `write_lower` has chosen it.
+    """
+    write_trained(network, weights, path, FileOptions(settings.batch_size), Card.of(data))
     if recipe:
         quantize(path, calibration_images(data, network.resolution, MORE)[0], recipe)
     else:
         lower_precision(path, settings)
-    runtime, threads = judging(settings.runtime), judging_threads(settings)
-    return HeldOut(images).right(path, runtime, threads, settings.precision == "bf16")
 
 
 def in_torch(

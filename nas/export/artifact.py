@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nas.export.graph import to_half
-from nas.export.onnx import label_onnx, to_onnx, write_onnx
+from nas.export.onnx import label_onnx, to_file, write_onnx
 from nas.export.options import FileOptions
 from nas.measure.runtime import RUNTIMES, Settings
 from nas.process import Worker
@@ -45,23 +45,25 @@ def write_artifact(
     return path
 
 
-def lower_precision(path: Path, settings: Settings, calibration: np.ndarray | None = None) -> None:
-    """Turn a float32 ONNX file with a static batch into what the runtime loads for a precision, in place.
+def lower_precision(
+    path: Path, settings: Settings, calibration: np.ndarray | None = None, keep_io: bool = False
+) -> None:
+    """Turn a float32 ONNX file into what the runtime loads for a precision, in place.
 
-    fp16 converts weights, input and output, but not the scores of tokens (`nas.export.graph.to_half`); int8 quantises
-    (`nas.export.quantize`), with `calibration` images, float32 (N, 3, R, R), or noise. For fp32, tf32 and bf16 the file
-    stays: the runtime computes in them.
+    fp16 converts weights and, unless `keep_io`, input and output, but not the scores of tokens
+    (`nas.export.graph.to_half`); int8 quantises (`nas.export.quantize`), with `calibration` images, float32
+    (N, 3, R, R), or noise. For fp32, tf32 and bf16 the file stays: the runtime computes in them.
     """
     if settings.precision == "fp16":
-        to_half(path, keep_io=False)
+        to_half(path, keep_io)
     elif settings.precision == "int8":
         from nas.export.quantize import quantize
 
         quantize(path, calibration)
 
 
-def write_trained(network: Arch | TimmNetwork, weights: Path, path: Path, batch_size: int, card: Card) -> None:
-    """Write a network with its weights, folded, as float32 ONNX with its card.
+def write_trained(network: Arch | TimmNetwork, weights: Path, path: Path, options: FileOptions, card: Card) -> None:
+    """Write a network with its weights, folded, as ONNX with its card; see `nas.export.onnx.to_file`.
 
     Raises:
         UserError: weights that do not fit.
@@ -70,8 +72,8 @@ def write_trained(network: Arch | TimmNetwork, weights: Path, path: Path, batch_
     from nas.networks.build import for_inference
     from nas.networks.weights import load
 
-    to_onnx(for_inference(load(network, weights)), path, network.resolution, batch_size)
-    label_onnx(path, network, True, card)
+    to_file(for_inference(load(network, weights)), path, network.resolution, options, card.pixels)
+    label_onnx(path, network, True, card.of_file(options))
 
 
 class Exporter:

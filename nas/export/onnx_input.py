@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nas.errors import UserError
+from nas.export.options import FilePrecision
 from nas.measure.runtimes.pytorch import DTYPES
 from nas.units import counted
 
@@ -75,6 +76,11 @@ class OnnxInput:
         return cls(
             path, value.name, kind, tuple(each.dim_value if each.dim_value > 0 else None for each in tensor.shape.dim)
         )
+
+    @property
+    def precision(self) -> FilePrecision:
+        """Of the file."""
+        return "int8" if self.quantised else "fp16" if self.half else "fp32"
 
     def __str__(self) -> str:
         return "of any shape" if self.sizes is None else written(self.sizes) or "without dimensions"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -60,8 +60,17 @@ class FileOptions:
         """The same for batches of this size, unless any are taken."""
         return self if self.batch_size is None else replace(self, batch_size=batch_size)
 
-    def check(self) -> None:
-        """Raises UserError for what no file can have."""
+    @property
+    def unfinished(self) -> FileOptions:
+        """The same before `nas.export.graph.finish`: normalised pixels in, logits out."""
+        return replace(self, in_graph=False, probabilities=False)
+
+    def check(self, lower: Collection[str] | None = None) -> None:
+        """Raises UserError for what no file can have.
+
+        lower: of a run's model.onnx, the precisions that the network is written in beside it, with the same options;
+        None: it is no run's.
+        """
         if self.batch_size is not None and self.batch_size < 1:
             raise UserError(f"--batch-size is {self.batch_size}: give 1 or more")
         if self.opset not in OPSETS:
@@ -69,13 +78,17 @@ class FileOptions:
                 f"--opset {self.opset}: give {OPSETS[0]} to {OPSETS[-1]}, which PyTorch writes for every network and "
                 "ONNX Runtime and OpenVINO load"
             )
-        if self.precision == "fp16" and self.opset < LAYER_NORM:
+        if "fp16" in (self.precision, *(lower or ())) and self.opset < LAYER_NORM:
             raise UserError(
                 f"--precision fp16 needs --opset {LAYER_NORM} or more: below it, normalisation is made of "
                 "squares, which float16 cannot hold"
             )
         if self.precision not in get_args(FilePrecision):
             raise UserError(f"--precision {self.precision}: a file is fp32, fp16 or int8")
+        if lower is not None and (
+            self.precision == "int8" or (self.precision == "fp16" and {"fp16", "int8"} & {*lower})
+        ):
+            raise UserError(f"a run's model.onnx is not {self.precision}: `vitnas export` makes one of it that is")
 
 
 PLAIN = FileOptions()

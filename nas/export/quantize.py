@@ -40,6 +40,8 @@ MAX_DROP = 1.0
 IMAGES = 16  # calibrated on; enough for ranges
 LEAST = 8  # of those, where images are given
 NOISE = "int8 is calibrated on noise, without --data: latency is real, accuracy is not"
+LISTED = 8
+"""Of what is left in float, layers and kinds that are named in a line."""
 OPERATORS = ("Conv", "MatMul", "Gemm")
 INSTALL = "pip install 'vitnas[int8]'"
 _NAMES = {"onnxruntime": "ONNX Runtime", "nncf": "NNCF"}

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from nas.errors import UserError
 from nas.export.card import LABELS, PREPROCESS, Card, load_onnx, metadata_of
+from nas.export.onnx_input import OnnxInput
+from nas.export.quantize import left_in_float
 from nas.files import replace_file, scratch, unwritable
 from nas.hub.facts import RunFacts, public
 from nas.hub.page import OnnxFacts, Subject, page
@@ -156,4 +158,5 @@ def _write_onnx(source: Path, path: Path) -> OnnxFacts:
         and (batch.dim_value == 1 or bool(batch.dim_param))
         and told.classes is not None
     )
-    return OnnxFacts(path.name, path.stat().st_size, told, plain)
+    left = left_in_float(model) if OnnxInput.read(source).quantised else None
+    return OnnxFacts(path.name, path.stat().st_size, told, plain, left)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nas.export.card import CLASSIFY, Accuracy, Card, Latency
+from nas.export.quantize import LISTED
 from nas.hub.facts import RunFacts
 from nas.intervals import top1_words
 from nas.measure.runtime import LOWER
@@ -28,7 +29,9 @@ class OnnxFacts:
     bytes: int
     card: Card
     plain: bool
-    """Whether it takes what `CLASSIFY` gives it: one normalised image."""
+    """Whether it takes what `CLASSIFY` gives it: one image, or any number."""
+    left_in_float: tuple[str, ...] | None = None
+    """Of int8, as `nas.export.quantize.left_in_float` tells it."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,9 @@ def _parts(subject: Subject) -> list[str]:
     if first.card.classes:
         parts.append(f"Classes: {_text(listed(first.card.classes, NAMED))}.")
     parts += ["## Accuracy and latency", _own_table(subject)]
+    for file in subject.files:
+        if file.left_in_float is not None:
+            parts.append(f"{file.name} is int8; in float: {_text(listed(file.left_in_float, LISTED) or 'nothing')}.")
     if subject.run.rows:
         parts += [f"{subject.run.title}, measured side by side in one run:", _run_table(subject.run)]
     parts.append(

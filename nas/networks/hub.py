@@ -1,4 +1,5 @@
-"""Files of the Hugging Face hub: in its cache on this machine, or downloaded into it. Nothing is unpickled here."""
+"""Files of the Hugging Face hub: in its cache on this machine, or downloaded into it. Nothing is unpickled here, and
+PyTorch is not imported."""
 
 from __future__ import annotations
 
@@ -12,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nas import connection
 from nas.errors import DiskFull, UserError, disk_errors
 from nas.files import tell
 from nas.identity import LENGTH, file_digest
 from nas.networks.timm_form import TimmForm
-from nas.text import first_line, mask_url
+from nas.text import first_line, first_sentence, mask_url
 
 HUB = "hf-hub:"
 """How a repository is named on the command line: hf-hub:OWNER/NAME, or hf-hub:OWNER/NAME@REVISION."""
@@ -222,9 +224,7 @@ def download(
     from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
-    from search_spaces.weights import unreachable
-
-    reason = unreachable()
+    reason = connection.unreachable()
     if reason is not None:
         raise HubError(reason, reached=False)
     bar = _bar(progress)
@@ -251,8 +251,6 @@ def told(error: Exception) -> HubError:
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
-
-    from search_spaces.weights import first_sentence
 
     if isinstance(error, LocalTokenNotFoundError):
         return HubError(f"there is no token: {LOG_IN}")

@@ -17,6 +17,7 @@ from nas.errors import DiskFull, UserError, disk_errors
 from nas.identity import LENGTH, file_digest
 from nas.networks.hub import Bytes, HubError, Unreached, blob, cached, download, stated
 from nas.networks.timm_network import TIMM, TimmNetwork
+from nas.text import first_sentence
 
 if TYPE_CHECKING:
     from timm.models import PretrainedCfg
@@ -283,8 +284,6 @@ def _from_url(wanted: _Wanted, config: PretrainedCfg, progress: Bytes | None) ->
     from urllib.error import HTTPError
 
     from torch.hub import download_url_to_file
-
-    from search_spaces.weights import first_sentence
 
     kept, (path, start) = _kept_by_url(config), _place_of_url(config)
     if kept.path is not None and kept.whole:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from nas import connection
 from nas.errors import UserError
 from nas.files import tell
 from nas.networks.hub import Bytes, Unreached
@@ -51,11 +52,9 @@ class Store:
 
     def reach(self) -> bool:
         """Whether weights can be downloaded: no connection has failed. The hub is asked once."""
-        from search_spaces.weights import unreachable
-
         if not self._asked and not self.offline:
             self._asked = True
-            if why := unreachable():
+            if why := connection.unreachable():
                 self._lose(why)
         return not self.offline
 

@@ -219,6 +219,8 @@ class PriceRow:
     images: int
     refusal: str = ""
     """Why it is infeasible; "" where it is not."""
+    left_in_float: tuple[str, ...] = ()
+    """Of int8, as `nas.export.quantize.left_in_float` tells it."""
 
     @classmethod
     def of(cls, price: Price) -> Self:
@@ -233,6 +235,7 @@ class PriceRow:
             max_drop=price.max_drop,
             images=price.images,
             refusal="" if price.within else price.refusal,
+            left_in_float=price.left_in_float,
         )
 
 

@@ -14,7 +14,7 @@ from nas.export.options import PLAIN, FileOptions
 from nas.export.quantize import MAX_DROP, check_max_drop
 from nas.job import default_folder_of
 from nas.measure.device import check_settings
-from nas.measure.runtime import LOWER, Settings
+from nas.measure.runtime import LOWER, RUNTIMES, Settings
 from nas.report.page import significant
 from nas.units import parse_budget, parse_count, parse_share
 
@@ -142,7 +142,8 @@ class PruneRequest:
             raise UserError(f"--finetune is {self.finetune:g}: give a number of epochs, 0 for none")
         check_max_drop(self.max_drop, self.settings.precision in LOWER and not self.unlabelled)
         check_settings(self.settings)
-        self.file.check()
+        beside = RUNTIMES[self.settings.runtime].artifact == "onnx" and not self.unlabelled
+        self.file.check((self.settings.precision,) if beside else ())
 
 
 def parse_pruning_budget(macs: str | None = None, params: str | None = None, latency: str | None = None) -> Budget:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -87,8 +86,8 @@ class Pruning:
         self.job = PruneJob(request.folder, request.identity(), say, progress, compute_device(request.settings))
         self.request = steps.as_begun(self.job, request)
         self.state, self.end = self.job.state, Ending(say)
-        self.chosen: Path | None = None
-        """The file of the pruned network, where it is int8 by another recipe than the default."""
+        self.chosen: bytes | None = None
+        """The pruned network's file as it is timed, where it is int8 by another recipe than the default."""
         self.price: PriceRow | None = None
         """Of the precision that is timed."""
 
@@ -186,23 +185,27 @@ class Pruning:
     def _export_lower(self, arch: Arch) -> None:
         """Judge the network in the precision that is timed, and write its file there, where it has one of its own,
         unless it costs more than it may; both are noted."""
-        from nas.evaluate.precision import AS_MEASURED, write_lower
+        from nas.evaluate.precision import write_lower, write_measured
 
         job, request, precision = self.job, self.request, self.request.settings.precision
         path = request.folder / f"model.{precision}.onnx"
         path.unlink(missing_ok=True)
         with self.end.step(path.name), job.phase(f"judging {precision}"), scratch(request.folder) as folder:
             draft, weights = folder / path.name, request.folder / "model.safetensors"
-            price = write_lower(arch, weights, draft, job.data, job.evaluated, request.settings, request.max_drop)
+            price = write_lower(
+                arch, weights, draft, job.data, job.evaluated, request.settings, request.max_drop, file=request.file
+            )
             self.price = PriceRow.of(price)
             what = path.name if draft.exists() else "model.onnx"
             for line in price.lines:
                 job.note(f"{what}: {line}")
             if price.within and draft.exists():
+                if not price.as_timed:
+                    measured = draft if request.file.plain else folder / "measured.onnx"
+                    if measured != draft:
+                        write_measured(arch, weights, measured, job.data, request.settings, price.recipe)
+                    self.chosen = measured.read_bytes()
                 draft.replace(path)
-                self.chosen = None if price.as_timed else path
-                if not request.file.plain:
-                    job.note(f"{path.name} {AS_MEASURED}")
 
     def _write(self, before: Arch, after: Arch, kept: Kept, rounds: Rounds) -> PruneResult:
         """Measure both networks side by side, and write the results."""
@@ -215,7 +218,9 @@ class Pruning:
 
             def export(arch: Arch, stem: Path) -> Path:
                 if arch is after and self.chosen:  # of other operators than the default recipe's file
-                    return Path(shutil.copyfile(self.chosen, f"{stem}.onnx"))
+                    path = Path(f"{stem}.onnx")
+                    path.write_bytes(self.chosen)
+                    return path
                 return export_untrained(arch, stem, request)
 
             results = steps.closing_run(archs, export, request, progress)

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nas.data.lineage import record
-from nas.export.artifact import CONVERTED, lower_precision, write_trained
+from nas.export.artifact import CONVERTED, lower_precision
 from nas.export.card import HELD_OUT, LABELS, PREPROCESS, Card, Latency, Preprocess
 from nas.export.folder import save_onnx
+from nas.export.graph import finish
 from nas.export.onnx import label_onnx, write_onnx
 from nas.export.options import FileOptions
 from nas.files import drafted, replace_file
@@ -95,13 +96,12 @@ class BestFolder:
             in_fp32 = weights is None or settings.precision not in LOWER  # as its accuracy is
             if not converted and in_fp32:
                 card = card.model_copy(update={"latency": self._latency(row)})
-            options = request.file.of_batch(settings.batch_size)
-            save_best(candidate.network, self.folder, path, options, card, self._images(candidate))
+            save_best(candidate.network, self.folder, path, self._options(row), card, self._images(candidate))
         if weights and self.lower and settings.precision in LOWER:
             file = f"model.{settings.precision}.onnx" if converted else "model.onnx"
             return replace(weights, price=self._write_lower(row, candidate, self.lower, file), file=file)
         if converted:
-            self._write_converted(row, candidate, weights)
+            self._write_converted(row, candidate)
         return weights
 
     def _settings(self, row: Network) -> Settings:
@@ -120,27 +120,29 @@ class BestFolder:
                     draft.write_bytes(made.content)
                     if made.price.as_timed or files.timed.get(candidate.key) == made.price.recipe:
                         card = Card.read(draft).model_copy(update={"latency": self._latency(row)})
-                        label_onnx(draft, candidate.network, True, card)
+                        label_onnx(draft, candidate.network, True, card.of_file(self._options(row)))
             return made.price if made else None
         return None
 
-    def _write_converted(self, row: Network, candidate: Candidate, weights: Weights | None) -> None:
-        """Write the file that was measured: its latency is known, and its accuracy is not."""
-        settings, path = self._settings(row), self.folder / "model.onnx"
+    def _options(self, row: Network) -> FileOptions:
+        """Of its ONNX files."""
+        return self.request.file.of_batch(self._settings(row).batch_size)
+
+    def _write_converted(self, row: Network, candidate: Candidate) -> None:
+        """Write the file of an untrained network that was measured: its latency is known where nothing was chosen of
+        it."""
+        settings, options, path = self._settings(row), self._options(row), self.folder / "model.onnx"
         lower = self.folder / f"model.{settings.precision}.onnx"
         if path.is_file():
             with self.step(f"best/{lower.name}"), drafted(lower) as draft:
-                card = self._card(candidate, weights).model_copy(
-                    update={"accuracy": None, "latency": self._latency(row)}
-                )
-                if self.request.file.plain:
+                card = self._card(candidate, None).model_copy(update={"latency": self._latency(row)})
+                if options.plain:
                     shutil.copyfile(path, draft)
-                elif weights:  # as it was measured, whatever was chosen of model.onnx
-                    write_trained(candidate.network, weights.path, draft, settings.batch_size, card)
                 else:
-                    write_onnx(candidate.network, draft, FileOptions(settings.batch_size))
-                lower_precision(draft, settings, self.log.calibration)
-                label_onnx(draft, candidate.network, weights is not None, card)
+                    write_onnx(candidate.network, draft, options.unfinished)
+                lower_precision(draft, settings, self.log.calibration, keep_io=not options.plain)
+                finish(draft, options, card.pixels)
+                label_onnx(draft, candidate.network, False, card.of_file(options))
 
     def _weights(self, candidate: Candidate) -> Weights | None:
         if self.tier is None:

@@ -12,7 +12,6 @@ from itertools import chain
 from typing import TYPE_CHECKING, cast
 
 from nas.ending import Ending
-from nas.evaluate.precision import AS_MEASURED
 from nas.files import FolderInUse, folder_lock
 from nas.intervals import guessing
 from nas.measure.budget import Verdict
@@ -488,9 +487,6 @@ class _Finish:
                 yield skipped
         if weights and weights.price:
             yield from (f"best/{weights.file}: {line}" for line in weights.price.lines)
-        lower = f"model.{self._precision_of(self.winner)}.onnx" if self.winner else ""
-        if lower and not self.request.file.plain and (self.best.folder / lower).is_file():
-            yield f"best/{lower} {AS_MEASURED}"
         if self.accuracy:
             told = guessing(self.accuracy.rows[0].ci, self.request.num_classes)
             if told:

@@ -37,6 +37,8 @@ class LowerFile:
     content: bytes | None
     """None of a precision without a file of its own."""
     price: Price
+    measured: bytes | None = None
+    """What is timed in its place, where it was chosen what the file takes and gives."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class LowerFiles:
             UserError: see `nas.evaluate.precision.write_lower`.
             RuntimeError, ValueError: the network cannot be exported.
         """
-        from nas.evaluate.precision import write_lower
+        from nas.evaluate.precision import write_lower, write_measured
 
         request, trainer, data, part = self.request, self.tier.trainer, self.tier.data(candidate), ""
         weights, images = weights_of(request, candidate), data.val
@@ -77,8 +79,14 @@ class LowerFiles:
         if key not in self.made:
             with scratch(request.folder) as folder:
                 path, settings = folder / "model.onnx", replace(request.settings, precision=precision)
-                price = write_lower(candidate.network, weights, path, data, images, settings, request.max_drop, part)
-                self.made[key] = LowerFile(path.read_bytes() if path.exists() else None, price)
+                price = write_lower(
+                    candidate.network, weights, path, data, images, settings, request.max_drop, part, request.file
+                )
+                content, measured = path.read_bytes() if path.exists() else None, None
+                if not request.file.plain and not price.as_timed:
+                    write_measured(candidate.network, weights, path, data, settings, price.recipe)
+                    measured = path.read_bytes()
+                self.made[key] = LowerFile(content, price, measured)
         return self.made[key]
 
     def shipped(self, candidate: Candidate, precision: str, trained: Accuracies) -> Accuracies:
@@ -125,7 +133,7 @@ def time_anew(
         return [*final], False
     files.timed.pop(key, None)
     try:
-        found = timed_anew(files.request, final, row, made.content)
+        found = timed_anew(files.request, final, row, made.measured or made.content)
     except MeasureError as error:
         note(f"{row.label}: {NOT_TIMED}: {error}")
         return [*final], False

@@ -156,7 +156,7 @@ class SearchRequest:
         if self.limits.file_mb is not None and RUNTIMES[self.settings.runtime].artifact != "onnx":
             able = " or ".join(name for name, each in RUNTIMES.items() if each.artifact == "onnx")
             raise UserError(f"--size-budget: runtime {self.settings.runtime} loads no file; use {able}")
-        self.file.check()
+        self.file.check(self.precisions if RUNTIMES[self.settings.runtime].artifact == "onnx" else ())
         if self.throughput_at is not None:
             check_settings(replace(self.settings, batch_size=self.throughput_at))
 

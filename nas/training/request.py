@@ -95,7 +95,7 @@ class TrainRequest:
         from nas.training.updater import PRECISIONS
 
         recipe = self.recipe
-        self.file.check()
+        self.file.check(())
         for name, value, least, most in (
             ("epochs", recipe.epochs, 1, MOST),
             ("batch-size", recipe.batch_size, 2, MOST),

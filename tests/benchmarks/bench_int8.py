@@ -34,6 +34,7 @@ from nas.evaluate.pairs import compare
 from nas.evaluate.precision import MORE, RECIPES, HeldOut, quantize_within
 from nas.export.artifact import write_trained
 from nas.export.card import Card
+from nas.export.options import PLAIN
 from nas.export.quantize import MAX_DROP, calibration_images, quantize
 from nas.measure.samples import median_interval
 from nas.networks.targets import find_target
@@ -105,7 +106,7 @@ def measured(subject: Subject, folder: Path, images: int, rounds: int) -> dict[s
     held = HeldOut(sample(subject.data.val, images, 0))
     calibration, _ = calibration_images(subject.data, PX, MORE)
     plain = folder / "fp32.onnx"
-    write_trained(subject.network, subject.weights, plain, 1, Card.of(subject.data))
+    write_trained(subject.network, subject.weights, plain, PLAIN, Card.of(subject.data))
     row: dict[str, object] = {"network": subject.name, "images": images, "runtimes": {}}
     for runtime in RUNTIMES:
         full = held.right(plain, runtime, 1)

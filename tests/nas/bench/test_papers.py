@@ -343,7 +343,7 @@ def test_head_similarity_against_a_plain_loop():
 
 
 def test_head_similarity_needs_weights(monkeypatch, tmp_path):
-    monkeypatch.setattr("search_spaces.weights.unreachable", lambda: "no connection")
+    monkeypatch.setattr("nas.connection.unreachable", lambda: "no connection")
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *args, **kwargs: None)
     (row,) = run_papers(ORT, only=["deit-head-similarity"]).to_json()["rows"]
     assert row["error"] == "needs timm's trained deit_tiny_patch16_224, which could not be downloaded"

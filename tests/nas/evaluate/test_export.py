@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from nas.export.card import Card, Latency, Preprocess
 from nas.export.folder import save_model, save_onnx
 from nas.export.options import PLAIN
 from nas.export.quantize import Recipe
+from nas.units import listed
 from search_spaces import create_model
 
 
@@ -81,6 +83,13 @@ def test_int8_says_what_it_costs(run: Path, tmp_path: Path, vitnas: Any, more: t
     card = Card.read(out)
     assert card.accuracy.top1 == 60
     assert card.latency is None, "it is that of fp32"
+    facts = json.loads(vitnas("show", str(out), "--json")[1])
+    assert facts == json.loads(vitnas("show", str(out / "model.onnx"), "--json")[1]) | {
+        each: facts[each] for each in ("model", "kind")
+    }
+    assert (facts["top1"], facts["top1_precision"]) == (60, "int8")
+    assert f"left in float: {listed(facts['left_in_float'], 8)}" == left
+    assert " in int8\nint8 leaves in float: " in vitnas("show", str(out))[1]
     assert {path.name for path in out.iterdir()} >= {"arch.json", "model.safetensors", "preprocess.json", "labels.txt"}
 
 

@@ -11,11 +11,14 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from PIL import Image
 
 from nas.data.dataset import ImageData
 from nas.data.images import Images, plain_transform
+from nas.data.pixels import Pixels
 from nas.errors import UserError
 from nas.evaluate import precision
+from nas.evaluate.onnx_file import OnnxFile
 from nas.evaluate.precision import (
     HeldOut,
     Price,
@@ -25,9 +28,10 @@ from nas.evaluate.precision import (
     quantize_within,
     write_lower,
 )
-from nas.export.card import Card
+from nas.export.card import Card, load_onnx
 from nas.export.folder import save_weights
-from nas.export.onnx import label_onnx, to_onnx
+from nas.export.onnx import label_onnx, to_file, to_onnx
+from nas.export.options import OPSETS, FileOptions
 from nas.export.quantize import Recipe, check_max_drop
 from nas.measure.runtime import Settings
 from search_spaces import create_model, get_arch
@@ -49,17 +53,22 @@ def held(sources: list[np.ndarray]) -> HeldOut:
     return HeldOut(Images(sources, [i % 2 for i in range(40)], plain_transform(SIDE)))
 
 
-@pytest.fixture
-def full(tmp_path: Path, sources: list[np.ndarray]) -> Path:
-    """A network that knows dark from light, and says how images become its input."""
+def small() -> torch.nn.Module:
+    """(B, 3, SIDE, SIDE) -> (B, 2)."""
     torch.manual_seed(0)
-    network = torch.nn.Sequential(
+    return torch.nn.Sequential(
         torch.nn.Conv2d(3, 8, 3),
         torch.nn.ReLU(),
         torch.nn.AdaptiveAvgPool2d(1),
         torch.nn.Flatten(),
         torch.nn.Linear(8, 2),
     ).eval()
+
+
+@pytest.fixture
+def full(tmp_path: Path, sources: list[np.ndarray]) -> Path:
+    """A network that knows dark from light, and says how images become its input."""
+    network = small()
     pixels, labels = calibration(sources), torch.arange(40) % 2
     optimizer = torch.optim.Adam(network.parameters(), 0.05)
     for _ in range(60):
@@ -229,6 +238,54 @@ def test_fp16_with_values_beyond_its_largest_is_infeasible(full: Path, held: Hel
         r"^infeasible: fp16 .*: float16 ends at 65,504, and \d values? of this network pass it, the first scaled1$",
         price.lines[0],
     )
+
+
+class Small:
+    """Stands for an Arch whose network takes images of this size."""
+
+    resolution = SIDE
+
+    def to_json(self) -> str:
+        return "{}"
+
+
+@pytest.mark.parametrize("lower", ["int8", "fp16"])
+def test_what_is_chosen_of_a_file_holds_in_lower_precisions(
+    lower: str, tmp_path: Path, sources: list[np.ndarray], held: HeldOut, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On both runtimes: what it takes and gives, and that it answers as the file of which nothing is chosen."""
+    network = small()
+
+    def write(_: Small, weights: Path, path: Path, options: FileOptions, card: Card) -> None:
+        to_file(network, path, SIDE, options, card.pixels)
+        label_onnx(path, None, True, card.of_file(options))
+
+    monkeypatch.setattr(precision, "write_trained", write)
+    monkeypatch.setattr(precision, "RECIPES", (Recipe(),))
+    pixels = Pixels((0.4, 0.5, 0.6), (0.2, 0.25, 0.3), "bilinear", 1.0)
+    images = held.images
+    data = ImageData("greys", ["dark", "light"], images, images, images, demo=False).at(SIDE, pixels=pixels)
+    path, pictures = tmp_path / "model.onnx", [Image.fromarray(each) for each in sources[:5]]
+    plain = None
+    for chosen in (FileOptions(), FileOptions(in_graph=True), FileOptions(None, True, OPSETS[-1], True)):
+        settings = Settings(precision=lower, batch_size=2)
+        price = write_lower(Small(), tmp_path, path, data, data.val, settings, 100.0, file=chosen)
+        assert Card.read(path).accuracy.top1 == price.top1 == 100 * HeldOut(data.val).right(path).mean()
+        for runtime in ("onnxruntime", "openvino"):
+            file = OnnxFile.open(path, runtime, threads=1)
+            assert (file.batch_size, file.in_graph, file.probabilities, file.precision, file.classes) == (
+                chosen.of_batch(2).batch_size,
+                chosen.in_graph,
+                chosen.probabilities,
+                lower,
+                ("dark", "light"),
+            )
+            kind = "uint8" if chosen.in_graph else "float16" if lower == "fp16" else "float32"
+            assert (file.kind, file.channels_last) == (kind, chosen.in_graph)
+            answers = file.softmax(np.stack([file.pixels(each) for each in pictures]))
+            plain = answers if plain is None else plain
+            assert abs(answers - plain).max() < 1e-2, (runtime, chosen)
+        assert load_onnx(path).opset_import[0].version == chosen.opset
 
 
 def test_bf16_is_judged_of_the_same_file(full: Path, held: HeldOut, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,18 @@ def test_what_no_file_can_have_is_refused(changes: dict[str, Any], message: str)
         FileOptions(**changes).check()
 
 
+def test_what_a_file_beside_it_cannot_have_is_refused() -> None:
+    FileOptions(opset=16).check(("fp32", "int8"))
+    with pytest.raises(UserError, match=r"^--precision fp16 needs --opset 17 or more: "):
+        FileOptions(opset=16).check(("fp32", "fp16"))
+    FileOptions(precision="fp16").check(())
+    for own, lower in (("int8", ()), ("fp16", ("fp32", "int8"))):
+        with pytest.raises(
+            UserError, match=f"^a run's model.onnx is not {own}: `vitnas export` makes one of it that is$"
+        ):
+            FileOptions(precision=own).check(lower)  # type: ignore[arg-type]
+
+
 def test_what_a_file_can_have_is_not() -> None:
     for options in (FileOptions(), FileOptions(None, True, OPSETS[0], True, "int8"), FileOptions(opset=OPSETS[-1])):
         options.check()

@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +27,7 @@ from nas.networks.targets import find_target
 from nas.networks.timm_network import TimmNetwork
 from nas.networks.weights import load
 
+ROOT = Path(__file__).parents[3]
 LCNET = TimmNetwork("lcnet_050", 32, 3)
 PREPROCESS = Preprocess.own(32)
 CONFIG = {
@@ -316,3 +320,27 @@ def test_predict_takes_the_file_of_a_repository(
         UserError, match="has no model.onnx: `vitnas export hf-hub:me/weights --out".replace(".", r"\.")
     ):
         answers("hf-hub:me/weights")
+
+
+def test_the_process_that_predicts_asks_the_hub_without_torch(hub: Hub, tmp_path: Path) -> None:
+    """Also where there is no such repository, and where the hub cannot be asked."""
+    hub.add("me/net", {"model.onnx": write_toy(tmp_path / "model.onnx", card=toy_card()).read_bytes()})
+    image = tmp_path / "image.png"
+    Image.new("RGB", (20, 20), "red").save(image)
+    code = (
+        "import sys; from huggingface_hub import constants\n"
+        "from nas.cli.app import app; from nas.errors import UserError\n"
+        "def classify(name):\n"
+        f"    app(['predict', name, {str(image)!r}, '-q'], standalone_mode=False)\n"
+        "classify('hf-hub:me/net')\n"
+        "try: classify('hf-hub:me/none')\n"
+        "except UserError as error: assert 'no such repository' in str(error), error\n"
+        "constants.HF_HUB_OFFLINE = True\n"
+        "classify('hf-hub:me/net')\n"
+        "loaded = {'torch', 'torchvision', 'timm', 'onnx', 'search_spaces'} & set(sys.modules)\n"
+        "sys.exit(', '.join(loaded) or 0)"
+    )
+    own = {"HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(hub.cache), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    environment = os.environ | own | {"HF_TOKEN_PATH": str(tmp_path / "token")}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+    assert sum(verb == "GET" and path.endswith("/model.onnx") for verb, path in hub.asked) == 1

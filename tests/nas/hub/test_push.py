@@ -16,11 +16,13 @@ import torch
 from hub.stand_in import TOKEN, Hub
 from huggingface_hub import HfApi, ModelCard, constants
 from PIL import Image
+from toy_onnx import write_toy
 
 from nas.errors import UserError
 from nas.export.card import Accuracy, Card, Latency, Preprocess
 from nas.export.folder import save_model, save_onnx
 from nas.export.options import FileOptions
+from nas.export.quantize import quantize
 from nas.hub.facts import RunFacts, public_name
 from nas.hub.folder import write_to
 from nas.hub.page import _of_run, _run_table
@@ -172,7 +174,10 @@ def test_the_page_s_code_is_right_for_a_file_that_normalises_itself(made: Path, 
     save_model(model, run)
     card = Card(preprocess=Preprocess.own(32), classes=CLASSES)
     save_onnx(model, run, FileOptions(batch_size=None, in_graph=True), trained=True, card=card)
+    lower = write_toy(run / "model.int8.onnx", card=card, softmax=True)
+    quantize(lower)
     write_to(of(run), look)
+    assert "\n\nmodel.int8.onnx is int8; in float: 1 x softmax.\n\n" in (look / "README.md").read_text()
     Image.new("RGB", (40, 50), (200, 30, 90)).save(look / "photo.jpg")
     (snippet,) = re.findall(r"^```python\n(.*?)^```", (look / "README.md").read_text(), re.M | re.S)
     ran = subprocess.run([sys.executable, "-c", snippet], cwd=look, capture_output=True, text=True)

@@ -28,10 +28,11 @@ from nas.cli.run_list import list_runs
 from nas.data.pixels import Pixels
 from nas.errors import UserError
 from nas.evaluate import precision
+from nas.evaluate.onnx_file import OnnxFile
 from nas.evaluate.precision import HeldOut
 from nas.export import side_by_side
 from nas.export.card import Card, Preprocess
-from nas.export.quantize import Recipe
+from nas.export.quantize import Recipe, left_in_float
 from nas.measure.samples import Measurement
 from nas.prune import steps
 from nas.prune.request import parse_pruning_budget
@@ -204,10 +205,13 @@ def test_int8_is_judged_on_held_out_images(
     else:
         assert "Infeasible" not in printed
         assert "model.onnx, model.int8.onnx, prune.json" in " ".join(printed.split())
-        assert any(note.startswith("model.int8.onnx is written as it is measured") for note in result(out)["notes"])
         assert notes[0].startswith("model.int8.onnx: int8 costs 0.0 points of top-1")
         assert Card.read(out / "model.int8.onnx").accuracy.top1 == 100
-        assert timed["after"] == (out / "model.int8.onnx").read_bytes()
+        assert OnnxFile.open(out / "model.int8.onnx").batch_size is None
+        (tmp_path / "timed.onnx").write_bytes(timed["after"])
+        assert OnnxFile.open(tmp_path / "timed.onnx").batch_size == 1
+        kept = left_in_float(onnx.load(tmp_path / "timed.onnx"))
+        assert price["left_in_float"][0] == kept[0] == "/stem/stem.0/Conv"
     assert (out / "model.onnx").is_file()
 
 

@@ -55,7 +55,7 @@ def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with weights of a small shvit_s1; there are no others to be had."""
     quick.small_shvit(monkeypatch)
     quick.short_probes(monkeypatch)
-    monkeypatch.setattr("search_spaces.weights.unreachable", lambda: "no connection")
+    monkeypatch.setattr("nas.connection.unreachable", lambda: "no connection")
     folder = tmp_path / "zoo"
     folder.mkdir()
     write_weights(folder, seed=0)

@@ -587,7 +587,11 @@ def test_a_file_says_only_what_was_found_out_with_it(vitnas, device, tier, pictu
 
 
 def priced(
-    monkeypatch: pytest.MonkeyPatch, trained: dict[str, float], kept: dict[str, float], recipe: Recipe | None = None
+    monkeypatch: pytest.MonkeyPatch,
+    trained: dict[str, float],
+    kept: dict[str, float],
+    recipe: Recipe | None = None,
+    measured: bytes | None = None,
 ) -> list[str]:
     """Has int8 cost so many points of 50% with full trainings and the search's own, by the key of a candidate; half a
     point else. Holds the keys in the order in which they are judged."""
@@ -601,7 +605,7 @@ def priced(
         price = Price(
             recipe or Recipe(), "onnxruntime", 200, 50.0, 50 - drop, drop, ci, self.request.max_drop, 1, softmax
         )
-        return LowerFile(b"lower", price)
+        return LowerFile(b"lower", price, measured)
 
     def shipped(self: LowerFiles, candidate: Candidate, precision: str, trained: Accuracies) -> Accuracies:
         return replace(trained, top1=[of(self, candidate, precision).price.top1], precision=precision)
@@ -704,24 +708,30 @@ def test_a_network_is_tried_and_shipped_in_the_first_precision_that_meets_the_bu
     vitnas.refused(vitnas(*command(tmp_path, "--precision", "auto")), "--precision auto needs --data")
 
 
-def test_a_file_of_another_recipe_is_timed_as_it_is_shipped(vitnas, device, tier, pictures, tmp_path, monkeypatch):
-    """Its latency is told everywhere, once timed; over the budget it wins nothing."""
+@pytest.mark.parametrize("chosen", [(), ("--dynamic-batch",)])
+def test_a_file_of_another_recipe_is_timed_as_it_is_shipped(
+    vitnas, device, tier, pictures, tmp_path, monkeypatch, chosen
+):
+    """Its latency is told everywhere, once timed, but by a file that takes something else; over the budget it wins
+    nothing."""
     cards = cards_of(monkeypatch)
-    priced(monkeypatch, {}, {}, Recipe("nncf"))
+    priced(monkeypatch, {}, {}, Recipe("nncf"), b"measured" if chosen else None)
     first, alone = device.compare, []
 
     def compare(paths: dict[str, Path], *rest: Any) -> dict[str, Measurement]:
-        if {path.read_bytes() for path in paths.values()} != {b"lower"}:
+        if {path.read_bytes() for path in paths.values()} != {b"measured" if chosen else b"lower"}:
             return first(paths, *rest)
         alone.append([*paths])
         return dict.fromkeys(paths, Measurement([[slow]] * 30))
 
     monkeypatch.setattr(nas.export.side_by_side, "compare", compare)
-    slow, words = 9.0, trained(tmp_path, pictures, "--precision", "int8")
+    slow, words = 9.0, trained(tmp_path, pictures, "--precision", "int8", *chosen)
     code, out, err = vitnas(*words)
     result = json.loads(out)
     assert (code, result["winner"]["latency_ms"]) == (0, 9.0), err
-    assert cards["model.int8.onnx"].latency.ms == 9.0
+    assert best(tmp_path)["model.int8.onnx"] == b"lower"
+    told = cards["model.int8.onnx"].latency
+    assert (told is None) if chosen else (told.ms == 9.0)
     assert len(alone) == len({label for (label,) in alone}) == len(result["final"])
     assert f"{result['winner']['label']}: its file is made by another recipe" in "\n".join(result["notes"])
     shutil.rmtree(tmp_path / "s")

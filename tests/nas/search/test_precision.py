@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from nas.errors import UserError
+from nas.evaluate.onnx_file import OnnxFile
+from nas.evaluate.precision import Price
+from nas.export.card import Card
+from nas.export.options import PLAIN, FileOptions
+from nas.export.quantize import Recipe
 from nas.intervals import Interval
 from nas.measure.budget import Limits
 from nas.measure.remote import LinkLost
 from nas.measure.runtime import Settings
 from nas.measure.samples import MeasureError
+from nas.quality.candidate import Candidate
 from nas.quality.tier import Estimate
 from nas.search import precision
+from nas.search.best import BestFolder
 from nas.search.latency import TrialLatency
+from nas.search.lower import LowerFiles
 from nas.search.precision import HOPELESS, RATIOS, Faster, expected_drop, first_that_fits, ladder, less
 from nas.search.request import SearchRequest
 
@@ -117,3 +128,62 @@ def test_the_ladder_has_what_this_machine_can(monkeypatch: pytest.MonkeyPatch) -
     assert ladder(Settings("openvino")) == ALL
     assert ladder(Settings("onnxruntime", "cuda")) == ("fp32", "tf32", "fp16")
     assert ladder(Settings("torch", "ssh://me@there/cuda"))[:1] == ("fp32",)
+
+
+@pytest.mark.parametrize("recipe", [Recipe(), Recipe(kept=("first",))])
+@pytest.mark.parametrize("file", [PLAIN, FileOptions(None, in_graph=True)])
+def test_what_is_shipped_and_timed(
+    recipe: Recipe, file: FileOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, helpers: Any
+) -> None:
+    """Of a recipe that trials have not timed it is a file that takes what theirs do."""
+    written: list[Any] = []
+
+    def write_lower(network: Any, weights: Path, path: Path, *rest: Any) -> Price:
+        written.append(rest[-1])
+        path.write_bytes(b"shipped")
+        return Price(recipe, "onnxruntime", 200, 50.0, 50.0, 0.0, (-1.0, 1.0), 1.0)
+
+    def write_measured(network: Any, weights: Path, path: Path, data: Any, settings: Settings, recipe: Recipe) -> None:
+        written.append((settings.precision, recipe))
+        path.write_bytes(b"measured")
+
+    monkeypatch.setattr("nas.search.lower.weights_of", lambda *_: tmp_path / "weights")
+    monkeypatch.setattr("nas.evaluate.precision.write_lower", write_lower)
+    monkeypatch.setattr("nas.evaluate.precision.write_measured", write_measured)
+    request = SearchRequest(budget_ms=1.0, out=tmp_path, study="s", file=file)
+    tier: Any = SimpleNamespace(trainer=None, data=lambda _: SimpleNamespace(val=None))
+    request.folder.mkdir()
+    made = LowerFiles(request, tier).of(Candidate(helpers.random_arch("shvit", 0)), "int8")
+    assert made is not None
+    anew = [("int8", recipe)] if recipe.kept and file != PLAIN else []
+    assert (made.content, made.measured, written) == (b"shipped", b"measured" if anew else None, [file, *anew])
+
+
+@pytest.mark.parametrize("lower", ["fp16", "int8"])
+@pytest.mark.parametrize("file", [PLAIN, FileOptions(None, True, 18, True)])
+def test_the_file_of_an_untrained_search_is_as_asked_for(
+    lower: str, file: FileOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, helpers: Any
+) -> None:
+    """In the precision that was measured; its latency is told where it is that file's."""
+    request = SearchRequest(budget_ms=1.0, settings=Settings(precision=lower), out=tmp_path, study="s", file=file)
+    log: Any = SimpleNamespace(calibration=None, hardware={})
+
+    def step(_: str) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    row: Any = SimpleNamespace(precision=None, latency_ci=(0.9, 1.1), latency_ms=1.0)
+    candidate = Candidate(helpers.random_arch("shvit", 0, num_classes=2, resolution=32))
+    monkeypatch.setattr("nas.search.best.candidate_of", lambda _: candidate)
+    (tmp_path / "s").mkdir()
+    best = BestFolder(request, log, None, step)
+    assert best.write(row) is None
+    for name, precision_of in (("model", "fp32"), (f"model.{lower}", lower)):
+        found = OnnxFile.open(best.folder / f"{name}.onnx")
+        assert (found.batch_size, found.in_graph, found.probabilities, found.precision) == (
+            file.batch_size,
+            file.in_graph,
+            file.probabilities,
+            precision_of,
+        )
+    card = Card.read(best.folder / f"model.{lower}.onnx")
+    assert (card.latency is None, card.accuracy) == (file != PLAIN, None)

@@ -121,7 +121,7 @@ def zoo(folder: Path, *names: str) -> Store:
 def test_networks_whose_weights_are_here_race_at_their_checkpoints_sizes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("search_spaces.weights.unreachable", lambda: "no internet")
+    monkeypatch.setattr("nas.connection.unreachable", lambda: "no internet")
     monkeypatch.delenv("VITNAS_WEIGHTS", raising=False)
     monkeypatch.setattr("nas.networks.pretrained.cached", lambda *_: None)
     store = zoo(tmp_path / "zoo", "levit_128s", "lcnet_050", "sepvit_lite")
@@ -138,7 +138,7 @@ def test_networks_whose_weights_are_here_race_at_their_checkpoints_sizes(
     assert made.network.num_classes == 7
     fixed, _ = find_entrants(["levit"], 32, 7, store)
     assert {each.sizes for each in fixed} == {(32,)}
-    monkeypatch.setattr("search_spaces.weights.unreachable", lambda: None)
+    monkeypatch.setattr("nas.connection.unreachable", lambda: None)
     reached, lacking = find_entrants(["levit", "sepvit"], None, 7, Store(tmp_path / "zoo", lambda _: None))
     assert "levit_192" in {each.name for each in reached}
     assert lacking == ["sepvit_tiny", "sepvit_small", "sepvit_base"], "nobody published any"
@@ -152,7 +152,7 @@ def test_a_damaged_file_of_weights_is_told(
 
     from search_spaces import create_model as create
 
-    monkeypatch.setattr("search_spaces.weights.unreachable", lambda: "no internet")
+    monkeypatch.setattr("nas.connection.unreachable", lambda: "no internet")
     monkeypatch.delenv("VITNAS_WEIGHTS", raising=False)
     monkeypatch.setattr("nas.networks.pretrained.cached", lambda *_: None)
     store = zoo(tmp_path / "zoo", "shvit_s1", "levit_128s")

@@ -903,7 +903,7 @@ def test_a_teacher_without_trained_weights_is_refused(vitnas, deit, tmp_path, mo
     bare.mkdir()
     (bare / "arch.json").write_text(get_arch("shvit_s1", 10).at(64).to_json())
 
-    monkeypatch.setattr("search_spaces.weights.unreachable", lambda: "cannot reach the host")
+    monkeypatch.setattr("nas.connection.unreachable", lambda: "cannot reach the host")
     for words, expected in (
         (("--teacher", str(bare)), "has no model.safetensors"),
         (("--teacher", "timm/regnety_160.deit_in1k"), "cannot reach the host"),
