@@ -224,7 +224,7 @@ def cut_to_latencies(network: str, data: Path, weights: Path, seeds: list[int], 
                 say(f"{request.folder}: {'; '.join(found.failures)}")
                 continue
             after = found.accuracy.pruned
-            row = cell | {"folder": str(request.folder), "verdict": found.budget.verdict}
+            row = cell | {"folder": str(request.folder), "verdict": str(found.budget.verdict)}
             row |= {"macs": found.after.macs / found.before.macs, "dense": found.accuracy.before.top1}
             row |= {"cut": after.top1, "cut_ci": after.top1_ci, "seconds": found.phases.get("compensating", 0.0)}
             rows.add(row)
