@@ -26,12 +26,13 @@ def best_of(result: EvaluateResult) -> ModelResult:
 
 
 def best_ways(result: EvaluateResult) -> list[ModelResult]:
-    """Each network on each runtime; of one whose images were prepared in several ways, the most accurate."""
-    found: dict[tuple[str, str], ModelResult] = {}
+    """Each network on each runtime in each precision; of one whose images were prepared in several ways, the most
+    accurate."""
+    found: dict[tuple[str, str, str], ModelResult] = {}
     for each in result.results:
-        known = found.get((each.model, each.runtime))
-        if known is None or each.top1 > known.top1:
-            found[each.model, each.runtime] = each
+        way = each.model, each.runtime, each.precision
+        if way not in found or each.top1 > found[way].top1:
+            found[way] = each
     return list(found.values())
 
 

@@ -23,6 +23,12 @@ from nas.networks.timm_network import TIMM, TimmNetwork
 from nas.networks.weights import load
 from nas.text import first_line
 
+OF_A_NETWORK = (
+    *("model.onnx", "model.*.onnx", "model.safetensors", SEEN),
+    *("metrics.json", "prune.json", PREPROCESS, LABELS),
+)
+"""What vitnas writes beside a network's document."""
+
 if TYPE_CHECKING:
     import numpy as np
     from torch import nn
@@ -229,7 +235,7 @@ def replace_network(
 @contextmanager
 def drafted_network(folder: Path) -> Iterator[Path]:
     """A place for a network's files, which move to `folder` at the end, all of them or none; those of an earlier
-    network go from it.
+    network go from it, where its document says that there is one.
 
     Raises:
         DiskFull: there is no room for them.
@@ -238,10 +244,9 @@ def drafted_network(folder: Path) -> Iterator[Path]:
     try:
         with scratch(folder) as draft:
             yield draft
-            for name in ("metrics.json", "prune.json", PREPROCESS, LABELS):
-                (folder / name).unlink(missing_ok=True)
-            for earlier in folder.glob("model.*"):
-                earlier.unlink()
+            for pattern in OF_A_NETWORK if (folder / "arch.json").is_file() else ():
+                for earlier in folder.glob(pattern):
+                    earlier.unlink()
             for path in draft.iterdir():
                 path.replace(folder / path.name)
     except OSError as error:

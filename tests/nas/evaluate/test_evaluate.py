@@ -360,9 +360,11 @@ def test_bf16_stands_beside_fp32(
     monkeypatch.setattr("nas.evaluate.session.check_settings", lambda settings: opened.append(settings.precision))
     half = str(write_toy(tmp_path / "half.onnx", half=True, card=toy_card(classes=CLASSES)))
     both = ("--precision", "fp32", "--precision", "bf16")
-    found = judged(vitnas, toy, half, "--data", str(images), "--runtime", "openvino", *both)
+    out = tmp_path / "out"
+    found = judged(vitnas, toy, half, "--data", str(images), "--runtime", "openvino", *both, "--out", str(out))
     told = [(each["label"], each["precision"]) for each in found["results"]]
     assert told == [("toy.onnx, fp32", "fp32"), ("toy.onnx, bf16", "bf16"), ("half.onnx", "fp16")]
+    assert [f"<h2>{label}</h2>" in (out / "report.html").read_text() for label, _ in told] == [True] * 3
     assert opened.count("bf16") == 2, "the toy, before and after PyTorch is loaded"
     assert not any("ways to prepare images" in note for note in found["notes"])
     monkeypatch.undo()

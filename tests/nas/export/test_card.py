@@ -150,17 +150,24 @@ def test_a_folder_of_an_earlier_version_says_what_its_metrics_hold(vitnas, folde
 
 
 def test_the_images_that_weights_have_seen_go_with_them(vitnas, folder, tmp_path):
-    """Into a folder where what was said of another network goes."""
-    for name in ("model.seen.npy", "model.int8.onnx", "prune.json", "labels.txt"):
+    """Into a folder where what was said of another network goes, and what vitnas does not write stays."""
+    users = {"model.py", "model.pth", "config.json"}
+    for name in ("arch.json", "model.seen.npy", "model.int8.onnx", "prune.json", "labels.txt", *users):
         (tmp_path / name).write_text("of another network")
     assert vitnas("export", str(folder), "--out", str(tmp_path))[0] == 0
     assert (tmp_path / "model.seen.npy").read_bytes() == (folder / "model.seen.npy").read_bytes()
-    assert {path.name for path in tmp_path.iterdir()} == {
+    assert {path.name for path in tmp_path.iterdir()} == users | {
         *("arch.json", "model.onnx", "model.safetensors", "model.seen.npy"),
         *("metrics.json", "preprocess.json", "labels.txt"),
     }
     assert vitnas("export", "shvit_s1", "--out", str(tmp_path))[0] == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"arch.json", "model.onnx", "preprocess.json"}
+    assert {path.name for path in tmp_path.iterdir()} == users | {"arch.json", "model.onnx", "preprocess.json"}
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    for name in ("metrics.json", "labels.txt"):
+        (mine / name).write_text("the user's")
+    assert vitnas("export", "shvit_s1", "--out", str(mine))[0] == 0
+    assert {(mine / name).read_text() for name in ("metrics.json", "labels.txt")} == {"the user's"}
 
 
 def test_the_classes_of_weights_in_another_network_stay_and_its_accuracy_goes(vitnas, folder, tmp_path):
