@@ -24,10 +24,9 @@ OFFSETS = 0.098
 """Standard deviation over families of their offsets, in log odds: what design and recipe are worth at a size."""
 SLOPES = 0.026
 """Of their slopes, in log odds per doubling of MACs and parameters."""
-NOISE = 0.0535
-"""Standard deviation in log odds of a network about its family's curve, from 250 MMACs and 2.5 M parameters up."""
-NOISE_OF_SMALL = 0.15
-"""How fast the logarithm of `NOISE` grows below, per halving of MACs and parameters.
+NOISE, NOISE_SLOPE = 0.048, 0.014
+"""Standard deviation in log odds of a network about its family's curve, at 500 MMACs and 5 M parameters, and what each
+doubling or halving of both adds, in quadrature: much smaller and much larger networks scatter more.
 
 These four are near those under which the table is likeliest, and were set so that intervals hold what they state of its
 networks and families that are left out (`bench_prior.py`)."""
@@ -138,4 +137,4 @@ def _size(network: Size) -> float:
 
 
 def _noise(size: float) -> float:
-    return NOISE * math.exp(NOISE_OF_SMALL * max(0.0, -1 - size))
+    return math.hypot(NOISE, NOISE_SLOPE * size)

@@ -143,6 +143,8 @@ class Finder:
     def __init__(self, request: SearchRequest, seen: Seen, judge: Judge) -> None:
         self._request, self._seen, self._judge = request, seen, judge
         self._pool: dict[str, Point] = {}
+        self._made: dict[tuple[str, tuple[tuple[str, int], ...]], Point] = {}
+        """By family and levels: one in eight is made again."""
         self._foretold: tuple[Speed, dict[str, tuple[float, float]]] = (seen.speed, {})
         self.choice: Choice | None = None
         """The last one."""
@@ -263,8 +265,11 @@ class Finder:
         return [each.point for each in sorted(fitting or measured, key=last)[:PARENTS]]
 
     def _add(self, family: str, levels: Mapping[str, int]) -> None:
-        try:
-            point = Point.at(self._request, family, levels)
-        except ArchError:  # too large to be built
-            return
+        place = family, tuple(sorted(levels.items()))
+        if place not in self._made:
+            try:
+                self._made[place] = Point.at(self._request, family, levels)
+            except ArchError:  # too large to be built
+                return
+        point = self._made[place]
         self._pool.setdefault(point.digest, point)

@@ -12,7 +12,7 @@ from nas.search import trial
 from nas.search.finder import BySize, ByTraining, Finder
 from nas.search.opening import Opening
 from nas.search.published import choices
-from nas.search.seen import Seen
+from nas.search.seen import Point, Seen
 from nas.study.trials import Proposal
 from nas.threads import one_blas_thread
 
@@ -53,6 +53,8 @@ class Guide:
         self._seen = Seen(request, trial.reference_arch(), reference_ms, before)
         size = BySize(tier if isinstance(tier, PriorTier) else PriorTier(recipes=False))
         self._opening = Opening(request, self._seen, size.score)
+        self._begun: tuple[tuple[int, ...], Point | None] | None = None
+        """What the beginning said last, and of what."""
         self._finder: Finder | None = None
         if request.sampler == "auto":
             judge = ByTraining(tier, size) if isinstance(tier, TrainedTier) else size
@@ -69,7 +71,7 @@ class Guide:
             if self._finder is None:
                 return
             others_try = any(not each.ended for each in self._seen.tried)  # and may end the beginning meanwhile
-            if self._opening.next() is None or (others_try and self._finder.choice is None):
+            if self._beginning() is None or (others_try and self._finder.choice is None):
                 self._finder.compare()
 
     def propose(self) -> Proposal | None:
@@ -83,7 +85,7 @@ class Guide:
         budget = f"{self._request.budget_ms:g} ms{self._request.limits.words}"
         if self._opening.hopeless():
             raise NothingLeft(f"the smallest shape of every family was measured, far over {budget}")
-        point = self._opening.next()
+        point = self._beginning()
         if point is None and self._finder is not None:
             if self._finder.nothing_better():
                 why = "none promises more than the best"
@@ -94,3 +96,10 @@ class Guide:
         if point is None:
             return None
         return Proposal(point.params, choices(self._request), {"name": point.name} if point.name else {})
+
+    def _beginning(self) -> Point | None:
+        """As `Opening.next`, which is asked again only where something has changed."""
+        now = self._seen.state
+        if self._begun is None or self._begun[0] != now:
+            self._begun = now, self._opening.next()
+        return self._begun[1]

@@ -143,8 +143,13 @@ class Seen:
         ]
         self._needs = Needs(self._request.limits, smallest(self._request.precisions), needs)
 
+    @property
+    def state(self) -> tuple[int, ...]:
+        """The same as long as nothing else was read or learnt: trials only begin and end."""
+        return self.number, self._looked, len(self.tried), self._learnt
+
     def meets(self, rows: np.ndarray) -> np.ndarray:
-        """Logarithms of the chances to meet the limits of memory and size, (n,). rows: (n, 8 + families)."""
+        """Logarithms of the chances to meet the limits of memory and size, (n,). rows: (n, 16 + families)."""
         return self._needs.chances(_params_m(rows.T))
 
     def _point(self, trial: FrozenTrial) -> Point | None:
@@ -158,7 +163,7 @@ class Seen:
 
 
 def _params_m(coordinates: np.ndarray) -> Any:
-    """Millions of parameters of networks by their coordinates, (8 + families, ...)."""
+    """Millions of parameters of networks by their coordinates, (16 + families, ...)."""
     return np.exp(coordinates[3]) / 1e6
 
 

@@ -1,9 +1,9 @@
 """A network's latency foretold from its document, by what a study has measured so far.
 
 The logarithm of the latency is a Gaussian process: linear in a network's size and shape, about a first guess from
-multiply-accumulates, with a smooth remainder. What little is known before the first measurement stands in the standard
-deviations; each measurement makes its own family the surest. It decides only what is tried: all that is tried is
-measured.
+multiply-accumulates, with a smooth remainder, which goes by what each stage holds, too. What little is known before the
+first measurement stands in the standard deviations; each measurement makes its own family the surest. It decides only
+what is tried: all that is tried is measured.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from scipy.linalg import cho_solve, cholesky, solve_triangular
 
 from search_spaces.api import stage_counts
 from search_spaces.registry import FAMILIES
+from search_spaces.space import STAGES
 
 if TYPE_CHECKING:
     from search_spaces import Arch
@@ -33,7 +34,9 @@ mean shares of attention and of dropped tokens."""
 OFFSET, SLOPE = 0.5, 0.15
 """Of a family's offset, and of its power of MACs."""
 REST, LENGTH = 0.15, 1.0
-"""Standard deviation of the smooth remainder, and how far it reaches in the coordinates above."""
+"""Standard deviation of the smooth remainder, and how far it reaches in all coordinates."""
+BLOCKS = 0.5
+"""Weight of the logarithm of a stage's blocks among them."""
 NOISES = (0.03, 0.06, 0.12, 0.25)
 """Standard deviations that a measurement's logarithm may have: that under which the last ones are likeliest counts.
 Small on a quiet machine."""
@@ -44,7 +47,8 @@ GUESSED = 0.06
 
 
 def coordinates(arch: Arch) -> np.ndarray:
-    """What a latency is foretold from, (8 + families,): those of `COMMON`, and which of the families it is."""
+    """What a latency is foretold from, (16 + families,): those of `COMMON`; of each of four stages, 0 where a network
+    has fewer, the share in MACs, then the log of blocks; and which of the families it is."""
     tallies, stages = stage_counts(arch), arch.summary()
     macs = np.array([each.macs for each in tallies], dtype=float)
     depth = np.array([stage.depth for stage in stages], dtype=float)
@@ -59,9 +63,18 @@ def coordinates(arch: Arch) -> np.ndarray:
             macs[-1] / macs.sum(),
             float(depth @ [stage.attention_share for stage in stages]) / blocks,
             float(depth @ [1 - stage.keep_rate for stage in stages]) / blocks,
+            *_by_stage(macs / macs.sum()),
+            *_by_stage(BLOCKS * np.log1p(depth)),
             *(float(arch.family == name) for name in FAMILIES),
         ]
     )
+
+
+def _by_stage(values: np.ndarray) -> np.ndarray:
+    """Padded with zeros to as many stages as the search axes have."""
+    found = np.zeros(len(STAGES))
+    found[: len(values)] = values[: len(STAGES)]
+    return found
 
 
 class Speed:
@@ -85,7 +98,7 @@ class Speed:
             self._weights = cho_solve((self._root, True), residual)
 
     def predict(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Means and standard deviations of the logarithms of latencies in ms. rows: (n, 8 + families)."""
+        """Means and standard deviations of the logarithms of latencies in ms. rows: (n, 16 + families)."""
         mean = self._guess(rows)
         variance = self._variance(rows)
         if len(self._rows):
@@ -101,7 +114,7 @@ class Speed:
     def _inputs(self, rows: np.ndarray) -> np.ndarray:
         """Times their standard deviations: the level, the common coordinates, and the families' own two."""
         near = rows[:, : len(COMMON)] - self._middle[: len(COMMON)]
-        own = rows[:, len(COMMON) :]
+        own = rows[:, -len(FAMILIES) :]
         return np.hstack([np.full((len(rows), 1), LEVEL), near * COMMON, own * OFFSET, own * SLOPE * near[:, :1]])
 
     def _covariance(self, rows: np.ndarray, others: np.ndarray) -> np.ndarray:

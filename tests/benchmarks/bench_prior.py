@@ -9,9 +9,9 @@ prediction (median of 500), and of the build on the meta device (median of 50) t
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from statistics import mean, median
 
 import numpy as np
@@ -21,10 +21,10 @@ from scipy.special import ndtri
 from nas.networks.counts import counts_of
 from nas.quality import size_fit
 from nas.quality.candidate import Candidate
-from nas.quality.prior import PriorTier, fitted_to
+from nas.quality.prior import PriorTier, Sized, fitted_to
 from nas.quality.published import Published
 from nas.quality.scale import odds_of, percent_of
-from nas.quality.size_fit import COEFFICIENTS, NOISE, NOISE_OF_SMALL, OFFSETS, SLOPES, Prediction, SizeFit
+from nas.quality.size_fit import COEFFICIENTS, NOISE, NOISE_SLOPE, OFFSETS, SLOPES, Prediction, SizeFit
 from search_spaces import Arch, count, table
 from search_spaces.registry import FAMILIES
 from search_spaces.space import random_params
@@ -73,7 +73,7 @@ def rows_of(points: Sequence[Published], told: Sequence[Prediction]) -> list[lis
 
 
 def likeliest(points: Sequence[Published]) -> np.ndarray:
-    """The spreads (offsets, slopes, noise, noise of small) under which the table is likeliest."""
+    """The spreads (offsets, slopes, noise, its slope) under which the table is likeliest."""
     names = sorted({point.family for point in points})
     rows = np.array([size_fit._row(point) for point in points])
     sizes = np.array([size_fit._size(point) for point in points])
@@ -83,15 +83,15 @@ def likeliest(points: Sequence[Published]) -> np.ndarray:
     alike = own @ own.T
 
     def cost(values: np.ndarray) -> float:
-        offsets, slopes, noise = np.exp(values[:3])
-        deviations = noise * np.exp(values[3] * np.maximum(0, -1 - sizes))
+        offsets, slopes, noise, noise_slope = np.exp(values)
+        deviations = np.hypot(noise, noise_slope * sizes)
         covariance = common + alike * (offsets**2 + slopes**2 * np.outer(sizes, sizes)) + np.diag(deviations**2)
         factor = np.linalg.cholesky(covariance)
         return float(np.log(np.diag(factor)).sum() + np.square(np.linalg.solve(factor, odds)).sum() / 2)
 
-    start = np.array([math.log(OFFSETS), math.log(SLOPES), math.log(NOISE), NOISE_OF_SMALL])
+    start = np.log([OFFSETS, SLOPES, NOISE, NOISE_SLOPE])
     found = minimize(cost, start, method="Nelder-Mead", options={"maxiter": 300, "xatol": 1e-3, "fatol": 1e-3}).x
-    return np.array([*np.exp(found[:3]), found[3]])
+    return np.array(np.exp(found))
 
 
 def worth(points: Sequence[Published]) -> list[list[str]]:
@@ -100,9 +100,10 @@ def worth(points: Sequence[Published]) -> list[list[str]]:
     rows = []
     for family in FAMILIES:
         distilled = any(point.distilled for point in points if point.family == family and point.source != "timm")
-        size = Published("", family, 5_000_000, 500_000_000, 224, distilled, 0, "")
-        usual = percent_of(fit.predict(Published("", "", size.params, size.macs, 224, False, 0, ""), None).mean)
-        rows.append([family, f"{percent_of(fit.predict(size, family).mean) - usual:+.1f}"])
+        size = Sized(5_000_000, 500_000_000, 224, distilled)
+        usual = fit.predict(replace(size, distilled=False), None)
+        gain = percent_of(fit.predict(size, family).mean) - percent_of(usual.mean)
+        rows.append([family, f"{gain:+.1f}"])
     return rows
 
 
@@ -137,8 +138,8 @@ def main() -> None:
         print(f"\n{title}: {', '.join(columns)}")
         for row in rows_of(points, left_out(points, whole_family)):
             print(" | ".join(row))
-    print("\noffsets, slopes, noise, noise of small: likeliest, and in use")
-    print(likeliest(points).round(4), (OFFSETS, SLOPES, NOISE, NOISE_OF_SMALL))
+    print("\noffsets, slopes, noise, its slope: likeliest, and in use")
+    print(likeliest(points).round(4), (OFFSETS, SLOPES, NOISE, NOISE_SLOPE))
     print("\nwhat a family is worth, in points:", worth(points))
     print("\nfamily | counts | prediction | build: ms of CPU")
     for row in costs():

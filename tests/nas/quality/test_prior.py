@@ -11,9 +11,9 @@ from nas.networks.counts import counts_of
 from nas.quality import size_fit
 from nas.quality.candidate import Candidate
 from nas.quality.prior import CLASSES, PriorTier, Sized, fitted, fitted_to, sized
-from nas.quality.published import Published, published
+from nas.quality.published import published
 from nas.quality.scale import interval_of, odds_of, percent_of, points_per_odds
-from nas.quality.size_fit import COEFFICIENTS, NOISE, OFFSETS, SLOPES, SizeFit
+from nas.quality.size_fit import COEFFICIENTS, NOISE, NOISE_SLOPE, OFFSETS, SLOPES, SizeFit
 from nas.quality.tier import Estimate
 from nas.quality.tiers import TIERS
 from nas.search.rivals import DESIGNS
@@ -92,7 +92,7 @@ def test_the_fit_is_that_of_a_gaussian_process():
     size = (macs + params) / 2
     same = np.array([[a.family == b.family for b in everyone] for a in everyone])
     covariance = (x * np.square(COEFFICIENTS)) @ x.T + same * (OFFSETS**2 + SLOPES**2 * np.outer(size, size))
-    covariance += NOISE**2 * np.eye(len(everyone))
+    covariance += np.diag(NOISE**2 + (NOISE_SLOPE * size) ** 2)
     known, to_known = covariance[:-1, :-1], covariance[-1, :-1]
     odds = np.log([p.top1 / (100 - p.top1) for p in rest])
     found = SizeFit(rest).predict(asked, asked.family)
@@ -100,30 +100,22 @@ def test_the_fit_is_that_of_a_gaussian_process():
     assert found.error**2 == pytest.approx(covariance[-1, -1] - to_known @ np.linalg.solve(known, to_known))
 
 
-def held(points: list[Published], others: dict[str, list[Published]], whole_family: bool) -> float:
-    """Share of networks whose top-1 the stated 90% interval holds, predicted without each, or without its family."""
-    fits = {key: SizeFit(rest) for key, rest in others.items()}
-    inside = []
-    for point in points:
-        found = fits[point.family if whole_family else point.name].predict(point, point.family)
-        inside.append(abs(odds_of(point.top1) - found.mean) <= 1.645 * found.error)
-    return float(np.mean(inside))
-
-
-def test_the_90_percent_interval_holds_what_it_states_for_families_it_has_not_seen():
-    rows = fitted_to()
-    without = {name: [row for row in rows if row.family != name] for name in {row.family for row in rows}}
-    assert 0.85 <= held(rows, without, whole_family=True) <= 0.95
-    small = [row for row in rows if row.macs < 100e6]
-    assert len(small) > 20
-    assert 0.85 <= held(small, without, whole_family=True) <= 0.95
-
-
-def test_the_90_percent_interval_holds_what_it_states_for_small_networks_it_has_not_seen():
-    rows = fitted_to()
-    small = [row for row in rows if row.macs < 100e6]
-    without = {each.name: [row for row in rows if row is not each] for each in small}
-    assert 0.85 <= held(small, without, whole_family=False) <= 0.95
+@pytest.mark.parametrize(("left_out", "most"), [("name", 300e6), ("family", 6e9)])
+def test_the_90_percent_interval_holds_what_it_states_of_each_size(left_out, most):
+    """Of networks that the fit has not seen (of all sizes in `bench_prior.py`), and of whole families."""
+    rows, classes = fitted_to(), np.array([0, 100e6, 300e6, 1e9, 6e9])
+    asked = [row for row in rows if row.macs <= most]
+    fits = {
+        key: SizeFit([row for row in rows if getattr(row, left_out) != key])
+        for key in {getattr(row, left_out) for row in asked}
+    }
+    found = [fits[getattr(row, left_out)].predict(row, row.family) for row in asked]
+    held = [abs(odds_of(row.top1) - each.mean) <= 1.645 * each.error for row, each in zip(asked, found, strict=True)]
+    which = np.searchsorted(classes, [row.macs for row in asked])
+    for number in range(1, int(np.searchsorted(classes, most)) + 1):
+        shares = np.array(held)[which == number]
+        assert len(shares) > 20
+        assert 0.85 <= shares.mean() <= 0.95, classes[number]
 
 
 def test_a_quadratic_knows_small_networks():

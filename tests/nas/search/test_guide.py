@@ -22,14 +22,14 @@ from nas.search import finder
 from nas.search.finder import BySize, ByTraining, Finder
 from nas.search.guide import Guide, NothingLeft
 from nas.search.loop import _Search
-from nas.search.opening import ladder, rungs_of, smallest_of
+from nas.search.opening import Opening, ladder, rungs_of, smallest_of
 from nas.search.request import SearchRequest
 from nas.search.seen import Point, Seen, params_of
 from nas.search.speed import Speed, coordinates
 from nas.study.ledger import ledger_of
 from nas.study.samplers import make_sampler
 from nas.study.trials import ask, finish, open_study
-from search_spaces import Arch, get_arch
+from search_spaces import Arch, get_arch, stage_counts
 from search_spaces.registry import FAMILIES
 from search_spaces.space import LEVELS
 
@@ -150,6 +150,18 @@ def proposed(monkeypatch) -> list[Point]:
     found, propose = [], Finder.propose
     monkeypatch.setattr(Finder, "propose", lambda self: found.append(propose(self)) or found[-1])
     return found
+
+
+def test_nothing_is_worked_out_twice(tmp_path, monkeypatch):
+    """The beginning is asked once a trial; levels that come up again are not decoded again."""
+    asked, next_ = [], Opening.next
+    monkeypatch.setattr(Opening, "next", lambda self: asked.append(self) or next_(self))
+    worker = Worker(request(3.0, families=("levit",)), tmp_path)
+    worker.run(6)
+    assert len(asked) == 6
+    worker.guide._finder._add("levit", levels_of("levit"))
+    monkeypatch.setattr(Point, "at", lambda *_: pytest.fail("it is made again"))
+    worker.guide._finder._add("levit", levels_of("levit"))
 
 
 def test_families_with_few_trials_keep_their_share(tmp_path, proposed):
@@ -313,6 +325,21 @@ def test_latencies_are_foretold_better_with_every_family_that_is_measured():
         return found
 
     assert errors(40).mean() < 0.1 < errors(0).mean()
+
+
+def test_what_each_stage_holds_tells_networks_apart():
+    """Two networks that agree in all else: a measurement of the one says less of the other."""
+    arch = get_arch("sepvit_lite")
+    row, macs = coordinates(arch), [each.macs for each in stage_counts(arch)]
+    assert row[8:12] == pytest.approx(np.array(macs) / sum(macs))
+    assert row[12:16] == pytest.approx(0.5 * np.log([1 + stage.depth for stage in arch.summary()]))
+    assert coordinates(get_arch("levit_128s"))[[11, 15]].tolist() == [0.0, 0.0], "it has three stages"
+    moved = row.copy()
+    moved[[9, 10, 13, 14]] = row[[10, 9, 14, 13]]
+    speed = Speed((coordinates(get_arch("efficientvit_m0")), 1.0), [(row, 5.0)])
+    (known, like), (sure, less_sure) = speed.predict(np.array([row, moved]))
+    assert like < known
+    assert less_sure > sure + 0.01
 
 
 def levels_of(family: str) -> dict[str, int]:
