@@ -24,7 +24,7 @@ from nas.data.found import FoundImages, LabelledImages
 from nas.data.images import Rows
 from nas.data.listing import natural_key
 from nas.data.shards import find_shards, read_index
-from nas.errors import UserError
+from nas.errors import DiskFull, UserError, is_full
 from nas.text import first_sentence
 
 if TYPE_CHECKING:
@@ -88,6 +88,8 @@ def torch_dataset(name: str) -> FoundImages:
         with FileLock(root / f"{name}.lock"):
             parts = [_torch_split(name, root, split) for split in ("train", "validation")]
     except Exception as error:  # of any kind, where a file is cut off
+        if is_full(error):
+            raise DiskFull(root, error=error) from None
         raise UserError(
             f"torch/{name} cannot be had in {root} ({first_sentence(error)}): copy its files there, name another "
             f"folder with ${CACHE}, or give --data DIR of your own images"
@@ -148,6 +150,8 @@ def hub_dataset(name: str) -> FoundImages:
         try:
             splits = datasets.load_dataset(name)
         except Exception as error:  # of any kind: what is wrong lies in the data set or its host
+            if is_full(error):
+                raise DiskFull(datasets.config.HF_DATASETS_CACHE, error=error) from None
             elsewhere = (
                 ""
                 if Path(name).exists()

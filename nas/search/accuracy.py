@@ -88,7 +88,7 @@ class Accuracies:
     @property
     def seedless(self) -> bool:
         """Whether no seed changes it: it is as it begins, and no parent was tuned for it."""
-        return self.as_begun and self.before is None
+        return self.as_begun and not (self.before and self.before.epochs)
 
     @property
     def start(self) -> str:

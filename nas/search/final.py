@@ -137,8 +137,10 @@ class FullTraining:
 
 
 def seeds_of(request: SearchRequest, tier: TrainedTier, candidate: Candidate) -> range:
-    """The seeds of a network's final trainings. A ready one that stays as it begins has one: no seed changes it."""
-    return range(known(request.plan).seeds if tier.tuning_pays(candidate) or candidate.parent else 1)
+    """The seeds of a network's final trainings. One that stays as it begins, as its parent does, has one: no seed
+    changes it."""
+    varies = tier.tuning_pays(candidate) or (candidate.parent and tier.parent_tuning_pays(candidate))
+    return range(known(request.plan).seeds if varies else 1)
 
 
 def earlier_crops(request: SearchRequest) -> float | None:

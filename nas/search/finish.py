@@ -150,7 +150,7 @@ class _Finish:
                 stands = False
             if not self.end.interrupted:
                 self._train(self.trained)
-        if stands and self.end.interrupted and not self.log.failures:
+        if stands and self.end.interrupted and not self._failures():
             self.say("the results of the run that had ended with these trials stay as they are")
             raise KeyboardInterrupt
         return self._write()

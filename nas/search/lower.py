@@ -83,7 +83,7 @@ class LowerFiles:
                     candidate.network, weights, path, data, images, settings, request.max_drop, part, request.file
                 )
                 content, measured = path.read_bytes() if path.exists() else None, None
-                if not request.file.plain and not price.as_timed:
+                if price.within and not price.as_timed and not request.file.plain:
                     write_measured(candidate.network, weights, path, data, settings, price.recipe)
                     measured = path.read_bytes()
                 self.made[key] = LowerFile(content, price, measured)

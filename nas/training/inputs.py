@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from search_spaces import Arch
     from search_spaces.network import Network
 
+UNLABELLED_IMAGES = "the images of --unlabelled"
+
 
 @dataclass(frozen=True)
 class TrainInputs:
@@ -155,7 +157,7 @@ def digests_of(request: TrainRequest, inputs: TrainInputs, known: Mapping[str, s
     if request.unlabelled is not None:
         paths = images_below(request.unlabelled)
         more = Images(paths, [UNLABELLED] * len(paths), inputs.data.calibration.transform)
-        found["the images of --unlabelled"] = images_digest(more)
+        found[UNLABELLED_IMAGES] = images_digest(more)
     return found
 
 

@@ -19,7 +19,14 @@ from nas.training.begun import as_begun, defaults
 from nas.training.course import Course
 from nas.training.device import alone_on
 from nas.training.folder import WEIGHTS, Trained, TrainFolder
-from nas.training.inputs import digests_of, first_network, lend_oracle, open_inputs, open_teacher
+from nas.training.inputs import (
+    UNLABELLED_IMAGES,
+    digests_of,
+    first_network,
+    lend_oracle,
+    open_inputs,
+    open_teacher,
+)
 from nas.training.prepare import JUDGED_AT_ONCE, End, Preparation
 from nas.training.processes import agreed, processes, ranks, together
 from nas.training.request import as_given, check_device
@@ -170,7 +177,11 @@ class TrainingRun:
                 for file, digest in ((known.file, known.digest), (start.path, start.digest))
             )
             raise UserError(f"{self.request.folder} was begun with {was}, not {now}: give another --out")
-        self.job.agree(digests_of(self.request, self.inputs, self.job.state.inputs))
+        known_ones = self.job.state.inputs
+        digests = digests_of(self.request, self.inputs, known_ones)
+        if self.job.state.options.get("unlabelled") and known_ones and UNLABELLED_IMAGES not in known_ones:
+            digests.pop(UNLABELLED_IMAGES, None)  # an older vitnas kept no record of them
+        self.job.agree(digests)
         self.course.start = start.record
 
     def _written(self, trained: Trained, error: TrainingError | None) -> TrainResult | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import os
@@ -20,12 +21,12 @@ from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100, Places365
 from torchvision.datasets.utils import calculate_md5
 
-from nas.data import shards
+from nas.data import shards, sources
 from nas.data.batches import loader
 from nas.data.dataset import open_data
 from nas.data.images import Images, decode, hold_out, sample
 from nas.data.sources import TORCH
-from nas.errors import UserError
+from nas.errors import DiskFull, UserError
 
 
 @pytest.fixture(autouse=True)
@@ -227,6 +228,15 @@ def test_imagenet_cannot_be_downloaded(cache):
 def test_an_unknown_name(name, near):
     assert near in message(f"torch/{name}")
     assert f"torch/{name} is not known: did you mean torch/" in message(f"torch/{name}")
+
+
+def test_a_full_disk(cache, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sources, "_torch_split", full)
+    with pytest.raises(DiskFull):
+        sources.torch_dataset("cifar10")
 
 
 def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):

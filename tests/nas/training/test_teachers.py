@@ -168,6 +168,13 @@ def test_features_of_any_classes_teach(vitnas: Any, of_seven: tuple[str, str], t
     assert not (out / "teacher").exists()
     assert "is finished" in vitnas(*args, *unlabelled)[2]
     vitnas.refused(vitnas(*args), "another content of the images of --unlabelled")
+    state = out / "state" / "state.json"
+    recorded = state.read_text()
+    document = json.loads(recorded)
+    del document["inputs"]["the images of --unlabelled"]  # as an older vitnas kept it
+    state.write_text(json.dumps(document))
+    assert "is finished" in vitnas(*args, *unlabelled)[2]
+    state.write_text(recorded)
     (more / "0.png").unlink()
     vitnas.refused(vitnas(*args, *unlabelled), "another content of the images of --unlabelled")
 
