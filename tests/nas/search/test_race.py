@@ -19,6 +19,7 @@ from nas.networks.counts import counts_of
 from nas.quality.candidate import Candidate, Kind
 from nas.quality.surrogate import describe_candidate
 from nas.quality.tier import Estimate
+from nas.search.final import seeds_of
 from nas.search.given import GIVEN
 from nas.search.latency import TrialLatency
 from nas.search.log import Clock, SearchLog
@@ -277,3 +278,11 @@ def test_a_network_over_a_limit_is_infeasible_and_not_trained(
     assert (made.feasible, made.over, made.verdict) == (not over, over, "over" if over else "fits")
     assert (made.memory_mb, made.file_mb) == (memory_mb, 2.0)
     assert study.trials[0].constraints["memory"] == (1.0 if memory_mb is None else memory_mb / 64 - 1)
+
+
+@pytest.mark.parametrize(("parent", "tuned", "seeds"), [("", False, 1), ("larger", False, 1), ("larger", True, 3)])
+def test_what_no_seed_changes_is_trained_once(parent: str, tuned: bool, seeds: int) -> None:
+    """A network that stays as it begins, unless its parent is tuned from each seed."""
+    tier = SimpleNamespace(tuning_pays=lambda _: False, parent_tuning_pays=lambda _: tuned)
+    request, candidate = SimpleNamespace(plan=SimpleNamespace(seeds=3)), SimpleNamespace(parent=parent)
+    assert len(seeds_of(request, tier, candidate)) == seeds  # type: ignore[arg-type]
