@@ -48,6 +48,11 @@ def machine_tag() -> str:
 # ---------------------------------------------------------------------- files
 
 
+def expanded(path: str | Path) -> Path:
+    """With the home of a ~ at its beginning; of a user who is not known here, as it is."""
+    return Path(os.path.expanduser(path))
+
+
 def replace_file(path: Path, data: str | bytes) -> None:
     """Write a file in one step: a reader sees the old one or the new one, and a failed write leaves the old one."""
     data = data.encode() if isinstance(data, str) else data

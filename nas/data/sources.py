@@ -25,6 +25,7 @@ from nas.data.images import Rows
 from nas.data.listing import natural_key
 from nas.data.shards import find_shards, read_index
 from nas.errors import DiskFull, UserError, is_full
+from nas.files import expanded
 from nas.text import first_sentence
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ TIMEOUT = 10.0
 
 
 def cache_folder() -> Path:
-    return Path(os.environ.get(CACHE) or "~/.cache/vitnas/data").expanduser()
+    return expanded(os.environ.get(CACHE) or "~/.cache/vitnas/data")
 
 
 def digits() -> FoundImages:

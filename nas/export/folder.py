@@ -23,12 +23,6 @@ from nas.networks.timm_network import TIMM, TimmNetwork
 from nas.networks.weights import load
 from nas.text import first_line
 
-OF_A_NETWORK = (
-    *("model.onnx", "model.*.onnx", "model.safetensors", SEEN),
-    *("metrics.json", "prune.json", PREPROCESS, LABELS),
-)
-"""What vitnas writes beside a network's document."""
-
 if TYPE_CHECKING:
     import numpy as np
     from torch import nn
@@ -36,6 +30,12 @@ if TYPE_CHECKING:
     from nas.networks.timm_network import TimmModel
     from search_spaces import Arch
     from search_spaces.network import Network
+
+OF_A_NETWORK = (
+    *("model.onnx", "model.*.onnx", "model.safetensors", SEEN),
+    *("metrics.json", "prune.json", PREPROCESS, LABELS),
+)
+"""What vitnas writes beside a network's document."""
 
 
 def save_model(model: Network | TimmModel, folder: Path, with_weights: bool = True) -> None:

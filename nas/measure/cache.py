@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nas.errors import DiskFull, UserError, is_full
+from nas.files import expanded
 from nas.measure.samples import SURE_ROUNDS, Measurement, quanta
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ LIBRARIES = ("torch", "timm", "onnx", "onnxruntime", "onnxruntime-gpu")
 
 def default_path() -> Path:
     """$VITNAS_CACHE/latency.sqlite, by default under ~/.cache/vitnas."""
-    return Path(os.path.expanduser(os.environ.get(ENVIRONMENT) or "~/.cache/vitnas")) / "latency.sqlite"
+    return expanded(os.environ.get(ENVIRONMENT) or "~/.cache/vitnas") / "latency.sqlite"
 
 
 @cache

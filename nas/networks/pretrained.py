@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from nas.errors import DiskFull, UserError, disk_errors
+from nas.files import expanded
 from nas.identity import LENGTH, file_digest
 from nas.networks.hub import Bytes, HubError, Unreached, blob, cached, download, stated
 from nas.networks.timm_network import TIMM, TimmNetwork
@@ -141,7 +142,7 @@ def _given(wanted: _Wanted, folder: Path | None) -> tuple[Pretrained | None, lis
     looked: list[str] = []
     for option, place in ((OPTION, folder), (VARIABLE, os.environ.get(VARIABLE))):
         if place:
-            path = _in_folder(_expanded(place), option, wanted.names)
+            path = _in_folder(expanded(place), option, wanted.names)
             if path is not None:
                 digest = file_digest(path)
                 return Pretrained(wanted.label, path, "folder", digest, wanted.timm, "; ".join(looked)), looked
@@ -155,12 +156,7 @@ def check_folder(folder: Path) -> None:
     Raises:
         UserError: it is missing, or holds none.
     """
-    _in_folder(_expanded(folder), OPTION, ())
-
-
-def _expanded(folder: str | Path) -> Path:
-    """With the home of a ~ at its beginning; of a user that is not known here, as it is."""
-    return Path(os.path.expanduser(folder))
+    _in_folder(expanded(folder), OPTION, ())
 
 
 def label_of(network: Arch | TimmNetwork) -> str:

@@ -201,8 +201,9 @@ class Pruning:
                 job.note(f"{what}: {line}")
             if price.within and draft.exists():
                 if not price.as_timed:
-                    measured = draft if request.file.plain else folder / "measured.onnx"
-                    if measured != draft:
+                    measured = draft
+                    if not request.file.plain:
+                        measured = folder / "measured.onnx"
                         write_measured(arch, weights, measured, job.data, request.settings, price.recipe)
                     self.chosen = measured.read_bytes()
                 draft.replace(path)

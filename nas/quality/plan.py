@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Self
 
 from nas.errors import UserError
+from nas.files import expanded
 
 DEFAULT_EPOCHS = {"train": 9, "race": 3, "inherit": 3, "supernet": 30}
 FINAL_EPOCHS = 30
@@ -71,7 +72,7 @@ class TrainingPlan:
         ):
             if value < least:
                 raise UserError(f"--{name} is {value}: give {least} or more")
-        if self.weights_from is not None and self.weights_from.expanduser().is_file():
+        if self.weights_from is not None and expanded(self.weights_from).is_file():
             raise UserError(f"--weights-from {self.weights_from} is a file: give the folder that holds it")
         if 0 < self.validate < LEAST_VALIDATED:
             raise UserError(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -143,8 +144,8 @@ class Finder:
     def __init__(self, request: SearchRequest, seen: Seen, judge: Judge) -> None:
         self._request, self._seen, self._judge = request, seen, judge
         self._pool: dict[str, Point] = {}
-        self._made: dict[tuple[str, tuple[tuple[str, int], ...]], Point] = {}
-        """By family and levels: one in eight is made again."""
+        self._at = lru_cache(KEPT)(lambda family, levels: Point.at(request, family, dict(levels)))
+        """Of a family and its levels, one in eight of which comes again."""
         self._foretold: tuple[Speed, dict[str, tuple[float, float]]] = (seen.speed, {})
         self.choice: Choice | None = None
         """The last one."""
@@ -265,11 +266,8 @@ class Finder:
         return [each.point for each in sorted(fitting or measured, key=last)[:PARENTS]]
 
     def _add(self, family: str, levels: Mapping[str, int]) -> None:
-        place = family, tuple(sorted(levels.items()))
-        if place not in self._made:
-            try:
-                self._made[place] = Point.at(self._request, family, levels)
-            except ArchError:  # too large to be built
-                return
-        point = self._made[place]
+        try:
+            point = self._at(family, tuple(levels.items()))
+        except ArchError:  # too large to be built
+            return
         self._pool.setdefault(point.digest, point)

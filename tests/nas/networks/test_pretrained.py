@@ -13,6 +13,7 @@ import pytest
 import timm
 from huggingface_hub import constants, file_download
 
+from nas.data.sources import cache_folder
 from nas.errors import UserError
 from nas.networks.hub import Unreached
 from nas.networks.pretrained import NoPretrained, find_here, find_pretrained
@@ -20,6 +21,7 @@ from nas.networks.ready import ready_networks
 from nas.networks.store import Store
 from nas.networks.targets import find_arch
 from nas.networks.timm_network import TimmNetwork
+from nas.quality.plan import TrainingPlan
 
 NETWORK = TimmNetwork("test_vit")
 HUB = "timm/test_vit.r160_in1k"
@@ -322,6 +324,9 @@ def test_the_home_of_nobody_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VITNAS_WEIGHTS", folder)
     with pytest.raises(UserError, match=f"^VITNAS_WEIGHTS={folder}: no such folder"):
         find_pretrained(NETWORK)
+    monkeypatch.setenv("VITNAS_DATA", folder)
+    assert cache_folder() == Path(folder)
+    TrainingPlan("./images", 10_000, 9, 30, 3, 0, weights_from=Path(folder)).check()
 
 
 def test_a_network_that_nobody_published_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
