@@ -93,7 +93,7 @@ class Crew:
         """Have a device trained on until the search ends."""
         for start in range(1, STARTS + 1):
             try:
-                with Worker(MODULE) as worker:  # the kernel ends it with this thread
+                with Worker(MODULE, trains=True) as worker:  # the kernel ends it with this thread
                     self._workers[device] = worker
                     worker.send("train", **start_of(self._request, device))
                     try:

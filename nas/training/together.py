@@ -61,7 +61,7 @@ def run_together(
         torch.save(training.again, given)
         visible = ",".join(filter(None, (device.uuid for device in devices[:count])))
         where = {"world": count, "port": _free_port(), "visible": visible, "threads": threads, "given": str(given)}
-        workers = [stack.enter_context(Worker(MODULE)) for _ in range(count)]
+        workers = [stack.enter_context(Worker(MODULE, trains=True)) for _ in range(count)]
         for rank, worker in enumerate(workers):
             worker.send("train", rank=rank, **where)
         pool = stack.enter_context(ThreadPoolExecutor(count))
