@@ -43,6 +43,8 @@ ENTER = "from nas.process import _enter; _enter()"
 GREETING = b'{"result": {}}'
 TUNABLES, HUGE_PAGES = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
 """glibc 2.35 and newer then ask for huge pages where Linux gives them to who asks (its default)."""
+MARK = "VITNAS_HUGE_PAGES"
+"""In the environment where this program has set them, not the user."""
 THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # What native code puts before a reason: ONNX Runtime's codes and file, a place in C++ and its function.
@@ -68,15 +70,17 @@ def start_again_in_huge_pages() -> None:
     64 px trains 1.1 times as fast (docs/results/training.md). What the user has set in GLIBC_TUNABLES stays.
     """
     with contextlib.suppress(OSError):
-        if TUNABLES not in os.environ and "[madvise]" in THP.read_text():
-            os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {TUNABLES: HUGE_PAGES})
+        if sys.executable and TUNABLES not in os.environ and "[madvise]" in THP.read_text():
+            ours = {TUNABLES: HUGE_PAGES, MARK: "1"}
+            os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | ours)
 
 
 def _environment(trains: bool) -> dict[str, str]:
     """That of a child; one that measures has memory as users' processes have it."""
     own = os.environ | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
-    if not trains and own.get(TUNABLES) == HUGE_PAGES:
-        del own[TUNABLES]
+    if not trains and MARK in own:
+        del own[MARK]
+        own.pop(TUNABLES, None)
     return own
 
 

@@ -8,7 +8,7 @@ import pytest
 
 import nas.process
 from nas.cli.__main__ import TRAINS, start
-from nas.process import HUGE_PAGES, TUNABLES, Worker
+from nas.process import HUGE_PAGES, MARK, TUNABLES, Worker
 
 TOLD = """
 import os
@@ -45,7 +45,7 @@ def test_a_verb_that_trains_starts_again_in_huge_pages(executed, monkeypatch, ve
         start()
     [(path, words, environment)] = executed
     assert (path, words) == (sys.executable, [sys.executable, "-P", "/bin/vitnas", "train", "--help"])
-    assert environment == os.environ | {TUNABLES: HUGE_PAGES}
+    assert environment == os.environ | {TUNABLES: HUGE_PAGES, MARK: "1"}
 
 
 @pytest.mark.parametrize("words", [[], ["bench", "--help"], ["--version"]])
@@ -74,17 +74,21 @@ def test_nothing_is_started_where_linux_gives_none_or_all(executed, tmp_path, al
 
 
 @pytest.mark.parametrize(
-    ("ours", "trains", "seen"),
+    ("given", "marked", "trains", "seen"),
     [
-        (HUGE_PAGES, False, None),
-        (HUGE_PAGES, True, HUGE_PAGES),
-        ("glibc.malloc.check=3", False, "glibc.malloc.check=3"),
+        (HUGE_PAGES, True, False, None),
+        (HUGE_PAGES, True, True, HUGE_PAGES),
+        (HUGE_PAGES, False, False, HUGE_PAGES),
+        ("glibc.malloc.check=3", False, False, "glibc.malloc.check=3"),
     ],
 )
-def test_a_process_that_measures_has_memory_as_users_have_it(monkeypatch, tmp_path, ours, trains, seen):
+def test_a_process_that_measures_has_memory_as_users_have_it(monkeypatch, tmp_path, given, marked, trains, seen):
     (tmp_path / "tells_tunables.py").write_text(TOLD)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv(TUNABLES, ours)
+    monkeypatch.setenv(TUNABLES, given)
+    monkeypatch.delenv(MARK, raising=False)
+    if marked:
+        monkeypatch.setenv(MARK, "1")
     with Worker("tells_tunables", trains=trains) as worker:
         assert worker.call("told", 60)["tunables"] == seen
 
