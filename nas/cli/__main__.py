@@ -2,14 +2,14 @@
 
 import sys
 
-from nas.process import start_again_in_huge_pages
-
-TRAINS = ("search", "prune", "train")
+from nas.cli import LONG
 
 
 def start() -> None:
     """Run the command line, those verbs that train in huge pages."""
-    if sys.argv[1:2] and sys.argv[1] in TRAINS:
+    if any(verb in LONG for verb in sys.argv[1:2]):
+        from nas.process import start_again_in_huge_pages
+
         start_again_in_huge_pages()
     from nas.cli.app import main
 

@@ -11,7 +11,22 @@ from typing import Annotated
 
 import typer
 
-from nas.cli import bench, dashboard, evaluate, export, models, predict, prune, push, runs, search, show, storage, train
+from nas.cli import (
+    LONG,
+    bench,
+    dashboard,
+    evaluate,
+    export,
+    models,
+    predict,
+    prune,
+    push,
+    runs,
+    search,
+    show,
+    storage,
+    train,
+)
 from nas.cli.options import command_line, log
 from nas.errors import DiskFull, UserError, is_full
 
@@ -81,7 +96,7 @@ def main() -> None:
         log.debug("traceback", exc_info=True)
         fail(str(error), 1 if isinstance(error, DiskFull) else 2)
     except KeyboardInterrupt:
-        goes_on = sys.argv[1:2] in (["search"], ["prune"], ["train"])
+        goes_on = any(verb in LONG for verb in sys.argv[1:2])
         print("interrupted" + f"; to go on: {command_line()}" * goes_on, file=sys.stderr)
         sys.exit(130)
     except OSError as error:

@@ -46,7 +46,7 @@ def train(name: str, resolution: int, batch: int) -> None:
 
 def step_ms(huge: bool, name: str, args: argparse.Namespace) -> tuple[float, float]:
     words = [sys.executable, __file__, "--child", name, "--resolution", args.resolution, "--batch", args.batch]
-    environment = os.environ | ({TUNABLES: HUGE_PAGES} if huge else {TUNABLES: ""})
+    environment = os.environ | {TUNABLES: HUGE_PAGES if huge else ""}
     ms, mb = json.loads(subprocess.run([*map(str, words)], env=environment, check=True, capture_output=True).stdout)
     return ms, mb
 
@@ -73,10 +73,13 @@ def main() -> None:
             pairs.append((found[True], found[False]))
         ratios = [huge[0] / other[0] for huge, other in pairs]
         low, high = median_interval(sorted(ratios))
-        cells = [f"{statistics.median(ratios):.2f}", f"{low:.2f} to {high:.2f}"]
-        cells += [f"{statistics.median(other[0] for _, other in pairs):.0f}"]
-        cells += [f"{statistics.median(pair[i][1] for pair in pairs):.0f}" for i in range(2)]
-        print(f"| {' | '.join([name, *cells])} |", flush=True)
+        others_ms = statistics.median(other[0] for _, other in pairs)
+        huge_mb, others_mb = (statistics.median(pair[i][1] for pair in pairs) for i in range(2))
+        print(
+            f"| {name} | {statistics.median(ratios):.2f} | {low:.2f} to {high:.2f} | {others_ms:.0f} | "
+            f"{huge_mb:.0f} | {others_mb:.0f} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

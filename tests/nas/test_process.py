@@ -7,7 +7,8 @@ import sys
 import pytest
 
 import nas.process
-from nas.cli.__main__ import TRAINS, start
+from nas.cli import LONG
+from nas.cli.__main__ import start
 from nas.process import HUGE_PAGES, MARK, TUNABLES, Worker
 
 TOLD = """
@@ -38,7 +39,7 @@ def executed(monkeypatch, tmp_path):
     return found
 
 
-@pytest.mark.parametrize("verb", TRAINS)
+@pytest.mark.parametrize("verb", LONG)
 def test_a_verb_that_trains_starts_again_in_huge_pages(executed, monkeypatch, verb):
     monkeypatch.setattr(sys, "argv", ["vitnas", verb, "--help"])
     with pytest.raises(Started):
