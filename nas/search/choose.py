@@ -95,6 +95,8 @@ class Sized:
     px: int
     over: float
     """Its likely latency as a multiple of the budget."""
+    fits: bool = False
+    """Whether it is likely to fit whole, but only in a later precision of the search; `over` is of the first one."""
 
 
 class Chooser:
@@ -157,8 +159,9 @@ class Chooser:
         tried = self.tried(study)
         latencies = latencies_of(tried)
         low, high = OVER
+        firsts = self._in_first(tried)
         over = [
-            self._field.forecast(entrant, px, latencies).likely / self._request.budget_ms
+            self._sized(entrant, px, latencies, firsts).over
             for entrant in self._field.entrants
             if isinstance(entrant.network, Arch)
             for px in entrant.sizes
@@ -252,19 +255,23 @@ class Chooser:
     # Networks cut from a parent
 
     def _parents(self, latencies: Mapping[str, float], tried: Sequence[Tried]) -> list[Sized]:
-        """Parents that children are cut from: those that have been, then the best of each family, then others."""
+        """Parents that children are cut from: those that have been, then the best of each family, then others. One that
+        fits whole in a later precision only where none is over the budget in all of them: its children, cut to fit in
+        the first precision, have that one to beat."""
         low, high = OVER
+        firsts = self._in_first(tried)
         found: list[Sized] = []
         for entrant in self._field.entrants:
             if not isinstance(entrant.network, Arch) or entrant.name in self._tier.parents.failed:
                 continue
             for px in entrant.sizes:
-                over = self._field.forecast(entrant, px, latencies).likely / self._request.budget_ms
+                parent = self._sized(entrant, px, latencies, firsts)
                 able = (entrant.name, px) not in self._tier.parents.uncut
-                if able and low < over <= high and self._ready_one(entrant, px) is not None:
-                    found.append(Sized(entrant.name, entrant.group, px, over))
+                if able and low < parent.over <= high and self._ready_one(entrant, px) is not None:
+                    found.append(parent)
         children = (each.candidate for each in tried if each.candidate.kind == Kind.DERIVED)
         begun = {_place_of(child) for child in children} | self._cutters.keys()
+        found = [each for each in found if not each.fits or (each.name, each.px) in begun] or found
         loss = self._loss()
         found.sort(key=loss)
         first = {each.group: each for each in reversed(found)}
@@ -273,6 +280,20 @@ class Chooser:
         others = [each for each in found if (each.name, each.px) not in begun and loss(each) <= worst]
         others.sort(key=lambda each: first[each.group] is not each)
         return [*(each for each in found if (each.name, each.px) in begun), *others[: max(0, more)]]
+
+    def _in_first(self, tried: Sequence[Tried]) -> dict[str, float]:
+        """In ms, of ready networks by their labels: as measured in the first of several precisions."""
+        first, ready_ones = self._request.precisions[0], (each for each in tried if each.candidate.kind == Kind.READY)
+        measured = ((each.candidate.name, each.measured) for each in ready_ones if each.measured)
+        return {label: found.by_precision[first] for label, found in measured if found.by_precision}
+
+    def _sized(self, entrant: Entrant, px: int, latencies: Mapping[str, float], firsts: Mapping[str, float]) -> Sized:
+        fastest = self._field.forecast(entrant, px, latencies).likely / self._request.budget_ms
+        first = fastest / self._field.ratio
+        if (ms := firsts.get(entrant.label(px))) is not None:
+            first = ms / self._request.budget_ms
+        fits = fastest <= 1 < first
+        return Sized(entrant.name, entrant.group, px, first if fits else fastest, fits)
 
     def _unmeasured(self, parent: Sized, tried: Sequence[Tried]) -> Candidate | None:
         """A parent whose latency is only foretold, as a ready network: it is measured before it is cut, so that it is

@@ -1,7 +1,7 @@
 """The precisions of a search: which one a network is tried in, and how fast others may be.
 
 With `--precision auto` a trial measures its network in one precision after the other, by the accuracy that is expected,
-until it meets the budget: a larger network in int8 competes with a smaller one in fp32.
+until it surely meets the budget: a larger network in int8 competes with a smaller one in fp32.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Self
 
 from nas.errors import UserError, reason
 from nas.intervals import Interval
+from nas.measure.budget import Verdict
 from nas.measure.device import check_settings, device_kind
 from nas.measure.remote import LinkLost
 from nas.measure.runtime import LOWER, RUNTIMES, Settings
@@ -140,8 +141,9 @@ def first_that_fits(
     measure: Callable[[str], TrialLatency],
     note: Callable[[str], None],
 ) -> TrialLatency:
-    """The latency of a network in the first precision in which it meets the budget and the limits, or else in that in
-    which it is nearest to them. A precision that is most likely not fast enough is not measured.
+    """The latency of a network in the first precision in which it surely meets the budget, and the limits, or else in
+    that in which it is furthest below them or nearest to them. A median below the budget is not enough, as a later run
+    may show it above. A precision that is most likely not fast enough is not measured.
 
     Args:
         measure: the latency in a precision.
@@ -164,10 +166,16 @@ def first_that_fits(
                 raise
             note(f"not measured in {precision}: {reason(error)}")
             continue
-        if _excess(request, found[precision]) <= 0:
+        if _meets(request, found[precision]):
+            best = found[precision]
             break
-    best = min(found.values(), key=lambda each: _excess(request, each))
+    else:
+        best = min(found.values(), key=lambda each: _excess(request, each))
     return replace(best, by_precision={precision: each.latency_ms for precision, each in found.items()})
+
+
+def _meets(request: SearchRequest, latency: TrialLatency) -> bool:
+    return latency.verdict(request.budget_ms) == Verdict.FITS and not latency.over(request.limits)
 
 
 def _excess(request: SearchRequest, latency: TrialLatency) -> float:

@@ -1,13 +1,13 @@
 """Whether `vitnas search --precision auto` finds better networks than `--precision fp32`, within the same budgets.
 
-    python tests/benchmarks/bench_auto.py --data TIN20 --weights ZOO --out OUT [--minutes 120]
+    python tests/benchmarks/bench_auto.py --data FOLDER --weights FOLDER --out OUT [--minutes 120]
 
-DATA is a folder with train/ and val/: the search trains on train/ and judges by a third of val/; the rest nothing has
-seen. ZOO has pretrained weights, NAME.safetensors. Budgets are multiples (`TIMES`) of the latency of EfficientViT-M0 in
-fp32 on the runtime, which is measured once. For each budget and seed both arms make a small search at one resolution,
-thread and batch; which of them is first changes from seed to seed. The second one takes over the parents that the first
-has tuned: tuning them depends on images, weights and seed, not on a precision. Then the files that won are judged on
-the images that nothing has seen, and timed in one interleaved run.
+The first folder has train/ and val/: the search trains on train/ and judges by a third of val/; the rest nothing has
+seen. The second one has pretrained weights, NAME.safetensors. Budgets are multiples (`TIMES`) of the latency of
+EfficientViT-M0 in fp32 on the runtime, which is measured once. For each budget and seed both arms make a small search
+at one resolution, thread and batch; which of them is first changes from seed to seed. The second arm takes over the
+parents that the first has tuned: tuning them depends on images, weights and seed, not on a precision. Then the files
+that won are judged on the images that nothing has seen, and timed in one interleaved run.
 
 What is timed, here and in the searches, is the measuring process's CPU time at one thread: on an idle machine that is
 the latency, on a busy one it holds no waiting. --wall times by the clock, as `vitnas search` does for users.
@@ -19,6 +19,7 @@ and nothing begins after --minutes. With all rows, or as far as they are, a tabl
 from __future__ import annotations
 
 import argparse
+import csv
 import itertools
 import json
 import os
@@ -75,6 +76,12 @@ class Found:
     cpu_s: float
     """Of the search and its processes; of the second arm without the parents that the first had tuned."""
     trials: int
+    cut: int
+    """Trials of networks that were cut from a parent."""
+
+    @property
+    def made(self) -> str:
+        return f"cut from {self.parent}" if self.parent else self.name
 
 
 @dataclass(frozen=True)
@@ -179,6 +186,8 @@ def shipped(folder: Path) -> tuple[Path, str] | None:
 
 def told(folder: Path, right: np.ndarray, timed: Measurement, cpu_s: float) -> Found:
     winner = json.loads((folder / "result.json").read_text())["winner"]
+    with (folder / "trials.csv").open(newline="") as file:
+        trials = list(csv.DictReader(file))
     return Found(
         name=winner["label"],
         precision=winner["precision"],
@@ -189,7 +198,8 @@ def told(folder: Path, right: np.ndarray, timed: Measurement, cpu_s: float) -> F
         latency_ms=timed.p50_ms,
         ci_ms=timed.ci_ms,
         cpu_s=round(cpu_s, 1),
-        trials=len((folder / "trials.csv").read_text().splitlines()) - 1,
+        trials=len(trials),
+        cut=sum(trial["kind"] == "derived" for trial in trials),
     )
 
 
@@ -259,7 +269,20 @@ COLUMNS = (
     "ms",
     "its precisions",
     "auto less fp32, points (Welch, 95%)",
-    "CPU min, fp32 and auto",
+)
+PAIRS = (
+    "budget, ms",
+    "seed",
+    "fp32: network",
+    "top-1",
+    "ms",
+    "auto: network",
+    "precision",
+    "top-1",
+    "ms",
+    "points (95%)",
+    "verdict",
+    "latency ratio (95%)",
 )
 
 
@@ -282,9 +305,30 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
                 f"{statistics.fmean(each.latency_ms for each in other):.3f}",
                 ", ".join(each.precision for each in other),
                 difference([each.top1 for each in other], [each.top1 for each in one]),
-                " and ".join(f"{statistics.fmean(each.cpu_s for each in arm) / 60:.1f}" for arm in (one, other)),
             ]
         )
+    return lines
+
+
+def pairs(rows: Sequence[Row]) -> list[list[str]]:
+    """A line a pair of searches."""
+    lines = []
+    for row in sorted(rows, key=lambda each: (each.runtime, each.times, each.seed)):
+        budget = [f"{row.budget_ms:.3g} ({row.times:g} x M0)", f"{row.seed}"]
+        one, other = (
+            [each.made, f"{each.top1:.2f}", f"{each.latency_ms:.3f}"] if each else ["nothing", "", ""]
+            for each in (row.fp32, row.auto)
+        )
+        told = ["", "", ""]
+        if row.points is not None and row.points_ci is not None and row.ratio is not None and row.ratio_ci is not None:
+            low, high = row.points_ci
+            verdict = "gain" if low > 0 else "loss" if high < 0 else "tie"
+            told = [
+                f"{row.points:+.2f} ({low:+.2f} to {high:+.2f})",
+                verdict,
+                "{:.2f} ({:.2f} to {:.2f})".format(row.ratio, *row.ratio_ci),
+            ]
+        lines.append([*budget, *one, other[0], row.auto.precision if row.auto else "", *other[1:], *told])
     return lines
 
 
@@ -308,7 +352,7 @@ def main() -> None:
     parser.add_argument("--times", type=float, action="append", help=f"a budget; repeatable  [default: {TIMES}]")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--px", type=int, default=64)
-    parser.add_argument("--trials", type=int, default=10)
+    parser.add_argument("--trials", type=int, default=12)
     parser.add_argument("--final-epochs", type=int, default=3)
     parser.add_argument("--options", nargs=argparse.REMAINDER, default=[], help="further options of the searches")
     args = parser.parse_args()
@@ -328,8 +372,10 @@ def main() -> None:
         with (args.out / "auto.jsonl").open("a") as file:
             file.write(json.dumps(asdict(row)) + "\n")
         print(row, flush=True)
-    for line in (COLUMNS, ["---"] * len(COLUMNS), *table(rows_of(args.out))):
-        print(f"| {' | '.join(line)} |")
+    for columns, lines in ((COLUMNS, table(rows_of(args.out))), (PAIRS, pairs(rows_of(args.out)))):
+        for line in (columns, ["---"] * len(columns), *lines):
+            print(f"| {' | '.join(line)} |")
+        print()
 
 
 if __name__ == "__main__":

@@ -285,6 +285,39 @@ def test_a_parent_that_promises_much_less_is_not_tuned(other: float, rivals: boo
     assert found == ["efficientvit_m1", "efficientvit_m2"][: 1 + rivals]
 
 
+def in_two_precisions(bench: Bench, ratio: float) -> Chooser:
+    """A search that has measured a network of another family in both."""
+    bench.chooser._request.precisions = ("fp32", "bf16")
+    bench.run(Candidate(get_arch("shvit_s1").replace(num_classes=5).at(PX), Kind.READY, name="shvit_s1@64"))
+    bench.trials[0].user_attrs["detail"]["by_precision"] = {"fp32": 1.0, "bf16": ratio}
+    return bench.chooser
+
+
+def test_a_parent_that_fits_in_a_later_precision_only_is_cut_to_fit_in_the_first() -> None:
+    """Where no network is over the budget in all of them: there would be nothing to cut."""
+    bench = Bench(trials=40)
+    chooser = in_two_precisions(bench, 0.5)
+    latencies = {f"{name}@64": 0.5 * ms for name, ms in zip(NAMES, (0.31, 0.68, 0.81), strict=True)}
+    tried = chooser.tried(bench.study())
+    found = chooser._parents(latencies, tried)
+    assert [(each.name, each.fits) for each in found] == [("efficientvit_m1", True), ("efficientvit_m2", True)]
+    assert [each.over for each in found] == pytest.approx([0.68 / BUDGET_MS, 0.81 / BUDGET_MS])
+    assert "none could be cut" in chooser.why_none(bench.study())
+    found = chooser._parents(latencies | {"efficientvit_m2@64": 0.65}, tried)
+    assert [(each.name, each.fits) for each in found] == [("efficientvit_m2", False)], "one is over in both"
+
+
+def test_a_parent_is_over_by_what_was_measured_in_the_first_precision() -> None:
+    bench = Bench(trials=40)
+    chooser = in_two_precisions(bench, 0.5)
+    whole = Candidate(get_arch("efficientvit_m2").replace(num_classes=5).at(PX), Kind.READY, name="efficientvit_m2@64")
+    bench.run(whole)
+    bench.trials[1].user_attrs["detail"]["by_precision"] = {"fp32": 1.0, "bf16": 0.55}
+    tried = chooser.tried(bench.study())
+    found = chooser._parents(choose.latencies_of(tried), tried)
+    assert {each.name: each.over for each in found}["efficientvit_m2"] == pytest.approx(1.0 / BUDGET_MS)
+
+
 def test_networks_from_scratch_are_not_surely_over_the_budget() -> None:
     bench = Bench(families=("sepvit",))
     rng = np.random.default_rng(0)
