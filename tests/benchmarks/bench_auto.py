@@ -5,9 +5,9 @@
 The first folder has train/ and val/: the search trains on train/ and judges by a third of val/; the rest nothing has
 seen. The second one has pretrained weights, NAME.safetensors. Budgets are multiples (`TIMES`) of the latency of
 EfficientViT-M0 in fp32 on the runtime, which is measured once. For each budget and seed both arms make a small search
-at one resolution, thread and batch; which of them is first changes from seed to seed. The second arm takes over the
-parents that the first has tuned: tuning them depends on images, weights and seed, not on a precision. Then the files
-that won are judged on the images that nothing has seen, and timed in one interleaved run.
+at one resolution, thread and batch; which of them is first changes from seed to seed. A search takes over the parents
+that others of its seed have tuned: tuning them depends on images, weights and seed, not on budget or precision. Then
+the files that won are judged on the images that nothing has seen, and timed in one interleaved run.
 
 What is timed, here and in the searches, is the measuring process's CPU time at one thread: on an idle machine that is
 the latency, on a busy one it holds no waiting. --wall times by the clock, as `vitnas search` does for users.
@@ -74,7 +74,7 @@ class Found:
     """Median of the interleaved run of both arms' winners."""
     ci_ms: tuple[float, float]
     cpu_s: float
-    """Of the search and its processes; of the second arm without the parents that the first had tuned."""
+    """Of the search and its processes, without the parents that others had tuned."""
     trials: int
     cut: int
     """Trials of networks that were cut from a parent."""
@@ -102,7 +102,7 @@ class Row:
     """Latency of auto's winner over that of fp32's, the median over rounds."""
     ratio_ci: tuple[float, float] | None
     first: str
-    """The arm that tuned the parents."""
+    """The arm that was searched first."""
     commit: str
 
     @classmethod
@@ -167,12 +167,12 @@ def search(arm: str, folder: Path, budget_ms: float, seed: int, args: argparse.N
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def share_parents(first: Path, second: Path) -> None:
-    """Give the second arm the parents that the first one has tuned, and the rates that it has tried for them."""
+def share_parents(source: Path, target: Path) -> None:
+    """Give a folder the parents that searches of the same seed have tuned, and the rates that they tried for them."""
     for part in ("parents", "rates"):
-        if (first / "training" / part).is_dir() and not (second / "training" / part).exists():
-            shutil.copytree(first / "training" / part, second / "training" / part)
-            shutil.copyfile(first / TRAINING_INPUTS, second / TRAINING_INPUTS)
+        if (source / "training" / part).is_dir():
+            shutil.copytree(source / "training" / part, target / "training" / part, dirs_exist_ok=True)
+            shutil.copyfile(source / TRAINING_INPUTS, target / TRAINING_INPUTS)
 
 
 def shipped(folder: Path) -> tuple[Path, str] | None:
@@ -225,10 +225,11 @@ def row_of(times: float, seed: int, args: argparse.Namespace) -> Row:
     order = ARMS if seed % 2 == 0 else ARMS[::-1]
     folders = {arm: args.out / f"{args.runtime}-{budget_ms:g}ms-{seed}-{arm}" for arm in order}
     seconds: dict[str, float] = {}
+    store = args.out / f"parents-{seed}"
     for arm in order:
-        if seconds:
-            share_parents(folders[order[0]], folders[arm])
+        share_parents(store, folders[arm])
         seconds[arm] = search(arm, folders[arm], budget_ms, seed, args, data)
+        share_parents(folders[arm], store)
     files = {arm: file for arm in ARMS if (file := shipped(folders[arm])) is not None}
     images = open_data(unseen, args.px, None, 0)
     right: dict[str, np.ndarray] = {}
