@@ -87,7 +87,10 @@ class Subject:
     name: str
     arch: Arch
     model: nn.Module
+    calibration: Images
+    """The training images, not augmented."""
     scored: Batches
+    """512 of them."""
     judges: Batches
     train: Images
     """Augmented."""
@@ -118,7 +121,7 @@ def subject(name: str, data: Path, weights: Path) -> Subject:
     found = find_features(model, train)
     install(model, fit_probe(without_dead(found.values), found.labels, len(whole.classes), seed=0))
     scored = batches(sample(images.calibration, SCORED, seed=0))
-    return Subject(name, arch, model, scored, judges, images.train, images.val, top1(model, judges))
+    return Subject(name, arch, model, images.calibration, scored, judges, images.train, images.val, top1(model, judges))
 
 
 def cells(of: Subject, share: float, name: str, seed: int, counts: tuple[int, ...]) -> list[dict[str, object]]:

@@ -9,15 +9,16 @@ on. Removing a unit of a stage's width silences the value dims tied to it as wel
 the mean over images of the absolute change of the loss, which the Taylor criteria predict, and the change of the mean
 loss, which none of them claims to. Prints Spearman correlations with 95% bootstrap intervals (over units; over knobs
 for those within a knob). Goals: at least 0.95 over all units and 0.85 within a knob, for taylor and for features,
-scored on the images that judge and on 512 others. With `--weights` the network is a published one with the weights of
-FOLDER/NAME.safetensors, of other classes, and a linear probe (see bench_compensation.py), which the 512 others helped
-to fit: taylor goes by the probe, features by no label.
+scored on the images that judge and on others: 512, as a pruning scores, and all training images. With `--weights` the
+network is a published one with the weights of FOLDER/NAME.safetensors, of other classes, and a linear probe (see
+bench_compensation.py), which those others helped to fit: taylor goes by the probe, features by no label.
 
 On a free core: 4 minutes of training where `--out` holds no network yet (bench_pruning.py and bench_reallocation.py
 train the same ones), then 3 minutes. A run that was stopped goes on.
 """
 
 import argparse
+import itertools
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -42,7 +43,7 @@ RESAMPLES = 2000
 NORMALISED, RAW = "torch-pruning", "torch-pruning, un-normalised sum"
 CRITERIA = ("taylor", "taylor2", "features", "magnitude", "random", NORMALISED, RAW)
 WITH_GOALS = ("taylor", "features")
-OTHER_IMAGES = "{} on 512 other images"
+OTHER_IMAGES = "{} on {:,} other images"
 
 
 @criterion(RAW)
@@ -152,11 +153,12 @@ def main() -> None:
         torch.set_num_threads(args.threads)
         args.out.mkdir(parents=True, exist_ok=True)
         of = subject(args.network, args.data, args.weights)
-        model, arch, others, batches = of.model, of.arch, of.scored, in_batches(sample(of.val, SCORED, seed=0))
+        model, arch, batches = of.model, of.arch, in_batches(sample(of.val, SCORED, seed=0))
+        others = {SCORED: of.scored, len(of.calibration): in_batches(of.calibration)}
     else:
         data = prepare(args)
         model, arch = dense(args.network, data, 0, args.out)
-        batches, others = (data.calibration(arch.resolution, seed) for seed in (0, 1))
+        batches, others = data.calibration(arch.resolution, 0), {SCORED: data.calibration(arch.resolution, 1)}
     parts = anatomy(arch)
     rows = Rows(args.out / f"importance-{args.network}{'-probe' if args.weights else ''}.jsonl")
     ablate(model, parts, batches, args.per_knob, rows)
@@ -165,8 +167,9 @@ def main() -> None:
     for name in CRITERIA:
         scores[name] = score(model, parts, batches, name)
         say(f"{name} done")
-    for name in WITH_GOALS:
-        scores[OTHER_IMAGES.format(name)] = score(model, parts, others, name)
+    with_goals = [*WITH_GOALS, *(OTHER_IMAGES.format(name, count) for name in WITH_GOALS for count in others)]
+    for name, (count, other) in itertools.product(WITH_GOALS, others.items()):
+        scores[OTHER_IMAGES.format(name, count)] = score(model, parts, other, name)
     knob_of = {knob.name: knob for knob in parts.knobs}
     absolute, signed = (np.array([row[key] for row in rows.rows]) for key in ("absolute", "signed"))
     knobs, kinds = (np.array([row[key] for row in rows.rows]) for key in ("knob", "kind"))
@@ -200,7 +203,7 @@ def main() -> None:
         for name, values in found.items()
     ]
     print(markdown(("criterion", *names), by_kind))
-    for name in [form.format(name) for name in WITH_GOALS for form in ("{}", OTHER_IMAGES)]:
+    for name in with_goals:
         reached = correlation(found[name], absolute), within(found[name], absolute, knobs).mean()
         for where, value, goal in zip(("over all units", "within a knob"), reached, GOALS, strict=True):
             print(f"{name} {where}: {value:.2f}, goal {goal}: {'reached' if value >= goal else 'missed'}")
