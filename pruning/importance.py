@@ -8,7 +8,8 @@ which are summed with their sign, per sample, before the magnitude is taken.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -85,22 +86,33 @@ def features(model: nn.Module, parts: Anatomy, batches: Batches, seed: int) -> d
     """How much the classifier's inputs change when a unit goes, to first order and without labels: the mean over
     samples of |v . df/dm|, where v has random signs: on average 0.7 to 1 times the length of df/dm."""
     generator = torch.Generator().manual_seed(seed)
-    paths = [e.name.rpartition(".")[0] for e in parts.table.entries if e.trainable and _is_classifier(e)]
-    read: dict[str, Tensor] = {}
-
-    def keep(path: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        read[path] = inputs[0]
 
     def signed(images: Tensor, _: Tensor) -> Tensor:
-        read.clear()
-        model(images)
-        found = torch.cat(list(read.values()), 1)
+        found = read(images)
         signs = torch.randint(2, found.shape, generator=generator).to(found) * 2 - 1
         return (found * signs).sum()
 
+    with features_of(model, parts) as read:
+        return _over_samples(model, batches, Tensor.abs, signed)
+
+
+@contextmanager
+def features_of(model: nn.Module, parts: Anatomy) -> Iterator[Callable[[Tensor], Tensor]]:
+    """A function that runs the model, and gives the inputs of its classifiers: (B, 3, R, R) -> (B, features)."""
+    paths = [e.name.rpartition(".")[0] for e in parts.table.entries if e.trainable and _is_classifier(e)]
+    kept: dict[str, Tensor] = {}
+
+    def keep(path: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        kept[path] = inputs[0]
+
+    def read(images: Tensor) -> Tensor:
+        kept.clear()
+        model(images)
+        return torch.cat(list(kept.values()), 1)
+
     handles = [model.get_submodule(path).register_forward_pre_hook(partial(keep, path)) for path in paths]
     try:
-        return _over_samples(model, batches, Tensor.abs, signed)
+        yield read
     finally:
         for handle in handles:
             handle.remove()
