@@ -325,7 +325,8 @@ class RaceTier(HalvingTier):
         with alone_with(path, self.trainer):
             if Tuned.read(path) is None or not weights.is_file():
                 candidate, began = Candidate(tuned.arch, Kind.READY, name=child.parent), time.monotonic()
-                recipe = replace(self.recipe(epochs, candidate), augmentation=like.augmentation)
+                own = self.recipe(epochs, candidate)
+                recipe = replace(own, augmentation=like.augmentation, blend=like.blend)
                 training = self.begin(candidate, images, recipe, seed, state)
                 what = f"tuning the parent {child.parent} on all images, seed {seed}"
                 try:

@@ -64,7 +64,8 @@ def tuning_recipe(epochs: int, lr: float) -> Recipe:
     from nas.training.recipes import FINETUNE
 
     made = replace(FINETUNE, epochs=epochs, lr=lr, by_images=False)
-    return replace(made, augmentation=replace(made.augmentation, scale=made.tuning_crops))
+    crops = replace(made.augmentation, scale=made.tuning_crops)
+    return replace(made, augmentation=crops, blend=made.tuning_blend)
 
 
 # The learning rate

@@ -288,7 +288,8 @@ def train_from(
     recipe = tier.recipe(known(request.plan).full_epochs, candidate)
     tunes = candidate.kind != Kind.SCRATCH
     if tunes and crops is not None:
-        recipe = dataclasses.replace(recipe, augmentation=dataclasses.replace(recipe.augmentation, scale=crops))
+        cropped = dataclasses.replace(recipe.augmentation, scale=crops)
+        recipe = dataclasses.replace(recipe, augmentation=cropped, blend=1.0)
     taught_by = tier.find_teacher(teacher, candidate) if pays else None
     training = tier.begin(candidate, data.train, recipe, seed, path.with_suffix(".state"), teacher=taught_by)
     if candidate.parent:  # whose tuning is told by itself

@@ -202,7 +202,7 @@ class TrialRunner:
         return None
 
     def _latency_of(self, trial: optuna.Trial, network: Arch | TimmNetwork, clock: Clock) -> TrialLatency:
-        """The latency of a network in the first precision of the search in which it meets the budget."""
+        """The latency of a network in the first precision of the search in which it surely meets the budget."""
         return first_that_fits(
             self.request,
             Faster.of_study(self.request.precisions, self.study),

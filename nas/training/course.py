@@ -76,6 +76,8 @@ class Course:
     """Those that fit into the time given, or suit the number of images; None: the recipe's."""
     crops: float | None = None
     """Least share of an image's area that random crops of the tuning keep; None: the recipe's."""
+    blend: float | None = None
+    """Share of the learnt weights in the tuned network; None: the recipe's."""
     tuned: Held | None = None
     """The fine-tuned network."""
     kept: str | None = None

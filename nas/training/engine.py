@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 import itertools
@@ -178,12 +179,24 @@ class Training:
         )
         set_drop_path(model, recipe.drop_path)
         self._ema = ModelEmaV3(model, recipe.ema, use_warmup=True) if recipe.ema else None
+        self._first = copy.deepcopy(model.state_dict()) if recipe.blend < 1 else None
         self.restore()
 
     @property
     def network(self) -> nn.Module:
-        """What to evaluate and save: the moving average of the weights where the recipe has one."""
-        return self._ema.module if self._ema is not None else self.model
+        """What to evaluate and save: the moving average of the weights where the recipe has one, and its blend with
+        those that the training began with."""
+        learnt: nn.Module = self._ema.module if self._ema is not None else self.model
+        if self._first is None:
+            return learnt
+        blended = copy.deepcopy(learnt)
+        blended.load_state_dict(
+            {
+                name: torch.lerp(self._first[name], value, self.recipe.blend) if value.is_floating_point() else value
+                for name, value in learnt.state_dict().items()
+            }
+        )
+        return blended
 
     def run(
         self,
@@ -267,7 +280,7 @@ class Training:
         if not at.updates:
             raise UserError("no batch holds two images that can be decoded: BatchNorm needs two, raise the batch size")
         if dist.is_initialized():
-            for network in (self.model, self.network) if self._ema is not None else (self.model,):
+            for network in (self.model, self._ema.module) if self._ema is not None else (self.model,):
                 distribute_bn(network, dist.get_world_size(), reduce=True)
         loss = self._finite(total) / at.updates
         if not all(torch.stack([p.detach().sum().isfinite() for p in self.model.parameters()]).tolist()):
@@ -321,6 +334,7 @@ class Training:
                 "within": asdict(self.within),
                 "model": self.model.state_dict(),
                 "ema": self._ema.module.state_dict() if self._ema is not None else None,
+                "first": self._first,
                 "updater": self._updater.state(),
             },
             content,
@@ -363,6 +377,8 @@ class Training:
             theirs = state["agree"]
             later = {field.name: field.default for field in fields(Recipe) if field.name not in theirs["recipe"]}
             theirs["recipe"] |= json.loads(json.dumps(later))  # fields that are younger than the checkpoint
+            if "blend" in later:
+                self._agree["recipe"]["blend"] = later["blend"]
             theirs.setdefault("at_once", theirs.get("batch", 0) * ranks()[1])  # of an older vitnas: a process's own
             for key, value in self._agree.items():
                 if theirs.get(key) != value:
@@ -374,6 +390,7 @@ class Training:
             self.model.load_state_dict(state["model"])
             if self._ema is not None:
                 self._ema.module.load_state_dict(state["ema"])
+            self._first = state.get("first")
             self._updater.load(state["updater"])
             self.epoch, self.history, self.judged = state["epoch"], state["history"], state["judged"]
             self.within = Within(**state.get("within", {}))

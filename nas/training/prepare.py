@@ -335,16 +335,22 @@ class Preparation:
         course.lr = recipe.rates[course.trials.index(best)]
         self.keep()
 
-    # Crops
+    # Length
 
-    def choose_crops(self, epochs: int) -> None:
-        """Crop more of each image where the tuning is a long one."""
-        recipe = self.request.recipe
-        gentle, crops = recipe.augmentation.scale, replace(recipe, epochs=epochs).tuning_crops
+    def suit_length(self, epochs: int) -> None:
+        """Where the tuning is a long one, crop more of each image, and keep some of the weights that it begins with."""
+        recipe = replace(self.request.recipe, epochs=epochs)
+        gentle, crops, blend = recipe.augmentation.scale, recipe.tuning_crops, recipe.tuning_blend
         if crops < gentle and not self.inputs.data.demo:
             self.course.crops = crops
             self.note(f"{epochs} epochs: random crops keep at least {crops:.0%} of an image's area, not {gentle:.0%}")
-            self.keep()
+        if blend < recipe.blend:
+            self.course.blend = blend
+            self.note(
+                f"{epochs} epochs: the tuned network is {blend:.0%} of the weights learnt and {1 - blend:.0%} of those "
+                "that the tuning begins with"
+            )
+        self.keep()
 
     # Epochs
 

@@ -59,6 +59,9 @@ class Recipe:
     """Instead of `lr`, those that short trials choose from, on held-out images; none: there are no trials."""
     by_images: bool = False
     """Whether the number of images says how many epochs there are (`tuning_epochs`), instead of `epochs`."""
+    blend: float = 1.0
+    """Share of the learnt weights in the result; the rest is those that the training began with (WiSE-FT, arXiv
+    2109.01903)."""
 
     @property
     def peak_lr(self) -> float:
@@ -69,6 +72,11 @@ class Recipe:
         """The least share of an image's area that random crops keep in a fine-tuning: its own, unless it is long."""
         own = self.augmentation.scale
         return min(own, LONG_CROPS) if self.epochs >= LONG_EPOCHS else own
+
+    @property
+    def tuning_blend(self) -> float:
+        """The `blend` of a fine-tuning: its own, unless it is long."""
+        return min(self.blend, LONG_BLEND) if self.epochs >= LONG_EPOCHS else self.blend
 
 
 QUICK = Recipe(
@@ -96,9 +104,10 @@ FINETUNE = replace(INHERITED, lr=3e-4, batch_norm="frozen", from_probe=True, rat
 TUNED, LEAST_TUNED, MOST_TUNED = 24_000, 3, 30
 """Images that a network with pretrained weights is tuned on, repeats counted, where the user does not say for how many
 epochs; and the fewest and the most epochs of that."""
-LONG_EPOCHS, LONG_CROPS = 20, 0.08
-"""A fine-tuning of so many epochs or more crops as trainings from scratch do: the least share of the image's area. With
-gentle crops 30 epochs of 2,000 images end below 10 (docs/results/finetune.md)."""
+LONG_EPOCHS, LONG_CROPS, LONG_BLEND = 20, 0.08, 0.7
+"""A fine-tuning of so many epochs or more crops as trainings from scratch do: the least share of the image's area. And
+its result has so much of the learnt weights. Without either, 30 epochs of 2,000 images may end below 10
+(docs/results/finetune.md)."""
 EVIT = Recipe(
     name="evit",
     source="DeiT (ICML 2021) and EViT (ICLR 2022): 300 epochs, keep rate down over epochs 10 to 110",

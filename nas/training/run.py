@@ -238,12 +238,17 @@ class TrainingRun:
             if counts and minutes is not None:
                 self.steps.choose_epochs(minutes, checked)
             if inputs.fine_tunes:
-                self.steps.choose_crops(course.epochs or recipe.epochs)
+                self.steps.suit_length(course.epochs or recipe.epochs)
             if tries:
                 self.steps.choose_rate(recipe, course.epochs or recipe.epochs)
         elif inputs.fine_tunes:
             self.steps.probe(model, own_head)
-        recipe = replace(recipe, lr=course.lr or recipe.lr, epochs=course.epochs or recipe.epochs)
+        recipe = replace(
+            recipe,
+            lr=course.lr or recipe.lr,
+            epochs=course.epochs or recipe.epochs,
+            blend=course.blend or recipe.blend,
+        )
         teacher = teacher if course.teaches else None
         training = self._training(model, recipe, self.steps.images, teacher, self.job.kept / "checkpoint")
         if self._queued is not None:

@@ -34,7 +34,7 @@ from nas.search.final import earlier_crops, final_tasks, result_path, train_full
 from nas.search.race import check_teacher
 from nas.search.tasks import Task
 from nas.search.teaching import TeacherGain, Teaching, find_teaching, larger_ready, try_teacher
-from nas.training.recipes import FINETUNE, LONG_CROPS
+from nas.training.recipes import FINETUNE, LONG_BLEND, LONG_CROPS
 from search_spaces import create_model, get_arch
 
 PX = 32
@@ -202,6 +202,7 @@ def test_a_derived_network_ends_with_its_parent_tuned_on_all_images_as_ready_one
     tier, child, trained, crops = RaceTier(trainer), derived(), [], set()
     train = CandidateTrainer.train
     monkeypatch.setattr("nas.training.recipes.LONG_EPOCHS", 1)
+    monkeypatch.setattr(RaceTier, "parent_tuning_pays", lambda *_: True)
 
     def watched(self, model, images, recipe, **options):
         trained.append((model.arch == child.arch, len(images), recipe, options))
@@ -224,6 +225,8 @@ def test_a_derived_network_ends_with_its_parent_tuned_on_all_images_as_ready_one
     final = [(is_child, options["seed"]) for is_child, images, _, options in trained if images == 60]
     assert final == [(False, 0), (True, 0), (False, 1), (True, 1)]
     assert crops == {LONG_CROPS}, "as where one network is trained for long"
+    blends = {recipe.blend for _, images, recipe, _ in trained if images == 60}
+    assert blends == {LONG_BLEND}
     rates = {is_child: recipe.lr for is_child, images, recipe, _ in trained if images == 60}
     assert rates[True] == lower_rate(rates[False])
     assert (found.before.epochs, found.before.images, len(found.top1)) == (1, 60, 2)
@@ -242,6 +245,7 @@ def test_a_derived_network_ends_with_its_parent_tuned_on_all_images_as_ready_one
     assert train_fully(request, RaceTier(trainer), "x", child).before == found.before
     assert [each[0] for each in trained] == [True], "its parent is in the folder"
     assert crops == {FINETUNE.augmentation.scale}, "as an older vitnas trained the other seed"
+    assert trained[0][2].blend == 1
     result_path(request, child, 0).unlink()
     assert earlier_crops(request) == json.loads(result_path(request, child, 1).read_text())["crops"]
 

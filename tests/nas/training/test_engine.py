@@ -35,6 +35,7 @@ from search_spaces.weights import fit as load
 from search_spaces.weights import translate
 
 PLAIN = Recipe("plain", "tests", epochs=3, batch_size=8, lr=3e-3, lr_batch=8, weight_decay=0.05)
+BLENDED = dataclasses.replace(PLAIN, blend=0.6)
 RICH = dataclasses.replace(PLAIN, mixup=0.8, cutmix=1.0, drop_path=0.2, ema=0.99, clip=("agc", 0.02), repeats=2)
 
 
@@ -88,7 +89,7 @@ def test_it_learns_and_tells_its_course():
     assert evaluate(training.network, loader(pictures(), 8, shuffle=False, seed=0)).top1 > 70
 
 
-@pytest.mark.parametrize("recipe", [PLAIN, RICH], ids=["plain", "rich"])
+@pytest.mark.parametrize("recipe", [PLAIN, RICH, BLENDED], ids=["plain", "rich", "blended"])
 def test_stopped_at_an_epoch_it_goes_on_bit_for_bit(recipe, tmp_path):
     """Also where trainings take turns in one process."""
     whole = Training(network(), pictures(), recipe)
@@ -104,7 +105,21 @@ def test_stopped_at_an_epoch_it_goes_on_bit_for_bit(recipe, tmp_path):
     assert part.epoch == 3
     assert [row["loss"] for row in part.history] == [row["loss"] for row in whole.history]
     assert not same(whole.model, other.model)
-    assert (whole.network is whole.model) == (recipe.ema is None)
+    assert (whole.network is whole.model) == (recipe is PLAIN)
+
+
+def test_a_blend_is_between_the_first_and_the_learnt_weights():
+    first, judged = network(), []
+    training = Training(network(), pictures(), BLENDED, validate=lambda found: judged.append(found) or {})
+    plain = Training(network(), pictures(), PLAIN)
+    training.run()
+    plain.run()
+    assert same(training.model, plain.model), "what is learnt is as without it"
+    begun, learnt = first.state_dict(), training.model.state_dict()
+    for name, value in training.network.state_dict().items():
+        wanted = 0.4 * begun[name] + 0.6 * learnt[name] if value.is_floating_point() else learnt[name]
+        torch.testing.assert_close(value, wanted)
+    assert same(judged[-1], training.network), "it is what is judged"
 
 
 class Clock:
@@ -214,6 +229,10 @@ def test_a_checkpoint_of_an_older_version_goes_on(tmp_path, monkeypatch):
     state["agree"]["batch"] = state["agree"].pop("at_once") // 2
     torch.save(state, file)
     assert Training(network(), pictures(), recipe, checkpoint=file).epoch == 1
+    del state["agree"]["recipe"]["blend"], state["first"]
+    torch.save(state, file)
+    training = Training(network(), pictures(), dataclasses.replace(recipe, blend=0.6), checkpoint=file)
+    assert training.network is training.model, "it ends as it was begun"
     with pytest.raises(UserError, match="recipe differs"):
         Training(network(), pictures(), dataclasses.replace(recipe, batch_norm="frozen"), checkpoint=file)
 

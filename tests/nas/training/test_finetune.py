@@ -30,7 +30,7 @@ from nas.errors import TrainingError
 from nas.networks.build import classifier_of
 from nas.training.course import Held, Trial
 from nas.training.rates import choose_trial, speaks_for_tuning, standard_error
-from nas.training.recipes import FINETUNE, RECIPES
+from nas.training.recipes import FINETUNE, LONG_BLEND, RECIPES
 from nas.training.request import TrainRequest, choose_recipe
 from nas.training.run import train
 from search_spaces import Arch, create_model
@@ -360,21 +360,26 @@ def images_trained_on(monkeypatch) -> list[tuple[int, bool]]:
     return found
 
 
-def test_a_long_tuning_crops_more_of_its_images(vitnas, weights, tmp_path, monkeypatch):
+def test_a_long_tuning_crops_more_of_its_images_and_keeps_some_of_its_first_weights(
+    vitnas, weights, tmp_path, monkeypatch
+):
     """Its trials do not; where it was interrupted it goes on so. How long it is, is by the number of images."""
     images, (model, given) = folder_of_images(tmp_path / "images", train=60, val=4), weights
     monkeypatch.setattr(nas.training.recipes, "LONG_EPOCHS", 2)
     monkeypatch.setattr(nas.training.prepare, "tuning_epochs", lambda count: count // 60)
     scales: list[float] = []
+    blends: list[float] = []
 
     class Watched(nas.training.engine.Training):
         def __init__(self, model, data, *args, **kwargs) -> None:
             (crop,) = (each for each in data.transform.transforms if hasattr(each, "scale"))
             scales.append(crop.scale[0])
+            blends.append(args[0].blend)
             super().__init__(model, data, *args, **kwargs)
 
     def run(name: str, *more: str) -> str:
         scales.clear()
+        blends.clear()
         more = (*more, "--batch-size", "32", "--device", "cpu", "--out", str(tmp_path / name))
         code, _, err = vitnas("train", model, "--weights", given, "--data", str(images), *more)
         assert code in (0, 130), err
@@ -383,14 +388,16 @@ def test_a_long_tuning_crops_more_of_its_images(vitnas, weights, tmp_path, monke
     monkeypatch.setattr(nas.training.engine, "Training", Watched)
     told = "2 epochs: random crops keep at least 8% of an image's area, not 35%"
     assert told not in run("short", "--epochs", "1")
-    assert set(scales) == {0.35}
+    assert (set(scales), set(blends)) == ({0.35}, {1.0})
     with monkeypatch.context() as patched:
         patched.setattr(nas.training.run.TrainingRun, "_epochs", interrupt)
         err = run("long")
     assert (err.count(told), err.count("2 epochs, as there are 120 images for training")) == (1, 1)
     assert scales == [0.35] * 3 + [0.08], "what is checked, two trials, and the tuning"
+    assert blends == [1.0] * 3 + [LONG_BLEND]
+    assert f"the tuned network is {LONG_BLEND:.0%} of the weights learnt" in err
     assert "training, epoch 1/2 " in run("long")
-    assert scales == [0.08]
+    assert (scales, blends) == ([0.08], [LONG_BLEND])
     assert json.loads((tmp_path / "long" / "metrics.json").read_text())["recipe"]["epochs"] == 2
     longer = f"`vitnas train {tmp_path / 'long'} --data {images} --epochs 10"
     for option, value, told in (
