@@ -102,7 +102,7 @@ def search(
     runtime: RuntimeName = None,
     precision: Annotated[
         str,
-        typer.Option(help=f"{PRECISIONS}; auto, with --data: of each network the first in which it surely meets the budget."),
+        typer.Option(help=f"{PRECISIONS}; auto, with --data: of each network the first that surely meets the budget."),
     ] = "fp32",
     max_drop: MaxDrop = MAX_DROP,
     throughput_at: Annotated[
