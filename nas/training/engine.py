@@ -189,13 +189,10 @@ class Training:
         learnt: nn.Module = self._ema.module if self._ema is not None else self.model
         if self._first is None:
             return learnt
-        blended = copy.deepcopy(learnt)
-        blended.load_state_dict(
-            {
-                name: torch.lerp(self._first[name], value, self.recipe.blend) if value.is_floating_point() else value
-                for name, value in learnt.state_dict().items()
-            }
-        )
+        blended, first = copy.deepcopy(learnt), self._first
+        for name, value in blended.state_dict().items():
+            if value.is_floating_point():
+                value.copy_(torch.lerp(first[name].to(value), value, self.recipe.blend))
         return blended
 
     def run(

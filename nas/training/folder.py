@@ -59,6 +59,8 @@ class Trained:
         """Of a training, however far it has come. others: what has read images besides."""
         last = training.history[-1] if training.history else None
         of = "moving average" if training.recipe.ema else "last weights"
+        if training.recipe.blend < 1:
+            of += ", mixed with the first"
         return cls(
             training.network,
             training.recipe,

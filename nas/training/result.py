@@ -67,7 +67,8 @@ class Final(Judged):
     """The network that is kept: of the last epoch, whose loss, rate and speed it has, or a linear probe."""
 
     of: str
-    """What was judged and written: "moving average" or "last weights", or "linear probe"."""
+    """What was judged and written: "moving average" or "last weights", and whether ", mixed with the first"; or "linear
+    probe"."""
     loss: float | None = None
     lr: float | None = None
     images_per_s: float | None = None

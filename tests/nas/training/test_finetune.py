@@ -398,7 +398,9 @@ def test_a_long_tuning_crops_more_of_its_images_and_keeps_some_of_its_first_weig
     assert f"the tuned network is {LONG_BLEND:.0%} of the weights learnt" in err
     assert "training, epoch 1/2 " in run("long")
     assert (scales, blends) == ([0.08], [LONG_BLEND])
-    assert json.loads((tmp_path / "long" / "metrics.json").read_text())["recipe"]["epochs"] == 2
+    metrics = json.loads((tmp_path / "long" / "metrics.json").read_text())
+    assert (metrics["recipe"]["epochs"], metrics["recipe"]["blend"]) == (2, LONG_BLEND)
+    assert metrics["kept"] == "probe" or metrics["final"]["of"] == "last weights, mixed with the first"
     longer = f"`vitnas train {tmp_path / 'long'} --data {images} --epochs 10"
     for option, value, told in (
         ("--epochs", "10", f"(epochs by the number of images, not 10): give another --out; {longer}"),
