@@ -69,7 +69,8 @@ class OnnxInput:
         import onnx
 
         tensor = value.type.tensor_type
-        kind = onnx.TensorProto.DataType.Name(tensor.elem_type).lower()
+        kinds = {number: name.lower() for name, number in onnx.TensorProto.DataType.items()}
+        kind = kinds.get(tensor.elem_type, f"type {tensor.elem_type}")
         kind = {"float": "float32", "double": "float64"}.get(kind, kind)
         if not tensor.HasField("shape"):
             return cls(path, value.name, kind, None)
@@ -130,10 +131,16 @@ def _no_onnx(path: Path) -> str:
 
 def _check_external(path: Path, entry: Mapping[str, str]) -> None:
     """Raises UserError where the weights that an ONNX file keeps in another one are not all there."""
-    data = path.parent / entry["location"]
+    try:
+        data = path.parent / entry["location"]
+        needed = int(entry.get("offset", 0)) + int(entry.get("length", 0))
+    except (KeyError, ValueError):
+        raise UserError(
+            f"{path} is damaged: where its weights are in another file cannot be read; fetch or export it again"
+        ) from None
     if not data.is_file():
         raise UserError(f"{path}: its weights are in {data}, which is not there: put it beside the file")
-    needed, held = int(entry.get("offset", 0)) + int(entry.get("length", 0)), data.stat().st_size
+    held = data.stat().st_size
     if held < needed:
         raise UserError(f"{path}: {data} is cut off, {held:,} of {needed:,} bytes: fetch it again")
 

@@ -984,6 +984,15 @@ def test_a_file_without_outputs(vitnas, onnx_file, given) -> None:
     vitnas.refused(vitnas("bench", path), "holds no network: 4 nodes, 1 input, 0 outputs")
 
 
+def test_a_file_of_an_unknown_type(vitnas, onnx_file, given) -> None:
+    given({})
+    path = onnx_file()
+    model = onnx.load(path)
+    model.graph.input[0].type.tensor_type.elem_type = 999
+    Path(path).write_bytes(model.SerializeToString())
+    vitnas.refused(vitnas("bench", path), "only networks of one input", "(type 999 ")
+
+
 def test_an_old_onnx_file_in_int8_is_refused(vitnas, onnx_file, given) -> None:
     asked = given({})
     vitnas.refused(vitnas("bench", onnx_file(opset=7), "--precision", "int8"), "mine.onnx is of opset 7", "needs 13")

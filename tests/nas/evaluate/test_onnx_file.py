@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from toy_onnx import CLASSES, flags, odd_images, toy_card, write_toy
@@ -255,6 +256,24 @@ def cut_weights(path: Path) -> None:
     data.write_bytes(data.read_bytes()[:10])
 
 
+def no_number(path: Path) -> None:
+    _change_records(path, "length", "abc")
+
+
+def no_location(path: Path) -> None:
+    _change_records(path, "location", None)
+
+
+def _change_records(path: Path, key: str, value: str | None) -> None:
+    model = onnx.load(path, load_external_data=False)
+    for tensor in model.graph.initializer:
+        kept = {each.key: each.value for each in tensor.external_data if each.key != key}
+        del tensor.external_data[:]
+        for each, text in (kept | ({} if value is None else {key: value})).items():
+            tensor.external_data.add(key=each, value=text)
+    path.write_bytes(model.SerializeToString())
+
+
 def web_page(path: Path) -> None:
     path.write_text("<html></html>")
 
@@ -265,6 +284,8 @@ def web_page(path: Path) -> None:
     [
         ({"external": True}, without_weights, "its weights are in .*, which is not there: put it beside the file"),
         ({"external": True}, cut_weights, "is cut off, .* bytes: fetch it again"),
+        ({"external": True}, no_number, "is damaged: where its weights are in another file cannot be read"),
+        ({"external": True}, no_location, "is damaged: where its weights are in another file cannot be read"),
         ({}, damaged, "is no ONNX file, or a damaged one"),
         ({}, pointer, "is a pointer of Git LFS, not the file: `git lfs pull` fetches it"),
         ({}, web_page, "is a web page, not an ONNX file"),
