@@ -88,7 +88,7 @@ def features(model: nn.Module, parts: Anatomy, batches: Batches, seed: int) -> d
     generator = torch.Generator().manual_seed(seed)
 
     def signed(images: Tensor, _: Tensor) -> Tensor:
-        found = read(images)
+        _, found = read(images)
         signs = torch.randint(2, found.shape, generator=generator).to(found) * 2 - 1
         return (found * signs).sum()
 
@@ -97,18 +97,19 @@ def features(model: nn.Module, parts: Anatomy, batches: Batches, seed: int) -> d
 
 
 @contextmanager
-def features_of(model: nn.Module, parts: Anatomy) -> Iterator[Callable[[Tensor], Tensor]]:
-    """A function that runs the model, and gives the inputs of its classifiers: (B, 3, R, R) -> (B, features)."""
+def features_of(model: nn.Module, parts: Anatomy) -> Iterator[Callable[[Tensor], tuple[Tensor, Tensor]]]:
+    """A function that runs the model, and gives its logits and the inputs of its classifiers: (B, 3, R, R) ->
+    (B, classes), (B, features)."""
     paths = [e.name.rpartition(".")[0] for e in parts.table.entries if e.trainable and _is_classifier(e)]
     kept: dict[str, Tensor] = {}
 
     def keep(path: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         kept[path] = inputs[0]
 
-    def read(images: Tensor) -> Tensor:
+    def read(images: Tensor) -> tuple[Tensor, Tensor]:
         kept.clear()
-        model(images)
-        return torch.cat(list(kept.values()), 1)
+        logits = model(images)
+        return logits, torch.cat(list(kept.values()), 1)
 
     handles = [model.get_submodule(path).register_forward_pre_hook(partial(keep, path)) for path in paths]
     try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -159,13 +159,7 @@ class Chooser:
         tried = self.tried(study)
         latencies = latencies_of(tried)
         low, high = OVER
-        firsts = self._in_first(tried)
-        over = [
-            self._sized(entrant, px, latencies, firsts).over
-            for entrant in self._field.entrants
-            if isinstance(entrant.network, Arch)
-            for px in entrant.sizes
-        ]
+        over = [each.over for _, each in self._sizes(latencies, tried)]
         parents = sorted({each.candidate.parent for each in tried if each.candidate.kind == Kind.DERIVED})
         why, helps = "every ready network that may meet the budget has been", []
         if self._open(tried, latencies):
@@ -259,16 +253,15 @@ class Chooser:
         fits whole in a later precision only where none is over the budget in all of them: its children, cut to fit in
         the first precision, have that one to beat."""
         low, high = OVER
-        firsts = self._in_first(tried)
-        found: list[Sized] = []
-        for entrant in self._field.entrants:
-            if not isinstance(entrant.network, Arch) or entrant.name in self._tier.parents.failed:
-                continue
-            for px in entrant.sizes:
-                parent = self._sized(entrant, px, latencies, firsts)
-                able = (entrant.name, px) not in self._tier.parents.uncut
-                if able and low < parent.over <= high and self._ready_one(entrant, px) is not None:
-                    found.append(parent)
+        parents = self._tier.parents
+        found = [
+            each
+            for entrant, each in self._sizes(latencies, tried)
+            if each.name not in parents.failed
+            and (each.name, each.px) not in parents.uncut
+            and low < each.over <= high
+            and self._ready_one(entrant, each.px) is not None
+        ]
         children = (each.candidate for each in tried if each.candidate.kind == Kind.DERIVED)
         begun = {_place_of(child) for child in children} | self._cutters.keys()
         found = [each for each in found if not each.fits or (each.name, each.px) in begun] or found
@@ -281,19 +274,23 @@ class Chooser:
         others.sort(key=lambda each: first[each.group] is not each)
         return [*(each for each in found if (each.name, each.px) in begun), *others[: max(0, more)]]
 
+    def _sizes(self, latencies: Mapping[str, float], tried: Sequence[Tried]) -> Iterator[tuple[Entrant, Sized]]:
+        """Every ready network of a family at each resolution."""
+        budget, firsts = self._request.budget_ms, self._in_first(tried)
+        for entrant in self._field.entrants:
+            if not isinstance(entrant.network, Arch):
+                continue
+            for px in entrant.sizes:
+                likely = self._field.forecast(entrant, px, latencies).likely
+                fastest, first = likely / budget, firsts.get(entrant.label(px), likely / self._field.ratio) / budget
+                fits = fastest <= 1 < first
+                yield entrant, Sized(entrant.name, entrant.group, px, first if fits else fastest, fits)
+
     def _in_first(self, tried: Sequence[Tried]) -> dict[str, float]:
         """In ms, of ready networks by their labels: as measured in the first of several precisions."""
         first, ready_ones = self._request.precisions[0], (each for each in tried if each.candidate.kind == Kind.READY)
         measured = ((each.candidate.name, each.measured) for each in ready_ones if each.measured)
         return {label: found.by_precision[first] for label, found in measured if found.by_precision}
-
-    def _sized(self, entrant: Entrant, px: int, latencies: Mapping[str, float], firsts: Mapping[str, float]) -> Sized:
-        fastest = self._field.forecast(entrant, px, latencies).likely / self._request.budget_ms
-        first = fastest / self._field.ratio
-        if (ms := firsts.get(entrant.label(px))) is not None:
-            first = ms / self._request.budget_ms
-        fits = fastest <= 1 < first
-        return Sized(entrant.name, entrant.group, px, first if fits else fastest, fits)
 
     def _unmeasured(self, parent: Sized, tried: Sequence[Tried]) -> Candidate | None:
         """A parent whose latency is only foretold, as a ready network: it is measured before it is cut, so that it is

@@ -374,8 +374,9 @@ class Training:
             theirs = state["agree"]
             later = {field.name: field.default for field in fields(Recipe) if field.name not in theirs["recipe"]}
             theirs["recipe"] |= json.loads(json.dumps(later))  # fields that are younger than the checkpoint
-            if "blend" in later:
-                self._agree["recipe"]["blend"] = later["blend"]
+            if "blend" in later:  # it ends as it was begun
+                self.recipe = replace(self.recipe, blend=Recipe.blend)
+                self._agree["recipe"]["blend"] = Recipe.blend
             theirs.setdefault("at_once", theirs.get("batch", 0) * ranks()[1])  # of an older vitnas: a process's own
             for key, value in self._agree.items():
                 if theirs.get(key) != value:

@@ -9,10 +9,10 @@ on. Removing a unit of a stage's width silences the value dims tied to it as wel
 the mean over images of the absolute change of the loss, which the Taylor criteria predict, the change of the mean loss,
 which none of them claims to, and the mean length of the change of the classifier's inputs, which features predicts.
 Prints Spearman correlations with 95% bootstrap intervals (over units; over knobs for those within a knob). Goals: at
-least 0.95 over all units and 0.85 within a knob, for taylor and for features,
-scored on the images that judge and on others: 512, as a pruning scores, and all training images. With `--weights` the
-network is a published one with the weights of FOLDER/NAME.safetensors, of other classes, and a linear probe (see
-bench_compensation.py), which those others helped to fit: taylor goes by the probe, features by no label.
+least 0.95 over all units and 0.85 within a knob, for taylor and for features, scored on the images that judge and on
+others: 512, as a pruning scores, and all training images. With `--weights` the network is a published one with the
+weights of FOLDER/NAME.safetensors, of other classes, and a linear probe (see bench_compensation.py), which those others
+helped to fit: taylor goes by the probe, features by no label.
 
 On a free core: 4 minutes of training where `--out` holds no network yet (bench_pruning.py and bench_reallocation.py
 train the same ones), then 3 minutes. A run that was stopped goes on.
@@ -87,19 +87,20 @@ def silence(gates: Iterable[Gate], knob: Knob, row: int, unit: int) -> None:
 
 
 @torch.no_grad()
-def losses(model: nn.Module, batches: importance.Batches) -> Tensor:
-    return torch.cat([F.cross_entropy(model(images), labels, reduction="none") for images, labels in batches])
-
-
-@torch.no_grad()
-def classifier_inputs(model: nn.Module, parts: Anatomy, batches: importance.Batches) -> Tensor:
+def judge(model: nn.Module, parts: Anatomy, batches: importance.Batches) -> tuple[Tensor, Tensor]:
+    """Every image's loss and its inputs of the classifier."""
+    losses, features = [], []
     with importance.features_of(model, parts) as read:
-        return torch.cat([read(images) for images, _ in batches])
+        for images, labels in batches:
+            logits, found = read(images)
+            losses.append(F.cross_entropy(logits, labels, reduction="none"))
+            features.append(found)
+    return torch.cat(losses), torch.cat(features)
 
 
 def ablate(model: nn.Module, parts: Anatomy, batches: importance.Batches, per_knob: int, rows: Rows) -> None:
     """Add a row for every sampled unit that has none yet."""
-    before, features = losses(model, batches), classifier_inputs(model, parts, batches)
+    losses, features = judge(model, parts, batches)
     gates = list(gates_of(model).values())
     source = np.random.default_rng(0)
     for knob in parts.knobs:
@@ -111,8 +112,8 @@ def ablate(model: nn.Module, parts: Anatomy, batches: importance.Batches, per_kn
             silence(gates, knob, row, unit + knob.start)
             if all(gate.mask is None for gate in gates):
                 raise LookupError(f"no gate silences unit {unit} of {knob.name}")
-            change = (losses(model, batches) - before).double()
-            moved = (classifier_inputs(model, parts, batches) - features).double().norm(dim=1)
+            silenced, without = judge(model, parts, batches)
+            change, moved = (silenced - losses).double(), (without - features).double().norm(dim=1)
             rows.add(
                 {
                     "knob": knob.name,

@@ -233,6 +233,7 @@ def test_a_checkpoint_of_an_older_version_goes_on(tmp_path, monkeypatch):
     torch.save(state, file)
     training = Training(network(), pictures(), dataclasses.replace(recipe, blend=0.6), checkpoint=file)
     assert training.network is training.model, "it ends as it was begun"
+    assert training.recipe.blend == 1, "and says so"
     with pytest.raises(UserError, match="recipe differs"):
         Training(network(), pictures(), dataclasses.replace(recipe, batch_norm="frozen"), checkpoint=file)
 
