@@ -129,5 +129,5 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _quoted(name: str) -> str:
-    """A name in one line, in quotes where blanks begin or end it."""
-    return shown(name) if name == name.strip() else repr(shown(name))
+    """A name in one line, in quotes where it is empty, or blanks begin or end it."""
+    return shown(name) if name and name == name.strip() else repr(shown(name))

@@ -1,6 +1,6 @@
 """An ONNX file as it is deployed: open on the runtime that runs it, with its own account of pixels and classes.
 
-PyTorch is not imported, and onnx only where a file cannot be opened or its precision is asked for.
+PyTorch is not imported, and onnx only for OpenVINO, where a file cannot be opened, or its precision is asked for.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from PIL import ExifTags
 from nas.data.decoding import to_rgb
 from nas.errors import UserError
 from nas.evaluate.preprocess import PRESETS, WAYS, GivenPreprocess, crop, normalise
-from nas.evaluate.session import Output, Pixels, open_session
+from nas.evaluate.session import Output, Pixels, in_words, open_session
 from nas.export.card import IN_GRAPH, PREFIX, PROBABILITIES, Card, Preprocess
 from nas.export.onnx_input import CHANNELS, OnnxInput, written
 from nas.identity import file_digest
 from nas.machine import default_threads
 from nas.measure.runtime import LOWER
+from nas.measure.runtimes.pytorch import DTYPES, fixed_images
 from nas.networks.hub import HUB, fetch_onnx
 from nas.networks.targets import find_target
 from nas.networks.timm_network import LARGEST
-from nas.text import first_line
 from nas.units import counted, listed, shown
 
 if TYPE_CHECKING:
@@ -116,11 +116,13 @@ class OnnxFile:
             except MemoryError:
                 raise
             except Exception as error:  # each runtime has its own kinds
-                raise UserError(f"{found} fails on {runtime}: {first_line(error)}") from error
+                inside = len(batch) > 1 and pixels.batch_size is None
+                hint = "; it may be made for batch 1 inside: export it with a batch of 1" * inside
+                raise UserError(f"{found} fails on {runtime}: {in_words(error)}{hint}") from error
 
         probabilities, notes = _flag(session.metadata, PROBABILITIES, found), list[str]()
         if count is None or f"{PREFIX}preprocess" not in session.metadata:
-            answer = _flat(found, run(_zeros(how.size, pixels, channels_last)))
+            answer = _flat(found, run(_noise(how.size, pixels, channels_last)))
             count = answer.shape[1]
             if not probabilities and _are_probabilities(answer):
                 probabilities = True
@@ -135,7 +137,7 @@ class OnnxFile:
         if session.metadata.get(f"{PREFIX}weights") == "untrained":
             notes.append(f"{found}: its weights are random, and so are its answers")
         names = _names(found, count, classes, card.classes)
-        if twice := [shown(name) for name, many in Counter(names).items() if many > 1]:
+        if twice := [shown(name) or "''" for name, many in Counter(names).items() if many > 1]:
             notes.append(f"{found}: several outputs are called {listed(twice)}: their index tells them apart")
         return cls(
             path=found,
@@ -215,6 +217,10 @@ class OnnxFile:
                 )
             answers.append(answer[: len(batch)].astype(np.float32))
         found = np.concatenate(answers)
+        if self.probabilities and ((found < -SUM_TOLERANCE) | (found > 1 + SUM_TOLERANCE)).any():
+            raise UserError(
+                f"{self.path}: its outputs should be probabilities, and are not from 0 to 1: export it again"
+            )
         broken = int((~np.isfinite(found)).any(1).sum())
         if broken:
             why = ": float16 ends at 65,504, export it in fp32" if self.kind == "float16" else ": export it again"
@@ -246,6 +252,8 @@ def find_onnx(path: str | Path) -> Path:
         if not found.exists():
             named = f"; {_remedy(path)}" if found.suffix != ".onnx" else ""
             raise UserError(f"{path}: no such file or folder{named}")
+        if not found.is_file():
+            raise UserError(f"{path} is a pipe or a device, which cannot be read twice: save it as an .onnx file")
         if found.suffix in WEIGHTS:
             raise UserError(f"{path} holds weights, not a network: give an .onnx file, which `vitnas export` writes")
         return found
@@ -270,7 +278,8 @@ def _image_input(path: Path, inputs: Sequence[OnnxInput]) -> OnnxInput:
         UserError: it has several, or other than a batch of square images of three colours.
     """
     if len(inputs) != 1:
-        raise UserError(f"{path} has {counted(len(inputs), 'input')} ({_listed(inputs)}): only one of images is fed")
+        which = f" ({_listed(inputs)})" if inputs else ""
+        raise UserError(f"{path} has {counted(len(inputs), 'input')}{which}: only one of images is fed")
     (found,) = inputs
     if found.kind not in PIXEL_KINDS:
         raise UserError(
@@ -282,6 +291,10 @@ def _image_input(path: Path, inputs: Sequence[OnnxInput]) -> OnnxInput:
         )
     if found.places is None:
         raise UserError(f"{path} takes no images: its input {found.name} is {found}")
+    if found.sizes is not None and 0 in found.sizes:
+        raise UserError(
+            f"{path} takes no images: its input {found.name} is {found}: export it with dynamic sizes, not with 0"
+        )
     return found
 
 
@@ -346,9 +359,12 @@ def _logits_output(path: Path, outputs: Sequence[Output]) -> tuple[int, int | No
     Raises:
         UserError: none does, or several may.
     """
-    able = [i for i, each in enumerate(outputs) if each.sizes is None or _count(each.sizes) != 0]
+    able = [
+        i for i, each in enumerate(outputs) if each.kind in DTYPES and (each.sizes is None or _count(each.sizes) != 0)
+    ]
     if len(able) > 1:
-        able = [i for i in able if len(outputs[i].sizes or ()) == 2]
+        flat = [i for i in able if len(outputs[i].sizes or ()) == 2]
+        able = flat or [i for i in able if outputs[i].sizes is not None]
     if len(able) > 1:
         raise UserError(
             f"{path} is no classifier: one of its outputs must be (images, classes), and only one, but "
@@ -356,7 +372,8 @@ def _logits_output(path: Path, outputs: Sequence[Output]) -> tuple[int, int | No
         )
     if not able:
         raise UserError(
-            f"{path} is no classifier: one of its outputs must be (images, classes), they are {_listed(outputs)}"
+            f"{path} is no classifier: one of its outputs must be (images, classes) of {', '.join(DTYPES)}, it has "
+            f"{_listed(outputs) or 'none'}"
         )
     return able[0], _count(outputs[able[0]].sizes)
 
@@ -376,7 +393,9 @@ def _flat(path: Path, answer: Pixels) -> Pixels:
         UserError: it has others.
     """
     if _count(answer.shape) in (0, None):
-        raise UserError(f"{path} is no classifier: it answers {written(answer.shape)}, not (images, classes)")
+        raise UserError(
+            f"{path} is no classifier: it answers {written(answer.shape) or 'one number'}, not (images, classes)"
+        )
     return answer.reshape(len(answer), -1)
 
 
@@ -393,9 +412,9 @@ def _names(path: Path, count: int, given: Sequence[str] | None, own: Sequence[st
     return None if names is None else tuple(names)
 
 
-def _zeros(size: int, pixels: OnnxInput, channels_last: bool) -> Pixels:
+def _noise(size: int, pixels: OnnxInput, channels_last: bool) -> Pixels:
     shape = (size, size, 3) if channels_last else (3, size, size)
-    return np.zeros((pixels.batch_size or 1, *shape), pixels.kind)
+    return fixed_images((pixels.batch_size or 1, *shape), pixels.kind)
 
 
 def _are_probabilities(answer: Pixels) -> bool:

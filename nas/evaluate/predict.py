@@ -100,8 +100,8 @@ class Guess:
 
     @property
     def label(self) -> str:
-        """Its name, or else its number; both where the name is that of several."""
-        if self.name is None:
+        """Its name, or else its number, as of an empty name; both where the name is that of several."""
+        if not self.name:
             return str(self.index)
         return f"{self.name} ({self.index})" if self.shared else self.name
 

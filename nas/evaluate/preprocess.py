@@ -197,5 +197,6 @@ def crop(image: Image.Image, how: Preprocess) -> NDArray[np.uint8]:
 
 def normalise(values: NDArray[np.uint8], how: Preprocess) -> NDArray[np.float32]:
     """(..., 3) from 0 to 255 -> float32 of the same shape, to the bit as torchvision's ToTensor and Normalize make
-    it."""
-    return how.pixels.normalise(values)
+    it. Of numbers too large or small for float32 it is infinite or NaN."""
+    with np.errstate(all="ignore"):
+        return how.pixels.normalise(values)

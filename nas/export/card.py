@@ -17,6 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, 
 
 from nas.data.pixels import IMAGENET, Interpolation, Pixels
 from nas.errors import UserError
+from nas.export.onnx_input import read_model
 from nas.export.options import PLAIN, FileOptions
 from nas.files import replace_file
 from nas.networks.hub import ARCH, CONFIG
@@ -420,16 +421,9 @@ def load_onnx(path: Path) -> ModelProto:
     Raises:
         UserError: it is none.
     """
-    import onnx
-    from google.protobuf.message import DecodeError
-
+    model = read_model(path)
     try:
-        model = onnx.load(path, load_external_data=False)
         metadata_of(model)
-        return model
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except DecodeError:
-        raise UserError(f"{path} is not an ONNX file") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is damaged: what it says of the network is no text; export it again") from None
+    return model

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nas.errors import UserError
 from nas.export.options import FilePrecision
 from nas.measure.runtimes.pytorch import DTYPES
 from nas.units import counted
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 Shape = tuple[int, ...]
 CHANNELS = (1, 3, 4)
@@ -38,14 +42,9 @@ class OnnxInput:
         """Raises UserError where the file cannot be read or is damaged, or has other than one input of numbers."""
         import onnx
 
-        try:
-            model = onnx.load(path, load_external_data=False)
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror}") from None
-        except Exception:  # protobuf's own kinds
-            raise UserError(f"{path} is {_no_onnx(path)}") from None
+        model = read_model(path)
         graph = model.graph
-        constants = {each.name for each in graph.initializer}
+        constants = {each.name for each in graph.initializer} | {each.values.name for each in graph.sparse_initializer}
         found = [cls._of(path, value) for value in graph.input if value.name not in constants]
         if not graph.node or not found or not graph.output:
             held = ", ".join(
@@ -56,7 +55,10 @@ class OnnxInput:
         if len(found) > 1 or found[0].kind not in DTYPES or found[0].sizes == ():
             listed = ", ".join(f"{each.name} ({each.kind} {each})" for each in found)
             raise UserError(f"{path}: only networks of one input ({', '.join(DTYPES)}) are measured; its are {listed}")
-        for tensor in graph.initializer:
+        if not isinstance(found[0].name, str):  # protobuf gives bytes that are no text as they are
+            raise UserError(f"{path} is damaged: the name of its input is no text; export it again")
+        inside = [each.t for node in graph.node for each in node.attribute if each.HasField("t")]
+        for tensor in (*graph.initializer, *inside):
             if tensor.data_location == onnx.TensorProto.EXTERNAL:
                 _check_external(path, {each.key: each.value for each in tensor.external_data})
         quantised = any(node.op_type == "DequantizeLinear" for node in graph.node)
@@ -68,6 +70,9 @@ class OnnxInput:
     def _of(cls, path: Path, value: Any) -> OnnxInput:
         import onnx
 
+        what = value.type.WhichOneof("value")
+        if what != "tensor_type":
+            return cls(path, value.name, (what or "unknown").removesuffix("_type").replace("_", " "), None)
         tensor = value.type.tensor_type
         kinds = {number: name.lower() for name, number in onnx.TensorProto.DataType.items()}
         kind = kinds.get(tensor.elem_type, f"type {tensor.elem_type}")
@@ -105,6 +110,25 @@ class OnnxInput:
         return (shape[self.places[0]], shape[self.places[1]]) if self.places and len(shape) == 4 else None
 
 
+def read_model(path: Path) -> ModelProto:
+    """An ONNX file without weights that lie beside it.
+
+    Raises:
+        UserError: it is none, or cannot be read.
+    """
+    import onnx
+
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except Exception:  # protobuf's own kinds
+        raise UserError(f"{path} is {_no_onnx(path)}") from None
+    if not path.stat().st_size:
+        raise UserError(f"{path} is empty: fetch or export it again")
+    return model
+
+
 def fix_shape(source: Path, name: str, shape: Sequence[int], path: Path) -> None:
     """Write an ONNX file whose input `name` has this static shape as `path`."""
     import onnx
@@ -131,14 +155,26 @@ def _no_onnx(path: Path) -> str:
 
 def _check_external(path: Path, entry: Mapping[str, str]) -> None:
     """Raises UserError where the weights that an ONNX file keeps in another one are not all there."""
+    location = entry.get("location")
     try:
-        data = path.parent / entry["location"]
-        needed = int(entry.get("offset", 0)) + int(entry.get("length", 0))
-    except (KeyError, ValueError):
+        offset, length = (int(entry.get(key, 0)) for key in ("offset", "length"))
+    except ValueError:
+        offset = length = -1
+    if not location or offset < 0 or length < 0:
         raise UserError(
             f"{path} is damaged: where its weights are in another file cannot be read; fetch or export it again"
-        ) from None
-    if not data.is_file():
+        )
+    if os.path.isabs(location) or os.path.normpath(location).startswith(".."):
+        raise UserError(
+            f"{path}: its weights are in {location}, outside of its folder, where no runtime reads them: put them "
+            "beside the file, and save it with their new place"
+        )
+    data, needed = path.parent / location, offset + length
+    try:
+        there = data.is_file()
+    except OSError as error:
+        raise UserError(f"{path}: the file of its weights cannot be read: {error.strerror}") from None
+    if not there:
         raise UserError(f"{path}: its weights are in {data}, which is not there: put it beside the file")
     held = data.stat().st_size
     if held < needed:
@@ -146,4 +182,4 @@ def _check_external(path: Path, entry: Mapping[str, str]) -> None:
 
 
 def written(sizes: Iterable[int | None]) -> str:
-    return "x".join(str(size or "?") for size in sizes)
+    return "x".join("?" if size is None else str(size) for size in sizes)

@@ -993,6 +993,36 @@ def test_a_file_of_an_unknown_type(vitnas, onnx_file, given) -> None:
     vitnas.refused(vitnas("bench", path), "only networks of one input", "(type 999 ")
 
 
+def test_a_name_that_is_no_text(vitnas, onnx_file, given) -> None:
+    given({})
+    path = Path(onnx_file())
+    path.write_bytes(path.read_bytes().replace(b"images", b"im\xff\xfees"))
+    vitnas.refused(vitnas("bench", str(path)), "mine.onnx is damaged: the name of its input is no text")
+
+
+@pytest.mark.parametrize("kind", ["sequence", "optional"])
+def test_an_input_that_is_no_tensor(vitnas, onnx_file, given, kind: str) -> None:
+    given({})
+    path = onnx_file()
+    model = onnx.load(path)
+    tensor = onnx.helper.make_tensor_type_proto(onnx.TensorProto.FLOAT, [1, 3, 8, 8])
+    made = {"sequence": onnx.helper.make_sequence_type_proto, "optional": onnx.helper.make_optional_type_proto}[kind]
+    model.graph.input[0].CopyFrom(onnx.helper.make_value_info("images", made(tensor)))
+    onnx.save(model, path)
+    vitnas.refused(vitnas("bench", path), "only networks of one input", f"images ({kind} of any shape)")
+
+
+def test_sparse_weights_that_are_inputs_too(onnx_file) -> None:
+    path = onnx_file(images=[1, 3, 8, 8], weight=[4, 3, 3, 3])
+    model = onnx.load(path)
+    del model.graph.initializer[0]
+    values = onnx.numpy_helper.from_array(np.ones(1, np.float32), "weight")
+    places = onnx.numpy_helper.from_array(np.zeros(1, np.int64), "places")
+    model.graph.sparse_initializer.append(onnx.helper.make_sparse_tensor(values, places, [4, 3, 3, 3]))
+    onnx.save(model, path)
+    assert OnnxInput.read(Path(path)).name == "images"
+
+
 def test_an_old_onnx_file_in_int8_is_refused(vitnas, onnx_file, given) -> None:
     asked = given({})
     vitnas.refused(vitnas("bench", onnx_file(opset=7), "--precision", "int8"), "mine.onnx is of opset 7", "needs 13")

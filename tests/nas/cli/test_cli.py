@@ -134,6 +134,20 @@ def test_broken_onnx_file(vitnas, tmp_path):
     vitnas.refused(vitnas("bench", str(path)), "model.onnx")
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "is empty: fetch or export it again"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        (b"<!DOCTYPE html>", "is a web page"),
+        (b"\x08\x08broken", "is no ONNX file, or a damaged one"),
+    ],
+)
+def test_show_tells_what_a_file_is_that_is_no_network(vitnas, tmp_path, content, said):
+    (tmp_path / "broken.onnx").write_bytes(content)
+    vitnas.refused(vitnas("show", str(tmp_path / "broken.onnx")), "broken.onnx", said)
+
+
 def test_export_weights_that_do_not_fit(vitnas, tmp_path):
     import torch
 

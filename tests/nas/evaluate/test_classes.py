@@ -48,6 +48,8 @@ def test_two_outputs_of_one_name() -> None:
         match(["cat", "dog"], ["cat", "cat"], 2, "net")
     with pytest.raises(UserError, match="several outputs called cat"):
         match(["cat"], ["cat", "cat"], 2, "net")
+    with pytest.raises(UserError, match="its 2 are '', '': '' stands there more than once"):
+        match(["cat"], ["", ""], 2, "net")
 
 
 def test_folders_that_are_numbers() -> None:

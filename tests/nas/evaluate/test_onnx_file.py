@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from onnx import TensorProto, helper
 from toy_onnx import CLASSES, flags, odd_images, toy_card, write_toy
 
 from nas.data.decoding import RibbonError, decode
@@ -264,6 +266,26 @@ def no_location(path: Path) -> None:
     _change_records(path, "location", None)
 
 
+def empty_location(path: Path) -> None:
+    _change_records(path, "location", "")
+
+
+def long_location(path: Path) -> None:
+    _change_records(path, "location", "x" * 5000)
+
+
+def before_the_beginning(path: Path) -> None:
+    _change_records(path, "offset", "-8")
+
+
+def absolute_location(path: Path) -> None:
+    _change_records(path, "location", "/etc/hostname")
+
+
+def location_above(path: Path) -> None:
+    _change_records(path, "location", "a/../../weights.data")
+
+
 def _change_records(path: Path, key: str, value: str | None) -> None:
     model = onnx.load(path, load_external_data=False)
     for tensor in model.graph.initializer:
@@ -278,6 +300,68 @@ def web_page(path: Path) -> None:
     path.write_text("<html></html>")
 
 
+def emptied(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def name_that_is_no_text(path: Path) -> None:
+    path.write_bytes(path.read_bytes().replace(b"images", b"im\xff\xfees"))
+
+
+def constant_elsewhere(path: Path) -> None:
+    model = onnx.load(path)
+    weights = model.graph.initializer[0]
+    weights.ClearField("raw_data")
+    weights.data_location = TensorProto.EXTERNAL
+    weights.external_data.add(key="location", value="gone.data")
+    model.graph.node.insert(0, helper.make_node("Constant", [], [weights.name], value=weights))
+    del model.graph.initializer[0]
+    path.write_bytes(model.SerializeToString())
+
+
+def operator_of_their_own(path: Path) -> None:
+    model = onnx.load(path)
+    model.graph.node[0].CopyFrom(helper.make_node("Magic", ["images"], ["cast"], domain="com.acme"))
+    model.opset_import.append(helper.make_opsetid("com.acme", 1))
+    onnx.save(model, path)
+
+
+def yes_or_no(path: Path) -> None:
+    _answer_in(path, TensorProto.BOOL)
+
+
+def whole_numbers(path: Path) -> None:
+    _answer_in(path, TensorProto.INT64)
+
+
+def _answer_in(path: Path, kind: int) -> None:
+    model = onnx.load(path)
+    model.graph.node[-2].attribute[0].i = kind
+    model.graph.output[0].type.tensor_type.elem_type = kind
+    onnx.save(model, path)
+
+
+def sequence_of_images(path: Path) -> None:
+    model = onnx.load(path)
+    model.graph.input[0].CopyFrom(helper.make_tensor_sequence_value_info("images", TensorProto.FLOAT, (1, 3, 16, 16)))
+    model.graph.node.insert(0, helper.make_node("SequenceAt", ["images", "place"], ["image"]))
+    model.graph.node[1].input[0] = "image"
+    model.graph.initializer.append(helper.make_tensor("place", TensorProto.INT64, (), [0]))
+    onnx.save(model, path)
+
+
+def one_number(path: Path) -> None:
+    model = onnx.load(path)
+    model.graph.node[-1].CopyFrom(helper.make_node("ReduceSum", ["wide"], ["logits"], keepdims=0))
+    model.graph.output[0].CopyFrom(helper.make_tensor_value_info("logits", TensorProto.FLOAT, ()))
+    onnx.save(model, path)
+
+
 @pytest.mark.parametrize("runtime", RUNTIMES)
 @pytest.mark.parametrize(
     ("made", "change", "message"),
@@ -286,6 +370,20 @@ def web_page(path: Path) -> None:
         ({"external": True}, cut_weights, "is cut off, .* bytes: fetch it again"),
         ({"external": True}, no_number, "is damaged: where its weights are in another file cannot be read"),
         ({"external": True}, no_location, "is damaged: where its weights are in another file cannot be read"),
+        ({"external": True}, empty_location, "is damaged: where its weights are in another file cannot be read"),
+        ({"external": True}, before_the_beginning, "is damaged: where its weights are in another file cannot be read"),
+        ({"external": True}, long_location, "the file of its weights cannot be read: File name too long"),
+        ({"external": True}, absolute_location, "its weights are in /etc/hostname, outside of its folder"),
+        ({"external": True}, location_above, "its weights are in a/../../weights.data, outside of its folder"),
+        ({}, constant_elsewhere, "its weights are in .*gone.data, which is not there: put it beside the file"),
+        ({}, emptied, "is empty: fetch or export it again"),
+        ({}, pipe, "is a pipe or a device, which cannot be read twice: save it as an .onnx file"),
+        ({}, name_that_is_no_text, "is damaged: .*name.* is no text; export it again"),
+        ({}, operator_of_their_own, "cannot open .*: (onnxruntime|openvino) has no operator com.acme.Magic$"),
+        ({}, yes_or_no, r"is no classifier: .* of float32, .*, it has logits \(bool(ean)? 1x3\)"),
+        ({}, whole_numbers, r"is no classifier: .* of float32, .*, it has logits \(i(nt)?64 1x3\)"),
+        ({}, one_number, "is no classifier: (it answers one number|.* it has logits .without dimensions)"),
+        ({}, sequence_of_images, r"takes seq\(tensor\(float\)\) pixels|only networks of one input .*\(sequence of any"),
         ({}, damaged, "is no ONNX file, or a damaged one"),
         ({}, pointer, "is a pointer of Git LFS, not the file: `git lfs pull` fetches it"),
         ({}, web_page, "is a web page, not an ONNX file"),
@@ -320,7 +418,12 @@ def web_page(path: Path) -> None:
     ],
 )
 def test_a_file_that_cannot_be_used_is_told_in_a_line(
-    tmp_path: Path, runtime: str, made: dict[str, Any], change: Any, message: str
+    tmp_path: Path,
+    runtime: str,
+    made: dict[str, Any],
+    change: Any,
+    message: str,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     path = write_toy(tmp_path / "net.onnx", **{"card": toy_card(), **made})
     if change:
@@ -329,12 +432,69 @@ def test_a_file_that_cannot_be_used_is_told_in_a_line(
         OnnxFile.open(path, runtime)
     assert "\n" not in str(raised.value)
     assert str(path) in str(raised.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_input_of_no_images_is_told(tmp_path: Path) -> None:
+    path = write_toy(tmp_path / "net.onnx", (0, 3, 16, 16), card=toy_card())
+    with pytest.raises(UserError, match="its input images is 0x3x16x16: export it with dynamic sizes, not with 0"):
+        OnnxFile.open(path)
+
+
+def test_an_input_that_says_no_shape_is_fed(tmp_path: Path) -> None:
+    path, pixels = write_toy(tmp_path / "net.onnx", card=toy_card()), random_pixels(1)
+    wanted = OnnxFile.open(path).logits(pixels)
+    model = onnx.load(path)
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.ClearField("shape")
+    onnx.save(model, path)
+    np.testing.assert_array_equal(OnnxFile.open(path).logits(pixels), wanted)
+
+
+def test_an_output_that_is_no_tensor_is_no_rival(tmp_path: Path) -> None:
+    path = write_toy(tmp_path / "net.onnx", card=toy_card(), squeeze=False)
+    model = onnx.load(path)
+    model.graph.node.append(helper.make_node("SequenceConstruct", ["logits"], ["list"]))
+    model.graph.output.insert(0, helper.make_tensor_sequence_value_info("list", TensorProto.FLOAT, None))
+    onnx.save(model, path)
+    assert OnnxFile.open(path).num_classes == 3
+
+
+def test_a_file_that_is_made_for_batch_1_inside_is_told(tmp_path: Path) -> None:
+    path = write_toy(tmp_path / "net.onnx", ("N", 3, 16, 16), card=toy_card())
+    model = onnx.load(path)
+    model.graph.node[-1].CopyFrom(helper.make_node("Reshape", ["wide", "one"], ["logits"]))
+    model.graph.initializer.append(helper.make_tensor("one", TensorProto.INT64, (2,), [1, 3]))
+    onnx.save(model, path)
+    file = OnnxFile.open(path)
+    assert file.logits(random_pixels(1)).shape == (1, 3)
+    with pytest.raises(
+        UserError, match=r"its Reshape node .* made for batch 1 inside: export it with a batch of 1"
+    ) as e:
+        file.logits(random_pixels(2))
+    assert "ONNXRuntimeError" not in str(e.value)
 
 
 def test_a_batch_that_no_memory_holds_is_told(tmp_path: Path) -> None:
     path = write_toy(tmp_path / "net.onnx", (10**7, 3, 16, 16), card=toy_card())
     with pytest.raises(UserError, match="takes 10,000,000 images of 16 px at once, more than 4 GiB: export it with"):
         OnnxFile.open(path)
+
+
+def test_probabilities_that_are_none_are_told(tmp_path: Path) -> None:
+    path = write_toy(tmp_path / "net.onnx", card=toy_card(), metadata=flags(probabilities=True))
+    for answer in (OnnxFile.open(path).logits, OnnxFile.open(path).softmax):
+        with pytest.raises(UserError, match="its outputs should be probabilities, and are not from 0 to 1: export it"):
+            answer(random_pixels(2))
+
+
+def test_sigmoids_are_not_taken_for_probabilities(tmp_path: Path) -> None:
+    """Of an image of zeros two of them are 0.5, and add up to 1."""
+    path = write_toy(tmp_path / "net.onnx", softmax=True, classes=2)
+    model = onnx.load(path)
+    next(node for node in model.graph.node if node.op_type == "Softmax").op_type = "Sigmoid"
+    onnx.save(model, path)
+    assert not OnnxFile.open(path, preprocess=parse_preprocess("none")).probabilities
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)

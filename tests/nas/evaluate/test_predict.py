@@ -143,7 +143,7 @@ def test_names_are_those_of_the_files(vitnas: Any, folder: Path) -> None:
 
 def test_classes_of_one_name_are_told_apart() -> None:
     guesses = (Guess(4, "crane", 0.5, shared=True), Guess(5, "crane", 0.25, shared=True), Guess(1, "emu", 0.125))
-    assert [each.label for each in guesses] == ["crane (4)", "crane (5)", "emu"]
+    assert [each.label for each in (*guesses, Guess(2, "", 0.1, shared=True))] == ["crane (4)", "crane (5)", "emu", "2"]
 
 
 def test_json_has_all_of_it(vitnas: Any, folder: Path) -> None:

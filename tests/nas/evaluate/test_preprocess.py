@@ -46,6 +46,12 @@ def test_every_value_is_normalised_to_the_bit() -> None:
         assert np.array_equal(normalise(values, Preprocess.own(16, pixels)).transpose(2, 0, 1), wanted)
 
 
+@pytest.mark.filterwarnings("error")
+def test_numbers_that_float32_does_not_hold_are_not_warned_of() -> None:
+    how = Preprocess.own(16).model_copy(update={"mean": (1e300, 0.5, 0.5), "std": (1e-320, 0.5, 0.5)})
+    assert not np.isfinite(normalise(np.zeros((16, 16, 3), np.uint8), how)).all()
+
+
 def test_presets() -> None:
     how = parse_preprocess("imagenet").at(224)
     assert how == Preprocess.own(224)

@@ -252,7 +252,7 @@ def test_what_cannot_be_read(tmp_path):
     with pytest.raises(UserError, match="No such file"):
         Card.read(path)
     path.write_bytes(b"\x00junk")
-    with pytest.raises(UserError, match="is not an ONNX file"):
+    with pytest.raises(UserError, match="is no ONNX file, or a damaged one: fetch or export it again"):
         Card.read(path)
     to_onnx(torch.nn.Flatten(), path, 8, 1)
     model = onnx.load(path)
