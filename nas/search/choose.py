@@ -48,8 +48,8 @@ PARENT_IN = 20
 FIRST = 3
 """Networks cut from each parent before parents compete."""
 OVER = (1.0, 4.0)
-"""How many times the budget a parent's latency is, at least and at most: one that fits is in the race itself, and
-little is left of a much larger one."""
+"""How many times the budget a parent's latency is, at least and at most: one that fits in the first precision is in the
+race itself, and little is left of a much larger one."""
 LOSS = 1.5
 """Points of top-1 that a parent is taken to lose with each halving of its latency, where parents are compared. Refitted
 children of EfficientViT-M1 lost 0.1 points at 40% of its multiply-accumulates and 2.7 at 25%."""
@@ -60,9 +60,10 @@ DRAWN = 6
 describe a network costs about 0.07 s of a CPU, so what was drawn once stays in the choice."""
 DRAWN_FROM_SCRATCH = 48
 """Networks that those from scratch are taken from: most of a space is far over a budget."""
-NEAR = (0.75, 1.15)
+NEAR, NEAR_FIRST = (0.75, 1.15), (0.75, 0.95)
 """Networks are cut from a parent to a latency that is likely so many times the budget: one that is much faster loses
-more than it must, and one that is slower is measured in vain."""
+more than it must, and one that is slower is measured in vain. And where the parent itself fits in a later precision:
+there it has little to gain, so its children are cut to surely fit in the first one."""
 SMALLER = 0.25
 """With limits beside the latency: times the least share of MACs, as memory or size may ask for smaller networks."""
 CUT_POWER, POWERS = 0.7, (0.2, 1.2)
@@ -104,6 +105,7 @@ class Chooser:
 
     def __init__(self, tier: RaceTier, request: SearchRequest, field: Field) -> None:
         self._tier, self._request, self._field = tier, request, field
+        self._faster = Faster(request.precisions)
         self._cutters: dict[tuple[str, int], Cutter] = {}
         self._made: dict[tuple[str, int], dict[str, Candidate]] = {}
         """Children by their keys, of each parent at a resolution."""
@@ -122,9 +124,9 @@ class Chooser:
 
     def tried(self, study: optuna.Study) -> list[Tried]:
         """The candidates of a study's trials, with the latencies that are likely in their fastest precision."""
-        faster = Faster.of_study(self._request.precisions, study)
-        self._field.ratio, self._field.leeway = faster.ratio, faster.leeway
-        return [_in_fastest(each, faster) for each in tried_in(study)]
+        self._faster = Faster.of_study(self._request.precisions, study)
+        self._field.ratio, self._field.leeway = self._faster.ratio(), self._faster.leeway
+        return [_in_fastest(each, self._faster) for each in tried_in(study)]
 
     def offer(self, study: optuna.Study) -> list[Candidate]:
         """Candidates that are worth trying, best first; none where nothing is left. A parent may be tuned for them.
@@ -162,16 +164,19 @@ class Chooser:
         over = [each.over for _, each in self._sizes(latencies, tried)]
         parents = sorted({each.candidate.parent for each in tried if each.candidate.kind == Kind.DERIVED})
         why, helps = "every ready network that may meet the budget has been", []
+        first, *lower = self._request.precisions
+        in_first, in_all = (f" in {first}", " in every precision") if lower else ("", "")
         if self._open(tried, latencies):
             why, helps = "ready networks have had their half of the trials", ["more --trials, for other ready networks"]
         if parents:
             why += f", and what can be cut from {', '.join(parents)} has been tried"
         elif all(each <= low for each in over):
-            why += ", and no pretrained network of these families is over it, to cut smaller ones from"
+            why += f", and no pretrained network of these families is over it{in_first}, to cut smaller ones from"
             helps += ["a smaller --latency-budget", "--weights-from DIR with weights of larger networks"]
         elif not any(low < each <= high for each in over):
             why += (
-                f", and the pretrained networks over it take more than {high:g} times as long, too long to be cut to it"
+                f", and the pretrained networks over it take more than {high:g} times as long{in_all}, too long to be "
+                "cut to it"
             )
             helps += ["a larger --latency-budget"]
         else:
@@ -249,9 +254,8 @@ class Chooser:
     # Networks cut from a parent
 
     def _parents(self, latencies: Mapping[str, float], tried: Sequence[Tried]) -> list[Sized]:
-        """Parents that children are cut from: those that have been, then the best of each family, then others. One that
-        fits whole in a later precision only where none is over the budget in all of them: its children, cut to fit in
-        the first precision, have that one to beat."""
+        """Parents that children are cut from: those that have been, then the best of each family, then others. Last
+        those that fit whole in a later precision: their children, cut to fit in the first one, have them to beat."""
         low, high = OVER
         parents = self._tier.parents
         found = [
@@ -264,14 +268,13 @@ class Chooser:
         ]
         children = (each.candidate for each in tried if each.candidate.kind == Kind.DERIVED)
         begun = {_place_of(child) for child in children} | self._cutters.keys()
-        found = [each for each in found if not each.fits or (each.name, each.px) in begun] or found
         loss = self._loss()
         found.sort(key=loss)
         first = {each.group: each for each in reversed(found)}
         more = max(2, self._request.trials // PARENT_IN) - len(begun)
         worst = loss(found[0]) + RIVAL if found else 0.0
         others = [each for each in found if (each.name, each.px) not in begun and loss(each) <= worst]
-        others.sort(key=lambda each: first[each.group] is not each)
+        others.sort(key=lambda each: (each.fits, first[each.group] is not each))
         return [*(each for each in found if (each.name, each.px) in begun), *others[: max(0, more)]]
 
     def _sizes(self, latencies: Mapping[str, float], tried: Sequence[Tried]) -> Iterator[tuple[Entrant, Sized]]:
@@ -282,9 +285,9 @@ class Chooser:
                 continue
             for px in entrant.sizes:
                 likely = self._field.forecast(entrant, px, latencies).likely
-                fastest, first = likely / budget, firsts.get(entrant.label(px), likely / self._field.ratio) / budget
-                fits = fastest <= 1 < first
-                yield entrant, Sized(entrant.name, entrant.group, px, first if fits else fastest, fits)
+                first = firsts.get(entrant.label(px), likely / self._faster.ratio(entrant.group))
+                fits = likely <= budget < first
+                yield entrant, Sized(entrant.name, entrant.group, px, (first if fits else likely) / budget, fits)
 
     def _in_first(self, tried: Sequence[Tried]) -> dict[str, float]:
         """In ms, of ready networks by their labels: as measured in the first of several precisions."""
@@ -329,7 +332,8 @@ class Chooser:
                 return []
         whole, own = self._cutters[place].parent.arch, levels_of(parent.name)
         power, macs = _power_of(place, tried), count(whole).macs
-        least, most = ((times / parent.over) ** (1 / power) for times in NEAR)
+        near = NEAR_FIRST if parent.fits else NEAR
+        least, most = ((times / parent.over) ** (1 / power) for times in near)
         if self._request.limits != Limits():
             least *= SMALLER
         for arch in self._cutters[place].cuts(least, most):

@@ -408,9 +408,9 @@ def measured_in(precisions: Sequence[str]) -> str:
         return f"latency is measured in {precisions[0]}; quality is that of fp32"
     told = ", ".join(f"{each} {EXPECTED_DROP.get(each, 0.0):g}" for each in precisions[1:])
     return (
-        f"each network is measured in {', '.join(precisions[:-1])} and {precisions[-1]} in turn, until it meets the "
-        "budget; until the end, where its file is judged, its quality is that of fp32, less what lower precisions cost "
-        f"others in the mean ({told})"
+        f"each network is measured in {', '.join(precisions[:-1])} and {precisions[-1]} in turn, until it surely "
+        "meets the budget; until the end, where its file is judged, its quality is that of fp32, less what lower "
+        f"precisions cost others in the mean ({told})"
     )
 
 

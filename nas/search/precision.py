@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from enum import IntEnum
 from functools import cached_property
 from typing import TYPE_CHECKING, Self
 
@@ -18,7 +19,8 @@ from nas.measure.budget import Verdict
 from nas.measure.device import check_settings, device_kind
 from nas.measure.remote import LinkLost
 from nas.measure.runtime import LOWER, RUNTIMES, Settings
-from nas.measure.samples import MeasureError
+from nas.measure.samples import HOPELESS as FAR
+from nas.measure.samples import PRECISION, SEARCH_PRECISION, MeasureError
 from nas.process import WorkerError
 from nas.study.ledger import Ledger, ledger_of
 
@@ -98,16 +100,16 @@ class Faster:
         open_ones = (precision for precision in self.precisions if precision not in by_precision)
         return min(*by_precision.values(), *(first * self.likely(each, family) for each in open_ones), first)
 
-    @property
-    def ratio(self) -> float:
-        """Of any network: its likely latency in its fastest precision over that in the first."""
-        return min((self.likely(each, "") for each in self.precisions[1:]), default=1.0)
+    def ratio(self, family: str = "") -> float:
+        """A network's likely latency in its fastest precision over that in the first; "": of a family that is not
+        known."""
+        return min([1.0, *(self.likely(each, family) for each in self.precisions[1:])])
 
     @property
     def leeway(self) -> float:
         """How many times less than such a likely latency it may be."""
         least = min((self.least(each) for each in self.precisions[1:]), default=1.0)
-        return max(1.0, min(1.0, self.ratio) / least)
+        return max(1.0, self.ratio() / least)
 
     @cached_property
     def _medians(self) -> Mapping[str, Mapping[str, float]]:
@@ -138,19 +140,20 @@ def first_that_fits(
     request: SearchRequest,
     faster: Faster,
     family: str,
-    measure: Callable[[str], TrialLatency],
+    measure: Callable[[str, float], TrialLatency],
     note: Callable[[str], None],
 ) -> TrialLatency:
-    """The latency of a network in the first precision in which it surely meets the budget, and the limits, or else in
-    that in which it is furthest below them or nearest to them. A median below the budget is not enough, as a later run
-    may show it above. A precision that is most likely not fast enough is not measured.
+    """The latency of a network in the first precision in which it surely meets the budget, and the limits. A median
+    below the budget is not enough, as a later run may show it above: it is measured more exactly then. In none, the
+    first of those with a median below the budget, else the first of those whose interval holds it, else the nearest.
+    A precision that is most likely not fast enough is not measured.
 
     Args:
-        measure: the latency in a precision.
+        measure: the latency in a precision, to within a half-width of its interval as a share of it.
         note: told of a precision in which the network cannot be measured; its failure in the first one is raised.
     """
     if not request.lower:
-        return measure(request.settings.precision)
+        return measure(request.settings.precision, SEARCH_PRECISION)
     found: dict[str, TrialLatency] = {}
     for precision in request.precisions:
         if found:
@@ -158,7 +161,9 @@ def first_that_fits(
             if first.latency_ms * HOPELESS * faster.least(precision) > request.budget_ms:
                 continue
         try:
-            found[precision] = measure(precision)
+            found[precision] = measure(precision, SEARCH_PRECISION)
+            if _chance(request, found[precision]) == Chance.LIKELY:
+                found[precision] = measure(precision, PRECISION)
         except LinkLost:
             raise
         except (MeasureError, WorkerError) as error:
@@ -166,21 +171,44 @@ def first_that_fits(
                 raise
             note(f"not measured in {precision}: {reason(error)}")
             continue
-        if _meets(request, found[precision]):
+        if _chance(request, found[precision]) == Chance.SURE:
             best = found[precision]
             break
     else:
-        best = min(found.values(), key=lambda each: _excess(request, each))
+        best = min(found.values(), key=lambda each: _order(request, each))
     return replace(best, by_precision={precision: each.latency_ms for precision, each in found.items()})
 
 
-def _meets(request: SearchRequest, latency: TrialLatency) -> bool:
-    return latency.verdict(request.budget_ms) == Verdict.FITS and not latency.over(request.limits)
+class Chance(IntEnum):
+    """Whether a network meets the budget and the limits, as far as a measurement tells."""
+
+    SURE = 0
+    """Its interval does; of one measured briefly, a latency far below."""
+    LIKELY = 1
+    """Its median does."""
+    POSSIBLE = 2
+    """Its interval holds the budget."""
+    NONE = 3
 
 
-def _excess(request: SearchRequest, latency: TrialLatency) -> float:
+def _chance(request: SearchRequest, latency: TrialLatency) -> Chance:
+    budget_ms, verdict = request.budget_ms, latency.verdict(request.budget_ms)
+    if latency.over(request.limits):
+        return Chance.NONE
+    if verdict == Verdict.FITS or (latency.ci_ms is None and latency.latency_ms * FAR <= budget_ms):
+        return Chance.SURE
+    if latency.excess(budget_ms) <= 0:
+        return Chance.LIKELY
+    return Chance.POSSIBLE if verdict == Verdict.UNSURE else Chance.NONE
+
+
+def _order(request: SearchRequest, latency: TrialLatency) -> tuple[Chance, float]:
+    """Lowest first: what is kept where nothing is sure; with an equal chance the earlier precision."""
+    chance = _chance(request, latency)
+    if chance != Chance.NONE:
+        return chance, 0.0
     limits = request.limits.excess(latency.memory_mb, latency.file_mb)
-    return max(latency.excess(request.budget_ms), *limits.values(), -1.0)
+    return chance, max(latency.excess(request.budget_ms), *limits.values(), -1.0)
 
 
 def expected_drop(precision: str | None, by_precision: Mapping[str, float] | None) -> float:

@@ -76,7 +76,7 @@ class SearchRequest:
     file: FileOptions = PLAIN
     """How best/model.onnx is written; unless it takes any batch, it has that of `settings`."""
     lower: tuple[str, ...] = ()
-    """Precisions that a trial tries after that of the settings, until its network meets the budget; see
+    """Precisions that a trial tries after that of the settings, until its network surely meets the budget; see
     `nas.search.precision.ladder`."""
     train_devices: tuple[str, ...] = ()
     """Where networks train: cpu, cuda (every GPU), cuda:N, GPU-UUID; empty: every GPU that this process may see, or the

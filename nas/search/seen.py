@@ -135,7 +135,7 @@ class Seen:
             return
         self._learnt = len(self._ended)
         own = [(each.point.coordinates, each.relative) for each in self._told if each.relative]
-        self.speed = Speed((self._reference, self._faster.ratio), [*self._before, *own][-MOST:])
+        self.speed = Speed((self._reference, self._faster.ratio()), [*self._before, *own][-MOST:])
         details = [(point, trial.user_attrs.get("detail", {})) for trial, point in self._ended]
         needs = [
             Need(_params_m(point.coordinates), detail.get("memory_mb"), detail.get("file_mb"))

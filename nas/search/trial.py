@@ -207,15 +207,21 @@ class TrialRunner:
             self.request,
             Faster.of_study(self.request.precisions, self.study),
             network.family,
-            lambda precision: self._latency(trial, network, clock, precision),
+            lambda precision, within: self._latency(trial, network, clock, precision, within),
             lambda line: self.notes.append(f"trial {trial.number}: {line}"),
         )
 
-    def _latency(self, trial: optuna.Trial, network: Arch | TimmNetwork, clock: Clock, precision: str) -> TrialLatency:
-        """The latency of a network in a precision, and its throughput at the batch size that the search asks for."""
+    def _latency(
+        self, trial: optuna.Trial, network: Arch | TimmNetwork, clock: Clock, precision: str, within: float
+    ) -> TrialLatency:
+        """The latency of a network in a precision, and its throughput at the batch size that the search asks for.
+
+        Args:
+            within: half-width of the latency's interval, as a share of it.
+        """
         settings, many = replace(self.request.settings, precision=precision), self.request.throughput_at
         batch_size = settings.batch_size
-        result, when = self._timed(trial, network, settings, self.request.budget_ms, clock)
+        result, when = self._timed(trial, network, settings, self.request.budget_ms, clock, within)
         throughput = result.throughput(batch_size)
         if many is not None:
             goal = None if result.p50_ms <= self.request.budget_ms else 0.0  # over budget: a few rounds are enough
@@ -255,15 +261,16 @@ class TrialRunner:
         settings: Settings,
         budget_ms: float | None,
         clock: Clock,
+        within: float = SEARCH_PRECISION,
     ) -> tuple[Measurement, str | None]:
         """A network's measurement and, where it is from the cache, when it was made."""
         when: str | None = None
         batch_size, precision = settings.batch_size, self._other_precision(settings)
         found = self._cached(lambda cache: cache.get(network, batch_size, self.reference_ms, precision))
-        if found is not None and not quanta(found[1]) and is_decided(found[1].rounds_ms, budget_ms, SEARCH_PRECISION):
+        if found is not None and not quanta(found[1]) and is_decided(found[1].rounds_ms, budget_ms, within):
             when, result = found
         else:
-            result = self._measured(network, settings, budget_ms, clock)
+            result = self._measured(network, settings, budget_ms, clock, within)
         record = {"trial": trial.number, "batch_size": batch_size, "cached": when}
         record |= {"precision": precision} if precision else {}
         keep_samples(self.request.folder, record | result.to_dict())
@@ -274,7 +281,7 @@ class TrialRunner:
         return settings.precision if settings.precision != self.request.settings.precision else None
 
     def _measured(
-        self, network: Arch | TimmNetwork, settings: Settings, budget_ms: float | None, clock: Clock
+        self, network: Arch | TimmNetwork, settings: Settings, budget_ms: float | None, clock: Clock, within: float
     ) -> Measurement:
         """Export a network and measure it; the cache keeps the result, unless the machine was busy."""
         precision = self._other_precision(settings)
@@ -289,7 +296,7 @@ class TrialRunner:
             budget_ms,
             pause=self._exporter.running,
             batch_size=settings.batch_size,
-            precision=SEARCH_PRECISION,
+            precision=within,
             computed_in=precision,
         )
         clock.add("session", result.load_s)

@@ -294,7 +294,6 @@ def in_two_precisions(bench: Bench, ratio: float) -> Chooser:
 
 
 def test_a_parent_that_fits_in_a_later_precision_only_is_cut_to_fit_in_the_first() -> None:
-    """Where no network is over the budget in all of them: there would be nothing to cut."""
     bench = Bench(trials=40)
     chooser = in_two_precisions(bench, 0.5)
     latencies = {f"{name}@64": 0.5 * ms for name, ms in zip(NAMES, (0.31, 0.68, 0.81), strict=True)}
@@ -303,8 +302,59 @@ def test_a_parent_that_fits_in_a_later_precision_only_is_cut_to_fit_in_the_first
     assert [(each.name, each.fits) for each in found] == [("efficientvit_m1", True), ("efficientvit_m2", True)]
     assert [each.over for each in found] == pytest.approx([0.68 / BUDGET_MS, 0.81 / BUDGET_MS])
     assert "none could be cut" in chooser.why_none(bench.study())
-    found = chooser._parents(latencies | {"efficientvit_m2@64": 0.65}, tried)
-    assert [(each.name, each.fits) for each in found] == [("efficientvit_m2", False)], "one is over in both"
+    found = chooser._parents(latencies | {"efficientvit_m2@64": 0.8}, tried)
+    assert [each.name for each in found] == ["efficientvit_m2", "efficientvit_m1"], "first what is over in both"
+    chooser._tier.parents.failed["efficientvit_m2"] = "its tuning failed"
+    found = chooser._parents(latencies | {"efficientvit_m2@64": 0.8}, tried)
+    assert [each.name for each in found] == ["efficientvit_m1"]
+
+
+def test_a_poor_parent_does_not_keep_better_ones_away_that_fit_in_a_later_precision() -> None:
+    bench = Bench(trials=40)
+    chooser = in_two_precisions(bench, 0.5)
+    macs = counts_of(get_arch("efficientvit_m2").replace(num_classes=5).at(PX)).macs
+    bench.surrogate.trained = [None] * 3
+    bench.surrogate.predict = lambda features, key="": SimpleNamespace(
+        value=40.0 if round(2 ** features[1]) == macs else 50.0
+    )
+    latencies = {"efficientvit_m0@64": 0.1, "efficientvit_m1@64": 0.4, "efficientvit_m2@64": 0.65}
+    found = chooser._parents(latencies, chooser.tried(bench.study()))
+    assert [(each.name, each.fits) for each in found] == [("efficientvit_m1", True)]
+
+
+def test_what_is_cut_from_a_parent_that_fits_in_a_later_precision_fits_in_the_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its children all fit in the later one, where the largest of them promise most."""
+    monkeypatch.setattr(choose, "Promise", propose.Promise)
+    monkeypatch.setattr(derive, "SHARES", tuple(0.95**i for i in range(1, 20)))
+    bench = Bench(trials=40)
+    chooser = in_two_precisions(bench, 0.5)
+    whole = Candidate(get_arch("efficientvit_m2").replace(num_classes=5).at(PX), Kind.READY, name="efficientvit_m2@64")
+    bench.run(whole)
+    bench.trials[1].user_attrs["detail"] |= {"by_precision": {"fp32": 0.8, "bf16": 0.4}, "latency_ms": 0.4}
+    tried = chooser.tried(bench.study())
+    parent = next(each for each in chooser._parents(choose.latencies_of(tried), tried) if each.name == NAMES[2])
+    promise = propose.Promise([each.measured for each in tried if each.measured], bench.surrogate, chooser._request)
+    children = chooser._children(parent, tried, np.random.default_rng(0))
+    best = chooser._best(children, tried, promise)[0]
+    share = counts_of(best.network).macs / counts_of(whole.network).macs
+    assert parent.fits
+    assert 0.85 < 0.8 * share**choose.CUT_POWER / BUDGET_MS <= 0.95
+
+
+def test_the_latency_in_the_first_precision_is_foretold_by_the_ratio_of_the_family() -> None:
+    bench = Bench(trials=40)
+    chooser = in_two_precisions(bench, 0.9)
+    bench.run(
+        Candidate(get_arch("efficientvit_m0").replace(num_classes=5).at(PX), Kind.READY, name="efficientvit_m0@64")
+    )
+    bench.trials[1].user_attrs["detail"]["by_precision"] = {"fp32": 0.4, "bf16": 0.2}
+    tried = chooser.tried(bench.study())
+    sizes = {
+        each.name: each for _, each in chooser._sizes({"efficientvit_m0@64": 0.2, "efficientvit_m2@64": 0.4}, tried)
+    }
+    assert sizes["efficientvit_m2"].over == pytest.approx(0.8 / BUDGET_MS)
 
 
 def test_a_parent_is_over_by_what_was_measured_in_the_first_precision() -> None:

@@ -13,7 +13,7 @@ import quick
 
 from nas.measure.cache import Cache, default_path
 from nas.measure.runtime import Settings
-from nas.measure.samples import Measurement
+from nas.measure.samples import SEARCH_PRECISION, Measurement
 from nas.search.trial import TrialRunner, open_cache
 from search_spaces import get_arch
 
@@ -75,7 +75,7 @@ def test_a_few_rounds_have_no_interval_of_95_percent(rounds, ci):
     runner = TrialRunner(SimpleNamespace(settings=Settings(), budget_ms=2.0, throughput_at=None), None, None)
     found = Measurement([[4.0]] * rounds, [[2.0]] * rounds)
     runner._timed = lambda *_: (found, None)
-    told = runner._latency(None, None, None, "fp32")
+    told = runner._latency(None, None, None, "fp32", SEARCH_PRECISION)
     assert (told.latency_ci_low_ms, told.latency_ci_high_ms) == ci
     assert told.rounds == rounds
     assert told.verdict(2.0) == "over", "it was ended so early because it is far over the budget"
