@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from nas.export.card import CLASSIFY, Accuracy, Card, Latency, Preprocess, load_
 from nas.export.folder import save_model, save_onnx, save_weights
 from nas.export.graph import to_half
 from nas.export.onnx import label_onnx, to_file, to_onnx
-from nas.export.options import OPSETS, FileOptions
+from nas.export.options import OPSETS, PLAIN, FileOptions
 from nas.export.pictures import CROPS, from_bytes, photographs, to_bytes
 from nas.measure.runtime import Settings
 from nas.networks.build import build
@@ -207,6 +208,23 @@ class Shifted(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.network(x)
         return logits + self.shift * logits.detach().abs().amax() * torch.arange(5) / 4
+
+
+class Rough(Shifted):
+    """Rounded by PyTorch in float32, exact in float64."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.dtype == torch.float32 else self.network(x)
+
+
+@pytest.mark.parametrize(("share", "agrees"), [(3e-4, True), (3e-3, False)])
+def test_a_network_that_pytorch_itself_rounds_much_may_differ_as_much_and_no_more(
+    share: float, agrees: bool, tmp_path: Path
+) -> None:
+    network, path = create(Convolutions), tmp_path / "model.onnx"
+    written(network, path, PLAIN)
+    with nullcontext() if agrees else pytest.raises(UserError, match="disagrees with PyTorch by"):
+        assert agreement(Rough(network, share), path, SIZE).difference > share / 3
 
 
 @pytest.mark.parametrize("probabilities", [False, True])
