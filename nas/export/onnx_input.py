@@ -164,7 +164,7 @@ def _check_external(path: Path, entry: Mapping[str, str]) -> None:
         raise UserError(
             f"{path} is damaged: where its weights are in another file cannot be read; fetch or export it again"
         )
-    if os.path.isabs(location) or os.path.normpath(location).startswith(".."):
+    if os.path.isabs(location) or ".." in Path(os.path.normpath(location)).parts:
         raise UserError(
             f"{path}: its weights are in {location}, outside of its folder, where no runtime reads them: put them "
             "beside the file, and save it with their new place"

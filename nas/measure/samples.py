@@ -36,6 +36,11 @@ BUSY_SPREAD = 0.25  # of round medians (`Measurement.spread`), from which on the
 QUANTA = 2.0  # median over the fastest sample, above which most samples wait for a CPU (1.3 on a quiet machine)
 
 
+SLOWED, AGAIN = 1.15, 2
+"""Where the machine was so many times slower than usual, and a network is over its budget for that, it is measured
+again, so often at most."""
+
+
 class MeasureError(RuntimeError):
     """A network that could not be measured: one line that says why."""
 

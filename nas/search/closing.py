@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from nas.export.side_by_side import Longer, Results, measure_side_by_side
 from nas.measure.budget import LatencyBudget, Verdict
 from nas.measure.protocol import Interrupted
 from nas.measure.runtime import Settings
-from nas.measure.samples import PRECISION, MeasureError, Measurement, paired_ratio
+from nas.measure.samples import AGAIN, PRECISION, SLOWED, MeasureError, Measurement, paired_ratio
 from nas.quality.candidate import Kind
 from nas.search.log import keep_samples
 from nas.search.rivals import rivals_of, told_of, top1_of
@@ -88,6 +89,7 @@ def closing_run(
     with Exporter(calibration) as exporter:
         try:
             run.results = run.measure(exporter, run.every, run.unsure_or_worth_longer)
+            run.measure_again_if_slowed(exporter)
             run.look_again(exporter)
         except KeyboardInterrupt as interrupt:  # plain where it comes while files are exported
             if not run.results:
@@ -206,6 +208,41 @@ class _ClosingRun:
             self.rivals += more
             self.outside |= found
             self.results |= results
+
+    def measure_again_if_slowed(self, exporter: Exporter) -> None:
+        """Where the finalists take longer than in their trials, and one that fitted there no longer does, the machine
+        is slower than it was: the run is repeated, and the fastest counts."""
+        for _ in range(AGAIN):
+            before = self.slower(self.results)
+            if before < SLOWED or not self.lost(self.results):
+                return
+            self.note(
+                f"in the closing run the networks took {before:.2f} times as long as in their trials: the machine was "
+                "slower, so they are measured again"
+            )
+            again = self.measure(exporter, self.every, self.unsure_or_worth_longer)
+            if self.slower(again) < before:
+                self.results = again
+
+    def slower(self, results: Mapping[str, Measurement | MeasureError]) -> float:
+        """How many times the latencies of their trials finalists take: the median, 1 where none is measured."""
+        return statistics.median(
+            [
+                result.p50_ms / row.latency_ms
+                for label, row in self.finalists.items()
+                if isinstance(result := results[label], Measurement) and row.latency_ms
+            ]
+            or [1.0]
+        )
+
+    def lost(self, results: Mapping[str, Measurement | MeasureError]) -> bool:
+        """Whether a finalist that met the budget in its trial does not surely meet it."""
+        return any(
+            row.feasible
+            and isinstance(result := results[label], Measurement)
+            and _fields(self.request, result)["verdict"] != Verdict.FITS
+            for label, row in self.finalists.items()
+        )
 
     def unsure(self, results: Mapping[str, Measurement | MeasureError]) -> list[str]:
         """Those that may fit and rank before all that surely do, best first; of ready networks also those that rank

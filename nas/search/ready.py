@@ -29,6 +29,9 @@ SHARE = 0.5
 first; at least as many trials are left to beat them."""
 SIZES = range(64, 513, 32)
 """Resolutions in px that a network is tried at, up to that of its checkpoint."""
+NEARLY = 0.9
+"""Of the budget: a network that takes more may be over it in the closing run, so its next lower resolution is worth
+measuring too."""
 GUESSED, ALIKE, LINE = 2.5, 2.0, 1.15
 """A latency that is foretold from another network's is wrong by less than these factors, either way: from the reference
 network's, from that of a network of the same group, and from the same network's at two other resolutions."""
@@ -132,8 +135,9 @@ class Field:
 
     def next(self, latencies: Mapping[str, float], tried: Collection[str], failed: Collection[str] = ()) -> list[Open]:
         """What is worth measuring, one a network, those nearest the budget first: of each group without one a network,
-        then further resolutions of networks that are measured, then other networks. Where all are surely over the
-        budget the fastest, as that is only a guess before anything is measured.
+        then further resolutions of networks that are measured, then other networks, and last lower resolutions of those
+        that hardly fit. Where all are surely over the budget the fastest, as that is only a guess before anything is
+        measured.
 
         Args:
             latencies: in ms, by `Entrant.label`.
@@ -153,7 +157,8 @@ class Field:
             if each.entrant.name not in begun:
                 (rest if each.entrant.group in stand else leaders).append(each)
                 stand.add(each.entrant.group)
-        return [*leaders, *further, *(replace(each, urgent=False) for each in rest)]
+        spare = [each for entrant in self.entrants if (each := self._spare(entrant, latencies, tried)) is not None]
+        return [*leaders, *further, *(replace(each, urgent=False) for each in rest), *spare]
 
     def over(self, latencies: Mapping[str, float]) -> list[str]:
         """What is surely over the budget without having been measured: by network, the lowest such resolution."""
@@ -216,6 +221,17 @@ class Field:
         else:
             return None
         return Open(entrant, px, True, abs(math.log(forecasts[px].likely / self._budget)))
+
+    def _spare(self, entrant: Entrant, latencies: Mapping[str, float], tried: Collection[str]) -> Open | None:
+        """The next lower resolution of a network that hardly fits at each that is measured."""
+        fitting = {px: ms for px, ms in _measured(entrant, latencies).items() if ms <= self._budget}
+        if not fitting or min(fitting.values()) <= NEARLY * self._budget:
+            return None
+        lower = [px for px in entrant.sizes if px < min(fitting)]
+        if not lower or any(entrant.label(px) in tried for px in lower):
+            return None
+        off = abs(math.log(self.forecast(entrant, max(lower), latencies).likely / self._budget))
+        return Open(entrant, max(lower), False, off)
 
 
 def _measured(entrant: Entrant, latencies: Mapping[str, float]) -> dict[int, float]:

@@ -23,7 +23,7 @@ from nas.files import scratch
 from nas.measure.cache import REFERENCE
 from nas.measure.device import device_lock, open_measurer
 from nas.measure.remote import LinkLost
-from nas.measure.samples import SEARCH_PRECISION, MeasureError, is_decided, quanta, quanta_line
+from nas.measure.samples import AGAIN, SEARCH_PRECISION, SLOWED, MeasureError, is_decided, quanta, quanta_line
 from nas.process import WorkerError
 from nas.quality.candidate import Candidate, Kind
 from nas.search.given import GIVEN, parameters_of
@@ -53,9 +53,6 @@ PROBES, PROBE_PAUSE_S = 4, 2.0
 """How often the reference network is measured, and the pause between, before a busy machine is refused."""
 USUAL = 15
 """The last measurements, whose reference latencies' median is the usual one."""
-SLOWED, AGAIN = 1.15, 2
-"""A network is measured again, so often at most, if the reference network took at least so many times its usual latency
-in the same rounds, and the network is over the budget by no more than that: the machine was slow, not the network."""
 T = TypeVar("T")
 
 
@@ -365,7 +362,8 @@ def suggest(trial: optuna.Trial, request: SearchRequest, tier: Tier | None = Non
 
 
 def slowed(found: Measurement, usual_ms: float, budget_ms: float | None) -> bool:
-    """Whether a network is over a budget only because the machine was slow, as far as the reference network tells.
+    """Whether a network is over a budget only because the machine was slow: the reference network took `SLOWED` times
+    its usual latency or more in the same rounds, and without that the network is within the budget.
 
     Args:
         usual_ms: the usual latency of the reference network.

@@ -64,13 +64,19 @@ def run(
     clock: Clock,
     limits: Limits = Limits(),  # noqa: B008
     feasible: bool = True,
+    trial_ms: float = 3.0,
     **medians: Any,
 ) -> tuple[list[ClosingRow], list[OutsideRow], list[str]]:
-    """The rows, and the notes, of trials of falling quality (t0, t1, ...) and of rivals (r7, ...)."""
+    """The rows, and the notes, of trials of falling quality (t0, t1, ...) and of rivals (r7, ...).
+
+    trial_ms: what each took in its trial.
+    """
     clock.medians = {int(name[1:]): value if isinstance(value, list) else [value] for name, value in medians.items()}
     trials = [int(name[1:]) for name in medians if name.startswith("t")]
     rows = [
-        replace(COMPLETE, trial=trial, quality=70.0 - trial, arch={"number": trial}, feasible=feasible)
+        replace(
+            COMPLETE, trial=trial, quality=70.0 - trial, arch={"number": trial}, feasible=feasible, latency_ms=trial_ms
+        )
         for trial in trials
     ]
     settings = Settings()
@@ -149,6 +155,28 @@ def test_where_nothing_surely_fits_the_best_that_may_wins(tmp_path, clock):
 def test_what_is_over_wins_nothing(tmp_path, clock):
     final, _ = close(tmp_path, clock, t0=OVER, t1=OVER)
     assert [row.role for row in final] == ["found", "found"]
+    assert len(clock.runs) == 1
+
+
+def test_a_run_in_which_all_are_slower_than_in_their_trials_is_repeated(tmp_path, clock):
+    """What fitted in its trial would be lost to a slow moment of the machine."""
+    final, notes = close(tmp_path, clock, trial_ms=1.9, t0=[OVER, (1.9, 1.9)], t1=[(2.4, 2.4), (1.8, 1.8)])
+    assert clock.runs == [{"trial 0": 30, "trial 1": 30}] * 2
+    assert [(row.label, row.verdict) for row in final] == [("trial 0", "fits"), ("trial 1", "fits")]
+    (note,) = notes
+    assert note.endswith("times as long as in their trials: the machine was slower, so they are measured again")
+
+
+def test_a_run_is_repeated_twice_at_most_and_the_fastest_counts(tmp_path, clock):
+    final, notes = close(tmp_path, clock, trial_ms=1.9, t0=[(2.5, 2.5), (2.4, 2.4), (2.6, 2.6)])
+    assert len(clock.runs) == 3
+    assert [(row.latency_ms, row.verdict) for row in final] == [(2.4, "over")]
+    assert len(notes) == 2
+
+
+@pytest.mark.parametrize(("trial_ms", "median"), [(1.5, 1.9), (1.9, 2.1)])
+def test_a_run_is_not_repeated_where_all_fit_or_hardly_any_is_slower(tmp_path, clock, trial_ms, median):
+    close(tmp_path, clock, trial_ms=trial_ms, t0=(median, median))
     assert len(clock.runs) == 1
 
 

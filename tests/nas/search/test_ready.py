@@ -55,6 +55,20 @@ def test_the_highest_resolution_within_the_budget_is_found_with_few_measurements
         assert tried == ["one@64"]
 
 
+def test_a_network_that_hardly_fits_is_offered_at_a_lower_resolution_too_but_last() -> None:
+    """In the closing run it may be over the budget."""
+    one, other = entrant("one", 150, sizes=(64, 96, 128)), entrant("other", 120, sizes=(96,))
+    field = Field([one, other], 1.0, REFERENCE)
+    hardly = {"one@128": 0.95}
+    opened = field.next(hardly, ["one@128"])
+    assert [(each.entrant.label(each.px), each.urgent) for each in opened] == [("other@96", False), ("one@96", False)]
+    assert [each.entrant.name for each in field.next({"one@128": 0.85}, ["one@128"])] == ["other"]
+    tried = ["one@128", "other@96"]
+    assert [each.px for each in field.next(hardly | {"one@96": 0.92}, [*tried, "one@96"])] == [64], "hardly fits too"
+    assert not field.next(hardly | {"one@96": 0.6}, [*tried, "one@96"])
+    assert not field.next(hardly, [*tried, "one@96"]), "being measured"
+
+
 def test_a_network_that_surely_cannot_fit_is_not_measured_but_listed() -> None:
     small, large = entrant("small", 100), entrant("large", 4000, "another")
     field = Field([small, large], 0.15, REFERENCE)
