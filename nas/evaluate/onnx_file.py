@@ -44,6 +44,10 @@ WEIGHTS = (".safetensors", ".pth", ".pt", ".bin")
 PIXEL_KINDS = ("float32", "float16", "uint8")
 MOST_VALUES = 2**30
 """Pixel values that one inference takes, at most: 4 GiB in float32."""
+LOGITS = (*DTYPES, "int32")
+"""Types of outputs that may be logits; int32 of networks in whole numbers throughout."""
+SHAPES = ("shape", "dimension", "broadcast")
+"""One of these is in what a runtime says where a file does not bear a batch."""
 SUM_TOLERANCE = 1e-3
 """How far the sum of a row of probabilities may be from 1; float16's are 1e-3 off."""
 
@@ -116,9 +120,10 @@ class OnnxFile:
             except MemoryError:
                 raise
             except Exception as error:  # each runtime has its own kinds
-                inside = len(batch) > 1 and pixels.batch_size is None
+                why, many = in_words(error), len(batch) > 1 and pixels.batch_size is None
+                inside = many and any(word in why.lower() for word in SHAPES)
                 hint = "; it may be made for batch 1 inside: export it with a batch of 1" * inside
-                raise UserError(f"{found} fails on {runtime}: {in_words(error)}{hint}") from error
+                raise UserError(f"{found} fails on {runtime}: {why}{hint}") from error
 
         probabilities, notes = _flag(session.metadata, PROBABILITIES, found), list[str]()
         if count is None or f"{PREFIX}preprocess" not in session.metadata:
@@ -360,7 +365,7 @@ def _logits_output(path: Path, outputs: Sequence[Output]) -> tuple[int, int | No
         UserError: none does, or several may.
     """
     able = [
-        i for i, each in enumerate(outputs) if each.kind in DTYPES and (each.sizes is None or _count(each.sizes) != 0)
+        i for i, each in enumerate(outputs) if each.kind in LOGITS and (each.sizes is None or _count(each.sizes) != 0)
     ]
     if len(able) > 1:
         flat = [i for i in able if len(outputs[i].sizes or ()) == 2]
@@ -372,7 +377,7 @@ def _logits_output(path: Path, outputs: Sequence[Output]) -> tuple[int, int | No
         )
     if not able:
         raise UserError(
-            f"{path} is no classifier: one of its outputs must be (images, classes) of {', '.join(DTYPES)}, it has "
+            f"{path} is no classifier: one of its outputs must be (images, classes) of {', '.join(LOGITS)}, it has "
             f"{_listed(outputs) or 'none'}"
         )
     return able[0], _count(outputs[able[0]].sizes)

@@ -100,7 +100,7 @@ class Guess:
 
     @property
     def label(self) -> str:
-        """Its name, or else its number, as of an empty name; both where the name is that of several."""
+        """Its name; its number where the name is missing or empty; both where the name is that of several."""
         if not self.name:
             return str(self.index)
         return f"{self.name} ({self.index})" if self.shared else self.name

@@ -87,7 +87,7 @@ def _onnxruntime(path: Path, threads: int, _bf16: bool) -> Session:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, FATAL
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"], enable_fallback=0)
     inputs = [
         OnnxInput(path, each.name, kind, _sizes(each.shape) if each.shape else _unknown(path, each.type))
         for each, kind in ((each, _kind(each.type)) for each in session.get_inputs())
@@ -100,7 +100,8 @@ def _onnxruntime(path: Path, threads: int, _bf16: bool) -> Session:
 
 
 def _openvino(path: Path, threads: int, bf16: bool) -> Session:
-    read_model(path)  # what is no ONNX file is given to readers of other formats, which write on the terminal
+    if path.suffix != ".xml":  # OpenVINO's own format
+        read_model(path)  # what is no ONNX file is given to readers of other formats, which write on the terminal
     core = openvino.the_core()
     model = core.read_model(path)
     inputs = [

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from nas.errors import UserError
 from nas.export.options import FilePrecision
 from nas.measure.runtimes.pytorch import DTYPES
-from nas.units import counted
+from nas.units import counted, shown
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -122,6 +122,8 @@ def read_model(path: Path) -> ModelProto:
         model = onnx.load(path, load_external_data=False)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
+    except MemoryError:
+        raise
     except Exception:  # protobuf's own kinds
         raise UserError(f"{path} is {_no_onnx(path)}") from None
     if not path.stat().st_size:
@@ -148,7 +150,7 @@ def _no_onnx(path: Path) -> str:
         begin = file.read(64).lstrip()
     if begin.startswith(b"version https://git-lfs"):
         return "a pointer of Git LFS, not the file: `git lfs pull` fetches it"
-    if begin.startswith(b"<"):
+    if begin.lower().startswith((b"<!doctype", b"<html")):
         return "a web page, not an ONNX file: fetch it again"
     return "no ONNX file, or a damaged one: fetch or export it again"
 
@@ -160,14 +162,14 @@ def _check_external(path: Path, entry: Mapping[str, str]) -> None:
         offset, length = (int(entry.get(key, 0)) for key in ("offset", "length"))
     except ValueError:
         offset = length = -1
-    if not location or offset < 0 or length < 0:
+    if not location or not isinstance(location, str) or offset < 0 or length < 0:  # bytes where it is no text
         raise UserError(
             f"{path} is damaged: where its weights are in another file cannot be read; fetch or export it again"
         )
     if os.path.isabs(location) or ".." in Path(os.path.normpath(location)).parts:
         raise UserError(
-            f"{path}: its weights are in {location}, outside of its folder, where no runtime reads them: put them "
-            "beside the file, and save it with their new place"
+            f"{path}: its weights are in {shown(location)}, outside of its folder, where no runtime reads them: put "
+            "them beside the file, and save it with their new place"
         )
     data, needed = path.parent / location, offset + length
     try:
@@ -175,10 +177,10 @@ def _check_external(path: Path, entry: Mapping[str, str]) -> None:
     except OSError as error:
         raise UserError(f"{path}: the file of its weights cannot be read: {error.strerror}") from None
     if not there:
-        raise UserError(f"{path}: its weights are in {data}, which is not there: put it beside the file")
+        raise UserError(f"{path}: its weights are in {shown(str(data))}, which is not there: put it beside the file")
     held = data.stat().st_size
     if held < needed:
-        raise UserError(f"{path}: {data} is cut off, {held:,} of {needed:,} bytes: fetch it again")
+        raise UserError(f"{path}: {shown(str(data))} is cut off, {held:,} of {needed:,} bytes: fetch it again")
 
 
 def written(sizes: Iterable[int | None]) -> str:

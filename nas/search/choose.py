@@ -165,7 +165,7 @@ class Chooser:
         parents = sorted({each.candidate.parent for each in tried if each.candidate.kind == Kind.DERIVED})
         why, helps = "every ready network that may meet the budget has been", []
         first, *lower = self._request.precisions
-        in_first, in_all = (f" in {first}", " in every precision") if lower else ("", "")
+        in_first = f" in {first}" if lower else ""
         if self._open(tried, latencies):
             why, helps = "ready networks have had their half of the trials", ["more --trials, for other ready networks"]
         if parents:
@@ -175,8 +175,8 @@ class Chooser:
             helps += ["a smaller --latency-budget", "--weights-from DIR with weights of larger networks"]
         elif not any(low < each <= high for each in over):
             why += (
-                f", and the pretrained networks over it take more than {high:g} times as long{in_all}, too long to be "
-                "cut to it"
+                f", and the pretrained networks over it{in_first} take more than {high:g} times as long, too long to "
+                "be cut to it"
             )
             helps += ["a larger --latency-budget"]
         else:
@@ -270,11 +270,11 @@ class Chooser:
         begun = {_place_of(child) for child in children} | self._cutters.keys()
         loss = self._loss()
         found.sort(key=loss)
-        first = {each.group: each for each in reversed(found)}
+        first = {(each.group, each.fits): each for each in reversed(found)}
         more = max(2, self._request.trials // PARENT_IN) - len(begun)
         worst = loss(found[0]) + RIVAL if found else 0.0
         others = [each for each in found if (each.name, each.px) not in begun and loss(each) <= worst]
-        others.sort(key=lambda each: (each.fits, first[each.group] is not each))
+        others.sort(key=lambda each: (each.fits, first[each.group, each.fits] is not each))
         return [*(each for each in found if (each.name, each.px) in begun), *others[: max(0, more)]]
 
     def _sizes(self, latencies: Mapping[str, float], tried: Sequence[Tried]) -> Iterator[tuple[Entrant, Sized]]:

@@ -221,7 +221,11 @@ class _ClosingRun:
                 "slower, so they are measured again"
             )
             again = self.measure(exporter, self.every, self.unsure_or_worth_longer)
-            if self.slower(again) < before:
+            failed = any(
+                isinstance(again[label], MeasureError) and isinstance(found, Measurement)
+                for label, found in self.results.items()
+            )
+            if self.slower(again) < before and not failed:
                 self.results = again
 
     def slower(self, results: Mapping[str, Measurement | MeasureError]) -> float:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Self
 
 from nas.measure.budget import LatencyBudget, Limits, Verdict
-from nas.measure.samples import HOPELESS, SURE_ROUNDS
+from nas.measure.samples import HOPELESS, MAX_ROUNDS, PRECISION, SURE_ROUNDS
 
 if TYPE_CHECKING:
     from nas.measure.samples import Measurement
@@ -88,6 +88,15 @@ class TrialLatency:
         if self.ci_ms is None:
             return Verdict.OVER if self.latency_ms > HOPELESS * budget_ms else Verdict.UNSURE
         return LatencyBudget(budget_ms).judge(self.ci_ms)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether measuring it again would hardly tell more: its interval is as narrow as in a closing run, or was not
+        after the most rounds."""
+        if self.ci_ms is None:
+            return False
+        low, high = self.ci_ms
+        return (high - low) / 2 <= PRECISION * self.latency_ms or (self.rounds or 0) >= MAX_ROUNDS
 
     def excess(self, budget_ms: float) -> float:
         """How far the latency is above a budget, as a share of the budget; at most 0 where it is met."""

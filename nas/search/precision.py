@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Self
 
 from nas.errors import UserError, reason
 from nas.intervals import Interval
+from nas.measure import samples
 from nas.measure.budget import Verdict
 from nas.measure.device import check_settings, device_kind
 from nas.measure.remote import LinkLost
 from nas.measure.runtime import LOWER, RUNTIMES, Settings
-from nas.measure.samples import HOPELESS as FAR
 from nas.measure.samples import PRECISION, SEARCH_PRECISION, MeasureError
 from nas.process import WorkerError
 from nas.study.ledger import Ledger, ledger_of
@@ -101,8 +101,11 @@ class Faster:
         return min(*by_precision.values(), *(first * self.likely(each, family) for each in open_ones), first)
 
     def ratio(self, family: str = "") -> float:
-        """A network's likely latency in its fastest precision over that in the first; "": of a family that is not
-        known."""
+        """A network's likely latency in its fastest precision over that in the first.
+
+        Args:
+            family: "" for any.
+        """
         return min([1.0, *(self.likely(each, family) for each in self.precisions[1:])])
 
     @property
@@ -162,8 +165,8 @@ def first_that_fits(
                 continue
         try:
             found[precision] = measure(precision, SEARCH_PRECISION)
-            if _chance(request, found[precision]) == Chance.LIKELY:
-                found[precision] = measure(precision, PRECISION)
+            if _chance(request, found[precision]) == Chance.LIKELY and not found[precision].is_exact:
+                found[precision] = _more_exact(found[precision], precision, measure, note)
         except LinkLost:
             raise
         except (MeasureError, WorkerError) as error:
@@ -177,6 +180,22 @@ def first_that_fits(
     else:
         best = min(found.values(), key=lambda each: _order(request, each))
     return replace(best, by_precision={precision: each.latency_ms for precision, each in found.items()})
+
+
+def _more_exact(
+    found: TrialLatency,
+    precision: str,
+    measure: Callable[[str, float], TrialLatency],
+    note: Callable[[str], None],
+) -> TrialLatency:
+    """The latency measured once more, to `PRECISION`; what there is where that fails."""
+    try:
+        return measure(precision, PRECISION)
+    except LinkLost:
+        raise
+    except (MeasureError, WorkerError) as error:
+        note(f"not measured more exactly in {precision}: {reason(error)}")
+        return found
 
 
 class Chance(IntEnum):
@@ -195,11 +214,11 @@ def _chance(request: SearchRequest, latency: TrialLatency) -> Chance:
     budget_ms, verdict = request.budget_ms, latency.verdict(request.budget_ms)
     if latency.over(request.limits):
         return Chance.NONE
-    if verdict == Verdict.FITS or (latency.ci_ms is None and latency.latency_ms * FAR <= budget_ms):
+    if verdict == Verdict.FITS or (latency.ci_ms is None and latency.latency_ms * samples.HOPELESS <= budget_ms):
         return Chance.SURE
     if latency.excess(budget_ms) <= 0:
         return Chance.LIKELY
-    return Chance.POSSIBLE if verdict == Verdict.UNSURE else Chance.NONE
+    return Chance.POSSIBLE if latency.holds(budget_ms) else Chance.NONE
 
 
 def _order(request: SearchRequest, latency: TrialLatency) -> tuple[Chance, float]:

@@ -286,6 +286,15 @@ def location_above(path: Path) -> None:
     _change_records(path, "location", "a/../../weights.data")
 
 
+def location_that_is_no_text(path: Path) -> None:
+    _change_records(path, "location", "w12345")
+    path.write_bytes(path.read_bytes().replace(b"w12345", b"w\xff\xfe345"))
+
+
+def location_of_two_lines(path: Path) -> None:
+    _change_records(path, "location", "weights\nbin")
+
+
 def _change_records(path: Path, key: str, value: str | None) -> None:
     model = onnx.load(path, load_external_data=False)
     for tensor in model.graph.initializer:
@@ -375,6 +384,8 @@ def one_number(path: Path) -> None:
         ({"external": True}, long_location, "the file of its weights cannot be read: File name too long"),
         ({"external": True}, absolute_location, "its weights are in /etc/hostname, outside of its folder"),
         ({"external": True}, location_above, "its weights are in a/../../weights.data, outside of its folder"),
+        ({"external": True}, location_that_is_no_text, "is damaged: "),
+        ({"external": True}, location_of_two_lines, "its weights are in .*, which is not there"),
         ({}, constant_elsewhere, "its weights are in .*gone.data, which is not there: put it beside the file"),
         ({}, emptied, "is empty: fetch or export it again"),
         ({}, pipe, "is a pipe or a device, which cannot be read twice: save it as an .onnx file"),

@@ -309,6 +309,16 @@ def test_a_parent_that_fits_in_a_later_precision_only_is_cut_to_fit_in_the_first
     assert [each.name for each in found] == ["efficientvit_m1"]
 
 
+def test_each_family_leads_with_a_parent_that_is_over_in_every_precision() -> None:
+    bench = Bench(trials=40)
+    chooser = in_two_precisions(bench, 0.5)
+    sizes = {"efficientvit_m0": 0.4, "efficientvit_m1": 0.65, "efficientvit_m2": 0.7, "shvit_s1": 0.4, "shvit_s2": 0.75}
+    entrants = [Entrant(name, name[:5], get_arch(name).replace(num_classes=5), (PX,)) for name in sizes]
+    chooser._field = Field(entrants, BUDGET_MS, (6e6, 0.3))
+    found = chooser._parents({f"{name}@64": ms for name, ms in sizes.items()}, bench.chooser.tried(bench.study()))
+    assert [each.name for each in found] == ["efficientvit_m1", "shvit_s2"]
+
+
 def test_a_poor_parent_does_not_keep_better_ones_away_that_fit_in_a_later_precision() -> None:
     bench = Bench(trials=40)
     chooser = in_two_precisions(bench, 0.5)

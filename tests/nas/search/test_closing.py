@@ -174,6 +174,11 @@ def test_a_run_is_repeated_twice_at_most_and_the_fastest_counts(tmp_path, clock)
     assert len(notes) == 2
 
 
+def test_a_repeated_run_in_which_one_fails_does_not_count(tmp_path, clock):
+    final, _ = close(tmp_path, clock, trial_ms=1.9, t0=[(2.4, 2.4), (1.9, 1.9)], t1=[(2.4, 2.4), MeasureError("gone")])
+    assert [(row.latency_ms, row.error) for row in final] == [(2.4, "")] * 2
+
+
 @pytest.mark.parametrize(("trial_ms", "median"), [(1.5, 1.9), (1.9, 2.1)])
 def test_a_run_is_not_repeated_where_all_fit_or_hardly_any_is_slower(tmp_path, clock, trial_ms, median):
     close(tmp_path, clock, trial_ms=trial_ms, t0=(median, median))

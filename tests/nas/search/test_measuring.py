@@ -14,7 +14,7 @@ import quick
 
 from nas.measure.cache import Cache, default_path
 from nas.measure.runtime import Settings
-from nas.measure.samples import SEARCH_PRECISION, Measurement
+from nas.measure.samples import SEARCH_PRECISION, MeasureError, Measurement
 from nas.search.trial import TrialRunner, open_cache
 from search_spaces import get_arch
 
@@ -96,6 +96,24 @@ def test_what_is_over_the_budget_while_the_machine_is_slow_is_measured_again(tmp
     assert result.reference_p50_ms == runner.reference_ms == runner._lately[-1] == min(references[:measured])
     assert len(runner.notes) == measured - 1
     assert all("the machine was slower" in note for note in runner.notes)
+
+
+def test_where_measuring_again_fails_the_first_measurement_counts(tmp_path):
+    first = Measurement([[1.2]] * 8, [[1.5]] * 8)
+    runs = iter([first])
+
+    def measure(*_, **__):
+        for found in runs:
+            return found
+        raise MeasureError("killed by signal 9")
+
+    runner = TrialRunner(SimpleNamespace(settings=Settings(), folder=tmp_path), None, None)
+    runner._folder, runner._lately = tmp_path, deque([1.0])
+    runner._exporter = SimpleNamespace(write=lambda *_: tmp_path, running=())
+    runner.measurer = SimpleNamespace(prepare=lambda: None, measure=measure)
+    clock = SimpleNamespace(lap=lambda *_, **__: None, add=lambda *_: None)
+    assert runner._measured(get_arch("shvit_s1"), Settings(), 1.0, clock, 0.05) is first
+    assert runner.notes[1] == "not measured again: killed by signal 9"
 
 
 @pytest.mark.parametrize(("rounds", "ci"), [(3, (None, None)), (5, (None, None)), (6, (4.0, 4.0))])

@@ -75,6 +75,19 @@ def test_a_median_within_the_budget_is_measured_more_exactly_before_a_lower_prec
     assert tried({"fp32": [0.9, 1.01, 1.1], "bf16": 0.7})[1] == ["fp32", "bf16"], "over it, most likely"
 
 
+def test_what_is_known_exactly_is_not_measured_again() -> None:
+    assert tried({"fp32": [0.98, 0.99, 1.001], "bf16": 0.7})[1] == ["fp32", "bf16"]
+
+
+def test_where_the_more_exact_measurement_fails_the_first_one_counts() -> None:
+    measured = {"fp32": [0.9, 0.98, 1.1], "fp32, exactly": MeasureError("killed"), "bf16": 1.2, "int8": 1.2}
+    found, told = tried(measured)
+    assert (found.precision, found.latency_ms) == ("fp32", 0.98)
+    assert told[2] == "not measured more exactly in fp32: MeasureError: killed"
+    with pytest.raises(LinkLost):
+        tried(measured | {"fp32, exactly": LinkLost("gone")})
+
+
 def test_where_none_surely_meets_it_the_first_that_may_is_kept() -> None:
     """A half percent of a latency decides nothing."""
     assert tried({"fp32": [0.9, 0.98, 1.1], "bf16": 1.2, "int8": [0.9, 0.96, 1.1]})[0].precision == "fp32"
@@ -87,6 +100,7 @@ def test_where_none_surely_meets_it_the_first_that_may_is_kept() -> None:
 def test_a_network_measured_briefly_surely_fits_only_where_it_is_far_below() -> None:
     assert tried({"fp32": [0.6], "bf16": 0.5})[1] == ["fp32"]
     assert tried({"fp32": [0.8], "bf16": 0.5})[1] == ["fp32", "fp32, exactly", "bf16"]
+    assert tried({"fp32": [1.45], "bf16": 1.3, "int8": 1.02})[0].precision == "int8", "the nearest"
 
 
 def test_where_none_meets_it_the_nearest_is_kept() -> None:
