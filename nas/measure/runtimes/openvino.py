@@ -11,7 +11,7 @@ from typing import Any
 from nas.measure.runtime import Infer, Settings, no_bf16, register
 from nas.measure.runtimes.ort import check_static
 
-KINDS = {"f32": "float32", "f16": "float16", "f64": "float64", "u8": "uint8", "i8": "int8"}
+KINDS = {"f32": "float32", "f16": "float16", "f64": "float64", "u8": "uint8", "i8": "int8", "i32": "int32"}
 """NumPy's names of OpenVINO's types."""
 
 

@@ -462,6 +462,25 @@ def test_an_input_that_says_no_shape_is_fed(tmp_path: Path) -> None:
     np.testing.assert_array_equal(OnnxFile.open(path).logits(pixels), wanted)
 
 
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_logits_in_whole_numbers_are_ranked(runtime: str, tmp_path: Path) -> None:
+    path = write_toy(tmp_path / "net.onnx", card=toy_card())
+    _answer_in(path, TensorProto.INT32)
+    file = OnnxFile.open(path, runtime)
+    logits = file.logits(random_pixels(1))
+    assert (file.num_classes, logits.dtype) == (3, np.float32)
+    np.testing.assert_array_equal(logits, np.trunc(logits))
+
+
+def test_a_file_in_openvino_s_own_format_is_opened(tmp_path: Path) -> None:
+    openvino = pytest.importorskip("openvino")
+    path, own = write_toy(tmp_path / "net.onnx", card=None), tmp_path / "net.xml"
+    openvino.save_model(openvino.Core().read_model(path), own, compress_to_fp16=False)
+    how = parse_preprocess("imagenet")
+    wanted = OnnxFile.open(path, "openvino", preprocess=how).logits(random_pixels(1))
+    np.testing.assert_allclose(OnnxFile.open(own, "openvino", preprocess=how).logits(random_pixels(1)), wanted, 1e-5)
+
+
 def test_an_output_that_is_no_tensor_is_no_rival(tmp_path: Path) -> None:
     path = write_toy(tmp_path / "net.onnx", card=toy_card(), squeeze=False)
     model = onnx.load(path)

@@ -309,6 +309,17 @@ def test_a_parent_that_fits_in_a_later_precision_only_is_cut_to_fit_in_the_first
     assert [each.name for each in found] == ["efficientvit_m1"]
 
 
+def test_what_is_too_slow_to_be_cut_is_told_of_the_first_precision() -> None:
+    """In a later one it fits."""
+    bench = Bench(trials=40)
+    chooser = in_two_precisions(bench, 0.5)
+    whole = Candidate(get_arch("efficientvit_m2").replace(num_classes=5).at(PX), Kind.READY, name="efficientvit_m2@64")
+    bench.run(whole)
+    bench.trials[1].user_attrs["detail"] |= {"by_precision": {"fp32": 4.5 * BUDGET_MS, "bf16": 0.5}, "latency_ms": 0.5}
+    chooser._field = Field(chooser._field.entrants[2:], BUDGET_MS, (6e6, 0.3))
+    assert "networks over it in fp32 take more than 4 times as long, too long" in chooser.why_none(bench.study())
+
+
 def test_each_family_leads_with_a_parent_that_is_over_in_every_precision() -> None:
     bench = Bench(trials=40)
     chooser = in_two_precisions(bench, 0.5)
