@@ -235,8 +235,11 @@ def test_a_file_tells_what_it_holds(vitnas, search, tmp_path):
     assert code == 0
     assert "(ONNX file): shvit, 32 px, 5 classes" in out
     assert "accuracy: 59.5% top-1" in out
-    (tmp_path / "other.onnx").write_bytes(b"")
-    vitnas.refused(vitnas("show", str(tmp_path / "other.onnx")), "says nothing of itself")
+    other = tmp_path / "other.onnx"
+    other.write_bytes(b"")
+    vitnas.refused(vitnas("show", str(other)), "is empty: fetch or export it again")
+    other.write_bytes(onnx.ModelProto(ir_version=8).SerializeToString())
+    vitnas.refused(vitnas("show", str(other)), "says nothing of itself")
 
 
 def test_only_a_network_that_nobody_has_trained_is_predicted(vitnas, search):
