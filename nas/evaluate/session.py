@@ -104,19 +104,19 @@ def _openvino(path: Path, threads: int, bf16: bool) -> Session:
         read_model(path)  # what is no ONNX file is given to readers of other formats, which write on the terminal
     core = openvino.the_core()
     model = core.read_model(path)
-    inputs = [
-        OnnxInput(path, port.any_name, openvino.KINDS.get(kind := port.element_type.get_type_name(), kind), sizes)
-        for port, sizes in ((port, _dimensions(port)) for port in model.inputs)
-    ]
-    outputs = [
-        Output(port.any_name, _dimensions(port), openvino.KINDS.get(kind := port.element_type.get_type_name(), kind))
-        for port in model.outputs
-    ]
+    inputs = [OnnxInput(path, port.any_name, _element(port), _dimensions(port)) for port in model.inputs]
+    outputs = [Output(port.any_name, _dimensions(port), _element(port)) for port in model.outputs]
     told = model.get_rt_info("framework").value if model.has_rt_info("framework") else {}
     metadata = {key: str(getattr(value, "value", value)) for key, value in told.items()}
     options = {"INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32", "INFERENCE_NUM_THREADS": threads}
     request = core.compile_model(model, "CPU", options).create_infer_request()
     return Session(inputs, outputs, metadata, lambda batch, i: np.array(request.infer([batch])[i]))
+
+
+def _element(port: Any) -> str:
+    """NumPy's name of the type of one of OpenVINO's ports; OpenVINO's own where it has none here."""
+    name: str = port.element_type.get_type_name()
+    return openvino.KINDS.get(name, name)
 
 
 def _kind(type_of: str) -> str:
